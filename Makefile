@@ -1,0 +1,32 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: .venv is made from constraints.txt.
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(if $(shell $(name) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null),$(name))))
+BIN = .venv/bin
+TESTS ?=
+
+.PHONY: install demo test test-slow lint
+
+install: .venv/installed
+
+# torch first and alone: its version decides which triton fits, and a build for the CPU may be at hand.
+.venv/installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "limbeck needs Python 3.11 or newer; say where: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/limbeck compress recipe=tiny output=demo-out
+
+test: lint
+	$(BIN)/python -m pytest -q $(TESTS)
+
+test-slow: install
+	$(BIN)/python -m pytest -q -m slow $(TESTS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p .venv/types && ln -sfn ../.. .venv/types/limbeck
+	MYPYPATH=.venv/types $(BIN)/mypy

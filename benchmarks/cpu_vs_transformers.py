@@ -1,0 +1,212 @@
+"""Forward, training step and cached decoding beside transformers' NemotronHForCausalLM, on this CPU, in one run.
+
+    python -m limbeck.benchmarks.cpu_vs_transformers [--rounds 5] [--json FILE]
+
+Both run the same 28 M parameters in float32. The two take turns, round by round, and each figure is the median of
+its rounds. Memory is the highest resident size during the work above the size with both models loaded and warm,
+each measured in a fresh process of its own. The training step is forward, cross-entropy and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from limbeck.benchmarks.provenance import provenance
+from limbeck.kernels.linear_kl import linear_cross_entropy
+from limbeck.models.cache import Cache
+from limbeck.models.config import HybridConfig
+from limbeck.models.hybrid import HybridLM
+
+CONFIG = HybridConfig(
+    pattern="M-M-M-*-M-M-",
+    vocab_size=4096,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    mamba_num_heads=16,
+    mamba_head_dim=64,
+    n_groups=4,
+    ssm_state_size=128,
+)
+SHAPES = ((2, 1024), (1, 4096))
+DECODE_PROMPT, DECODE_TOKENS = 128, 64
+SIDES = ("limbeck", "transformers")
+
+
+def load(side: str) -> torch.nn.Module:
+    """One side's model; the weights are the same, drawn by transformers."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    config = transformers.NemotronHConfig(**CONFIG.to_hf())
+    theirs = transformers.NemotronHForCausalLM(config).eval()
+    if side == "transformers":
+        return theirs
+    ours = HybridLM(CONFIG)
+    ours.load_state_dict({name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()})
+    return ours.eval()
+
+
+def forward(model: torch.nn.Module, side: str, tokens: torch.Tensor) -> None:
+    with torch.inference_mode():
+        _ = model(tokens) if side == "limbeck" else model(tokens, use_cache=False).logits
+
+
+def training_step(model: torch.nn.Module, side: str, tokens: torch.Tensor) -> None:
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = -100
+    if isinstance(model, HybridLM):
+        hidden = model.hidden_states(tokens).flatten(0, 1)
+        loss = linear_cross_entropy(hidden, model.head_weight, labels.flatten()).loss
+    else:
+        logits = model(tokens, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def decode(model: torch.nn.Module, side: str, tokens: torch.Tensor) -> float:
+    """Seconds for DECODE_TOKENS greedy steps after the prompt; both as plain loops over their cached forward."""
+    batch, length = tokens.shape
+    with torch.inference_mode():
+        if isinstance(model, HybridLM):
+            cache: Any = Cache(CONFIG, batch, length + DECODE_TOKENS)
+            logits = model(tokens, cache=cache)[:, -1:]
+        else:
+            output = model(tokens, use_cache=True)
+            cache, logits = output.past_key_values, output.logits[:, -1:]
+        clock = time.perf_counter()
+        for _ in range(DECODE_TOKENS):
+            last = logits.argmax(-1)
+            if side == "limbeck":
+                logits = model(last, cache=cache)
+            else:
+                logits = model(last, past_key_values=cache, use_cache=True).logits
+        return time.perf_counter() - clock
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    clock = time.perf_counter()
+    own = work()
+    return own if isinstance(own, float) else time.perf_counter() - clock
+
+
+def works(side: str, model: torch.nn.Module) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """What is timed: name -> (tokens, call)."""
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, tuple[int, Callable[[], Any]]] = {}
+    for batch, length in SHAPES:
+        ids = torch.randint(CONFIG.vocab_size, (batch, length), generator=generator)
+        found[f"forward {batch} x {length}"] = (ids.numel(), lambda ids=ids: forward(model, side, ids))
+        found[f"training step {batch} x {length}"] = (ids.numel(), lambda ids=ids: training_step(model, side, ids))
+    for batch in (1, 8):
+        ids = torch.randint(CONFIG.vocab_size, (batch, DECODE_PROMPT), generator=generator)
+        found[f"decode batch {batch}"] = (batch * DECODE_TOKENS, lambda ids=ids: decode(model, side, ids))
+    return found
+
+
+def flops(tokens: int, training: bool) -> float:
+    """Matrix products of forward (x3 with backward) by the cost model, at short context."""
+    from limbeck.models.cost import flops_per_token
+
+    return flops_per_token(CONFIG, 0) * tokens * (3 if training else 1)
+
+
+def matmul_peak() -> float:
+    """float32 FLOP/s of one 2048^3 product, the best of ten."""
+    a = torch.randn(2048, 2048)
+    return 2 * 2048**3 / min(seconds(lambda: torch.mm(a, a)) for _ in range(10))
+
+
+def resident() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmRSS in /proc/self/status")
+
+
+def peak_memory(side: str, name: str) -> int:
+    """Bytes above the loaded model at the worst moment of one call, read every half millisecond."""
+    _, work = works(side, model := load(side))[name]
+    assert model is not None
+    before = resident()
+    highest, done = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.is_set():
+            highest = max(highest, resident())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return max(highest, resident()) - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", nargs=2, metavar=("SIDE", "NAME"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        print(peak_memory(*options.peak))
+        return
+    models = {side: load(side) for side in SIDES}
+    jobs = {side: works(side, models[side]) for side in SIDES}
+    ids = torch.randint(CONFIG.vocab_size, (2, 200))
+    with torch.inference_mode():
+        ours, theirs = models["limbeck"](ids), models["transformers"](ids).logits
+    error = ((ours - theirs).square().mean() / theirs.square().mean()).sqrt().item()
+    print(f"logits agree to a relative RMS of {error:.1e}\n")
+    peak = matmul_peak()
+    rows: list[dict[str, Any]] = []
+    print(
+        f"{'work':28} {'limbeck tok/s':>14} {'transformers':>14} {'ratio':>6} {'of matmul peak':>15} {'memory MiB':>18}"
+    )
+    for name, (tokens, _) in jobs["limbeck"].items():
+        times: dict[str, list[float]] = {side: [] for side in SIDES}
+        for side in SIDES:
+            jobs[side][name][1]()
+        for _ in range(options.rounds):
+            for side in SIDES:
+                times[side].append(seconds(jobs[side][name][1]))
+        rate = {side: tokens / statistics.median(times[side]) for side in SIDES}
+        command = [sys.executable, "-m", "limbeck.benchmarks.cpu_vs_transformers", "--peak"]
+        memory = {
+            side: int(subprocess.run([*command, side, name], check=True, capture_output=True, text=True).stdout)
+            for side in SIDES
+        }
+        share = flops(tokens, name.startswith("training")) * rate["limbeck"] / tokens / peak
+        ratio = rate["limbeck"] / rate["transformers"]
+        mib = {side: memory[side] / 2**20 for side in SIDES}
+        print(
+            f"{name:28} {rate['limbeck']:14.0f} {rate['transformers']:14.0f} {ratio:6.2f} {share:15.0%}"
+            f" {mib['limbeck']:8.0f} / {mib['transformers']:6.0f} ({mib['limbeck'] / mib['transformers']:.2f})"
+        )
+        rows.append({"work": name, "tokens_per_second": rate, "ratio": ratio, "of_matmul_peak": share, "bytes": memory})
+    facts = provenance() | {"matmul_peak_gflops": peak / 1e9, "machine": platform.machine()}
+    print("\n" + "\n".join(f"{key}: {value}" for key, value in facts.items()))
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "logits_error": error, "provenance": facts}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Head and loss in one: divergence from a teacher, or cross-entropy, without the [T, V] logits of a whole batch.
+
+Tokens go through in chunks: two matrix products give a chunk's logits, the per-token sums and the gradient of the
+logits follow in place, and two more products turn that into gradients of the hidden states and of the head, added
+up in float32. Sources: arXiv 1503.02531 (distillation and its T^2); the idea of the fused head is Liger-Kernel's.
+Shapes: [T] tokens, [V] vocabulary, [Hs] and [Ht] the hidden widths of student and teacher.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+class LinearKL(NamedTuple):
+    """The loss, and per token [T] (no gradient, 0 where ignored): the divergence at the temperature (without the
+    T^2), cross-entropies of student and teacher in nats (None without labels), and whether their likeliest tokens are
+    the same."""
+
+    loss: Tensor
+    kl: Tensor
+    cross_entropy: Tensor | None
+    teacher_cross_entropy: Tensor | None
+    agreement: Tensor
+
+
+class LinearCrossEntropy(NamedTuple):
+    """The loss, and per token [T]: cross-entropy in nats (0 where ignored), and whether the label ranks first."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    top1: Tensor
+
+
+def linear_kl(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    *,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    labels: Tensor | None = None,
+    ignore_index: int = IGNORED,
+    token_weights: Tensor | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    normalizer: Tensor | float | None = None,
+    chunk_tokens: int | None = None,
+) -> LinearKL:
+    """Distillation loss of student_hidden [T, Hs] under student_head [V, Hs] against the teacher's [T, Ht], [V, Ht].
+
+    loss = sum_t w_t (kl_weight T^2 divergence_t + ce_weight cross_entropy_t) / normalizer, with the temperature T
+    and w the token weights [T] (default 1). Tokens whose label [T] is `ignore_index` count for nothing. The
+    normalizer is by default the sum of the weights that count; give the whole batch's when this is a part of it.
+    "forward" is KL(teacher || student), "reverse" the other way round, "jsd" the Jensen-Shannon divergence.
+    Gradients reach the student's hidden states and head; the teacher gets none. Buffers are [chunk_tokens, V].
+
+    Raises ValueError where shapes disagree or an option is unknown.
+    """
+    check_head("student", student_hidden, student_head)
+    check_head("teacher", teacher_hidden, teacher_head)
+    tokens, vocabulary = student_hidden.shape[0], student_head.shape[0]
+    if teacher_hidden.shape[0] != tokens or teacher_head.shape[0] != vocabulary:
+        raise ValueError(
+            f"linear_kl: student has {tokens} tokens and a vocabulary of {vocabulary},"
+            f" teacher {teacher_hidden.shape[0]} and {teacher_head.shape[0]}"
+        )
+    if divergence not in DIVERGENCE:
+        raise ValueError(f"linear_kl: divergence is {divergence!r}, expected one of {', '.join(DIVERGENCE)}")
+    if not temperature > 0:
+        raise ValueError(f"linear_kl: temperature is {temperature}, expected more than 0")
+    if ce_weight and labels is None:
+        raise ValueError("linear_kl: ce_weight needs labels")
+    weights, scale = weigh(tokens, labels, ignore_index, token_weights, normalizer, student_hidden)
+    options = (temperature, divergence, kl_weight, ce_weight, chunk_tokens or default_chunk(vocabulary))
+    loss, kl, cross_entropy, teacher_cross_entropy, agreement = TorchLinearKL.apply(
+        student_hidden, student_head, teacher_hidden, teacher_head, clean(labels, ignore_index), weights, scale, options
+    )  # where the device decides
+    if labels is None:
+        return LinearKL(loss, kl, None, None, agreement)
+    return LinearKL(loss, kl, cross_entropy, teacher_cross_entropy, agreement)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = IGNORED,
+    token_weights: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    chunk_tokens: int | None = None,
+) -> LinearCrossEntropy:
+    """sum_t w_t cross_entropy_t / normalizer of hidden [T, H] under head [V, H] for labels [T]; see `linear_kl`."""
+    check_head("model", hidden, head)
+    weights, scale = weigh(hidden.shape[0], labels, ignore_index, token_weights, normalizer, hidden)
+    options = (1.0, "forward", 0.0, 1.0, chunk_tokens or default_chunk(head.shape[0]))
+    loss, _, cross_entropy, _, top1 = TorchLinearKL.apply(
+        hidden, head, None, None, clean(labels, ignore_index), weights, scale, options
+    )
+    return LinearCrossEntropy(loss, cross_entropy, top1)
+
+
+def default_chunk(vocabulary: int) -> int:
+    """Tokens a chunk: at least 256, so that the products stay efficient, and about 16 MiB of float32 logits."""
+    return max(256, 2**22 // vocabulary)
+
+
+def check_head(whose: str, hidden: Tensor, head: Tensor) -> None:
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(
+            f"the {whose}'s hidden states and head must be [T, H] and [V, H],"
+            f" found {tuple(hidden.shape)} and {tuple(head.shape)}"
+        )
+
+
+def weigh(
+    tokens: int,
+    labels: Tensor | None,
+    ignore_index: int,
+    token_weights: Tensor | None,
+    normalizer: Tensor | float | None,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weights [T], 0 where ignored, and one over the normalizer."""
+    for name, tensor in (("labels", labels), ("token_weights", token_weights)):
+        if tensor is not None and tuple(tensor.shape) != (tokens,):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({tokens},)")
+    work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    weights = torch.ones(tokens, dtype=work, device=hidden.device)
+    if token_weights is not None:
+        weights = weights * token_weights.to(work)
+    if labels is not None:
+        weights = weights * (labels != ignore_index)
+    if normalizer is None:
+        normalizer = weights.sum()
+    total = torch.as_tensor(normalizer, dtype=work, device=hidden.device)
+    return weights, torch.where(total > 0, 1 / total, 0)
+
+
+def clean(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Labels that can index: 0 where ignored (their weight is 0)."""
+    return None if labels is None else labels.masked_fill(labels == ignore_index, 0)
+
+
+class TorchLinearKL(torch.autograd.Function):
+    """One pass over the token chunks gives values and gradients: the loss is a number, so that its gradients are
+    known up to the factor that arrives later."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, weights, scale, options):  # type: ignore[override]
+        *_, chunk_tokens = options
+        work = weights.dtype
+        tokens = hidden.shape[0]
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        values = torch.zeros(4, tokens, dtype=work, device=hidden.device)
+        first = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if need_hidden else None
+        dhead = torch.zeros(head.shape, dtype=work, device=head.device) if need_head else None
+        for start in range(0, tokens, chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, tokens))
+            logits = (hidden[rows] @ head.T).to(work)
+            teacher = None if teacher_hidden is None else (teacher_hidden[rows] @ teacher_head.T).to(work)
+            first[rows], dlogits = chunk_loss(
+                logits,
+                teacher,
+                None if labels is None else labels[rows, None],
+                values[:, rows],
+                options,
+                need_hidden or need_head,
+            )
+            if dlogits is None:
+                continue
+            dlogits *= weights[rows, None] * scale
+            if dhidden is not None:
+                dhidden[rows] = dlogits.to(head.dtype) @ head
+            if dhead is not None:
+                add_product(dhead, dlogits, hidden[rows])
+        kl, cross_entropy, teacher_cross_entropy, per_token = values
+        loss = (per_token * weights).sum() * scale
+        ctx.save_for_backward(dhidden, dhead)
+        ctx.dtypes = (hidden.dtype, head.dtype)
+        counted = weights != 0
+        outputs = (kl * counted, cross_entropy * counted, teacher_cross_entropy * counted, first & counted)
+        ctx.mark_non_differentiable(*outputs)
+        return loss, *outputs
+
+    @staticmethod
+    def backward(ctx, dloss, *_):  # type: ignore[override]
+        dhidden, dhead = ctx.saved_tensors
+        hidden_dtype, head_dtype = ctx.dtypes
+        return (
+            None if dhidden is None else (dhidden * dloss).to(hidden_dtype),
+            None if dhead is None else (dhead * dloss).to(head_dtype),
+            *[None] * 6,
+        )
+
+
+def chunk_loss(
+    logits: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    values: Tensor,
+    options: tuple[float, str, float, float, int],
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Works through the logits [t, V] of one chunk, in place. `values` [4, t] receives divergence, cross-entropies of
+    student and teacher and the loss a token; the answer is whether the first ranks agree [t], and the gradient of the
+    unweighted loss by the logits [t, V] (the buffer of the logits)."""
+    temperature, divergence, kl_weight, ce_weight, _ = options
+    ranked_first = logits.argmax(-1)
+    if teacher is None:
+        assert labels is not None
+        agree = ranked_first == labels[:, 0]
+    else:
+        agree = ranked_first == teacher.argmax(-1)
+    if labels is not None:
+        values[1] = torch.logsumexp(logits, -1) - logits.gather(1, labels)[:, 0]
+        if teacher is not None:
+            values[2] = torch.logsumexp(teacher, -1) - teacher.gather(1, labels)[:, 0]
+    values[3] = ce_weight * values[1]
+    dlogits = None
+    if need_gradient and ce_weight:
+        # The last use of the raw logits may take their buffer.
+        dlogits = torch.softmax(logits, -1)
+        dlogits.scatter_add_(1, labels, -torch.ones_like(values[1])[:, None])
+        dlogits *= ce_weight
+    if teacher is not None:
+        if temperature != 1:
+            logits /= temperature
+            teacher /= temperature
+        logits -= torch.logsumexp(logits, -1, keepdim=True)
+        teacher -= torch.logsumexp(teacher, -1, keepdim=True)
+        values[0], gradient = DIVERGENCE[divergence](logits, teacher)
+        values[3] += kl_weight * temperature**2 * values[0]
+        if need_gradient:
+            gradient *= kl_weight * temperature  # T^2, and 1 / T from the logits' division
+            dlogits = gradient if dlogits is None else dlogits.add_(gradient)
+    return agree, dlogits
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) [t] and its gradient by the student's logits, from log-probabilities, which it uses up."""
+    p_teacher = teacher.exp()
+    kl = torch.linalg.vecdot(p_teacher, teacher.sub_(student))
+    return kl, student.exp_().sub_(p_teacher)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(student || teacher) [t] and its gradient by the student's logits, from log-probabilities, which it uses up."""
+    p_student = student.exp()
+    difference = student.sub_(teacher)
+    kl = torch.linalg.vecdot(p_student, difference)
+    return kl, difference.sub_(kl[:, None]).mul_(p_student)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL(teacher || m) + KL(student || m)) / 2 [t] with m = (p_teacher + p_student) / 2, and its gradient."""
+    p_student, p_teacher = student.exp(), teacher.exp()
+    log_middle = torch.logaddexp(student, teacher).sub_(0.6931471805599453)
+    difference = student.sub_(log_middle)
+    kl_student = torch.linalg.vecdot(p_student, difference)
+    kl_teacher = torch.linalg.vecdot(p_teacher, teacher.sub_(log_middle))
+    return (kl_student + kl_teacher) / 2, difference.sub_(kl_student[:, None]).mul_(p_student).div_(2)
+
+
+DIVERGENCE = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}
+
+
+def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    """total [V, H] += dlogits^T [V, t] hidden [t, H], summed in the dtype of total."""
+    if hidden.dtype == total.dtype:
+        total.addmm_(dlogits.T, hidden)
+    else:
+        total += dlogits.to(hidden.dtype).T @ hidden

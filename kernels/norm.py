@@ -1,0 +1,83 @@
+"""RMSNorm, and Mamba-2's gated RMSNorm over groups. Sources: arXiv 1910.07467; arXiv 2405.21060, section 6.
+
+Sums are float32 (float64 for float64 inputs); the answer has the input's dtype. Backward keeps the inputs and one
+number a row, and recomputes the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., C], weight [C]. Raises ValueError."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
+    if not torch.is_grad_enabled():
+        work = working_dtype(x)
+        return F.rms_norm(x.to(work), weight.shape, weight.to(work), eps).to(x.dtype)
+    return TorchNorm.apply(x, None, weight, eps, 1)  # where the device decides
+
+
+def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int) -> Tensor:
+    """x * silu(z), then RMSNorm inside each of n_groups groups of channels; x and z [..., C], weight [C].
+
+    Raises ValueError where shapes disagree or the groups do not divide C.
+    """
+    if weight.shape != x.shape[-1:] or z.shape != x.shape:
+        raise ValueError(f"gated_rms_norm: x {tuple(x.shape)}, z {tuple(z.shape)}, weight {tuple(weight.shape)} differ")
+    if n_groups < 1 or x.shape[-1] % n_groups:
+        raise ValueError(f"gated_rms_norm: {x.shape[-1]} channels are not divisible by {n_groups} groups")
+    if not torch.is_grad_enabled():
+        work = working_dtype(x)
+        grouped = F.silu(z.to(work)).mul_(x).unflatten(-1, (n_groups, -1))
+        normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2)
+        return normed.mul_(weight.to(work)).to(x.dtype)
+    return TorchNorm.apply(x, z, weight, eps, n_groups)  # where the device decides
+
+
+class TorchNorm(torch.autograd.Function):
+    """Both norms: the plain one is the gated one without a gate, in one group."""
+
+    @staticmethod
+    def forward(ctx, x, z, weight, eps, n_groups):  # type: ignore[override]
+        work = working_dtype(x)
+        u = x.to(work) if z is None else x.to(work) * F.silu(z.to(work))
+        grouped = u.unflatten(-1, (n_groups, -1))
+        size = grouped.shape[-1]
+        # The norm of a row reads it once; a square and a mean would write and read it again.
+        rms = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, z, weight, rms)
+        scale = weight.to(work).view(n_groups, size)
+        y = grouped * rms if u is x else grouped.mul_(rms)
+        return y.mul_(scale).flatten(-2).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[override]
+        x, z, weight, rms = ctx.saved_tensors
+        work = rms.dtype
+        n_groups = rms.shape[-2]
+        gate = None if z is None else F.silu(z.to(work))
+        u = x.to(work) if gate is None else x.to(work) * gate
+        grouped = u.unflatten(-1, (n_groups, -1))
+        size = grouped.shape[-1]
+        normed = grouped * rms
+        dy = dy.to(work).unflatten(-1, (n_groups, size))
+        product = dy * normed
+        dweight = product.flatten(0, -3).sum(0).flatten()
+        scale = weight.to(work).view(n_groups, size)
+        mean = torch.linalg.vecdot(product, scale)[..., None]
+        du = torch.mul(dy, scale, out=product).addcmul_(normed, mean, value=-1 / size).mul_(rms).flatten(-2)
+        if gate is None:
+            return du.to(x.dtype), None, dweight.to(weight.dtype), None, None
+        sigmoid = torch.sigmoid(z.to(work))
+        # silu' = sigmoid + silu (1 - sigmoid)
+        slope = torch.addcmul(gate, gate, sigmoid, value=-1).add_(sigmoid)
+        dz = slope.mul_(x.to(work)).mul_(du)
+        return du.mul_(gate).to(x.dtype), dz.to(z.dtype), dweight.to(weight.dtype), None, None
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

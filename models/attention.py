@@ -1,0 +1,65 @@
+"""Grouped-query causal attention without positions, over packed documents and a key-value cache.
+
+Shapes: [B, T] batch and tokens, [L] tokens in the cache, [H] query heads, [K] key-value heads, [D] head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.linear import linear
+from ..kernels.ssd import document_numbers
+from .cache import KeyValues
+from .config import HybridConfig
+
+Observe = Callable[[str, int, Tensor], None]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: HybridConfig, layer: int, **place: Any) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False, **place)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False, **place)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False, **place)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False, **place)
+
+    def forward(
+        self, u: Tensor, mask: Tensor | None, cache: KeyValues | None, observe: Observe | None = None
+    ) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden]; `mask` [B, 1, T, L] marks who may see whom (None: causal)."""
+        split = (-1, self.config.head_dim)
+        q, k, v = (
+            linear(u, projection.weight).unflatten(-1, split).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if cache is not None:
+            k, v = cache.append(k, v)
+        causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        y = y.transpose(1, 2)
+        if observe is not None:
+            observe("attn_heads", self.layer, y)
+        return linear(y.flatten(2), self.o_proj.weight)
+
+
+def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Tensor | None:
+    """Who may see whom, [1 or B, 1, T, past + T]: what came before, in the same document; None: plainly causal.
+
+    The past is of the document of token 0. One token that follows a past sees all of it, which needs no mask."""
+    if seq_idx is None and (past == 0 or tokens == 1):
+        return None
+    last = torch.arange(past, past + tokens, device=device)
+    mask = torch.arange(past + tokens, device=device) <= last[:, None]
+    if seq_idx is None:
+        return mask[None, None]
+    document = document_numbers(seq_idx)
+    of_key = F.pad(document, (past, 0))
+    return (mask & (document[:, :, None] == of_key[:, None, :]))[:, None]

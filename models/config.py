@@ -1,0 +1,127 @@
+"""What a hybrid model is: the layer pattern and every width. A pruned model is just another config.
+
+The pattern has one letter a layer: `M` a Mamba-2 mixer, `*` attention, `-` an MLP; each layer is
+x + mixer(RMSNorm(x)). A dense Transformer block is the pattern `*-`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import InputError
+from .families import FAMILIES, read_config, write_config
+
+LAYER_KINDS = {"M": "mamba", "*": "attention", "-": "mlp"}
+ACTIVATIONS = ("relu2", "silu")
+
+
+@dataclasses.dataclass(frozen=True)
+class HybridConfig:
+    """Every number that shapes a model; the names are the field's (nemotron_h's where it has one).
+
+    Widths that a pattern does not use stay 0. `dt_limit` clamps the step after softplus; `extra` carries what
+    the source's config.json says beyond the fields here, so that a rewritten folder keeps it.
+
+    Raises InputError from the constructor when the numbers contradict each other.
+    """
+
+    pattern: str
+    vocab_size: int
+    hidden_size: int
+    family: str = "nemotron_h"
+    intermediate_size: int = 0
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    n_groups: int = 0
+    ssm_state_size: int = 0
+    conv_kernel: int = 4
+    chunk_size: int = 128
+    norm_eps: float = 1e-5
+    activation: str = "relu2"
+    gated_mlp: bool = False
+    conv_bias: bool = True
+    qk_norm: bool = False
+    rope_theta: float | None = None
+    tie_word_embeddings: bool = False
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    max_position_embeddings: int = 131072
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise InputError(f"config: family {self.family!r} is unknown; known: {', '.join(sorted(FAMILIES))}")
+        if not self.pattern:
+            raise InputError("config: the layer pattern is empty; expected letters of 'M', '*', '-', one a layer")
+        for position, letter in enumerate(self.pattern):
+            if letter not in LAYER_KINDS:
+                raise InputError(
+                    f"config: layer {position} of the pattern has the unknown letter {letter!r};"
+                    " known: 'M' (Mamba-2), '*' (attention), '-' (MLP)"
+                )
+        needed = ["vocab_size", "hidden_size"]
+        if "-" in self.pattern:
+            needed += ["intermediate_size"]
+        if "*" in self.pattern:
+            needed += ["num_attention_heads", "num_key_value_heads", "head_dim"]
+        if "M" in self.pattern:
+            needed += ["mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"]
+        for name in needed:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"config: {name} is {value!r}; the pattern needs a whole number of at least 1")
+        if "*" in self.pattern and self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"config: num_attention_heads ({self.num_attention_heads}) is not a multiple of"
+                f" num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if "M" in self.pattern and self.mamba_num_heads % self.n_groups:
+            raise InputError(
+                f"config: mamba_num_heads ({self.mamba_num_heads}) is not divisible by n_groups ({self.n_groups})"
+            )
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise InputError(f"config: rotary positions need an even head_dim, found {self.head_dim}")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"config: activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+        low, high = self.dt_limit
+        if not 0 <= low < high:
+            raise InputError(f"config: dt_limit is ({low}, {high}); expected 0 <= low < high")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.pattern)
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of a Mamba mixer: heads x head_dim (not expand x hidden)."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels that the short convolution runs over: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.ssm_state_size
+
+    def layers_of(self, letter: str) -> tuple[int, ...]:
+        """Indices of the layers of one kind ('M', '*' or '-')."""
+        return tuple(i for i, found in enumerate(self.pattern) if found == letter)
+
+    def replace(self, **changes: Any) -> HybridConfig:
+        """A copy with some fields changed, checked like any other."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> HybridConfig:
+        """Reads the contents of a config.json, in any spelling that `families` knows. Raises InputError."""
+        return cls(**read_config(config))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The contents of a config.json in the published spelling of the family."""
+        return write_config(self)

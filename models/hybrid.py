@@ -1,0 +1,170 @@
+"""The decoder: embedding, blocks x + mixer(norm(x)) after the pattern, final norm, head. The only loop over layers.
+
+Shapes: [B, T] batch and tokens, [V] vocabulary. Parameters are named as in `axes.tensor_table`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.linear import linear
+from ..kernels.norm import rms_norm
+from .attention import Attention, attention_mask
+from .cache import Cache, KeyValues, MambaState
+from .config import HybridConfig
+from .errors import InputError
+from .mamba2 import Mamba2Mixer, NormWeight
+from .mlp import MLP
+
+Observe = Callable[[str, int, Tensor], None]
+MIXERS: dict[str, Callable[..., nn.Module]] = {"M": Mamba2Mixer, "*": Attention, "-": MLP}
+
+
+class Block(nn.Module):
+    """One layer: its norm, and the mixer that its letter stands for."""
+
+    def __init__(self, config: HybridConfig, layer: int, **place: Any) -> None:
+        super().__init__()
+        self.norm = NormWeight(config.hidden_size, **place)
+        self.mixer = MIXERS[config.pattern[layer]](config, layer, **place)
+
+
+class HybridLM(nn.Module):
+    """A hybrid language model. Weights are uninitialised until `initialize` or a checkpoint fills them.
+
+    `observe(kind, layer, tensor)`, where a method takes it, sees intermediates as they pass: "residual" before a
+    layer, "hidden" after its norm (both also at `num_layers`, around the final norm), "ffn" and "ffn_act" before
+    and after the activation, "attn_heads" [B, T, heads, head_dim] before `o_proj`, and "mamba_x", "mamba_z" (from
+    `in_proj`) and "mamba_out" (before `out_proj`), each [B, T, heads, head_dim].
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if config.rope_theta is not None or config.qk_norm:
+            raise InputError(f"config: rotary positions and q/k norm ({config.family}) are not supported yet")
+        place = {"device": device, "dtype": dtype}
+        self.config = config
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **place)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList(Block(config, layer, **place) for layer in range(config.num_layers))
+        self.norm_f = NormWeight(config.hidden_size, **place)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **place)  # type: ignore[arg-type]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, hidden]; the embedding's where they are tied."""
+        return self.embeddings.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of input_ids [B, T]; see `hidden_states`."""
+        hidden = self.hidden_states(input_ids, seq_idx=seq_idx, cache=cache, observe=observe)
+        return linear(hidden, self.head_weight)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        *,
+        seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """What the head reads, [B, T, hidden]. Where `seq_idx` [B, T] changes along a row, a new document begins:
+        state and attention start anew. With a cache the tokens follow those that it holds (any number of them)."""
+        hidden = self.embed(input_ids)
+        hidden = self.forward_layers(hidden, 0, self.config.num_layers, seq_idx=seq_idx, cache=cache, observe=observe)
+        if observe is not None:
+            observe("residual", self.config.num_layers, hidden)
+        hidden = rms_norm(hidden, self.norm_f.weight, self.config.norm_eps)
+        if observe is not None:
+            observe("hidden", self.config.num_layers, hidden)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return hidden
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, hidden]"""
+        return self.embeddings(input_ids)
+
+    def forward_layers(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        *,
+        seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """The residual stream [B, T, hidden] after layers start..stop-1."""
+        tokens = hidden.shape[1]
+        past = 0 if cache is None else cache.length
+        mask = None
+        if "*" in self.config.pattern[start:stop]:
+            mask = attention_mask(tokens, past, seq_idx, hidden.device)
+        for layer in range(start, stop):
+            if observe is not None:
+                observe("residual", layer, hidden)
+            state = None if cache is None else cache.layers[layer]
+            hidden = hidden + self.mix(layer, hidden, mask, seq_idx, state, observe)
+        return hidden
+
+    def mix(
+        self,
+        layer: int,
+        hidden: Tensor,
+        mask: Tensor | None,
+        seq_idx: Tensor | None,
+        state: KeyValues | MambaState | None,
+        observe: Observe | None,
+    ) -> Tensor:
+        """What one layer adds to the residual stream [B, T, hidden]."""
+        block = self.layers[layer]
+        u = rms_norm(hidden, block.norm.weight, self.config.norm_eps)
+        if observe is not None:
+            observe("hidden", layer, u)
+        letter = self.config.pattern[layer]
+        if letter == "M":
+            return block.mixer(u, seq_idx, state, observe)
+        if letter == "*":
+            return block.mixer(u, mask, state, observe)
+        return block.mixer(u, observe)
+
+
+@torch.no_grad()
+def initialize(model: HybridLM, generator: torch.Generator, *, std: float = 0.02) -> None:
+    """Fills every weight in place: normal(0, std), projections into the residual stream divided by sqrt(layers);
+    A uniform in [1, 16] and dt_bias such that dt starts log-uniform in [1e-3, 1e-1], as mamba_ssm's Mamba-2 module
+    starts; norms and D one; the convolution uniform in +-1/sqrt(width)."""
+    for name, weight in model.named_parameters():
+        kind = name.rsplit(".", 2)[-2:]
+        if name.endswith("A_log"):
+            weight.uniform_(1, 16, generator=generator).log_()
+        elif name.endswith("dt_bias"):
+            step = weight.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+            weight.copy_(step + torch.log(-torch.expm1(-step)))
+        elif name.endswith(".D") or kind[0] in ("norm", "norm_f"):
+            weight.fill_(1)
+        elif kind[0] == "conv1d":
+            bound = 1 / math.sqrt(model.config.conv_kernel)
+            weight.uniform_(-bound, bound, generator=generator)
+        else:
+            residual = kind[0] in ("out_proj", "o_proj", "down_proj")
+            weight.normal_(0, std / math.sqrt(model.config.num_layers) if residual else std, generator=generator)

@@ -1,0 +1,124 @@
+"""The Mamba-2 mixer. Source: arXiv 2405.21060; layout of the published nemotron_h checkpoints.
+
+`in_proj` gives z | x | B | C | dt; x, B and C pass the short convolution, the scan mixes tokens, the gated norm lets
+z in, `out_proj` leads back. Shapes: [B, T] batch and tokens, [H] heads, [P] head_dim, [G] groups, [N] state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ..kernels.linear import linear
+from ..kernels.norm import gated_rms_norm
+from ..kernels.ssd import ssd_scan
+from ..kernels.state_update import state_update
+from .cache import MambaState
+from .config import HybridConfig
+
+Observe = Callable[[str, int, Tensor], None]
+
+
+class ConvWeights(nn.Module):
+    """The depthwise convolution's weight [C, 1, K] and bias [C]."""
+
+    def __init__(self, config: HybridConfig, **place: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.conv_dim, 1, config.conv_kernel, **place))
+        self.bias = nn.Parameter(torch.empty(config.conv_dim, **place)) if config.conv_bias else None
+
+
+class NormWeight(nn.Module):
+    """The weight of a norm."""
+
+    def __init__(self, size: int, **place: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, **place))
+
+
+class Mamba2Mixer(nn.Module):
+    def __init__(self, config: HybridConfig, layer: int, **place: Any) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        heads = config.mamba_num_heads
+        self.in_proj = nn.Linear(config.hidden_size, config.d_inner + config.conv_dim + heads, bias=False, **place)
+        self.conv1d = ConvWeights(config, **place)
+        self.A_log = nn.Parameter(torch.empty(heads, **place))
+        self.D = nn.Parameter(torch.empty(heads, **place))
+        self.dt_bias = nn.Parameter(torch.empty(heads, **place))
+        self.norm = NormWeight(config.d_inner, **place)
+        self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=False, **place)
+
+    def forward(
+        self, u: Tensor, seq_idx: Tensor | None, state: MambaState | None, observe: Observe | None = None
+    ) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden]; with a state, the tokens go on from it, and it moves on in place."""
+        config = self.config
+        if state is not None and u.shape[1] == 1 and seq_idx is None and observe is None:
+            return self.step(u, state)
+        z, conv_in, dt = linear(u, self.in_proj.weight).split(
+            (config.d_inner, config.conv_dim, config.mamba_num_heads), -1
+        )
+        if observe is not None:
+            heads = (config.mamba_num_heads, config.mamba_head_dim)
+            observe("mamba_x", self.layer, conv_in[..., : config.d_inner].unflatten(-1, heads))
+            observe("mamba_z", self.layer, z.unflatten(-1, heads))
+        conv_out = causal_conv1d(
+            conv_in,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            seq_idx=seq_idx,
+            initial_state=None if state is None else state.conv,
+            return_final_state=state is not None,
+        )
+        if state is not None:
+            conv_out, last = conv_out
+            state.conv.copy_(last)
+        x, B, C = self.split_heads(conv_out)
+        y = ssd_scan(
+            x,
+            dt,
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=config.dt_limit,
+            chunk_size=config.chunk_size,
+            seq_idx=seq_idx,
+            initial_state=None if state is None else state.ssm,
+            return_final_state=state is not None,
+        )
+        if state is not None:
+            y, last = y
+            state.ssm.copy_(last)
+        normed = gated_rms_norm(y.flatten(-2), z, self.norm.weight, config.norm_eps, config.n_groups)
+        if observe is not None:
+            observe("mamba_out", self.layer, normed.unflatten(-1, heads))
+        return linear(normed, self.out_proj.weight)
+
+    def step(self, u: Tensor, state: MambaState) -> Tensor:
+        """One token [B, 1, hidden] -> [B, 1, hidden]."""
+        config = self.config
+        projected = linear(u[:, 0], self.in_proj.weight)
+        z, conv_in, dt = projected.split((config.d_inner, config.conv_dim, config.mamba_num_heads), -1)
+        conv_out = causal_conv1d_step(state.conv, conv_in, self.conv1d.weight[:, 0], self.conv1d.bias)
+        x, B, C = self.split_heads(conv_out)
+        A = -torch.exp(self.A_log.float())
+        options = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit}
+        y = state_update(state.ssm, x, dt, A, B, C, **options)
+        normed = gated_rms_norm(y.flatten(1), z, self.norm.weight, config.norm_eps, config.n_groups)
+        return linear(normed, self.out_proj.weight)[:, None]
+
+    def split_heads(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., conv_dim] -> x [..., H, P], B and C [..., G, N]"""
+        config = self.config
+        groups = (config.n_groups, config.ssm_state_size)
+        x, B, C = conv_out.split((config.d_inner, groups[0] * groups[1], groups[0] * groups[1]), -1)
+        heads = (config.mamba_num_heads, config.mamba_head_dim)
+        return x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)

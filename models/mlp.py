@@ -1,0 +1,40 @@
+"""The MLP mixer: down(relu^2(up x)), or the gated form down(silu(gate x) * up x)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..kernels.activation import relu2, swiglu
+from ..kernels.linear import linear
+from .config import HybridConfig
+from .errors import InputError
+
+Observe = Callable[[str, int, Tensor], None]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: HybridConfig, layer: int, **place: Any) -> None:
+        super().__init__()
+        if config.gated_mlp != (config.activation == "silu"):
+            raise InputError(
+                f"config: activation {config.activation!r} with gated_mlp={config.gated_mlp} is not supported;"
+                " known: relu2 without a gate, silu with one"
+            )
+        self.layer = layer
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, **place)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, **place)
+        if config.gated_mlp:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, **place)
+        self.gated = config.gated_mlp
+
+    def forward(self, u: Tensor, observe: Observe | None = None) -> Tensor:
+        """[..., hidden] -> [..., hidden]"""
+        up = linear(u, self.up_proj.weight)
+        active = swiglu(linear(u, self.gate_proj.weight), up) if self.gated else relu2(up)
+        if observe is not None:
+            observe("ffn", self.layer, up)
+            observe("ffn_act", self.layer, active)
+        return linear(active, self.down_proj.weight)

@@ -1,0 +1,128 @@
+"""What scoring found out about a model, and its file: a folder with scores.safetensors and scores.json.
+
+Width scores hold one float64 tensor an axis, on the CPU, larger = more important:
+hidden [num_layers + 1, hidden] (a row for each layer's norm and one for the final norm), ffn(i) [ffn],
+attn_heads(i) [heads], and mamba_heads(i) [heads, head_dim], which ranks heads and head channels both: a head's
+score counts only the channels that are kept, so that it is known no earlier than choose.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..models.axes import HIDDEN, Axis, axis_sizes
+from ..models.config import HybridConfig
+from ..models.errors import InputError
+from ..models.folder import atomic_folder, write_json
+
+WidthScores = dict[Axis, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerScores:
+    """The order in which layers may go, and why.
+
+    order: source layers, the first to be removed first. mse: per step, the mean squared difference of the logits
+    from the original model's after its removal. candidates: per step, the same for each candidate, by its first
+    layer. layer_evaluations: layers run, each over the whole calibration set.
+    """
+
+    order: tuple[int, ...] = ()
+    mse: tuple[float, ...] = ()
+    candidates: tuple[dict[int, float], ...] = ()
+    layer_evaluations: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The contents of a scores folder; `metadata` (JSON-able) says how they came about."""
+
+    widths: WidthScores
+    layers: LayerScores
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def width_score_shapes(config: HybridConfig) -> dict[Axis, tuple[int, ...]]:
+    """The axes that are scored and the shapes of their scores."""
+    sizes = axis_sizes(config)
+    shapes: dict[Axis, tuple[int, ...]] = {}
+    for axis, size in sizes.items():
+        if axis == HIDDEN:
+            shapes[axis] = (config.num_layers + 1, size)
+        elif axis.kind == "mamba_heads":
+            shapes[axis] = (size, sizes[Axis("mamba_head_dim", axis.layer)])
+        elif axis.kind != "mamba_head_dim":
+            shapes[axis] = (size,)
+    return shapes
+
+
+def check_width_scores(config: HybridConfig, widths: WidthScores, where: str) -> None:
+    """Raises InputError unless `widths` are finite and are scores of a model of this config."""
+    shapes = width_score_shapes(config)
+    for axis in shapes.keys() | widths.keys():
+        found = tuple(widths[axis].shape) if axis in widths else None
+        if found != shapes.get(axis):
+            raise InputError(
+                f"{where}: {axis} has scores of shape {found}, the model needs {shapes.get(axis)};"
+                " expected the scores of this very model"
+            )
+        if not torch.isfinite(widths[axis]).all():
+            raise InputError(f"{where}: scores of {axis} are not finite; expected a model whose activations are")
+
+
+def write_scores(folder: Path, scores: Scores) -> None:
+    """Writes the two files into an existing folder; the same scores give the same bytes."""
+    tensors = {tensor_name(axis): scores.widths[axis].contiguous() for axis in sorted(scores.widths, key=tensor_name)}
+    save_file(tensors, folder / "scores.safetensors")
+    layers = dataclasses.asdict(scores.layers)
+    layers["candidates"] = [{str(layer): mse for layer, mse in step.items()} for step in scores.layers.candidates]
+    write_json(folder / "scores.json", {**scores.metadata, "layers": layers})
+
+
+def save_scores(path: str | Path, scores: Scores) -> None:
+    """Writes a new scores folder, whole or not at all. Raises InputError when `path` exists."""
+    with atomic_folder(path) as folder:
+        write_scores(folder, scores)
+
+
+def load_scores(path: str | Path) -> Scores:
+    """Reads a scores folder. Raises InputError when it is not one."""
+    tensor_file, json_file = Path(path) / "scores.safetensors", Path(path) / "scores.json"
+    for file in (tensor_file, json_file):
+        if not file.is_file():
+            raise InputError(f"scores: {file} does not exist; expected a folder that `limbeck score` wrote")
+    try:
+        with safe_open(tensor_file, framework="pt") as tensors:
+            widths = {axis_of(name): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"scores: {tensor_file} cannot be read ({error}); expected `limbeck score`'s file") from None
+    try:
+        metadata = json.loads(json_file.read_text(encoding="utf-8"))
+        found = metadata.pop("layers")
+        layers = LayerScores(
+            order=tuple(int(layer) for layer in found["order"]),
+            mse=tuple(float(mse) for mse in found["mse"]),
+            candidates=tuple({int(layer): float(mse) for layer, mse in step.items()} for step in found["candidates"]),
+            layer_evaluations=int(found["layer_evaluations"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"scores: {json_file} cannot be read ({error}); expected `limbeck score`'s file") from None
+    return Scores(widths, layers, metadata)
+
+
+def tensor_name(axis: Axis) -> str:
+    return axis.kind if axis.layer is None else f"{axis.kind}.{axis.layer}"
+
+
+def axis_of(name: str) -> Axis:
+    kind, _, layer = name.partition(".")
+    return Axis(kind, int(layer) if layer else None)

@@ -1,0 +1,157 @@
+"""Kept indices in, a smaller model out: every tensor is cut along the axes that models/axes.py names for it.
+
+Nothing here knows what a tensor does: for each dimension of each tensor, the kept units of its axis are selected.
+Axes and layers of a `Selection` are numbered as in the source model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.axes import Axis, Dimension, TensorAxes, axis_sizes, segment_size, tensor_table
+from ..models.config import HybridConfig
+from ..models.errors import InputError
+from ..models.hybrid import HybridLM
+
+# The width of the config that counts the units of an axis, and for axes whose units live in groups of equal size
+# (a group shares B and C, or a key/value head) the width that counts the groups.
+WIDTH_OF_AXIS = {
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "attn_heads": "num_attention_heads",
+    "mamba_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+}
+GROUPS_OF_AXIS = {"attn_heads": "num_key_value_heads", "mamba_heads": "n_groups"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What stays: source layers in ascending order, and per axis the source units in their new order.
+
+    An axis that is not named keeps everything.
+    """
+
+    layers: tuple[int, ...]
+    kept: Mapping[Axis, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+def slice_config(config: HybridConfig, selection: Selection) -> HybridConfig:
+    """The config of the model that `selection` leaves.
+
+    Raises InputError when the selection names layers or units that do not exist, twice, or out of order (layers
+    ascending; grouped heads inside their group, equally many in each), or when two layers of a kind would get
+    different widths: a config has one number for all of them, and so has every tool that loads the result.
+    """
+    layers = selection.layers
+    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_layers:
+        raise InputError(
+            f"selection: layers are {list(layers)}; expected ascending numbers within 0..{config.num_layers - 1}"
+        )
+    sizes = {a: size for a, size in axis_sizes(config).items() if a.layer is None or a.layer in layers}
+    for axis in selection.kept:
+        if axis not in sizes:
+            raise InputError(f"selection: {axis} is not an axis of a kept layer; known: {', '.join(map(str, sizes))}")
+    widths: dict[str, int] = {}
+    for axis, size in sizes.items():
+        kept = selection.kept.get(axis, range(size))
+        check_units(axis, size, kept)
+        if axis.kind in GROUPS_OF_AXIS:
+            check_groups(axis, size, kept, getattr(config, GROUPS_OF_AXIS[axis.kind]))
+        if widths.setdefault(axis.kind, len(kept)) != len(kept):
+            raise InputError(
+                f"selection: {axis} keeps {len(kept)} units where an earlier layer keeps {widths[axis.kind]};"
+                " expected the same number in every layer of a kind"
+            )
+    pattern = "".join(config.pattern[layer] for layer in layers)
+    return config.replace(pattern=pattern, **{WIDTH_OF_AXIS[kind]: width for kind, width in widths.items()})
+
+
+def check_units(axis: Axis, size: int, kept: Sequence[int]) -> None:
+    """Raises InputError unless `kept` holds at least one and only distinct units of 0..size-1."""
+    if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= size:
+        raise InputError(f"selection: {axis} keeps {abridged(kept)}; expected distinct units within 0..{size - 1}")
+
+
+def check_groups(axis: Axis, size: int, kept: Sequence[int], groups: int) -> None:
+    """Raises InputError unless every group keeps equally many units and the groups stay in their order."""
+    per_group, left = size // groups, len(kept) // groups
+    if len(kept) % groups or any(unit // per_group != position // left for position, unit in enumerate(kept)):
+        raise InputError(
+            f"selection: {axis} keeps {abridged(kept)}; expected equally many units of each of"
+            f" its {groups} groups of {per_group}, group after group"
+        )
+
+
+def abridged(units: Sequence[int]) -> str:
+    return str(list(units)) if len(units) <= 16 else f"[{', '.join(map(str, units[:16]))}, ...] ({len(units)} units)"
+
+
+def slice_tensors(
+    get_tensor: Callable[[str], Tensor], config: HybridConfig, selection: Selection, *, rescale_norms: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of the smaller model one by one, in the order of its table, each in its source's dtype.
+
+    `get_tensor` reads a tensor of the source (`config`) by its internal name. A tensor that loses nothing is
+    passed on untouched. With `rescale_norms`, the weight of a norm over fewer channels is multiplied by
+    sqrt(channels before / channels after): RMS divides by the count, so without the factor the removal of
+    channels that are zero would still scale all others (norm_eps apart, this leaves them as they were).
+    Raises InputError as `slice_config` does.
+    """
+    source_table = tensor_table(config)
+    for name, axes in tensor_table(slice_config(config, selection)).items():
+        source = source_table[source_name(axes, selection)]
+        tensor = get_tensor(source.name)
+        assert tensor.shape == source.shape, (source.name, tuple(tensor.shape), source.shape)
+        for number, dimension in enumerate(source.dimensions):
+            index = kept_rows(dimension, selection.kept)
+            if not torch.equal(index, torch.arange(source.shape[number])):
+                tensor = tensor.index_select(number, index.to(tensor.device))
+        if rescale_norms and is_norm(name) and axes.numel != source.numel:
+            tensor = (tensor.double() * math.sqrt(source.numel / axes.numel)).to(tensor.dtype)
+        assert tensor.shape == axes.shape, (name, tuple(tensor.shape), axes.shape)
+        yield name, tensor
+
+
+def source_name(axes: TensorAxes, selection: Selection) -> str:
+    """The name in the source of a tensor of the smaller model: its layer's number is all that differs."""
+    if axes.layer is None:
+        return axes.name
+    return f"layers.{selection.layers[axes.layer]}." + axes.name.removeprefix(f"layers.{axes.layer}.")
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor is the weight of a norm: the table calls every norm's module so."""
+    return "norm" in name.split(".")[-2]
+
+
+def kept_rows(dimension: Dimension, kept: Mapping[Axis, Sequence[int]]) -> Tensor:
+    """Indices along one dimension (int64, on the CPU) that survive when each axis keeps the units in `kept`."""
+    parts = []
+    offset = 0
+    for segment in dimension:
+        index = torch.zeros(1, dtype=torch.int64)
+        for axis, size in segment:
+            units = torch.tensor(kept[axis]) if axis is not None and axis in kept else torch.arange(size)
+            index = (index[:, None] * size + units).flatten()
+        parts.append(index + offset)
+        offset += segment_size(segment)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def slice_model(model: HybridLM, selection: Selection, *, rescale_norms: bool = True) -> HybridLM:
+    """A smaller model with its own copy of what stays of `model`, on the same device and in the same dtype."""
+    weights = model.state_dict()
+    reference = model.embeddings.weight
+    smaller = HybridLM(slice_config(model.config, selection), device=reference.device, dtype=reference.dtype)
+    targets = smaller.state_dict()
+    for name, tensor in slice_tensors(weights.__getitem__, model.config, selection, rescale_norms=rescale_norms):
+        targets.pop(name).copy_(tensor)
+    assert not targets, f"tensors of the smaller model that the table does not name: {sorted(targets)}"
+    return smaller

@@ -1,0 +1,109 @@
+"""The `limbeck` command: finds the subcommand, composes its options, runs it, and turns errors into exit codes.
+
+Heavy imports wait until a command runs: `limbeck --help` reads nothing but this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..models.errors import CheckFailed, InputError
+
+COMMANDS = {
+    "compress": "the whole chain below, resumable: score, prune, distil, evaluate, export, memory-fit, report",
+    "score": "importance of layers and widths of a model on data",
+    "prune": "a smaller checkpoint from a model, its scores and a target size",
+    "distill": "recover a student's accuracy from its teacher's logits",
+    "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
+    "export": "a checkpoint in the dtype and shards asked for, read back and compared",
+    "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
+    "generate": "text from a prompt",
+    "pretrain": "a small model from nothing (how the shipped one was made)",
+}
+EPILOGUE = """
+Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME sets many at once.
+model=, teacher= and student= take a checkpoint folder, `zoo` (the small trained model that ships), or a named
+config; data= takes a folder, a file, or `stdlib` (the running Python's own sources).
+
+First run:   limbeck compress recipe=tiny output=first
+Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
+"""
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `limbeck ARGUMENTS` and returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from .. import __version__
+
+        print(f"limbeck {__version__}")
+        return 0
+    try:
+        command, overrides = words[0], words[1:]
+        if command not in COMMANDS:
+            raise InputError(f"{command!r} is no command; known: {', '.join(COMMANDS)}")
+        if any(word in ("-h", "--help") for word in overrides):
+            print(describe(command))
+            return 0
+        return run(command, overrides)
+    except InputError as error:
+        return finish(2, str(error))
+    except CheckFailed as error:
+        return finish(3, str(error))
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return finish(130, "interrupted; the same command goes on where this one stopped, where work can be resumed")
+
+
+def run(command: str, overrides: Sequence[str]) -> int:
+    """Composes the options of a command and runs it."""
+    from .compose import build, compose_config
+
+    module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
+    module.run(build(module.Options, compose_config(command, overrides)))
+    return 0
+
+
+def finish(code: int, message: str) -> int:
+    sys.stdout.flush()
+    print(f"limbeck: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def overview() -> str:
+    rows = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
+    return f"limbeck COMMAND [recipe=NAME] [KEY=VALUE ...]\n\nCommands\n{rows}\n{EPILOGUE.rstrip()}"
+
+
+def describe(command: str) -> str:
+    """A command's options, as its config explains them, and the recipes that set them."""
+    text = (CONF / f"{command}.yaml").read_text(encoding="utf-8")
+    _, _, body = text.partition("# Options\n")
+    groups = {}
+    for line in text.splitlines():
+        group = line.removeprefix("  - ").split(":")[0]
+        if line.startswith("  - ") and (CONF / group).is_dir():
+            groups[group] = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    # A recipe says in its first line which command it is for.
+    groups["recipe"] = [
+        path.stem
+        for path in sorted((CONF / "recipe").glob("*.yaml"))
+        if command in path.read_text(encoding="utf-8").splitlines()[1]
+    ]
+    choices = "\n".join(f"  {group}={'|'.join(names)}" for group, names in groups.items() if names)
+    options = "\n".join("  " + line for line in body.strip().splitlines())
+    return f"limbeck {command}: {COMMANDS[command]}\n\nOptions (KEY: default)\n{options}\n\nChoices\n{choices}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

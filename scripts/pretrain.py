@@ -1,0 +1,91 @@
+"""`limbeck pretrain`: a small model from nothing: tokenizer, random weights, cross-entropy on a corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ..distill.data import sample_batches, tokenize
+from ..distill.gap import measure_gap
+from ..distill.losses import cross_entropy_loss
+from ..distill.trainer import TrainOptions
+from ..models.errors import InputError
+from ..models.hybrid import HybridLM, initialize
+from ..models.tokenizer import load_tokenizer, train_tokenizer
+from .distill import finish_training, train_with_bar
+from .inputs import documents, model_config, torch_device
+from .show import progress, result, say
+from .stage import run_stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    model: str
+    data: str
+    output: Path
+    seed: int
+    device: str
+    seq_len: int
+    batch: int
+    evaluate_tokens: int
+    train: TrainOptions
+
+
+def run(options: Options) -> None:
+    chosen = dataclasses.asdict(options)
+    del chosen["output"], chosen["device"]
+    run_stage(
+        options.output,
+        name="pretrain",
+        inputs={},
+        options=chosen,
+        make=lambda folder, facts: fill(folder, options),
+        scratch="training",
+    )
+    result(options.output, {"model": str(options.output)})
+
+
+def fill(folder: Path, options: Options) -> None:
+    """Trains tokenizer and model into an existing folder, going on from what is there."""
+    config = model_config(options.model)
+    text = documents(options.data, "train")
+    if not (folder / "tokenizer.json").exists():
+        with progress("training the tokenizer"):
+            train_tokenizer((document.text for document in text), config.vocab_size, folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise InputError(
+            f"data={options.data}: the text gives only {tokenizer.vocab_size} tokens, the model has"
+            f" {config.vocab_size}; give more text or a smaller vocab_size"
+        )
+    train_corpus = tokenize(text, tokenizer)
+    held_out = sample_batches(
+        tokenize(documents(options.data, "validation"), tokenizer),
+        batch_size=options.batch,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        max_tokens=options.evaluate_tokens,
+    )
+    model = HybridLM(config, device=torch_device(options.device))
+    initialize(model, torch.Generator(device=model.head_weight.device).manual_seed(options.seed))
+    say(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {train_corpus.tokens:,} tokens of text")
+
+    def evaluate(model: HybridLM) -> dict[str, float]:
+        found = measure_gap(model, {}, held_out, resamples=2).models["teacher"]
+        return {"validation_loss": found.cross_entropy.value, "validation_bits_per_byte": found.bits_per_byte.value}
+
+    train_with_bar(
+        "pretraining",
+        model,
+        cross_entropy_loss,
+        train_corpus,
+        options.train,
+        folder / "training",
+        batch=options.batch,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        evaluate=evaluate,
+    )
+    finish_training(folder, model, folder)

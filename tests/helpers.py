@@ -1,0 +1,91 @@
+"""Shared by the tests: comparison by relative RMS, tiny configs and models, a command run as a user would."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import random
+from typing import Any
+
+import torch
+from limbeck.models.config import HybridConfig
+from limbeck.models.hybrid import HybridLM, initialize
+from limbeck.scripts.main import main
+from torch import Tensor
+
+
+def assert_close(name: str, reference: Tensor, found: Tensor, ratio: float) -> None:
+    """Relative RMS error of `found` at most `ratio`; NaN never passes."""
+    assert reference.shape == found.shape, (name, reference.shape, found.shape)
+    difference = (reference.double() - found.double()).square().sum().sqrt().item()
+    size = reference.double().square().sum().sqrt().item()
+    assert math.isfinite(difference), f"{name}: not finite"
+    assert difference <= ratio * size + 1e-30, (
+        f"{name}: relative RMS error {difference / max(size, 1e-300):.2e} > {ratio}"
+    )
+
+
+TINY: dict[str, Any] = {
+    "pattern": "M-M*-M",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 8,
+}
+
+
+def tiny_config(**changes: Any) -> HybridConfig:
+    return HybridConfig(**(TINY | changes))
+
+
+def random_config(seed: int) -> HybridConfig:
+    """A small config, valid, with everything that matters drawn."""
+    draw = random.Random(seed)
+    groups, kv = draw.choice((1, 2, 4)), draw.choice((1, 2, 3))
+    pattern = "".join(draw.choice("MM*--") for _ in range(draw.randint(1, 7)))
+    return HybridConfig(
+        pattern=pattern,
+        vocab_size=draw.randint(20, 90),
+        hidden_size=draw.choice((16, 20, 32)),
+        intermediate_size=draw.choice((12, 24, 40)),
+        num_attention_heads=kv * draw.choice((1, 2, 4)),
+        num_key_value_heads=kv,
+        head_dim=draw.choice((4, 8)),
+        mamba_num_heads=groups * draw.choice((1, 2, 3, 4)),
+        mamba_head_dim=draw.choice((4, 6, 8)),
+        n_groups=groups,
+        ssm_state_size=draw.choice((4, 8, 16)),
+        conv_kernel=draw.choice((2, 3, 4)),
+        chunk_size=draw.choice((4, 8)),
+        conv_bias=draw.random() < 0.8,
+        tie_word_embeddings=draw.random() < 0.2,
+        norm_eps=1e-12,
+    )
+
+
+def random_model(config: HybridConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> HybridLM:
+    """A model whose every weight matters: nothing is one or zero."""
+    generator = torch.Generator().manual_seed(seed)
+    model = HybridLM(config, dtype=dtype)
+    initialize(model, generator, std=0.3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith((".D", "norm.weight", "norm_f.weight")):
+                weight.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def limbeck(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and error output of a command line."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    return code, out.getvalue(), err.getvalue()

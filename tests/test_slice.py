@@ -1,0 +1,185 @@
+"""The laws of slicing, over random configs: every axis alone, and all together."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from limbeck.models.axes import AXIS_KINDS, HIDDEN, Axis, axis_sizes, tensor_table
+from limbeck.models.config import HybridConfig
+from limbeck.models.cost import count_parameters
+from limbeck.models.errors import InputError
+from limbeck.models.hybrid import HybridLM
+from limbeck.prune.choose import Target, select
+from limbeck.prune.importance import score_random
+from limbeck.prune.slice import GROUPS_OF_AXIS, Selection, slice_config, slice_model, slice_tensors
+from limbeck.tests.helpers import assert_close, random_config, random_model, tiny_config
+
+KINDS: tuple[Sequence[str], ...] = (*((kind,) for kind in (*AXIS_KINDS, "layers")), (*AXIS_KINDS, "layers"))
+
+
+def draw_selection(config: HybridConfig, kinds: Sequence[str], draw: random.Random) -> Selection:
+    """Random units of the named axes, equally many in each layer, and in each group."""
+    layers = list(range(config.num_layers))
+    if "layers" in kinds:
+        layers = sorted(draw.sample(layers, draw.randint(1, len(layers))))
+    counts: dict[str, int] = {}
+    kept = {}
+    for axis, size in axis_sizes(config).items():
+        if axis.kind not in kinds or (axis.layer is not None and axis.layer not in layers):
+            continue
+        groups = getattr(config, GROUPS_OF_AXIS[axis.kind]) if axis.kind in GROUPS_OF_AXIS else 1
+        per_group = size // groups
+        count = counts.setdefault(axis.kind, draw.randint(1, per_group))
+        kept[axis] = tuple(
+            group * per_group + unit for group in range(groups) for unit in sorted(draw.sample(range(per_group), count))
+        )
+    return Selection(tuple(layers), kept)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_keeping_all_is_the_identity(seed: int) -> None:
+    config = random_config(seed)
+    model = random_model(config, seed, torch.float32)
+    everything = {axis: tuple(range(size)) for axis, size in axis_sizes(config).items()}
+    for kept in ({}, everything):
+        same = slice_model(model, Selection(tuple(range(config.num_layers)), kept))
+        assert same.config == config
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, same.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+def test_shapes_count_and_contents(seed: int, kinds: Sequence[str]) -> None:
+    """The result is a model of the new config, and every entry stands where numpy-like indexing by hand puts it."""
+    config = random_config(seed)
+    selection = draw_selection(config, kinds, random.Random(seed))
+    model = random_model(config, seed)
+    smaller = slice_config(config, selection)
+    tensors = dict(slice_tensors(model.state_dict().__getitem__, config, selection, rescale_norms=False))
+    table = tensor_table(smaller)
+    assert list(tensors) == list(table)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {n: t.shape for n, t in table.items()}
+    assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(smaller)
+    assert (smaller.n_groups, smaller.ssm_state_size, smaller.conv_kernel) == (
+        config.n_groups, config.ssm_state_size, config.conv_kernel
+    )  # fmt: skip
+    weights = model.state_dict()
+    hidden = list(selection.kept.get(HIDDEN, range(config.hidden_size)))
+    for new, old in enumerate(selection.layers):
+        if config.pattern[old] != "M":
+            continue
+        source, found = weights[f"layers.{old}.mixer.in_proj.weight"], tensors[f"layers.{new}.mixer.in_proj.weight"]
+        heads = selection.kept.get(Axis("mamba_heads", old), range(config.mamba_num_heads))
+        channels = selection.kept.get(Axis("mamba_head_dim", old), range(config.mamba_head_dim))
+        inner = [head * config.mamba_head_dim + channel for head in heads for channel in channels]
+        states = 2 * config.n_groups * config.ssm_state_size
+        di = config.d_inner
+        rows = [
+            *inner,
+            *(di + i for i in inner),
+            *range(2 * di, 2 * di + states),
+            *(2 * di + states + h for h in heads),
+        ]
+        assert torch.equal(found, source[rows][:, hidden])
+        conv = weights[f"layers.{old}.mixer.conv1d.weight"]
+        assert torch.equal(tensors[f"layers.{new}.mixer.conv1d.weight"], conv[[*inner, *range(di, di + states)]])
+        per_group = [sum(head // (config.mamba_num_heads // config.n_groups) == g for head in heads)
+                     for g in range(config.n_groups)]  # fmt: skip
+        assert len(set(per_group)) == 1
+
+
+def silence(model: HybridLM, selection: Selection) -> None:
+    """Makes every unit that will go contribute nothing."""
+    config, weights = model.config, model.state_dict()
+    gone = {
+        axis: [unit for unit in range(size) if unit not in selection.kept.get(axis, range(size))]
+        for axis, size in axis_sizes(config).items()
+    }
+    with torch.no_grad():
+        # A channel of the residual stream that nobody writes is zero everywhere.
+        for name, tensor in tensor_table(config).items():
+            if name == "embeddings.weight":
+                weights[name][:, gone[HIDDEN]] = 0
+            elif (
+                len(tensor.dimensions) == 2
+                and tensor.dimensions[0] == tensor_table(config)["norm_f.weight"].dimensions[0]
+            ):
+                weights[name][gone[HIDDEN]] = 0
+        for layer, letter in enumerate(config.pattern):
+            prefix = f"layers.{layer}.mixer."
+            if layer not in selection.layers:
+                weights[prefix + {"M": "out_proj", "*": "o_proj", "-": "down_proj"}[letter] + ".weight"].zero_()
+            if letter == "-":
+                weights[prefix + "up_proj.weight"][gone[Axis("ffn", layer)]] = 0
+            elif letter == "*":
+                columns = weights[prefix + "o_proj.weight"].unflatten(1, (config.num_attention_heads, -1))
+                columns[:, gone[Axis("attn_heads", layer)]] = 0
+            else:
+                shape = (config.mamba_num_heads, config.mamba_head_dim)
+                zeroed = [weights[prefix + "in_proj.weight"][config.d_inner : 2 * config.d_inner],
+                          weights[prefix + "conv1d.weight"][: config.d_inner]]  # fmt: skip
+                if config.conv_bias:
+                    zeroed.append(weights[prefix + "conv1d.bias"][: config.d_inner])
+                for rows in zeroed:  # x is zero there, and so is the scan's output
+                    grouped = rows.unflatten(0, shape)
+                    grouped[gone[Axis("mamba_heads", layer)]] = 0
+                    grouped[:, gone[Axis("mamba_head_dim", layer)]] = 0
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+def test_removing_what_contributes_nothing_changes_nothing(seed: int, kinds: Sequence[str]) -> None:
+    """With eps next to nothing (RMS over fewer channels divides by a smaller count; the norms' weights make up for
+    that, but not for the share of eps)."""
+    config = random_config(seed).replace(norm_eps=1e-24)
+    model = random_model(config, seed)
+    selection = draw_selection(config, kinds, random.Random(seed))
+    silence(model, selection)
+    ids = torch.randint(config.vocab_size, (2, 2 * config.chunk_size + 1))
+    with torch.no_grad():
+        expected, found = model(ids), slice_model(model, selection)(ids)
+    assert_close("logits", expected, found, 1e-6)
+    if any(len(kept) < axis_sizes(config)[axis] for axis, kept in selection.kept.items() if axis.kind == "hidden"):
+        plain = slice_model(model, selection, rescale_norms=False)(ids)
+        assert (plain - expected).abs().max() > 1e-4 * expected.abs().max(), "the rescaling is what does it"
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    (
+        (Target(hidden_size=33), "33"),
+        (Target(intermediate_size=0), "0"),
+        (Target(mamba_num_heads=5), "multiple"),
+        (Target(num_attention_heads=3), "multiple"),
+        (Target(layers=7), "7"),
+        (Target(layers=3), "order"),
+        (Target(mamba_head_dim=9), "9"),
+    ),
+)
+def test_targets_that_cannot_be(target: Target, said: str) -> None:
+    config = tiny_config()
+    with pytest.raises(InputError, match=said) as caught:
+        select(config, score_random(config, 0), (2, 4), target)
+    assert "\n" not in str(caught.value)
+
+
+def test_selections_that_cannot_be() -> None:
+    config = tiny_config()
+    layers = tuple(range(6))
+    heads = Axis("mamba_heads", 0)
+    for wrong in (
+        Selection((1, 0)),
+        Selection((0, 9)),
+        Selection(layers, {HIDDEN: (0, 0)}),
+        Selection(layers, {HIDDEN: ()}),
+        Selection(layers, {heads: (0, 1, 2, 4)}),
+        Selection(layers, {heads: (4, 5, 0, 1)}),
+        Selection(layers, {Axis("ffn", 1): (1, 2)}),
+        Selection(layers, {Axis("ffn", 0): (1,)}),
+    ):
+        with pytest.raises(InputError):
+            slice_config(config, wrong)
