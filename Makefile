@@ -2,6 +2,9 @@
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(if $(shell $(name) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null),$(name))))
 BIN = .venv/bin
 TESTS ?=
+# mypy does not look into folders without __init__.py by itself.
+SOURCES = $(wildcard $(addsuffix /*.py,benchmarks distill kernels models prune scripts))
+MODULES = $(addprefix -m limbeck.,$(subst /,.,$(SOURCES:.py=)))
 
 .PHONY: install demo test test-slow lint
 
@@ -12,7 +15,7 @@ install: .venv/installed
 	@test -n "$(PYTHON)" || { echo "limbeck needs Python 3.11 or newer; say where: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[dev]'
 	touch $@
 
@@ -29,4 +32,4 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@mkdir -p .venv/types && ln -sfn ../.. .venv/types/limbeck
-	MYPYPATH=.venv/types $(BIN)/mypy
+	MYPYPATH=.venv/types $(BIN)/mypy $(MODULES)

@@ -10,6 +10,7 @@ each measured in a fresh process of its own. The training step is forward, cross
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -111,11 +112,11 @@ def works(side: str, model: torch.nn.Module) -> dict[str, tuple[int, Callable[[]
     found: dict[str, tuple[int, Callable[[], Any]]] = {}
     for batch, length in SHAPES:
         ids = torch.randint(CONFIG.vocab_size, (batch, length), generator=generator)
-        found[f"forward {batch} x {length}"] = (ids.numel(), lambda ids=ids: forward(model, side, ids))
-        found[f"training step {batch} x {length}"] = (ids.numel(), lambda ids=ids: training_step(model, side, ids))
+        found[f"forward {batch} x {length}"] = (ids.numel(), functools.partial(forward, model, side, ids))
+        found[f"training step {batch} x {length}"] = (ids.numel(), functools.partial(training_step, model, side, ids))
     for batch in (1, 8):
         ids = torch.randint(CONFIG.vocab_size, (batch, DECODE_PROMPT), generator=generator)
-        found[f"decode batch {batch}"] = (batch * DECODE_TOKENS, lambda ids=ids: decode(model, side, ids))
+        found[f"decode batch {batch}"] = (batch * DECODE_TOKENS, functools.partial(decode, model, side, ids))
     return found
 
 
@@ -161,7 +162,7 @@ def peak_memory(side: str, name: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", nargs=2, metavar=("SIDE", "NAME"), help=argparse.SUPPRESS)

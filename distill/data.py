@@ -187,29 +187,32 @@ class Corpus:
         parts = [self.ids[self.starts[i] : self.starts[i + 1]] for i in order]
         return np.concatenate(parts), np.repeat(order, [len(part) for part in parts])
 
-    def rows(self, ids: np.ndarray, owner: np.ndarray, seq_len: int, pad: bool = False) -> Batch:
-        """A stream cut into rows of `seq_len`; what is left over is dropped, or padded."""
+    def windows(self, order: np.ndarray, seq_len: int, pad: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The stream cut into rows [rows, seq_len + 1], the last token of a row being the first of the next: ids and
+        documents. What is left over is dropped, or padded (document -1)."""
+        ids, owner = self.stream(order)
         if pad:
-            missing = -(len(ids)) % seq_len
-            ids = np.concatenate((ids, np.full(missing + 1, self.pad_token_id, ids.dtype)))
-            owner = np.concatenate((owner, np.full(missing + 1, -1, owner.dtype)))
+            missing = -len(ids) % seq_len + 1
+            ids = np.concatenate((ids, np.full(missing, self.pad_token_id, ids.dtype)))
+            owner = np.concatenate((owner, np.full(missing, -1, owner.dtype)))
         count = (len(ids) - 1) // seq_len
-        inside = (owner[1:] == owner[:-1]) & (owner[1:] >= 0)
-        labels = np.where(inside, ids[1:], IGNORED)
-
-        def cut(values: np.ndarray, dtype: torch.dtype) -> Tensor:
-            return torch.from_numpy(values[: count * seq_len].reshape(count, seq_len).copy()).to(dtype)
-
-        label_rows = cut(labels, torch.int64)
-        n_bytes = torch.where(label_rows >= 0, self.token_bytes[label_rows.clamp_min(0)], 0)
-        number = np.cumsum(np.concatenate(([0], owner[1:] != owner[:-1])))
-        return Batch(
-            cut(ids, torch.int64),
-            label_rows,
-            cut(number, torch.int32),
-            n_bytes.to(torch.int32),
-            cut(owner, torch.int64),
+        shape = (count, seq_len + 1)
+        return tuple(  # type: ignore[return-value]
+            np.lib.stride_tricks.as_strided(
+                values, shape, (seq_len * values.itemsize, values.itemsize), writeable=False
+            )
+            for values in (ids, owner)
         )
+
+    def batch(self, ids: np.ndarray, owner: np.ndarray) -> Batch:
+        """Windows [rows, T + 1] as a batch [rows, T]."""
+        tokens, labels = torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
+        documents, following = (torch.from_numpy(part.astype(np.int64)) for part in (owner[:, :-1], owner[:, 1:]))
+        labels = labels.masked_fill((documents != following) | (documents < 0), IGNORED)
+        n_bytes = torch.where(labels >= 0, self.token_bytes[labels.clamp_min(0)], 0)
+        change = torch.zeros_like(documents)
+        change[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        return Batch(tokens, labels, change.cumsum(1).to(torch.int32), n_bytes.to(torch.int32), documents)
 
 
 def tokenize(
@@ -244,35 +247,35 @@ def train_batches(corpus: Corpus, *, batch_size: int, seq_len: int, seed: int, s
         epoch = number // per_epoch
         generator = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(len(corpus), generator=generator).numpy()
-        rows = corpus.rows(*corpus.stream(order), seq_len)
-        shuffled = torch.randperm(rows.input_ids.shape[0], generator=generator)
+        ids, owner = corpus.windows(order, seq_len)
+        shuffled = torch.randperm(len(ids), generator=generator).numpy()
         while number // per_epoch == epoch:
             place = number % per_epoch * batch_size
             chosen = shuffled[place : place + batch_size]
-            yield Batch(*(getattr(rows, field.name)[chosen] for field in dataclasses.fields(rows)))
+            yield corpus.batch(ids[chosen], owner[chosen])
             number += 1
 
 
 def sample_batches(
     corpus: Corpus, *, batch_size: int, seq_len: int, seed: int | None = None, max_tokens: int | None = None
 ) -> list[Batch]:
-    """Every token once, for measuring: documents in their order, or permuted by the seed; the last row padded.
+    """Rows for measuring, the last one padded: every token once, or up to `max_tokens` of them.
 
-    With `max_tokens` whole rows up to that many tokens, at least one row.
+    The seed permutes the documents; of more tokens than wanted it picks rows here and there, so that many documents
+    are among them (without a seed: evenly spaced rows). At least one row.
     """
-    order = np.arange(len(corpus))
-    if seed is not None:
-        order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed)).numpy()
-    ids, owner = corpus.stream(order)
-    if max_tokens is not None and max_tokens < len(ids):
-        keep = max(max_tokens // seq_len, 1) * seq_len
-        # One more token than the rows hold: it labels the last one.
-        rows = (
-            corpus.rows(ids[: keep + 1], owner[: keep + 1], seq_len)
-            if keep < len(ids)
-            else corpus.rows(ids, owner, seq_len, pad=True)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    count = len(corpus)
+    order = np.arange(count) if generator is None else torch.randperm(count, generator=generator).numpy()
+    ids, owner = corpus.windows(order, seq_len, pad=True)
+    wanted = len(ids) if max_tokens is None else min(len(ids), max(max_tokens // seq_len, 1))
+    if wanted < len(ids):
+        spread = np.linspace(0, len(ids) - 1, wanted).astype(np.int64)
+        picked = (
+            spread if generator is None else torch.randperm(len(ids), generator=generator)[:wanted].sort()[0].numpy()
         )
-    else:
-        rows = corpus.rows(ids, owner, seq_len, pad=True)
-    count = rows.input_ids.shape[0]
-    return [rows.rows(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+        ids, owner = ids[picked], owner[picked]
+    return [
+        corpus.batch(ids[start : start + batch_size], owner[start : start + batch_size])
+        for start in range(0, wanted, batch_size)
+    ]

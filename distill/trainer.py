@@ -215,7 +215,7 @@ def save_state(
             {name: weight.detach().contiguous() for name, weight in model.named_parameters()},
             temporary / "model.safetensors",
         )
-        names = {weight: name for name, weight in model.named_parameters()}
+        names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
         tensors = {}
         for kind, optimizer in optimizers.items():
             for weight, state in optimizer.state.items():

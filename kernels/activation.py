@@ -21,11 +21,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 class TorchRelu2(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):  # type: ignore[override]
+    def forward(ctx, x):
         ctx.save_for_backward(x)
         return torch.relu(x).square_()
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         return torch.relu(x).mul_(dy).mul_(2)

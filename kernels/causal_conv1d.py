@@ -103,7 +103,7 @@ class TorchConv(torch.autograd.Function):
     transpose, and slices of a wider tensor are read in place. Backward keeps the inputs and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, initial_state, seq_idx, activation):  # type: ignore[override]
+    def forward(ctx, x, weight, bias, initial_state, seq_idx, activation):
         ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
         ctx.activation = activation
         blocks = Blocks(x, weight, bias, initial_state, seq_idx)
@@ -114,7 +114,7 @@ class TorchConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx, dy):
         x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
         blocks = Blocks(x, weight, bias, initial_state, seq_idx)
         width = weight.shape[1]

@@ -153,7 +153,7 @@ class TorchLinearKL(torch.autograd.Function):
     known up to the factor that arrives later."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, weights, scale, options):  # type: ignore[override]
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, weights, scale, options):
         *_, chunk_tokens = options
         work = weights.dtype
         tokens = hidden.shape[0]
@@ -191,7 +191,7 @@ class TorchLinearKL(torch.autograd.Function):
         return loss, *outputs
 
     @staticmethod
-    def backward(ctx, dloss, *_):  # type: ignore[override]
+    def backward(ctx, dloss, *_):
         dhidden, dhead = ctx.saved_tensors
         hidden_dtype, head_dtype = ctx.dtypes
         return (
@@ -226,6 +226,7 @@ def chunk_loss(
     values[3] = ce_weight * values[1]
     dlogits = None
     if need_gradient and ce_weight:
+        assert labels is not None
         # The last use of the raw logits may take their buffer.
         dlogits = torch.softmax(logits, -1)
         dlogits.scatter_add_(1, labels, -torch.ones_like(values[1])[:, None])

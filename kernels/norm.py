@@ -42,7 +42,7 @@ class TorchNorm(torch.autograd.Function):
     """Both norms: the plain one is the gated one without a gate, in one group."""
 
     @staticmethod
-    def forward(ctx, x, z, weight, eps, n_groups):  # type: ignore[override]
+    def forward(ctx, x, z, weight, eps, n_groups):
         work = working_dtype(x)
         u = x.to(work) if z is None else x.to(work) * F.silu(z.to(work))
         grouped = u.unflatten(-1, (n_groups, -1))
@@ -55,7 +55,7 @@ class TorchNorm(torch.autograd.Function):
         return y.mul_(scale).flatten(-2).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[override]
+    def backward(ctx, dy):
         x, z, weight, rms = ctx.saved_tensors
         work = rms.dtype
         n_groups = rms.shape[-2]

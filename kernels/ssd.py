@@ -94,7 +94,7 @@ class TorchScan(torch.autograd.Function):
     state at each chunk's start, and recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, dt_limit, chunk_size):  # type: ignore[override]
+    def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, dt_limit, chunk_size):
         scan = Chunks(x, dt, A, B, C, D, dt_bias, seq_idx, dt_softplus, dt_limit, chunk_size)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         state = scan.empty_state() if initial_state is None else scan.group_state(initial_state).clone()
@@ -109,19 +109,19 @@ class TorchScan(torch.autograd.Function):
         return y, state.reshape(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
 
     @staticmethod
-    def backward(ctx, dy, dfinal):  # type: ignore[override]
+    def backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, *starts = ctx.saved_tensors
         scan = Chunks(x, dt, A, B, C, D, dt_bias, seq_idx, *ctx.options)
         dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
         dstep = torch.empty(dt.shape, dtype=scan.dtype, device=x.device)
         da = torch.empty_like(dstep)
-        dD = None if D is None else torch.zeros(D.shape, dtype=scan.dtype, device=x.device)
+        dD = torch.zeros(scan.heads, dtype=scan.dtype, device=x.device)
         dstate = scan.group_state(dfinal)
         for (start, stop), state in zip(reversed(scan.spans), reversed(starts), strict=True):
             dy_chunk = dy[:, start:stop].to(scan.dtype)
             chunk = scan.backward_chunk(start, stop, state, dy_chunk, dstate)
             dx_chunk, dstep[:, start:stop], da[:, start:stop], dB[:, start:stop], dC[:, start:stop], dstate = chunk
-            if D is not None:
+            if scan.D is not None:
                 dx_chunk = torch.addcmul(dx_chunk, dy_chunk, scan.D[:, None])
                 dD += torch.einsum("bthp,bthp->h", dy_chunk, x[:, start:stop].to(scan.dtype))
             dx[:, start:stop] = dx_chunk
@@ -143,7 +143,7 @@ class TorchScan(torch.autograd.Function):
 class Chunks:
     """One scan's inputs, and what happens in a chunk of it. Heads are laid out [G, R], states [B, G, R, P, N]."""
 
-    def __init__(self, x, dt, A, B, C, D, dt_bias, seq_idx, dt_softplus, dt_limit, chunk_size):
+    def __init__(self, x, dt, A, B, C, D, dt_bias, seq_idx, dt_softplus, dt_limit, chunk_size) -> None:
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.x, self.B, self.C = x, B, C
         self.batch, tokens, self.heads, self.head_dim = x.shape

@@ -121,7 +121,7 @@ def attention_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> di
     # Key and value heads stay; whole query heads come and go inside their kv group.
     query: Dimension = ((Factor(Axis("attn_heads", layer), config.num_attention_heads), Factor(None, config.head_dim)),)
     key = fixed(config.num_key_value_heads * config.head_dim)
-    tensors = {
+    tensors: dict[str, tuple[Dimension, ...]] = {
         "q_proj.weight": (query, hidden),
         "k_proj.weight": (key, hidden),
         "v_proj.weight": (key, hidden),
@@ -134,7 +134,7 @@ def attention_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> di
 
 def mlp_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> dict[str, tuple[Dimension, ...]]:
     ffn: Dimension = ((Factor(Axis("ffn", layer), config.intermediate_size),),)
-    tensors = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
+    tensors: dict[str, tuple[Dimension, ...]] = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
     if config.gated_mlp:
         tensors["gate_proj.weight"] = (ffn, hidden)
     return tensors

@@ -61,7 +61,8 @@ class Cache:
         for letter in config.pattern:
             if letter == "*":
                 shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-                self.layers.append(KeyValues(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))))
+                keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+                self.layers.append(KeyValues(keys, values))
             elif letter == "M":
                 ssm = (batch, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
                 conv = (batch, config.conv_dim, config.conv_kernel - 1)

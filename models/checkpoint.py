@@ -161,7 +161,7 @@ def check_tensor(file: Path, name: str, part: Any, config: HybridConfig, table: 
     found = from_checkpoint_name(config, name)
     if found == "lm_head.weight" and config.tie_word_embeddings:
         return None
-    if found not in table:
+    if found is None or found not in table:
         expected = FAMILIES[config.family].prefixes[0] + "embeddings.weight"
         raise InputError(f"{file}: unexpected tensor {name}; config.json describes none of that name (as {expected})")
     shape, dtype = tuple(part.get_shape()), part.get_dtype()

@@ -57,9 +57,9 @@ def sync(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON through a temporary file; sorted keys, so that equal contents are equal bytes."""
+    """Writes JSON through a temporary file, keys in their order."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     sync(temporary)
     os.replace(temporary, path)
 

@@ -53,13 +53,13 @@ class HybridLM(nn.Module):
         super().__init__()
         if config.rope_theta is not None or config.qk_norm:
             raise InputError(f"config: rotary positions and q/k norm ({config.family}) are not supported yet")
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **place)  # type: ignore[arg-type]
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **place)
         self.layers = nn.ModuleList(Block(config, layer, **place) for layer in range(config.num_layers))
         self.norm_f = NormWeight(config.hidden_size, **place)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **place)  # type: ignore[arg-type]
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **place)
 
     @property
     def head_weight(self) -> Tensor:
@@ -136,7 +136,7 @@ class HybridLM(nn.Module):
         observe: Observe | None,
     ) -> Tensor:
         """What one layer adds to the residual stream [B, T, hidden]."""
-        block = self.layers[layer]
+        block: Any = self.layers[layer]
         u = rms_norm(hidden, block.norm.weight, self.config.norm_eps)
         if observe is not None:
             observe("hidden", layer, u)

@@ -110,7 +110,12 @@ class Mamba2Mixer(nn.Module):
         conv_out = causal_conv1d_step(state.conv, conv_in, self.conv1d.weight[:, 0], self.conv1d.bias)
         x, B, C = self.split_heads(conv_out)
         A = -torch.exp(self.A_log.float())
-        options = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit}
+        options: dict[str, Any] = {
+            "D": self.D,
+            "dt_bias": self.dt_bias,
+            "dt_softplus": True,
+            "dt_limit": config.dt_limit,
+        }
         y = state_update(state.ssm, x, dt, A, B, C, **options)
         normed = gated_rms_norm(y.flatten(1), z, self.norm.weight, config.norm_eps, config.n_groups)
         return linear(normed, self.out_proj.weight)[:, None]

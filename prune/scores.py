@@ -90,7 +90,7 @@ def write_scores(folder: Path, scores: Scores) -> None:
 
 def save_scores(path: str | Path, scores: Scores) -> None:
     """Writes a new scores folder, whole or not at all. Raises InputError when `path` exists."""
-    with atomic_folder(path) as folder:
+    with atomic_folder(Path(path)) as folder:
         write_scores(folder, scores)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,9 @@ from typing import Any, TypeVar
 from ..models.errors import InputError
 
 CONF = Path(__file__).parents[1] / "conf"
+# Paths, names and prompts are meant as the shell passes them, parentheses, quotes and all: Hydra's grammar does not
+# see them. (conf/model/ holds named configs; to Hydra `model=` would name one of its groups.)
+VERBATIM = ("model", "teacher", "student", "data", "output", "scores", "prompt")
 Options = TypeVar("Options")
 
 
@@ -26,42 +30,93 @@ def compose_config(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    texts: dict[str, str] = {}
+    words: list[str] = []
     for override in overrides:
-        if "=" not in override:
-            raise InputError(
-                f"{override!r} is no override; expected KEY=VALUE (limbeck {command} --help lists the keys)"
-            )
-    # conf/model/ holds named configs, and model= may also be a folder: a value to Hydra, and no group.
-    models = [override for override in overrides if override.startswith("model=")]
+        key, value = split(command, override)
+        if key in VERBATIM and not (key == "student" and value.startswith("{")):
+            texts[key] = value
+        else:
+            words.append(override)
     try:
         with initialize_config_module("limbeck.conf", version_base="1.3"):
-            config = compose(config_name=command, overrides=[word for word in overrides if word not in models])
-        for override in models:
-            OmegaConf.update(config, "model", override.removeprefix("model="))
+            config = compose(config_name=command, overrides=words)
+        for key in texts:
+            if key not in config.keys():  # noqa: SIM118 - `in` is false for a missing value
+                raise InputError(no_option(command, key))
+            if OmegaConf.is_missing(config, key):
+                config[key] = ""
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain(command, overrides, error)) from None
+        raise InputError(explain(command, words, error)) from None
     assert isinstance(content, dict)
     content.pop("recipe", None)
+    for key, value in texts.items():
+        content[key] = None if value == "null" and content[key] is None else value
     return typing.cast(dict[str, Any], content)
+
+
+def split(command: str, override: str) -> tuple[str, str]:
+    """KEY and VALUE of an override. Raises InputError where it is none, or picks what is not there."""
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+~")
+    if not (name and equals):
+        raise InputError(f"{override!r} is no override; expected KEY=VALUE (limbeck {command} --help lists the keys)")
+    if name.split(".")[0] == "hydra":
+        raise InputError(no_option(command, name))
+    choices = groups(command) | {"recipe": list(recipes(command))}
+    if name in choices and not (name == "recipe" and value == "null"):
+        if value not in choices[name]:
+            known = ", ".join(choices[name]) or "none"
+            raise InputError(
+                f"{override}: limbeck {command} has no such {name}; known: {known}" + guess(value, choices[name])
+            )
+    elif key in VERBATIM and not value and key != "prompt":
+        raise InputError(f"{override} is empty; give {key}=VALUE (limbeck {command} --help)")
+    return key, value
+
+
+def groups(command: str) -> dict[str, list[str]]:
+    """The groups that a command's config picks from, each with its choices, the default first."""
+    found = {}
+    for line in (CONF / f"{command}.yaml").read_text(encoding="utf-8").splitlines():
+        group, _, default = line.removeprefix("  - ").partition(": ")
+        if line.startswith("  - ") and group != "recipe" and (CONF / group).is_dir():
+            names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+            found[group] = [default, *(name for name in names if name != default)]
+    return found
+
+
+def recipes(command: str) -> dict[str, str]:
+    """The recipes of a command with what they are for; a recipe's second line says both."""
+    found = {}
+    for path in sorted((CONF / "recipe").glob("*.yaml")):
+        mark, _, purpose = path.read_text(encoding="utf-8").splitlines()[1].partition(f"# For {command}: ")
+        if not mark and purpose:
+            found[path.stem] = purpose
+    return found
 
 
 def explain(command: str, overrides: Sequence[str], error: Exception) -> str:
     """One line for an error of Hydra's: which override, and what was probably meant."""
     known = known_keys(command)
     for override in overrides:
-        key, _, value = override.lstrip("+~").partition("=")
-        group = CONF / key
-        if group.is_dir() and key != "model":
-            choices = sorted(path.stem for path in group.glob("*.yaml"))
-            if value not in (*choices, "null"):
-                return f"{key}={value}: there is no such {key}; known: {', '.join(choices)}" + guess(value, choices)
-        elif key not in known:
-            return f"{key!r} is no option of limbeck {command}" + guess(key, known) + f" (limbeck {command} --help)"
+        key = override.lstrip("+~").partition("=")[0]
+        if key not in known:
+            return no_option(command, key, known)
     missing = getattr(error, "full_key", None)
     if "Missing mandatory value" in str(error) and missing:
         return f"{missing} is missing; give {missing}=VALUE (limbeck {command} --help)"
-    return " ".join(str(error).split())
+    what = str(error).strip().splitlines()[0]
+    if what.startswith("Ambiguous value"):
+        return f"{what}; give one value, or a list as KEY=[A,B]"
+    override = getattr(error, "override", None)
+    return f"{override!r} cannot be read: {what}; quote a value with special characters" if override else what
+
+
+def no_option(command: str, key: str, known: Sequence[str] = ()) -> str:
+    near = guess(key, known or known_keys(command))
+    return f"{key!r} is no option of limbeck {command}{near} (limbeck {command} --help)"
 
 
 def guess(word: str, choices: Sequence[str]) -> str:
@@ -82,7 +137,7 @@ def known_keys(command: str) -> list[str]:
             return []
         return [found for key in content for found in (prefix + key, *walk(content[key], f"{prefix}{key}."))]
 
-    return [*walk(config, ""), *(path.name for path in CONF.iterdir() if path.is_dir())]
+    return [*walk(config, ""), *groups(command), "recipe"]
 
 
 def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Options:
@@ -123,11 +178,11 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         return {str(key): convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)  # an unquoted name such as 9
-    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    if isinstance(value, kind) and kind is not float and not (kind is int and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
     raise InputError(f"{where} is {value!r}; expected {names.get(kind, kind)}")

@@ -15,7 +15,7 @@ from ..models.cost import Hardware, count_parameters
 from ..models.errors import InputError
 from ..prune.choose import Target
 from . import distill, evaluate, export, memory_fit, prune, score
-from .inputs import model_config, model_folder
+from .inputs import data_input, model_config, model_folder
 from .show import console, gib, read_json, result, say, table
 from .stage import PROVENANCE, plain, run_stage
 
@@ -70,7 +70,7 @@ def claim(options: Options) -> str:
     """The model's folder as text, once the output folder is seen to be new, or this very run's."""
     source = model_folder(options.model)
     content = plain(options)
-    for name in ("output", "device"):
+    for name in ("output", "device", "data"):
         content.pop(name)
     root = options.output
     known = {"scores", "pruned", "distilled", "gap", "exported", "run", "report", "result.json"}
@@ -78,7 +78,13 @@ def claim(options: Options) -> str:
         strangers = [path.name for path in root.iterdir()] if root.is_dir() else [root.name]
         if [name for name in strangers if name.strip(".").removesuffix(".partial") not in known]:
             raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
-    run_stage(root / "run", name="compress", inputs={"model": source}, options=content, make=lambda folder, facts: None)
+    run_stage(
+        root / "run",
+        name="compress",
+        inputs={"model": source, "data": data_input(options.data)},
+        options=content,
+        make=lambda folder, facts: None,
+    )
     return str(source)
 
 

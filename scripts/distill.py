@@ -15,7 +15,7 @@ from ..distill.losses import DistillLoss, check_vocabularies, distillation_loss
 from ..distill.trainer import Evaluate, OnStep, TrainOptions, train
 from ..models.checkpoint import load_model, model_tensors, write_checkpoint
 from ..models.hybrid import HybridLM
-from .inputs import corpus, model_folder, torch_device, torch_dtype
+from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
 from .show import progress, result
 from .stage import run_stage
 
@@ -48,8 +48,8 @@ def run(options: Options) -> None:
     run_stage(
         options.output,
         name="distill",
-        inputs={"teacher": teacher, "student": student},
-        options={"distill": options.distill, "seed": options.seed, "data": options.data, "dtype": options.dtype},
+        inputs={"teacher": teacher, "student": student, "data": data_input(options.data)},
+        options={"distill": options.distill, "seed": options.seed, "dtype": options.dtype},
         make=lambda folder, facts: fill(folder, teacher, student, options),
         scratch="training",
     )

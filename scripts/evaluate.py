@@ -12,7 +12,7 @@ from ..distill.report import write_page
 from ..models.checkpoint import load_config, load_model
 from ..models.cost import count_parameters
 from ..models.folder import write_json
-from .inputs import corpus, model_folder, torch_device, torch_dtype
+from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
 from .show import progress, read_json, result, table
 from .stage import run_stage
 
@@ -38,10 +38,8 @@ def run(options: Options) -> None:
     run_stage(
         options.output,
         name="evaluate",
-        inputs=folders,
-        options={
-            name: getattr(options, name) for name in ("data", "split", "tokens", "seq_len", "batch", "seed", "dtype")
-        },
+        inputs={**folders, "data": data_input(options.data)},
+        options={name: getattr(options, name) for name in ("split", "tokens", "seq_len", "batch", "seed", "dtype")},
         make=lambda folder, facts: fill(folder, folders, options, facts),
     )
     show(read_json(options.output / "gap.json"))

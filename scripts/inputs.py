@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ..distill.data import Corpus, Document, folder_documents, keep_split, stdli
 from ..models.checkpoint import load_config
 from ..models.config import HybridConfig
 from ..models.errors import InputError
+from ..models.folder import sha256_file
 from ..models.tokenizer import check_vocabulary, load_tokenizer
 from .compose import CONF, guess
 from .show import progress
@@ -47,17 +49,35 @@ def model_config(name: str) -> HybridConfig:
     return load_config(model_folder(name))
 
 
+def data_input(data: str) -> Path | str:
+    """data= as an input of a stage: a path, whose contents count, or a name."""
+    return data if data == "stdlib" else Path(data).expanduser()
+
+
 def documents(data: str, split: str) -> list[Document]:
     """The documents of a split of data=: `stdlib`, a folder or a file."""
-    found = stdlib_documents() if data == "stdlib" else folder_documents(Path(data).expanduser())
+    place = data_input(data)
+    found = folder_documents(place) if isinstance(place, Path) else stdlib_documents()
     return keep_split(found, split, f"data={data}")
 
 
-@functools.lru_cache(maxsize=4)
 def corpus(data: str, split: str, model: Path) -> Corpus:
-    """A split of data=, in the tokens of a model folder's tokenizer; remembered, since stages share it."""
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, load_config(model))
+    """A split of data=, in the tokens of a model folder's tokenizer; remembered, since stages share both."""
+    check_vocabulary(load_tokenizer(model), load_config(model))
+    return tokenized(data, split, Tokens(model, sha256_file(model / "tokenizer.json")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A tokenizer, known by its contents."""
+
+    folder: Path = dataclasses.field(compare=False)
+    digest: str
+
+
+@functools.lru_cache(maxsize=4)
+def tokenized(data: str, split: str, tokens: Tokens) -> Corpus:
+    tokenizer = load_tokenizer(tokens.folder)
     found = documents(data, split)
     with progress(f"tokenising {data} ({split})", len(found)) as bar:
         return tokenize(found, tokenizer, lambda done, total: bar.set(done, total))

@@ -24,6 +24,17 @@ COMMANDS = {
     "generate": "text from a prompt",
     "pretrain": "a small model from nothing (how the shipped one was made)",
 }
+EXAMPLES = {
+    "compress": "recipe=tiny output=first",
+    "score": "model=zoo data=stdlib output=scores",
+    "prune": "model=zoo scores=scores output=pruned target.layers=11 target.mamba_num_heads=12",
+    "distill": "teacher=zoo student=pruned data=stdlib output=distilled distill.train.steps=100",
+    "evaluate": "teacher=zoo +student.pruned=pruned +student.distilled=distilled data=stdlib output=gap",
+    "export": "model=distilled output=exported dtype=bfloat16",
+    "memory-fit": "model=nemotron-nano-9b-v2 hardware=a10g fit.context=131072",
+    "generate": "prompt='def mean(values):' max_new_tokens=64",
+    "pretrain": "recipe=zoo output=zoo",
+}
 EPILOGUE = """
 Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME sets many at once.
 model=, teacher= and student= take a checkpoint folder, `zoo` (the small trained model that ships), or a named
@@ -49,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command, overrides = words[0], words[1:]
         if command not in COMMANDS:
-            raise InputError(f"{command!r} is no command; known: {', '.join(COMMANDS)}")
+            from .compose import guess
+
+            raise InputError(
+                f"{command!r} is no command; known: {', '.join(COMMANDS)}" + guess(command, list(COMMANDS))
+            )
         if any(word in ("-h", "--help") for word in overrides):
             print(describe(command))
             return 0
@@ -67,8 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(command: str, overrides: Sequence[str]) -> int:
     """Composes the options of a command and runs it."""
+    import torch
+
     from .compose import build, compose_config
 
+    # Decays underflow, and arithmetic on denormal numbers is many times slower on CPUs: they count as zero, in this
+    # thread and in those that torch starts from it.
+    torch.set_flush_denormal(True)
     module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
     module.run(build(module.Options, compose_config(command, overrides)))
     return 0
@@ -86,23 +106,21 @@ def overview() -> str:
 
 
 def describe(command: str) -> str:
-    """A command's options, as its config explains them, and the recipes that set them."""
+    """A command's options, as its configs explain them, the recipes that set them, and an example."""
+    from .compose import groups, recipes
+
     text = (CONF / f"{command}.yaml").read_text(encoding="utf-8")
-    _, _, body = text.partition("# Options\n")
-    groups = {}
-    for line in text.splitlines():
-        group = line.removeprefix("  - ").split(":")[0]
-        if line.startswith("  - ") and (CONF / group).is_dir():
-            groups[group] = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    # A recipe says in its first line which command it is for.
-    groups["recipe"] = [
-        path.stem
-        for path in sorted((CONF / "recipe").glob("*.yaml"))
-        if command in path.read_text(encoding="utf-8").splitlines()[1]
-    ]
-    choices = "\n".join(f"  {group}={'|'.join(names)}" for group, names in groups.items() if names)
-    options = "\n".join("  " + line for line in body.strip().splitlines())
-    return f"limbeck {command}: {COMMANDS[command]}\n\nOptions (KEY: default)\n{options}\n\nChoices\n{choices}"
+    lines = ["Options (KEY: default)", *("  " + line for line in text.partition("# Options\n")[2].strip().splitlines())]
+    for group, (default, *others) in groups(command).items():
+        also = f"; also {', '.join(others)}" if others else ""
+        lines.append(f"  {group}:  # {group}={default}{also}")
+        body = (CONF / group / f"{default}.yaml").read_text(encoding="utf-8").splitlines()
+        lines += ["    " + line for line in body if not line.startswith("#")]
+    found = recipes(command)
+    if found:
+        lines += ["", "Recipes", *(f"  recipe={name:10} {purpose}" for name, purpose in found.items())]
+    lines += ["", f"Example: limbeck {command} {EXAMPLES[command]}"]
+    return f"limbeck {command}: {COMMANDS[command]}\n\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import load_tokenizer, train_tokenizer
 from .distill import finish_training, train_with_bar
-from .inputs import documents, model_config, torch_device
+from .inputs import data_input, documents, model_config, torch_device
 from .show import progress, result, say
 from .stage import run_stage
 
@@ -26,6 +26,7 @@ class Options:
     data: str
     output: Path
     seed: int
+    data_seed: int
     device: str
     seq_len: int
     batch: int
@@ -35,11 +36,11 @@ class Options:
 
 def run(options: Options) -> None:
     chosen = dataclasses.asdict(options)
-    del chosen["output"], chosen["device"]
+    del chosen["output"], chosen["device"], chosen["data"]
     run_stage(
         options.output,
         name="pretrain",
-        inputs={},
+        inputs={"data": data_input(options.data)},
         options=chosen,
         make=lambda folder, facts: fill(folder, options),
         scratch="training",
@@ -65,7 +66,7 @@ def fill(folder: Path, options: Options) -> None:
         tokenize(documents(options.data, "validation"), tokenizer),
         batch_size=options.batch,
         seq_len=options.seq_len,
-        seed=options.seed,
+        seed=options.data_seed,
         max_tokens=options.evaluate_tokens,
     )
     model = HybridLM(config, device=torch_device(options.device))
@@ -85,7 +86,7 @@ def fill(folder: Path, options: Options) -> None:
         folder / "training",
         batch=options.batch,
         seq_len=options.seq_len,
-        seed=options.seed,
+        seed=options.data_seed,
         evaluate=evaluate,
     )
     finish_training(folder, model, folder)

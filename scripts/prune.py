@@ -60,8 +60,8 @@ def fill(folder: Path, source: Path, options: Options) -> None:
 
         def counted() -> Any:
             for done, item in enumerate(tensors, 1):
-                yield item
                 bar.set(done)
+                yield item
 
         write_checkpoint(folder, config, counted(), tokenizer_from=source)
     write_json(folder / "selection.json", readable(selection))

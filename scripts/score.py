@@ -13,7 +13,7 @@ from ..models.hybrid import HybridLM
 from ..prune.depth import random_layers, score_layers
 from ..prune.importance import score_magnitude, score_random, score_widths
 from ..prune.scores import Scores, load_scores, write_scores
-from .inputs import corpus, model_folder, torch_device, torch_dtype
+from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
 from .show import progress, result, table
 from .stage import run_stage
 
@@ -58,11 +58,11 @@ class Options:
 
 def run(options: Options) -> None:
     source = model_folder(options.model)
-    chosen = {"importance": options.importance, "seed": options.seed, "seq_len": options.seq_len, "data": options.data}
+    chosen = {"importance": options.importance, "seed": options.seed, "seq_len": options.seq_len}
     run_stage(
         options.output,
         name="score",
-        inputs={"model": source},
+        inputs={"model": source, "data": data_input(options.data)},
         options=chosen | {"dtype": options.dtype},
         make=lambda folder, facts: fill(folder, source, options),
     )

@@ -23,6 +23,8 @@ from ..models.errors import InputError
 from ..models.folder import atomic_folder, finish_folder, sha256_file, sha256_folder, write_json
 
 PROVENANCE = "limbeck.json"
+RESULT = "result.json"
+BEGUN = "begun.json"
 
 
 def provenance(name: str, inputs: Mapping[str, Path | str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,8 +42,13 @@ def fingerprint_of(value: Path | str) -> str:
     """The sha256 of a file, or of a folder's files; a text stands for itself."""
     if isinstance(value, str):
         return value
+    if not value.exists():
+        raise InputError(f"{value} does not exist; expected a folder or a file")
     if value.is_dir():
-        return digest({name: found for name, found in sha256_folder(value).items() if name != PROVENANCE})
+        files = sha256_folder(value)
+        if PROVENANCE in files:  # of ours: who made it is no content, and result.json is written once it is finished
+            files = {name: found for name, found in files.items() if name not in (PROVENANCE, RESULT)}
+        return digest(files)
     return sha256_file(value)
 
 
@@ -79,39 +86,68 @@ def run_stage(
     if folder.exists():
         check_finished(folder, facts)
         if scratch is not None:
-            shutil.rmtree(folder / scratch, ignore_errors=True)
+            clear(folder, scratch)
         return False
     if scratch is None:
         with atomic_folder(folder) as temporary:
             make(temporary, facts)
             write_json(temporary / PROVENANCE, facts)
         return True
-    temporary = folder.with_name(f".{folder.name}.partial")
-    mark = temporary / "begun.json"
-    if temporary.exists() and not (mark.exists() and mark.read_text() == digest(facts)):
-        shutil.rmtree(temporary)
-    if not temporary.exists():
-        temporary.mkdir(parents=True)
-        half = temporary / "begun.json.partial"
-        half.write_text(digest(facts))
-        os.replace(half, mark)
-    make(temporary, facts)
+    temporary = begin(folder, facts)
+    try:
+        make(temporary, facts)
+    except InputError:
+        if not (temporary / scratch).exists():  # refused before there was any work to keep
+            shutil.rmtree(temporary)
+        raise
     write_json(temporary / PROVENANCE, facts)
-    mark.unlink()
     finish_folder(temporary, folder)
-    shutil.rmtree(folder / scratch)
+    clear(folder, scratch)
     return True
+
+
+def begin(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """The temporary folder of unfinished work beside `folder`: as it was left, or new if it was of other facts."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    mark = temporary / BEGUN
+    try:
+        if temporary.exists() and not (mark.exists() and mark.read_text() == facts["fingerprint"]):
+            shutil.rmtree(temporary)
+        if not temporary.exists():
+            temporary.mkdir(parents=True)
+            half = temporary / f"{BEGUN}.partial"
+            half.write_text(facts["fingerprint"])
+            os.replace(half, mark)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    return temporary
+
+
+def clear(folder: Path, scratch: str) -> None:
+    """What only unfinished work needs goes; the folder has its name by then, so that a kill here loses nothing."""
+    (folder / BEGUN).unlink(missing_ok=True)
+    shutil.rmtree(folder / scratch, ignore_errors=True)
 
 
 def check_finished(folder: Path, facts: Mapping[str, Any]) -> None:
     """Raises InputError unless the folder was made from just these facts."""
     try:
         found = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        made_from = found["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder} exists already and is not of limbeck; give an output that does not") from None
-    if found.get("fingerprint") != facts["fingerprint"]:
-        parts = [key for key in ("made_by", "inputs", "options", "versions") if found.get(key) != facts[key]]
+    if made_from != facts["fingerprint"]:
         raise InputError(
-            f"{folder} exists already, made from other {' and '.join(parts)};"
+            f"{folder} exists already, made otherwise ({'; '.join(differences(found, facts)[:3])});"
             " give another output, or remove the folder to make it anew"
         )
+
+
+def differences(found: Any, wanted: Any, where: str = "") -> list[str]:
+    """What differs between the facts of a folder and those wanted, a line each: options with both values."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        keys = [key for key in {**found, **wanted} if key != "fingerprint" and found.get(key) != wanted.get(key)]
+        return [line for key in keys for line in differences(found.get(key), wanted.get(key), f"{where}.{key}")]
+    if where.startswith(".inputs"):
+        return [f"{where[1:]} has changed"]
+    return [f"{where.removeprefix('.options').lstrip('.')} was {found!r}, now {wanted!r}"]

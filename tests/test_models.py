@@ -187,7 +187,7 @@ def test_sampling() -> None:
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     greedy = generate(model, ids, 12)
     for options in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
-        assert torch.equal(generate(model, ids, 12, temperature=2.0, **options), greedy)  # type: ignore[arg-type]
+        assert torch.equal(generate(model, ids, 12, temperature=2.0, **options), greedy)
     end = int(greedy[0, 7])
     stopped = generate(model, ids[:1], 12, eos_token_id=end)
     assert stopped[0, -1] == end and stopped.shape[1] <= 8 and torch.equal(stopped, greedy[:1, : stopped.shape[1]])

@@ -1,0 +1,224 @@
+"""The gap against dense float64, the trainer against itself: resumed, split, and stopped by nonsense."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from limbeck.distill.data import Batch
+from limbeck.distill.gap import Sums, measure_gap, summarise
+from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
+from limbeck.distill.trainer import TrainOptions, make_optimizers, one_step, train
+from limbeck.models.errors import InputError
+from limbeck.models.hybrid import HybridLM
+from limbeck.prune.depth import score_layers
+from limbeck.prune.importance import score_widths
+from limbeck.tests.helpers import assert_close, random_model, tiny_config
+from torch.nn import functional as F
+
+
+def rows(seed: int, count: int = 4, length: int = 20, vocabulary: int = 97) -> Batch:
+    """Rows of several documents, with bytes of 1 to 4 a token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocabulary, (count, length + 1), generator=generator)
+    starts = torch.rand(count, length + 1, generator=generator) < 0.15
+    documents = starts.cumsum(1) + 100 * seed + 10 * torch.arange(count)[:, None]
+    labels = ids[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -100)
+    n_bytes = torch.where(labels >= 0, labels % 4 + 1, 0).to(torch.int32)
+    documents = documents[:, :-1]
+    return Batch(ids[:, :-1], labels, (documents - documents[:, :1]).to(torch.int32), n_bytes, documents)
+
+
+def model_of(seed: int, **changes: Any) -> HybridLM:
+    return random_model(tiny_config(**changes), seed, torch.float32)
+
+
+def test_gap_is_the_dense_float64_one() -> None:
+    teacher, student = model_of(0), model_of(1, hidden_size=24)
+    batches = [rows(seed) for seed in range(3)]
+    report = measure_gap(teacher, {"student": student, "itself": teacher}, batches)
+    nats, kl, agree, count, text = 0.0, 0.0, 0, 0, 0
+    for batch in batches:
+        counted = batch.labels >= 0
+        with torch.no_grad():
+            p, q = (
+                F.log_softmax(m.double()(batch.input_ids, seq_idx=batch.seq_idx)[counted], -1)
+                for m in (teacher, student)
+            )
+        labels = batch.labels[counted][:, None]
+        nats -= float(q.gather(1, labels).sum())
+        kl += float((p.exp() * (p - q)).sum())
+        agree += int((p.argmax(-1) == q.argmax(-1)).sum())
+        count += int(counted.sum())
+        text += int(batch.n_bytes.sum())
+    found = report.models["student"]
+    assert report.tokens == count and report.text_bytes == text
+    assert found.cross_entropy.value == pytest.approx(nats / count, rel=1e-6)
+    assert found.kl.value == pytest.approx(kl / count, rel=1e-6)
+    assert found.agreement.value == agree / count
+    assert found.bits_per_byte.value == pytest.approx(nats / math.log(2) / text, rel=1e-6)
+    assert found.kl.low < found.kl.value < found.kl.high
+    itself = report.models["itself"]
+    assert abs(itself.kl.value) < 1e-7 and itself.agreement.value == 1
+    assert itself.cross_entropy == report.models["teacher"].cross_entropy
+
+
+def test_intervals_cover() -> None:
+    """Documents of drawn lengths and losses: the 95% interval holds the true mean about 19 times in 20."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        sums, sizes = {"teacher": Sums()}, {}
+        for document in range(60):
+            tokens = int(generator.integers(5, 50))
+            nats = float(generator.normal(2.0, 0.5, tokens).sum() + tokens * generator.normal(0, 0.3))
+            sums["teacher"].documents[document] = np.array([nats, 0.0, tokens])
+            sizes[document] = np.array([tokens, 4 * tokens], dtype=np.float64)
+        found = summarise(sums, sizes, 16, 300, trial).models["teacher"].cross_entropy
+        hits += found.low <= 2.0 <= found.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def batches_from(start: int) -> Iterator[Batch]:
+    while True:
+        yield rows(start)
+        start += 1
+
+
+def weights(model: HybridLM) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+@pytest.mark.parametrize("stop", (1, 3, 5, 6, 8))
+def test_resumed_training_is_bit_identical(optimizer: str, stop: int, tmp_path: Path) -> None:
+    options = TrainOptions(steps=9, learning_rate=0.01, optimizer=optimizer, warmup_steps=2, save_every=3, log_every=1)
+    loss = distillation_loss(model_of(0), DistillLoss(ce_weight=0.2))
+    calm, rough = model_of(1), model_of(1)
+    assert train(calm, loss, batches_from, options, tmp_path / "calm") == 9
+    train(rough, loss, batches_from, options, tmp_path / "rough", stop_after=stop)
+    (tmp_path / "rough" / ".state-00000099.partial").mkdir()  # as a kill in the middle of saving leaves it
+    with (tmp_path / "rough" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 7, "lo')
+    rough = model_of(1 if stop < 3 else 2)  # before the first state there is nothing to go on from
+    train(rough, loss, batches_from, options, tmp_path / "rough")
+    for name, weight in weights(calm).items():
+        assert torch.equal(weight, weights(rough)[name]), name
+    curves = [[json.loads(line) for line in (tmp_path / side / "metrics.jsonl").read_text().splitlines()]
+              for side in ("calm", "rough")]  # fmt: skip
+    assert [(r["step"], r["loss"]) for r in curves[0]] == [(r["step"], r["loss"]) for r in curves[1]]
+    assert [path.name for path in (tmp_path / "rough").iterdir() if path.is_dir()] == ["state-00000009"]
+
+
+@pytest.mark.parametrize("micro", (1, 2, 3))
+def test_gradient_does_not_depend_on_the_split(micro: int) -> None:
+    """Adam's signs would hide a wrong factor; so the gradients themselves, through an optimizer that records them."""
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+    found = []
+    for size in (0, micro):
+        model = model_of(1)
+        recorder = Recorder(model.parameters(), lr=1.0)
+        options = TrainOptions(steps=1, learning_rate=1.0, micro_batch=size, clip_norm=1e9)
+        loss = distillation_loss(model_of(0), DistillLoss())
+        value, _ = one_step(model, loss, rows(5), {"recorder": recorder}, options)
+        found.append((value, recorder.seen))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        assert_close("gradient", a, b, 1e-5)
+
+
+def test_every_weight_is_in_one_group_and_the_teacher_in_none() -> None:
+    model, teacher = model_of(1), model_of(0)
+    distillation_loss(teacher, DistillLoss())
+    assert not any(weight.requires_grad for weight in teacher.parameters())
+    for kind in ("adamw", "muon"):
+        optimizers = make_optimizers(model, TrainOptions(steps=1, learning_rate=1.0, optimizer=kind))
+        grouped = [id(p) for o in optimizers.values() for group in o.param_groups for p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+
+
+def test_distillation_learns_and_nonsense_stops(tmp_path: Path) -> None:
+    teacher, student = model_of(0), model_of(1)
+    loss = distillation_loss(teacher, DistillLoss())
+    batch = rows(3)
+    options = TrainOptions(steps=30, learning_rate=0.01, log_every=1)
+    train(student, loss, lambda start: iter([batch] * 30), options, tmp_path / "run")
+    curve = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1] < 0.5 * curve[0]
+    with torch.no_grad():
+        student.norm_f.weight[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="step 0"):
+        train(student, cross_entropy_loss, batches_from, options, tmp_path / "broken")
+    with pytest.raises(InputError, match="vocabulary"):
+        loss(model_of(2, vocab_size=50), rows(0, vocabulary=50), 1.0)
+
+
+@pytest.mark.parametrize("wrong", ({"steps": 0}, {"schedule": "odd"}, {"optimizer": "sgd"}, {"learning_rate": 0.0}))
+def test_wrong_training_options(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        TrainOptions(**({"steps": 1, "learning_rate": 0.1} | wrong))
+
+
+def test_scores_do_not_depend_on_batches_or_order() -> None:
+    model = model_of(0)
+    batch = rows(1, count=8)
+    whole = score_widths(model, [batch])
+    single = score_widths(model, [batch.rows(i, i + 1) for i in (5, 2, 7, 0, 1, 6, 3, 4)])
+    for axis, value in whole.items():
+        assert_close(str(axis), value, single[axis], 1e-5)
+
+
+def test_score_finds_what_matters() -> None:
+    """A neuron, a head and a channel made silent score zero, and a loud neuron comes first."""
+    model = model_of(0)
+    with torch.no_grad():
+        model.layers[1].mixer.up_proj.weight[3] = 0
+        model.layers[1].mixer.up_proj.weight[5] *= 50
+        model.layers[0].mixer.in_proj.weight[64:72] = 0
+    scores = {str(axis): value for axis, value in score_widths(model, [rows(1)]).items()}
+    assert scores["ffn(1)"][3] == 0 and int(scores["ffn(1)"].argmax()) == 5
+    assert (scores["mamba_heads(0)"][0] == 0).all() and (scores["mamba_heads(0)"][1:] > 0).all()
+
+
+def test_depth_finds_the_layer_that_does_nothing_and_agrees_with_plain_removal() -> None:
+    model = model_of(0)
+    with torch.no_grad():
+        model.layers[2].mixer.out_proj.weight.zero_()
+    batches = [rows(1), rows(2)]
+    found = score_layers(model, batches, remove=3)
+    assert found.order[0] == 2 and found.mse[0] < 1e-10
+    # The second step, plainly: every other layer away, logits against the original's.
+    errors = {}
+    for layer in (0, 1, 3, 4, 5):
+        total = count = 0.0
+        for batch in batches:
+            with torch.no_grad():
+                original = model(batch.input_ids, seq_idx=batch.seq_idx)
+                hidden = model.embed(batch.input_ids)
+                for other in range(6):
+                    if other not in (2, layer):
+                        hidden = model.forward_layers(hidden, other, other + 1, seq_idx=batch.seq_idx)
+                scale = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + model.config.norm_eps)
+                logits = hidden * scale * model.norm_f.weight @ model.head_weight.T
+            counted = batch.labels >= 0
+            total += float((logits - original)[counted].double().square().sum())
+            count += int(counted.sum()) * 97
+        errors[layer] = total / count
+    assert found.order[1] == min(errors, key=lambda layer: errors[layer])
+    assert found.candidates[1] == pytest.approx(errors, rel=1e-4)
+
+
+def test_batches_have_rows() -> None:
+    batch = rows(0)
+    assert all(getattr(batch.rows(1, 3), field.name).shape[0] == 2 for field in dataclasses.fields(batch))
