@@ -110,8 +110,8 @@ def explain(command: str, overrides: Sequence[str], error: Exception) -> str:
     what = str(error).strip().splitlines()[0]
     if what.startswith("Ambiguous value"):
         return f"{what}; give one value, or a list as KEY=[A,B]"
-    override = getattr(error, "override", None)
-    return f"{override!r} cannot be read: {what}; quote a value with special characters" if override else what
+    unread = getattr(error, "override", None)
+    return f"{unread!r} cannot be read: {what}; quote a value with special characters" if unread else what
 
 
 def no_option(command: str, key: str, known: Sequence[str] = ()) -> str:

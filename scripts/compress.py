@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.report import write_page
-from ..models.checkpoint import load_config
+from ..models.checkpoint import load_config, open_checkpoint
 from ..models.cost import Hardware, count_parameters
 from ..models.errors import InputError
-from ..prune.choose import Target
+from ..models.tokenizer import check_vocabulary, load_tokenizer
+from ..prune.choose import Target, select
+from ..prune.importance import score_random
+from ..prune.slice import slice_config
 from . import distill, evaluate, export, memory_fit, prune, score
-from .inputs import data_input, model_config, model_folder
+from .inputs import data_input, documents, model_config, model_folder
 from .show import console, gib, read_json, result, say, table
 from .stage import PROVENANCE, plain, run_stage
 
@@ -78,6 +81,8 @@ def claim(options: Options) -> str:
         strangers = [path.name for path in root.iterdir()] if root.is_dir() else [root.name]
         if [name for name in strangers if name.strip(".").removesuffix(".partial") not in known]:
             raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
+    if not (root / "run").exists():
+        check_feasible(options, source)
     run_stage(
         root / "run",
         name="compress",
@@ -86,6 +91,16 @@ def claim(options: Options) -> str:
         make=lambda folder, facts: None,
     )
     return str(source)
+
+
+def check_feasible(options: Options, source: Path) -> None:
+    """Finds what is wrong with model, target and data before the first folder is written. Raises InputError."""
+    config = open_checkpoint(source).config
+    order = tuple(range(config.num_layers))[: options.importance.remove_layers]
+    slice_config(config, select(config, score_random(config, options.seed), order, options.target))
+    check_vocabulary(load_tokenizer(source), config)
+    for split in ("train", "validation", "test"):
+        documents(options.data, split)
 
 
 def stage(title: str) -> None:

@@ -264,6 +264,21 @@ def test_compress_and_again(workshop: Path, tmp_path: Path) -> None:
     assert model.config.pattern == load_config(out / "pruned").pattern
 
 
+def test_compress_refuses_before_it_writes(workshop: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = compress_command(workshop, out)
+    (tmp_path / "nothing").mkdir()
+    for change, says in (
+        ("target.hidden_size=999", "999"),
+        ("target.layers=2", "remove"),
+        ("target.mamba_num_heads=5", "multiple"),
+        (f"data={tmp_path / 'nothing'}", "no text"),
+        (f"model={tmp_path / 'nothing'}", "config.json"),
+    ):
+        refused(*[word for word in command if word.split("=")[0] != change.split("=")[0]], change, says=says)
+        assert not out.exists()
+
+
 @pytest.mark.slow
 def test_killed_at_random_points(workshop: Path, tmp_path: Path) -> None:
     """SIGKILL at 20 points of compress, then to the end: the same bytes as undisturbed."""

@@ -1,0 +1,257 @@
+"""From a command line to options, and from options to a folder: what is refused, what resumes, what is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from limbeck.models.errors import InputError
+from limbeck.scripts.compose import build, compose_config, groups, recipes
+from limbeck.scripts.main import COMMANDS, EXAMPLES
+from limbeck.scripts.stage import fingerprint_of, run_stage
+from limbeck.tests.helpers import limbeck
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float
+    flag: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    count: int
+    place: Path | None
+    names: dict[str, str]
+    sizes: tuple[int, ...] = ()
+
+
+GOOD: dict[str, Any] = {"inner": {"rate": 1}, "count": 3, "place": None, "names": {"a": "b"}}
+
+
+def test_build_makes_nested_frozen_dataclasses() -> None:
+    assert build(Outer, GOOD) == Outer(Inner(1.0), 3, None, {"a": "b"})
+    found = build(Outer, GOOD | {"place": "here", "sizes": [1, 2]})
+    assert found.place == Path("here") and found.sizes == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"count": "three"}, "count is 'three'; expected a whole number"),
+        ({"count": 1.5}, "whole number"),
+        ({"count": True}, "whole number"),
+        ({"count": None}, "whole number"),
+        ({"inner": 3}, "inner.KEY=VALUE"),
+        ({"inner": {"rate": "fast"}}, "inner.rate is 'fast'; expected a number"),
+        ({"inner": {"rate": float("nan")}}, "inner.rate is nan"),
+        ({"inner": {"rate": 1, "flag": 1}}, "inner.flag is 1; expected true or false"),
+        ({"inner": {"rtae": 1}}, "inner.rtae is no option here; did you mean 'rate'?"),
+        ({"inner": {}}, "inner.rate is missing"),
+        ({"sizes": 3}, "expected a list"),
+        ({"sizes": [1, "x"]}, "sizes is 'x'"),
+        ({"names": "a"}, "expected a mapping"),
+    ],
+)
+def test_build_refuses(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=re.escape(says)):
+        build(Outer, GOOD | change)
+
+
+@pytest.mark.parametrize(
+    "text", ["def f(x):", "a, b = {1: 2}", '${x} "y', "null", "???", "[1", "", "1.50", "~a=b", "é\n"]
+)
+def test_texts_are_taken_as_the_shell_gives_them(text: str) -> None:
+    assert compose_config("generate", [f"prompt={text}"])["prompt"] == text
+    if text:
+        assert compose_config("generate", [f"model={text}", "prompt=x"])["model"] == text
+
+
+def test_null_only_where_nothing_is_the_default() -> None:
+    assert compose_config("memory-fit", ["model=zoo", "output=null"])["output"] is None
+    assert compose_config("memory-fit", ["model=zoo", "output=here"])["output"] == "here"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("score model=zoo hardware=a10g", "'hardware' is no option of limbeck score"),
+        ("prune teacher=zoo", "'teacher' is no option of limbeck prune"),
+        ("prune recipe=tiny", "limbeck prune has no such recipe"),
+        ("pretrain recipe=tiny", "known: zoo"),
+        ("memory-fit model=zoo hardware=null", "known: a10g"),
+        ("memory-fit model=zoo hardware=custom", "hardware.usable_gib is missing"),
+        ("memory-fit model=", "model= is empty"),
+        ("memory-fit model=zoo =3", "'=3' is no override"),
+        ("memory-fit model=zoo -m", "'-m' is no override"),
+        ("memory-fit model=zoo fit=3", "fit.KEY=VALUE"),
+        ("memory-fit model=zoo +foo=3", "foo is no option"),
+        ("memory-fit model=zoo ~fit.batch=1", "fit.batch is missing"),
+        ("memory-fit model=zoo fit.batch=[1", "'fit.batch=[1' cannot be read"),
+        ("memory-fit model=zoo fit.batch=1,2", "give one value"),
+        ("memory-fit model=zoo fit.batch=two", "fit.batch is 'two'; expected a whole number"),
+        ("memory-fit model=zoo hydra.job.chdir=true", "'hydra.job.chdir' is no option"),
+        ("distill teacher=zoo student=zoo data=stdlib output=/dev/null/x", "/dev/null/x cannot be written"),
+        ("evalute", "did you mean 'evaluate'?"),
+    ],
+)
+def test_wrong_words_give_one_line(line: str, says: str) -> None:
+    code, _, err = limbeck(*shlex.split(line))
+    assert code == 2 and says in err and err.count("\n") == 1 and len(err) < 300, err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_and_its_example_composes(command: str) -> None:
+    code, out, _ = limbeck(command, "--help")
+    assert code == 0
+    module = importlib.import_module(f"limbeck.scripts.{command.replace('-', '_')}")
+    for field in dataclasses.fields(module.Options):
+        assert re.search(rf"^  {field.name}:", out, re.M), field.name
+    for group, choices in groups(command).items():
+        assert all(choice in out for choice in (group, *choices))
+        body = (ROOT / "conf" / group / f"{choices[0]}.yaml").read_text()
+        assert all(f"    {key}:" in out for key in re.findall(r"^ *(\w+):", body, re.M))
+    assert all(f"recipe={name}" in out for name in recipes(command))
+    assert EXAMPLES[command] in out
+    build(module.Options, compose_config(command, shlex.split(EXAMPLES[command])))
+
+
+def test_every_recipe_is_of_a_command() -> None:
+    named = [name for command in COMMANDS for name in recipes(command)]
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
+
+
+def made(folder: Path, source: Path, seed: int = 0, scratch: str | None = None, fail: Exception | None = None) -> bool:
+    """A stage that counts its runs in the source's neighbour, and leaves one file."""
+
+    def make(temporary: Path, facts: dict[str, Any]) -> None:
+        with (source.parent / "runs").open("a") as stream:
+            stream.write("x")
+        if scratch is not None and not isinstance(fail, InputError):
+            (temporary / scratch).mkdir(exist_ok=True)
+            with (temporary / scratch / "steps").open("a") as stream:
+                stream.write("s")
+        if fail is not None:
+            raise fail
+        (temporary / "weights").write_text("w")
+
+    return run_stage(folder, name="test", inputs={"source": source}, options={"seed": seed}, make=make, scratch=scratch)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.mkdir()
+    (path / "a").write_text("1")
+    return path
+
+
+@pytest.mark.parametrize("scratch", [None, "work"])
+def test_a_finished_stage_is_not_done_again(scratch: str | None, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    assert made(out, source, scratch=scratch)
+    assert sorted(path.name for path in out.iterdir()) == ["limbeck.json", "weights"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert not made(out, source, scratch=scratch) and (tmp_path / "runs").read_text() == "x"
+    with pytest.raises(InputError, match=r"made otherwise \(seed was 0, now 5\)"):
+        made(out, source, seed=5, scratch=scratch)
+    (source / "a").write_text("2")
+    with pytest.raises(InputError, match=r"inputs\.source has changed"):
+        made(out, source, scratch=scratch)
+
+
+def test_equal_work_gives_equal_bytes(source: Path, tmp_path: Path) -> None:
+    made(tmp_path / "one", source)
+    made(tmp_path / "two", source, scratch="work")
+    for name in ("limbeck.json", "weights"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_unfinished_work_is_found_again_if_it_is_of_the_same_facts(source: Path, tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            made(out, source, scratch="work", fail=KeyboardInterrupt())  # type: ignore[arg-type]
+    assert not out.exists() and (partial / "work" / "steps").read_text() == "ss"
+    with pytest.raises(KeyboardInterrupt):
+        made(out, source, seed=1, scratch="work", fail=KeyboardInterrupt())  # type: ignore[arg-type]
+    assert (partial / "work" / "steps").read_text() == "s", "work of another seed went on"
+    assert made(out, source, seed=1, scratch="work")
+
+
+def test_killed_between_the_rename_and_the_cleaning(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made(out, source, scratch="work")
+    (out / "work").mkdir()
+    (out / "begun.json").write_text("")
+    assert not made(out, source, scratch="work")
+    assert sorted(path.name for path in out.iterdir()) == ["limbeck.json", "weights"]
+
+
+@pytest.mark.parametrize("scratch", [None, "work"])
+def test_refused_input_leaves_nothing(scratch: str | None, source: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="no"):
+        made(tmp_path / "out", source, scratch=scratch, fail=InputError("no"))
+    (tmp_path / "runs").unlink()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_foreign_folder_is_left_alone(content: str | None, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if content is not None:
+        (out / "limbeck.json").write_text(content)
+    with pytest.raises(InputError, match="not of limbeck"):
+        made(out, source)
+    assert len(list(out.iterdir())) == (content is not None)
+
+
+def test_fingerprint_of_our_folder_is_of_its_contents(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made(out, source)
+    before = fingerprint_of(out)
+    (out / "result.json").write_text(json.dumps({"path": str(out)}))
+    assert fingerprint_of(out) == before
+    (out / "weights").write_text("v")
+    assert fingerprint_of(out) != before
+    plain = fingerprint_of(source)
+    (source / "result.json").write_text("data of the user's own")
+    assert fingerprint_of(source) != plain
+
+
+def test_constraints_pin_one_version_each() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()[1:]
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+==\d[\w.]*", line) for line in lines)
+    names = [re.sub(r"[-_]+", "-", line.split("==")[0]).lower() for line in lines]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.slow
+def test_a_wheel_has_everything(tmp_path: Path) -> None:
+    """Every tracked kind of file in the code folders is in the wheel."""
+    skip = shutil.ignore_patterns(".*", "*.egg-info", "build", "demo-out", "__pycache__", "docs")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=skip)
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir"]
+    subprocess.run([*wheel, str(tmp_path), str(tmp_path / "source")], check=True, capture_output=True)
+    (found,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(found).namelist())
+    folders = ("benchmarks", "conf", "distill", "kernels", "models", "prune", "scripts", "tests")
+    wanted = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    wanted = [path for path in wanted if "__pycache__" not in path.parts]
+    missing = {f"limbeck/{path.relative_to(ROOT).as_posix()}" for path in wanted} - names
+    assert not missing and "limbeck/py.typed" in names
