@@ -16,8 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
     if not torch.is_grad_enabled():
-        work = working_dtype(x)
-        return F.rms_norm(x.to(work), weight.shape, weight.to(work), eps).to(x.dtype)
+        return normalize(x, None, weight, eps, 1)[0]
     return TorchNorm.apply(x, None, weight, eps, 1)  # where the device decides
 
 
@@ -31,10 +30,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: i
     if n_groups < 1 or x.shape[-1] % n_groups:
         raise ValueError(f"gated_rms_norm: {x.shape[-1]} channels are not divisible by {n_groups} groups")
     if not torch.is_grad_enabled():
-        work = working_dtype(x)
-        grouped = F.silu(z.to(work)).mul_(x).unflatten(-1, (n_groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], None, eps).flatten(-2)
-        return normed.mul_(weight.to(work)).to(x.dtype)
+        return normalize(x, z, weight, eps, n_groups)[0]
     return TorchNorm.apply(x, z, weight, eps, n_groups)  # where the device decides
 
 
@@ -43,16 +39,9 @@ class TorchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, z, weight, eps, n_groups):
-        work = working_dtype(x)
-        u = x.to(work) if z is None else x.to(work) * F.silu(z.to(work))
-        grouped = u.unflatten(-1, (n_groups, -1))
-        size = grouped.shape[-1]
-        # The norm of a row reads it once; a square and a mean would write and read it again.
-        rms = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        y, rms = normalize(x, z, weight, eps, n_groups)
         ctx.save_for_backward(x, z, weight, rms)
-        scale = weight.to(work).view(n_groups, size)
-        y = grouped * rms if u is x else grouped.mul_(rms)
-        return y.mul_(scale).flatten(-2).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
@@ -77,6 +66,18 @@ class TorchNorm(torch.autograd.Function):
         slope = torch.addcmul(gate, gate, sigmoid, value=-1).add_(sigmoid)
         dz = slope.mul_(x.to(work)).mul_(du)
         return du.mul_(gate).to(x.dtype), dz.to(z.dtype), dweight.to(weight.dtype), None, None
+
+
+def normalize(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
+    """The normed rows [..., C], and one over the root mean square of each group [..., n_groups, 1]."""
+    work = working_dtype(x)
+    u = x.to(work) if z is None else F.silu(z.to(work)).mul_(x)
+    size = u.shape[-1] // n_groups
+    grouped = u.view(*u.shape[:-1], n_groups, size) if u.is_contiguous() else u.unflatten(-1, (n_groups, size))
+    # A norm reads the row once; a square and a mean would write and read it again.
+    rms = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True).square_().mul_(1 / size).add_(eps).rsqrt_()
+    y = grouped * rms if u is x else grouped.mul_(rms)
+    return y.mul_(weight.to(work).view(n_groups, size)).flatten(-2).to(x.dtype), rms
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
