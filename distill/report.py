@@ -115,9 +115,10 @@ def draw(
         yield picture(plots.training_curve(records), "training", "Distillation", caption)
     if scores is not None:
         found = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
-        kept = {} if selection is None else selection["kept"]
+        units = unit_scores(scores)
+        kept = {} if selection is None else kept_units(units, selection)
         caption = "Sorted within each layer, relative to its largest; hidden channels are summed over all norms."
-        yield picture(plots.importance(unit_scores(scores), kept), "importance", "Importance of units", caption)
+        yield picture(plots.importance(units, kept), "importance", "Importance of units", caption)
         candidates = [{int(k): v for k, v in step.items()} for step in found["layers"]["candidates"]]
         if candidates:
             figure = plots.layers(found["pattern"], found["layers"]["order"], candidates)
@@ -131,7 +132,9 @@ def draw(
 def unit_scores(folder: Path) -> dict[str, Any]:
     """One score a unit, by axis: matrices of heads and channels, and the norms' rows, are summed up as in choosing."""
     found = {}
-    for name, values in load_file(folder / "scores.safetensors").items():
+    tensors = load_file(folder / "scores.safetensors")
+    for name in sorted(tensors, key=lambda name: int(name.partition(".")[2] or -1)):
+        values = tensors[name]
         kind, _, layer = name.partition(".")
         if kind == "hidden":
             values = values.sum(0)
@@ -139,3 +142,13 @@ def unit_scores(folder: Path) -> dict[str, Any]:
             values = (values**2).sum(1) ** 0.5
         found[f"{kind}({layer})" if layer else kind] = values
     return found
+
+
+def kept_units(units: Mapping[str, Any], selection: Mapping[str, Any]) -> dict[str, Any]:
+    """The units of each axis that stay: none of a removed layer, all of an axis that was not cut."""
+    kept = {}
+    for name, values in units.items():
+        layer = name.partition("(")[2].rstrip(")")
+        gone = layer != "" and int(layer) not in selection["layers"]
+        kept[name] = [] if gone else selection["kept"].get(name, list(range(len(values))))
+    return kept
