@@ -36,7 +36,7 @@ def compose_config(command: str, overrides: Sequence[str]) -> dict[str, Any]:
         key, value = split(command, override)
         if key in VERBATIM and not (key == "student" and value.startswith("{")):
             texts[key] = value
-        else:
+        elif override != "recipe=null":  # the default, which Hydra refuses to be told
             words.append(override)
     try:
         with initialize_config_module("limbeck.conf", version_base="1.3"):

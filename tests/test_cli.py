@@ -73,6 +73,7 @@ def test_misspelt_words() -> None:
     refused("compress", "recipe=tinny", says="did you mean 'tiny'")
     refused("score", "importance=best", says="activation")
     refused("score", "model=zoo", says="data is missing")
+    refused("score", "model=zoo", "recipe=null", says="data is missing")
     refused("score", "model=nemotron-nano-9b-v2", "data=stdlib", "output=x", says="without weights")
     refused("score", "model=no-such", "data=stdlib", "output=x", says="no-such")
     refused("memory-fit", "model=zoo", "fit.context=many", says="fit.context")
