@@ -72,7 +72,7 @@ def kept_layers(config: HybridConfig, layer_order: Sequence[int], count: int | N
     if len(set(removed)) != total - count or not all(0 <= layer < total for layer in removed):
         raise InputError(
             f"target: {count} of {total} layers need an order of {total - count} distinct layers to remove,"
-            f" the scores have {list(layer_order)}; score with depth.remove={total - count} or more"
+            f" the scores have {list(layer_order)}; score with importance.remove_layers={total - count} or more"
         )
     return tuple(layer for layer in range(total) if layer not in removed)
 

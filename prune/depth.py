@@ -142,9 +142,12 @@ def run_layers(model: HybridLM, hidden: Tensor, layers: Sequence[int], seq_idx: 
 
 
 def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapping[str, int]) -> list[Candidate]:
-    """Runs of `size` neighbours in the stack that may go, so that every kind keeps its least number of layers."""
+    """Runs of `size` neighbours in the stack that may go, so that every kind keeps its least number of layers.
+
+    Raises InputError where there is none (two neighbours may be of kinds that cannot spare both).
+    """
     pattern = "".join(config.pattern[layer] for layer in stack)
-    return [
+    found = [
         tuple(stack[i : i + size])
         for i in range(len(stack) - size + 1)
         if all(
@@ -152,6 +155,12 @@ def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapp
             for letter in set(pattern[i : i + size])
         )
     ]
+    if not found:
+        raise InputError(
+            f"depth: min_layers lets no {'two neighbours' if size == 2 else 'layer'} of the {len(stack)} layers"
+            f" {pattern} go; expected fewer layers to remove, or lower minima"
+        )
+    return found
 
 
 def check_removal(config: HybridConfig, remove: int, size: int, min_layers: Mapping[str, int]) -> dict[str, int]:

@@ -1,0 +1,328 @@
+"""Importance of widths and layers: definitions by hand, independence of batching, silence ranks last, files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from limbeck.models.axes import HIDDEN, Axis
+from limbeck.models.errors import InputError
+from limbeck.models.hybrid import HybridLM
+from limbeck.prune import depth
+from limbeck.prune.choose import Target, select
+from limbeck.prune.depth import random_layers, run_layers, score_layers
+from limbeck.prune.importance import score_magnitude, score_random, score_widths
+from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores, width_score_shapes
+from limbeck.prune.slice import Selection, slice_model
+from limbeck.tests.helpers import assert_close, random_model, tiny_config
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What prune/ asks of a batch, and no more."""
+
+    input_ids: Tensor
+    labels: Tensor
+    seq_idx: Tensor
+
+    def take(self, rows: Sequence[int]) -> Rows:
+        return Rows(*(getattr(self, field.name)[list(rows)] for field in dataclasses.fields(self)))
+
+
+def draw_rows(vocabulary: int, rows: int = 8, tokens: int = 21) -> Rows:
+    """Rows of two documents; the tail of each row is padding of its own length (label -100)."""
+    ids = torch.randint(vocabulary, (rows, tokens))
+    labels = torch.cat([ids[:, 1:], torch.full((rows, 1), -100)], 1)
+    labels[:, 8] = -100
+    for row in range(rows):
+        labels[row, tokens - 1 - row :] = -100
+    seq_idx = (torch.arange(tokens) > 8).int().expand(rows, -1)
+    return Rows(ids, labels, seq_idx)
+
+
+def observed(model: HybridLM, batch: Rows, kind: str, layer: int) -> Tensor:
+    found = []
+    model.hidden_states(
+        batch.input_ids,
+        seq_idx=batch.seq_idx,
+        observe=lambda k, i, tensor: found.append(tensor.detach().double()) if (k, i) == (kind, layer) else None,
+    )
+    (tensor,) = found
+    return tensor
+
+
+def by_loops(values: Tensor, counted: Tensor, over_batch: str, over_sequence: str) -> Tensor:
+    """values [B, T, U...] -> [U...], sample by sample."""
+
+    def aggregate(stack: Tensor, how: str) -> Tensor:
+        if how == "mean":
+            return stack.abs().mean(0)
+        return stack.square().sum(0).sqrt() if how == "l2" else stack.var(0, correction=0)
+
+    samples = [aggregate(row[mask], over_sequence) for row, mask in zip(values, counted, strict=True) if mask.any()]
+    return aggregate(torch.stack(samples), over_batch)
+
+
+@pytest.mark.parametrize(
+    ("over_batch", "over_sequence"), [("l2", "mean"), ("mean", "mean"), ("l2", "l2"), ("var", "var")]
+)
+def test_widths_are_what_the_papers_say(over_batch: str, over_sequence: str) -> None:
+    config = tiny_config()
+    model = random_model(config)
+    batch = draw_rows(config.vocab_size)
+    batch.labels[3] = -100  # a row that does not count
+    counted = batch.labels != -100
+    how = {"aggregate_batch": over_batch, "aggregate_sequence": over_sequence}
+    scores = score_widths(model, [batch], **how)  # type: ignore[arg-type]
+    assert {axis: tuple(value.shape) for axis, value in scores.items()} == width_score_shapes(config)
+    for layer in (0, 3, config.num_layers):
+        expected = by_loops(observed(model, batch, "hidden", layer), counted, over_batch, over_sequence)
+        assert_close("hidden", expected, scores[HIDDEN][layer], 1e-9)
+    heads = observed(model, batch, "attn_heads", 3).square().sum(-1).sqrt()
+    for axis, values in (
+        (Axis("ffn", 1), observed(model, batch, "ffn", 1)),
+        (Axis("attn_heads", 3), heads),
+        (Axis("mamba_heads", 2), observed(model, batch, "mamba_x", 2)),
+    ):
+        assert_close(str(axis), by_loops(values, counted, over_batch, over_sequence), scores[axis], 1e-9)
+
+
+def test_ffn_and_mamba_sources() -> None:
+    config = tiny_config()
+    model = random_model(config)
+    batch = draw_rows(config.vocab_size)
+    counted = batch.labels != -100
+    for source, kind in (("x", "mamba_x"), ("z", "mamba_z"), ("out", "mamba_out")):
+        found = score_widths(model, [batch], mamba_source=source)[Axis("mamba_heads", 0)]
+        assert_close(kind, by_loops(observed(model, batch, kind, 0), counted, "l2", "mean"), found, 1e-9)
+    found = score_widths(model, [batch], ffn_source="act")[Axis("ffn", 1)]
+    assert_close("ffn_act", by_loops(observed(model, batch, "ffn_act", 1), counted, "l2", "mean"), found, 1e-9)
+
+
+def test_batching_and_order_of_samples_do_not_matter() -> None:
+    """In float32: the same scores to 1e-5, and the very same units."""
+    config = tiny_config(hidden_size=40, intermediate_size=96)
+    model = random_model(config, dtype=torch.float32)
+    batch = draw_rows(config.vocab_size)
+    target = Target(hidden_size=24, intermediate_size=50, num_attention_heads=2, mamba_num_heads=4, mamba_head_dim=5)
+    whole = score_widths(model, [batch])
+    order = torch.randperm(8).tolist()
+    for parts in ([[i] for i in range(8)], [order], [[i] for i in order], [order[:3], order[3:]]):
+        found = score_widths(model, [batch.take(rows) for rows in parts])
+        for axis, value in whole.items():
+            assert_close(str(axis), value, found[axis], 1e-5)
+        assert select(config, found, (), target) == select(config, whole, (), target)
+
+
+def test_padding_does_not_count() -> None:
+    config = tiny_config()
+    model = random_model(config)
+    batch = draw_rows(config.vocab_size, rows=1)
+    batch.labels[0, 15:] = -100
+    changed = Rows(batch.input_ids.clone(), batch.labels, batch.seq_idx)
+    changed.input_ids[0, 15:] = 0
+    before, after = score_widths(model, [batch]), score_widths(model, [changed])
+    for axis, value in before.items():
+        assert_close(str(axis), value, after[axis], 1e-12)
+    changed.input_ids[0, 0] = (changed.input_ids[0, 0] + 1) % config.vocab_size
+    assert not torch.allclose(score_widths(model, [changed])[HIDDEN], before[HIDDEN])
+
+
+@torch.no_grad()
+def test_units_that_contribute_nothing_rank_last() -> None:
+    config = tiny_config()
+    model = random_model(config)
+    weights = model.state_dict()
+    hidden, neuron, head, channel, query = 5, 7, 3, 2, 1
+    for name, weight in weights.items():
+        if name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            weight[hidden] = 0
+    weights["embeddings.weight"][:, hidden] = 0
+    weights["layers.1.mixer.up_proj.weight"][neuron] = 0
+    x = weights["layers.2.mixer.in_proj.weight"][config.d_inner : 2 * config.d_inner].unflatten(0, (8, 8))
+    x[head] = 0
+    x[:, channel] = 0
+    weights["layers.3.mixer.o_proj.weight"].unflatten(1, (4, 8))[:, query] = 0
+    batch = draw_rows(config.vocab_size)
+    widths = score_widths(model, [batch])
+    target = Target(hidden_size=31, intermediate_size=47, mamba_num_heads=6, mamba_head_dim=7)
+    kept = select(config, widths, (), target).kept
+    assert hidden not in kept[HIDDEN]
+    assert neuron not in kept[Axis("ffn", 1)]
+    assert head not in kept[Axis("mamba_heads", 2)]
+    assert channel not in kept[Axis("mamba_head_dim", 2)]
+    # A unit that is busy but that nobody reads: only the weights behind it can tell.
+    read = score_widths(model, [batch], times_output=True)
+    assert read[Axis("attn_heads", 3)][query] == 0 < widths[Axis("attn_heads", 3)][query]
+    assert query not in select(config, read, (), Target(num_attention_heads=2)).kept[Axis("attn_heads", 3)]
+
+
+def test_magnitude_is_the_norm_of_a_units_weights() -> None:
+    config = tiny_config()
+    model = random_model(config)
+    weights = model.state_dict()
+    scores = score_magnitude(config, weights.__getitem__)
+    up, down = weights["layers.1.mixer.up_proj.weight"], weights["layers.1.mixer.down_proj.weight"]
+    expected = (up.square().sum(1) + down.square().sum(0)).sqrt()
+    assert_close("ffn", expected, scores[Axis("ffn", 1)], 1e-6)
+    q, o = weights["layers.3.mixer.q_proj.weight"], weights["layers.3.mixer.o_proj.weight"]
+    expected = (q.square().sum(1) + o.square().sum(0)).unflatten(0, (4, 8)).sum(1).sqrt()
+    assert_close("attention", expected, scores[Axis("attn_heads", 3)], 1e-6)
+    table = weights["embeddings.weight"].square().sum(0) + weights["lm_head.weight"].square().sum(0)
+    assert_close("hidden", table.sqrt(), scores[HIDDEN][config.num_layers], 1e-6)
+    assert_close("hidden", (up.square().sum(0) + down.square().sum(1)).sqrt(), scores[HIDDEN][1], 1e-6)
+    di, heads = config.d_inner, config.mamba_num_heads
+    rows = weights["layers.0.mixer.in_proj.weight"].square().sum(1)
+    conv = weights["layers.0.mixer.conv1d.weight"].square().sum((1, 2))[:di]
+    out = weights["layers.0.mixer.out_proj.weight"].square().sum(0)
+    per_head = (rows[:di] + rows[di : 2 * di] + conv + out).unflatten(0, (heads, -1)).sum(1) + rows[-heads:]
+    assert_close("mamba", per_head.sqrt(), torch.linalg.vector_norm(scores[Axis("mamba_heads", 0)], dim=1), 1e-6)
+
+
+def naive_mse(model: HybridLM, batches: Sequence[Rows], gone: Sequence[int]) -> float:
+    """The mean over counted positions and vocabulary of the squared difference of the logits."""
+    without = slice_model(model, Selection(tuple(i for i in range(model.config.num_layers) if i not in gone)))
+    errors = []
+    with torch.no_grad():
+        for batch in batches:
+            difference = model(batch.input_ids, seq_idx=batch.seq_idx) - without(batch.input_ids, seq_idx=batch.seq_idx)
+            errors.append(difference[batch.labels != -100])
+    return torch.cat(errors).square().mean().item()
+
+
+@pytest.mark.parametrize("pairs", (False, True))
+def test_layers_go_greedily_by_the_logits(pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against dropping each candidate from a fresh model, with whole logits; and with fewer layers run."""
+    monkeypatch.setattr(depth, "HEAD_ROWS", 40)  # the head's 97 rows in three parts
+    config = tiny_config(pattern="M-M*-M*")
+    model = random_model(config)
+    batch = draw_rows(config.vocab_size, rows=4)
+    batches = [batch.take([0, 1, 2]), batch.take([3])]
+    seen: list[tuple[int, int]] = []
+    scores = score_layers(model, batches, remove=4, pairs=pairs, on_step=lambda *step: seen.append(step))
+    size, naive_evaluations = 2 if pairs else 1, 0
+    gone: list[int] = []
+    for step in range(4 // size):
+        stack = [layer for layer in range(7) if layer not in gone]
+        measured = {
+            stack[i]: naive_mse(model, batches, [*gone, *stack[i : i + size]]) for i in range(len(stack) - size + 1)
+        }
+        naive_evaluations += len(measured) * (len(stack) - size)
+        assert scores.candidates[step] == pytest.approx(measured, rel=1e-9)
+        first = min(measured, key=lambda layer: measured[layer])
+        gone += stack[stack.index(first) : stack.index(first) + size]
+        assert scores.mse[step] == pytest.approx(measured[first], rel=1e-9)
+    assert list(scores.order) == gone
+    assert scores.layer_evaluations < naive_evaluations
+    assert [done for done, _ in seen] == list(range(1, len(seen) + 1))
+    assert len({total for _, total in seen}) == 1 and seen[-1][0] == seen[-1][1]
+
+
+def test_an_empty_layer_goes_first_and_a_least_number_stays() -> None:
+    config = tiny_config(pattern="M-M*-M")
+    model = random_model(config)
+    with torch.no_grad():
+        model.state_dict()["layers.3.mixer.o_proj.weight"].zero_()
+    batches = [draw_rows(config.vocab_size)]
+    assert score_layers(model, batches, remove=2).order[0] == 3
+    assert score_layers(model, batches, remove=2).mse[0] == 0
+    kept = score_layers(model, batches, remove=3, min_layers={"attention": 1, "mlp": 1, "mamba": 1})
+    assert 3 not in kept.order and len(kept.order) == 3
+    drawn = {random_layers(config, remove=3, seed=seed, min_layers={"attention": 1}).order for seed in range(20)}
+    assert len(drawn) > 5 and not any(3 in order for order in drawn)
+    assert random_layers(config, remove=3, seed=1) == random_layers(config, remove=3, seed=1)
+
+
+def test_run_layers_joins_neighbours() -> None:
+    model = random_model(tiny_config())
+    calls: list[tuple[int, int]] = []
+    forward_layers = model.forward_layers
+    model.forward_layers = lambda h, a, b, **rest: calls.append((a, b)) or forward_layers(h, a, b, **rest)  # type: ignore
+    hidden, seq_idx = torch.randn(1, 5, 32, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.int32)
+    found = run_layers(model, hidden, (0, 1, 3, 5), seq_idx)
+    assert calls == [(0, 2), (3, 4), (5, 6)]
+    for layer in (0, 1, 3, 5):
+        hidden = forward_layers(hidden, layer, layer + 1, seq_idx=seq_idx)
+    assert torch.equal(found, hidden)
+    assert torch.equal(run_layers(model, hidden, (), seq_idx), hidden)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    (
+        ({"remove": 6}, "at most 5"),
+        ({"remove": -1}, "at most 5"),
+        ({"remove": 3, "pairs": True}, "an even number"),
+        ({"remove": 1, "min_layers": {"attn": 1}}, "unknown kind 'attn'"),
+        ({"remove": 3, "min_layers": {"mamba": 3, "mlp": 2}}, "at most 1"),
+        ({"remove": 2, "pairs": True, "min_layers": {"mamba": 3}}, "lets no two neighbours"),
+    ),
+)
+def test_wrong_depth_options(options: dict, said: str) -> None:
+    config = tiny_config(pattern="M-M*-M" if "neighbours" not in said else "-M-M-M")
+    with pytest.raises(InputError, match=said) as caught:
+        score_layers(random_model(config), [draw_rows(config.vocab_size, rows=1)], **options)
+    with pytest.raises(InputError, match=said):
+        random_layers(config, seed=0, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_width_options_and_data() -> None:
+    config = tiny_config()
+    model = random_model(config)
+    batch = draw_rows(config.vocab_size, rows=2)
+    for option in ("aggregate_batch", "aggregate_sequence", "mamba_source", "ffn_source"):
+        with pytest.raises(InputError, match="'median' is unknown"):
+            score_widths(model, [batch], **{option: "median"})  # type: ignore[arg-type]
+    nothing = Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.seq_idx)
+    for batches in ([], [nothing]):
+        with pytest.raises(InputError, match="no counted token"):
+            score_widths(model, batches)
+        with pytest.raises(InputError, match="no counted token"):
+            score_layers(model, batches, remove=1)
+    with torch.no_grad():
+        model.state_dict()["layers.1.mixer.up_proj.weight"][3, 3] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        score_widths(model, [batch])
+
+
+def test_scores_come_back_from_their_folder_in_the_same_bytes(tmp_path: Path) -> None:
+    config = tiny_config()
+    layers = LayerScores((3, 1), (0.5, 0.75), ({0: 1.5, 3: 0.5}, {0: 2.0, 1: 0.75}), 17)
+    scores = Scores(score_random(config, 1), layers, {"method": "random", "seed": 1})
+    for name in ("a", "b"):
+        save_scores(tmp_path / name, scores)
+    for file in ("scores.safetensors", "scores.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    found = load_scores(tmp_path / "a")
+    assert (found.layers, found.metadata) == (scores.layers, scores.metadata)
+    assert found.widths.keys() == scores.widths.keys()
+    assert all(torch.equal(found.widths[axis], value) for axis, value in scores.widths.items())
+    with pytest.raises(InputError, match="exists already"):
+        save_scores(tmp_path / "a", scores)
+
+
+def test_a_broken_scores_folder(tmp_path: Path) -> None:
+    scores = Scores(score_random(tiny_config(), 1), LayerScores())
+    with pytest.raises(InputError, match="does not exist"):
+        load_scores(tmp_path / "none")
+    for number, (file, content) in enumerate(
+        (
+            ("scores.safetensors", b""),
+            ("scores.safetensors", b"not a tensor file"),
+            ("scores.json", b"{"),
+            ("scores.json", b"[]"),
+            ("scores.json", b"{}"),
+            ("scores.json", b"\xff"),
+            ("scores.json", b'{"layers": {"order": ["a"], "mse": [], "candidates": [], "layer_evaluations": 0}}'),
+        )
+    ):
+        save_scores(tmp_path / str(number), scores)
+        (tmp_path / str(number) / file).write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read") as caught:
+            load_scores(tmp_path / str(number))
+        assert file in str(caught.value)
