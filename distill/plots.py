@@ -1,8 +1,12 @@
-"""The report's pictures: matplotlib figures as SVG text for the page, and as PNG beside it."""
+"""The report's pictures: matplotlib figures, as SVG for the page and as PNG beside it.
+
+Colours are a theme: in the page's SVG each becomes a CSS variable, so that pictures follow light and dark.
+"""
 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,144 +14,207 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import escape
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-COLOURS = {"teacher": "#4c6fa5", "pruned": "#c8553d", "distilled": "#3a8f6b"}
-SPARE = ("#8a6db1", "#b58a3c", "#5b9aa0", "#9a5b7f")
+# The page's stylesheet has a variable of each name, for light and dark.
+THEME = {
+    "ink": "#1d2530", "soft": "#5d6875", "line": "#dde3ea", "paper": "#fefefe", "blue": "#3f6fb3",
+    "orange": "#d17a22", "teal": "#1f9383", "violet": "#8465b5", "gold": "#a98a2c", "pale": "#d3c8b8",
+}  # fmt: skip
+COLOURS = {"teacher": THEME["blue"], "pruned": THEME["orange"], "distilled": THEME["teal"]}
+SPARE = (THEME["violet"], THEME["gold"], "#5b9aa0", "#b0607f")
 # Text as text: smaller, searchable, and read out by screen readers. A fixed salt makes equal plots equal bytes.
-matplotlib.rcParams.update(
-    {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "limbeck",
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        "figure.facecolor": "white",
-    }
-)
+# A `$` in a model's name is no mathematics.
+STYLE: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "limbeck", "font.family": "sans-serif", "font.size": 10.5,
+    "text.color": THEME["ink"], "axes.labelcolor": THEME["soft"], "axes.edgecolor": THEME["line"],
+    "xtick.color": THEME["soft"], "ytick.color": THEME["soft"], "axes.titlesize": 11, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": THEME["line"], "grid.linewidth": 0.8, "ytick.left": False,
+    "xtick.bottom": False, "figure.facecolor": THEME["paper"], "axes.facecolor": "none", "text.parse_math": False,
+}  # fmt: skip
+PANEL, WIDE = 4.9, 9.6  # inches
+METRICS = {"bits_per_byte": "Bits per byte", "kl": "KL to the teacher (nats)", "agreement": "Top-1 agreement"}
+styled = matplotlib.rc_context(STYLE)
 
 
 def colour(name: str, number: int) -> str:
     return COLOURS.get(name, SPARE[number % len(SPARE)])
 
 
-def finish(figure: Figure, folder: Path, name: str) -> str:
-    """Writes plots/NAME.png and .svg, and gives the SVG for the page."""
-    (folder / "plots").mkdir(exist_ok=True)
-    figure.savefig(folder / "plots" / f"{name}.png", dpi=144, bbox_inches="tight", metadata={"Software": None})
+def short(name: str) -> str:
+    return name if len(name) <= 22 else name[:21] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+@styled
+def finish(figure: Figure, folder: Path, name: str, label: str) -> str:
+    """Writes plots/NAME.png, and gives the SVG for the page: no namespaces (HTML needs none), ids of its own, the
+    theme's variables for colours, never larger than drawn, with `label` for those who hear it."""
+    save_png(figure, folder, name)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    (folder / "plots" / f"{name}.svg").write_text(svg, encoding="utf-8")
-    svg = svg[svg.index("<svg") :]
-    # Several pictures share the page, so that their ids must not clash.
-    svg = re.sub(r'(id="|href="#|url\(#)', lambda found: f"{found.group(1)}{name}-", svg)
-    return re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    text = buffer.getvalue()
+    body = text[text.index("<defs>") :]
+    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    assert found is not None
+    width, height = (float(number) for number in found.groups())
+    body = re.sub(
+        r'(id="|href="#|url\(#)', lambda match: f"{match.group(1)}{name}-", body.replace("xlink:href", "href")
+    )
+    for role, value in THEME.items():
+        body = body.replace(value, f"var(--{role})")
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}"'
+    return f'{head} style="max-width:{width * 4 / 3:.0f}px">\n{body}'
 
 
-def gap_bars(models: Mapping[str, Any]) -> Figure:
-    """Bits per byte, KL and agreement of every model, with their intervals."""
-    figure = Figure(figsize=(9, 2.9), layout="constrained")
-    panels = (("bits_per_byte", "bits per byte"), ("kl", "KL to the teacher (nats)"), ("agreement", "top-1 agreement"))
-    for axes, (key, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        values = [models[name][key]["value"] for name in models]
-        errors = [
-            [abs(models[name][key]["value"] - models[name][key]["low"]) for name in models],
-            [abs(models[name][key]["high"] - models[name][key]["value"]) for name in models],
-        ]
-        colours = [colour(name, number) for number, name in enumerate(models)]
-        bars = axes.bar(list(models), values, yerr=errors, color=colours, width=0.62, capsize=3)
-        axes.bar_label(bars, [f"{value:.3f}" for value in values], padding=3, fontsize=9)
-        axes.set_title(title, fontsize=10)
-        axes.grid(axis="x", visible=False)
-        axes.margins(y=0.18)
+@styled
+def save_png(figure: Figure, folder: Path, name: str) -> None:
+    (folder / "plots").mkdir(exist_ok=True)
+    figure.savefig(folder / "plots" / f"{name}.png", dpi=144, bbox_inches="tight", metadata={"Software": None})
+
+
+def say(axes: Axes, x: float, y: float, text: str, shade: str = THEME["ink"]) -> None:
+    """Text just right of a point."""
+    axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", color=shade, annotation_clip=False)
+
+
+def draw_bars(axes: Axes, models: Mapping[str, Any], key: str) -> None:
+    """One figure of every model, with its interval and value."""
+    found = [models[name][key] for name in models]
+    values = [figure["value"] for figure in found]
+    errors = [[abs(f["value"] - f["low"]) for f in found], [abs(f["high"] - f["value"]) for f in found]]
+    places = range(len(values))
+    axes.barh(places, values, color=[colour(name, number) for number, name in enumerate(models)], height=0.62)
+    axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=THEME["ink"], elinewidth=1.2, capsize=3)
+    largest = max(*(figure["high"] for figure in found), 1e-12)
+    for place, figure in zip(places, found, strict=True):
+        say(axes, max(figure["high"], figure["value"]), place, f"{figure['value']:.3f}")
+    axes.set_yticks(places, [short(name) for name in models], color=THEME["ink"])
+    axes.set(title=METRICS[key], xlim=(0, 1.2 * largest))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+
+
+@styled
+def gap_bars(models: Mapping[str, Any], keys: Sequence[str] = tuple(METRICS)) -> Figure:
+    """Models beside each other, a panel for each figure asked for."""
+    figure = Figure(figsize=(PANEL * len(keys), 0.8 + 0.48 * len(models)), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        draw_bars(axes, models, key)
     return figure
 
 
+@styled
 def kl_by_position(models: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(9, 2.7), layout="constrained")
+    figure = Figure(figsize=(PANEL, 2.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, found) in enumerate(models.items()):
         if name != "teacher":
-            places, values = zip(*found["kl_by_position"], strict=True)
-            axes.step(places, values, where="post", color=colour(name, number), label=name, linewidth=2)
-    axes.set(xlabel="position in the row (tokens)", ylabel="KL (nats)", ylim=(0, None))
-    axes.legend(frameon=False)
+            starts, values = zip(*found["kl_by_position"], strict=True)
+            end = starts[-1] + (starts[-1] - starts[-2] if len(starts) > 1 else 1)
+            axes.stairs(values, (*starts, end), baseline=None, color=colour(name, number), linewidth=2)
+            say(axes, end, values[-1], short(name), colour(name, number))
+    axes.set(title="KL along the row (nats)", xlabel="position (tokens)", ylim=(0, None))
     return figure
 
 
-def training_curve(records: Sequence[Mapping[str, float]]) -> Figure:
-    """Loss of each logged step, and the held-out figures."""
-    figure = Figure(figsize=(9, 2.9), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    tokens = [record["tokens"] for record in records]
-    left.plot(tokens, [record["loss"] for record in records], color=COLOURS["distilled"])
-    left.set(xlabel="tokens", ylabel="training loss", ylim=(0, None))
-    held = [record for record in records if "validation_kl" in record]
-    right.plot([r["tokens"] for r in held], [r["validation_kl"] for r in held], "o-", color=COLOURS["distilled"])
-    right.set(xlabel="tokens", ylabel="held-out KL (nats)", ylim=(0, None))
-    return figure
-
-
-def importance(scores: Mapping[str, np.ndarray], kept: Mapping[str, Sequence[int]]) -> Figure:
-    """Every unit's score, sorted within its axis and relative to the axis's largest; what was cut is pale."""
-    kinds = ("hidden", "ffn", "mamba_heads", "attn_heads")
-    rows = [(kind, [name for name in scores if name.split("(")[0] == kind]) for kind in kinds]
-    rows = [(kind, names) for kind, names in rows if names]
-    figure = Figure(figsize=(9, 2.2 * len(rows)), layout="constrained")
-    titles = {"hidden": "residual channels", "ffn": "FFN neurons", "mamba_heads": "Mamba heads",
-              "attn_heads": "attention heads"}  # fmt: skip
-    for axes, (kind, names) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-        offset = 0
-        for name in names:
-            values = scores[name] / max(scores[name].max(), 1e-30)
-            stays = np.isin(np.arange(len(values)), list(kept.get(name, range(len(values)))))
-            order = np.argsort(-values, kind="stable")
-            places = offset + np.arange(len(values))
-            colours = np.where(stays[order], COLOURS["teacher"], "#d9c6bf")
-            axes.bar(places, values[order], width=1.0, color=colours)
-            if len(names) > 1:
-                axes.text(offset + len(values) / 2, 1.04, name[len(kind) :], ha="center", fontsize=8)
-            offset += len(values) + max(2, len(values) // 12)
-        axes.set_title(f"{titles[kind]} (pale: removed)", fontsize=10, loc="left", pad=12)
-        axes.set(ylim=(0, 1.02), xticks=[], ylabel="score")
-        axes.grid(axis="x", visible=False)
-    return figure
-
-
-def layers(pattern: str, order: Sequence[int], candidates: Sequence[Mapping[int, float]]) -> Figure:
-    """How much the logits miss each layer at the first step; the removed ones are marked."""
-    figure = Figure(figsize=(9, 2.7), layout="constrained")
+@styled
+def training_curve(records: Sequence[Mapping[str, float]], key: str, title: str) -> Figure:
+    """One column of metrics.jsonl against the tokens seen; few points are marked, and the last says its value."""
+    found = [(record["tokens"], record[key]) for record in records if key in record]
+    tokens, values = zip(*found, strict=True)
+    figure = Figure(figsize=(PANEL, 2.5), layout="constrained")
     axes = figure.subplots()
-    first = candidates[0]
+    axes.plot(
+        tokens,
+        values,
+        "o-" if len(found) <= 24 else "-",
+        color=THEME["teal"],
+        linewidth=1.8,
+        markersize=4,
+        clip_on=False,
+    )
+    say(axes, tokens[-1], values[-1], f"{values[-1]:.3f}")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set(title=title, xlabel="tokens", ylim=(0, 1.08 * max(values)), xlim=(0, tokens[-1]))
+    return figure
+
+
+@styled
+def importance(title: str, scores: Mapping[str, np.ndarray], kept: Mapping[str, Sequence[int]]) -> Figure:
+    """Every unit's score, sorted within its layer and relative to the layer's largest; what was cut is pale.
+
+    `scores`: the units of each layer, by the text that stands above them. Wide layers are drawn in bins, in the
+    colour of most of their units."""
+    figure = Figure(figsize=(WIDE, 1.9), layout="constrained")
+    axes = figure.subplots()
+    offset = 0.0
+    for name, values in scores.items():
+        order = np.argsort(-values, kind="stable")
+        bins = np.array_split(order, min(len(order), max(600 // len(scores), 16)))
+        heights = np.array([values[bin].mean() for bin in bins]) / max(values.max(), 1e-30)
+        stays = [2 * np.isin(bin, kept.get(name, order)).sum() >= len(bin) for bin in bins]
+        edges = offset + np.linspace(0, 1, len(bins) + 1)
+        for stay, run in itertools.groupby(range(len(bins)), key=stays.__getitem__):
+            places = list(run)
+            steps = np.append(heights[places], heights[places[-1]])
+            shade = THEME["blue"] if stay else THEME["pale"]
+            axes.fill_between(edges[places[0] : places[-1] + 2], steps, step="post", color=shade, linewidth=0)
+        axes.text(offset + 0.5, 1.04, name, ha="center", fontsize=9, color=THEME["soft"])
+        offset += 1.12
+    axes.set(ylim=(0, 1.15), xlim=(-0.02, offset - 0.1), xticks=[], yticks=[0, 0.5, 1], title=title)
+    return figure
+
+
+@styled
+def layers(pattern: str, removed: Sequence[int], first: Mapping[int, float]) -> Figure:
+    """How much the logits miss each layer at the first step; the removed ones are marked."""
+    figure = Figure(figsize=(WIDE, 2.4), layout="constrained")
+    axes = figure.subplots()
     places = sorted(first)
-    colours = [COLOURS["pruned"] if layer in order else COLOURS["teacher"] for layer in places]
-    axes.bar([str(layer) for layer in places], [first[layer] for layer in places], color=colours)
-    axes.set_xticks(range(len(places)), [f"{layer}\n{pattern[layer]}" for layer in places])
-    axes.set(yscale="log", ylabel="logit MSE without it", xlabel="layer (red: removed)")
+    shades = [THEME["orange"] if layer in removed else THEME["blue"] for layer in places]
+    axes.bar(range(len(places)), [first[layer] for layer in places], color=shades, width=0.72)
+    axes.set_xticks(
+        range(len(places)), [f"{layer}\n{pattern[layer]}" for layer in places], fontsize=10 if len(places) < 40 else 7
+    )
+    if max(first.values()) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+    axes.set(title="Change of the logits without one layer (mean squared)", xlabel="layer and its kind")
+    axes.margins(x=0.01)
     axes.grid(axis="x", visible=False)
     return figure
 
 
+PARTS = {"weights": "blue", "kv": "violet", "ssm": "teal", "conv": "gold"}
+
+
+@styled
 def memory_bars(fits: Mapping[str, Any]) -> Figure:
-    """Stacked bytes of each model against the budget."""
-    figure = Figure(figsize=(9, 0.75 + 0.62 * len(fits)), layout="constrained")
+    """Stacked bytes of each model against the budget, whose line is drawn where it is near."""
+    figure = Figure(figsize=(PANEL, 1.25 + 0.5 * len(fits)), layout="constrained")
     axes = figure.subplots()
-    parts = (("weights", "#4c6fa5"), ("kv", "#b58a3c"), ("ssm", "#3a8f6b"), ("conv", "#8a6db1"))
     largest = max(fit["memory"]["total"] for fit in fits.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
-    for number, (part, shade) in enumerate(parts):
-        before = [sum(fit["memory"][earlier] for earlier, _ in parts[:number]) / unit for fit in fits.values()]
-        widths = [fit["memory"][part] / unit for fit in fits.values()]
-        axes.barh(list(fits), widths, left=before, color=shade, label=part, height=0.6)
+    before = np.zeros(len(fits))
+    for part, role in PARTS.items():
+        widths = np.array([fit["memory"][part] / unit for fit in fits.values()])
+        axes.barh(range(len(fits)), widths, left=before, color=THEME[role], label=part, height=0.62)
+        before += widths
+    for place, total in enumerate(before):
+        say(axes, total, place, f"{total:.2f}")
+    axes.set_yticks(range(len(fits)), [short(model) for model in fits], color=THEME["ink"])
     budget = next(iter(fits.values()))["verdict"]["budget"] / unit
-    if budget < 4 * largest / unit:
-        axes.axvline(budget, color="#c8553d", linestyle="--", label="budget")
-    axes.set_xlabel(name)
+    near = 0 < budget < 2.5 * largest / unit
+    if near:
+        axes.axvline(budget, color=THEME["orange"], linestyle="--", linewidth=1.6, label="budget")
+    axes.set(xlabel=name, xlim=(0, 1.2 * max(largest / unit, budget if near else 0)))
     axes.invert_yaxis()
-    axes.legend(frameon=False, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(-0.02, 1.0), fontsize=9.5,
+                handlelength=0.9, handletextpad=0.4, columnspacing=0.9, borderaxespad=0)  # fmt: skip
     axes.grid(axis="y", visible=False)
     return figure

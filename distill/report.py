@@ -2,24 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 from . import plots
 
-COLUMNS = {
-    "parameters": "parameters",
+FIGURES = {
     "bits_per_byte": "bits per byte",
+    "cross_entropy": "cross-entropy",
     "perplexity": "perplexity",
     "kl": "KL to teacher",
     "agreement": "top-1 agreement",
 }
+KINDS = {
+    "hidden": "Residual channels",
+    "ffn": "FFN neurons",
+    "mamba_heads": "Mamba heads",
+    "mamba_head_dim": "Mamba head channels",
+    "attn_heads": "Attention heads",
+}
+LETTERS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A figure, and the interval below it."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An SVG; a wide one scrolls on small screens."""
+
+    svg: Markup
+    wide: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    title: str
+    note: str
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
 
 
 def write_page(
@@ -28,123 +70,223 @@ def write_page(
     *,
     title: str,
     gap: Mapping[str, Any],
-    provenance: Mapping[str, Any],
+    provenance: Mapping[str, Mapping[str, Any]],
     scores: Path | None = None,
     metrics: Path | None = None,
     memory: Mapping[str, Any] | None = None,
     selection: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes `folder/name`, and its plots as PNG and SVG below `folder/plots`; returns the page's path.
+    """Writes `folder/name`, and its plots as PNG in `folder/plots`; returns the page's path.
 
-    `gap` is gap.json's content with "parameters"; `scores` a scores folder, `metrics` a metrics.jsonl, `memory` the
-    memory-fit results by model, `selection` selection.json's content: what is not given is left out of the page.
+    `gap` is gap.json's content with "parameters", `provenance` limbeck.json's content of each stage; `scores` a
+    scores folder, `metrics` a metrics.jsonl, `memory` the memory-fit results by model, `selection` selection.json's
+    content: what is not given is left out of the page.
     """
-    pictures = list(draw(folder, gap, scores, metrics, memory, selection))
+    sections = [gap_section(folder, gap)]
+    if metrics is not None:
+        sections += training_section(folder, metrics)
+    if scores is not None:
+        sections += importance_sections(folder, scores, selection)
+    if memory is not None:
+        sections.append(memory_section(folder, memory))
+    sections.append(Section("Provenance", "What made each folder, from what. Files are known by their sha256."))
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     text = environment.get_template("report.html.jinja").render(
         title=title,
-        lead=f"{gap['tokens']:,} held-out tokens of {gap['documents']} documents; intervals are 95%, over documents.",
-        cards=cards(gap, memory),
-        columns=list(COLUMNS.values()),
-        rows=[{"name": model, "cells": cells(gap, model)} for model in gap["models"]],
-        pictures=pictures,
-        provenance={key: json.dumps(value, indent=1) for key, value in provenance.items()},
+        lead=f"{gap['tokens']:,} held-out tokens of {gap['documents']:,} documents. Intervals are 95%, over documents.",
+        cards=list(cards(gap, memory)),
+        sections=sections,
+        stages=[(stage, made(facts), json.dumps(facts, indent=1)) for stage, facts in provenance.items()],
     )
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def cards(gap: Mapping[str, Any], memory: Mapping[str, Any] | None) -> list[dict[str, str]]:
+def cards(gap: Mapping[str, Any], memory: Mapping[str, Any] | None) -> Iterator[dict[str, str]]:
     """The few figures to read first."""
     parameters, models = gap["parameters"], gap["models"]
-    found = []
+    teacher = models["teacher"]["bits_per_byte"]["value"]
     best = next((name for name in ("distilled", *models) if name in models and name != "teacher"), None)
-    if best is not None:
-        share = parameters[best] / parameters["teacher"]
-        found.append({"value": f"{share:.0%}", "label": f"of the teacher's {parameters['teacher']:,} parameters"})
-        found.append({"value": f"{models[best]['bits_per_byte']['value']:.3f}", "label": f"bits per byte, {best}"})
-        found.append(
-            {"value": f"{models[best]['agreement']['value']:.1%}", "label": "top-1 agreement with the teacher"}
-        )
-    found.insert(1, {"value": f"{models['teacher']['bits_per_byte']['value']:.3f}", "label": "bits per byte, teacher"})
+    if best is None:
+        yield {"value": f"{teacher:.3f}", "label": "bits per byte", "kind": ""}
+        yield {"value": f"{parameters['teacher']:,}", "label": "parameters", "kind": ""}
+    else:
+        found = models[best]
+        share = f"of the teacher's parameters: {parameters[best]:,} of {parameters['teacher']:,}"
+        yield {"value": f"{parameters[best] / parameters['teacher']:.0%}", "label": share, "kind": ""}
+        label = f"bits per byte, {best}; teacher {teacher:.3f}"
+        yield {"value": f"{found['bits_per_byte']['value']:.3f}", "label": label, "kind": ""}
+        yield {"value": f"{found['kl']['value']:.3f}", "label": "nats a token, KL to the teacher", "kind": ""}
+        label = "of tokens: the teacher's first choice too"
+        yield {"value": f"{found['agreement']['value']:.1%}", "label": label, "kind": ""}
     if gap["recovery"] is not None:
-        found.append({"value": f"{gap['recovery']['value']:.0%}", "label": "of the loss that pruning cost, recovered"})
+        label = "of the loss that pruning cost, recovered"
+        yield {"value": f"{gap['recovery']['value']:.0%}", "label": label, "kind": ""}
     if memory is not None:
         fit = memory["student"]
-        verdict = "fits" if fit["verdict"]["fits"] else "does not fit"
-        context = f"{fit['memory']['context']:,} tokens x {fit['memory']['batch']}"
-        found.append({"value": verdict, "label": f"{fit['hardware']['name']} at {context}"})
-    return found
+        fits = fit["verdict"]["fits"]
+        place = f"{fit['hardware']['name']} at {fit['memory']['context']:,} tokens \N{MULTIPLICATION SIGN} "
+        label = f"{'fits' if fits else 'does not fit'} {place}{fit['memory']['batch']}"
+        yield {"value": size(fit["memory"]["total"]), "label": label, "kind": "good" if fits else "bad"}
 
 
-def cells(gap: Mapping[str, Any], model: str) -> list[dict[str, str]]:
-    row = [{"value": f"{gap['parameters'][model]:,}", "range": ""}]
-    for key in list(COLUMNS)[1:]:
-        figure = gap["models"][model][key]
-        row.append({"value": f"{figure['value']:.4f}", "range": f"{figure['low']:.4f} to {figure['high']:.4f}"})
-    return row
+def gap_section(folder: Path, gap: Mapping[str, Any]) -> Section:
+    models = gap["models"]
+    plots.save_png(plots.gap_bars(models), folder, "gap")
+    label = f"Bars of {', '.join(models)}: "
+    pictures = [
+        drawn(folder, plots.gap_bars(models, [key]), f"gap-{key.replace('_', '-')}", label + title)
+        for key, title in plots.METRICS.items()
+    ]
+    if len(models) > 1:
+        pictures.append(drawn(folder, plots.kl_by_position(models), "gap-position", "Lines: KL along the row"))
+    rows = [
+        (name, [Cell(f"{gap['parameters'][name]:,}"), *(cell(found[key]) for key in FIGURES)])
+        for name, found in models.items()
+    ]
+    tables = [Table("", ["model", "parameters", *FIGURES.values()], rows)]
+    pairs = [
+        (f"{pair['second']} \N{MINUS SIGN} {pair['first']}", [cell(pair[key], "+") for key in FIGURES if key in pair])
+        for pair in gap["differences"]
+    ]
+    if len(models) > 2:
+        columns = ["models", *(text for key, text in FIGURES.items() if key != "perplexity")]
+        tables.append(Table("Differences, paired by document", columns, pairs))
+    return Section(
+        "Teacher and students on held-out text",
+        "Cross-entropy and KL in nats a token. Whiskers and the second lines are 95% intervals over documents.",
+        pictures,
+        tables,
+    )
 
 
-def draw(
-    folder: Path,
-    gap: Mapping[str, Any],
-    scores: Path | None,
-    metrics: Path | None,
-    memory: Mapping[str, Any] | None,
-    selection: Mapping[str, Any] | None,
-) -> Any:
-    """The pictures that the given files allow, as {title, svg, caption}."""
-
-    def picture(figure: Any, name: str, title: str, caption: str) -> dict[str, Any]:
-        return {"title": title, "svg": Markup(plots.finish(figure, folder, name)), "caption": caption}
-
-    yield picture(plots.gap_bars(gap["models"]), "gap", "The gap", "Whiskers are 95% intervals over documents.")
-    if len(gap["models"]) > 1:
-        yield picture(
-            plots.kl_by_position(gap["models"]),
-            "position",
-            "Along the context",
-            "Mean KL to the teacher at each position of the row.",
-        )
-    if metrics is not None:
-        records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        caption = "Left the loss of each logged step, right the KL on validation files."
-        yield picture(plots.training_curve(records), "training", "Distillation", caption)
-    if scores is not None:
-        found = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
-        units = unit_scores(scores)
-        kept = {} if selection is None else kept_units(units, selection)
-        caption = "Sorted within each layer, relative to its largest; hidden channels are summed over all norms."
-        yield picture(plots.importance(units, kept), "importance", "Importance of units", caption)
-        candidates = [{int(k): v for k, v in step.items()} for step in found["layers"]["candidates"]]
-        if candidates:
-            figure = plots.layers(found["pattern"], found["layers"]["order"], candidates)
-            caption = "Mean squared change of the logits when one layer is left out, before any was."
-            yield picture(figure, "layers", "Importance of layers", caption)
-    if memory is not None:
-        caption = "Weights, key-value cache, SSM and convolution states."
-        yield picture(plots.memory_bars(memory), "memory", "Memory", caption)
+def training_section(folder: Path, metrics: Path) -> Iterator[Section]:
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    curves = {"loss": "Training loss", "validation_kl": "KL on validation files (nats)"}
+    pictures = [
+        drawn(folder, plots.training_curve(records, key, title), f"training-{key.replace('_', '-')}", f"Curve: {title}")
+        for key, title in curves.items()
+        if any(key in record for record in records)
+    ]
+    if pictures:
+        last = records[-1]
+        yield Section("Distillation", f"{last['step']:,} steps, {last['tokens']:,} tokens.", pictures)
 
 
-def unit_scores(folder: Path) -> dict[str, Any]:
-    """One score a unit, by axis: matrices of heads and channels, and the norms' rows, are summed up as in choosing."""
-    found = {}
+def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any] | None) -> Iterator[Section]:
+    """Units by axis, and layers in the order of their removal."""
+    found = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
+    units = unit_scores(scores, found["pattern"], selection)
+    kept = {} if selection is None else kept_units(units, selection)
+    pictures = []
+    for kind, title in KINDS.items():
+        names = [name for name in units if name.partition("(")[0] == kind]
+        labels = {name: f"layer {name.partition('(')[2][:-1]}" if len(names) < 9 else name.partition("(")[2][:-1]
+                  for name in names}  # fmt: skip
+        if names:
+            above = {"" if kind == "hidden" else labels[name]: units[name] for name in names}
+            stays = {"" if kind == "hidden" else labels[name]: kept[name] for name in names if name in kept}
+            figure = plots.importance(title, above, stays)
+            name = f"importance-{kind.replace('_', '-')}"
+            pictures.append(drawn(folder, figure, name, f"Sorted importance of {title.lower()}", wide=True))
+    note = "Sorted within each layer, relative to its largest; pale: removed. "
+    yield Section("Importance of units", note + "Channels are summed over the norms of the layers kept.", pictures)
+    order, mse, candidates = (found["layers"][key] for key in ("order", "mse", "candidates"))
+    if not order:
+        return
+    removed = order if selection is None else [layer for layer in order if layer not in selection["layers"]]
+    pictures, tables = [], []
+    if candidates:
+        first = {int(layer): value for layer, value in candidates[0].items()}
+        figure = plots.layers(found["pattern"], removed, first)
+        pictures = [drawn(folder, figure, "layers", "Bars: change of the logits without each layer", wide=True)]
+    if mse:
+        rows = [
+            (str(step), [Cell(f"{layer} ({LETTERS[found['pattern'][layer]]})"), Cell(f"{error:.4g}"),
+                         Cell("removed" if layer in removed else "kept")])
+            for step, (layer, error) in enumerate(zip(order, mse, strict=False), 1)
+        ]  # fmt: skip
+        tables = [Table("In the order of removal", ["step", "layer", "MSE of the logits", ""], rows)]
+    note = "Each step removes the layer whose absence moves the logits least; orange: removed."
+    yield Section("Importance of layers", note, pictures, tables)
+
+
+def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
+    fit = next(iter(memory.values()))
+    lines = {
+        "weights": lambda fit: size(fit["memory"]["weights"]),
+        "key-value cache": lambda fit: size(fit["memory"]["kv"]),
+        "SSM states": lambda fit: size(fit["memory"]["ssm"]),
+        "convolution states": lambda fit: size(fit["memory"]["conv"]),
+        "together": lambda fit: size(fit["memory"]["total"]),
+        "budget": lambda fit: size(fit["verdict"]["budget"]),
+        "margin": lambda fit: size(fit["verdict"]["margin"]),
+        "largest context": lambda fit: "any" if (found := fit["verdict"]["largest_context"]) < 0 else f"{found:,}",
+        "largest batch": lambda fit: f"{fit['verdict']['largest_batch']:,}",
+        "vLLM: tokens a block": lambda fit: f"{fit['memory']['vllm']['block_size']:,}",
+        "vLLM: cache of one request": lambda fit: size(fit["memory"]["vllm"]["bytes_per_request"]),
+        "vLLM: requests at once": lambda fit: f"{fit['memory']['vllm']['max_num_seqs']:,}",
+    }
+    rows = [(line, [Cell(text(fit)) for fit in memory.values()]) for line, text in lines.items()]
+    hardware, bytes_ = fit["hardware"], fit["memory"]
+    share = max(fit["memory"]["total"] for fit in memory.values()) / max(fit["verdict"]["budget"], 1)
+    return Section(
+        "Memory",
+        f"{bytes_['context']:,} tokens \N{MULTIPLICATION SIGN} {bytes_['batch']} on {hardware['name']}: of"
+        f" {hardware['usable_gib']:g} GiB usable a budget of {size(fit['verdict']['budget'])}; the largest model takes"
+        f" {share:.1%} of it.",
+        [drawn(folder, plots.memory_bars(memory), "memory", "Stacked bars: memory of each model")],
+        [Table("", ["", *memory], rows)],
+    )
+
+
+def drawn(folder: Path, figure: Figure, name: str, label: str, wide: bool = False) -> Picture:
+    return Picture(Markup(plots.finish(figure, folder, name, label)), wide)
+
+
+def cell(found: Mapping[str, float], sign: str = "") -> Cell:
+    low, high = f"{found['low']:{sign}.4f}", f"{found['high']:{sign}.4f}"
+    return Cell(f"{found['value']:{sign}.4f}", f"{low} to {high}")
+
+
+def size(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB" if abs(count) >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
+
+
+def made(facts: Mapping[str, Any]) -> list[str]:
+    """What a stage's row says: what made it, its seed, versions, and its fingerprint."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [facts["made_by"], str(facts["options"].get("seed", "")), versions, facts["fingerprint"]]
+
+
+def unit_scores(folder: Path, pattern: str, selection: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """One score a unit, by axis, added up as in choosing: channels over the norms that stay, Mamba heads over the
+    head channels that stay; head channels, where any was cut, over the heads."""
     tensors = load_file(folder / "scores.safetensors")
+    kept = {} if selection is None else selection["kept"]
+    found: dict[str, np.ndarray] = {}
     for name in sorted(tensors, key=lambda name: int(name.partition(".")[2] or -1)):
         values = tensors[name]
         kind, _, layer = name.partition(".")
+        axis = f"{kind}({layer})" if layer else kind
         if kind == "hidden":
-            values = values.sum(0)
-        elif values.ndim == 2:
-            values = (values**2).sum(1) ** 0.5
-        found[f"{kind}({layer})" if layer else kind] = values
+            stay = range(len(pattern)) if selection is None else selection["layers"]
+            found[axis] = values[[*stay, len(pattern)]].sum(0)
+        elif kind == "mamba_heads":
+            channels = kept.get(f"mamba_head_dim({layer})")
+            if channels is not None:
+                found[f"mamba_head_dim({layer})"] = np.linalg.norm(values, axis=0)
+            found[axis] = np.linalg.norm(values if channels is None else values[:, channels], axis=1)
+        else:
+            found[axis] = values
     return found
 
 
-def kept_units(units: Mapping[str, Any], selection: Mapping[str, Any]) -> dict[str, Any]:
+def kept_units(units: Mapping[str, Any], selection: Mapping[str, Any]) -> dict[str, Sequence[int]]:
     """The units of each axis that stay: none of a removed layer, all of an axis that was not cut."""
     kept = {}
     for name, values in units.items():

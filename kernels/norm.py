@@ -16,7 +16,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
     if not torch.is_grad_enabled():
-        return normalize(x, None, weight, eps, 1)[0]
+        work = working_dtype(x)
+        u = x.to(work)
+        scale = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_().mul_(1 / u.shape[-1]).add_(eps).rsqrt_()
+        return (u * scale).mul_(weight.to(work)).to(x.dtype)
     return TorchNorm.apply(x, None, weight, eps, 1)  # where the device decides
 
 

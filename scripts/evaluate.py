@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.data import sample_batches
-from ..distill.gap import Estimate, measure_gap
+from ..distill.gap import TEACHER, measure_gap
 from ..distill.report import write_page
 from ..models.checkpoint import load_config, load_model
 from ..models.cost import count_parameters
+from ..models.errors import InputError
 from ..models.folder import write_json
 from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
-from .show import progress, read_json, result, table
+from .show import progress, read_json, result, say, table
 from .stage import run_stage
 
 
@@ -33,7 +34,9 @@ class Options:
 
 
 def run(options: Options) -> None:
-    folders = {"teacher": model_folder(options.teacher)}
+    if TEACHER in options.student:
+        raise InputError(f"student.{TEACHER} stands for the teacher itself; give the student another name")
+    folders = {TEACHER: model_folder(options.teacher)}
     folders |= {name: model_folder(folder) for name, folder in options.student.items()}
     run_stage(
         options.output,
@@ -50,8 +53,8 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: dict[s
     """Measures into an existing folder: gap.json, gap.html and its plots."""
     dtype, device = torch_dtype(options.dtype), torch_device(options.device)
     models = {name: load_model(path, dtype, device) for name, path in folders.items()}
-    teacher = models.pop("teacher")
-    text = corpus(options.data, options.split, folders["teacher"])
+    teacher = models.pop(TEACHER)
+    text = corpus(options.data, options.split, folders[TEACHER])
     batches = sample_batches(
         text, batch_size=options.batch, seq_len=options.seq_len, seed=options.seed, max_tokens=options.tokens
     )
@@ -61,21 +64,33 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: dict[s
     content["parameters"] = {name: count_parameters(load_config(path)) for name, path in folders.items()}
     content["data"] = {"data": options.data, "split": options.split, "tokens": report.tokens}
     write_json(folder / "gap.json", content)
-    write_page(folder, "gap.html", title="Teacher-student gap", gap=content, provenance=facts)
+    write_page(folder, "gap.html", title="Teacher-student gap", gap=content, provenance={"evaluate": facts})
 
 
 def show(gap: dict[str, Any]) -> None:
-    """The table of the gap, with 95% intervals over documents."""
-    rows = []
-    for name, found in gap["models"].items():
-        cells = [interval(found[key]) for key in ("bits_per_byte", "cross_entropy", "kl", "agreement")]
-        rows.append((name, f"{gap['parameters'][name]:,}", *cells))
+    """The table of the gap, and how two students differ, with 95% intervals over documents."""
+    columns = ("bits per byte", "cross-entropy", "KL to teacher", "top-1 agreement")
+    keys = ("bits_per_byte", "cross_entropy", "kl", "agreement")
+    rows = [
+        (f"{name}\n{gap['parameters'][name]:,}", *(interval(found[key]) for key in keys))
+        for name, found in gap["models"].items()
+    ]
     title = f"Held-out text: {gap['tokens']:,} tokens of {gap['documents']} documents (95% intervals over documents)"
-    table(title, ("model", "parameters", "bits per byte", "cross-entropy", "KL to teacher", "top-1 agreement"), rows)
+    table(title, ("model\nparameters", *columns), rows)
+    pairs = [
+        (f"{pair['second']}\n- {pair['first']}", *(interval(pair[key], "+") for key in keys))
+        for pair in gap["differences"]
+        if pair["first"] != TEACHER
+    ]
+    if pairs:
+        table("Differences between students, paired by document", ("", *columns), pairs)
     if gap["recovery"] is not None:
-        table("", ("recovered of what pruning lost", interval(gap["recovery"])), [])
+        found = gap["recovery"]
+        say(f"recovered of what pruning lost: {found['value']:.1%} ({found['low']:.1%} to {found['high']:.1%})")
+    elif {"pruned", "distilled"} <= gap["models"].keys():
+        say("recovered: not said, since pruning lost nothing that these documents show")
 
 
-def interval(found: dict[str, float] | Estimate) -> str:
-    value = found if isinstance(found, dict) else dataclasses.asdict(found)
-    return f"{value['value']:.4f} [{value['low']:.3f}, {value['high']:.3f}]"
+def interval(found: dict[str, float], sign: str = "") -> str:
+    """A value over its interval: two lines."""
+    return f"{found['value']:{sign}.4f}\n{found['low']:.3f}..{found['high']:.3f}"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.checkpoint import load_model, open_checkpoint, stream_tensors, write_checkpoint
+from ..models.checkpoint import Checkpoint, load_model, open_checkpoint, stream_tensors, write_checkpoint
 from ..models.config import HybridConfig
 from ..models.cost import count_parameters
-from ..models.errors import CheckFailed
+from ..models.errors import CheckFailed, InputError
 from ..models.folder import write_json
+from ..models.hybrid import HybridLM
 from .inputs import model_folder, torch_dtype
 from .show import read_json, result, table
 from .stage import run_stage
@@ -32,6 +35,13 @@ class Options:
     check_tokens: int
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.max_shard_bytes < 1 or self.check_tokens < 1:
+            raise InputError(
+                f"export: max_shard_bytes ({self.max_shard_bytes}) and check_tokens ({self.check_tokens})"
+                " must be at least 1"
+            )
+
 
 def run(options: Options) -> None:
     source = model_folder(options.model)
@@ -47,78 +57,144 @@ def run(options: Options) -> None:
 
 
 def fill(folder: Path, source: Path, options: Options) -> None:
-    """Writes the folder, reads it again and compares logits: with the source rounded to the same dtype they have to
-    be the same to the bit; transformers, where it is installed, has to agree too. Raises CheckFailed."""
+    """Writes the folder, reads it again and compares logits in float32: with the source rounded to the same dtype
+    they have to be the same to the bit; transformers, where it is installed, has to agree too. Raises CheckFailed,
+    and InputError where the dtype cannot hold the weights."""
     checkpoint = open_checkpoint(source)
     dtype = torch_dtype(options.dtype)
     write_checkpoint(
         folder,
         checkpoint.config,
-        stream_tensors(checkpoint),
-        dtype=dtype,
+        rounded(checkpoint, dtype),
         tokenizer_from=source,
         max_shard_bytes=options.max_shard_bytes,
     )
     generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(checkpoint.config.vocab_size, (1, options.check_tokens), generator=generator)
-    rounded = load_model(source, dtype).float()
+    expected = logits_of(load_model(source, dtype).float(), ids)
     again = load_model(folder)
-    with torch.no_grad():
-        logits = again(ids)
-        if not torch.equal(rounded(ids), logits):
-            worst = (rounded(ids) - logits).abs().max().item()
-            raise CheckFailed(f"export: logits of the folder read back differ from the source's by up to {worst:.3g}")
-    parity = transformers_parity(folder, ids, logits, checkpoint.config)
-    if parity["relative_rms"] is not None and parity["relative_rms"] > PARITY:
+    logits = logits_of(again, ids)
+    if not torch.equal(expected, logits):
+        worst = (expected - logits).abs().max().item()
+        raise CheckFailed(f"export: logits of the folder read back differ from the source's by up to {worst:.3g}")
+    parity = transformers_parity(folder, ids, again, logits)
+    if parity["relative_rms"] is not None and not parity["relative_rms"] <= PARITY:
         raise CheckFailed(
-            f"export: transformers' logits differ by {parity['relative_rms']:.3g} relative RMS ({parity})"
+            f"export: transformers' logits differ by {parity['relative_rms']:.3g} relative RMS, more than {PARITY:g},"
+            f" with dt clamped at {parity['dt_floor_transformers']:g} in both"
         )
     write_json(folder / "export.json", {"dtype": options.dtype, "read_back": "identical", "transformers": parity})
-    card(folder, checkpoint.config, options.dtype)
+    card(folder, checkpoint.config, options.dtype, parity)
 
 
-def transformers_parity(folder: Path, ids: Tensor, logits: Tensor, config: HybridConfig) -> dict[str, Any]:
-    """How far transformers' native class is from our logits on the same folder, and which lower limit of dt each has:
-    transformers clamps at `time_step_min` in prefill, the published code and ours at `time_step_limit`."""
-    limits = {"dt_floor": config.dt_limit[0], "dt_floor_transformers": config.extra.get("time_step_min", 0.001)}
+def rounded(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors in `dtype`. Raises InputError where a number is beyond its range."""
+    for name, tensor in stream_tensors(checkpoint):
+        found = tensor.to(dtype)
+        if not torch.isfinite(found).all():
+            worst = tensor.abs().max().item()
+            raise InputError(
+                f"export: tensor {name} reaches {worst:.4g}, beyond {str(dtype).removeprefix('torch.')};"
+                " take dtype=bfloat16 or float32"
+            )
+        yield name, found
+
+
+@torch.no_grad()
+def logits_of(model: HybridLM, ids: Tensor) -> Tensor:
+    return model(ids)
+
+
+def transformers_parity(folder: Path, ids: Tensor, model: HybridLM, logits: Tensor) -> dict[str, Any]:
+    """How far transformers' native class is from ours on the same folder, in relative RMS of the logits.
+
+    transformers clamps the step dt from below at the config's `time_step_min`, the published code and ours at its
+    `time_step_limit`. `relative_rms` is with transformers' clamp in both, and has to be small; with each at its own
+    it is `relative_rms_own_clamps`, which says what that clamp changes.
+    """
+    floor = {"dt_floor": model.config.dt_limit[0]}
     if importlib.util.find_spec("transformers") is None:
-        return limits | {"relative_rms": None, "note": "transformers is not installed"}
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+        return floor | {"relative_rms": None, "note": "transformers is not installed"}
     import transformers
 
+    if not hasattr(transformers, "NemotronHForCausalLM"):
+        note = f"transformers {transformers.__version__} has no NemotronHForCausalLM"
+        return floor | {"relative_rms": None, "note": note}
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = transformers.NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         found = theirs(ids, use_cache=False).logits
-    error = ((found - logits).square().mean() / logits.square().mean()).sqrt().item()
-    return limits | {"relative_rms": error, "version": transformers.__version__, "class": type(theirs).__name__}
+    theirs_floor = float(theirs.config.time_step_min)
+    clamped = HybridLM(model.config.replace(dt_limit=(theirs_floor, math.inf)), device="meta")
+    clamped.load_state_dict(model.state_dict(), assign=True)
+    return floor | {
+        "dt_floor_transformers": theirs_floor,
+        "relative_rms": relative(logits_of(clamped.eval(), ids), found),
+        "relative_rms_own_clamps": relative(logits, found),
+        "version": transformers.__version__,
+        "class": type(theirs).__name__,
+    }
 
 
-def card(folder: Path, config: HybridConfig, dtype: str) -> None:
-    """A model card: what this is and how to open it."""
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((theirs - ours).double().square().mean() / ours.double().square().mean()).sqrt().item()
+
+
+def card(folder: Path, config: HybridConfig, dtype: str, parity: dict[str, Any]) -> None:
+    """A model card: what this is, how to open it, and what was checked."""
+    kinds = ", ".join(
+        f"{len(config.layers_of(letter))} {kind}"
+        for letter, kind in (("M", "Mamba-2"), ("*", "attention"), ("-", "MLP"))
+    )
     (folder / "README.md").write_text(
         f"""---
 library_name: transformers
+pipeline_tag: text-generation
 tags: [limbeck, pruned, nemotron_h]
 ---
 # A compressed hybrid Mamba-2/Transformer
 
-{count_parameters(config):,} parameters in {dtype}; {config.num_layers} layers, `{config.pattern}`.
-Made by limbeck; `limbeck.json` says from what, `selection.json` of the pruning stage which units were kept. The
-licence is that of the base model.
+{count_parameters(config):,} parameters in {dtype}; {config.num_layers} layers ({kinds}), `{config.pattern}`.
+Made by limbeck; `limbeck.json` says from what. The licence is that of the base model.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```
+
+Checked before it was published: read back, the logits are those of the source rounded to {dtype}, to the bit.
+{said(parity)}
 """,
         encoding="utf-8",
     )
 
 
+def said(parity: dict[str, Any]) -> str:
+    """The comparison with transformers, in a sentence or two."""
+    if parity["relative_rms"] is None:
+        return f"Not compared with transformers: {parity['note']}."
+    text = (
+        f"{parity['class']} of transformers {parity['version']} gives them up to {parity['relative_rms']:.1e} relative"
+        f" RMS in float32, with the step dt clamped at its `time_step_min` ({parity['dt_floor_transformers']:g})."
+    )
+    if parity["relative_rms_own_clamps"] > PARITY:
+        text += (
+            f"\nWithout that clamp, as the published code has it, the logits differ by"
+            f" {parity['relative_rms_own_clamps']:.1e}; `time_step_min` in config.json sets it."
+        )
+    return text
+
+
 def show(folder: Path) -> None:
     found = read_json(folder / "export.json")
     theirs = found["transformers"]
-    parity = theirs.get("note") or f"{theirs['relative_rms']:.1e} relative RMS ({theirs['class']})"
-    table(f"Exported to {folder}", ("check", ""), [("read back", found["read_back"]), ("transformers", parity)])
+    rows = [("read back", found["read_back"]), ("transformers", theirs.get("note", ""))]
+    if theirs["relative_rms"] is not None:
+        rows[1] = (f"{theirs['class']} {theirs['version']}", f"{theirs['relative_rms']:.1e} relative RMS")
+        rows.append((f"  both with dt >= {theirs['dt_floor_transformers']:g}", "as transformers has it"))
+        rows.append(
+            (f"  ours with dt >= {theirs['dt_floor']:g}", f"{theirs['relative_rms_own_clamps']:.1e} relative RMS")
+        )
+    table(f"Exported to {folder}", ("check", ""), rows)

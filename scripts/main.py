@@ -22,7 +22,7 @@ COMMANDS = {
     "export": "a checkpoint in the dtype and shards asked for, read back and compared",
     "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
     "generate": "text from a prompt",
-    "pretrain": "a small model from nothing (how the shipped one was made)",
+    "pretrain": "cross-entropy on text, from nothing or from a checkpoint (how the shipped model was made)",
 }
 EXAMPLES = {
     "compress": "recipe=tiny output=first",

@@ -36,13 +36,16 @@ class Fit:
 class Options:
     model: str
     hardware: Hardware
+    context: int | None
+    batch: int | None
     fit: Fit
     output: Path | None
 
 
 def run(options: Options) -> None:
     config = model_config(options.model)
-    report, answer = measure(config, options.hardware, options.fit)
+    asked = {name: value for name in ("context", "batch") if (value := getattr(options, name)) is not None}
+    report, answer = measure(config, options.hardware, dataclasses.replace(options.fit, **asked))
     show(config, report, answer, options.hardware)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
@@ -56,7 +59,9 @@ def run(options: Options) -> None:
 
 
 def measure(config: HybridConfig, hardware: Hardware, fit: Fit) -> tuple[MemoryReport, Verdict]:
-    """The bytes, and the verdict on them."""
+    """The bytes, and the verdict on them. Raises InputError where the card has no memory."""
+    if not hardware.usable_gib > 0:
+        raise InputError(f"hardware.usable_gib is {hardware.usable_gib:g}; expected the card's memory in GiB")
     budget = hardware.budget(fit.framework_share, fit.reserve_gib, fit.overhead_gib)
     report = memory(
         config,
@@ -84,13 +89,15 @@ def show(config: HybridConfig, report: MemoryReport, answer: Verdict, hardware: 
         (f"SSM states ({len(config.layers_of('M'))} Mamba layers)", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
         ("together", gib(report.total)),
-        (f"budget on {hardware.name} ({hardware.usable_gib:g} GiB usable)", gib(answer.budget)),
+        (f"usable on {hardware.name}", gib(hardware.usable_gib * GIB)),
+        ("framework, reserve and overhead", gib(hardware.usable_gib * GIB - answer.budget)),
+        ("budget", gib(answer.budget)),
         ("margin", gib(answer.margin)),
-        ("largest context at this batch", context),
-        ("largest batch at this context", answer.largest_batch),
+        (f"largest context at this batch (the model's limit: {config.max_position_embeddings:,})", context),
+        ("largest batch at this context", f"{answer.largest_batch:,}"),
         ("vLLM: tokens a block", f"{report.vllm.block_size:,}"),
         ("vLLM: cache of one request", gib(report.vllm.bytes_per_request)),
-        ("vLLM: requests of this length at once", report.vllm.max_num_seqs),
+        ("vLLM: requests of this length at once (max_num_seqs)", f"{report.vllm.max_num_seqs:,}"),
     ]
     table(f"Memory at {report.context:,} tokens x {report.batch}", ("", ""), rows)
     say("fits" if answer.fits else "does not fit")

@@ -1,4 +1,4 @@
-"""`limbeck pretrain`: a small model from nothing: tokenizer, random weights, cross-entropy on a corpus."""
+"""`limbeck pretrain`: cross-entropy on a corpus, from nothing (tokenizer, random weights) or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ..distill.data import sample_batches, tokenize
+from ..distill.data import Document, sample_batches, tokenize
 from ..distill.gap import measure_gap
 from ..distill.losses import cross_entropy_loss
 from ..distill.trainer import TrainOptions
+from ..models.checkpoint import load_model
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
-from ..models.tokenizer import load_tokenizer, train_tokenizer
+from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 from .distill import finish_training, train_with_bar
-from .inputs import data_input, documents, model_config, torch_device
+from .inputs import data_input, documents, model_config, model_folder, torch_device
 from .show import progress, result, say
 from .stage import run_stage
 
@@ -23,6 +24,7 @@ from .stage import run_stage
 @dataclasses.dataclass(frozen=True)
 class Options:
     model: str
+    init: str | None
     data: str
     output: Path
     seed: int
@@ -36,11 +38,15 @@ class Options:
 
 def run(options: Options) -> None:
     chosen = dataclasses.asdict(options)
-    del chosen["output"], chosen["device"], chosen["data"]
+    inputs = {"data": data_input(options.data)}
+    if options.init is not None:
+        inputs["init"] = model_folder(options.init)
+        del chosen["model"], chosen["seed"]
+    del chosen["output"], chosen["device"], chosen["data"], chosen["init"]
     run_stage(
         options.output,
         name="pretrain",
-        inputs={"data": data_input(options.data)},
+        inputs=inputs,
         options=chosen,
         make=lambda folder, facts: fill(folder, options),
         scratch="training",
@@ -50,17 +56,11 @@ def run(options: Options) -> None:
 
 def fill(folder: Path, options: Options) -> None:
     """Trains tokenizer and model into an existing folder, going on from what is there."""
-    config = model_config(options.model)
     text = documents(options.data, "train")
-    if not (folder / "tokenizer.json").exists():
-        with progress("training the tokenizer"):
-            train_tokenizer((document.text for document in text), config.vocab_size, folder)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise InputError(
-            f"data={options.data}: the text gives only {tokenizer.vocab_size} tokens, the model has"
-            f" {config.vocab_size}; give more text or a smaller vocab_size"
-        )
+    model = begin(folder, text, options)
+    tokenizer_from = folder if options.init is None else model_folder(options.init)
+    tokenizer = load_tokenizer(tokenizer_from)
+    check_vocabulary(tokenizer, model.config)
     train_corpus = tokenize(text, tokenizer)
     held_out = sample_batches(
         tokenize(documents(options.data, "validation"), tokenizer),
@@ -69,8 +69,6 @@ def fill(folder: Path, options: Options) -> None:
         seed=options.data_seed,
         max_tokens=options.evaluate_tokens,
     )
-    model = HybridLM(config, device=torch_device(options.device))
-    initialize(model, torch.Generator(device=model.head_weight.device).manual_seed(options.seed))
     say(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {train_corpus.tokens:,} tokens of text")
 
     def evaluate(model: HybridLM) -> dict[str, float]:
@@ -89,4 +87,23 @@ def fill(folder: Path, options: Options) -> None:
         seed=options.data_seed,
         evaluate=evaluate,
     )
-    finish_training(folder, model, folder)
+    finish_training(folder, model, tokenizer_from)
+
+
+def begin(folder: Path, text: list[Document], options: Options) -> HybridLM:
+    """The model at its first step: that of the folder `init`, or random, with a tokenizer trained into `folder`."""
+    device = torch_device(options.device)
+    if options.init is not None:
+        return load_model(model_folder(options.init), torch.float32, device).train()
+    config = model_config(options.model)
+    if not (folder / "tokenizer.json").exists():
+        with progress("training the tokenizer"):
+            train_tokenizer((document.text for document in text), config.vocab_size, folder)
+    if (found := load_tokenizer(folder).vocab_size) != config.vocab_size:
+        raise InputError(
+            f"data={options.data}: the text gives only {found} tokens, the model has"
+            f" {config.vocab_size}; give more text or a smaller vocab_size"
+        )
+    model = HybridLM(config, device=device)
+    initialize(model, torch.Generator(device=model.head_weight.device).manual_seed(options.seed))
+    return model

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..models.folder import write_json
 
-console = Console(highlight=False)
+# Names of files and pieces of programs are shown as they are: [/b] is no markup, and :key: no picture.
+console = Console(highlight=False, markup=False, emoji=False)
 
 
 class Bar:
@@ -32,24 +33,26 @@ class Bar:
 def progress(what: str, total: float | None = None) -> Iterator[Bar]:
     """A bar while the block runs; one line that says what was done where the output is no terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as display:
         yield Bar(display, display.add_task(what, total=total, note=""))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table; the first column is text, the others are numbers."""
-    drawn = Table(title=title, title_justify="left")
+    """Prints a table under its title; the first column is text, the others are numbers."""
+    drawn = Table(show_header=any(columns))
     for number, column in enumerate(columns):
         drawn.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
+    if title:  # rich would break it to the width of the table
+        say(title)
     console.print(drawn)
 
 

@@ -259,7 +259,14 @@ def test_compress_and_again(workshop: Path, tmp_path: Path) -> None:
     refused(*compress_command(workshop, out), "seed=5", says="exists already")
     refused(*compress_command(workshop, workshop / "text"), says="exists already")
     page = (out / "report" / "report.html").read_text()
-    for title in ("The gap", "Distillation", "Importance of units", "Importance of layers", "Memory", "Provenance"):
+    for title in (
+        "Teacher and students on held-out text",
+        "Distillation",
+        "Importance of units",
+        "Importance of layers",
+        "Memory",
+        "Provenance",
+    ):
         assert title in page
     model = load_model(out / "exported")
     assert model.config.pattern == load_config(out / "pruned").pattern
@@ -278,6 +285,27 @@ def test_compress_refuses_before_it_writes(workshop: Path, tmp_path: Path) -> No
     ):
         refused(*[word for word in command if word.split("=")[0] != change.split("=")[0]], change, says=says)
         assert not out.exists()
+
+
+def test_pretrain_and_go_on(workshop: Path, tmp_path: Path) -> None:
+    few = [
+        f"data={workshop / 'text'}", "model=zoo-small", "seq_len=32", "batch=2", "evaluate_tokens=256",
+        "train.warmup_steps=1", "train.save_every=2", "train.evaluate_every=3", "train.log_every=1",
+    ]  # fmt: skip
+    refused("pretrain", *few, f"output={tmp_path / 'big'}", "train.steps=3", says="smaller vocab_size")
+    trained, more = tmp_path / "trained", tmp_path / "more"
+    init = f"init={workshop / 'model'}"
+    code, _, err = limbeck("pretrain", *few, init, f"output={trained}", "train.steps=6")
+    assert code == 0, err
+    losses = [
+        json.loads(line)["validation_loss"] for line in (trained / "metrics.jsonl").read_text().splitlines()[2::3]
+    ]
+    assert losses[1] < losses[0]
+    assert (trained / "tokenizer.json").read_bytes() == (workshop / "model" / "tokenizer.json").read_bytes()
+    code, _, err = limbeck("pretrain", *few, f"init={trained}", f"output={more}", "train.steps=3")
+    assert code == 0, err
+    assert json.loads((more / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"] < losses[1]
+    refused("pretrain", *few, init, f"output={more}", "train.steps=3", says="init has changed")
 
 
 @pytest.mark.slow

@@ -1,0 +1,126 @@
+"""Export: what is written is what was read, and a folder that fails a check never appears."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
+from limbeck.models.hybrid import HybridLM
+from limbeck.models.tokenizer import train_tokenizer
+from limbeck.scripts import export
+from limbeck.tests.helpers import limbeck, random_model, tiny_config
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with its tokenizer, a chat template and steps dt on both sides of transformers' clamp of 0.001."""
+    root = tmp_path_factory.mktemp("export")
+    (root / "words").mkdir()
+    tokenizer = train_tokenizer(["def f(x):\n    return x\n" * 30], 300, root / "words")
+    (root / "words" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    model = random_model(tiny_config(vocab_size=tokenizer.vocab_size, pad_token_id=0), 0, torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("dt_bias"):
+                weight.uniform_(-12, -2)
+    save_model(model, root / "model", tokenizer_from=root / "words")
+    return root / "model"
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+def test_weights_are_the_sources_rounded(dtype: str, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert limbeck("export", f"model={source}", f"output={out}", f"dtype={dtype}", "max_shard_bytes=9000")[0] == 0
+    shards = sorted(out.glob("model-*-of-*.safetensors"))
+    largest = max(weight.numel() * weight.element_size() for shard in shards for weight in load_file(shard).values())
+    assert len(shards) > 2 and all(shard.stat().st_size < max(9000, largest) + 4096 for shard in shards)
+    before, after = open_checkpoint(source), open_checkpoint(out)
+    for name in before.names():
+        kind = getattr(torch, dtype)
+        assert after.stored[name].dtype == kind and torch.equal(after.tensor(name), before.tensor(name).to(kind)), name
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    assert config["torch_dtype"] == dtype and config["architectures"] == ["NemotronHForCausalLM"]
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\n") and dtype in card and "M-M*-M" in card and "@@" not in card
+    ids = torch.arange(40)[None] % 300
+    with torch.no_grad():
+        assert torch.equal(load_model(out)(ids), load_model(source, getattr(torch, dtype)).float()(ids))
+
+
+def test_transformers_is_compared_under_its_own_clamp(source: Path, tmp_path: Path) -> None:
+    """Steps below 0.001 make transformers differ; with its clamp in both the two agree, and both figures are told."""
+    pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    code, text, _ = limbeck("export", f"model={source}", f"output={out}", "check_tokens=64")
+    found = json.loads((out / "export.json").read_text())["transformers"]
+    assert code == 0 and found["class"] == "NemotronHForCausalLM"
+    assert (found["dt_floor"], found["dt_floor_transformers"]) == (0.0, 0.001)
+    assert found["relative_rms"] < 1e-5 and found["relative_rms_own_clamps"] > 1e-4
+    assert "dt >= 0.001" in text and "time_step_min" in (out / "README.md").read_text()
+
+
+def test_a_failed_check_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+
+    def refused(says: str, **options: Any) -> None:
+        code, _, err = limbeck("export", f"model={source}", f"output={out}", *(f"{k}={v}" for k, v in options.items()))
+        assert code == 3 and says in err and err.count("\n") == 1, (code, err)
+        assert list(tmp_path.iterdir()) == []
+
+    honest = export.stream_tensors
+
+    def careless(checkpoint: Any) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in honest(checkpoint):
+            yield name, tensor * 1.01 if name == "layers.2.mixer.out_proj.weight" else tensor
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "stream_tensors", careless)
+        refused("differ from the source's by up to")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "relative", lambda ours, theirs: 2e-4)
+        refused("0.0002 relative RMS")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "relative", lambda ours, theirs: float("nan"))
+        refused("transformers' logits differ")
+    assert limbeck("export", f"model={source}", f"output={out}")[0] == 0
+
+
+def test_wrong_input(source: Path, tmp_path: Path) -> None:
+    loud = tmp_path / "loud"
+    model: HybridLM = load_model(source)
+    save_model(model, loud, tokenizer_from=source)
+    weights = load_file(loud / "model.safetensors")
+    weights["backbone.norm_f.weight"][3] = 70000.0  # beyond float16
+    save_file(weights, loud / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    for model_, option, says in (
+        (loud, "dtype=float16", "beyond float16"),
+        (source, "dtype=int8", "int8"),
+        (source, "max_shard_bytes=0", "max_shard_bytes"),
+        (source, "check_tokens=0", "check_tokens"),
+        (tmp_path / "none", "seed=0", "none"),
+    ):
+        code, _, err = limbeck("export", f"model={model_}", f"output={out}", option)
+        assert code == 2 and says in err and err.count("\n") == 1, (code, err)
+        assert [path.name for path in tmp_path.iterdir()] == ["loud"]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("mine")
+    assert limbeck("export", f"model={source}", f"output={tmp_path / 'taken'}")[0] == 2
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine"]
+
+
+def test_without_transformers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "out"
+    code, text, _ = limbeck("export", f"model={source}", f"output={out}")
+    assert code == 0 and "transformers is not installed" in text
+    assert "Not compared with transformers" in (out / "README.md").read_text()
