@@ -72,9 +72,9 @@ def check_activation(activation: str | None) -> None:
 
 @torch.no_grad()
 def torch_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    window = torch.cat((state, x[..., None].to(state.dtype)), -1)
-    state.copy_(window[..., 1:])
-    y = torch.linalg.vecdot(window.to(weight.dtype), weight)
+    window = torch.cat((state.mT, x[:, None].to(state.dtype)), 1)  # [B, K, C]: channels last, as the cache lays it out
+    state.mT.copy_(window[:, 1:])
+    y = (window.to(weight.dtype) * weight.T.contiguous()).sum(1)
     if bias is not None:
         y += bias
     return (F.silu(y, inplace=True) if activation else y).to(x.dtype)

@@ -6,6 +6,8 @@ number a row, and recomputes the rest.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,8 +20,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not torch.is_grad_enabled():
         work = working_dtype(x)
         u = x.to(work)
-        scale = torch.linalg.vector_norm(u, dim=-1, keepdim=True).square_().mul_(1 / u.shape[-1]).add_(eps).rsqrt_()
-        return (u * scale).mul_(weight.to(work)).to(x.dtype)
+        return (u * inverse_rms(u, eps)).mul_(weight.to(work)).to(x.dtype)
     return TorchNorm.apply(x, None, weight, eps, 1)  # where the device decides
 
 
@@ -77,10 +78,23 @@ def normalize(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups:
     u = x.to(work) if z is None else F.silu(z.to(work)).mul_(x)
     size = u.shape[-1] // n_groups
     grouped = u.view(*u.shape[:-1], n_groups, size) if u.is_contiguous() else u.unflatten(-1, (n_groups, size))
-    # A norm reads the row once; a square and a mean would write and read it again.
-    rms = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True).square_().mul_(1 / size).add_(eps).rsqrt_()
+    rms = inverse_rms(grouped, eps)
     y = grouped * rms if u is x else grouped.mul_(rms)
     return y.mul_(weight.to(work).view(n_groups, size)).flatten(-2).to(x.dtype), rms
+
+
+def inverse_rms(u: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(u^2) + eps) over the last dimension, which stays as 1."""
+    # A norm reads the row once; a square and a mean would write and read it again.
+    norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    if u.device.type == "cpu" and type(u) is Tensor:  # in decoding every call counts; a fake tensor is no Tensor here
+        return torch.addcmul(constant(eps, u.dtype), norm, norm, value=1 / u.shape[-1]).rsqrt_()
+    return norm.square_().mul_(1 / u.shape[-1]).add_(eps).rsqrt_()
+
+
+@functools.lru_cache(maxsize=64)
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -35,7 +35,8 @@ class KeyValues:
 
 @dataclasses.dataclass
 class MambaState:
-    """One Mamba layer's SSM state [B, H, P, N] and last convolution inputs [B, C, conv_kernel - 1]."""
+    """One Mamba layer's SSM state [B, H, P, N] and last convolution inputs [B, C, conv_kernel - 1], channels
+    last in memory."""
 
     ssm: Tensor
     conv: Tensor
@@ -65,10 +66,11 @@ class Cache:
                 self.layers.append(KeyValues(keys, values))
             elif letter == "M":
                 ssm = (batch, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-                conv = (batch, config.conv_dim, config.conv_kernel - 1)
+                conv = (batch, config.conv_kernel - 1, config.conv_dim)
                 self.layers.append(
                     MambaState(
-                        torch.zeros(ssm, dtype=ssm_dtype, device=device), torch.zeros(conv, dtype=dtype, device=device)
+                        torch.zeros(ssm, dtype=ssm_dtype, device=device),
+                        torch.zeros(conv, dtype=dtype, device=device).mT,
                     )
                 )
             else:

@@ -327,14 +327,6 @@ def test_linear_cross_entropy_is_torchs() -> None:
         assert_close("gradient", a, b, 1e-5)
 
 
-def test_linear_for_few_rows() -> None:
-    weight = torch.randn(33, 20)
-    for rows in (1, 2, 16, 17):
-        x = torch.randn(rows, 1, 20)
-        with torch.no_grad():
-            assert_close("rows", x.double() @ weight.double().T, linear(x, weight), 1e-6)
-
-
 @pytest.mark.parametrize(
     "change",
     (
@@ -351,3 +343,22 @@ def test_scan_refuses_wrong_shapes(change: dict[str, tuple[int, ...]]) -> None:
     tensors = {name: torch.zeros(shape) for name, shape in (shapes | change).items()}
     with pytest.raises(ValueError, match=r"expected|divisible"):
         ssd_scan(**tensors)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 17, 64])
+@pytest.mark.parametrize("shape", [(48, 20), (7, 33), (1, 8)])
+def test_linear_is_torchs(rows: int, shape: tuple[int, int]) -> None:
+    """Whatever way a number of rows takes; with leading dimensions, strided rows and weights, other dtypes."""
+    weight = torch.randn(shape)
+    wide = torch.randn(rows, 3 * shape[1])
+    for x in (wide[:, : shape[1]], wide[:, shape[1] : 2 * shape[1]].contiguous(), wide[None, :, -shape[1] :]):
+        expected = torch.nn.functional.linear(x.double(), weight.double())
+        with torch.no_grad():
+            found = linear(x, weight)
+            assert found.shape == expected.shape
+            assert_close("rows", expected, found, 1e-6)
+            assert_close("strided weight", expected, linear(x, weight.T.contiguous().T), 1e-6)
+            assert_close("float64", expected, linear(x.double(), weight.double()), 1e-12)
+        leaf = weight.clone().requires_grad_()
+        linear(x, leaf).sum().backward()
+        assert leaf.grad is not None and leaf.grad.shape == weight.shape
