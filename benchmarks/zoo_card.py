@@ -71,6 +71,7 @@ def measure(folder: Path) -> tuple[dict[str, float], Estimate, int]:
 
 def card(folder: Path, config: HybridConfig, rows: dict[str, float], interval: Estimate, files: int) -> str:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    held = [record for record in records if "validation_loss" in record]
     last = records[-1]
     table = "\n".join(f"| {name} | {value:.3f} |" for name, value in rows.items())
     facts = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
@@ -88,11 +89,13 @@ tags: [limbeck, nemotron_h, mamba-2]
 {config.vocab_size:,} tokens. It opens in transformers' `NemotronHForCausalLM`.
 
 ## What it was made of
-`limbeck pretrain recipe=zoo`: the sources of Python 3.11's standard library (their licence is the PSF's), split by
-file into train, validation and test by the sha256 of the file's name; {last["tokens"]:,} tokens of the training split
-({last["step"]:,} steps of 4,096), Muon for the layers' matrices and AdamW for the rest, two CPU cores. Loss on the
-validation split at the end {last["validation_loss"]:.3f} nats a token. `metrics.jsonl` and `curve.png` hold the curve:
-the rate falls to zero over the last 70% of the steps, and the curve flattens with it; more text would still help.
+`limbeck pretrain recipe=zoo`, then `limbeck pretrain recipe=zoo-longer init=` its result: the sources of Python 3.11's
+standard library (their licence is the PSF's), split by file into train, validation and test by the sha256 of the
+file's name; {last["tokens"]:,} tokens of the training split ({last["step"]:,} steps of 4,096), Muon for the layers'
+matrices and AdamW for the rest, two CPU cores. Loss on the validation split at the end {last["validation_loss"]:.3f}
+nats a token, {held[-3]["validation_loss"] - last["validation_loss"]:.3f} below that of 200 steps before.
+`metrics.jsonl` and `curve.png` hold the curve of both runs: in each the rate rises anew and falls to zero, and the
+curve flattens with it; more text would still help.
 
 ## How good it is
 Bits per byte on the {files} test files ([{interval.low:.3f}, {interval.high:.3f}] is this model's 95% interval over
