@@ -106,16 +106,27 @@ def slice_tensors(
     source_table = tensor_table(config)
     for name, axes in tensor_table(slice_config(config, selection)).items():
         source = source_table[source_name(axes, selection)]
-        tensor = get_tensor(source.name)
-        assert tensor.shape == source.shape, (source.name, tuple(tensor.shape), source.shape)
-        for number, dimension in enumerate(source.dimensions):
-            index = kept_rows(dimension, selection.kept)
-            if not torch.equal(index, torch.arange(source.shape[number])):
-                tensor = tensor.index_select(number, index.to(tensor.device))
-        if rescale_norms and is_norm(name) and axes.numel != source.numel:
-            tensor = (tensor.double() * math.sqrt(source.numel / axes.numel)).to(tensor.dtype)
-        assert tensor.shape == axes.shape, (name, tuple(tensor.shape), axes.shape)
-        yield name, tensor
+        yield name, cut(get_tensor(source.name), source, axes, selection.kept, rescale_norms=rescale_norms)
+
+
+def cut(
+    tensor: Tensor,
+    source: TensorAxes,
+    axes: TensorAxes,
+    kept: Mapping[Axis, Sequence[int]],
+    *,
+    rescale_norms: bool = True,
+) -> Tensor:
+    """One tensor of the smaller model, `axes` in its table, from the source's, `source` there."""
+    assert tensor.shape == source.shape, (source.name, tuple(tensor.shape), source.shape)
+    for number, dimension in enumerate(source.dimensions):
+        index = kept_rows(dimension, kept)
+        if not torch.equal(index, torch.arange(source.shape[number])):
+            tensor = tensor.index_select(number, index.to(tensor.device))
+    if rescale_norms and is_norm(axes.name) and axes.numel != source.numel:
+        tensor = (tensor.double() * math.sqrt(source.numel / axes.numel)).to(tensor.dtype)
+    assert tensor.shape == axes.shape, (axes.name, tuple(tensor.shape), axes.shape)
+    return tensor
 
 
 def source_name(axes: TensorAxes, selection: Selection) -> str:

@@ -110,6 +110,9 @@ def explain(command: str, overrides: Sequence[str], error: Exception) -> str:
     what = str(error).strip().splitlines()[0]
     if what.startswith("Ambiguous value"):
         return f"{what}; give one value, or a list as KEY=[A,B]"
+    for key in (override.lstrip("+~").partition("=")[0] for override in overrides):
+        if what.startswith(f"Could not override '{key}'"):
+            return f"{key} is not read with what else was chosen; leave it out (limbeck {command} --help)"
     unread = getattr(error, "override", None)
     return f"{unread!r} cannot be read: {what}; quote a value with special characters" if unread else what
 

@@ -33,7 +33,7 @@ class Options:
     dtype: str
     importance: score.Importance
     target: Target
-    rescale_norms: bool
+    repair: prune.CalibratedRepair
     distill: distill.Distill
     evaluate_tokens: int
     export_dtype: str
@@ -51,7 +51,8 @@ def run(options: Options) -> None:
     score.run(score.Options(begin, output=out / "scores", seq_len=length, batch=batch, importance=options.importance,
                             **common))  # fmt: skip
     stage("2. prune: layers, widths and SSM heads")
-    prune.run(prune.Options(begin, out / "scores", out / "pruned", options.target, options.rescale_norms))
+    prune.run(prune.Options(begin, out / "scores", out / "pruned", options.target, options.repair, seq_len=length,
+                            batch=batch, **common))  # fmt: skip
     stage("3. distill: the teacher's logits back in")
     distill.run(distill.Options(begin, str(out / "pruned"), output=out / "distilled", distill=options.distill,
                                 **common))  # fmt: skip

@@ -22,19 +22,19 @@ METHODS = ("activation", "magnitude", "random")
 
 @dataclasses.dataclass(frozen=True)
 class Importance:
-    """How to score; see conf/importance/."""
+    """How to score; see conf/importance/, where each method has only what it reads."""
 
     method: str
-    tokens: int
-    depth_tokens: int
     remove_layers: int
     pairs: bool
     min_layers: dict[str, int]
-    aggregate_batch: str
-    aggregate_sequence: str
-    mamba_source: str
-    ffn_source: str
-    times_output: bool
+    depth_tokens: int = 8192
+    tokens: int = 16384
+    aggregate_batch: str = "l2"
+    aggregate_sequence: str = "mean"
+    mamba_source: str = "x"
+    ffn_source: str = "pre"
+    times_output: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

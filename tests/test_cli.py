@@ -287,6 +287,26 @@ def test_compress_refuses_before_it_writes(workshop: Path, tmp_path: Path) -> No
         assert not out.exists()
 
 
+def test_prune_with_repair(workshop: Path, tmp_path: Path) -> None:
+    data = [f"data={workshop / 'text'}", "seq_len=32", "batch=2"]
+    model = f"model={workshop / 'model'}"
+    assert limbeck("score", model, *data, f"output={tmp_path / 'scores'}", "importance.tokens=256")[0] == 0
+    command = ["prune", model, f"scores={tmp_path / 'scores'}", "target.hidden_size=24", "target.mamba_num_heads=6"]
+    mend = ["repair.rotate=true", "repair.least_squares=true", "repair.norms=measured"]
+    out = tmp_path / "mended"
+    refused(*command, *mend, f"output={out}", says="need data=")
+    refused(*command, "repair.norms=some", f"output={out}", says="none, count, measured")
+    refused(*command, *mend, *data, f"output={out}", "repair.tokens=0", says="repair.tokens")
+    assert not out.exists()
+    code, _, err = limbeck(*command, *mend, *data, f"output={out}", "repair.tokens=512")
+    assert code == 0, err
+    assert load_model(out).config.hidden_size == 24
+    selection = json.loads((out / "selection.json").read_text())
+    assert selection["principal_directions"] == 24 and "hidden" not in selection["kept"]
+    assert limbeck(*command, f"output={tmp_path / 'plain'}")[0] == 0
+    assert len(json.loads((tmp_path / "plain" / "selection.json").read_text())["kept"]["hidden"]) == 24
+
+
 def test_pretrain_and_go_on(workshop: Path, tmp_path: Path) -> None:
     few = [
         f"data={workshop / 'text'}", "model=zoo-small", "seq_len=32", "batch=2", "evaluate_tokens=256",

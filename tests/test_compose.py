@@ -105,6 +105,8 @@ def test_null_only_where_nothing_is_the_default() -> None:
         ("memory-fit model=zoo fit.batch=two", "fit.batch is 'two'; expected a whole number"),
         ("memory-fit model=zoo hydra.job.chdir=true", "'hydra.job.chdir' is no option"),
         ("distill teacher=zoo student=zoo data=stdlib output=/dev/null/x", "/dev/null/x cannot be written"),
+        ("score model=zoo importance=random importance.mamba_source=z", "importance.mamba_source is not read"),
+        ("score model=zoo importance=magnitude importance.tokens=9", "importance.tokens is not read"),
         ("evalute", "did you mean 'evaluate'?"),
     ],
 )

@@ -1,0 +1,131 @@
+"""Repair after slicing: what must not change does not, and what it is for gets better."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+from limbeck.models.axes import HIDDEN, tensor_table
+from limbeck.models.config import HybridConfig
+from limbeck.models.errors import InputError
+from limbeck.models.hybrid import HybridLM
+from limbeck.prune.compensate import Repair, repair_model, repair_tensors, repaired_config
+from limbeck.prune.slice import Selection, slice_config, slice_model
+from limbeck.tests.helpers import assert_close, random_config, random_model, tiny_config
+from limbeck.tests.test_slice import draw_selection
+from torch import Tensor
+
+ALL = [
+    Repair(rotate=rotate, norms=norms, least_squares=fit)
+    for rotate in (False, True)
+    for norms in ("none", "count", "measured")
+    for fit in (False, True)
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    input_ids: Tensor
+    labels: Tensor
+    seq_idx: Tensor
+
+
+def rows(config: HybridConfig, count: int = 3, length: int = 40, seed: int = 0) -> list[Rows]:
+    """Packed batches of two rows, a document boundary in each, a few positions that do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(config.vocab_size, (2, length), generator=generator)
+        labels = ids.roll(-1, 1)
+        labels[:, -3:] = -100
+        found.append(Rows(ids, labels, (torch.arange(length) >= length // 3).long().expand(2, -1)))
+    return found
+
+
+def logits(model: HybridLM, batches: list[Rows]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(batch.input_ids, seq_idx=batch.seq_idx) for batch in batches])
+
+
+@pytest.mark.parametrize("repair", ALL, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_where_nothing_is_cut_nothing_changes(repair: Repair, seed: int) -> None:
+    config = random_config(seed)
+    model, batches = random_model(config, seed), rows(config)
+    everything = Selection(tuple(range(config.num_layers)))
+    same = repair_model(model, everything, batches, repair)
+    assert same.config == repaired_config(config, everything, repair)
+    assert_close("logits", logits(model, batches), logits(same, batches), 1e-5)
+
+
+@pytest.mark.parametrize("repair", ALL, ids=str)
+@pytest.mark.parametrize("seed", range(6))
+def test_the_tensors_are_those_of_the_smaller_config(repair: Repair, seed: int) -> None:
+    config = random_config(seed)
+    model = random_model(config, seed, torch.float32).to(torch.bfloat16)
+    kinds = ("hidden", "ffn", "attn_heads", "mamba_heads", "mamba_head_dim", "layers")
+    selection = draw_selection(config, kinds, random.Random(seed))
+    steps: list[tuple[int, int]] = []
+    found = list(
+        repair_tensors(
+            model.state_dict().__getitem__,
+            config,
+            selection,
+            rows(config),
+            repair,
+            on_step=lambda done, total: steps.append((done, total)),
+        )
+    )
+    table = tensor_table(repaired_config(config, selection, repair))
+    assert [name for name, _ in found] == list(table)
+    assert all(tensor.shape == table[name].shape and tensor.dtype == torch.bfloat16 for name, tensor in found)
+    assert all(torch.isfinite(tensor).all() for _, tensor in found)
+    if repair.needs_data:
+        assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == list(range(1, len(steps) + 1))
+
+
+def test_directions_without_energy_are_cut_without_loss() -> None:
+    """A stream that lives in 20 of 32 directions, none of them a channel: a rotation finds them, channels do not."""
+    config = tiny_config(norm_eps=1e-12)
+    model, batches = random_model(config), rows(config)
+    turn, _ = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64))
+    inside = turn[:, :20] @ turn[:, :20].T
+    for name, weight in model.named_parameters():
+        if name == "embeddings.weight":
+            weight.data = weight.data @ inside
+        elif name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
+            weight.data = inside @ weight.data
+    selection = Selection(tuple(range(config.num_layers)), {HIDDEN: tuple(range(20))})
+    exact = repair_model(model, selection, batches, Repair(rotate=True))
+    assert exact.config.hidden_size == 20
+    assert_close("logits", logits(model, batches), logits(exact, batches), 1e-6)
+    unseen = rows(config, seed=9)
+    assert_close("unseen text", logits(model, unseen), logits(exact, unseen), 1e-6)
+
+
+@pytest.mark.parametrize("kinds", [("ffn",), ("mamba_heads",), ("attn_heads",), ("hidden",), ("layers",)])
+def test_least_squares_brings_the_stream_nearer(kinds: tuple[str, ...]) -> None:
+    config = tiny_config(pattern="M-*M-")
+    model, batches = random_model(config), rows(config, count=20)
+    selection = draw_selection(config, kinds, random.Random(3))
+    if kinds == ("layers",):
+        selection = Selection((0, 2, 3, 4))
+    expected = logits(model, batches)
+    plain = (logits(slice_model(model, selection), batches) - expected).square().mean()
+    fitted = repair_model(model, selection, batches, Repair(least_squares=True, norms="measured"))
+    assert fitted.config == slice_config(config, selection)
+    assert (logits(fitted, batches) - expected).square().mean() < 0.7 * plain
+
+
+def test_wrong_options() -> None:
+    config = tiny_config()
+    with pytest.raises(InputError, match="norms is 'some'"):
+        Repair(norms="some")
+    with pytest.raises(InputError, match="ridge"):
+        Repair(ridge=0.0)
+    empty = [dataclasses.replace(batch, labels=batch.labels.fill_(-100)) for batch in rows(config)]
+    everything = Selection(tuple(range(config.num_layers)))
+    with pytest.raises(InputError, match="no counted token"):
+        repair_model(random_model(config), everything, empty, Repair(rotate=True))
