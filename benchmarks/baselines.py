@@ -38,7 +38,8 @@ def main() -> None:
         initialize(model, torch.Generator().manual_seed(0))
         save_model(model, start, tokenizer_from=pruned)
     options = json.loads((root / "activation" / "distilled" / "limbeck.json").read_text())["options"]["distill"]
-    train = [f"distill.train.{name}={value}" for name, value in options["train"].items()]
+    train = [f"distill.{name}={options[name]}" for name in ("batch", "seq_len")]  # the same tokens a step
+    train += [f"distill.train.{name}={value}" for name, value in options["train"].items()]
     limbeck("distill", "teacher=zoo", f"student={start}", "data=stdlib", f"output={trained}", *train)
     students = {
         "pruned": pruned,
