@@ -37,6 +37,13 @@ class Options:
 
 
 def run(options: Options) -> None:
+    source = make(options)
+    show(load_config(source), load_config(options.output))
+    result(options.output, {"model": str(options.output), "parameters": count_parameters(load_config(options.output))})
+
+
+def make(options: Options) -> Path:
+    """The stage without its table and result.json; returns the source's folder."""
     source = model_folder(options.model)
     run_stage(
         options.output,
@@ -45,8 +52,7 @@ def run(options: Options) -> None:
         options={"target": options.target, "rescale_norms": options.rescale_norms},
         make=lambda folder, facts: fill(folder, source, options),
     )
-    show(load_config(source), load_config(options.output))
-    result(options.output, {"model": str(options.output), "parameters": count_parameters(load_config(options.output))})
+    return source
 
 
 def fill(folder: Path, source: Path, options: Options) -> None:
