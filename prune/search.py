@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..kernels.linear_kl import linear_cross_entropy
-from ..models.axes import HIDDEN, Axis
+from ..models.axes import HIDDEN, Axis, tensor_table
 from ..models.config import HybridConfig
 from ..models.cost import GIB, Hardware, MemoryReport, Throughput, count_parameters, memory, throughput
 from ..models.errors import CheckFailed, InputError
@@ -318,13 +318,13 @@ def with_importance(
     """The candidates with the share of importance that they keep, of 1 for the source.
 
     Of an axis the share is the sum of the scores that stay over the sum of all (a Mamba layer's heads and channels
-    together); a layer that is gone keeps nothing. Shares are averaged over the source's layers of a kind, then over
-    hidden, FFN, attention heads and Mamba heads, as far as the source has them. A candidate without any layer of a
-    kind is scored like any other. Hidden counts the norms of the layers that stay. Sizes are compared by it that
-    differ in few axes; it does not know that an axis may matter more than another.
+    together); a layer that is gone keeps nothing, and hidden counts the norms of the layers that stay. Shares are
+    averaged over the source's layers of a kind, then over the kinds of axes (hidden, FFN, attention heads, Mamba
+    heads), each with the weight of `axis_weights`: with equal weights the FFN, which costs little to lose, counted
+    as much as hidden, and the order was worse than that by bytes (docs/LOG.md).
     """
     known: dict[tuple[Any, ...], float] = {}
-    kinds = sorted({axis.kind for axis in widths})
+    weights = {kind: weight for kind, weight in axis_weights(config).items() if any(a.kind == kind for a in widths)}
 
     def share(candidate: Candidate, kind: str) -> float:
         names = [WIDTH_OF_AXIS[kind]] + (["mamba_head_dim"] if kind == "mamba_heads" else [])
@@ -336,9 +336,22 @@ def with_importance(
         return known[key]
 
     return tuple(
-        dataclasses.replace(candidate, importance=sum(share(candidate, kind) for kind in kinds) / len(kinds))
+        dataclasses.replace(
+            candidate,
+            importance=sum(share(candidate, kind) * weight for kind, weight in weights.items()) / sum(weights.values()),
+        )
         for candidate in candidates
     )
+
+
+def axis_weights(config: HybridConfig) -> dict[str, int]:
+    """Of each kind of axis, the parameters of the tensors that lie on it; one that lies on two counts for both."""
+    weights: dict[str, int] = {}
+    for tensor in tensor_table(config).values():
+        factors = [factor for dimension in tensor.dimensions for segment in dimension for factor in segment]
+        for kind in {factor.axis.kind for factor in factors if factor.axis is not None}:
+            weights[kind] = weights.get(kind, 0) + tensor.numel
+    return dict(sorted(weights.items()))
 
 
 def kept_share(config: HybridConfig, widths: WidthScores, selection: Selection, kind: str) -> float:

@@ -372,10 +372,12 @@ def test_importance_by_hand() -> None:
             widths[axis][:] = torch.tensor([4.0, 3, 2, 1], dtype=torch.float64)
     space = Space(layers=(1,), hidden_size=(2,), intermediate_size=(2,), align=1)
     (found,) = with_importance(config, widths, candidates_of(config, space, (0,)))
-    assert found.importance == pytest.approx(((3 + 14) / 20 + (7 / 10 + 0) / 2) / 2)
+    ffn = 2 * 2 * 4 * 4  # up and down of both layers
+    hidden = ffn + 3 * 4 + 2 * config.vocab_size * 4  # and the norms, embedding and head
+    assert found.importance == pytest.approx((hidden * (3 + 14) / 20 + ffn * (7 / 10 + 0) / 2) / (hidden + ffn))
     widths[HIDDEN][:] = 0
     (found,) = with_importance(config, widths, candidates_of(config, space, (0,)))
-    assert found.importance == pytest.approx((2 / 4 + (7 / 10 + 0) / 2) / 2)
+    assert found.importance == pytest.approx((hidden * 2 / 4 + ffn * (7 / 10 + 0) / 2) / (hidden + ffn))
 
 
 def test_ranks_are_monotone() -> None:
