@@ -638,6 +638,17 @@ def test_without_scores_or_bandwidth_the_plot_is_of_parameters(workshop: Path, t
     assert "Parameters" in (out / "plots" / "search.svg").read_text()
 
 
+def test_a_named_pattern_is_what_prune_makes(workshop: Path, tmp_path: Path) -> None:
+    given = (f"model={workshop / 'model'}", f"scores={workshop / 'scores'}")
+    grid = ("space.patterns=[M*-M]", "space.mamba_num_heads=[4]", "budget.context=64", "budget.gib=1")
+    code, _, err = limbeck("search", *given, f"output={tmp_path / 'sizes'}", *grid)
+    assert code == 0, err
+    result = json.loads((tmp_path / "sizes" / "result.json").read_text())
+    assert limbeck("prune", *given, f"output={tmp_path / 'pruned'}", *shlex.split(result["prune"]))[0] == 0
+    config = load_config(tmp_path / "pruned")
+    assert config.pattern == "M*-M" and config.mamba_num_heads == 4
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     (
