@@ -76,6 +76,14 @@ def save_png(figure: Figure, folder: Path, name: str) -> None:
     figure.savefig(folder / "plots" / f"{name}.png", dpi=144, bbox_inches="tight", metadata={"Software": None})
 
 
+@styled
+def save_svg(figure: Figure, folder: Path, name: str) -> None:
+    """Writes plots/NAME.svg, a file of its own."""
+    (folder / "plots").mkdir(exist_ok=True)
+    path = folder / "plots" / f"{name}.svg"
+    figure.savefig(path, format="svg", bbox_inches="tight", dpi=144, metadata={"Date": None, "Creator": None})
+
+
 def say(axes: Axes, x: float, y: float, text: str, shade: str = THEME["ink"]) -> None:
     """Text just right of a point."""
     axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", color=shade, annotation_clip=False)
@@ -187,6 +195,33 @@ def layers(pattern: str, removed: Sequence[int], first: Mapping[int, float]) -> 
     axes.set(title="Change of the logits without one layer (mean squared)", xlabel="layer and its kind")
     axes.margins(x=0.01)
     axes.grid(axis="x", visible=False)
+    return figure
+
+
+@styled
+def tradeoff(
+    points: Sequence[tuple[float, float]], front: Sequence[int], named: Mapping[str, int], *, title: str, xlabel: str
+) -> Figure:
+    """Candidates as points (cost, value): those on the Pareto front are joined, those in `named` say their names."""
+    figure = Figure(figsize=(WIDE, 4.2), layout="constrained")
+    axes = figure.subplots()
+    x, y = zip(*points, strict=True)
+    axes.scatter(x, y, s=14, color=THEME["blue"], alpha=0.55, linewidths=0, rasterized=len(points) > 1000)
+    if front:
+        edge = [points[index] for index in front]
+        axes.plot(
+            *zip(*edge, strict=True), "o-", color=THEME["teal"], markersize=4, linewidth=1.6, label="Pareto front"
+        )
+        axes.legend(frameon=False, loc="best", fontsize=9.5)
+    for name, index in named.items():
+        right = x[index] > (min(x) + max(x)) / 2  # a name stands on the side that has room
+        axes.plot(*points[index], "o", color=THEME["orange"], markersize=6)
+        axes.annotate(
+            name, points[index], (-7 if right else 7, 4), textcoords="offset points", ha="right" if right else "left",
+            va="bottom", color=THEME["orange"], fontsize=9,
+        )  # fmt: skip
+    axes.set(title=title, xlabel=xlabel)
+    axes.margins(x=0.08, y=0.08)
     return figure
 
 

@@ -21,7 +21,8 @@ from .slice import GROUPS_OF_AXIS, WIDTH_OF_AXIS, Selection
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The size to prune to: a number of layers and widths, named as in the config; None keeps the source's."""
+    """The size to prune to: a number of layers and widths, named as in the config; None keeps the source's.
+    `keep_layers` names the source layers that stay, whatever the order of the scores."""
 
     layers: int | None = None
     hidden_size: int | None = None
@@ -29,6 +30,7 @@ class Target:
     num_attention_heads: int | None = None
     mamba_num_heads: int | None = None
     mamba_head_dim: int | None = None
+    keep_layers: tuple[int, ...] | None = None
 
 
 def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int], target: Target) -> Selection:
@@ -40,7 +42,10 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
     respect, when it names a width that no remaining layer has, and when the scores do not fit the config.
     """
     check_width_scores(config, widths, "scores")
-    layers = kept_layers(config, layer_order, target.layers)
+    if target.keep_layers is None:
+        layers = kept_layers(config, layer_order, target.layers)
+    else:
+        layers = named_layers(config, target.keep_layers, target.layers)
     sizes = {axis: size for axis, size in axis_sizes(config).items() if axis.layer is None or axis.layer in layers}
     counts = {kind: check_width(config, sizes, kind, getattr(target, width)) for kind, width in WIDTH_OF_AXIS.items()}
     kept: dict[Axis, tuple[int, ...]] = {}
@@ -75,6 +80,17 @@ def kept_layers(config: HybridConfig, layer_order: Sequence[int], count: int | N
             f" the scores have {list(layer_order)}; score with importance.remove_layers={total - count} or more"
         )
     return tuple(layer for layer in range(total) if layer not in removed)
+
+
+def named_layers(config: HybridConfig, layers: tuple[int, ...], count: int | None) -> tuple[int, ...]:
+    """The layers that a target names. Raises InputError."""
+    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_layers:
+        raise InputError(
+            f"target: keep_layers is {list(layers)}; expected ascending numbers within 0..{config.num_layers - 1}"
+        )
+    if count not in (None, len(layers)):
+        raise InputError(f"target: keep_layers names {len(layers)} layers, but layers is {count}; give one of the two")
+    return layers
 
 
 def check_width(config: HybridConfig, sizes: Mapping[Axis, int], kind: str, count: int | None) -> int | None:

@@ -165,8 +165,10 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return convert(kind, value, where)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        if len(kinds) > 1:  # a list, or options below it
+            kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind) == isinstance(value, Mapping)]
+        return convert(kinds[0], value, where)
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {value!r}; expected options below it, such as {where}.KEY=VALUE")

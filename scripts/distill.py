@@ -44,6 +44,12 @@ class Options:
 
 
 def run(options: Options) -> None:
+    make(options)
+    result(options.output, {"model": str(options.output), "metrics": str(options.output / "metrics.jsonl")})
+
+
+def make(options: Options) -> None:
+    """The stage without its result.json."""
     teacher, student = model_folder(options.teacher), model_folder(options.student)
     run_stage(
         options.output,
@@ -53,7 +59,6 @@ def run(options: Options) -> None:
         make=lambda folder, facts: fill(folder, teacher, student, options),
         scratch="training",
     )
-    result(options.output, {"model": str(options.output), "metrics": str(options.output / "metrics.jsonl")})
 
 
 def fill(folder: Path, teacher_folder: Path, student_folder: Path, options: Options) -> None:

@@ -16,6 +16,7 @@ from ..models.errors import CheckFailed, InputError
 COMMANDS = {
     "compress": "the whole chain below, resumable: score, prune, distil, evaluate, export, memory-fit, report",
     "score": "importance of layers and widths of a model on data",
+    "search": "the sizes that fit a card, ranked by memory, importance or loss; the best ones distilled briefly",
     "prune": "a smaller checkpoint from a model, its scores and a target size",
     "distill": "recover a student's accuracy from its teacher's logits",
     "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
@@ -27,6 +28,7 @@ COMMANDS = {
 EXAMPLES = {
     "compress": "recipe=tiny output=first",
     "score": "model=zoo data=stdlib output=scores",
+    "search": "model=nemotron-nano-12b-v2 output=sizes 'space.hidden_size=[4480,4800]' budget.context=65536",
     "prune": "model=zoo scores=scores output=pruned target.layers=11 target.mamba_num_heads=12",
     "distill": "teacher=zoo student=pruned data=stdlib output=distilled distill.train.steps=100",
     "evaluate": "teacher=zoo +student.pruned=pruned +student.distilled=distilled data=stdlib output=gap",

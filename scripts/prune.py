@@ -66,6 +66,13 @@ class Options:
 
 
 def run(options: Options) -> None:
+    source = make(options)
+    show(load_config(source), load_config(options.output))
+    result(options.output, {"model": str(options.output), "parameters": count_parameters(load_config(options.output))})
+
+
+def make(options: Options) -> Path:
+    """The stage without its table and result.json; returns the source's folder."""
     source = model_folder(options.model)
     inputs: dict[str, Path | str] = {"model": source, "scores": options.scores}
     chosen: dict[str, Any] = {"target": options.target, "repair": options.repair}
@@ -80,8 +87,7 @@ def run(options: Options) -> None:
         options=chosen,
         make=lambda folder, facts: fill(folder, source, options),
     )
-    show(load_config(source), load_config(options.output))
-    result(options.output, {"model": str(options.output), "parameters": count_parameters(load_config(options.output))})
+    return source
 
 
 def fill(folder: Path, source: Path, options: Options) -> None:

@@ -53,6 +53,13 @@ def test_layers_go_in_their_order() -> None:
     assert list(selection.kept) == [Axis("ffn", 1)]
 
 
+def test_named_layers_stay_whatever_the_order() -> None:
+    config = tiny_config()
+    selection = select(config, score_random(config, 0), (4, 3), Target(keep_layers=(0, 3, 4), hidden_size=8))
+    assert selection.layers == (0, 3, 4)
+    assert slice_config(config, selection).pattern == "M*-"
+
+
 def test_mamba_heads_are_scored_on_the_kept_channels_only() -> None:
     """Two groups of two heads, three channels. Channel 2 is loud in head 1 alone, and goes with head_dim 2; the
     choice between heads 0 and 1 then turns."""
@@ -118,6 +125,10 @@ def test_every_selection_is_one_that_slices(seed: int) -> None:
         (Target(layers=7), "expected 1..6"),
         (Target(layers=3), r"remove_layers=3"),
         (Target(layers=5, num_attention_heads=2), "no layer of the pruned model"),
+        (Target(keep_layers=()), "keep_layers"),
+        (Target(keep_layers=(1, 0)), "ascending numbers within 0..5"),
+        (Target(keep_layers=(1, 6)), "ascending numbers within 0..5"),
+        (Target(layers=5, keep_layers=(0, 1)), "names 2 layers, but layers is 5"),
     ),
 )
 def test_targets_that_cannot_be(target: Target, said: str) -> None:

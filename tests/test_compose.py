@@ -37,6 +37,7 @@ class Outer:
     place: Path | None
     names: dict[str, str]
     sizes: tuple[int, ...] = ()
+    either: tuple[int, ...] | Inner | None = None
 
 
 GOOD: dict[str, Any] = {"inner": {"rate": 1}, "count": 3, "place": None, "names": {"a": "b"}}
@@ -46,6 +47,8 @@ def test_build_makes_nested_frozen_dataclasses() -> None:
     assert build(Outer, GOOD) == Outer(Inner(1.0), 3, None, {"a": "b"})
     found = build(Outer, GOOD | {"place": "here", "sizes": [1, 2]})
     assert found.place == Path("here") and found.sizes == (1, 2)
+    assert build(Outer, GOOD | {"either": [1]}).either == (1,)
+    assert build(Outer, GOOD | {"either": {"rate": 2}}).either == Inner(2.0)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +67,8 @@ def test_build_makes_nested_frozen_dataclasses() -> None:
         ({"sizes": 3}, "expected a list"),
         ({"sizes": [1, "x"]}, "sizes is 'x'"),
         ({"names": "a"}, "expected a mapping"),
+        ({"either": 3}, "either is 3; expected a list"),
+        ({"either": {"flag": True}}, "either.rate is missing"),
     ],
 )
 def test_build_refuses(change: dict[str, Any], says: str) -> None:

@@ -1,0 +1,167 @@
+"""Which layer patterns can be left of a model's: subsequences, within rules, counted without listing them.
+
+Two choices of layers that leave the same letters are the same pattern. A pattern is found by its leftmost choice,
+letter by letter, which makes a deterministic automaton over the source: its paths are counted, listed, or followed.
+Shapes: a pattern is a text of 'M', '*' and '-', one letter a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from ..models.config import LAYER_KINDS
+from ..models.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What a pattern has to keep to.
+
+    min_layers: least number of layers of a kind (mamba, attention, mlp). longest_run: most neighbours of one kind, 0
+    for any number. pairs: layers go two neighbours at a time (the second pair may have become neighbours by the
+    first). Raises InputError from the constructor.
+    """
+
+    min_layers: dict[str, int] = dataclasses.field(default_factory=dict)
+    longest_run: int = 0
+    pairs: bool = False
+
+    def __post_init__(self) -> None:
+        for kind, number in self.min_layers.items():
+            if kind not in LAYER_KINDS.values() or number < 0:
+                known = ", ".join(LAYER_KINDS.values())
+                raise InputError(f"rules: min_layers has {kind}={number}; expected {known}, at least 0 each")
+        if self.longest_run < 0:
+            raise InputError(f"rules: longest_run is {self.longest_run}; expected at least 1, or 0 for any length")
+
+    def least(self, letter: str) -> int:
+        return self.min_layers.get(LAYER_KINDS[letter], 0)
+
+
+def broken_rule(pattern: str, rules: Rules) -> str | None:
+    """What a pattern by itself does not keep to, in words; None where it keeps to all."""
+    for letter, kind in LAYER_KINDS.items():
+        if pattern.count(letter) < rules.least(letter):
+            return f"{pattern.count(letter)} {kind} layers where min_layers.{kind} is {rules.least(letter)}"
+    longest = max((len(list(run)) for _, run in itertools.groupby(pattern)), default=0)
+    if 0 < rules.longest_run < longest:
+        return f"{longest} like layers in a row where longest_run is {rules.longest_run}"
+    return None
+
+
+def odd_gap(layers: Sequence[int], total: int) -> bool:
+    """Whether between the `layers` that stay of `total` some run of removed ones is not made of pairs."""
+    edges = (-1, *layers, total)
+    return any((after - before) % 2 == 0 for before, after in itertools.pairwise(edges))
+
+
+def embed(
+    source: str, pattern: str, rules: Rules | None = None, cost: Mapping[int, float] | None = None
+) -> tuple[int, ...] | None:
+    """The layers of `source` that stay when it becomes `pattern`; None where no choice within the rules does.
+
+    Of several choices the one whose removed layers cost least together, by `cost` (0 for those it does not name); of
+    equal ones the leftmost.
+    """
+    rules, cost = rules or Rules(), cost or {}
+    if broken_rule(pattern, rules) is not None:
+        return None
+    # best[k]: least cost of making pattern[k:] out of source[place:], and the step there (keep the layer or not).
+    impossible = float("inf")
+    best = [impossible] * len(pattern) + [0.0]
+    kept: list[list[bool]] = []
+    for place in reversed(range(len(source))):
+        row, choices = list(best), []
+        for k in range(len(pattern) + 1):
+            fits = k < len(pattern) and pattern[k] == source[place] and not (rules.pairs and (place - k) % 2)
+            keep = best[k + 1] if fits else impossible
+            drop = best[k] + cost.get(place, 0.0)
+            row[k] = min(keep, drop)
+            choices.append(keep <= drop and keep < impossible)
+        best = row
+        kept.append(choices)
+    # Kept layers of like parity as their numbers leave even gaps; the last gap is even when the lengths agree.
+    if best[0] == impossible or (rules.pairs and (len(source) - len(pattern)) % 2):
+        return None
+    layers: list[int] = []
+    for place, choices in enumerate(reversed(kept)):
+        if choices[len(layers)]:
+            layers.append(place)
+    return tuple(layers)
+
+
+class State(NamedTuple):
+    """Where a leftmost choice stands: layers kept, the next source layer, the run so far, and of each kind how many
+    are kept, counted up to the least number (so that few states are different)."""
+
+    kept: int
+    place: int
+    last: str
+    run: int
+    counts: tuple[int, ...]
+
+
+def automaton(source: str, layers: int, rules: Rules) -> tuple[Callable[[State], Iterator[tuple[str, State]]], State]:
+    """The steps from a state, by their letters, and the state to begin with."""
+    letters = tuple(dict.fromkeys(source))
+    least = [rules.least(letter) for letter in letters]
+
+    def steps(state: State) -> Iterator[tuple[str, State]]:
+        stop = len(source) - (layers - state.kept) + 1
+        for number, letter in enumerate(letters):
+            run = state.run + 1 if letter == state.last else 1
+            if 0 < rules.longest_run < run:
+                continue
+            stride = 2 if rules.pairs else 1
+            found = next((p for p in range(state.place, stop, stride) if source[p] == letter), None)
+            if found is not None:
+                counts = list(state.counts)
+                counts[number] = min(counts[number] + 1, least[number])
+                last, run = (letter, run) if rules.longest_run else ("", 0)
+                yield letter, State(state.kept + 1, found + 1, last, run, tuple(counts))
+
+    return steps, State(0, 0, "", 0, (0,) * len(letters))
+
+
+def ways(source: str, layers: int, rules: Rules) -> Callable[[State], int]:
+    """How many patterns of `layers` letters go on from a state."""
+    steps, _ = automaton(source, layers, rules)
+    least = tuple(rules.least(letter) for letter in dict.fromkeys(source))
+    missing = [kind for letter, kind in LAYER_KINDS.items() if letter not in source and rules.least(letter)]
+    even = not (rules.pairs and (len(source) - layers) % 2)
+
+    @functools.cache
+    def count(state: State) -> int:
+        if state.kept == layers:
+            return int(state.counts == least and not missing and even)
+        return sum(count(after) for _, after in steps(state))
+
+    return count
+
+
+def count_patterns(source: str, layers: int, rules: Rules | None = None) -> int:
+    """How many different patterns of `layers` layers can be left of `source`."""
+    rules = rules or Rules()
+    return ways(source, layers, rules)(automaton(source, layers, rules)[1])
+
+
+def patterns(source: str, layers: int, rules: Rules | None = None) -> Iterator[str]:
+    """The patterns that `count_patterns` counts, one by one; nothing that leads nowhere is walked."""
+    rules = rules or Rules()
+    steps, start = automaton(source, layers, rules)
+    count = ways(source, layers, rules)
+
+    def walk(state: State, before: str) -> Iterator[str]:
+        if state.kept == layers:
+            yield before
+            return
+        for letter, after in steps(state):
+            if count(after):
+                yield from walk(after, before + letter)
+
+    if count(start):
+        yield from walk(start, "")

@@ -1,0 +1,430 @@
+"""Which sizes fit a budget, and in what order to try them: the grid over layers and widths, exact bytes, proxies.
+
+Sources: Nemotron Nano 2 (arXiv 2508.14444, section 4) lists the widths that fit, largest first, and distils the first
+three; Minitron (2407.14679) finds that the order of candidates settles only after a short distillation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import torch
+
+from ..kernels.linear_kl import linear_cross_entropy
+from ..models.axes import HIDDEN, Axis, tensor_table
+from ..models.config import HybridConfig
+from ..models.cost import GIB, Hardware, MemoryReport, Throughput, count_parameters, memory, throughput
+from ..models.errors import CheckFailed, InputError
+from ..models.hybrid import HybridLM
+from .choose import Target, kept_layers, select
+from .importance import TokenBatch
+from .patterns import Rules, broken_rule, embed, odd_gap
+from .scores import LayerScores, WidthScores
+from .slice import WIDTH_OF_AXIS, Selection, slice_model
+
+RANKS = ("memory", "importance", "loss")
+KIND_OF_WIDTH = {  # the layers that a width belongs to
+    "intermediate_size": "-", "num_attention_heads": "*", "mamba_num_heads": "M", "mamba_head_dim": "M"
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """min, min + step, ... up to max. Raises InputError from the constructor."""
+
+    min: float
+    max: float
+    step: float
+
+    def __post_init__(self) -> None:
+        if not (0 < self.min <= self.max and self.step > 0):
+            raise InputError(
+                f"space: a range has min={self.min:g}, max={self.max:g}, step={self.step:g};"
+                " expected 0 < min <= max, and a step of more than 0"
+            )
+
+
+Values = tuple[float, ...] | Range | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """The grid: for each width the values to try, None for the source's own.
+
+    layers: numbers of layers, which go in the scores' order; or patterns: the layer patterns themselves.
+    intermediate_ratio: multiples of the hidden size, instead of intermediate_size. Values of hidden_size,
+    intermediate_size and d_inner that are not multiples of `align` are left out, and so are numbers of heads that
+    their groups do not divide, and ratios beyond the source; the source's own widths always count as aligned.
+    """
+
+    layers: Values = None
+    patterns: tuple[str, ...] | None = None
+    hidden_size: Values = None
+    intermediate_size: Values = None
+    intermediate_ratio: Values = None
+    num_attention_heads: Values = None
+    mamba_num_heads: Values = None
+    mamba_head_dim: Values = None
+    align: int = 8
+
+    def __post_init__(self) -> None:
+        if self.align < 1:
+            raise InputError(f"space: align is {self.align}; expected at least 1")
+        for one, other in (("layers", "patterns"), ("intermediate_size", "intermediate_ratio")):
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise InputError(f"space: {one} and {other} are both given; they say the same, keep one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Bytes for weights and caches, and what has to fit in them: `batch` sequences of `context` tokens."""
+
+    bytes: float
+    context: int
+    batch: int = 1
+    dtypes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # torch dtypes, named as for `cost.memory`
+
+
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """What throughput is estimated for (see `cost.throughput`); batch 0 is the largest that fits the budget."""
+
+    input_tokens: int
+    output_tokens: int
+    batch: int = 0
+    compute_efficiency: float = 0.5
+    bandwidth_efficiency: float = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """Source layers that stay; `named` where they were asked for as a pattern and not by the scores' order. `label`
+    tells depths apart: the number of layers, and a letter where several patterns have as many."""
+
+    layers: tuple[int, ...]
+    label: str
+    named: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A size that fits: its config, the target that prunes to it, and what is known of it; proxies are None where they
+    were not asked for."""
+
+    name: str
+    config: HybridConfig
+    depth: Depth
+    target: Target
+    parameters: int
+    memory: MemoryReport
+    throughput: Throughput | None
+    importance: float | None = None
+    loss: float | None = None
+
+    def selection(self, source: HybridConfig, widths: WidthScores) -> Selection:
+        """What stays of a source with these scores."""
+        target = dataclasses.replace(self.target, layers=None, keep_layers=self.depth.layers)
+        return select(source, widths, (), target)
+
+    def words(self) -> list[str]:
+        """The target as overrides of `limbeck prune`."""
+        words = []
+        for name, value in dataclasses.asdict(self.target).items():
+            if value is not None:
+                words.append(
+                    f"target.{name}=" + (f"[{','.join(map(str, value))}]" if name == "keep_layers" else str(value))
+                )
+        return words
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The candidates of a space, in the grid's order, and how many combinations there were, and were aligned."""
+
+    candidates: tuple[Candidate, ...]
+    combinations: int
+    aligned: int
+
+
+def find_depths(config: HybridConfig, space: Space, rules: Rules, scores: LayerScores | None) -> tuple[Depth, ...]:
+    """The choices of layers of a space. A number of layers that the rules forbid is left out.
+
+    A named pattern is made by the choice that removes what the first step of `scores` misses least together.
+    Raises InputError where a pattern cannot be made of the source's, where the scores order too few layers, and
+    where the rules leave nothing.
+    """
+    total = config.num_layers
+    if space.patterns is not None:
+        found = [embedded(config, pattern, rules, scores) for pattern in space.patterns]
+        lengths = [len(layers) for layers in found]
+        labels = [
+            str(n) + ("" if lengths.count(n) == 1 else f"-{lengths[:i].count(n) + 1}") for i, n in enumerate(lengths)
+        ]
+        return tuple(Depth(layers, label, named=True) for layers, label in zip(found, labels, strict=True))
+    numbers = [total] if space.layers is None else whole("layers", space.layers, total)
+    order = () if scores is None else scores.order
+    if min(numbers) < total and scores is None:
+        raise InputError(f"space: layers is {numbers}; without scores give space.patterns, or scores=FOLDER")
+    depths, broken = [], []
+    for number in numbers:
+        layers = kept_layers(config, order, number)
+        rule = broken_rule("".join(config.pattern[layer] for layer in layers), rules)
+        if rule is None and rules.pairs and odd_gap(layers, total):
+            rule = "layers that went one by one where pairs is true"
+        if rule is None:
+            depths.append(Depth(layers, str(number)))
+        else:
+            broken.append(f"{number} layers leave {rule}")
+    if not depths:
+        raise InputError(f"space: the rules allow no number of layers: {'; '.join(broken)}")
+    return tuple(depths)
+
+
+def embedded(config: HybridConfig, pattern: str, rules: Rules, scores: LayerScores | None) -> tuple[int, ...]:
+    """The layers that become a named pattern. Raises InputError."""
+    cost = scores.candidates[0] if scores is not None and scores.candidates else {}
+    layers = embed(config.pattern, pattern, rules, cost)
+    if not layers:
+        rule = broken_rule(pattern, rules)
+        why = f"it has {rule}" if rule else "no layers of it are left in that order" + ", by pairs" * rules.pairs
+        raise InputError(f"space: pattern {pattern!r} cannot be made of the model's {config.pattern}: {why}")
+    return layers
+
+
+def values_of(name: str, values: tuple[float, ...] | Range) -> list[float]:
+    """The values of one axis, ascending. Raises InputError."""
+    if isinstance(values, Range):
+        steps = int((values.max - values.min) / values.step + 1e-9)
+        return [values.min + step * values.step for step in range(steps + 1)]
+    if not values or min(values) <= 0:
+        raise InputError(f"space: {name} is {list(values)}; expected a list of numbers of more than 0")
+    return sorted(set(values))
+
+
+def whole(name: str, values: tuple[float, ...] | Range, largest: int) -> list[int]:
+    """The values of a width, whole and within the source's. Raises InputError."""
+    found = values_of(name, values)
+    for value in found:
+        if value != int(value) or value > largest:
+            raise InputError(f"space: {name} has {value:g}; expected whole numbers of at most {largest}, the source's")
+    return [int(value) for value in found]
+
+
+def find_candidates(
+    config: HybridConfig,
+    space: Space,
+    depths: Sequence[Depth],
+    budget: Budget,
+    hardware: Hardware,
+    requests: Requests | None = None,
+) -> Found:
+    """Every combination of the space that is aligned and fits the budget, with exact parameters and bytes.
+
+    Raises InputError where a value is not one that the source can be cut to, and where nothing fits.
+    """
+    combinations, aligned, smallest = 0, 0, float("inf")
+    candidates = []
+    for depth in depths:
+        pattern = "".join(config.pattern[layer] for layer in depth.layers)
+        base = config.replace(pattern=pattern)
+        for widths in grid(base, space):
+            combinations += 1
+            if not is_aligned(config, widths, space.align):
+                continue
+            aligned += 1
+            smaller = base.replace(**{name: int(value) for name, value in widths.items()})
+            report = memory(smaller, budget.context, budget.batch, **budget.dtypes)
+            smallest = min(smallest, report.total)
+            if report.total > budget.bytes:
+                continue
+            changed: dict[str, Any] = {n: int(value) for n, value in widths.items() if value != getattr(config, n)}
+            if len(depth.layers) < config.num_layers:
+                changed |= {"keep_layers": depth.layers} if depth.named else {"layers": len(depth.layers)}
+            speed = None
+            if requests is not None:
+                speed = throughput(
+                    smaller, hardware, budget=budget.bytes,
+                    **dataclasses.asdict(requests) | {"batch": requests.batch or None}, **budget.dtypes,
+                )  # fmt: skip
+            name, parameters = name_of(smaller, depth), count_parameters(smaller)
+            candidates.append(Candidate(name, smaller, depth, Target(**changed), parameters, report, speed))
+    if not aligned:
+        raise InputError(f"space: none of {combinations} combinations is aligned (align={space.align}, whole groups)")
+    if not candidates:
+        raise InputError(
+            f"space: none of {aligned:,} sizes fits: the smallest takes {smallest / GIB:.2f} GiB,"
+            f" the budget is {budget.bytes / GIB:.2f} GiB; give smaller widths, fewer layers, or a shorter context"
+        )
+    return Found(tuple(candidates), combinations, aligned)
+
+
+def grid(base: HybridConfig, space: Space) -> Iterable[dict[str, float]]:
+    """The combinations of widths for a pattern; a width that no layer has stays out. Raises InputError."""
+    hidden = (
+        [base.hidden_size] if space.hidden_size is None else whole("hidden_size", space.hidden_size, base.hidden_size)
+    )
+    axes: dict[str, list[Any]] = {"hidden_size": hidden}
+    for name, letter in KIND_OF_WIDTH.items():
+        values = getattr(space, name)
+        if letter in base.pattern:
+            axes[name] = [getattr(base, name)] if values is None else whole(name, values, getattr(base, name))
+    ratios = None
+    if space.intermediate_ratio is not None and "-" in base.pattern:
+        ratios = values_of("intermediate_ratio", space.intermediate_ratio)
+        axes["intermediate_size"] = ratios
+    for values in itertools.product(*axes.values()):
+        widths = dict(zip(axes, values, strict=True))
+        if ratios is not None:
+            widths["intermediate_size"] *= widths["hidden_size"]
+        yield widths
+
+
+def is_aligned(config: HybridConfig, widths: Mapping[str, float], align: int) -> bool:
+    """Whether tensor cores and groups like the widths, and the source has as much."""
+    for name, value in widths.items():
+        own = getattr(config, name)
+        if value != int(value) or value > own:
+            return False
+        if name in ("hidden_size", "intermediate_size") and value % align and value != own:
+            return False
+    if "mamba_num_heads" in widths:
+        inner = widths["mamba_num_heads"] * widths["mamba_head_dim"]
+        if widths["mamba_num_heads"] % config.n_groups or (inner % align and inner != config.d_inner):
+            return False
+    return not widths.get("num_attention_heads", 0) % max(config.num_key_value_heads, 1)
+
+
+def name_of(config: HybridConfig, depth: Depth) -> str:
+    """Short, readable, a folder's name, and different for every size of a space."""
+    parts = [f"L{depth.label}", f"H{config.hidden_size}"]
+    if "-" in config.pattern:
+        parts.append(f"F{config.intermediate_size}")
+    if "*" in config.pattern:
+        parts.append(f"A{config.num_attention_heads}")
+    if "M" in config.pattern:
+        parts.append(f"M{config.mamba_num_heads}x{config.mamba_head_dim}")
+    name = "-".join(parts)
+    assert PurePath(name).name == name
+    return name
+
+
+def with_importance(
+    config: HybridConfig, widths: WidthScores, candidates: Sequence[Candidate]
+) -> tuple[Candidate, ...]:
+    """The candidates with the share of importance that they keep, of 1 for the source.
+
+    Of an axis the share is the sum of the scores that stay over the sum of all (a Mamba layer's heads and channels
+    together); a layer that is gone keeps nothing, and hidden counts the norms of the layers that stay. Shares are
+    averaged over the source's layers of a kind, then over the kinds of axes (hidden, FFN, attention heads, Mamba
+    heads), each with the weight of `axis_weights`: with equal weights the FFN, which costs little to lose, counted
+    as much as hidden, and the order was worse than that by bytes (docs/LOG.md).
+    """
+    known: dict[tuple[Any, ...], float] = {}
+    weights = {kind: weight for kind, weight in axis_weights(config).items() if any(a.kind == kind for a in widths)}
+
+    def share(candidate: Candidate, kind: str) -> float:
+        names = [WIDTH_OF_AXIS[kind]] + (["mamba_head_dim"] if kind == "mamba_heads" else [])
+        counts = {name: getattr(candidate.target, name) for name in names}
+        key = (candidate.depth.layers, kind, *counts.values())
+        if key not in known:
+            target = Target(keep_layers=candidate.depth.layers, **counts)
+            known[key] = kept_share(config, widths, select(config, widths, (), target), kind)
+        return known[key]
+
+    return tuple(
+        dataclasses.replace(
+            candidate,
+            importance=sum(share(candidate, kind) * weight for kind, weight in weights.items()) / sum(weights.values()),
+        )
+        for candidate in candidates
+    )
+
+
+def axis_weights(config: HybridConfig) -> dict[str, int]:
+    """Of each kind of axis, the parameters of the tensors that lie on it; one that lies on two counts for both."""
+    weights: dict[str, int] = {}
+    for tensor in tensor_table(config).values():
+        factors = [factor for dimension in tensor.dimensions for segment in dimension for factor in segment]
+        for kind in {factor.axis.kind for factor in factors if factor.axis is not None}:
+            weights[kind] = weights.get(kind, 0) + tensor.numel
+    return dict(sorted(weights.items()))
+
+
+def kept_share(config: HybridConfig, widths: WidthScores, selection: Selection, kind: str) -> float:
+    """The share of one kind of axis; see `with_importance`."""
+    if kind == HIDDEN.kind:
+        scores = widths[HIDDEN][[*selection.layers, config.num_layers]].sum(0)
+        return fraction(scores[list(selection.kept.get(HIDDEN, range(len(scores))))], scores)
+    axes = [axis for axis in widths if axis.kind == kind]
+    shares = []
+    for axis in axes:
+        if axis.layer in selection.layers:
+            kept = scores = widths[axis]
+            if axis in selection.kept:
+                kept = kept[list(selection.kept[axis])]
+            channels = Axis("mamba_head_dim", axis.layer)
+            if kind == "mamba_heads" and channels in selection.kept:
+                kept = kept[:, list(selection.kept[channels])]
+            shares.append(fraction(kept, scores))
+    return sum(shares) / len(axes)
+
+
+def fraction(kept: torch.Tensor, scores: torch.Tensor) -> float:
+    """The sum of what is kept over the sum of all; the share of units where all scores are 0."""
+    total = float(scores.sum())
+    return float(kept.sum()) / total if total > 0 else kept.numel() / scores.numel()
+
+
+def ranked(candidates: Iterable[Candidate], by: str) -> tuple[Candidate, ...]:
+    """Best first: by `memory` the largest (the paper's order), by `importance` the one that keeps most, by `loss` the
+    lowest, those without a measured loss behind the others by importance. Names decide between equals."""
+    if by == "memory":
+        return tuple(sorted(candidates, key=lambda c: (-c.memory.total, -c.parameters, c.name)))
+    if by == "importance":
+        return tuple(sorted(candidates, key=lambda c: (-c.importance, -c.memory.total, c.name)))  # type: ignore[operator]
+    assert by == "loss", by
+    unmeasured = float("inf")
+    return tuple(
+        sorted(
+            ranked(candidates, "importance"),
+            key=lambda c: unmeasured if c.loss is None else c.loss,
+        )
+    )
+
+
+@torch.no_grad()
+def sliced_loss(
+    model: HybridLM, selection: Selection, batches: Sequence[TokenBatch], *, rescale_norms: bool = True
+) -> float:
+    """Cross-entropy (nats a token) of the model cut in memory, over the positions of `batches` whose label counts.
+
+    Raises CheckFailed where it is not finite, InputError where nothing counts.
+    """
+    smaller = slice_model(model, selection, rescale_norms=rescale_norms).eval()
+    device = smaller.head_weight.device
+    total, tokens = 0.0, 0
+    for batch in batches:
+        labels = batch.labels.to(device).flatten()
+        hidden = smaller.hidden_states(batch.input_ids.to(device), seq_idx=batch.seq_idx.to(device)).flatten(0, 1)
+        found = linear_cross_entropy(hidden, smaller.head_weight, labels, normalizer=1.0)
+        total += float(found.cross_entropy.double().sum())
+        tokens += int((labels >= 0).sum())
+    if not tokens:
+        raise InputError("search: the data has no counted token; expected at least one sample of two tokens")
+    if not abs(total) < float("inf"):
+        raise CheckFailed(f"search: the loss of the model cut to {smaller.config.pattern} is {total}")
+    return total / tokens
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, value) that no other beats, ascending in cost: less cost, more value; of equal
+    points the first."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front
