@@ -103,6 +103,18 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
+def rotary_reference(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """x [B, T, H, D] at positions [B, T], each pair of channels (i, i + D / 2) a complex number that is turned
+    (arXiv 2104.09864, eq. 34)."""
+    half = x.shape[-1] // 2
+    turned = x.clone()
+    for i in range(half):
+        angle = positions[..., None].to(x.dtype) * theta ** (-2 * i / x.shape[-1])
+        pair = torch.complex(x[..., i], x[..., i + half]) * torch.polar(torch.ones_like(angle), angle)
+        turned[..., i], turned[..., i + half] = pair.real, pair.imag
+    return turned
+
+
 def linear_kl_reference(
     student_hidden: Tensor,
     student_head: Tensor,

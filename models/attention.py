@@ -1,4 +1,5 @@
-"""Grouped-query causal attention without positions, over packed documents and a key-value cache.
+"""Grouped-query causal attention over packed documents and a key-value cache; with rotary positions and an RMSNorm of
+each query and key head where the config has them.
 
 Shapes: [B, T] batch and tokens, [L] tokens in the cache, [H] query heads, [K] key-value heads, [D] head_dim.
 """
@@ -13,11 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.linear import linear
+from ..kernels.norm import rms_norm
+from ..kernels.rotary import rotary
 from ..kernels.ssd import document_numbers
 from .cache import KeyValues
 from .config import HybridConfig
+from .mamba2 import NormWeight
 
 Observe = Callable[[str, int, Tensor], None]
+Angles = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
@@ -30,16 +35,30 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=False, **place)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False, **place)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False, **place)
+        if config.qk_norm:
+            self.q_norm = NormWeight(config.head_dim, **place)
+            self.k_norm = NormWeight(config.head_dim, **place)
 
     def forward(
-        self, u: Tensor, mask: Tensor | None, cache: KeyValues | None, observe: Observe | None = None
+        self,
+        u: Tensor,
+        mask: Tensor | None,
+        angles: Angles | None,
+        cache: KeyValues | None,
+        observe: Observe | None = None,
     ) -> Tensor:
-        """[B, T, hidden] -> [B, T, hidden]; `mask` [B, 1, T, L] marks who may see whom (None: causal)."""
+        """[B, T, hidden] -> [B, T, hidden]; `mask` [B, 1, T, L] marks who may see whom (None: causal), `angles` are
+        the tokens' `rotary_angles` (None: no positions)."""
         split = (-1, self.config.head_dim)
         q, k, v = (
-            linear(u, projection.weight).unflatten(-1, split).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            linear(u, projection.weight).unflatten(-1, split) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.qk_norm:
+            q = rms_norm(q, self.q_norm.weight, self.config.norm_eps)
+            k = rms_norm(k, self.k_norm.weight, self.config.norm_eps)
+        if angles is not None:
+            q, k = rotary(q, *angles), rotary(k, *angles)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
         causal = mask is None and q.shape[2] > 1
@@ -63,3 +82,13 @@ def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch
     document = document_numbers(seq_idx)
     of_key = F.pad(document, (past, 0))
     return (mask & (document[:, :, None] == of_key[:, None, :]))[:, None]
+
+
+def token_positions(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Tensor:
+    """Positions [1 or B, T]: they go on from the past, and begin at 0 again with each further document."""
+    index = torch.arange(tokens, device=device)[None]
+    if seq_idx is None:
+        return index + past
+    document = document_numbers(seq_idx)
+    begins = F.pad(document[:, 1:] != document[:, :-1], (1, 0))
+    return index - torch.where(begins, index, -past).cummax(1).values

@@ -21,7 +21,7 @@ from torch import Tensor
 from .axes import TensorAxes, tensor_table
 from .config import HybridConfig
 from .errors import InputError
-from .families import FAMILIES, from_checkpoint_name, to_checkpoint_name
+from .families import from_checkpoint_name, is_ignored, to_checkpoint_name
 from .folder import atomic_folder, write_json
 from .hybrid import HybridLM
 
@@ -157,12 +157,13 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def check_tensor(file: Path, name: str, part: Any, config: HybridConfig, table: Mapping[str, TensorAxes]) -> str | None:
-    """The table's name of a stored tensor, once its shape and dtype are right; None for a tied head stored again."""
+    """The table's name of a stored tensor, once its shape and dtype are right; None for a tied head stored again,
+    and for what is ignored."""
     found = from_checkpoint_name(config, name)
-    if found == "lm_head.weight" and config.tie_word_embeddings:
+    if (found == "lm_head.weight" and config.tie_word_embeddings) or is_ignored(config, name):
         return None
     if found is None or found not in table:
-        expected = FAMILIES[config.family].prefixes[0] + "embeddings.weight"
+        expected = to_checkpoint_name(config, "embeddings.weight")
         raise InputError(f"{file}: unexpected tensor {name}; config.json describes none of that name (as {expected})")
     shape, dtype = tuple(part.get_shape()), part.get_dtype()
     if shape != table[found].shape:
@@ -221,6 +222,7 @@ def write_checkpoint(
     so that memory holds one shard. `dtype` None keeps each tensor's. `tokenizer_from` is a folder whose tokenizer
     files are copied; `provenance` becomes limbeck.json.
     """
+    content = config.to_hf()  # what cannot be written is refused before the first weight is
     table = tensor_table(config)
     expected = iter(table)
     shards: list[dict[str, int]] = []
@@ -247,7 +249,7 @@ def write_checkpoint(
     flush()
     name_shards(folder, shards)
     main_dtype = max(saved_dtypes, key=lambda key: saved_dtypes[key])
-    write_json(folder / "config.json", config.to_hf() | {"torch_dtype": str(main_dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", content | {"torch_dtype": str(main_dtype).removeprefix("torch.")})
     for name in COMPANIONS if tokenizer_from is not None else ():
         if (Path(tokenizer_from) / name).is_file():  # type: ignore[arg-type]
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)  # type: ignore[arg-type]

@@ -89,6 +89,8 @@ class HybridConfig:
             )
         if self.rope_theta is not None and self.head_dim % 2:
             raise InputError(f"config: rotary positions need an even head_dim, found {self.head_dim}")
+        if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
+            raise InputError(f"config: rope_theta is {self.rope_theta}; expected a number above 0")
         if self.activation not in ACTIVATIONS:
             raise InputError(f"config: activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         low, high = self.dt_limit
@@ -108,6 +110,11 @@ class HybridConfig:
     def conv_dim(self) -> int:
         """Channels that the short convolution runs over: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def block(self) -> str:
+        """The pattern of the layers that come and go together only, "" where each layer stands for itself."""
+        return FAMILIES[self.family].block
 
     def layers_of(self, letter: str) -> tuple[int, ...]:
         """Indices of the layers of one kind ('M', '*' or '-')."""

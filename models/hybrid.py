@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..kernels.linear import linear
 from ..kernels.norm import rms_norm
-from .attention import Attention, attention_mask
+from ..kernels.rotary import rotary_angles
+from .attention import Angles, Attention, attention_mask, token_positions
 from .cache import Cache, KeyValues, MambaState
 from .config import HybridConfig
-from .errors import InputError
 from .mamba2 import Mamba2Mixer, NormWeight
 from .mlp import MLP
 
@@ -38,9 +38,10 @@ class HybridLM(nn.Module):
     """A hybrid language model. Weights are uninitialised until `initialize` or a checkpoint fills them.
 
     `observe(kind, layer, tensor)`, where a method takes it, sees intermediates as they pass: "residual" before a
-    layer, "hidden" after its norm (both also at `num_layers`, around the final norm), "ffn" and "ffn_act" before
-    and after the activation, "attn_heads" [B, T, heads, head_dim] before `o_proj`, and "mamba_x", "mamba_z" (from
-    `in_proj`) and "mamba_out" (before `out_proj`), each [B, T, heads, head_dim].
+    layer, "hidden" after its norm (both also at `num_layers`, around the final norm), "ffn" what `up_proj` gives,
+    "ffn_act" what `down_proj` reads (behind the activation, and the gate where there is one), "attn_heads"
+    [B, T, heads, head_dim] before `o_proj`, and "mamba_x", "mamba_z" (from `in_proj`) and "mamba_out" (before
+    `out_proj`), each [B, T, heads, head_dim].
     """
 
     def __init__(
@@ -51,8 +52,6 @@ class HybridLM(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if config.rope_theta is not None or config.qk_norm:
-            raise InputError(f"config: rotary positions and q/k norm ({config.family}) are not supported yet")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, **place)
@@ -87,7 +86,8 @@ class HybridLM(nn.Module):
         observe: Observe | None = None,
     ) -> Tensor:
         """What the head reads, [B, T, hidden]. Where `seq_idx` [B, T] changes along a row, a new document begins:
-        state and attention start anew. With a cache the tokens follow those that it holds (any number of them)."""
+        state, attention and positions start anew. With a cache the tokens follow those that it holds (any number
+        of them)."""
         hidden = self.embed(input_ids)
         hidden = self.forward_layers(hidden, 0, self.config.num_layers, seq_idx=seq_idx, cache=cache, observe=observe)
         if observe is not None:
@@ -116,14 +116,18 @@ class HybridLM(nn.Module):
         """The residual stream [B, T, hidden] after layers start..stop-1."""
         tokens = hidden.shape[1]
         past = 0 if cache is None else cache.length
-        mask = None
-        if "*" in self.config.pattern[start:stop]:
+        config = self.config
+        mask = angles = None
+        if "*" in config.pattern[start:stop]:
             mask = attention_mask(tokens, past, seq_idx, hidden.device)
+            if config.rope_theta is not None:
+                positions = token_positions(tokens, past, seq_idx, hidden.device)
+                angles = rotary_angles(positions, config.head_dim, config.rope_theta, hidden.dtype)
         for layer in range(start, stop):
             if observe is not None:
                 observe("residual", layer, hidden)
             state = None if cache is None else cache.layers[layer]
-            hidden = hidden + self.mix(layer, hidden, mask, seq_idx, state, observe)
+            hidden = hidden + self.mix(layer, hidden, mask, angles, seq_idx, state, observe)
         return hidden
 
     def mix(
@@ -131,6 +135,7 @@ class HybridLM(nn.Module):
         layer: int,
         hidden: Tensor,
         mask: Tensor | None,
+        angles: Angles | None,
         seq_idx: Tensor | None,
         state: KeyValues | MambaState | None,
         observe: Observe | None,
@@ -144,7 +149,7 @@ class HybridLM(nn.Module):
         if letter == "M":
             return block.mixer(u, seq_idx, state, observe)
         if letter == "*":
-            return block.mixer(u, mask, state, observe)
+            return block.mixer(u, mask, angles, state, observe)
         return block.mixer(u, observe)
 
 
@@ -160,7 +165,7 @@ def initialize(model: HybridLM, generator: torch.Generator, *, std: float = 0.02
         elif name.endswith("dt_bias"):
             step = weight.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
             weight.copy_(step + torch.log(-torch.expm1(-step)))
-        elif name.endswith(".D") or kind[0] in ("norm", "norm_f"):
+        elif name.endswith(".D") or "norm" in kind[0]:
             weight.fill_(1)
         elif kind[0] == "conv1d":
             bound = 1 / math.sqrt(model.config.conv_kernel)

@@ -31,7 +31,7 @@ class MLP(nn.Module):
         self.gated = config.gated_mlp
 
     def forward(self, u: Tensor, observe: Observe | None = None) -> Tensor:
-        """[..., hidden] -> [..., hidden]"""
+        """[..., hidden] -> [..., hidden]; with a gate, "ffn" shows the up projection without it."""
         up = linear(u, self.up_proj.weight)
         active = swiglu(linear(u, self.gate_proj.weight), up) if self.gated else relu2(up)
         if observe is not None:

@@ -73,11 +73,22 @@ def kept_layers(config: HybridConfig, layer_order: Sequence[int], count: int | N
         return tuple(range(total))
     if not 1 <= count <= total:
         raise InputError(f"target: layers is {count}; expected 1..{total}, the model's {total} layers at most")
+    size = len(config.block) or 1
+    if count % size:
+        raise InputError(
+            f"target: layers is {count}; expected a multiple of {size}, because {config.family} has whole blocks"
+            f" {config.block!r}"
+        )
     removed = layer_order[: total - count]
     if len(set(removed)) != total - count or not all(0 <= layer < total for layer in removed):
         raise InputError(
             f"target: {count} of {total} layers need an order of {total - count} distinct layers to remove,"
             f" the scores have {list(layer_order)}; score with importance.remove_layers={total - count} or more"
+        )
+    if len({layer // size for layer in removed}) * size != len(removed):
+        raise InputError(
+            f"target: the scores remove layers {list(removed)}, which are not whole blocks {config.block!r};"
+            f" score {config.family} again"
         )
     return tuple(layer for layer in range(total) if layer not in removed)
 

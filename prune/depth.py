@@ -37,14 +37,15 @@ def score_layers(
 ) -> LayerScores:
     """Orders `remove` layers by how little the logits miss them, over the positions whose label counts.
 
-    Every remaining layer (with `pairs`, every two neighbours of what remains) is measured again after each
-    removal. One walk through the stack measures all: from the residual stream before a candidate, the layers
-    behind it run without it, so that what lies before it is never run twice. `min_layers` says how many of a
-    kind (mamba, attention, mlp) must stay. `on_step(done, total)` counts candidates times batches; `total`
-    shrinks where `min_layers` forbids some. Raises InputError when the options contradict the model.
+    Every remaining layer (with `pairs`, every two neighbours of what remains; where the config has a `block`, every
+    whole block) is measured again after each removal. One walk through the stack measures all: from the residual
+    stream before a candidate, the layers behind it run without it, so that what lies before it is never run twice.
+    `min_layers` says how many of a kind (mamba, attention, mlp) must stay. `on_step(done, total)` counts candidates
+    times batches; `total` shrinks where `min_layers` forbids some. Raises InputError when the options contradict the
+    model.
     """
     config = model.config
-    size = 2 if pairs else 1
+    size = step_size(config, pairs)
     least = check_removal(config, remove, size, min_layers or {})
     distance = LogitDistance(model, batches)
     stack = tuple(range(config.num_layers))
@@ -55,7 +56,8 @@ def score_layers(
     done = 0
     for step in range(remove // size):
         allowed = removable(config, stack, size, least)
-        later = sum(len(stack) - size * (further + 1) + 1 for further in range(1, remove // size - step))
+        stride = len(config.block) or 1
+        later = sum((len(stack) - size * (further + 1)) // stride + 1 for further in range(1, remove // size - step))
         total = done + (len(allowed) + later) * len(batches)
         sums = dict.fromkeys(allowed, 0.0)
         for number, batch in enumerate(batches):
@@ -90,7 +92,7 @@ def random_layers(
     min_layers: Mapping[str, int] | None = None,
 ) -> LayerScores:
     """The baseline: layers in random order, within the same limits as `score_layers`."""
-    size = 2 if pairs else 1
+    size = step_size(config, pairs)
     least = check_removal(config, remove, size, min_layers or {})
     generator = random.Random(seed)
     stack = tuple(range(config.num_layers))
@@ -141,15 +143,21 @@ def run_layers(model: HybridLM, hidden: Tensor, layers: Sequence[int], seq_idx: 
     return hidden
 
 
+def step_size(config: HybridConfig, pairs: bool) -> int:
+    """How many layers go together: a block, two neighbours, or one."""
+    return len(config.block) or (2 if pairs else 1)
+
+
 def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapping[str, int]) -> list[Candidate]:
-    """Runs of `size` neighbours in the stack that may go, so that every kind keeps its least number of layers.
+    """Runs of `size` neighbours in the stack that may go, so that every kind keeps its least number of layers;
+    whole blocks where the family has them.
 
     Raises InputError where there is none (two neighbours may be of kinds that cannot spare both).
     """
     pattern = "".join(config.pattern[layer] for layer in stack)
     found = [
         tuple(stack[i : i + size])
-        for i in range(len(stack) - size + 1)
+        for i in range(0, len(stack) - size + 1, len(config.block) or 1)
         if all(
             pattern.count(letter) - pattern[i : i + size].count(letter) >= least[letter]
             for letter in set(pattern[i : i + size])
@@ -170,11 +178,14 @@ def check_removal(config: HybridConfig, remove: int, size: int, min_layers: Mapp
         if kind not in letters:
             raise InputError(f"depth: min_layers names the unknown kind {kind!r}; known: {', '.join(letters)}")
     least = {letter: min_layers.get(kind, 0) for kind, letter in letters.items()}
-    spare = sum(max(0, config.pattern.count(letter) - number) for letter, number in least.items())
-    spare = min(spare, config.num_layers - 1)
+    spares = {letter: max(0, config.pattern.count(letter) - number) for letter, number in least.items()}
+    spare = min(sum(spares.values()), config.num_layers - 1)
+    if config.block:
+        spare = min(*(size * spares[letter] for letter in config.block), config.num_layers - size)
     if not 0 <= remove <= spare or remove % size:
+        whole = f", in whole blocks {config.block!r} ({config.family})" if config.block else ""
         raise InputError(
-            f"depth: remove is {remove}; expected {'an even' if size == 2 else 'a'} number of at most {spare},"
+            f"depth: remove is {remove}; expected {'an even' if size == 2 else 'a'} number of at most {spare}{whole},"
             f" which is what {config.num_layers} layers and min_layers leave"
         )
     return least

@@ -77,8 +77,9 @@ def score_widths(
     A sample is one row of a batch, and of a row those positions count whose label counts (so neither padding nor
     the last token of a document); a row without any is skipped. Each activation is aggregated over the positions
     of its sample, then over samples: "mean" (of absolute values), "l2" or "var". Activations: RMSNorm outputs
-    (hidden), X W_up or what follows the activation (ffn_source "pre" or "act"), the L2 norm over head_dim of the
-    attention output (attn_heads), and the x part of in_proj's output, z, or out_proj's input (mamba_source).
+    (hidden), X W_up or what down_proj reads (ffn_source "pre" or "act"; in a gated MLP only "act" sees the gate), the
+    L2 norm over head_dim of the attention output (attn_heads), and the x part of in_proj's output, z, or out_proj's
+    input (mamba_source).
     With `times_output` the scores of neurons, attention and Mamba heads are multiplied by the L2 norm of the
     weights that read the unit, so that a unit nobody reads scores zero.
     `on_step(done, total)` is called after each batch. Raises InputError for an unknown option, when no position

@@ -17,6 +17,7 @@ from ..models.checkpoint import Checkpoint, load_model, open_checkpoint, stream_
 from ..models.config import HybridConfig
 from ..models.cost import count_parameters
 from ..models.errors import CheckFailed, InputError
+from ..models.families import FAMILIES
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM
 from .inputs import model_folder, torch_dtype
@@ -79,9 +80,10 @@ def fill(folder: Path, source: Path, options: Options) -> None:
         raise CheckFailed(f"export: logits of the folder read back differ from the source's by up to {worst:.3g}")
     parity = transformers_parity(folder, ids, again, logits)
     if parity["relative_rms"] is not None and not parity["relative_rms"] <= PARITY:
+        clamp = f", with dt clamped at {parity['dt_floor_transformers']:g} in both" if clamps(parity) else ""
         raise CheckFailed(
-            f"export: transformers' logits differ by {parity['relative_rms']:.3g} relative RMS, more than {PARITY:g},"
-            f" with dt clamped at {parity['dt_floor_transformers']:g} in both"
+            f"export: transformers' logits differ by {parity['relative_rms']:.3g} relative RMS, more than {PARITY:g}"
+            f"{clamp}"
         )
     write_json(folder / "export.json", {"dtype": options.dtype, "read_back": "identical", "transformers": parity})
     card(folder, checkpoint.config, options.dtype, parity)
@@ -106,35 +108,43 @@ def logits_of(model: HybridLM, ids: Tensor) -> Tensor:
 
 
 def transformers_parity(folder: Path, ids: Tensor, model: HybridLM, logits: Tensor) -> dict[str, Any]:
-    """How far transformers' native class is from ours on the same folder, in relative RMS of the logits.
+    """How far transformers' native class of the family is from ours on the same folder, in relative RMS of the logits.
 
-    transformers clamps the step dt from below at the config's `time_step_min`, the published code and ours at its
-    `time_step_limit`. `relative_rms` is with transformers' clamp in both, and has to be small; with each at its own
-    it is `relative_rms_own_clamps`, which says what that clamp changes.
+    With Mamba layers there is a clamp to tell: transformers clamps the step dt from below at the config's
+    `time_step_min`, the published code and ours at its `time_step_limit`. `relative_rms` is with transformers' clamp
+    in both, and has to be small; with each at its own it is `relative_rms_own_clamps`, which says what that clamp
+    changes.
     """
-    floor = {"dt_floor": model.config.dt_limit[0]}
+    mamba = "M" in model.config.pattern
+    found: dict[str, Any] = {"dt_floor": model.config.dt_limit[0]} if mamba else {}
     if importlib.util.find_spec("transformers") is None:
-        return floor | {"relative_rms": None, "note": "transformers is not installed"}
+        return found | {"relative_rms": None, "note": "transformers is not installed"}
     import transformers
 
-    if not hasattr(transformers, "NemotronHForCausalLM"):
-        note = f"transformers {transformers.__version__} has no NemotronHForCausalLM"
-        return floor | {"relative_rms": None, "note": note}
+    name = FAMILIES[model.config.family].architecture
+    if not hasattr(transformers, name):
+        return found | {"relative_rms": None, "note": f"transformers {transformers.__version__} has no {name}"}
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    theirs = transformers.NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        found = theirs(ids, use_cache=False).logits
-    theirs_floor = float(theirs.config.time_step_min)
-    clamped = HybridLM(model.config.replace(dt_limit=(theirs_floor, math.inf)), device="meta")
-    clamped.load_state_dict(model.state_dict(), assign=True)
-    return floor | {
-        "dt_floor_transformers": theirs_floor,
-        "relative_rms": relative(logits_of(clamped.eval(), ids), found),
-        "relative_rms_own_clamps": relative(logits, found),
-        "version": transformers.__version__,
-        "class": type(theirs).__name__,
-    }
+        expected = theirs(ids, use_cache=False).logits
+    found |= {"relative_rms": relative(logits, expected), "version": transformers.__version__, "class": name}
+    if mamba:
+        floor = float(theirs.config.time_step_min)
+        clamped = HybridLM(model.config.replace(dt_limit=(floor, math.inf)), device="meta")
+        clamped.load_state_dict(model.state_dict(), assign=True)
+        found |= {
+            "dt_floor_transformers": floor,
+            "relative_rms": relative(logits_of(clamped.eval(), ids), expected),
+            "relative_rms_own_clamps": found["relative_rms"],
+        }
+    return found
+
+
+def clamps(parity: dict[str, Any]) -> bool:
+    """Whether the comparison had steps dt to clamp."""
+    return "dt_floor_transformers" in parity
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -146,14 +156,15 @@ def card(folder: Path, config: HybridConfig, dtype: str, parity: dict[str, Any])
     kinds = ", ".join(
         f"{len(config.layers_of(letter))} {kind}"
         for letter, kind in (("M", "Mamba-2"), ("*", "attention"), ("-", "MLP"))
+        if letter in config.pattern
     )
     (folder / "README.md").write_text(
         f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [limbeck, pruned, nemotron_h]
+tags: [limbeck, pruned, {config.family}]
 ---
-# A compressed hybrid Mamba-2/Transformer
+# A compressed {"hybrid Mamba-2/Transformer" if "M" in config.pattern else "Transformer"}
 
 {count_parameters(config):,} parameters in {dtype}; {config.num_layers} layers ({kinds}), `{config.pattern}`.
 Made by limbeck; `limbeck.json` says from what. The licence is that of the base model.
@@ -177,8 +188,11 @@ def said(parity: dict[str, Any]) -> str:
         return f"Not compared with transformers: {parity['note']}."
     text = (
         f"{parity['class']} of transformers {parity['version']} gives them up to {parity['relative_rms']:.1e} relative"
-        f" RMS in float32, with the step dt clamped at its `time_step_min` ({parity['dt_floor_transformers']:g})."
+        " RMS in float32"
     )
+    if not clamps(parity):
+        return text + "."
+    text += f", with the step dt clamped at its `time_step_min` ({parity['dt_floor_transformers']:g})."
     if parity["relative_rms_own_clamps"] > PARITY:
         text += (
             f"\nWithout that clamp, as the published code has it, the logits differ by"
@@ -193,6 +207,7 @@ def show(folder: Path) -> None:
     rows = [("read back", found["read_back"]), ("transformers", theirs.get("note", ""))]
     if theirs["relative_rms"] is not None:
         rows[1] = (f"{theirs['class']} {theirs['version']}", f"{theirs['relative_rms']:.1e} relative RMS")
+    if clamps(theirs):
         rows.append((f"  both with dt >= {theirs['dt_floor_transformers']:g}", "as transformers has it"))
         rows.append(
             (f"  ours with dt >= {theirs['dt_floor']:g}", f"{theirs['relative_rms_own_clamps']:.1e} relative RMS")

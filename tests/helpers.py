@@ -71,6 +71,36 @@ def random_config(seed: int) -> HybridConfig:
     )
 
 
+def dense_config(seed: int, family: str = "") -> HybridConfig:
+    """A small llama or qwen3 config (by turns, unless told), valid, with everything that matters drawn."""
+    draw = random.Random(seed)
+    family = family or ("llama", "qwen3")[seed % 2]
+    kv = draw.choice((1, 2, 3))
+    heads = kv * draw.choice((1, 2, 3))
+    return HybridConfig(
+        family=family,
+        pattern="*-" * draw.randint(1, 4),
+        vocab_size=draw.randint(20, 90),
+        hidden_size=heads * draw.choice((4, 8, 10)) if family == "llama" else draw.choice((16, 22, 40)),
+        intermediate_size=draw.choice((12, 24, 40)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=draw.choice((4, 8, 12)),  # heads x head_dim is seldom hidden_size
+        activation="silu",
+        gated_mlp=True,
+        qk_norm=family == "qwen3",
+        rope_theta=draw.choice((1e4, 5e5)),
+        tie_word_embeddings=draw.random() < 0.5,
+        norm_eps=draw.choice((1e-5, 1e-6)),
+        max_position_embeddings=256,
+    )
+
+
+def any_config(seed: int) -> HybridConfig:
+    """Of every family: hybrids below 50, dense ones from there on."""
+    return random_config(seed) if seed < 50 else dense_config(seed)
+
+
 def random_model(config: HybridConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> HybridLM:
     """A model whose every weight matters: nothing is one or zero."""
     generator = torch.Generator().manual_seed(seed)

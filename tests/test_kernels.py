@@ -19,9 +19,11 @@ from limbeck.kernels.reference import (
     linear_kl_reference,
     relu2_reference,
     rms_norm_reference,
+    rotary_reference,
     ssd_scan_reference,
     swiglu_reference,
 )
+from limbeck.kernels.rotary import rotary, rotary_angles
 from limbeck.kernels.ssd import ssd_scan
 from limbeck.kernels.state_update import state_update
 from limbeck.tests.helpers import assert_close
@@ -259,6 +261,44 @@ def test_norms(groups: int, no_grad: bool) -> None:
         for number, (a, b) in enumerate(zip(exact, leaves, strict=True)):
             assert a.grad is not None and b.grad is not None
             assert_close(f"{name} gradient {number}", a.grad, b.grad, GRADIENTS)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rotary(seed: int) -> None:
+    """Values and gradients; strided inputs, positions that restart, one table for all rows or one for each."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    batch, tokens, heads = draw.randint(1, 3), draw.randint(1, 20), draw.choice((1, 3))
+    head_dim = draw.choice((2, 8, 14))
+    positions = torch.randint(100, (draw.choice((1, batch)), tokens), generator=generator)
+    theta = draw.choice((1e4, 1e6))
+    wide = torch.randn(batch, tokens, heads, head_dim + 4, generator=generator)
+    dy = torch.randn(head_dim, heads, tokens, batch, generator=generator).transpose(0, 3).transpose(1, 2)
+    exact = wide.double()[..., 1:-3].requires_grad_()
+    leaf = wide[..., 1:-3].requires_grad_()
+    expected = rotary_reference(exact, positions, theta)
+    expected.backward(dy.double())
+    angles = rotary_angles(positions, head_dim, theta, torch.float32)
+    found = rotary(leaf, *angles)
+    found.backward(dy)
+    assert_close("rotary", expected, found, VALUES)
+    assert exact.grad is not None and leaf.grad is not None
+    assert_close("gradient", exact.grad, leaf.grad, GRADIENTS)
+    with torch.no_grad():
+        assert torch.equal(rotary(leaf, *angles), found)
+        precise = rotary_angles(positions, head_dim, theta, torch.float64)
+        assert_close("float64", expected, rotary(exact, *precise), 1e-12)
+        half = rotary(leaf.bfloat16(), *angles)
+        assert half.dtype == torch.bfloat16
+        assert_close("bfloat16", expected, half, 1e-2)
+
+
+def test_rotary_refuses_wrong_shapes() -> None:
+    cos, sin = rotary_angles(torch.arange(5)[None], 8, 1e4, torch.float32)
+    for shape in ((2, 5, 3, 6), (2, 4, 3, 8)):
+        with pytest.raises(ValueError, match="do not fit"):
+            rotary(torch.zeros(shape), cos, sin)
+    with pytest.raises(ValueError, match="even"):
+        rotary_angles(torch.arange(5)[None], 7, 1e4, torch.float32)
 
 
 @pytest.mark.parametrize("divergence", ("forward", "reverse", "jsd"))

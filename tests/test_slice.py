@@ -23,7 +23,7 @@ from limbeck.prune.slice import (
     slice_model,
     slice_tensors,
 )
-from limbeck.tests.helpers import assert_close, random_config, random_model, tiny_config
+from limbeck.tests.helpers import any_config, assert_close, random_config, random_model, tiny_config
 
 KINDS: tuple[Sequence[str], ...] = (*((kind,) for kind in (*AXIS_KINDS, "layers")), (*AXIS_KINDS, "layers"))
 
@@ -47,9 +47,9 @@ def draw_selection(config: HybridConfig, kinds: Sequence[str], draw: random.Rand
     return Selection(tuple(layers), kept)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(62))
 def test_keeping_all_is_the_identity(seed: int) -> None:
-    config = random_config(seed)
+    config = any_config(seed)
     model = random_model(config, seed, torch.float32)
     everything = {axis: tuple(range(size)) for axis, size in axis_sizes(config).items()}
     for kept in ({}, everything):
@@ -59,11 +59,11 @@ def test_keeping_all_is_the_identity(seed: int) -> None:
             assert torch.equal(weight, same.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(62))
 @pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 def test_shapes_count_and_contents(seed: int, kinds: Sequence[str]) -> None:
     """The result is a model of the new config, and every entry stands where numpy-like indexing by hand puts it."""
-    config = random_config(seed)
+    config = any_config(seed)
     selection = draw_selection(config, kinds, random.Random(seed))
     model = random_model(config, seed)
     smaller = slice_config(config, selection)
@@ -138,12 +138,12 @@ def silence(model: HybridLM, selection: Selection) -> None:
                     grouped[:, gone[Axis("mamba_head_dim", layer)]] = 0
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(62))
 @pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 def test_removing_what_contributes_nothing_changes_nothing(seed: int, kinds: Sequence[str]) -> None:
     """With eps next to nothing (RMS over fewer channels divides by a smaller count; the norms' weights make up for
     that, but not for the share of eps)."""
-    config = random_config(seed).replace(norm_eps=1e-24)
+    config = any_config(seed).replace(norm_eps=1e-24)
     model = random_model(config, seed)
     selection = draw_selection(config, kinds, random.Random(seed))
     silence(model, selection)
