@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .importance import IGNORED_LABEL, TokenBatch
-from .slice import Selection, cut, is_norm, kept_rows, slice_config, slice_tensors
+from .slice import Selection, cut, filled, is_norm, kept_rows, slice_config, slice_tensors, source_name
 
 GetTensor = Callable[[str], Tensor]
 OnStep = Callable[[int, int], None]
@@ -93,44 +93,27 @@ def repair_tensors(
     """
     walks = repair.norms == "measured" or repair.least_squares
     total = config.num_layers * (repair.rotate + walks)
-    dtypes = {name: get_tensor(name).dtype for name in tensor_table(config)}
     if repair.rotate:
         count = None if on_step is None else lambda done: on_step(done, total)
         turn = principal_directions(get_tensor, config, batches, selection.layers, device, dtype, count)
         get_tensor, selection = rotated(get_tensor, config, turn), rotated_selection(selection)
         config = config.replace(tie_word_embeddings=False)
-        dtypes["lm_head.weight"] = dtypes["embeddings.weight"]
     if walks:
-        walk = Walk(get_tensor, config, selection, batches, repair, device, dtype)
         done = total - config.num_layers
-        for name, tensor in walk.tensors(None if on_step is None else lambda layer: on_step(done + layer, total)):
-            yield name, tensor.to(dtypes[source_of(name, selection)]).cpu()
-        return
-    for name, tensor in slice_tensors(get_tensor, config, selection, rescale_norms=repair.norms == "count"):
-        yield name, tensor.to(dtypes[source_of(name, selection)])
+        walk = Walk(get_tensor, config, selection, batches, repair, device, dtype)
+        yield from walk.tensors(None if on_step is None else lambda layer: on_step(done + layer, total))
+    else:
+        yield from slice_tensors(get_tensor, config, selection, rescale_norms=repair.norms == "count")
 
 
-@torch.no_grad()
 def repair_model(
     model: HybridLM, selection: Selection, batches: Sequence[TokenBatch], repair: Repair, on_step: OnStep | None = None
 ) -> HybridLM:
     """`slice.slice_model`, repaired: a smaller model on the same device and in the same dtype."""
-    weights, reference = model.state_dict(), model.embeddings.weight
-    smaller = HybridLM(repaired_config(model.config, selection, repair), device=reference.device, dtype=reference.dtype)
-    targets = smaller.state_dict()
+    get_tensor, reference = model.state_dict().__getitem__, model.embeddings.weight
     place: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype, "on_step": on_step}
-    for name, tensor in repair_tensors(weights.__getitem__, model.config, selection, batches, repair, **place):
-        targets.pop(name).copy_(tensor)
-    assert not targets, f"tensors of the smaller model that were not made: {sorted(targets)}"
-    return smaller
-
-
-def source_of(name: str, selection: Selection) -> str:
-    """The name in the source of a tensor of the pruned model."""
-    if not name.startswith("layers."):
-        return name
-    _, layer, rest = name.split(".", 2)
-    return f"layers.{selection.layers[int(layer)]}.{rest}"
+    tensors = repair_tensors(get_tensor, model.config, selection, batches, repair, **place)
+    return filled(repaired_config(model.config, selection, repair), tensors, model)
 
 
 # --- rotation -------------------------------------------------------------------------------------------------------
@@ -280,6 +263,17 @@ class Fit:
         return weights.double() + torch.linalg.solve(damped, left.T).T
 
 
+def nearest_ratio(pairs: Iterable[tuple[Tensor, Tensor]], groups: int) -> Tensor:
+    """The factors [groups] (float64) that bring the second of each pair [N, C] nearest to the first, group by group
+    of channels; 1 where the second is zero."""
+    top, bottom = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
+    for target, found in pairs:
+        wide, own = (rows.double().unflatten(1, (groups, -1)) for rows in (target, found))
+        top += (wide * own).sum((0, 2)).cpu()
+        bottom += own.square().sum((0, 2)).cpu()
+    return torch.where(bottom > 0, top / bottom, 1)
+
+
 class Walk:
     """Both models through the calibration data, layer by layer; what it yields is the pruned one, mended."""
 
@@ -293,7 +287,8 @@ class Walk:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        self.get_tensor, self.config, self.selection, self.repair = get_tensor, config, selection, repair
+        self.read, self.config, self.selection, self.repair = get_tensor, config, selection, repair
+        self.held: dict[str, Tensor] = {}
         self.place: Any = (device, dtype)
         self.smaller = slice_config(config, selection)
         self.table, self.smaller_table = tensor_table(config), tensor_table(self.smaller)
@@ -303,8 +298,8 @@ class Walk:
         self.pruned.hidden = [hidden[..., self.kept] for hidden in self.original.hidden]
 
     def tensors(self, on_layer: Callable[[int], None] | None) -> Iterator[tuple[str, Tensor]]:
-        """The pruned model's tensors in the order of its table."""
-        yield "embeddings.weight", self.sliced("embeddings.weight")
+        """The pruned model's tensors in the order of its table, each in its source's dtype."""
+        yield self.finished("embeddings.weight", self.sliced("embeddings.weight"))
         place = 0
         for layer in range(self.config.num_layers):
             before = one_layer(self.config, layer, self.get_tensor, *self.place)
@@ -313,16 +308,29 @@ class Walk:
                 self.mend(place, before, after)
                 self.pruned.advance(after)
                 found = {f"layers.{place}{name[8:]}": tensor for name, tensor in after.state_dict().items()}
-                yield from ((name, found[name]) for name, axes in self.smaller_table.items() if axes.layer == place)
+                for name, axes in self.smaller_table.items():
+                    if axes.layer == place:
+                        yield self.finished(name, found[name])
                 place += 1
+            self.held.clear()
             self.original.advance(before)
             if on_layer is not None:
                 on_layer(layer + 1)
-        yield from self.end()
+        for name, tensor in self.end():
+            yield self.finished(name, tensor)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor of the source, kept until its layer is done: from a file it is read, and turned, once."""
+        if name not in self.held:
+            self.held[name] = self.read(name)
+        return self.held[name]
+
+    def finished(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        return name, tensor.to(self.get_tensor(source_name(name, self.selection)).dtype).cpu()
 
     def sliced(self, name: str) -> Tensor:
         """A tensor of the pruned model as slicing alone gives it."""
-        source = self.table[source_of(name, self.selection)]
+        source = self.table[source_name(name, self.selection)]
         return cut(
             self.get_tensor(source.name),
             source,
@@ -337,7 +345,7 @@ class Walk:
         mine = [axes for axes in self.smaller_table.values() if axes.layer == place]
         readers = [axes.name for axes in mine if reads_stream(axes)]
         (writer,) = (axes.name for axes in mine if writes_stream(axes))
-        inputs = self.table[source_of(writer, self.selection)].dimensions[1]
+        inputs = self.table[source_name(writer, self.selection)].dimensions[1]
         inner = kept_rows(inputs, self.selection.kept).to(self.kept.device)
 
         def weight(name: str) -> Tensor:
@@ -366,13 +374,11 @@ class Walk:
 
     def fit_norm(self, before: HybridLM, after: HybridLM, kind: str, kept: Tensor, weight: Tensor, groups: int) -> None:
         """Scales a norm's weight, group by group, so that its output is nearest to the original's where both are."""
-        top, bottom = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
-        for number in range(len(self.original.hidden)):
-            target = self.original.run(before, number)[1][kind][:, kept].double().unflatten(1, (groups, -1))
-            found = self.pruned.run(after, number)[1][kind].double().unflatten(1, (groups, -1))
-            top += (target * found).sum((0, 2)).cpu()
-            bottom += found.square().sum((0, 2)).cpu()
-        ratio = torch.where(bottom > 0, top / bottom, 1).to(weight)
+        pairs = (
+            (self.original.run(before, number)[1][kind][:, kept], self.pruned.run(after, number)[1][kind])
+            for number in range(len(self.original.hidden))
+        )
+        ratio = nearest_ratio(pairs, groups).to(weight)
         weight.copy_((weight.unflatten(0, (groups, -1)) * ratio[:, None]).flatten())
 
     def selector(self) -> Tensor:
@@ -383,7 +389,7 @@ class Walk:
 
     def refitted(self, name: str, mapping: Tensor) -> Tensor:
         """A matrix that reads the stream, for the stream that `mapping` [H, h] leads back to the original's."""
-        source = self.table[source_of(name, self.selection)]
+        source = self.table[source_name(name, self.selection)]
         rows = kept_rows(source.dimensions[0], self.selection.kept)
         return self.get_tensor(source.name)[rows].to(mapping) @ mapping
 
@@ -396,10 +402,9 @@ class Walk:
             for rows, found in zip(self.original.counted(), self.pruned.counted(), strict=True)
         ]
         if self.repair.norms == "measured":
-            top = torch.stack([(target[:, self.kept].double() * found.double()).sum() for target, found in pairs])
-            bottom = torch.stack([found.double().square().sum() for _, found in pairs])
-            ratio = (top.sum() / bottom.sum()).to(weight)
-            weight *= ratio
+            kept = ((target[:, self.kept], found) for target, found in pairs)
+            ratio = nearest_ratio(kept, 1).to(weight)
+            weight = weight * ratio  # not in place: uncut, it is the source's own
             pairs = [(target, found * ratio) for target, found in pairs]
         yield "norm_f.weight", weight
         if not self.config.tie_word_embeddings:

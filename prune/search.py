@@ -21,10 +21,11 @@ from ..models.cost import GIB, Hardware, MemoryReport, Throughput, count_paramet
 from ..models.errors import CheckFailed, InputError
 from ..models.hybrid import HybridLM
 from .choose import Target, kept_layers, select
+from .compensate import Repair, repair_model
 from .importance import TokenBatch
 from .patterns import Rules, broken_rule, embed, odd_gap
 from .scores import LayerScores, WidthScores
-from .slice import WIDTH_OF_AXIS, Selection, slice_model
+from .slice import WIDTH_OF_AXIS, Selection
 
 RANKS = ("memory", "importance", "loss")
 KIND_OF_WIDTH = {  # the layers that a width belongs to
@@ -172,7 +173,8 @@ def find_depths(config: HybridConfig, space: Space, rules: Rules, scores: LayerS
     depths, broken = [], []
     for number in numbers:
         layers = kept_layers(config, order, number)
-        rule = broken_rule("".join(config.pattern[layer] for layer in layers), rules)
+        pattern = "".join(config.pattern[layer] for layer in layers)
+        rule = broken_rule(pattern, rules) or unwritable(config.replace(pattern=pattern))
         if rule is None and rules.pairs and odd_gap(layers, total):
             rule = "layers that went one by one where pairs is true"
         if rule is None:
@@ -184,6 +186,15 @@ def find_depths(config: HybridConfig, space: Space, rules: Rules, scores: LayerS
     return tuple(depths)
 
 
+def unwritable(config: HybridConfig) -> str | None:
+    """Why no checkpoint folder can hold a model of this config; None where one can."""
+    try:
+        config.to_hf()
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def embedded(config: HybridConfig, pattern: str, rules: Rules, scores: LayerScores | None) -> tuple[int, ...]:
     """The layers that become a named pattern. Raises InputError."""
     cost = scores.candidates[0] if scores is not None and scores.candidates else {}
@@ -192,6 +203,7 @@ def embedded(config: HybridConfig, pattern: str, rules: Rules, scores: LayerScor
         rule = broken_rule(pattern, rules)
         why = f"it has {rule}" if rule else "no layers of it are left in that order" + ", by pairs" * rules.pairs
         raise InputError(f"space: pattern {pattern!r} cannot be made of the model's {config.pattern}: {why}")
+    config.replace(pattern=pattern).to_hf()
     return layers
 
 
@@ -222,7 +234,8 @@ def find_candidates(
     hardware: Hardware,
     requests: Requests | None = None,
 ) -> Found:
-    """Every combination of the space that is aligned and fits the budget, with exact parameters and bytes.
+    """Every combination of the space that is aligned, that a folder of the family can hold, and that fits the budget,
+    with exact parameters and bytes.
 
     Raises InputError where a value is not one that the source can be cut to, and where nothing fits.
     """
@@ -235,8 +248,10 @@ def find_candidates(
             combinations += 1
             if not is_aligned(config, widths, space.align):
                 continue
-            aligned += 1
             smaller = base.replace(**{name: int(value) for name, value in widths.items()})
+            if unwritable(smaller) is not None:
+                continue
+            aligned += 1
             report = memory(smaller, budget.context, budget.batch, **budget.dtypes)
             smallest = min(smallest, report.total)
             if report.total > budget.bytes:
@@ -398,13 +413,18 @@ def ranked(candidates: Iterable[Candidate], by: str) -> tuple[Candidate, ...]:
 
 @torch.no_grad()
 def sliced_loss(
-    model: HybridLM, selection: Selection, batches: Sequence[TokenBatch], *, rescale_norms: bool = True
+    model: HybridLM,
+    selection: Selection,
+    batches: Sequence[TokenBatch],
+    repair: Repair | None = None,
+    calibration: Sequence[TokenBatch] = (),
 ) -> float:
-    """Cross-entropy (nats a token) of the model cut in memory, over the positions of `batches` whose label counts.
+    """Cross-entropy (nats a token) of the model cut in memory, over the positions of `batches` whose label counts;
+    repaired on `calibration` as `repair` says.
 
     Raises CheckFailed where it is not finite, InputError where nothing counts.
     """
-    smaller = slice_model(model, selection, rescale_norms=rescale_norms).eval()
+    smaller = repair_model(model, selection, calibration, repair or Repair()).eval()
     device = smaller.head_weight.device
     total, tokens = 0.0, 0
     for batch in batches:

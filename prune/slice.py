@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ def slice_tensors(
     """
     source_table = tensor_table(config)
     for name, axes in tensor_table(slice_config(config, selection)).items():
-        source = source_table[source_name(axes, selection)]
+        source = source_table[source_name(name, selection)]
         yield name, cut(get_tensor(source.name), source, axes, selection.kept, rescale_norms=rescale_norms)
 
 
@@ -129,11 +129,12 @@ def cut(
     return tensor
 
 
-def source_name(axes: TensorAxes, selection: Selection) -> str:
+def source_name(name: str, selection: Selection) -> str:
     """The name in the source of a tensor of the smaller model: its layer's number is all that differs."""
-    if axes.layer is None:
-        return axes.name
-    return f"layers.{selection.layers[axes.layer]}." + axes.name.removeprefix(f"layers.{axes.layer}.")
+    if not name.startswith("layers."):
+        return name
+    _, layer, rest = name.split(".", 2)
+    return f"layers.{selection.layers[int(layer)]}.{rest}"
 
 
 def is_norm(name: str) -> bool:
@@ -158,11 +159,18 @@ def kept_rows(dimension: Dimension, kept: Mapping[Axis, Sequence[int]]) -> Tenso
 @torch.no_grad()
 def slice_model(model: HybridLM, selection: Selection, *, rescale_norms: bool = True) -> HybridLM:
     """A smaller model with its own copy of what stays of `model`, on the same device and in the same dtype."""
-    weights = model.state_dict()
-    reference = model.embeddings.weight
-    smaller = HybridLM(slice_config(model.config, selection), device=reference.device, dtype=reference.dtype)
-    targets = smaller.state_dict()
-    for name, tensor in slice_tensors(weights.__getitem__, model.config, selection, rescale_norms=rescale_norms):
+    get_tensor = model.state_dict().__getitem__
+    tensors = slice_tensors(get_tensor, model.config, selection, rescale_norms=rescale_norms)
+    return filled(slice_config(model.config, selection), tensors, model)
+
+
+@torch.no_grad()
+def filled(config: HybridConfig, tensors: Iterable[tuple[str, Tensor]], like: HybridLM) -> HybridLM:
+    """A model of `config` with these tensors, on the device and in the dtype of `like`."""
+    reference = like.embeddings.weight
+    model = HybridLM(config, device=reference.device, dtype=reference.dtype)
+    targets = model.state_dict()
+    for name, tensor in tensors:
         targets.pop(name).copy_(tensor)
-    assert not targets, f"tensors of the smaller model that the table does not name: {sorted(targets)}"
-    return smaller
+    assert not targets, f"tensors of the smaller model that were not made: {sorted(targets)}"
+    return model

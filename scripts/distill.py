@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..distill.data import Batch, Corpus, sample_batches, train_batches
+from ..distill.data import Batch, Corpus, train_batches
 from ..distill.gap import measure_gap
 from ..distill.losses import DistillLoss, check_vocabularies, distillation_loss
 from ..distill.trainer import Evaluate, OnStep, TrainOptions, train
 from ..models.checkpoint import load_model, model_tensors, write_checkpoint
 from ..models.hybrid import HybridLM
-from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
+from .inputs import corpus, data_input, model_folder, sample, torch_device, torch_dtype
 from .show import progress, result
 from .stage import run_stage
 
@@ -68,10 +68,10 @@ def fill(folder: Path, teacher_folder: Path, student_folder: Path, options: Opti
     teacher, student = load_model(teacher_folder, dtype, device), load_model(student_folder, dtype, device)
     check_vocabularies(teacher, student)
     text = corpus(options.data, "train", student_folder)
-    held_out = corpus(options.data, "validation", student_folder)
-    sample = sample_batches(
-        held_out, batch_size=how.batch, seq_len=how.seq_len, seed=options.seed, max_tokens=how.evaluate_tokens
-    )
+    held_out = sample(
+        options.data, "validation", student_folder,
+        tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.batch, seed=options.seed,
+    )  # fmt: skip
     student.train()
     train_with_bar(
         "distilling",
@@ -83,7 +83,7 @@ def fill(folder: Path, teacher_folder: Path, student_folder: Path, options: Opti
         batch=how.batch,
         seq_len=how.seq_len,
         seed=options.seed,
-        evaluate=lambda model: gap_now(teacher, model, sample),
+        evaluate=lambda model: gap_now(teacher, model, held_out),
     )
     finish_training(folder, student, student_folder)
 

@@ -6,14 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..distill.data import sample_batches
 from ..distill.gap import TEACHER, measure_gap
 from ..distill.report import write_page
 from ..models.checkpoint import load_config, load_model
 from ..models.cost import count_parameters
 from ..models.errors import InputError
 from ..models.folder import write_json
-from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
+from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
 from .show import progress, read_json, result, say, table
 from .stage import run_stage
 
@@ -54,10 +53,10 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: dict[s
     dtype, device = torch_dtype(options.dtype), torch_device(options.device)
     models = {name: load_model(path, dtype, device) for name, path in folders.items()}
     teacher = models.pop(TEACHER)
-    text = corpus(options.data, options.split, folders[TEACHER])
-    batches = sample_batches(
-        text, batch_size=options.batch, seq_len=options.seq_len, seed=options.seed, max_tokens=options.tokens
-    )
+    batches = sample(
+        options.data, options.split, folders[TEACHER],
+        tokens=options.tokens, seq_len=options.seq_len, batch=options.batch, seed=options.seed,
+    )  # fmt: skip
     with progress("evaluating", len(batches)) as bar:
         report = measure_gap(teacher, models, batches, seed=options.seed, on_step=lambda done: bar.set(done))
     content = report.to_json()

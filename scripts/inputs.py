@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from ..distill.data import Corpus, Document, folder_documents, keep_split, stdlib_documents, tokenize
+from ..distill.data import (
+    Batch,
+    Corpus,
+    Document,
+    folder_documents,
+    keep_split,
+    sample_batches,
+    stdlib_documents,
+    tokenize,
+)
 from ..models.checkpoint import load_config
 from ..models.config import HybridConfig
 from ..models.errors import InputError
@@ -65,6 +74,12 @@ def corpus(data: str, split: str, model: Path) -> Corpus:
     """A split of data=, in the tokens of a model folder's tokenizer; remembered, since stages share both."""
     check_vocabulary(load_tokenizer(model), load_config(model))
     return tokenized(data, split, Tokens(model, sha256_file(model / "tokenizer.json")))
+
+
+def sample(data: str, split: str, model: Path, *, tokens: int, seq_len: int, batch: int, seed: int) -> list[Batch]:
+    """A sample of `tokens` tokens at most of a split of data=, in the tokens of a model folder's tokenizer."""
+    text = corpus(data, split, model)
+    return sample_batches(text, batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..distill.data import Batch, sample_batches
+from ..distill.data import Batch
 from ..models.checkpoint import load_config, open_checkpoint, write_checkpoint
 from ..models.config import HybridConfig
 from ..models.cost import count_parameters, num_tensors
@@ -20,7 +20,7 @@ from ..prune.choose import Target, select
 from ..prune.compensate import Repair, repair_tensors, repaired_config
 from ..prune.scores import load_scores
 from ..prune.slice import Selection
-from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
+from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
 from .show import Bar, progress, result, table
 from .stage import run_stage
 
@@ -96,7 +96,13 @@ def fill(folder: Path, source: Path, options: Options) -> None:
     scores = load_scores(options.scores)
     selection = select(checkpoint.config, scores.widths, scores.layers.order, options.target)
     config = repaired_config(checkpoint.config, selection, options.repair)
-    batches = calibration(source, options) if options.repair.needs_data else []
+    batches: list[Batch] = []
+    if options.repair.needs_data:
+        assert options.data is not None
+        batches = sample(
+            options.data, "train", source,
+            tokens=options.repair.tokens, seq_len=options.seq_len, batch=options.batch, seed=options.seed,
+        )  # fmt: skip
     with progress("pruning" if not batches else "pruning and repairing") as bar:
         tensors = repair_tensors(
             checkpoint.tensor,
@@ -112,18 +118,6 @@ def fill(folder: Path, source: Path, options: Options) -> None:
             tensors = counted(tensors, bar, num_tensors(config))
         write_checkpoint(folder, config, tensors, tokenizer_from=source)
     write_json(folder / "selection.json", readable(selection, options.repair))
-
-
-def calibration(source: Path, options: Options) -> list[Batch]:
-    assert options.data is not None
-    text = corpus(options.data, "train", source)
-    return sample_batches(
-        text,
-        batch_size=options.batch,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        max_tokens=options.repair.tokens,
-    )
 
 
 def counted(tensors: Iterator[tuple[str, Tensor]], bar: Bar, total: int) -> Iterator[tuple[str, Tensor]]:

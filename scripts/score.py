@@ -6,14 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..distill.data import sample_batches
+from ..distill.data import Batch
 from ..models.checkpoint import load_model
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..prune.depth import random_layers, score_layers
 from ..prune.importance import score_magnitude, score_random, score_widths
 from ..prune.scores import Scores, load_scores, write_scores
-from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
+from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
 from .show import progress, result, table
 from .stage import run_stage
 
@@ -90,11 +90,11 @@ def fill(folder: Path, source: Path, options: Options) -> None:
     write_scores(folder, Scores(widths, layers, facts))
 
 
-def calibration(source: Path, options: Options, tokens: int) -> list[Any]:
-    found = corpus(options.data, "train", source)
-    return sample_batches(
-        found, batch_size=options.batch, seq_len=options.seq_len, seed=options.seed, max_tokens=tokens
-    )
+def calibration(source: Path, options: Options, tokens: int) -> list[Batch]:
+    return sample(
+        options.data, "train", source,
+        tokens=tokens, seq_len=options.seq_len, batch=options.batch, seed=options.seed,
+    )  # fmt: skip
 
 
 def activations(model: HybridLM, source: Path, options: Options) -> Any:

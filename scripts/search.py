@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distill.data import sample_batches
 from ..distill.plots import save_png, save_svg, tradeoff
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
@@ -33,7 +32,7 @@ from ..prune.search import (
     with_importance,
 )
 from . import distill, prune
-from .inputs import corpus, data_input, model_config, model_folder, torch_device, torch_dtype
+from .inputs import data_input, model_config, model_folder, sample, torch_device, torch_dtype
 from .show import gib, progress, read_json, result, say, table
 from .stage import run_stage
 
@@ -86,7 +85,7 @@ class Options:
     loss_tokens: int
     listed: int
     distill_top: int
-    rescale_norms: bool
+    repair: prune.CalibratedRepair
     space: Space
     rules: Rules
     budget: Limits
@@ -129,7 +128,8 @@ def run(options: Options) -> None:
         check_width_scores(config, scores.widths, f"scores={options.scores}")
     depths = find_depths(config, options.space, options.rules, scores.layers if scores else None)
     budget = options.budget.budget(options.hardware)
-    found = find_candidates(config, options.space, depths, budget, options.hardware, options.requests)
+    counted = config.replace(tie_word_embeddings=False) if options.repair.rotate else config
+    found = find_candidates(counted, options.space, depths, budget, options.hardware, options.requests)
     chosen = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
@@ -185,11 +185,12 @@ def with_loss(
     """Measures the first candidates by importance; a file in `folder` for each, so that a kill loses one at most."""
     assert options.data is not None
     source = model_folder(options.model)
-    text = corpus(options.data, "train", source)
     how = options.distill
-    batches = sample_batches(
-        text, batch_size=how.batch, seq_len=how.seq_len, seed=options.seed, max_tokens=options.loss_tokens
-    )
+    rows: dict[str, Any] = {"seq_len": how.seq_len, "batch": how.batch, "seed": options.seed}
+    batches = sample(options.data, "train", source, tokens=options.loss_tokens, **rows)
+    calibration = []
+    if options.repair.needs_data:
+        calibration = sample(options.data, "train", source, tokens=options.repair.tokens, **rows)
     first = ranked(candidates, "importance")[: options.measure or None]
     folder.mkdir(parents=True, exist_ok=True)
     losses: dict[str, float] = {}
@@ -200,7 +201,7 @@ def with_loss(
             if not file.exists():
                 model = model or load_model(source, torch_dtype(options.dtype), torch_device(options.device))
                 selection = candidate.selection(config, scores.widths)
-                loss = sliced_loss(model, selection, batches, rescale_norms=options.rescale_norms)
+                loss = sliced_loss(model, selection, batches, options.repair, calibration)
                 write_json(file, {"loss": loss})
             losses[candidate.name] = read_json(file)["loss"]
             bar.set(done, note=f"lowest {min(losses.values()):.3f}")
@@ -214,11 +215,10 @@ def distil(folder: Path, options: Options, candidates: Sequence[Candidate]) -> l
         assert options.scores is not None and options.data is not None
         pruned, student = folder / "work" / candidate.name, folder / "students" / candidate.name
         say(f"distilling {candidate.name}")
-        repair = prune.CalibratedRepair(norms="count" if options.rescale_norms else "none")
         prune.make(
             prune.Options(
-                options.model, options.scores, pruned, candidate.target, repair, None, options.distill.seq_len,
-                options.distill.batch, options.seed, options.device, options.dtype,
+                options.model, options.scores, pruned, candidate.target, options.repair, options.data,
+                options.distill.seq_len, options.distill.batch, options.seed, options.device, options.dtype,
             )
         )  # fmt: skip
         distill.make(

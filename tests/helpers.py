@@ -6,11 +6,15 @@ import contextlib
 import io
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
+from limbeck.models.cache import Cache
+from limbeck.models.checkpoint import save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM, initialize
+from limbeck.models.tokenizer import train_tokenizer
 from limbeck.scripts.main import main
 from torch import Tensor
 
@@ -119,3 +123,32 @@ def limbeck(*arguments: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments)
     return code, out.getvalue(), err.getvalue()
+
+
+TEXT = "".join(f"def name_{i}(x):\n    return x + {i * i}\n\n" for i in range(400))
+
+
+def make_workshop(root: Path) -> Path:
+    """Fills a folder with a model that has a tokenizer of its own, and a text; nothing of both may change."""
+    (root / "text").mkdir()
+    for number in range(40):
+        (root / "text" / f"{number}.txt").write_text(f"# file {number}\n" + TEXT[number * 60 :])
+    (root / "words").mkdir()
+    tokenizer = train_tokenizer([TEXT], 320, root / "words")
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, pad_token_id=0, extra={"time_step_min": 1e-6})
+    save_model(random_model(config, dtype=torch.float32), root / "model", tokenizer_from=root / "words")
+    return root
+
+
+@torch.no_grad()
+def cached_logits(ours: HybridLM, theirs: Any, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, V] of transformers and of ours for ids [B, T]: a prompt, then one cached token after the other."""
+    cache = Cache(ours.config, *ids.shape)
+    output = theirs(ids[:, :prompt], use_cache=True)
+    expected, found = [output.logits], [ours(ids[:, :prompt], cache=cache)]
+    for token in ids[:, prompt:].split(1, 1):
+        output = theirs(token, past_key_values=output.past_key_values, use_cache=True)
+        expected.append(output.logits)
+        found.append(ours(token, cache=cache))
+    return torch.cat(expected, 1), torch.cat(found, 1)

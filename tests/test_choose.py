@@ -116,10 +116,12 @@ def test_every_selection_is_one_that_slices(seed: int) -> None:
     (
         (Target(hidden_size=33), "hidden_size is 33; expected a whole number of 1..32"),
         (Target(hidden_size=0), "1..32"),
+        (Target(intermediate_size=0), "intermediate_size is 0; expected a whole number of 1..48"),
         (Target(intermediate_size=-4), "1..48"),
         (Target(intermediate_size=True), "1..48"),
         (Target(num_attention_heads=3), "multiple of num_key_value_heads"),
         (Target(mamba_num_heads=7), "multiple of n_groups"),
+        (Target(mamba_num_heads=5), "multiple of n_groups"),
         (Target(mamba_head_dim=9), "1..8"),
         (Target(layers=0), "expected 1..6"),
         (Target(layers=7), "expected 1..6"),

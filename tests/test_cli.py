@@ -15,29 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from limbeck.models.checkpoint import load_config, load_model, open_checkpoint, save_model
-from limbeck.models.tokenizer import train_tokenizer
 from limbeck.scripts.main import COMMANDS
-from limbeck.tests.helpers import limbeck, random_model, tiny_config
+from limbeck.tests.helpers import limbeck, make_workshop, random_model
 from safetensors.torch import load_file, save_file
 
 CONF = Path(__file__).parents[1] / "conf"
-TEXT = "".join(f"def name_{i}(x):\n    return x + {i * i}\n\n" for i in range(400))
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model of its own tokenizer and a text, nothing of which may change."""
-    root = tmp_path_factory.mktemp("workshop")
-    (root / "text").mkdir()
-    for number in range(40):
-        (root / "text" / f"{number}.txt").write_text(f"# file {number}\n" + TEXT[number * 60 :])
-    words = root / "words"
-    words.mkdir()
-    tokenizer = train_tokenizer([TEXT], 320, words)
-    torch.manual_seed(0)
-    config = tiny_config(vocab_size=tokenizer.vocab_size, pad_token_id=0, extra={"time_step_min": 1e-6})
-    save_model(random_model(config, dtype=torch.float32), root / "model", tokenizer_from=words)
-    return root
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, float]]:

@@ -86,6 +86,17 @@ def test_the_tensors_are_those_of_the_smaller_config(repair: Repair, seed: int) 
         assert steps[-1][0] == steps[-1][1] and [done for done, _ in steps] == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.parametrize("repair", ALL, ids=str)
+def test_the_source_is_left_as_it_was(repair: Repair) -> None:
+    """Where nothing is cut, tensors are passed on as they are: the repair must not write into them."""
+    config = tiny_config()
+    model = random_model(config, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    selection = Selection(tuple(range(1, config.num_layers)))
+    repair_model(model, selection, rows(config), repair)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_directions_without_energy_are_cut_without_loss() -> None:
     """A stream that lives in 20 of 32 directions, none of them a channel: a rotation finds them, channels do not."""
     config = tiny_config(norm_eps=1e-12)

@@ -19,18 +19,28 @@ from limbeck.models.errors import InputError
 from limbeck.models.families import FAMILIES, from_checkpoint_name, to_checkpoint_name
 from limbeck.models.generate import generate
 from limbeck.models.hybrid import HybridLM, initialize
-from limbeck.models.tokenizer import train_tokenizer
 from limbeck.prune.choose import Target, kept_layers, select
 from limbeck.prune.compensate import Repair, repair_model
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_random, score_widths
 from limbeck.prune.slice import slice_config
-from limbeck.tests.helpers import assert_close, dense_config, limbeck, random_config, random_model, tiny_config
+from limbeck.tests.helpers import (
+    assert_close,
+    cached_logits,
+    dense_config,
+    random_config,
+    random_model,
+    tiny_config,
+)
 from limbeck.tests.test_importance import draw_rows, naive_mse
 from safetensors.torch import load_file, save_file
 
 DENSE = ("llama", "qwen3")
+
+
 CASES = [(family, seed) for family in DENSE for seed in range(12)]
+
+
 IDS = [f"{family}-{seed}" for family, seed in CASES]
 
 
@@ -104,15 +114,7 @@ def test_cached_steps_equal_transformers_cache(family: str, tmp_path: Path) -> N
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
     ids = torch.randint(config.vocab_size, (2, 30))
-    cache = Cache(config, 2, 30)
-    with torch.no_grad():
-        output = theirs(ids[:, :17], use_cache=True)
-        expected, found = [output.logits], [ours(ids[:, :17], cache=cache)]
-        for token in range(17, 30):
-            output = theirs(ids[:, token : token + 1], past_key_values=output.past_key_values, use_cache=True)
-            expected.append(output.logits)
-            found.append(ours(ids[:, token : token + 1], cache=cache))
-    assert_close("logits", torch.cat(expected, 1), torch.cat(found, 1), 1e-5)
+    assert_close("logits", *cached_logits(ours, theirs, ids, 17), 1e-5)
 
 
 @pytest.mark.parametrize(("family", "seed"), CASES, ids=IDS)
@@ -397,69 +399,3 @@ def test_pruned_and_repaired_folders_open_in_transformers(family: str, repair: R
     with torch.no_grad():
         expected = theirs(rows.input_ids, use_cache=False).logits
         assert_close("logits", expected, smaller(rows.input_ids), 1e-5)
-
-
-@pytest.fixture(scope="module", params=DENSE)
-def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense model with its tokenizer."""
-    root = tmp_path_factory.mktemp(request.param)
-    (root / "words").mkdir()
-    tokenizer = train_tokenizer(["def f(x):\n    return x\n" * 30], 300, root / "words")
-    config = dense_config(1, request.param).replace(
-        pattern="*-" * 3, vocab_size=tokenizer.vocab_size, num_attention_heads=4, num_key_value_heads=2, hidden_size=32,
-        max_position_embeddings=4096,
-    )  # fmt: skip
-    save_model(random_model(config, dtype=torch.float32), root / "model", tokenizer_from=root / "words")
-    return root / "model"
-
-
-def text_of(folder: Path) -> Path:
-    folder.mkdir()
-    for number in range(40):
-        (folder / f"{number}.txt").write_text(f"# {number}\n" + "def f(x):\n    return x + 1\n\n" * 20)
-    return folder
-
-
-def test_the_command_line_prunes_and_exports(source: Path, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    data = text_of(tmp_path / "text")
-    scores, small, out = tmp_path / "scores", tmp_path / "small", tmp_path / "out"
-    options = [f"model={source}", f"data={data}", "seq_len=32", "importance.tokens=256", "importance.depth_tokens=128"]
-    code, _, err = limbeck("score", *options, f"output={scores}")
-    assert code == 2 and "expected an even number" in err and err.count("\n") == 1 and not scores.exists()
-    assert limbeck("score", *options, "importance.remove_layers=2", f"output={scores}")[0] == 0
-    prune = [f"model={source}", f"scores={scores}", f"output={small}"]
-    code, _, err = limbeck("prune", *prune, "target.layers=5")
-    assert code == 2 and "multiple of 2" in err and not small.exists()
-    code, _, err = limbeck("prune", *prune, "target.hidden_size=30")
-    if load_config(source).family == "llama":
-        assert code == 2 and "no multiple of num_attention_heads" in err and not small.exists()
-    else:
-        assert code == 0
-        small = tmp_path / "smaller"
-    prune[-1] = f"output={small}"
-    code, text, _ = limbeck("prune", *prune, "target.layers=4", "target.hidden_size=24", "target.intermediate_size=8")
-    assert code == 0 and "*-*-" in text
-    code, text, _ = limbeck("export", f"model={small}", f"output={out}", "check_tokens=64")
-    assert code == 0 and "relative RMS" in text and "dt >=" not in text
-    found = json.loads((out / "export.json").read_text())["transformers"]
-    family = load_config(source).family
-    assert found["class"] == FAMILIES[family].architecture and found["relative_rms"] < 1e-5
-    card = (out / "README.md").read_text()
-    assert f"tags: [limbeck, pruned, {family}]" in card and "A compressed Transformer" in card
-    assert "Mamba" not in card and "time_step_min" not in card
-    code, text, _ = limbeck("generate", f"model={out}", "prompt=def", "max_new_tokens=4")
-    assert code == 0 and text.startswith("def")
-
-
-def test_compress_refuses_half_blocks_at_once(source: Path, tmp_path: Path) -> None:
-    data = text_of(tmp_path / "text")
-    code, _, err = limbeck("compress", f"model={source}", f"data={data}", f"output={tmp_path / 'out'}")
-    assert code == 2 and "in whole blocks" in err and not (tmp_path / "out").exists()
-
-
-def test_memory_fit_of_qwen3() -> None:
-    code, text, _ = limbeck("memory-fit", "model=qwen3-8b", "context=24576", "hardware=a10g")
-    assert code == 0 and "8,190,735,360" in text and "36 attention layers" in text
-    code, _, err = limbeck("memory-fit", "model=qwen3-8b", "context=131072", "hardware=a10g")
-    assert code == 3 and "does not fit" in err

@@ -1,4 +1,4 @@
-"""The search over sizes: patterns against brute force, exact counts, ranks, the published three, and kills."""
+"""The search over sizes: exact grids against brute force, ranks, losses, and the published three first."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import dataclasses
 import itertools
 import json
 import random
-import shlex
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +14,14 @@ import pytest
 import torch
 from limbeck.distill.data import Corpus, sample_batches
 from limbeck.models.axes import HIDDEN, tensor_table
-from limbeck.models.checkpoint import load_config, save_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import GIB, Hardware, count_parameters, flops_per_token, memory, throughput
+from limbeck.models.cost import GIB, Hardware, memory
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.tokenizer import train_tokenizer
 from limbeck.prune.choose import Target, select
+from limbeck.prune.compensate import Repair, repair_model
 from limbeck.prune.importance import score_random
-from limbeck.prune.patterns import Rules, broken_rule, count_patterns, embed, odd_gap, patterns
+from limbeck.prune.patterns import Rules
 from limbeck.prune.scores import LayerScores
 from limbeck.prune.search import (
     Budget,
@@ -42,19 +37,26 @@ from limbeck.prune.search import (
     with_importance,
 )
 from limbeck.prune.slice import slice_config
-from limbeck.scripts import search as command
 from limbeck.scripts.inputs import model_config
-from limbeck.tests.helpers import limbeck, random_config, random_model, tiny_config
+from limbeck.tests.helpers import dense_config, limbeck, random_config, random_model, tiny_config
 
 A10G = Hardware("a10g", 22.49, 22.06, 600, 70)
+
+
 NOWHERE = Hardware("none", 1, 1, 0, 0)
+
+
 LARGE, SMALL = model_config("nemotron-nano-12b-v2"), model_config("nemotron-nano-9b-v2")
+
+
 PUBLISHED = Space(
     patterns=(SMALL.pattern,),
     hidden_size=(4480, 4800, 5120),
     intermediate_ratio=(3, 3.5, 4),
     mamba_num_heads=(112, 120, 128),
 )
+
+
 THREE = [(4800, 14400, 120), (4480, 17920, 112), (4480, 15680, 128)]
 
 
@@ -69,6 +71,50 @@ def found_by_memory(overhead: float) -> list[Candidate]:
     found = find_candidates(LARGE, PUBLISHED, depths, budget, A10G)
     assert (found.combinations, found.aligned) == (27, 27)
     return list(ranked(found.candidates, "memory"))
+
+
+def brute_force(config: HybridConfig, space: Space, order: tuple[int, ...], budget: Budget) -> dict[str, HybridConfig]:
+    """Every size that select and slice would make of the space's values, checked one by one; small spaces only."""
+    found = {}
+    widths = ("hidden_size", "intermediate_size", "num_attention_heads", "mamba_num_heads", "mamba_head_dim")
+    choices = [getattr(space, name) or (None,) for name in ("layers", *widths)]
+    for values in itertools.product(*choices):
+        target = Target(*(None if value is None else int(value) for value in values))
+        try:
+            smaller = slice_config(config, select(config, score_random(config, 0), order, target))
+        except InputError:
+            continue
+        used = {"hidden_size": smaller.hidden_size, "intermediate_size": smaller.intermediate_size}
+        used = {name: size for name, size in used.items() if name == "hidden_size" or "-" in smaller.pattern}
+        if "M" in smaller.pattern:
+            used["d_inner"] = smaller.d_inner
+        if any(size % space.align and size != getattr(config, name) for name, size in used.items()):
+            continue
+        if memory(smaller, budget.context, budget.batch).total <= budget.bytes:
+            found[repr(smaller)] = smaller
+    return found
+
+
+def candidates_of(config: HybridConfig, space: Space, order: tuple[int, ...] = ()) -> tuple[Candidate, ...]:
+    depths = find_depths(config, space, Rules(), LayerScores(order))
+    return find_candidates(config, space, depths, Budget(1e12, 64), NOWHERE).candidates
+
+
+TINY_SPACE = Space(
+    layers=(4, 5, 6),
+    hidden_size=(16, 24, 32),
+    intermediate_size=(24, 48),
+    num_attention_heads=(2, 4),
+    mamba_num_heads=(4, 8),
+    mamba_head_dim=(4, 8),
+    align=1,
+)
+
+
+def batches_of(config: HybridConfig) -> list[Any]:
+    ids = torch.randint(config.vocab_size, (200,), dtype=torch.int32).numpy()
+    text = Corpus(ids, torch.tensor([0, 120, 200]).numpy(), ("a", "b"), torch.ones(config.vocab_size), 0)
+    return sample_batches(text, batch_size=2, seq_len=16)
 
 
 @pytest.mark.parametrize("overhead", (0.5, 0.6, 0.7, 0.8))
@@ -121,107 +167,6 @@ def test_seventeen_thousand_in_seconds() -> None:
     assert found.combinations == 11 * 56 * 2 * 3 * 5 == 18_480 and len(found.candidates) > 10_000
     assert time.perf_counter() - clock < 60  # a few seconds where nothing else runs
     assert len({candidate.name for candidate in found.candidates}) == len(found.candidates)
-
-
-# Patterns
-
-
-def test_the_published_pattern_is_reachable() -> None:
-    """56 of 62 layers with 4 attention layers: the published pattern is one of 4.6 million."""
-    four, five = Rules({"attention": 4}), Rules({"attention": 5})
-    with_four = count_patterns(LARGE.pattern, 56, four) - count_patterns(LARGE.pattern, 56, five)
-    assert with_four == 4_572_900
-    layers = embed(LARGE.pattern, SMALL.pattern, four)
-    assert layers is not None and "".join(LARGE.pattern[layer] for layer in layers) == SMALL.pattern
-    removed = set(range(62)) - set(layers)
-    assert removed >= {7, 8, 48, 52} and len(removed) == 6
-    assert SMALL.pattern.count("*") == 4
-    assert embed(LARGE.pattern, SMALL.pattern, five) is None
-    assert embed(LARGE.pattern, SMALL.pattern, Rules(pairs=True)) is None
-    assert embed(LARGE.pattern, SMALL.pattern.replace("MM", "**", 1), four) is None
-
-
-@pytest.mark.parametrize("seed", range(120))
-def test_patterns_are_those_of_brute_force(seed: int) -> None:
-    draw = random.Random(seed)
-    source = "".join(draw.choice("M*-") for _ in range(draw.randint(1, 9)))
-    layers = draw.randint(1, len(source))
-    kinds = [kind for kind in ("mamba", "attention", "mlp") if draw.random() < 0.4]
-    rules = Rules({kind: draw.randint(0, 2) for kind in kinds}, draw.choice((0, 0, 1, 2, 3)), draw.random() < 0.4)
-    brute = set()
-    for kept in itertools.combinations(range(len(source)), layers):
-        pattern = "".join(source[layer] for layer in kept)
-        if broken_rule(pattern, rules) is None and not (rules.pairs and odd_gap(kept, len(source))):
-            brute.add(pattern)
-    listed = list(patterns(source, layers, rules))
-    assert len(listed) == len(brute) == count_patterns(source, layers, rules) and set(listed) == brute
-    for pattern in map("".join, itertools.product("M*-", repeat=min(layers, 5))):
-        kept = embed(source, pattern, rules)
-        if len(pattern) == layers:
-            assert (kept is not None) == (pattern in brute)
-        if kept is not None:
-            assert "".join(source[layer] for layer in kept) == pattern
-            assert not (rules.pairs and odd_gap(kept, len(source)))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_pattern_is_made_of_the_cheapest_layers(seed: int) -> None:
-    draw = random.Random(seed)
-    source = "".join(draw.choice("M*-") for _ in range(9))
-    cost = {layer: draw.random() for layer in range(9)}
-    kept = tuple(sorted(draw.sample(range(9), 6)))
-    pattern = "".join(source[layer] for layer in kept)
-    choices = [
-        chosen for chosen in itertools.combinations(range(9), 6) if "".join(source[i] for i in chosen) == pattern
-    ]
-    best = min(choices, key=lambda chosen: sum(cost[layer] for layer in range(9) if layer not in chosen))
-    assert embed(source, pattern, Rules(), cost) == best
-    assert embed(source, pattern) == min(choices)
-
-
-def test_pairs_may_lie_in_one_another() -> None:
-    """Removing 1, 2 makes 0 and 3 neighbours: a run of any even length goes by pairs."""
-    assert not odd_gap((4, 5), 6) and odd_gap((3, 4, 5), 6) and odd_gap((0, 1, 2), 6) and not odd_gap((0, 3), 4)
-
-
-# Counting
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_counts_are_the_tables(seed: int) -> None:
-    config = random_config(seed)
-    table = tensor_table(config).values()
-    assert count_parameters(config) == sum(tensor.numel for tensor in table)
-    matrices = sum(tensor.numel for tensor in table if len(tensor.shape) == 2)
-    if not config.tie_word_embeddings:
-        matrices -= config.vocab_size * config.hidden_size
-    attention = config.pattern.count("*") * config.num_attention_heads * config.head_dim * 10
-    if "M" not in config.pattern:
-        assert flops_per_token(config, 10) == 2 * (matrices + attention)
-    else:
-        assert flops_per_token(config, 10) > 2 * (matrices + attention)
-
-
-def brute_force(config: HybridConfig, space: Space, order: tuple[int, ...], budget: Budget) -> dict[str, HybridConfig]:
-    """Every size that select and slice would make of the space's values, checked one by one; small spaces only."""
-    found = {}
-    widths = ("hidden_size", "intermediate_size", "num_attention_heads", "mamba_num_heads", "mamba_head_dim")
-    choices = [getattr(space, name) or (None,) for name in ("layers", *widths)]
-    for values in itertools.product(*choices):
-        target = Target(*(None if value is None else int(value) for value in values))
-        try:
-            smaller = slice_config(config, select(config, score_random(config, 0), order, target))
-        except InputError:
-            continue
-        used = {"hidden_size": smaller.hidden_size, "intermediate_size": smaller.intermediate_size}
-        used = {name: size for name, size in used.items() if name == "hidden_size" or "-" in smaller.pattern}
-        if "M" in smaller.pattern:
-            used["d_inner"] = smaller.d_inner
-        if any(size % space.align and size != getattr(config, name) for name, size in used.items()):
-            continue
-        if memory(smaller, budget.context, budget.batch).total <= budget.bytes:
-            found[repr(smaller)] = smaller
-    return found
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -280,70 +225,6 @@ def test_ratios_ranges_and_alignment() -> None:
     assert all(candidate.throughput is None for candidate in found.candidates)
     whole = next(candidate for candidate in found.candidates if candidate.config == config)
     assert whole.target == Target() and whole.words() == []
-
-
-# Throughput
-
-
-def test_throughput_by_hand() -> None:
-    """One MLP layer: a prefill of 100 tokens bound by FLOPs, a step bound by bytes."""
-    config = tiny_config(pattern="-", vocab_size=10, hidden_size=8, intermediate_size=16)
-    card = Hardware("toy", 1, 1, 1e-6, 1e-9)  # 1,000 bytes/s, 1,000 FLOP/s
-    options: dict[str, Any] = {"compute_efficiency": 0.5, "bandwidth_efficiency": 0.25}
-    found = throughput(config, card, input_tokens=100, output_tokens=10, batch=2, **options)
-    layer, head, norms = 2 * 8 * 16, 10 * 8, 2 * 8
-    prefill = 2 * (100 * 2 * layer + 2 * head) / 500
-    step = max(2 * 2 * (layer + head) / 500, 2 * (layer + head + norms) / 250)
-    assert found is not None and found.batch == 2
-    assert found.prefill_seconds == pytest.approx(prefill) and found.step_seconds == pytest.approx(step)
-    assert found.tokens_per_second == pytest.approx(20 / (prefill + 10 * step))
-
-
-def test_throughput_of_the_published_9b() -> None:
-    """arXiv 2508.14444: 156.42 tokens/s at 8k in, 16k out, batch 8 on an A10G."""
-    found = throughput(SMALL, A10G, input_tokens=8192, output_tokens=16384, batch=8)
-    assert found is not None and found.tokens_per_second == pytest.approx(156.42, rel=0.02)
-    room = A10G.budget(0.05, 1.3, 0.6)
-    largest = throughput(SMALL, A10G, input_tokens=8192, output_tokens=16384, budget=room)
-    assert largest is not None
-    assert memory(SMALL, 24576, largest.batch).total <= room < memory(SMALL, 24576, largest.batch + 1).total
-    assert throughput(LARGE, A10G, input_tokens=8192, output_tokens=16384, budget=room) is None
-    assert throughput(SMALL, NOWHERE, input_tokens=8, output_tokens=8, batch=1) is None
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    (
-        {"input_tokens": 0},
-        {"output_tokens": 0},
-        {"batch": 0},
-        {"compute_efficiency": 0.0},
-        {"bandwidth_efficiency": 1.5},
-        {"batch": None},
-    ),
-)
-def test_throughput_refuses(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="throughput"):
-        throughput(tiny_config(), A10G, **({"input_tokens": 8, "output_tokens": 8, "batch": 1} | wrong))
-
-
-# Ranks
-
-
-def candidates_of(config: HybridConfig, space: Space, order: tuple[int, ...] = ()) -> tuple[Candidate, ...]:
-    depths = find_depths(config, space, Rules(), LayerScores(order))
-    return find_candidates(config, space, depths, Budget(1e12, 64), NOWHERE).candidates
-
-
-TINY_SPACE = Space(
-    layers=(4, 5, 6),
-    hidden_size=(16, 24, 32),
-    intermediate_size=(24, 48),
-    num_attention_heads=(2, 4),
-    mamba_num_heads=(4, 8),
-    mamba_head_dim=(4, 8),
-    align=1,
-)
 
 
 def test_importance_is_the_share_that_stays() -> None:
@@ -407,12 +288,6 @@ def test_the_front_is_what_nothing_beats(seed: int) -> None:
     assert front == sorted({point for point in points if not beaten(point)})
 
 
-def batches_of(config: HybridConfig) -> list[Any]:
-    ids = torch.randint(config.vocab_size, (200,), dtype=torch.int32).numpy()
-    text = Corpus(ids, torch.tensor([0, 120, 200]).numpy(), ("a", "b"), torch.ones(config.vocab_size), 0)
-    return sample_batches(text, batch_size=2, seq_len=16)
-
-
 def test_the_loss_is_that_of_the_cut_model() -> None:
     """All kept: the model's own loss, from its logits; micro-batches and padding do not count."""
     config = tiny_config()
@@ -427,7 +302,31 @@ def test_the_loss_is_that_of_the_cut_model() -> None:
         tokens += int((labels >= 0).sum())
     assert sliced_loss(model, whole, batches) == pytest.approx(total / tokens, rel=1e-9)
     cut = select(config, score_random(config, 0), (), Target(hidden_size=16))
-    assert sliced_loss(model, cut, batches) != sliced_loss(model, cut, batches, rescale_norms=False)
+    assert sliced_loss(model, cut, batches) != sliced_loss(model, cut, batches, Repair(norms="none"))
+
+
+def test_the_loss_is_that_of_the_repaired_model() -> None:
+    config = tiny_config()
+    model, batches = random_model(config), batches_of(config)
+    cut = select(config, score_random(config, 0), (), Target(hidden_size=16))
+    repair = Repair(rotate=True, least_squares=True)
+    mended = repair_model(model, cut, batches, repair)
+    everything = select(mended.config, score_random(mended.config, 0), (), Target())
+    expected = sliced_loss(mended, everything, batches)
+    assert sliced_loss(model, cut, batches, repair, batches) == pytest.approx(expected, rel=1e-9)
+    assert expected != sliced_loss(model, cut, batches)
+
+
+def test_only_what_a_folder_can_hold_is_a_candidate() -> None:
+    """llama: whole blocks, and a hidden size that its heads divide, as transformers wants it."""
+    config = dense_config(0, "llama").replace(pattern="*-*-*-", hidden_size=48, num_attention_heads=3,
+                                              num_key_value_heads=3, head_dim=8)  # fmt: skip
+    with pytest.raises(InputError, match="whole blocks"):
+        find_depths(config, Space(patterns=("*-*",)), Rules(), None)
+    with pytest.raises(InputError, match="whole blocks"):
+        find_depths(config, Space(layers=(5,)), Rules(), LayerScores((0,), (0.0,)))
+    found = candidates_of(config, Space(patterns=("*-*-",), hidden_size=(32, 40, 48)))
+    assert [candidate.config.hidden_size for candidate in found] == [48]
 
 
 def test_a_loss_that_is_none_is_said() -> None:
@@ -442,9 +341,6 @@ def test_a_loss_that_is_none_is_said() -> None:
         batch.labels.fill_(-100)
     with pytest.raises(InputError, match="counted"):
         sliced_loss(random_model(config), whole, batches)
-
-
-# What is refused
 
 
 @pytest.mark.parametrize(
@@ -508,197 +404,3 @@ def test_two_patterns_of_a_length_have_two_names() -> None:
     assert [candidate.name.split("-H")[0] for candidate in found] == ["L5-1", "L5-2", "L4"]
     assert [candidate.target.keep_layers for candidate in found] == [(0, 1, 2, 3, 4), (0, 1, 2, 4, 5), (0, 1, 2, 3)]
     assert found[0].words() == ["target.keep_layers=[0,1,2,3,4]"]
-
-
-# The command
-
-TEXT = "".join(f"def name_{i}(x):\n    return x + {i * i}\n\n" for i in range(400))
-QUICK = (
-    "rank=loss", "measure=4", "loss_tokens=128", "distill_top=2", "budget.gib=1", "budget.context=64",
-    "space.layers=[5,6]", "space.hidden_size=[24,32]", "space.mamba_num_heads=[4,8]",
-    "distill.train.steps=4", "distill.train.save_every=2", "distill.train.evaluate_every=4", "distill.seq_len=32",
-    "distill.batch=2", "distill.evaluate_tokens=128",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, a text and scores, nothing of which may change."""
-    root = tmp_path_factory.mktemp("workshop")
-    (root / "text").mkdir()
-    for number in range(40):
-        (root / "text" / f"{number}.txt").write_text(f"# file {number}\n" + TEXT[number * 60 :])
-    (root / "words").mkdir()
-    tokenizer = train_tokenizer([TEXT], 320, root / "words")
-    config = tiny_config(vocab_size=tokenizer.vocab_size, pad_token_id=0, extra={"time_step_min": 1e-6})
-    save_model(random_model(config, dtype=torch.float32), root / "model", tokenizer_from=root / "words")
-    given = (f"model={root / 'model'}", f"data={root / 'text'}", f"output={root / 'scores'}", "seq_len=32")
-    few = ("importance.tokens=256", "importance.depth_tokens=128", "importance.remove_layers=2")
-    code, _, err = limbeck("score", *given, *few)
-    assert code == 0, err
-    return root
-
-
-def arguments(workshop: Path, out: Path) -> list[str]:
-    given = {"model": workshop / "model", "data": workshop / "text", "scores": workshop / "scores", "output": out}
-    return ["search", *(f"{key}={value}" for key, value in given.items()), *QUICK]
-
-
-@pytest.fixture(scope="module")
-def calm(workshop: Path) -> Path:
-    """The output of an undisturbed search."""
-    out = workshop / "calm"
-    code, text, err = limbeck(*arguments(workshop, out))
-    assert code == 0, err
-    assert "Distilled briefly" in text and "candidates.json" not in text and "result.json" in text
-    return out
-
-
-def test_a_search_picks_what_prune_makes(workshop: Path, calm: Path, tmp_path: Path) -> None:
-    content = json.loads((calm / "candidates.json").read_text())
-    losses = [candidate["loss"] for candidate in content["candidates"]]
-    assert content["fit"] == 8 and losses[:4] == sorted(losses[:4]) and losses[4:] == [None] * 4
-    picks = content["picks"]
-    assert {pick["name"] for pick in picks} == {candidate["name"] for candidate in content["candidates"][:2]}
-    assert picks[0]["kl"] <= picks[1]["kl"]
-    assert sorted(path.name for path in calm.iterdir()) == [
-        "candidates.json", "limbeck.json", "plots", "result.json", "students"
-    ]  # fmt: skip
-    result = json.loads((calm / "result.json").read_text())
-    assert result["best"] == picks[0]["name"]
-    pruned = tmp_path / "pruned"
-    given = (f"model={workshop / 'model'}", f"scores={workshop / 'scores'}", f"output={pruned}")
-    code, _, err = limbeck("prune", *given, *shlex.split(result["prune"]))
-    assert code == 0, err
-    assert load_config(pruned) == load_config(calm / picks[0]["folder"])
-    assert (
-        count_parameters(load_config(pruned)) == content["candidates"][0]["parameters"]
-        or picks[0]["name"] != (content["candidates"][0]["name"])
-    )
-    svg = (calm / "plots" / "search.svg").read_text()
-    assert "Loss of the model cut in memory" in svg and "Pareto front" in svg
-
-
-def test_a_finished_search_is_not_done_again(workshop: Path, calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "fill", lambda *_: pytest.fail("done again"))
-    assert limbeck(*arguments(workshop, calm))[0] == 0
-    code, _, err = limbeck(*arguments(workshop, calm), "measure=3")
-    assert code == 2 and "measure was 4, now 3" in err
-
-
-def test_an_interrupted_search_measures_nothing_twice(
-    workshop: Path, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-
-    def counted(model: Any, selection: Any, batches: Any, **options: Any) -> float:
-        if len(calls) == 2:
-            calls.append("interrupted")
-            raise KeyboardInterrupt
-        calls.append("measured")
-        return sliced_loss(model, selection, batches, **options)
-
-    monkeypatch.setattr(command, "sliced_loss", counted)
-    out = tmp_path / "out"
-    assert limbeck(*arguments(workshop, out))[0] == 130 and not out.exists()
-    assert limbeck(*arguments(workshop, out))[0] == 0
-    assert calls == ["measured", "measured", "interrupted", "measured", "measured"]
-    assert_same(out, calm)
-
-
-def assert_same(out: Path, calm: Path) -> None:
-    """Candidates, picks, plots and students, byte for byte."""
-    files = [path.relative_to(calm) for path in calm.rglob("*") if path.is_file()]
-    timed = {"result.json", "metrics.jsonl"}  # the first names the folder, the second tokens a second
-    assert files == [path for path in files if (out / path).exists()]
-    for file in files:
-        if file.name not in timed:
-            assert (out / file).read_bytes() == (calm / file).read_bytes(), file
-
-
-@pytest.mark.parametrize("rank", ("memory", "importance"))
-def test_ranks_without_text(rank: str, workshop: Path, tmp_path: Path) -> None:
-    """Scores and a config are enough: no data, no weights."""
-    out = tmp_path / "out"
-    given = (f"model={workshop / 'model'}", f"scores={workshop / 'scores'}", f"output={out}", f"rank={rank}")
-    grid = ("space.layers=[4,5,6]", "space.hidden_size={min: 16,max: 32,step: 8}", "listed=5", "hardware=custom")
-    code, text, err = limbeck("search", *given, *grid, "hardware.usable_gib=1", "budget.context=64")
-    assert code == 0, err
-    content = json.loads((out / "candidates.json").read_text())
-    assert content["fit"] == 9 and len(content["candidates"]) == 5 and content["picks"] == []
-    values = [c["importance"] if rank == "importance" else c["memory"]["total"] for c in content["candidates"]]
-    assert values == sorted(values, reverse=True) and "importance" in text
-    assert "Share of the importance" in (out / "plots" / "search.svg").read_text()
-
-
-def test_without_scores_or_bandwidth_the_plot_is_of_parameters(workshop: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    given = (f"model={workshop / 'model'}", f"output={out}", "space.hidden_size=[16,32]", "budget.context=64")
-    assert limbeck("search", *given, "hardware=custom", "hardware.usable_gib=1")[0] == 0
-    assert "Parameters" in (out / "plots" / "search.svg").read_text()
-
-
-def test_a_named_pattern_is_what_prune_makes(workshop: Path, tmp_path: Path) -> None:
-    given = (f"model={workshop / 'model'}", f"scores={workshop / 'scores'}")
-    grid = ("space.patterns=[M*-M]", "space.mamba_num_heads=[4]", "budget.context=64", "budget.gib=1")
-    code, _, err = limbeck("search", *given, f"output={tmp_path / 'sizes'}", *grid)
-    assert code == 0, err
-    result = json.loads((tmp_path / "sizes" / "result.json").read_text())
-    assert limbeck("prune", *given, f"output={tmp_path / 'pruned'}", *shlex.split(result["prune"]))[0] == 0
-    config = load_config(tmp_path / "pruned")
-    assert config.pattern == "M*-M" and config.mamba_num_heads == 4
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    (
-        ("rank=best", "memory, importance, loss"),
-        ("scores=null", "scores is missing"),
-        ("data=null", "data is missing"),
-        ("model=nemotron-nano-9b-v2", "without weights"),
-        ("distill.train.evaluate_every=0", "evaluate_every"),
-        ("space.hidden_size=[99]", "at most 32"),
-        ("space.hidden_size=32", "expected a list"),
-        ("space.hidden_size={min: 3}", "space.hidden_size.max is missing"),
-        ("space.patterns=[MM]", "keep one"),
-        ("budget.gib=0.00001", "none of 8 sizes fits"),
-        ("budget.gib=0", "expected more than 0"),
-        ("budget.framework_share=1", "framework_share"),
-        ("budget.kv_dtype=int3", "int3"),
-        ("requests.batch=-1", "batch"),
-        ("rules.min_layers.attention=-1", "min_layers has attention=-1"),
-        ("listed=0", "listed"),
-        ("measure=-1", "measure"),
-    ),
-)
-def test_wrong_words_write_nothing(change: str, says: str, workshop: Path, tmp_path: Path) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    words = [word for word in arguments(workshop, tmp_path / "out") if word.split("=")[0] != change.split("=")[0]]
-    code, _, err = limbeck(*words, change)
-    assert code == 2 and says in err and err.count("\n") == 1, err
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.slow
-def test_killed_at_random_points(workshop: Path, calm: Path, tmp_path: Path) -> None:
-    """SIGKILL at ten moments of a search: the same candidates, picks and students as undisturbed."""
-    run = [sys.executable, "-m", "limbeck.scripts.main"]
-    clock = time.perf_counter()
-    subprocess.run([*run, *arguments(workshop, tmp_path / "timed")], check=True, capture_output=True)
-    length = time.perf_counter() - clock
-    assert_same(tmp_path / "timed", calm)
-    draw, killed, out = random.Random(0), 0, tmp_path / "rough"
-    for _ in range(10):
-        process = subprocess.Popen([*run, *arguments(workshop, out)], stdout=subprocess.DEVNULL)
-        try:
-            process.wait(draw.uniform(0.4, 1.0) * length)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            killed += 1
-        if (out / "result.json").exists():
-            assert_same(out, calm)
-            shutil.rmtree(out)
-    assert killed >= 5
-    subprocess.run([*run, *arguments(workshop, out)], check=True, capture_output=True)
-    assert_same(out, calm)

@@ -12,8 +12,6 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.cost import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.choose import Target, select
-from limbeck.prune.importance import score_random
 from limbeck.prune.slice import (
     GROUPS_OF_AXIS,
     WIDTH_OF_AXIS,
@@ -154,25 +152,6 @@ def test_removing_what_contributes_nothing_changes_nothing(seed: int, kinds: Seq
     if any(len(kept) < axis_sizes(config)[axis] for axis, kept in selection.kept.items() if axis.kind == "hidden"):
         plain = slice_model(model, selection, rescale_norms=False)(ids)
         assert (plain - expected).abs().max() > 1e-4 * expected.abs().max(), "the rescaling is what does it"
-
-
-@pytest.mark.parametrize(
-    ("target", "said"),
-    (
-        (Target(hidden_size=33), "33"),
-        (Target(intermediate_size=0), "0"),
-        (Target(mamba_num_heads=5), "multiple"),
-        (Target(num_attention_heads=3), "multiple"),
-        (Target(layers=7), "7"),
-        (Target(layers=3), "order"),
-        (Target(mamba_head_dim=9), "9"),
-    ),
-)
-def test_targets_that_cannot_be(target: Target, said: str) -> None:
-    config = tiny_config()
-    with pytest.raises(InputError, match=said) as caught:
-        select(config, score_random(config, 0), (2, 4), target)
-    assert "\n" not in str(caught.value)
 
 
 def test_selections_that_cannot_be() -> None:

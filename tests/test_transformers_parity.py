@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.models.cache import Cache
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM
+from limbeck.tests.helpers import cached_logits
 
 transformers = pytest.importorskip("transformers")
 
@@ -149,12 +149,4 @@ def test_cached_steps_equal_transformers_cache(tmp_path: Path) -> None:
     case = CASES[next(name for name in CASES if "open" in name and "*" in name)]
     ours, theirs = both(case, tmp_path)
     ids = torch.randint(case.config.vocab_size, (2, 19))
-    cache = Cache(case.config, 2, 19)
-    with torch.no_grad():
-        output = theirs(ids[:, :11], use_cache=True)
-        expected, found = [output.logits], [ours(ids[:, :11], cache=cache)]
-        for token in range(11, 19):
-            output = theirs(ids[:, token : token + 1], past_key_values=output.past_key_values, use_cache=True)
-            expected.append(output.logits)
-            found.append(ours(ids[:, token : token + 1], cache=cache))
-    assert relative(torch.cat(expected, 1), torch.cat(found, 1)) <= 1e-5
+    assert relative(*cached_logits(ours, theirs, ids, 11)) <= 1e-5

@@ -1,0 +1,77 @@
+"""What a config costs: counts beside the table of axes, and tokens a second by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from limbeck.models.axes import tensor_table
+from limbeck.models.cost import Hardware, count_parameters, flops_per_token, memory, throughput
+from limbeck.models.errors import InputError
+from limbeck.scripts.inputs import model_config
+from limbeck.tests.helpers import random_config, tiny_config
+
+A10G = Hardware("a10g", 22.49, 22.06, 600, 70)
+
+
+NOWHERE = Hardware("none", 1, 1, 0, 0)
+
+
+LARGE, SMALL = model_config("nemotron-nano-12b-v2"), model_config("nemotron-nano-9b-v2")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_counts_are_the_tables(seed: int) -> None:
+    config = random_config(seed)
+    table = tensor_table(config).values()
+    assert count_parameters(config) == sum(tensor.numel for tensor in table)
+    matrices = sum(tensor.numel for tensor in table if len(tensor.shape) == 2)
+    if not config.tie_word_embeddings:
+        matrices -= config.vocab_size * config.hidden_size
+    attention = config.pattern.count("*") * config.num_attention_heads * config.head_dim * 10
+    if "M" not in config.pattern:
+        assert flops_per_token(config, 10) == 2 * (matrices + attention)
+    else:
+        assert flops_per_token(config, 10) > 2 * (matrices + attention)
+
+
+def test_throughput_by_hand() -> None:
+    """One MLP layer: a prefill of 100 tokens bound by FLOPs, a step bound by bytes."""
+    config = tiny_config(pattern="-", vocab_size=10, hidden_size=8, intermediate_size=16)
+    card = Hardware("toy", 1, 1, 1e-6, 1e-9)  # 1,000 bytes/s, 1,000 FLOP/s
+    options: dict[str, Any] = {"compute_efficiency": 0.5, "bandwidth_efficiency": 0.25}
+    found = throughput(config, card, input_tokens=100, output_tokens=10, batch=2, **options)
+    layer, head, norms = 2 * 8 * 16, 10 * 8, 2 * 8
+    prefill = 2 * (100 * 2 * layer + 2 * head) / 500
+    step = max(2 * 2 * (layer + head) / 500, 2 * (layer + head + norms) / 250)
+    assert found is not None and found.batch == 2
+    assert found.prefill_seconds == pytest.approx(prefill) and found.step_seconds == pytest.approx(step)
+    assert found.tokens_per_second == pytest.approx(20 / (prefill + 10 * step))
+
+
+def test_throughput_of_the_published_9b() -> None:
+    """arXiv 2508.14444: 156.42 tokens/s at 8k in, 16k out, batch 8 on an A10G."""
+    found = throughput(SMALL, A10G, input_tokens=8192, output_tokens=16384, batch=8)
+    assert found is not None and found.tokens_per_second == pytest.approx(156.42, rel=0.02)
+    room = A10G.budget(0.05, 1.3, 0.6)
+    largest = throughput(SMALL, A10G, input_tokens=8192, output_tokens=16384, budget=room)
+    assert largest is not None
+    assert memory(SMALL, 24576, largest.batch).total <= room < memory(SMALL, 24576, largest.batch + 1).total
+    assert throughput(LARGE, A10G, input_tokens=8192, output_tokens=16384, budget=room) is None
+    assert throughput(SMALL, NOWHERE, input_tokens=8, output_tokens=8, batch=1) is None
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        {"input_tokens": 0},
+        {"output_tokens": 0},
+        {"batch": 0},
+        {"compute_efficiency": 0.0},
+        {"bandwidth_efficiency": 1.5},
+        {"batch": None},
+    ),
+)
+def test_throughput_refuses(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="throughput"):
+        throughput(tiny_config(), A10G, **({"input_tokens": 8, "output_tokens": 8, "batch": 1} | wrong))
