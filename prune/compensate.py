@@ -5,8 +5,8 @@ Three means, each an option, none of which leaves a trace in the architecture:
 - Rotation (the idea is SliceGPT's, arXiv 2401.15024): RMSNorm without its weight commutes with any rotation of the
   residual stream, so the weights of the norms are folded into the matrices that follow, and the stream is turned
   into its principal directions on calibration data, one rotation for the whole model; the hidden axis is cut there.
-- Norms: an RMS over fewer channels is another number. The weight takes the ratio: that of the counts, or the one
-  that fits the original's output best on calibration data (within each group of a gated norm).
+- Norms: an RMS over fewer channels is another number. The weight takes the ratio: that of the counts, as if what goes
+  were zero, or that of the RMS before and after on calibration data (within each group of a gated norm).
 - Least squares: layer by layer, the matrices that read the stream are refitted so that the pruned model's narrower
   stream gives what the original's gives, and the matrices that write into it so that the stream stays where the
   original's is, the contributions of removed layers included. Both pull towards the sliced weights (ridge).
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ GetTensor = Callable[[str], Tensor]
 OnStep = Callable[[int, int], None]
 NORMS = ("none", "count", "measured")
 # What enters the matrix that leads back into the residual stream, by the layer's letter.
+TIED_TOLERANCE = 0.2
 INNER = {"M": "mamba_out", "*": "attn_heads", "-": "ffn_act"}
 
 
@@ -60,13 +61,6 @@ class Repair:
         return self.rotate or self.least_squares or self.norms == "measured"
 
 
-def repaired_config(config: HybridConfig, selection: Selection, repair: Repair) -> HybridConfig:
-    """The config of the repaired model. A rotation folds the final norm into the head, which then is no longer the
-    embedding: tied embeddings come apart."""
-    found = slice_config(config, selection)
-    return found.replace(tie_word_embeddings=False) if repair.rotate else found
-
-
 def rotated_selection(selection: Selection) -> Selection:
     """The same selection with the first channels kept: after a rotation they are the principal directions."""
     if HIDDEN not in selection.kept:
@@ -86,18 +80,18 @@ def repair_tensors(
     dtype: torch.dtype = torch.float32,
     on_step: OnStep | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of the pruned and repaired model (`repaired_config`), in the order of its table and in the
+    """Yields the tensors of the pruned and repaired model (`slice_config`), in the order of its table and in the
     source's dtypes. `get_tensor` reads a tensor of the source by its internal name; layers run in `dtype` on
     `device`. `on_step(done, total)` counts layers, once for each walk through the data. Raises InputError where the
     data has no counted token.
     """
     walks = repair.norms == "measured" or repair.least_squares
-    total = config.num_layers * (repair.rotate + walks)
-    if repair.rotate:
+    turns = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
+    total = config.num_layers * (turns + walks)
+    if turns:
         count = None if on_step is None else lambda done: on_step(done, total)
-        turn = principal_directions(get_tensor, config, batches, selection.layers, device, dtype, count)
-        get_tensor, selection = rotated(get_tensor, config, turn), rotated_selection(selection)
-        config = config.replace(tie_word_embeddings=False)
+        turn = principal_directions(get_tensor, config, batches, selection, device, dtype, count)
+        get_tensor, selection = rotated(get_tensor, config, turn, device), rotated_selection(selection)
     if walks:
         done = total - config.num_layers
         walk = Walk(get_tensor, config, selection, batches, repair, device, dtype)
@@ -113,27 +107,41 @@ def repair_model(
     get_tensor, reference = model.state_dict().__getitem__, model.embeddings.weight
     place: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype, "on_step": on_step}
     tensors = repair_tensors(get_tensor, model.config, selection, batches, repair, **place)
-    return filled(repaired_config(model.config, selection, repair), tensors, model)
+    return filled(slice_config(model.config, selection), tensors, model)
 
 
 # --- rotation -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Of the residual stream: the new directions are the columns of `turn` [H, H] (float64). The first `fixed` of them
+    are channels that stay as they are, because a final norm in front of a tied embedding has to keep its weights."""
+
+    turn: Tensor
+    fixed: int
 
 
 def principal_directions(
     get_tensor: GetTensor,
     config: HybridConfig,
     batches: Sequence[TokenBatch],
-    layers: Sequence[int],
+    selection: Selection,
     device: torch.device | str,
     dtype: torch.dtype,
     on_layer: Callable[[int], None] | None = None,
-) -> Tensor:
-    """The rotation [H, H] (float64, on the CPU) whose columns are the principal directions of the normed stream, the
-    largest first: eigenvectors of the second moments, summed over the norms of `layers` and the final one."""
+) -> Rotation:
+    """The rotation into the principal directions of the normed stream, the largest first: eigenvectors of the second
+    moments, summed over the norms of the layers that stay and the final one.
+
+    Tied embeddings leave no matrix behind the final norm to fold its weights into, and weights survive a rotation only
+    where they are equal. So the channels whose weight is off the median (by more than `TIED_TOLERANCE` of it; half of
+    those that stay at most, the farthest) are not turned, and the others share one weight.
+    """
     moments = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=device)
     streams = Streams(get_tensor, batches, device, dtype)
     for layer in range(config.num_layers + 1):
-        if layer == config.num_layers or layer in layers:
+        if layer == config.num_layers or layer in selection.layers:
             for rows in streams.counted():
                 normed = torch.nn.functional.normalize(rows.double(), dim=-1)
                 moments += normed.T @ normed
@@ -141,27 +149,45 @@ def principal_directions(
             streams.advance(one_layer(config, layer, get_tensor, device, dtype))
             if on_layer is not None:
                 on_layer(layer + 1)
-    _, directions = torch.linalg.eigh(moments)
-    return directions.flip(1).cpu()
+    weight = get_tensor("norm_f.weight").to(moments)
+    off = (weight / weight.median() - 1).abs()
+    count = (
+        min(int((off > TIED_TOLERANCE).sum()), len(selection.kept[HIDDEN]) // 2) if config.tie_word_embeddings else 0
+    )
+    order = off.argsort(descending=True, stable=True)
+    fixed, free = order[:count], order[count:].sort().values
+    _, directions = torch.linalg.eigh(moments[free][:, free])
+    turn = torch.zeros_like(moments)
+    turn[fixed, torch.arange(count, device=turn.device)] = 1
+    turn[free, count:] = directions.flip(1)
+    return Rotation(turn, count)
 
 
-def rotated(get_tensor: GetTensor, config: HybridConfig, turn: Tensor) -> GetTensor:
-    """Tensors of the same function with the residual stream turned by `turn` [H, H] and the norms' weights folded into
-    the matrices that read it. The embedding and the head come apart."""
-    table = tensor_table(config.replace(tie_word_embeddings=False))
+def rotated(get_tensor: GetTensor, config: HybridConfig, rotation: Rotation, device: torch.device | str) -> GetTensor:
+    """Tensors of the same function with the residual stream turned and the norms' weights folded into the matrices
+    that read it (with tied embeddings the final norm's as far as `Rotation` allows)."""
+    table = tensor_table(config)
+    turns: dict[torch.dtype, Tensor] = {}
+
+    def turn_like(tensor: Tensor) -> Tensor:
+        work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return turns.setdefault(work, rotation.turn.to(device, work))
 
     def get(name: str) -> Tensor:
-        axes = table[name]
-        source = "embeddings.weight" if name == "lm_head.weight" and config.tie_word_embeddings else name
-        tensor = get_tensor(source)
+        axes, tensor = table[name], get_tensor(name)
+        turn = turn_like(tensor)
         if reads_stream(axes):
-            norm = get_tensor(norm_before(axes))
-            return ((tensor.double().cpu() * norm.double().cpu()) @ turn).to(tensor)
+            return ((tensor.to(turn) * get_tensor(norm_before(axes)).to(turn)) @ turn).to(tensor)
         if writes_stream(axes):
-            return (turn.T @ tensor.double().cpu()).to(tensor)
+            return (turn.T @ tensor.to(turn)).to(tensor)
         if name == "embeddings.weight":
-            return (tensor.double().cpu() @ turn).to(tensor)
-        return torch.ones_like(tensor) if is_norm(name) and axes.dimensions[0] == hidden_of(config) else tensor
+            return (tensor.to(turn) @ turn).to(tensor)
+        if not is_norm(name) or axes.dimensions[0] != hidden_of(config):
+            return tensor
+        if name == "norm_f.weight" and config.tie_word_embeddings:
+            own, shared = (tensor.to(turn) @ turn)[: rotation.fixed], tensor.median().to(turn)
+            return torch.cat([own, shared.expand(len(tensor) - rotation.fixed)]).to(tensor)
+        return torch.ones_like(tensor)
 
     return get
 
@@ -263,15 +289,17 @@ class Fit:
         return weights.double() + torch.linalg.solve(damped, left.T).T
 
 
-def nearest_ratio(pairs: Iterable[tuple[Tensor, Tensor]], groups: int) -> Tensor:
-    """The factors [groups] (float64) that bring the second of each pair [N, C] nearest to the first, group by group
-    of channels; 1 where the second is zero."""
-    top, bottom = torch.zeros(groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.float64)
-    for target, found in pairs:
-        wide, own = (rows.double().unflatten(1, (groups, -1)) for rows in (target, found))
-        top += (wide * own).sum((0, 2)).cpu()
-        bottom += own.square().sum((0, 2)).cpu()
-    return torch.where(bottom > 0, top / bottom, 1)
+def rms_ratios(normed: Iterable[Tensor], weight: Tensor, kept: Tensor, groups: int) -> Tensor:
+    """The RMS of the kept channels [k] over that of all [C], in each of `groups` groups: [groups] (float64), the mean
+    over rows. `normed` [N, C] a batch is what the norm of this weight [C] gives."""
+    total, count = torch.zeros(groups, dtype=torch.float64, device=kept.device), 0
+    scale = torch.where(weight == 0, 0, 1 / weight)
+    for rows in normed:
+        squares = (rows * scale).double().square()
+        own, every = (part.unflatten(1, (groups, -1)).mean(2) for part in (squares[:, kept], squares))
+        total += torch.where(every > 0, own / every, 1).sqrt().sum(0)
+        count += len(rows)
+    return total / count
 
 
 class Walk:
@@ -305,15 +333,20 @@ class Walk:
             before = one_layer(self.config, layer, self.get_tensor, *self.place)
             if layer in self.selection.layers:
                 after = one_layer(self.smaller, place, self.sliced, *self.place)
-                self.mend(place, before, after)
+                weights = {name[9:]: tensor for name, tensor in after.state_dict().items() if name[:9] == "layers.0."}
+                if self.repair.norms == "measured":
+                    self.measure_norms(layer, before, weights)
+                if self.repair.least_squares:
+                    self.refit_readers(place, weights)
+                    self.refit_writer(before, after, weights)
                 self.pruned.advance(after)
-                found = {f"layers.{place}{name[8:]}": tensor for name, tensor in after.state_dict().items()}
                 for name, axes in self.smaller_table.items():
                     if axes.layer == place:
-                        yield self.finished(name, found[name])
+                        yield self.finished(name, weights[name.split(".", 2)[2]])
                 place += 1
+            if layer not in self.selection.layers or not self.repair.least_squares:
+                self.original.advance(before)
             self.held.clear()
-            self.original.advance(before)
             if on_layer is not None:
                 on_layer(layer + 1)
         for name, tensor in self.end():
@@ -331,55 +364,52 @@ class Walk:
     def sliced(self, name: str) -> Tensor:
         """A tensor of the pruned model as slicing alone gives it."""
         source = self.table[source_name(name, self.selection)]
-        return cut(
-            self.get_tensor(source.name),
-            source,
-            self.smaller_table[name],
-            self.selection.kept,
-            rescale_norms=self.repair.norms != "none",
-        )
+        tensor = self.get_tensor(source.name)
+        rescale = self.repair.norms == "count"
+        return cut(tensor, source, self.smaller_table[name], self.selection.kept, rescale_norms=rescale)
 
-    def mend(self, place: int, before: HybridLM, after: HybridLM) -> None:
-        """Layer `place` of the pruned model, in place."""
-        letter, weights = after.config.pattern, after.state_dict()
-        mine = [axes for axes in self.smaller_table.values() if axes.layer == place]
-        readers = [axes.name for axes in mine if reads_stream(axes)]
-        (writer,) = (axes.name for axes in mine if writes_stream(axes))
-        inputs = self.table[source_name(writer, self.selection)].dimensions[1]
-        inner = kept_rows(inputs, self.selection.kept).to(self.kept.device)
+    def rows_kept(self, name: str) -> Tensor:
+        """What stays of the first dimension of a tensor of the source."""
+        return kept_rows(self.table[name].dimensions[0], self.selection.kept).to(self.kept.device)
 
-        def weight(name: str) -> Tensor:
-            return weights["layers.0." + name.split(".", 2)[2]]
+    def measure_norms(self, layer: int, before: HybridLM, weights: Mapping[str, Tensor]) -> None:
+        """Scales the norms of a layer of the pruned model, in place."""
+        for kind, name, groups in (
+            ("hidden", "norm.weight", 1),
+            ("mamba_out", "mixer.norm.weight", self.config.n_groups),
+        ):
+            if name in weights:
+                source = f"layers.{layer}.{name}"
+                normed = (self.original.run(before, number)[1][kind] for number in range(len(self.original.hidden)))
+                ratio = rms_ratios(normed, self.get_tensor(source).to(*self.place), self.rows_kept(source), groups)
+                weights[name].copy_((weights[name].unflatten(0, (groups, -1)) * ratio[:, None]).flatten())
 
-        if self.repair.norms == "measured":
-            self.fit_norm(before, after, "hidden", self.kept, weights["layers.0.norm.weight"], 1)
-        if self.repair.least_squares:
-            fit = Fit()
-            for number in range(len(self.original.hidden)):
-                seen, found = self.original.run(before, number)[1], self.pruned.run(after, number)[1]
-                fit.add(seen["hidden"], found["hidden"])
-            mapping = fit.solve(self.selector(), self.repair.ridge)
-            for name in readers:
-                weight(name).copy_(self.refitted(name, mapping))
-        if self.repair.norms == "measured" and letter == "M":
-            norm = weights["layers.0.mixer.norm.weight"]
-            self.fit_norm(before, after, INNER[letter], inner, norm, self.config.n_groups)
-        if self.repair.least_squares:
-            fit = Fit()
-            for number, mask in enumerate(self.original.mask):
-                ahead = self.original.run(before, number)[0]
-                target = ahead[mask][:, self.kept] - self.pruned.hidden[number][mask]
-                fit.add(target, self.pruned.run(after, number)[1][INNER[letter]])
-            weight(writer).copy_(fit.solve(weight(writer), self.repair.ridge))
+    def refit_readers(self, place: int, weights: Mapping[str, Tensor]) -> None:
+        """Refits, in place, the matrices of layer `place` that read the stream."""
+        norm = self.get_tensor(f"layers.{self.selection.layers[place]}.norm.weight").to(*self.place)
+        fit = self.stream_fit(norm, weights["norm.weight"])
+        mapping = fit.solve(self.selector(), self.repair.ridge)
+        for name, axes in self.smaller_table.items():
+            if axes.layer == place and reads_stream(axes):
+                weights[name.split(".", 2)[2]].copy_(self.refitted(name, mapping))
 
-    def fit_norm(self, before: HybridLM, after: HybridLM, kind: str, kept: Tensor, weight: Tensor, groups: int) -> None:
-        """Scales a norm's weight, group by group, so that its output is nearest to the original's where both are."""
-        pairs = (
-            (self.original.run(before, number)[1][kind][:, kept], self.pruned.run(after, number)[1][kind])
-            for number in range(len(self.original.hidden))
-        )
-        ratio = nearest_ratio(pairs, groups).to(weight)
-        weight.copy_((weight.unflatten(0, (groups, -1)) * ratio[:, None]).flatten())
+    def refit_writer(self, before: HybridLM, after: HybridLM, weights: Mapping[str, Tensor]) -> None:
+        """Refits, in place, the matrix that leads a layer back into the stream, and moves the original's streams on."""
+        (writer,) = (axes.name[9:] for axes in tensor_table(after.config).values() if writes_stream(axes))
+        fit = Fit()
+        for number, mask in enumerate(self.original.mask):
+            inputs = self.pruned.run(after, number)[1][INNER[after.config.pattern]]
+            self.original.hidden[number] = self.original.run(before, number)[0]
+            target = self.original.hidden[number][mask][:, self.kept] - self.pruned.hidden[number][mask]
+            fit.add(target, inputs)
+        weights[writer].copy_(fit.solve(weights[writer], self.repair.ridge))
+
+    def stream_fit(self, norm: Tensor, own: Tensor) -> Fit:
+        """The original's normed stream on the pruned model's: weights `norm` [H] and `own` [h]."""
+        fit, eps = Fit(), self.config.norm_eps
+        for rows, found in zip(self.original.counted(), self.pruned.counted(), strict=True):
+            fit.add(rms_norm(rows, norm, eps), rms_norm(found, own, eps))
+        return fit
 
     def selector(self) -> Tensor:
         """The matrix [H, h] that puts the kept channels where they were."""
@@ -389,29 +419,39 @@ class Walk:
 
     def refitted(self, name: str, mapping: Tensor) -> Tensor:
         """A matrix that reads the stream, for the stream that `mapping` [H, h] leads back to the original's."""
-        source = self.table[source_name(name, self.selection)]
-        rows = kept_rows(source.dimensions[0], self.selection.kept)
-        return self.get_tensor(source.name)[rows].to(mapping) @ mapping
+        source = source_name(name, self.selection)
+        return self.get_tensor(source)[self.rows_kept(source).cpu()].to(mapping) @ mapping
 
     def end(self) -> Iterator[tuple[str, Tensor]]:
         """The final norm, and the head where it is a matrix of its own."""
-        eps = self.config.norm_eps
         source, weight = (get("norm_f.weight").to(*self.place) for get in (self.get_tensor, self.sliced))
-        pairs = [
-            (rms_norm(rows, source, eps), rms_norm(found, weight, eps))
-            for rows, found in zip(self.original.counted(), self.pruned.counted(), strict=True)
-        ]
         if self.repair.norms == "measured":
-            kept = ((target[:, self.kept], found) for target, found in pairs)
-            ratio = nearest_ratio(kept, 1).to(weight)
-            weight = weight * ratio  # not in place: uncut, it is the source's own
-            pairs = [(target, found * ratio) for target, found in pairs]
+            normed = (rms_norm(rows, source, self.config.norm_eps) for rows in self.original.counted())
+            weight = weight * rms_ratios(normed, source, self.kept, 1).to(weight)  # uncut, it is the source's own
+        fit = self.stream_fit(source, weight)
+        if self.config.tie_word_embeddings:
+            if self.repair.least_squares:
+                weight = self.tied_norm(fit, weight)
+            yield "norm_f.weight", weight
+            return
         yield "norm_f.weight", weight
-        if not self.config.tie_word_embeddings:
-            if not self.repair.least_squares:
-                yield "lm_head.weight", self.sliced("lm_head.weight")
-                return
-            fit = Fit()
-            for target, found in pairs:
-                fit.add(target, found)
-            yield "lm_head.weight", self.refitted("lm_head.weight", fit.solve(self.selector(), self.repair.ridge))
+        if self.repair.least_squares:
+            mapping = fit.solve(self.selector(), self.repair.ridge)
+            yield "lm_head.weight", self.refitted("lm_head.weight", mapping)
+        else:
+            yield "lm_head.weight", self.sliced("lm_head.weight")
+
+    def tied_norm(self, fit: Fit, weight: Tensor) -> Tensor:
+        """The final norm's weight [h] with which a head that has to stay the embedding comes nearest to the logits.
+
+        With e' = E' diag(d) x' for E diag(g) x, the normal equations of d are (E'^T E' * x'x'^T) d = diag of
+        E'^T E (g x) x'^T; in units of `weight`, so that ridge pulls towards it.
+        """
+        embedding = self.get_tensor("embeddings.weight").to(self.kept.device, torch.float64)
+        assert isinstance(fit.moments, Tensor) and isinstance(fit.cross, Tensor)
+        small = embedding[:, self.kept]
+        moments = (small.T @ small) * fit.moments
+        right = ((small.T @ embedding) * fit.cross.T).sum(1)
+        damp = self.repair.ridge * moments.diagonal().mean()
+        eye = torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+        return weight * torch.linalg.solve(moments + damp * eye, right + damp).to(weight)

@@ -15,9 +15,9 @@ from ..models.cost import Hardware, count_parameters
 from ..models.errors import InputError
 from ..models.tokenizer import check_vocabulary, load_tokenizer
 from ..prune.choose import Target, select
-from ..prune.compensate import repaired_config
 from ..prune.depth import check_removal, step_size
 from ..prune.importance import score_random
+from ..prune.slice import slice_config
 from . import distill, evaluate, export, memory_fit, prune, score
 from .inputs import data_input, documents, model_config, model_folder
 from .show import console, gib, read_json, result, say, table
@@ -102,7 +102,7 @@ def check_feasible(options: Options, source: Path) -> None:
     check_removal(config, how.remove_layers, step_size(config, how.pairs), how.min_layers)
     order = tuple(range(config.num_layers))[: how.remove_layers]
     selection = select(config, score_random(config, options.seed), order, options.target)
-    repaired_config(config, selection, options.repair).to_hf()
+    slice_config(config, selection).to_hf()
     check_vocabulary(load_tokenizer(source), config)
     for split in ("train", "validation", "test"):
         documents(options.data, split)

@@ -17,9 +17,9 @@ from ..models.cost import count_parameters, num_tensors
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..prune.choose import Target, select
-from ..prune.compensate import Repair, repair_tensors, repaired_config
+from ..prune.compensate import Repair, repair_tensors
 from ..prune.scores import load_scores
-from ..prune.slice import Selection
+from ..prune.slice import Selection, slice_config
 from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
 from .show import Bar, progress, result, table
 from .stage import run_stage
@@ -95,7 +95,7 @@ def fill(folder: Path, source: Path, options: Options) -> None:
     checkpoint = open_checkpoint(source)
     scores = load_scores(options.scores)
     selection = select(checkpoint.config, scores.widths, scores.layers.order, options.target)
-    config = repaired_config(checkpoint.config, selection, options.repair)
+    config = slice_config(checkpoint.config, selection)
     batches: list[Batch] = []
     if options.repair.needs_data:
         assert options.data is not None

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 
 import pytest
 import torch
+from limbeck.kernels.norm import rms_norm
 from limbeck.models.axes import HIDDEN, tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.compensate import Repair, repair_model, repair_tensors, repaired_config
-from limbeck.prune.slice import Selection, slice_config, slice_model
+from limbeck.prune.compensate import (
+    Repair,
+    principal_directions,
+    repair_model,
+    repair_tensors,
+    rms_ratios,
+    rotated,
+)
+from limbeck.prune.slice import Selection, filled, slice_config, slice_model
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
 from limbeck.tests.test_slice import draw_selection
 from torch import Tensor
@@ -56,7 +65,7 @@ def test_where_nothing_is_cut_nothing_changes(repair: Repair, seed: int) -> None
     model, batches = random_model(config, seed), rows(config)
     everything = Selection(tuple(range(config.num_layers)))
     same = repair_model(model, everything, batches, repair)
-    assert same.config == repaired_config(config, everything, repair)
+    assert same.config == slice_config(config, everything)
     assert_close("logits", logits(model, batches), logits(same, batches), 1e-5)
 
 
@@ -78,7 +87,7 @@ def test_the_tensors_are_those_of_the_smaller_config(repair: Repair, seed: int) 
             on_step=lambda done, total: steps.append((done, total)),
         )
     )
-    table = tensor_table(repaired_config(config, selection, repair))
+    table = tensor_table(slice_config(config, selection))
     assert [name for name, _ in found] == list(table)
     assert all(tensor.shape == table[name].shape and tensor.dtype == torch.bfloat16 for name, tensor in found)
     assert all(torch.isfinite(tensor).all() for _, tensor in found)
@@ -97,23 +106,63 @@ def test_the_source_is_left_as_it_was(repair: Repair) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_directions_without_energy_are_cut_without_loss() -> None:
-    """A stream that lives in 20 of 32 directions, none of them a channel: a rotation finds them, channels do not."""
-    config = tiny_config(norm_eps=1e-12)
-    model, batches = random_model(config), rows(config)
+def living_in(directions: int, **changes: object) -> HybridLM:
+    """A model whose stream lives in so many of 32 directions, none of them a channel."""
+    model = random_model(tiny_config(norm_eps=1e-12, **changes))
     turn, _ = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64))
-    inside = turn[:, :20] @ turn[:, :20].T
+    inside = turn[:, :directions] @ turn[:, :directions].T
     for name, weight in model.named_parameters():
         if name == "embeddings.weight":
             weight.data = weight.data @ inside
         elif name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight")):
             weight.data = inside @ weight.data
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_directions_without_energy_are_cut_without_loss(tied: bool) -> None:
+    """A rotation finds them, channels do not. A tied embedding stays tied: its final norm's weights are alike."""
+    model = living_in(20, tie_word_embeddings=tied)
+    if tied:
+        model.norm_f.weight.data.fill_(1.7)
+    config, batches = model.config, rows(model.config)
     selection = Selection(tuple(range(config.num_layers)), {HIDDEN: tuple(range(20))})
     exact = repair_model(model, selection, batches, Repair(rotate=True))
-    assert exact.config.hidden_size == 20
+    assert exact.config == slice_config(config, selection) and exact.config.tie_word_embeddings == tied
     assert_close("logits", logits(model, batches), logits(exact, batches), 1e-6)
     unseen = rows(config, seed=9)
     assert_close("unseen text", logits(model, unseen), logits(exact, unseen), 1e-6)
+
+
+def test_channels_whose_final_norm_is_an_outlier_are_not_turned() -> None:
+    """With a tied embedding: three channels of other weight stay channels, with their weight, and none is lost."""
+    model = living_in(32, tie_word_embeddings=True)
+    outliers = {4: 5.0, 7: -2.0, 30: 0.1}
+    model.norm_f.weight.data.fill_(1.7)
+    for channel, value in outliers.items():
+        model.norm_f.weight.data[channel] = value
+    everything = Selection(tuple(range(model.config.num_layers)), {HIDDEN: tuple(range(31))})
+    found = principal_directions(
+        model.state_dict().__getitem__, model.config, rows(model.config), everything, "cpu", torch.float64
+    )
+    assert found.fixed == 3
+    assert {int(column.argmax()) for column in found.turn[:, :3].T} == set(outliers)
+    get = rotated(model.state_dict().__getitem__, model.config, found, "cpu")
+    turned = filled(model.config, ((name, get(name)) for name in tensor_table(model.config)), model)
+    assert sorted(turned.norm_f.weight.tolist()[:3]) == sorted(outliers.values())
+    batches = rows(model.config)
+    assert_close("logits", logits(model, batches), logits(turned, batches), 1e-6)
+
+
+def test_a_norm_takes_the_measured_ratio() -> None:
+    """Half of the channels, of RMS 3 where the others have 4: what is left is divided by 3, not by sqrt(12.5)."""
+    kept = torch.tensor([0, 2])
+    stream = torch.tensor([[3.0, 4.0, -3.0, 4.0]]).double()
+    weight = torch.tensor([2.0, 0.5, 1.0, 3.0]).double()
+    normed = rms_norm(stream, weight, 0.0)
+    ratio = rms_ratios([normed], weight, kept, 1)
+    assert_close("ratio", torch.tensor([3 / math.sqrt(12.5)], dtype=torch.float64), ratio, 1e-12)
+    assert_close("norm", normed[:, kept], rms_norm(stream[:, kept], weight[kept] * ratio, 0.0), 1e-12)
 
 
 @pytest.mark.parametrize("kinds", [("ffn",), ("mamba_heads",), ("attn_heads",), ("hidden",), ("layers",)])
@@ -139,4 +188,4 @@ def test_wrong_options() -> None:
     empty = [dataclasses.replace(batch, labels=batch.labels.fill_(-100)) for batch in rows(config)]
     everything = Selection(tuple(range(config.num_layers)))
     with pytest.raises(InputError, match="no counted token"):
-        repair_model(random_model(config), everything, empty, Repair(rotate=True))
+        repair_model(random_model(config), everything, empty, Repair(least_squares=True))
