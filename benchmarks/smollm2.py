@@ -159,7 +159,7 @@ def convert(path: Path, output: Path, dtype: torch.dtype) -> None:
     with atomic_folder(output) as folder, tempfile.TemporaryDirectory() as words:
         write_tokenizer(Path(words), fields)
         write_checkpoint(
-            folder, config, tensors_of(config, get), dtype=dtype, tokenizer_from=Path(words), provenance=facts
+            folder, config, tensors_of(config, get), dtypes=dtype, tokenizer_from=Path(words), provenance=facts
         )
 
 

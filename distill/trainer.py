@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
 from ..models.hybrid import HybridLM
+from ..models.tensors import save_tensors
 
 SCHEDULES = ("cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
@@ -211,17 +212,14 @@ def save_state(
     if target.exists():
         return
     with atomic_folder(target) as temporary:
-        save_file(
-            {name: weight.detach().contiguous() for name, weight in model.named_parameters()},
-            temporary / "model.safetensors",
-        )
+        save_tensors(temporary / "model.safetensors", dict(model.named_parameters()))
         names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
         tensors = {}
         for kind, optimizer in optimizers.items():
             for weight, state in optimizer.state.items():
                 for key, value in state.items():
-                    tensors[f"{kind}/{names[weight]}/{key}"] = torch.as_tensor(value).contiguous()
-        save_file(tensors, temporary / "optimizer.safetensors")
+                    tensors[f"{kind}/{names[weight]}/{key}"] = torch.as_tensor(value)
+        save_tensors(temporary / "optimizer.safetensors", tensors)
         write_json(temporary / "state.json", {"step": step, "tokens": tokens})
     for old in states(folder)[:-1]:
         shutil.rmtree(old)

@@ -1,33 +1,37 @@
 """Checkpoint folders in the public layout: config.json, safetensors (one file or shards), tokenizer, limbeck.json.
 
-Reading goes tensor by tensor; names, shapes and dtypes are checked against `axes.tensor_table` from the headers,
-before any weight is read. Writing streams, one shard in memory at a time, and the folder appears whole or not at all.
+Reading goes tensor by tensor, or rows by rows; names, shapes and dtypes are checked against `axes.tensor_table` from
+the headers, before any weight is read. Writing streams too: memory holds what is handed over at a time, whatever the
+size of a shard. A shard has its name once it is whole, so that unfinished work goes on behind the last one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .axes import TensorAxes, tensor_table
 from .config import HybridConfig
-from .errors import InputError
+from .errors import DiskError, InputError
 from .families import from_checkpoint_name, is_ignored, to_checkpoint_name
 from .folder import atomic_folder, write_json
 from .hybrid import HybridLM
+from .tensors import DTYPES as ALL_DTYPES
+from .tensors import Form, TensorFile, is_finite
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+PIECE_BYTES = 2**26  # of a tensor in memory, where it is streamed
+DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point}
 # What belongs to the tokenizer and goes along with the weights.
 COMPANIONS = (
     "tokenizer.json",
@@ -71,10 +75,14 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, read from its file. Raises InputError where it holds NaN or infinity."""
+        return self.rows(name, 0, None)
+
+    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Rows start..stop-1 of one tensor. They lie in the file until they are used. Raises InputError as above."""
         place = self.stored[name]
         with open_file(place.file) as file:
-            tensor = file.get_tensor(place.name)
-        if not torch.isfinite(tensor).all():
+            tensor = file.get_slice(place.name)[start:stop]
+        if not is_finite(tensor):
             kind = "NaN" if torch.isnan(tensor).any() else "infinity"
             raise InputError(f"{place.file}: tensor {place.name} holds {kind}; expected finite numbers")
         return tensor
@@ -193,13 +201,13 @@ def save_model(
     provenance: Mapping[str, Any] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model as a folder; see `write_checkpoint`."""
+    """Writes a model as a folder; see `write_checkpoint`. `dtype` None keeps each tensor's."""
     with atomic_folder(Path(path)) as folder:
         write_checkpoint(
             folder,
             model.config,
             model_tensors(model),
-            dtype=dtype,
+            dtypes=dtype or model_dtypes(model),
             tokenizer_from=tokenizer_from,
             provenance=provenance,
             max_shard_bytes=max_shard_bytes,
@@ -211,44 +219,50 @@ def write_checkpoint(
     config: HybridConfig,
     tensors: Iterable[tuple[str, Tensor]],
     *,
-    dtype: torch.dtype | None = None,
+    dtypes: torch.dtype | Mapping[str, torch.dtype],
     tokenizer_from: Path | None = None,
     provenance: Mapping[str, Any] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Fills an existing, empty folder (see `folder.atomic_folder`) with config, weights and tokenizer.
+    """Fills an existing folder (see `folder.atomic_folder`) with config, weights and tokenizer.
 
-    `tensors` yields (name, tensor) in the order of the table, each once; a shard is written as soon as it is full,
-    so that memory holds one shard. `dtype` None keeps each tensor's. `tokenizer_from` is a folder whose tokenizer
-    files are copied; `provenance` becomes limbeck.json.
+    `tensors` yields (name, tensor) of the table, or (name, rows), one piece after the other; they are stored in
+    `dtypes`, one for all or one for each name. Shards that are in the folder already stay, and what is yielded for
+    them is passed over: see `finished_shards`. `tokenizer_from` is a folder whose tokenizer files are copied;
+    `provenance` becomes limbeck.json.
+    Raises InputError where the config cannot be written, DiskError where the disk has less room than the weights take
+    or refuses a write.
     """
     content = config.to_hf()  # what cannot be written is refused before the first weight is
-    table = tensor_table(config)
-    expected = iter(table)
-    shards: list[dict[str, int]] = []
-    pending: dict[str, Tensor] = {}
-    saved_dtypes: dict[torch.dtype, int] = {}
-
-    def flush() -> None:
-        shards.append({name: tensor.numel() * tensor.element_size() for name, tensor in pending.items()})
-        path = folder / f"shard-{len(shards)}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors leaves it to its owner alone
-        pending.clear()
-
-    for name, tensor in tensors:
-        assert name == next(expected), name
-        assert tuple(tensor.shape) == table[name].shape, (name, tensor.shape, table[name].shape)
-        tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if pending and size + sum(t.numel() * t.element_size() for t in pending.values()) > max_shard_bytes:
-            flush()
-        pending[to_checkpoint_name(config, name)] = tensor
-        saved_dtypes[tensor.dtype] = saved_dtypes.get(tensor.dtype, 0) + tensor.numel()
-    assert next(expected, None) is None, "a tensor of the table was not given"
-    flush()
-    name_shards(folder, shards)
-    main_dtype = max(saved_dtypes, key=lambda key: saved_dtypes[key])
+    shards = plan_shards(config, dtypes, max_shard_bytes)
+    missing = [shard for shard in shards if not (folder / shard.file).exists()]
+    check_room(folder, sum(shard.bytes for shard in missing))
+    place = {name: shard for shard in missing for name in shard.forms}
+    done = {name for shard in shards if shard not in missing for name in shard.forms}
+    files: dict[str, TensorFile] = {}
+    try:
+        for name, rows in tensors:
+            if name in done:
+                continue
+            shard = place[name]
+            if shard.file not in files:
+                files[shard.file] = TensorFile(folder / shard.file, shard.stored_forms(config))
+            file = files[shard.file]
+            file.write(to_checkpoint_name(config, name), rows.detach().to(shard.forms[name][0]))
+            if file.complete:
+                files.pop(shard.file).finish()
+                done |= shard.forms.keys()
+    finally:
+        for file in files.values():
+            file.discard()
+    absent = [name for name in place if name not in done]
+    assert not absent, f"tensors of the table that were not given: {absent}"
+    write_index(folder, config, shards)
+    counts: dict[torch.dtype, int] = {}
+    for shard in shards:
+        for dtype, shape in shard.forms.values():
+            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
+    main_dtype = max(counts, key=lambda key: counts[key])
     write_json(folder / "config.json", content | {"torch_dtype": str(main_dtype).removeprefix("torch.")})
     for name in COMPANIONS if tokenizer_from is not None else ():
         if (Path(tokenizer_from) / name).is_file():  # type: ignore[arg-type]
@@ -257,18 +271,78 @@ def write_checkpoint(
         write_json(folder / "limbeck.json", dict(provenance))
 
 
-def name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """Gives the shards their final names, now that their number is known, and writes the index."""
-    if len(shards) == 1:
-        (folder / "shard-1.safetensors").rename(folder / SINGLE)
-        return
-    weight_map = {}
-    for number, sizes in enumerate(shards, 1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}.safetensors").rename(folder / final)
-        weight_map.update(dict.fromkeys(sizes, final))
-    total = sum(sum(sizes.values()) for sizes in shards)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of weights, before it is written: its name, and the tensors by their names in the table."""
+
+    file: str
+    forms: Mapping[str, Form]
+
+    @property
+    def bytes(self) -> int:
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.forms.values())
+
+    def stored_forms(self, config: HybridConfig) -> dict[str, Form]:
+        return {to_checkpoint_name(config, name): form for name, form in self.forms.items()}
+
+
+def plan_shards(
+    config: HybridConfig, dtypes: torch.dtype | Mapping[str, torch.dtype], max_shard_bytes: int = SHARD_BYTES
+) -> tuple[Shard, ...]:
+    """The files of a checkpoint: the table's tensors in their order, as many to a file as `max_shard_bytes` hold."""
+    groups: list[dict[str, Form]] = [{}]
+    filled = 0
+    for name, axes in tensor_table(config).items():
+        dtype = dtypes[name] if isinstance(dtypes, Mapping) else dtypes
+        size = axes.numel * dtype.itemsize
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = (dtype, axes.shape)
+        filled += size
+    if len(groups) == 1:
+        return (Shard(SINGLE, groups[0]),)
+    return tuple(
+        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, 1)
+    )
+
+
+def finished_shards(folder: Path, config: HybridConfig, shards: Iterable[Shard]) -> Checkpoint:
+    """What an earlier, interrupted `write_checkpoint` has left in a folder: a checkpoint of some of the tensors."""
+    return Checkpoint(
+        folder,
+        config,
+        {
+            name: Stored(folder / shard.file, to_checkpoint_name(config, name), dtype)
+            for shard in shards
+            if (folder / shard.file).exists()
+            for name, (dtype, _) in shard.forms.items()
+        },
+    )
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises DiskError where the disk of a folder has less room."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskError(
+            f"{folder.parent}: the weights take {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left;"
+            " free space, or give an output elsewhere"
+        )
+
+
+def write_index(folder: Path, config: HybridConfig, shards: Sequence[Shard]) -> None:
+    """The index of a folder of several files."""
+    if len(shards) > 1:
+        weight_map = {to_checkpoint_name(config, name): shard.file for shard in shards for name in shard.forms}
+        total = sum(shard.bytes for shard in shards)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def model_dtypes(model: HybridLM) -> dict[str, torch.dtype]:
+    """The dtype of every tensor of a model."""
+    weights = model.state_dict()
+    return {name: weights[name].dtype for name in tensor_table(model.config)}
 
 
 def model_tensors(model: HybridLM) -> Iterator[tuple[str, Tensor]]:
@@ -278,7 +352,15 @@ def model_tensors(model: HybridLM) -> Iterator[tuple[str, Tensor]]:
         yield name, weights[name].cpu()
 
 
-def stream_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a checkpoint in the table's order, read one at a time."""
-    for name in checkpoint.names():
-        yield name, checkpoint.tensor(name)
+def stream_rows(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, rows) of a checkpoint in the table's order, `PIECE_BYTES` at a time."""
+    for name, axes in tensor_table(checkpoint.config).items():
+        for start, stop in row_blocks(axes.shape, checkpoint.stored[name].dtype):
+            yield name, checkpoint.rows(name, start, stop)
+
+
+def row_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """The rows of a tensor in runs (start, stop) of `PIECE_BYTES` at most, a row at least."""
+    step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])

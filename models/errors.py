@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class CheckFailed(Exception):
     """A check that the user asked for says no (a memory fit, an export that does not read back alike)."""
+
+
+class DiskError(InputError):
+    """The disk refused to be written: full, not ours, or gone. What was finished before stays."""

@@ -79,11 +79,13 @@ def repair_tensors(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     on_step: OnStep | None = None,
+    finished: Mapping[str, GetTensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of the pruned and repaired model (`slice_config`), in the order of its table and in the
     source's dtypes. `get_tensor` reads a tensor of the source by its internal name; layers run in `dtype` on
-    `device`. `on_step(done, total)` counts layers, once for each walk through the data. Raises InputError where the
-    data has no counted token.
+    `device`. `on_step(done, total)` counts layers, once for each walk through the data. `finished` holds, by name, what
+    reads a tensor that an interrupted run of just the same has made: a layer of which all are there is run, but not
+    mended again. Raises InputError where the data has no counted token.
     """
     walks = repair.norms == "measured" or repair.least_squares
     turns = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
@@ -94,7 +96,7 @@ def repair_tensors(
         get_tensor, selection = rotated(get_tensor, config, turn, device), rotated_selection(selection)
     if walks:
         done = total - config.num_layers
-        walk = Walk(get_tensor, config, selection, batches, repair, device, dtype)
+        walk = Walk(get_tensor, config, selection, batches, repair, device, dtype, finished or {})
         yield from walk.tensors(None if on_step is None else lambda layer: on_step(done + layer, total))
     else:
         yield from slice_tensors(get_tensor, config, selection, rescale_norms=repair.norms == "count")
@@ -314,8 +316,10 @@ class Walk:
         repair: Repair,
         device: torch.device | str,
         dtype: torch.dtype,
+        finished: Mapping[str, GetTensor],
     ) -> None:
         self.read, self.config, self.selection, self.repair = get_tensor, config, selection, repair
+        self.made = finished
         self.held: dict[str, Tensor] = {}
         self.place: Any = (device, dtype)
         self.smaller = slice_config(config, selection)
@@ -331,20 +335,25 @@ class Walk:
         place = 0
         for layer in range(self.config.num_layers):
             before = one_layer(self.config, layer, self.get_tensor, *self.place)
+            moved = False
             if layer in self.selection.layers:
-                after = one_layer(self.smaller, place, self.sliced, *self.place)
+                mine = [name for name, axes in self.smaller_table.items() if axes.layer == place]
+                made = all(name in self.made for name in mine)
+                after = one_layer(self.smaller, place, self.remade if made else self.sliced, *self.place)
                 weights = {name[9:]: tensor for name, tensor in after.state_dict().items() if name[:9] == "layers.0."}
-                if self.repair.norms == "measured":
+                if self.repair.norms == "measured" and not made:
                     self.measure_norms(layer, before, weights)
-                if self.repair.least_squares:
+                if self.repair.least_squares and not made:
                     self.refit_readers(place, weights)
                     self.refit_writer(before, after, weights)
+                    moved = True
+                for name in mine:
+                    name, tensor = self.finished(name, weights[name.split(".", 2)[2]])
+                    weights[name.split(".", 2)[2]].copy_(tensor)  # what is stored is what the next layers mend
+                    yield name, tensor
                 self.pruned.advance(after)
-                for name, axes in self.smaller_table.items():
-                    if axes.layer == place:
-                        yield self.finished(name, weights[name.split(".", 2)[2]])
                 place += 1
-            if layer not in self.selection.layers or not self.repair.least_squares:
+            if not moved:
                 self.original.advance(before)
             self.held.clear()
             if on_layer is not None:
@@ -360,6 +369,9 @@ class Walk:
 
     def finished(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return name, tensor.to(self.get_tensor(source_name(name, self.selection)).dtype).cpu()
+
+    def remade(self, name: str) -> Tensor:
+        return self.made[name](name)
 
     def sliced(self, name: str) -> Tensor:
         """A tensor of the pruned model as slicing alone gives it."""
@@ -399,9 +411,8 @@ class Walk:
         fit = Fit()
         for number, mask in enumerate(self.original.mask):
             inputs = self.pruned.run(after, number)[1][INNER[after.config.pattern]]
-            self.original.hidden[number] = self.original.run(before, number)[0]
-            target = self.original.hidden[number][mask][:, self.kept] - self.pruned.hidden[number][mask]
-            fit.add(target, inputs)
+            ahead = self.original.hidden[number] = self.original.run(before, number)[0]
+            fit.add(ahead[mask][:, self.kept] - self.pruned.hidden[number][mask], inputs)
         weights[writer].copy_(fit.solve(weights[writer], self.repair.ridge))
 
     def stream_fit(self, norm: Tensor, own: Tensor) -> Fit:

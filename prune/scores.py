@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models.axes import HIDDEN, Axis, axis_sizes
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
+from ..models.tensors import save_tensors
 
 WidthScores = dict[Axis, Tensor]
 
@@ -81,8 +81,7 @@ def check_width_scores(config: HybridConfig, widths: WidthScores, where: str) ->
 
 def write_scores(folder: Path, scores: Scores) -> None:
     """Writes the two files into an existing folder; the same scores give the same bytes."""
-    tensors = {tensor_name(axis): scores.widths[axis].contiguous() for axis in sorted(scores.widths, key=tensor_name)}
-    save_file(tensors, folder / "scores.safetensors")
+    save_tensors(folder / "scores.safetensors", {tensor_name(axis): values for axis, values in scores.widths.items()})
     layers = dataclasses.asdict(scores.layers)
     layers["candidates"] = [{str(layer): mse for layer, mse in step.items()} for step in scores.layers.candidates]
     write_json(folder / "scores.json", {**scores.metadata, "layers": layers})

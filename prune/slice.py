@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..models.axes import Axis, Dimension, TensorAxes, axis_sizes, segment_size, tensor_table
+from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.tensors import take
 
 # The width of the config that counts the units of an axis, and for axes whose units live in groups of equal size
 # (a group shares B and C, or a key/value head) the width that counts the groups.
@@ -109,6 +111,38 @@ def slice_tensors(
         yield name, cut(get_tensor(source.name), source, axes, selection.kept, rescale_norms=rescale_norms)
 
 
+def slice_rows(
+    get_rows: Callable[[str, int, int], Tensor],
+    config: HybridConfig,
+    selection: Selection,
+    *,
+    dtypes: Mapping[str, torch.dtype],
+    rescale_norms: bool = True,
+    skip: Container[str] = (),
+) -> Iterator[tuple[str, Tensor]]:
+    """`slice_tensors` in pieces: yields (name, rows), a block of the source's rows in memory at a time.
+
+    `get_rows(name, start, stop)` reads rows of a tensor of the source, `dtypes` says in which dtype they are; `skip`
+    names tensors of the smaller model that are not asked for.
+    """
+    source_table = tensor_table(config)
+    for name, axes in tensor_table(slice_config(config, selection)).items():
+        if name in skip:
+            continue
+        source = source_table[source_name(name, selection)]
+        first = kept_rows(source.dimensions[0], selection.kept)
+        blocks = list(row_blocks(source.shape, dtypes[source.name]))
+        if len(blocks) == 1 or bool((first.diff() < 0).any()):
+            tensor = get_rows(source.name, 0, source.shape[0])
+            yield name, cut(tensor, source, axes, selection.kept, rescale_norms=rescale_norms)
+            continue
+        others = [kept_rows(dimension, selection.kept) for dimension in source.dimensions[1:]]
+        for start, stop in blocks:
+            own = first[(start <= first) & (first < stop)] - start
+            if len(own):
+                yield name, chosen(get_rows(source.name, start, stop), [own, *others])
+
+
 def cut(
     tensor: Tensor,
     source: TensorAxes,
@@ -119,13 +153,18 @@ def cut(
 ) -> Tensor:
     """One tensor of the smaller model, `axes` in its table, from the source's, `source` there."""
     assert tensor.shape == source.shape, (source.name, tuple(tensor.shape), source.shape)
-    for number, dimension in enumerate(source.dimensions):
-        index = kept_rows(dimension, kept)
-        if not torch.equal(index, torch.arange(source.shape[number])):
-            tensor = tensor.index_select(number, index.to(tensor.device))
+    tensor = chosen(tensor, [kept_rows(dimension, kept) for dimension in source.dimensions])
     if rescale_norms and is_norm(axes.name) and axes.numel != source.numel:
         tensor = (tensor.double() * math.sqrt(source.numel / axes.numel)).to(tensor.dtype)
     assert tensor.shape == axes.shape, (axes.name, tuple(tensor.shape), axes.shape)
+    return tensor
+
+
+def chosen(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    """What the indices name along each dimension; the tensor itself where that is all of it."""
+    for number, index in enumerate(indices):
+        if not torch.equal(index, torch.arange(tensor.shape[number])):
+            tensor = take(tensor, number, index)
     return tensor
 
 

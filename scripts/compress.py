@@ -34,7 +34,7 @@ class Options:
     dtype: str
     importance: score.Importance
     target: Target
-    repair: prune.CalibratedRepair
+    repair: prune.Mending
     distill: distill.Distill
     evaluate_tokens: int
     export_dtype: str

@@ -13,7 +13,7 @@ from ..distill.data import Batch, Corpus, train_batches
 from ..distill.gap import measure_gap
 from ..distill.losses import DistillLoss, check_vocabularies, distillation_loss
 from ..distill.trainer import Evaluate, OnStep, TrainOptions, train
-from ..models.checkpoint import load_model, model_tensors, write_checkpoint
+from ..models.checkpoint import load_model, model_dtypes, model_tensors, write_checkpoint
 from ..models.hybrid import HybridLM
 from .inputs import corpus, data_input, model_folder, sample, torch_device, torch_dtype
 from .show import progress, result
@@ -133,6 +133,8 @@ def train_with_bar(
 
 def finish_training(folder: Path, model: HybridLM, tokenizer_from: Path) -> None:
     """The trained model becomes a checkpoint: weights, tokenizer, metrics."""
-    write_checkpoint(folder, model.config, model_tensors(model), tokenizer_from=tokenizer_from)
+    write_checkpoint(
+        folder, model.config, model_tensors(model), dtypes=model_dtypes(model), tokenizer_from=tokenizer_from
+    )
     if (folder / "training" / "metrics.jsonl").exists():
         shutil.copyfile(folder / "training" / "metrics.jsonl", folder / "metrics.jsonl")

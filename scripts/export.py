@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.checkpoint import Checkpoint, load_model, open_checkpoint, stream_tensors, write_checkpoint
+from ..models.checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
 from ..models.config import HybridConfig
 from ..models.cost import count_parameters
 from ..models.errors import CheckFailed, InputError
 from ..models.families import FAMILIES
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM
+from ..models.tensors import is_finite
 from .inputs import model_folder, torch_dtype
 from .show import read_json, result, table
 from .stage import run_stage
@@ -67,6 +68,7 @@ def fill(folder: Path, source: Path, options: Options) -> None:
         folder,
         checkpoint.config,
         rounded(checkpoint, dtype),
+        dtypes=dtype,
         tokenizer_from=source,
         max_shard_bytes=options.max_shard_bytes,
     )
@@ -90,10 +92,10 @@ def fill(folder: Path, source: Path, options: Options) -> None:
 
 
 def rounded(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors in `dtype`. Raises InputError where a number is beyond its range."""
-    for name, tensor in stream_tensors(checkpoint):
+    """The checkpoint's tensors in `dtype`, rows by rows. Raises InputError where a number is beyond its range."""
+    for name, tensor in stream_rows(checkpoint):
         found = tensor.to(dtype)
-        if not torch.isfinite(found).all():
+        if not is_finite(found):
             worst = tensor.abs().max().item()
             raise InputError(
                 f"export: tensor {name} reaches {worst:.4g}, beyond {str(dtype).removeprefix('torch.')};"

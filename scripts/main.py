@@ -5,6 +5,7 @@ Heavy imports wait until a command runs: `limbeck --help` reads nothing but this
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -45,6 +46,8 @@ config; data= takes a folder, a file, or `stdlib` (the running Python's own sour
 First run:   limbeck compress recipe=tiny output=first
 Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
 """
+# What a disk says when it is full, over quota, at a limit, read-only, broken or another's.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 CONF = Path(__file__).parents[1] / "conf"
 
 
@@ -75,9 +78,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return finish(2, str(error))
     except CheckFailed as error:
         return finish(3, str(error))
-    except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        from ..models.tensors import refusal
+
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in DISK:
+            raise
+        return finish(2, refusal(error))
     except KeyboardInterrupt:
         return finish(130, "interrupted; the same command goes on where this one stopped, where work can be resumed")
 

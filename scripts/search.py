@@ -85,7 +85,7 @@ class Options:
     loss_tokens: int
     listed: int
     distill_top: int
-    repair: prune.CalibratedRepair
+    repair: prune.Mending
     space: Space
     rules: Rules
     budget: Limits
@@ -128,8 +128,7 @@ def run(options: Options) -> None:
         check_width_scores(config, scores.widths, f"scores={options.scores}")
     depths = find_depths(config, options.space, options.rules, scores.layers if scores else None)
     budget = options.budget.budget(options.hardware)
-    counted = config.replace(tie_word_embeddings=False) if options.repair.rotate else config
-    found = find_candidates(counted, options.space, depths, budget, options.hardware, options.requests)
+    found = find_candidates(config, options.space, depths, budget, options.hardware, options.requests)
     chosen = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
@@ -188,8 +187,8 @@ def with_loss(
     how = options.distill
     rows: dict[str, Any] = {"seq_len": how.seq_len, "batch": how.batch, "seed": options.seed}
     batches = sample(options.data, "train", source, tokens=options.loss_tokens, **rows)
-    calibration = []
-    if options.repair.needs_data:
+    calibration, mend = [], options.repair.repair(options.data)
+    if mend.needs_data:
         calibration = sample(options.data, "train", source, tokens=options.repair.tokens, **rows)
     first = ranked(candidates, "importance")[: options.measure or None]
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +200,7 @@ def with_loss(
             if not file.exists():
                 model = model or load_model(source, torch_dtype(options.dtype), torch_device(options.device))
                 selection = candidate.selection(config, scores.widths)
-                loss = sliced_loss(model, selection, batches, options.repair, calibration)
+                loss = sliced_loss(model, selection, batches, mend, calibration)
                 write_json(file, {"loss": loss})
             losses[candidate.name] = read_json(file)["loss"]
             bar.set(done, note=f"lowest {min(losses.values()):.3f}")

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from ..models.folder import write_json
@@ -30,12 +39,12 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress(what: str, total: float | None = None) -> Iterator[Bar]:
+def progress(what: str, total: float | None = None, *, in_bytes: bool = False) -> Iterator[Bar]:
     """A bar while the block runs; one line that says what was done where the output is no terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        *((DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),

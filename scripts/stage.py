@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..models.errors import InputError
+from ..models.errors import DiskError, InputError
 from ..models.folder import atomic_folder, finish_folder, sha256_file, sha256_folder, write_json
 
 PROVENANCE = "limbeck.json"
@@ -74,21 +74,23 @@ def run_stage(
     inputs: Mapping[str, Path | str],
     options: Mapping[str, Any],
     make: Callable[[Path, dict[str, Any]], None],
+    resumes: bool = False,
     scratch: str | None = None,
 ) -> bool:
     """Makes `folder` by `make(temporary folder, facts)`, unless it is there already with the same fingerprint.
 
-    Returns whether it was made. Where `make` names a folder within for its unfinished work, `scratch`, the temporary
-    folder outlives a kill and is found again; the scratch goes once the folder has its name.
+    Returns whether it was made. With `resumes` the temporary folder outlives a kill and a full disk, and `make` finds
+    what it has done; a `scratch` folder within is no part of the result, and goes once the folder has its name.
     Raises InputError where the folder was made from something else.
     """
+    resumes = resumes or scratch is not None
     facts = provenance(name, inputs, options)
     if folder.exists():
         check_finished(folder, facts)
-        if scratch is not None:
+        if resumes:
             clear(folder, scratch)
         return False
-    if scratch is None:
+    if not resumes:
         with atomic_folder(folder) as temporary:
             make(temporary, facts)
             write_json(temporary / PROVENANCE, facts)
@@ -96,8 +98,9 @@ def run_stage(
     temporary = begin(folder, facts)
     try:
         make(temporary, facts)
-    except InputError:
-        if not (temporary / scratch).exists():  # refused before there was any work to keep
+    except InputError as error:
+        worked = scratch is not None and (temporary / scratch).exists()
+        if not worked and not isinstance(error, DiskError):  # wrong from the start
             shutil.rmtree(temporary)
         raise
     write_json(temporary / PROVENANCE, facts)
@@ -123,10 +126,11 @@ def begin(folder: Path, facts: Mapping[str, Any]) -> Path:
     return temporary
 
 
-def clear(folder: Path, scratch: str) -> None:
+def clear(folder: Path, scratch: str | None) -> None:
     """What only unfinished work needs goes; the folder has its name by then, so that a kill here loses nothing."""
     (folder / BEGUN).unlink(missing_ok=True)
-    shutil.rmtree(folder / scratch, ignore_errors=True)
+    if scratch is not None:
+        shutil.rmtree(folder / scratch, ignore_errors=True)
 
 
 def check_finished(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -76,14 +76,14 @@ def test_a_failed_check_leaves_nothing(source: Path, tmp_path: Path, monkeypatch
         assert code == 3 and says in err and err.count("\n") == 1, (code, err)
         assert list(tmp_path.iterdir()) == []
 
-    honest = export.stream_tensors
+    honest = export.stream_rows
 
     def careless(checkpoint: Any) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in honest(checkpoint):
             yield name, tensor * 1.01 if name == "layers.2.mixer.out_proj.weight" else tensor
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "stream_tensors", careless)
+        patch.setattr(export, "stream_rows", careless)
         refused("differ from the source's by up to")
     with monkeypatch.context() as patch:
         patch.setattr(export, "relative", lambda ours, theirs: 2e-4)

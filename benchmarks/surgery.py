@@ -1,0 +1,190 @@
+"""Prunes a checkpoint of the 12B's exact size to the 9B's by streaming, beside plain reading and writing of the bytes.
+
+    python -m limbeck.benchmarks.surgery FOLDER [--small] [--rounds 1]
+
+FOLDER is made, holds up to 61 GB while it runs (--small: 0.1 GB), and is removed at the end. Weights and scores are
+random; the order of layers is the one that gives the published pattern. Every round drops the files from the page
+cache, times `limbeck prune` in a process of its own (its start, its hashing of the inputs and its syncing included),
+drops them again, and times plain code that reads the same source bytes and writes and syncs as many bytes as the
+output has. Peak memory is the process's high-water mark, pages of mapped files included, polled from /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from limbeck.benchmarks.provenance import provenance
+from limbeck.models.axes import tensor_table
+from limbeck.models.checkpoint import open_checkpoint, row_blocks, write_checkpoint
+from limbeck.models.config import HybridConfig
+from limbeck.models.cost import count_parameters, num_tensors
+from limbeck.models.folder import atomic_folder
+from limbeck.prune.importance import score_random
+from limbeck.prune.scores import LayerScores, Scores, save_scores
+from torch import Tensor
+
+# The published models (NVIDIA-NeMo/Megatron-Bridge, NVIDIA/Model-Optimizer), and what the 9B has to come out as.
+WIDTHS = {
+    "model_type": "nemotron_h", "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+    "mamba_num_heads": 128, "mamba_head_dim": 80, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4,
+    "chunk_size": 128, "vocab_size": 131072, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "layer_norm_epsilon": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 12,
+}  # fmt: skip
+BEFORE = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
+AFTER = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
+REMOVED = (7, 52, 8, 48, 17, 18)
+TARGET = {"layers": 56, "hidden_size": 4480, "intermediate_size": 15680}
+PARAMETERS, TENSORS = 8_888_227_328, 341
+BLOCK = 2**24
+
+
+def config_of(small: bool) -> HybridConfig:
+    shrink = 16 if small else 1
+    found = HybridConfig.from_hf(
+        WIDTHS
+        | {"hybrid_override_pattern": BEFORE, "hidden_size": 5120 // shrink, "intermediate_size": 20480 // shrink}
+    )
+    return found.replace(vocab_size=2048, mamba_num_heads=8, num_attention_heads=8) if small else found
+
+
+def random_tensors(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, rows): one block of random numbers, over and over, each time begun elsewhere."""
+    noise = torch.randn(2**25, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+    begin = 0
+    for name, axes in tensor_table(config).items():
+        for start, stop in row_blocks(axes.shape, torch.bfloat16):
+            size = (stop - start) * (axes.numel // axes.shape[0])
+            begin = (begin + 7919) % 2**16
+            parts = [noise[begin : begin + size]]
+            while (left := size - sum(len(part) for part in parts)) > 0:
+                parts.append(noise[:left])
+            yield name, torch.cat(parts).reshape(stop - start, *axes.shape[1:])
+
+
+def make_inputs(folder: Path, config: HybridConfig, shard: int) -> None:
+    """The source checkpoint, tokenizer-less, and its scores."""
+    with atomic_folder(folder / "source") as source:
+        write_checkpoint(source, config, random_tensors(config), dtypes=torch.bfloat16, max_shard_bytes=shard)
+    order = LayerScores(REMOVED, (0.0,) * len(REMOVED))
+    save_scores(folder / "scores", Scores(score_random(config, 0), order))
+
+
+def drop_cache(folder: Path) -> None:
+    """Asks the system to forget what it holds of the files below."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def weights_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def prune(folder: Path, target: dict[str, int], shard: int) -> tuple[float, dict[str, int]]:
+    """Seconds of the command, and its peaks of resident bytes: in all, and without the pages of mapped files."""
+    words = [f"model={folder / 'source'}", f"scores={folder / 'scores'}", f"output={folder / 'pruned'}"]
+    words += [f"target.{name}={value}" for name, value in target.items()] + [f"max_shard_bytes={shard}"]
+    peaks: dict[str, int] = {}
+    clock = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "limbeck.scripts.main", "prune", *words], stdout=sys.stderr)
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            continue
+        for name in ("VmHWM", "RssAnon"):
+            found = re.search(rf"{name}:\s+(\d+) kB", status)
+            if found:
+                peaks[name] = max(peaks.get(name, 0), int(found[1]) * 1024)
+        time.sleep(0.02)
+    assert process.returncode == 0, "limbeck prune failed"
+    return time.perf_counter() - clock, peaks
+
+
+def plain(folder: Path) -> float:
+    """Seconds to read the source's files and to write and sync as many bytes as the output's."""
+    buffer = bytearray(BLOCK)
+    clock = time.perf_counter()
+    for path in weights_of(folder / "source"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    copy = folder / "plain"
+    copy.mkdir()
+    for path in weights_of(folder / "pruned"):
+        with (copy / path.name).open("wb", buffering=0) as file:
+            for left in range(path.stat().st_size, 0, -BLOCK):
+                file.write(memoryview(buffer)[: min(left, BLOCK)])
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - clock
+    shutil.rmtree(copy)
+    return seconds
+
+
+def check(folder: Path, source: HybridConfig, small: bool) -> HybridConfig:
+    """The output against the published figures, every tensor's shape included."""
+    config = open_checkpoint(folder / "pruned").config
+    assert config.pattern == AFTER and config.num_layers == 56
+    assert num_tensors(config) == TENSORS == len(open_checkpoint(folder / "pruned").names())
+    if not small:
+        assert count_parameters(config) == PARAMETERS, count_parameters(config)
+        assert (config.hidden_size, config.intermediate_size, config.mamba_num_heads) == (4480, 15680, 128)
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a folder to make, and to remove")
+    parser.add_argument("--small", action="store_true", help="a trial at a sixteenth of the widths")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    options = parser.parse_args()
+    folder = options.folder
+    config = config_of(options.small)
+    target = {name: value // (16 if options.small and name != "layers" else 1) for name, value in TARGET.items()}
+    shard = 2 * 10**7 if options.small else 5 * 10**9
+    folder.mkdir(parents=True)
+    try:
+        (folder / "words").mkdir()
+        make_inputs(folder, config, shard)
+        rounds: list[dict[str, Any]] = []
+        for _ in range(options.rounds):
+            shutil.rmtree(folder / "pruned", ignore_errors=True)
+            drop_cache(folder)
+            seconds, peaks = prune(folder, target, shard)
+            drop_cache(folder)
+            rounds.append({"prune": seconds, "plain": plain(folder), **peaks})
+        after = check(folder, config, options.small)
+        sizes = {name: sum(path.stat().st_size for path in weights_of(folder / name)) for name in ("source", "pruned")}
+    finally:
+        shutil.rmtree(folder)
+    print(f"{config.pattern} -> {after.pattern}")
+    print(f"{count_parameters(config):,} -> {count_parameters(after):,} parameters, {num_tensors(after)} tensors,")
+    print(f"{sizes['source'] / 1e9:.2f} GB read, {sizes['pruned'] / 1e9:.2f} GB written\n")
+    print("| limbeck prune, s | plain read and write, s | ratio | peak resident, GiB | of it anonymous, GiB |")
+    print("|---|---|---|---|---|")
+    for found in rounds:
+        memory = f"{found['VmHWM'] / 2**30:.2f} | {found['RssAnon'] / 2**30:.2f}"
+        print(f"| {found['prune']:.1f} | {found['plain']:.1f} | {found['prune'] / found['plain']:.2f} | {memory} |")
+    facts = provenance()
+    print("\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()))
+    if options.json:
+        options.json.write_text(json.dumps({"rounds": rounds, "bytes": sizes, "provenance": facts}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

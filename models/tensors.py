@@ -1,0 +1,134 @@
+"""Safetensors files, written piece by piece: memory holds a piece and not a file.
+
+The bytes are those of `safetensors.torch.save_file`: an 8-byte length, a JSON header padded to 8 bytes, and the
+tensors, wider dtypes first, then by name (format: github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .errors import DiskError
+
+# By descending width, and within one as the format's own writer has it.
+DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Form = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape
+
+
+class TensorFile:
+    """A safetensors file of known contents that is filled in any order, rows after rows of each tensor.
+
+    It has its name only once every byte is there and synced; before that it is `NAME.partial`. Raises DiskError
+    where the disk does not take it.
+    """
+
+    def __init__(self, path: Path, forms: Mapping[str, Form]) -> None:
+        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        order = sorted(forms, key=lambda name: (list(NAMES).index(forms[name][0]), name))
+        self.next, self.end, begin = {}, {}, 0
+        content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        for name in order:
+            dtype, shape = forms[name]
+            end = begin + math.prod(shape) * dtype.itemsize
+            content[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            self.next[name], self.end[name], begin = begin, end, end
+        header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+        header += b" " * (-len(header) % 8)
+        self.offset = 8 + len(header)
+        with saying_where(path):
+            self.file = self.partial.open("wb")
+            self.file.write(len(header).to_bytes(8, "little") + header)
+
+    def write(self, name: str, rows: Tensor) -> None:
+        """The next rows of a tensor."""
+        begin = self.next[name]
+        self.next[name] = begin + rows.numel() * rows.element_size()
+        assert self.next[name] <= self.end[name], name
+        with saying_where(self.path):
+            self.file.seek(self.offset + begin)
+            self.file.write(as_bytes(rows))
+
+    @property
+    def complete(self) -> bool:
+        return self.next == self.end
+
+    def finish(self) -> None:
+        """Syncs the file and gives it its name."""
+        assert self.complete, [name for name in self.end if self.next[name] != self.end[name]]
+        with saying_where(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            os.replace(self.partial, self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.discard()
+
+    def discard(self) -> None:
+        """Removes what is not finished."""
+        with contextlib.suppress(OSError):  # what was buffered finds no place either
+            self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saying_where(path: Path) -> Iterator[None]:
+    """Turns what a disk refuses into DiskError: which file, why, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(refusal(error, path)) from None
+
+
+def refusal(error: OSError, path: Path | None = None) -> str:
+    """A line on what the system refused, where, and what helps."""
+    place = path or error.filename or "the output"
+    return f"{place} cannot be written: {error.strerror or error}; make room there, and run the same command again"
+
+
+def as_bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file of tensors, whole or not at all. Raises DiskError where the disk does not take it."""
+    with TensorFile(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}) as file:
+        for name, tensor in tensors.items():
+            file.write(name, tensor)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all are finite numbers; one pass without a copy, which `torch.isfinite` is not."""
+    if not tensor.numel():
+        return True
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def take(tensor: Tensor, dimension: int, index: Sequence[int] | Tensor) -> Tensor:
+    """`index_select`; on the CPU, where that is slow for 16-bit numbers, by numpy."""
+    index = torch.as_tensor(index)
+    if tensor.device.type != "cpu" or tensor.element_size() != 2 or dimension == 0 or tensor.requires_grad:
+        return tensor.index_select(dimension, index.to(tensor.device))
+    found = tensor.view(torch.int16).numpy().take(index.numpy(), axis=dimension, mode="clip")
+    return torch.from_numpy(found).view(tensor.dtype)
