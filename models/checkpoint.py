@@ -7,6 +7,7 @@ size of a shard. A shard has its name once it is whole, so that unfinished work 
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -26,7 +27,7 @@ from .families import from_checkpoint_name, is_ignored, to_checkpoint_name
 from .folder import atomic_folder, write_json
 from .hybrid import HybridLM
 from .tensors import DTYPES as ALL_DTYPES
-from .tensors import Form, TensorFile, is_finite
+from .tensors import Form, TensorFile, ahead, is_finite
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -240,21 +241,27 @@ def write_checkpoint(
     place = {name: shard for shard in missing for name in shard.forms}
     done = {name for shard in shards if shard not in missing for name in shard.forms}
     files: dict[str, TensorFile] = {}
-    try:
-        for name, rows in tensors:
-            if name in done:
-                continue
-            shard = place[name]
-            if shard.file not in files:
-                files[shard.file] = TensorFile(folder / shard.file, shard.stored_forms(config))
-            file = files[shard.file]
-            file.write(to_checkpoint_name(config, name), rows.detach().to(shard.forms[name][0]))
-            if file.complete:
-                files.pop(shard.file).finish()
-                done |= shard.forms.keys()
-    finally:
-        for file in files.values():
-            file.discard()
+    with concurrent.futures.ThreadPoolExecutor(1) as syncing:
+        finishing: concurrent.futures.Future[None] | None = None
+        try:
+            for name, rows in ahead(tensors):
+                if name in done:
+                    continue
+                shard = place[name]
+                if shard.file not in files:
+                    files[shard.file] = TensorFile(folder / shard.file, shard.stored_forms(config))
+                file = files[shard.file]
+                file.write(to_checkpoint_name(config, name), rows.detach().to(shard.forms[name][0]))
+                if file.complete:
+                    if finishing is not None:
+                        finishing.result()
+                    finishing = syncing.submit(files.pop(shard.file).finish)
+                    done |= shard.forms.keys()
+            if finishing is not None:
+                finishing.result()
+        finally:
+            for file in files.values():
+                file.discard()
     absent = [name for name in place if name not in done]
     assert not absent, f"tensors of the table that were not given: {absent}"
     write_index(folder, config, shards)

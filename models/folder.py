@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import hashlib
 import json
@@ -68,12 +67,3 @@ def write_json(path: Path, content: Any) -> None:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sha256_folder(path: Path, suffixes: tuple[str, ...] = ()) -> dict[str, str]:
-    """Relative name -> sha256 of every file below a folder (with one of the suffixes, where any is given)."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    files = [file for file in files if not suffixes or file.name.endswith(suffixes)]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the interpreter to others
-        sums = list(pool.map(sha256_file, files))
-    return {file.relative_to(path).as_posix(): found for file, found in zip(files, sums, strict=True)}

@@ -10,10 +10,12 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ DTYPES = {
     "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Item = TypeVar("Item")
 Form = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape
 
 
@@ -89,6 +92,38 @@ class TensorFile:
         with contextlib.suppress(OSError):  # what was buffered finds no place either
             self.file.close()
         self.partial.unlink(missing_ok=True)
+
+
+def ahead(items: Iterable[Item], most: int = 1) -> Iterator[Item]:
+    """The same items; a thread of its own makes the next ones meanwhile, `most` in advance. Its errors come out here."""
+    line: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(most)
+    left = threading.Event()
+
+    def put(found: tuple[Item] | BaseException | None) -> None:
+        while not left.is_set():
+            with contextlib.suppress(queue.Full):
+                return line.put(found, timeout=0.1)
+
+    def work() -> None:
+        try:
+            for item in items:
+                put((item,))
+                if left.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (found := line.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield found[0]
+    finally:
+        left.set()
+        thread.join()
 
 
 @contextlib.contextmanager

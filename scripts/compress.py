@@ -21,7 +21,7 @@ from ..prune.slice import slice_config
 from . import distill, evaluate, export, memory_fit, prune, score
 from .inputs import data_input, documents, model_config, model_folder
 from .show import console, gib, read_json, result, say, table
-from .stage import PROVENANCE, plain, run_stage
+from .stage import PROVENANCE, Facts, plain, run_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
     sizes = {"teacher": teacher, "pruned": out / "pruned", "distilled": out / "distilled"}
     folders = {name: out / name for name in ("scores", "pruned", "distilled", "gap", "exported")}
 
-    def make(folder: Path, facts: dict[str, Any]) -> None:
+    def make(folder: Path, _: Facts) -> None:
         write_page(
             folder,
             "report.html",

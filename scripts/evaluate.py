@@ -14,7 +14,7 @@ from ..models.errors import InputError
 from ..models.folder import write_json
 from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
 from .show import progress, read_json, result, say, table
-from .stage import run_stage
+from .stage import Facts, run_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def run(options: Options) -> None:
     result(options.output, {"gap": str(options.output / "gap.json"), "page": str(options.output / "gap.html")})
 
 
-def fill(folder: Path, folders: dict[str, Path], options: Options, facts: dict[str, Any]) -> None:
+def fill(folder: Path, folders: dict[str, Path], options: Options, facts: Facts) -> None:
     """Measures into an existing folder: gap.json, gap.html and its plots."""
     dtype, device = torch_dtype(options.dtype), torch_device(options.device)
     models = {name: load_model(path, dtype, device) for name, path in folders.items()}
@@ -63,7 +63,7 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: dict[s
     content["parameters"] = {name: count_parameters(load_config(path)) for name, path in folders.items()}
     content["data"] = {"data": options.data, "split": options.split, "tokens": report.tokens}
     write_json(folder / "gap.json", content)
-    write_page(folder, "gap.html", title="Teacher-student gap", gap=content, provenance={"evaluate": facts})
+    write_page(folder, "gap.html", title="Teacher-student gap", gap=content, provenance={"evaluate": facts.content()})
 
 
 def show(gap: dict[str, Any]) -> None:
