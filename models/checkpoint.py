@@ -333,7 +333,7 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskError(
-            f"{folder.parent}: the weights take {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left;"
+            f"{folder.parent}: the weights take {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left;"
             " free space, or give an output elsewhere"
         )
 

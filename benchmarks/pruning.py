@@ -1,0 +1,366 @@
+"""What importance, depth and repair are worth, before training and after a little: the tables of docs/RESULTS.md.
+
+    python -m limbeck.benchmarks.pruning OUTPUT [--smollm2 FOLDER] [--parts selection,repair,...] [--seeds 0,1,2]
+
+On the shipped model, and on SmolLM2-135M where its folder is given (benchmarks/smollm2.py makes it). Every cell is a
+file in OUTPUT/cells that is not made twice: a killed run goes on, and one that has all only prints. A seed draws the
+calibration text (and the random scores); held-out text is the same for all. Tables give means and, in brackets, the
+least and the largest of the seeds. Plain is what the papers do: L2 over samples of means over tokens, layers by
+iterative logit MSE, slices as they are. Run it alone on the machine; one model's parts take one to two hours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from limbeck.benchmarks.provenance import provenance
+from limbeck.distill.data import Batch, Corpus, keep_split, sample_batches, stdlib_documents, tokenize, train_batches
+from limbeck.distill.losses import DistillLoss, distillation_loss
+from limbeck.distill.trainer import TrainOptions, train
+from limbeck.kernels.linear_kl import linear_cross_entropy
+from limbeck.models.checkpoint import load_model
+from limbeck.models.cost import count_parameters
+from limbeck.models.folder import write_json
+from limbeck.models.hybrid import HybridLM
+from limbeck.models.tokenizer import load_tokenizer
+from limbeck.prune.choose import Target, select
+from limbeck.prune.compensate import Repair, repair_model
+from limbeck.prune.depth import random_layers, score_layers
+from limbeck.prune.importance import AGGREGATES, MAMBA_SOURCES, score_magnitude, score_random, score_widths
+from limbeck.prune.scores import LayerScores, WidthScores
+from limbeck.prune.slice import Selection, slice_config
+from limbeck.scripts.inputs import ZOO
+
+PLAIN = Repair(norms="none")
+REPAIRS = {
+    "plain": PLAIN,
+    "norms by count": Repair(),
+    "norms measured": Repair(norms="measured"),
+    "rotation": Repair(rotate=True),
+    "least squares": Repair(least_squares=True),
+    "rotation, least squares": Repair(rotate=True, least_squares=True),
+    "rotation, measured, least squares": Repair(rotate=True, norms="measured", least_squares=True),
+}
+DISTILLED = ("plain", "norms by count", "rotation", "rotation, least squares")
+METHODS = ("random", "magnitude", "activation")
+DEPTHS = ("random", "single shot", "iterative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model, the samples it is measured with, and its cuts (share of the parameters that goes -> target)."""
+
+    name: str
+    folder: Path
+    calibration_tokens: int
+    depth_tokens: int
+    held_out_tokens: int
+    selected: dict[str, Target]  # selection: cuts by every method
+    together: Target  # repair: all axes, 25% fewer parameters
+    hidden: Target  # repair: the hidden axis alone, 25% fewer
+    layers: tuple[int, ...]  # depth: numbers of layers that go
+    steps: int
+    batch: int
+    optimizer: str
+    learning_rate: float
+    seq_len: int = 512
+
+
+def zoo() -> Subject:
+    together = Target(layers=11, hidden_size=224, intermediate_size=704, mamba_num_heads=12)
+    hidden = Target(hidden_size=192)
+    cuts = {
+        "hidden 256 to 192": hidden,
+        "FFN 768 to 384": Target(intermediate_size=384),
+        "Mamba heads 16 to 12": Target(mamba_num_heads=12),
+        "all axes, 25% fewer": together,
+    }
+    return Subject(
+        "shipped model", ZOO, 16384, 8192, 16384, cuts, together, hidden, (1, 2, 3),
+        steps=60, batch=4, optimizer="muon", learning_rate=1.5e-3,
+    )  # fmt: skip
+
+
+def smollm2(folder: Path) -> Subject:
+    together = Target(layers=54, hidden_size=504, intermediate_size=1344)
+    cuts = {
+        "all axes, 10% fewer": Target(layers=58, hidden_size=549, intermediate_size=1472),
+        "all axes, 20% fewer": Target(layers=56, hidden_size=522, intermediate_size=1344),
+        "all axes, 30% fewer": Target(layers=52, hidden_size=495, intermediate_size=1280),
+    }
+    return Subject(
+        "SmolLM2-135M", folder, 8192, 1024, 8192, cuts, together, Target(hidden_size=432), (2, 4, 8),
+        steps=50, batch=1, optimizer="adamw", learning_rate=3e-4,
+    )  # fmt: skip
+
+
+class Bench:
+    """One model with its text; scores and losses are made once and stand in files."""
+
+    def __init__(self, subject: Subject, cells: Path) -> None:
+        self.subject, self.cells = subject, cells
+        cells.mkdir(parents=True, exist_ok=True)
+        self.corpus, self.widths = functools.cache(self.tokenized), functools.cache(self.scored)
+
+    @functools.cached_property
+    def model(self) -> HybridLM:
+        return load_model(self.subject.folder)
+
+    def tokenized(self, split: str) -> Corpus:
+        documents = keep_split(stdlib_documents(), split, "stdlib")
+        return tokenize(documents, load_tokenizer(self.subject.folder))
+
+    def sample(self, split: str, tokens: int, seed: int) -> list[Batch]:
+        text = self.corpus(split)
+        return sample_batches(text, batch_size=4, seq_len=self.subject.seq_len, seed=seed, max_tokens=tokens)
+
+    def calibration(self, seed: int) -> list[Batch]:
+        return self.sample("train", self.subject.calibration_tokens, seed)
+
+    def cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The figures of a cell, from its file or made now."""
+        file = self.cells / f"{self.subject.name}, {name}.json".replace("/", " of ")
+        if not file.exists():
+            clock = time.perf_counter()
+            found = make()
+            write_json(file, found | {"seconds": time.perf_counter() - clock})
+            print(f"{file.stem}: {found}", flush=True)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    @torch.no_grad()
+    def loss(self, model: HybridLM) -> float:
+        """Held-out cross-entropy, nats a token."""
+        total, tokens = 0.0, 0
+        for batch in self.sample("test", self.subject.held_out_tokens, 0):
+            labels = batch.labels.flatten()
+            hidden = model.hidden_states(batch.input_ids, seq_idx=batch.seq_idx).flatten(0, 1)
+            found = linear_cross_entropy(hidden, model.head_weight, labels, normalizer=1.0)
+            total += float(found.cross_entropy.double().sum())
+            tokens += int((labels >= 0).sum())
+        return total / tokens
+
+    def base(self) -> float:
+        return self.cell("unpruned", lambda: {"loss": self.loss(self.model)})["loss"]
+
+    def scored(self, method: str, seed: int) -> WidthScores:
+        if method == "random":
+            return score_random(self.model.config, seed)
+        if method == "magnitude":
+            return score_magnitude(self.model.config, self.model.state_dict().__getitem__)
+        return score_widths(self.model, self.calibration(seed))
+
+    def order(self, kind: str, seed: int) -> tuple[int, ...]:
+        """Layers in the order of their removal: as many as any cut of the model asks for."""
+        config, subject = self.model.config, self.subject
+        targets = [*subject.selected.values(), subject.together]
+        most = max(*subject.layers, *(config.num_layers - (target.layers or config.num_layers) for target in targets))
+        if kind == "random":
+            return random_layers(config, remove=most, seed=seed).order
+        batches = self.sample("train", subject.depth_tokens, seed)
+        found = self.cell(f"order, {kind}, seed {seed}", lambda: order_of(self.model, batches, most, kind))
+        return tuple(found["order"])
+
+    def selection(self, target: Target, method: str, seed: int) -> Selection:
+        order = self.order("iterative", seed) if target.layers is not None else ()  # for all, so that sizes are equal
+        return select(self.model.config, self.widths(method, seed), order, target)
+
+    def pruned(self, selection: Selection, seed: int, repair: Repair) -> HybridLM:
+        return repair_model(self.model, selection, self.calibration(seed) if repair.needs_data else [], repair)
+
+    def distilled(self, model: HybridLM, steps: int) -> HybridLM:
+        """After `steps` of forward KL, the same text in the same order for all."""
+        subject = self.subject
+        options = TrainOptions(
+            steps, subject.learning_rate, subject.optimizer, warmup_steps=5, save_every=steps, log_every=steps
+        )
+
+        def batches(start: int) -> Iterator[Batch]:
+            text = self.corpus("train")
+            return train_batches(text, batch_size=subject.batch, seq_len=subject.seq_len, seed=0, start=start)
+
+        loss_of = distillation_loss(self.model, DistillLoss())
+        with tempfile.TemporaryDirectory() as folder:
+            train(model.train(), loss_of, batches, options, Path(folder))
+        return model.eval()
+
+
+def order_of(model: HybridLM, batches: Sequence[Batch], remove: int, kind: str) -> dict[str, Any]:
+    how: Any = {} if kind == "iterative" else {"iterative": False}
+    found: LayerScores = score_layers(model, batches, remove=remove, **how)
+    return {"order": found.order, "evaluations": found.layer_evaluations}
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean [least, largest]."""
+    shown = f"{statistics.fmean(values):.{digits}f}"
+    return shown if len(values) == 1 else f"{shown} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def selection_table(bench: Bench, seeds: Sequence[int]) -> None:
+    """Held-out loss by what was kept: activations, magnitudes or anything, slices as they are."""
+    rows = []
+    for cut, target in bench.subject.selected.items():
+        losses: dict[str, list[float]] = {}
+        for method in METHODS:
+            for seed in seeds:
+                losses.setdefault(method, []).append(loss_of_cut(bench, cut, target, method, seed))
+        rows.append([cut, *(spread(losses[method]) for method in METHODS)])
+    print_table(f"{bench.subject.name}: loss by importance (unpruned {bench.base():.3f})", ["cut", *METHODS], rows)
+
+
+def loss_of_cut(bench: Bench, cut: str, target: Target, method: str, seed: int) -> float:
+    def make() -> dict[str, Any]:
+        selection = bench.selection(target, method, seed)
+        share = count_parameters(slice_config(bench.model.config, selection)) / count_parameters(bench.model.config)
+        return {"loss": bench.loss(bench.pruned(selection, seed, PLAIN)), "share": share}
+
+    return bench.cell(f"selection, {cut}, {method}, seed {seed}", make)["loss"]
+
+
+def depth_table(bench: Bench, seeds: Sequence[int]) -> None:
+    """Held-out loss with layers gone: in any order, in the order of one measurement, or measured after each removal."""
+    rows = []
+    for number in bench.subject.layers:
+        losses = {kind: [loss_of_depth(bench, number, kind, seed) for seed in seeds] for kind in DEPTHS}
+        rows.append([str(number), *(spread(losses[kind]) for kind in DEPTHS)])
+    print_table(f"{bench.subject.name}: loss by depth (unpruned {bench.base():.3f})", ["layers gone", *DEPTHS], rows)
+
+
+def loss_of_depth(bench: Bench, number: int, kind: str, seed: int) -> float:
+    def make() -> dict[str, Any]:
+        config = bench.model.config
+        target = Target(layers=config.num_layers - number)
+        selection = select(config, bench.widths("random", 0), bench.order(kind, seed), target)
+        return {"loss": bench.loss(bench.pruned(selection, seed, PLAIN))}
+
+    return bench.cell(f"depth, {number}, {kind}, seed {seed}", make)["loss"]
+
+
+def repair_table(bench: Bench, seeds: Sequence[int]) -> None:
+    """What the cut adds to the loss, and what of that each repair leaves."""
+    for cut, target in (("all axes", bench.subject.together), ("hidden alone", bench.subject.hidden)):
+        found = {name: [increase(bench, cut, target, name, seed) for seed in seeds] for name in REPAIRS}
+        rows = [
+            [name, spread(values), spread([v / p for v, p in zip(values, found["plain"], strict=True)], 2)]
+            for name, values in found.items()
+        ]
+        title = f"{bench.subject.name}: {cut}, 25% fewer parameters (unpruned {bench.base():.3f})"
+        print_table(title, ["repair", "added to the loss", "of plain"], rows)
+
+
+def increase(bench: Bench, cut: str, target: Target, name: str, seed: int) -> float:
+    def make() -> dict[str, Any]:
+        selection = bench.selection(target, "activation", seed)
+        return {"loss": bench.loss(bench.pruned(selection, seed, REPAIRS[name]))}
+
+    return bench.cell(f"repair, {cut}, {name}, seed {seed}", make)["loss"] - bench.base()
+
+
+def distill_table(bench: Bench, seeds: Sequence[int]) -> None:
+    """What is left of the lead once both have been trained on the same tokens."""
+    subject = bench.subject
+    tokens = subject.steps * subject.batch * subject.seq_len
+    rows = []
+    for name in DISTILLED:
+        before = [increase(bench, "all axes", subject.together, name, seed) for seed in seeds]
+        after = [distilled_increase(bench, name, seed) for seed in seeds]
+        rows.append([name, spread(before), spread(after)])
+    title = f"{subject.name}: all axes, 25% fewer parameters, before and after {tokens:,} tokens of distillation"
+    print_table(title, ["repair", "added to the loss before", "after"], rows)
+
+
+def distilled_increase(bench: Bench, name: str, seed: int) -> float:
+    def make() -> dict[str, Any]:
+        selection = bench.selection(bench.subject.together, "activation", seed)
+        student = bench.pruned(selection, seed, REPAIRS[name])
+        return {"loss": bench.loss(bench.distilled(student, bench.subject.steps))}
+
+    return bench.cell(f"distilled, {name}, seed {seed}", make)["loss"] - bench.base()
+
+
+def aggregation_table(bench: Bench, seeds: Sequence[int]) -> None:
+    """Zero-shot loss by the aggregation over samples and over tokens, all widths cut."""
+    target = dataclasses.replace(bench.subject.together, layers=None)
+    rows = []
+    for over_samples in AGGREGATES:
+        row = [over_samples]
+        for over_tokens in AGGREGATES:
+            options = {"aggregate_batch": over_samples, "aggregate_sequence": over_tokens}
+            name = f"aggregation, {over_samples}, {over_tokens}"
+            row.append(spread([loss_of_scores(bench, name, target, seed, options) for seed in seeds]))
+        rows.append(row)
+    title = f"{bench.subject.name}: loss by aggregation over samples (rows) and tokens (columns), all widths"
+    print_table(title, ["", *AGGREGATES], rows)
+
+
+def source_table(bench: Bench, seeds: Sequence[int]) -> None:
+    """Zero-shot loss by where Mamba heads are scored, heads alone cut."""
+    heads = bench.model.config.mamba_num_heads
+    rows = []
+    for kept in (heads * 3 // 4, heads // 2):
+        row = [f"{heads} to {kept}"]
+        for source in MAMBA_SOURCES:
+            name, target = f"Mamba source, {kept}, {source}", Target(mamba_num_heads=kept)
+            losses = [loss_of_scores(bench, name, target, seed, {"mamba_source": source}) for seed in seeds]
+            row.append(spread(losses))
+        rows.append(row)
+    print_table(f"{bench.subject.name}: loss by the source of Mamba scores", ["heads", *MAMBA_SOURCES], rows)
+
+
+def loss_of_scores(bench: Bench, name: str, target: Target, seed: int, options: dict[str, Any]) -> float:
+    def make() -> dict[str, Any]:
+        widths = score_widths(bench.model, bench.calibration(seed), **options)
+        selection = select(bench.model.config, widths, (), target)
+        return {"loss": bench.loss(bench.pruned(selection, seed, PLAIN))}
+
+    return bench.cell(f"{name}, seed {seed}", make)["loss"]
+
+
+PARTS = {
+    "selection": selection_table,
+    "depth": depth_table,
+    "repair": repair_table,
+    "distill": distill_table,
+    "aggregation": aggregation_table,
+    "source": source_table,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("output", type=Path, help="folder of the cells, made where it is not there")
+    parser.add_argument("--smollm2", type=Path, help="its folder; the shipped model alone without")
+    parser.add_argument("--only", choices=("zoo", "smollm2"), help="one of the two models")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of " + ", ".join(PARTS))
+    parser.add_argument("--seeds", default="0,1,2")
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    subjects = [] if options.only == "smollm2" else [zoo()]
+    if options.smollm2 is not None and options.only != "zoo":
+        subjects.append(smollm2(options.smollm2))
+    for subject in subjects:
+        bench = Bench(subject, options.output / "cells")
+        for part in options.parts.split(","):
+            if part != "source" or "M" in bench.model.config.pattern:
+                PARTS[part](bench, [int(seed) for seed in options.seeds.split(",")])
+    print("\n" + "\n".join(f"- {key}: {value}" for key, value in provenance().items()))
+
+
+if __name__ == "__main__":
+    main()
