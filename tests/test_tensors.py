@@ -102,7 +102,7 @@ def test_too_little_room_is_said_before_the_first_byte(tmp_path: Path, monkeypat
     config = tiny_config()
     weights = random_model(config, dtype=torch.float32).state_dict()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    with pytest.raises(DiskError, match=r"the weights take 0\.1 MB, the disk has 0\.0 MB left"):
+    with pytest.raises(DiskError, match=r"the weights take 0\.2 MB, the disk has 0\.0 MB left"):
         write_checkpoint(tmp_path, config, weights.items(), dtypes=torch.float32)
     assert not list(tmp_path.iterdir())
 
