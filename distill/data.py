@@ -230,18 +230,24 @@ def tokenize(
     return Corpus(np.concatenate(parts), starts, names, tokenizer.token_bytes, tokenizer.pad_token_id)
 
 
+def batches_per_epoch(corpus: Corpus, batch_size: int, seq_len: int) -> int:
+    """How many whole batches a corpus fills. Raises InputError where it fills none."""
+    found = (corpus.tokens - 1) // seq_len // batch_size
+    if found < 1:
+        raise InputError(
+            f"data: {corpus.tokens} tokens do not fill one batch of {batch_size} rows x {seq_len} tokens;"
+            " give more text, or a smaller batch or length"
+        )
+    return found
+
+
 def train_batches(corpus: Corpus, *, batch_size: int, seq_len: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """Batches without end, from number `start` on; epoch e is permuted by torch's generator seeded with seed + e.
 
     Documents are permuted first, then the rows that they are cut into; the rest of an epoch that fills no batch is
     left out. Raises InputError where an epoch does not fill one batch.
     """
-    per_epoch = (corpus.tokens - 1) // seq_len // batch_size
-    if per_epoch < 1:
-        raise InputError(
-            f"data: {corpus.tokens} tokens do not fill one batch of {batch_size} rows x {seq_len} tokens;"
-            " give more text, or a smaller batch or length"
-        )
+    per_epoch = batches_per_epoch(corpus, batch_size, seq_len)
     number = start
     while True:
         epoch = number // per_epoch

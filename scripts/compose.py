@@ -181,6 +181,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {value!r}; expected a mapping")
         return {str(key): convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is Any:
+        return value
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):

@@ -1,25 +1,28 @@
 """`limbeck compress`: the whole story. Each stage reads folders and writes a folder; a finished one is not done again.
 
 model --score--> scores --prune--> pruned --distill--> distilled --evaluate--> gap --export--> exported
+
+The first three make a round; of several, each begins with what the one before it distilled.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..distill.data import batches_per_epoch
 from ..distill.report import write_page
 from ..models.checkpoint import load_config, open_checkpoint
 from ..models.cost import Hardware, count_parameters
 from ..models.errors import InputError
 from ..models.tokenizer import check_vocabulary, load_tokenizer
-from ..prune.choose import Target, select
-from ..prune.depth import check_removal, step_size
-from ..prune.importance import score_random
-from ..prune.slice import slice_config
+from ..prune.choose import Target
 from . import distill, evaluate, export, memory_fit, prune, score
-from .inputs import data_input, documents, model_config, model_folder
+from .inputs import corpus, data_input, documents, model_config, model_folder
+from .rounds import Round, make_rounds, rehearse, walk
 from .show import console, gib, read_json, result, say, table
 from .stage import PROVENANCE, Facts, plain, run_stage
 
@@ -27,13 +30,15 @@ from .stage import PROVENANCE, Facts, plain, run_stage
 @dataclasses.dataclass(frozen=True)
 class Options:
     model: str
-    data: str
-    output: Path
+    data: str | None
+    output: Path | None
+    dry_run: bool
     seed: int
     device: str
     dtype: str
     importance: score.Importance
     target: Target
+    rounds: tuple[dict[str, Any], ...]
     repair: prune.Mending
     distill: distill.Distill
     evaluate_tokens: int
@@ -41,71 +46,99 @@ class Options:
     hardware: Hardware
     fit: memory_fit.Fit
 
+    def __post_init__(self) -> None:
+        for name in ("data", "output"):
+            if getattr(self, name) is None and not self.dry_run:
+                raise InputError(f"{name} is missing; give {name}=VALUE (limbeck compress --help)")
+        self.plan()
+
+    def plan(self) -> tuple[Round, ...]:
+        base = Round("", self.seed, self.importance, self.target, self.repair, self.distill)
+        return make_rounds(base, self.rounds)
+
 
 def run(options: Options) -> None:
-    out, begin = options.output, claim(options)
-    length, batch = options.distill.seq_len, options.distill.batch
-    common: dict[str, Any] = {
-        "data": options.data, "seed": options.seed, "device": options.device, "dtype": options.dtype
-    }  # fmt: skip
-    stage("1. score: what matters")
-    score.run(score.Options(begin, output=out / "scores", seq_len=length, batch=batch, importance=options.importance,
-                            **common))  # fmt: skip
-    stage("2. prune: layers, widths and SSM heads")
-    prune.run(prune.Options(begin, out / "scores", out / "pruned", options.target, options.repair, seq_len=length,
-                            batch=batch, **common))  # fmt: skip
-    stage("3. distill: the teacher's logits back in")
-    distill.run(distill.Options(begin, str(out / "pruned"), output=out / "distilled", distill=options.distill,
-                                **common))  # fmt: skip
-    stage("4. evaluate: the gap on held-out files")
-    students = {"pruned": str(out / "pruned"), "distilled": str(out / "distilled")}
+    rounds = options.plan()
+    if options.dry_run:
+        return rehearse(model_config(options.model), rounds, options.hardware, options.fit)
+    assert options.data is not None and options.output is not None
+    out, begin = options.output, claim(options, options.data, options.output)
+    common: dict[str, Any] = {"data": options.data, "device": options.device, "dtype": options.dtype}
+    number, before = itertools.count(1), begin
+    for found in rounds:
+        folder, seed = out / found.name, found.seed
+        length, batch = found.distill.seq_len, found.distill.rows
+        which = f" ({found.name})" if found.name else ""
+        stage(f"{next(number)}. score: what matters{which}")
+        score.run(score.Options(before, output=folder / "scores", seq_len=length, batch=batch, seed=seed,
+                                importance=found.importance, **common))  # fmt: skip
+        stage(f"{next(number)}. prune: layers, widths and SSM heads{which}")
+        prune.run(prune.Options(before, folder / "scores", folder / "pruned", found.target, found.repair,
+                                seq_len=length, batch=batch, seed=seed, **common))  # fmt: skip
+        stage(f"{next(number)}. distill: the teacher's logits back in{which}")
+        distill.run(distill.Options(begin, str(folder / "pruned"), output=folder / "distilled", seed=seed,
+                                    distill=found.distill, **common))  # fmt: skip
+        before = str(folder / "distilled")
+    stage(f"{next(number)}. evaluate: the gap on held-out files")
+    students = {name: str(folder) for name, folder in student_folders(out, rounds).items()}
     evaluate.run(evaluate.Options(begin, students, output=out / "gap", split="test", tokens=options.evaluate_tokens,
-                                  seq_len=length, batch=batch, **common))  # fmt: skip
-    stage("5. export: a folder for others")
-    export.run(export.Options(str(out / "distilled"), out / "exported", options.export_dtype, 5 * 10**9, 256,
-                              options.seed))  # fmt: skip
-    stage("6. memory-fit: does it fit the card")
+                                  seq_len=options.distill.seq_len, batch=options.distill.rows, seed=options.seed,
+                                  **common))  # fmt: skip
+    stage(f"{next(number)}. export: a folder for others")
+    export.run(export.Options(before, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed))
+    stage(f"{next(number)}. memory-fit: does it fit the card")
     fits = {name: memory_fit.measure(model_config(str(folder)), options.hardware, options.fit)
             for name, folder in {"teacher": model_folder(begin), "student": out / "exported"}.items()}  # fmt: skip
     memory_fit.show(load_config(out / "exported"), *fits["student"], options.hardware)
     finish(out, options, {name: memory_fit.as_json(*fit, options.hardware) for name, fit in fits.items()})
 
 
-def claim(options: Options) -> str:
+def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:
+    """The students of all rounds by name; those of the last are "pruned" and "distilled", of which recovery is told."""
+    found: dict[str, Path] = {}
+    for item in rounds:
+        label = f"{item.name} " if item is not rounds[-1] else ""
+        found |= {f"{label}{name}": out / item.name / name for name in ("pruned", "distilled")}
+    return found
+
+
+def claim(options: Options, data: str, root: Path) -> str:
     """The model's folder as text, once the output folder is seen to be new, or this very run's."""
-    source = model_folder(options.model)
-    content = plain(options)
-    for name in ("output", "device", "data"):
+    source, rounds = model_folder(options.model), options.plan()
+    content = plain(options) | {"distill": options.distill.chosen}
+    for name in ("output", "device", "data", "dry_run", *(() if options.rounds else ("rounds",))):
         content.pop(name)
-    root = options.output
     known = {"scores", "pruned", "distilled", "gap", "exported", "run", "report", "result.json"}
+    known |= {found.name for found in rounds}
     if root.exists() and (not root.is_dir() or not (root / "run").is_dir()):
         strangers = [path.name for path in root.iterdir()] if root.is_dir() else [root.name]
         if [name for name in strangers if name.strip(".").removesuffix(".partial") not in known]:
             raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
     if not (root / "run").exists():
-        check_feasible(options, source)
+        check_feasible(data, source, rounds)
     run_stage(
         root / "run",
         name="compress",
-        inputs={"model": source, "data": data_input(options.data)},
+        inputs={"model": source, "data": data_input(data)},
         options=content,
         make=lambda folder, facts: None,
     )
     return str(source)
 
 
-def check_feasible(options: Options, source: Path) -> None:
-    """Finds what is wrong with model, target and data before the first folder is written. Raises InputError."""
+def check_feasible(data: str, source: Path, rounds: Sequence[Round]) -> None:
+    """Finds what is wrong with model, targets and data before the first folder is written. Raises InputError."""
     config = open_checkpoint(source).config
-    how = options.importance
-    check_removal(config, how.remove_layers, step_size(config, how.pairs), how.min_layers)
-    order = tuple(range(config.num_layers))[: how.remove_layers]
-    selection = select(config, score_random(config, options.seed), order, options.target)
-    slice_config(config, selection).to_hf()
+    for _ in walk(config, rounds):
+        pass
     check_vocabulary(load_tokenizer(source), config)
     for split in ("train", "validation", "test"):
-        documents(options.data, split)
+        documents(data, split)
+    text = corpus(data, "train", source)
+    for found in rounds:
+        with found.named():
+            for how in found.distill.plan():
+                batches_per_epoch(text, how.batch, how.seq_len)
 
 
 def stage(title: str) -> None:
@@ -114,10 +147,15 @@ def stage(title: str) -> None:
 
 def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
     """The page, and the table of what matters."""
-    gap = read_json(out / "gap" / "gap.json")
-    teacher = model_folder(options.model)
-    sizes = {"teacher": teacher, "pruned": out / "pruned", "distilled": out / "distilled"}
-    folders = {name: out / name for name in ("scores", "pruned", "distilled", "gap", "exported")}
+    gap, rounds = read_json(out / "gap" / "gap.json"), options.plan()
+    last = out / rounds[-1].name
+    sizes = {"teacher": model_folder(options.model), **student_folders(out, rounds)}
+    folders = {
+        f"{found.name} {name}".strip(): out / found.name / name
+        for found in rounds
+        for name in ("scores", "pruned", "distilled")
+    }
+    folders |= {name: out / name for name in ("gap", "exported")}
 
     def make(folder: Path, _: Facts) -> None:
         write_page(
@@ -126,20 +164,20 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
             title="Compression report",
             gap=gap,
             provenance={name: read_json(path / PROVENANCE) for name, path in folders.items()},
-            scores=out / "scores",
-            metrics=out / "distilled" / "metrics.jsonl",
+            scores=last / "scores",
+            metrics=last / "distilled" / "metrics.jsonl",
             memory=fits,
-            selection=read_json(out / "pruned" / "selection.json"),
+            selection=read_json(last / "pruned" / "selection.json"),
         )
 
     run_stage(out / "report", name="report", inputs=folders, options={"memory": fits}, make=make)
     rows = []
-    totals = {"teacher": fits["teacher"], "pruned": fits["student"], "distilled": fits["student"]}
     for name, found in gap["models"].items():
+        config = load_config(sizes[name])
         values = [f"{found[key]['value']:.4f}" for key in ("bits_per_byte", "kl")]
         share = f"{found['agreement']['value']:.1%}"
-        memory = gib(totals[name]["memory"]["total"])
-        rows.append((name, f"{count_parameters(load_config(sizes[name])):,}", *values, share, memory))
+        total = memory_fit.measure(config, options.hardware, options.fit)[0].total
+        rows.append((name, f"{count_parameters(config):,}", *values, share, gib(total)))
     console.rule("Result", align="left")
     context = f"memory at {options.fit.context:,} tokens x {options.fit.batch}"
     table("", ("model", "parameters", "bits per byte", "KL", "top-1 agreement", context), rows)

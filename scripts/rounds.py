@@ -1,0 +1,199 @@
+"""The rounds of `limbeck compress`: what each does, whether the model allows it, and what it will come to.
+
+Source: Nemotron Nano 2 (arXiv 2508.14444) takes layers first, distils, and takes widths of what that left; the
+teacher is the original model every time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations_with_replacement
+from typing import Any
+
+from ..models.config import HybridConfig
+from ..models.cost import GIB, Hardware, count_parameters
+from ..models.errors import InputError
+from ..prune.choose import Target, select
+from ..prune.depth import check_removal, random_layers, step_size
+from ..prune.importance import score_random
+from ..prune.slice import Selection, slice_config
+from . import distill, memory_fit, prune, score
+from .compose import build, guess
+from .show import say, table
+from .stage import plain
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One way from a model to a smaller, distilled one. `name` is its folder in the output, "" the output itself."""
+
+    name: str
+    seed: int
+    importance: score.Importance
+    target: Target
+    repair: prune.Mending
+    distill: distill.Distill
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Says in which round an input was wrong."""
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"round {self.name}: {error}" if self.name else str(error)) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A round's way from config to config, and what stays in between."""
+
+    round: Round
+    before: HybridConfig
+    selection: Selection
+    after: HybridConfig
+
+
+def make_rounds(base: Round, changes: Sequence[Mapping[str, Any]]) -> tuple[Round, ...]:
+    """The rounds, each `base` but for what it says itself; `base` alone where there are none.
+
+    A round has a name, a target, and may have a seed, importance, repair and distill, with what is otherwise there.
+    Raises InputError, and where `base` has a target that no round would read.
+    """
+    if not changes:
+        return (base,)
+    if base.target != Target():
+        raise InputError("target is given beside rounds, each of which has its own; leave it out, or give rounds=[]")
+    return tuple(make_round(base, number, found) for number, found in enumerate(changes, 1))
+
+
+def make_round(base: Round, number: int, changes: Mapping[str, Any]) -> Round:
+    where = f"rounds[{number - 1}]"
+    known = [field.name for field in dataclasses.fields(Round)]
+    for key in changes:
+        if key not in known:
+            raise InputError(f"{where}.{key} is no option here{guess(key, known)}; known: {', '.join(known)}")
+    name = changes.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError(f"{where}.name is {name!r}; expected a text of letters, numbers, - and _, such as depth")
+    name = f"{number}-{name}"
+    target = changes.get("target") or {}
+    if isinstance(target, Mapping) and all(value is None for value in target.values()):
+        raise InputError(f"round {name} has no target; expected a size, such as target: {{layers: 10}}")
+    content = merged(plain(base), {**changes, "name": name})
+    try:
+        return build(Round, content)
+    except InputError as error:
+        raise InputError(f"round {name}: {error}") from None
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the changes, options below options one by one."""
+    found = dict(base)
+    for key, value in changes.items():
+        below = found.get(key)
+        found[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
+def walk(config: HybridConfig, rounds: Sequence[Round], orders: Sequence[Sequence[int]] = ()) -> Iterator[Step]:
+    """The rounds on a config alone, by random scores; `orders` are the layers to remove where they are known.
+
+    Raises InputError where a round cannot be done, or would leave what no folder can hold.
+    """
+    for number, found in enumerate(rounds):
+        with found.named():
+            order = orders[number] if number < len(orders) else some_layers(config, found)
+            selection = select(config, score_random(config, found.seed), order, found.target)
+            after = slice_config(config, selection)
+            after.to_hf()
+        yield Step(found, config, selection, after)
+        config = after
+
+
+def some_layers(config: HybridConfig, found: Round) -> tuple[int, ...]:
+    """Layers that might be removed: drawn, and drawn again where one leaves no room for the next."""
+    how = found.importance
+    check_removal(config, how.remove_layers, step_size(config, how.pairs), how.min_layers)
+    limits: dict[str, Any] = {"remove": how.remove_layers, "pairs": how.pairs, "min_layers": how.min_layers}
+    for seed in range(9):
+        with contextlib.suppress(InputError):
+            return random_layers(config, seed=seed, **limits).order
+    return random_layers(config, seed=9, **limits).order
+
+
+def leftovers(step: Step, patterns: set[str]) -> set[str]:
+    """Every mix of kinds of layers that a round may leave of those; a pattern's order is of no account here.
+
+    Of neighbours removed two at a time any two kinds are taken for possible, so that the mixes are no fewer.
+    """
+    config, target = step.before, step.round.target
+    if target.keep_layers is not None and len(patterns) == 1:
+        return {in_kinds(step.after)}
+    if config.block:
+        return {in_kinds(step.after)}
+    least = check_removal(config, 0, 1, step.round.importance.min_layers)
+    removed = config.num_layers - step.after.num_layers
+    found = set()
+    for pattern in patterns:
+        for letters in combinations_with_replacement(sorted(set(pattern)), removed):
+            left = {kind: pattern.count(kind) - letters.count(kind) for kind in sorted(set(pattern))}
+            if all(left[kind] >= (least[kind] if kind in letters else 0) for kind in left):
+                found.add("".join(kind * count for kind, count in left.items()))
+    return found
+
+
+def in_kinds(config: HybridConfig) -> str:
+    """The pattern with like layers side by side, unless they come in blocks."""
+    return config.pattern if config.block else "".join(sorted(config.pattern))
+
+
+def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, fit: memory_fit.Fit) -> None:
+    """Prints what the rounds come to: sizes, bytes, tokens, and whether that fits the card. Writes nothing."""
+    columns, cells, patterns = ["", "model"], [column([config], config, hardware, fit)], {in_kinds(config)}
+    for step in walk(config, rounds):
+        patterns = leftovers(step, patterns)
+        outcomes = [step.after.replace(pattern=pattern) for pattern in patterns]
+        columns.append(step.round.name or "student")
+        cells.append(column(outcomes, step.after, hardware, fit))
+        cells[-1].append(f"{step.round.distill.tokens:,}")
+    rows = ("layers", "hidden", "FFN", "attention heads", "Mamba heads", "parameters", "weights, GiB",
+            "weights and caches, GiB", "budget, GiB", f"fits {hardware.name}", "tokens to distil")  # fmt: skip
+    cells[0].append("-")
+    table(f"Dry run: {fit.context:,} tokens x {fit.batch} on {hardware.name}", columns,
+          [(name, *(cell[number] for cell in cells)) for number, name in enumerate(rows)])  # fmt: skip
+    if len(patterns) > 1:
+        say("Which layers go is known once they are scored: the least and the most of what can be left.")
+    for found in rounds:
+        for number, stage in enumerate(found.distill.plan(), 1):
+            tokens = stage.train.steps * stage.batch * stage.seq_len
+            where = f"{found.name or 'distill'}, stage {number}"
+            say(f"{where}: {stage.train.steps:,} steps x {stage.batch:,} rows x {stage.seq_len:,} = {tokens:,} tokens")
+    say(f"tokens to distil in all: {sum(found.distill.tokens for found in rounds):,}")
+    say("dry run: nothing was read but the config, and nothing was written")
+
+
+def column(outcomes: Sequence[HybridConfig], like: HybridConfig, hardware: Hardware, fit: memory_fit.Fit) -> list[str]:
+    """A model's column, of the sizes that it may have."""
+    measured = [memory_fit.measure(outcome, hardware, fit) for outcome in outcomes]
+    budgets = [answer.budget / GIB for _, answer in measured]
+    fits = [answer.fits for _, answer in measured]
+    return [
+        f"{like.num_layers}",
+        f"{like.hidden_size:,}",
+        f"{like.intermediate_size:,}" if "-" in like.pattern else "-",
+        f"{like.num_attention_heads}" if "*" in like.pattern else "-",
+        f"{like.mamba_num_heads} x {like.mamba_head_dim}" if "M" in like.pattern else "-",
+        between([count_parameters(outcome) for outcome in outcomes], ",.0f"),
+        between([report.weights / GIB for report, _ in measured], ".2f"),
+        between([report.total / GIB for report, _ in measured], ".2f"),
+        f"{budgets[0]:.2f}",
+        "yes" if all(fits) else "as layers go" if any(fits) else "no",
+    ]
+
+
+def between(values: Sequence[float], form: str) -> str:
+    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+    return low if low == high else f"{low}\nto {high}"
