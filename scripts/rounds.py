@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations_with_replacement
 from typing import Any
 
 from ..models.config import HybridConfig
-from ..models.cost import GIB, Hardware, count_parameters
+from ..models.cost import Hardware, count_parameters
 from ..models.errors import InputError
 from ..prune.choose import Target, select
 from ..prune.depth import check_removal, random_layers, step_size
@@ -22,7 +22,7 @@ from ..prune.importance import score_random
 from ..prune.slice import Selection, slice_config
 from . import distill, memory_fit, prune, score
 from .compose import build, guess
-from .show import say, table
+from .show import gib, say, table
 from .stage import plain
 
 
@@ -152,48 +152,43 @@ def in_kinds(config: HybridConfig) -> str:
 
 def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, fit: memory_fit.Fit) -> None:
     """Prints what the rounds come to: sizes, bytes, tokens, and whether that fits the card. Writes nothing."""
-    columns, cells, patterns = ["", "model"], [column([config], config, hardware, fit)], {in_kinds(config)}
+    names, columns, patterns = ["model"], [column([config], hardware, fit, "-")], {in_kinds(config)}
     for step in walk(config, rounds):
         patterns = leftovers(step, patterns)
-        outcomes = [step.after.replace(pattern=pattern) for pattern in patterns]
-        columns.append(step.round.name or "student")
-        cells.append(column(outcomes, step.after, hardware, fit))
-        cells[-1].append(f"{step.round.distill.tokens:,}")
-    rows = ("layers", "hidden", "FFN", "attention heads", "Mamba heads", "parameters", "weights, GiB",
-            "weights and caches, GiB", "budget, GiB", f"fits {hardware.name}", "tokens to distil")  # fmt: skip
-    cells[0].append("-")
-    table(f"Dry run: {fit.context:,} tokens x {fit.batch} on {hardware.name}", columns,
-          [(name, *(cell[number] for cell in cells)) for number, name in enumerate(rows)])  # fmt: skip
+        outcomes = [step.after.replace(pattern=pattern) for pattern in sorted(patterns)]
+        names.append(step.round.name or "student")
+        columns.append(column(outcomes, hardware, fit, f"{step.round.distill.tokens:,}"))
+    budget = gib(hardware.budget(fit.framework_share, fit.reserve_gib, fit.overhead_gib))
+    title = f"Dry run: {fit.context:,} tokens x {fit.batch} within {budget} of {hardware.name}"
+    table(title, ["", *names], [(row, *(found[row] for found in columns)) for row in columns[0]])
     if len(patterns) > 1:
-        say("Which layers go is known once they are scored: the least and the most of what can be left.")
+        say("Which layers go is known once they are scored; from and to are the least and the most that can be left.")
     for found in rounds:
         for number, stage in enumerate(found.distill.plan(), 1):
-            tokens = stage.train.steps * stage.batch * stage.seq_len
-            where = f"{found.name or 'distill'}, stage {number}"
-            say(f"{where}: {stage.train.steps:,} steps x {stage.batch:,} rows x {stage.seq_len:,} = {tokens:,} tokens")
+            steps = f"{stage.train.steps:,} steps x {stage.batch:,} rows x {stage.seq_len:,}"
+            say(f"{f'{found.name} ' if found.name else ''}distill, stage {number}: {steps} = {stage.tokens:,} tokens")
     say(f"tokens to distil in all: {sum(found.distill.tokens for found in rounds):,}")
-    say("dry run: nothing was read but the config, and nothing was written")
+    say("dry run: of the model only its config was read, and nothing was written")
 
 
-def column(outcomes: Sequence[HybridConfig], like: HybridConfig, hardware: Hardware, fit: memory_fit.Fit) -> list[str]:
-    """A model's column, of the sizes that it may have."""
-    measured = [memory_fit.measure(outcome, hardware, fit) for outcome in outcomes]
-    budgets = [answer.budget / GIB for _, answer in measured]
+def column(outcomes: Sequence[HybridConfig], hardware: Hardware, fit: memory_fit.Fit, tokens: str) -> dict[str, str]:
+    """What the table says of a model, by row, over the mixes of layers that it may have."""
+    like, measured = outcomes[0], [memory_fit.measure(outcome, hardware, fit) for outcome in outcomes]
     fits = [answer.fits for _, answer in measured]
-    return [
-        f"{like.num_layers}",
-        f"{like.hidden_size:,}",
-        f"{like.intermediate_size:,}" if "-" in like.pattern else "-",
-        f"{like.num_attention_heads}" if "*" in like.pattern else "-",
-        f"{like.mamba_num_heads} x {like.mamba_head_dim}" if "M" in like.pattern else "-",
-        between([count_parameters(outcome) for outcome in outcomes], ",.0f"),
-        between([report.weights / GIB for report, _ in measured], ".2f"),
-        between([report.total / GIB for report, _ in measured], ".2f"),
-        f"{budgets[0]:.2f}",
-        "yes" if all(fits) else "as layers go" if any(fits) else "no",
-    ]
+    return {
+        "layers": f"{like.num_layers}",
+        "hidden": f"{like.hidden_size:,}",
+        "FFN": f"{like.intermediate_size:,}" if like.intermediate_size else "-",
+        "attention heads": f"{like.num_attention_heads}" if like.num_attention_heads else "-",
+        "Mamba heads": f"{like.mamba_num_heads} x {like.mamba_head_dim}" if like.mamba_num_heads else "-",
+        "parameters": between([count_parameters(outcome) for outcome in outcomes], lambda count: f"{count:,.0f}"),
+        "weights": between([report.weights for report, _ in measured], gib),
+        "weights and caches": between([report.total for report, _ in measured], gib),
+        "fits": "yes" if all(fits) else "if the right layers go" if any(fits) else "no",
+        "tokens to distil": tokens,
+    }
 
 
-def between(values: Sequence[float], form: str) -> str:
-    low, high = f"{min(values):{form}}", f"{max(values):{form}}"
+def between(values: Sequence[float], form: Callable[[float], str]) -> str:
+    low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low}\nto {high}"
