@@ -129,12 +129,11 @@ def leftovers(step: Step, patterns: set[str]) -> set[str]:
 
     Of neighbours removed two at a time any two kinds are taken for possible, so that the mixes are no fewer.
     """
-    config, target = step.before, step.round.target
-    if target.keep_layers is not None and len(patterns) == 1:
+    config, how = step.before, step.round.importance
+    named = step.round.target.keep_layers is not None
+    if config.block or (named and len(patterns) == 1):
         return {in_kinds(step.after)}
-    if config.block:
-        return {in_kinds(step.after)}
-    least = check_removal(config, 0, 1, step.round.importance.min_layers)
+    least = check_removal(config, 0, 1, {} if named else how.min_layers)
     removed = config.num_layers - step.after.num_layers
     found = set()
     for pattern in patterns:

@@ -232,7 +232,7 @@ def compress_command(workshop: Path, out: Path) -> list[str]:
 
 
 def weights_of(out: Path) -> dict[str, bytes]:
-    return {name: (out / name / "model.safetensors").read_bytes() for name in ("pruned", "distilled", "exported")}
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("model.safetensors")}
 
 
 def test_compress_and_again(workshop: Path, tmp_path: Path) -> None:
@@ -316,19 +316,31 @@ def test_pretrain_and_go_on(workshop: Path, tmp_path: Path) -> None:
     refused("pretrain", *few, init, f"output={more}", "train.steps=3", says="init has changed")
 
 
+ROUNDS = (
+    "rounds=[{name: depth, target: {layers: 5}}, {name: width, target: {hidden_size: 24, mamba_num_heads: 6},"
+    " distill: {stages: [{steps: 6}, {steps: 6, seq_len: 64, batch: 1}]}}]"
+)
+
+
 @pytest.mark.slow
-def test_killed_at_random_points(workshop: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rounds", "checkpoints"), [("", 3), (ROUNDS, 5)])
+def test_killed_at_random_points(rounds: str, checkpoints: int, workshop: Path, tmp_path: Path) -> None:
     """SIGKILL at 20 points of compress, then to the end: the same bytes as undisturbed."""
     calm, rough = tmp_path / "calm", tmp_path / "rough"
+
+    def command(out: Path) -> list[str]:
+        words = compress_command(workshop, out)
+        words = [*(word for word in words if not word.startswith("target.")), rounds] if rounds else words
+        return [sys.executable, "-m", "limbeck.scripts.main", *words]
+
     clock = time.perf_counter()
-    run = [sys.executable, "-m", "limbeck.scripts.main"]
-    subprocess.run([*run, *compress_command(workshop, calm)], check=True, capture_output=True)
+    subprocess.run(command(calm), check=True, capture_output=True)
     length = time.perf_counter() - clock
     generator = torch.Generator().manual_seed(0)
     killed = 0
     for _ in range(20):
         moment = (0.2 + 0.6 * torch.rand((), generator=generator).item()) * length
-        process = subprocess.Popen([*run, *compress_command(workshop, rough)], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(command(rough), stdout=subprocess.DEVNULL)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -339,5 +351,5 @@ def test_killed_at_random_points(workshop: Path, tmp_path: Path) -> None:
             assert weights_of(rough) == weights_of(calm)
             shutil.rmtree(rough)
     assert killed >= 15
-    subprocess.run([*run, *compress_command(workshop, rough)], check=True, capture_output=True)
-    assert weights_of(rough) == weights_of(calm)
+    subprocess.run(command(rough), check=True, capture_output=True)
+    assert weights_of(rough) == weights_of(calm) and len(weights_of(calm)) == checkpoints

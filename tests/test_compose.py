@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -15,9 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from limbeck.models.axes import tensor_table
+from limbeck.models.config import HybridConfig
+from limbeck.models.cost import GIB, count_parameters, num_tensors
 from limbeck.models.errors import InputError
+from limbeck.prune.importance import score_random
+from limbeck.prune.search import find_candidates, find_depths, ranked
+from limbeck.prune.slice import Selection, slice_rows, slice_tensors
+from limbeck.scripts import compress, memory_fit, search
 from limbeck.scripts.compose import build, compose_config, groups, recipes
+from limbeck.scripts.inputs import model_config, model_names
 from limbeck.scripts.main import COMMANDS, EXAMPLES
+from limbeck.scripts.rounds import walk
 from limbeck.scripts.stage import fingerprint_of, run_stage
 from limbeck.tests.helpers import limbeck
 
@@ -139,6 +150,91 @@ def test_help_shows_every_option_and_its_example_composes(command: str) -> None:
 def test_every_recipe_is_of_a_command() -> None:
     named = [name for command in COMMANDS for name in recipes(command)]
     assert sorted(named) == sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(("command", "name"), [(command, name) for command in COMMANDS for name in recipes(command)])
+def test_every_recipe_composes(command: str, name: str) -> None:
+    module = importlib.import_module(f"limbeck.scripts.{command}")
+    options = build(module.Options, compose_config(command, [f"recipe={name}", "data=x", "output=x"]))
+    assert options.model in ("zoo", *model_names())
+    assert options.output == Path("x") and options.data == "x"
+
+
+# Parameters, tensors, GiB of weights and caches, whether the source fits the card, the named config of that size: as
+# published (arXiv 2508.14444; 2504.11409, whose files are 8.97 GB together), and ours.
+FINAL: dict[str, tuple[int, int, float, bool, str | None]] = {
+    "nemotron-nano-9b-v2": (8_888_227_328, 341, 18.69, False, "nemotron-nano-9b-v2"),
+    "nemotron-h-4b": (4_489_223_040, 311, 8.57, True, "nemotron-h-4b"),
+    "qwen3": (6_153_925_632, 333, 20.84, False, None),
+}
+REMOVED = {"nemotron-nano-9b-v2": [(7, 52, 8, 48, 17, 18)]}  # what turns the 12B's published pattern into the 9B's
+
+
+@pytest.mark.parametrize("name", recipes("compress"))
+def test_the_model_half_of_a_recipe_at_real_size(name: str) -> None:
+    """Every round on tensors of the model's size that have no memory: shapes, counts, and whether it fits the card."""
+    options = build(compress.Options, compose_config("compress", [f"recipe={name}", "dry_run=true"]))
+    config = model_config(options.model)
+    for step in walk(config, options.plan(), REMOVED.get(name, ())):
+        check_slices(step.before, step.selection, step.after)
+        config = step.after
+    report, answer = memory_fit.measure(config, options.hardware, options.fit)
+    assert answer.fits
+    if name in FINAL:
+        parameters, tensors, size, source_fits, named = FINAL[name]
+        assert (count_parameters(config), num_tensors(config)) == (parameters, tensors)
+        assert round(report.total / GIB, 2) == size
+        before = memory_fit.measure(model_config(options.model), options.hardware, options.fit)[1]
+        assert before.fits == source_fits
+        assert named is None or config.to_hf() == model_config(named).to_hf()
+
+
+def test_the_sizes_that_the_search_recipe_finds_at_real_size() -> None:
+    """Its best three are of the published parameters; the first of them is sliced without memory."""
+    options = build(search.Options, compose_config("search", ["recipe=nemotron-nano-a10g-search", "output=x"]))
+    config = model_config(options.model)
+    depths = find_depths(config, options.space, options.rules, None)
+    budget = options.budget.budget(options.hardware)
+    found = ranked(find_candidates(config, options.space, depths, budget, options.hardware).candidates, options.rank)
+    assert [round(candidate.parameters / 1e9, 2) for candidate in found[:3]] == [8.97, 8.92, 8.89]
+    check_slices(config, found[0].selection(config, score_random(config, 0)), found[0].config)
+
+
+def check_slices(before: HybridConfig, selection: Selection, after: HybridConfig) -> None:
+    """Both ways of slicing, on bfloat16 tensors without memory, give each tensor of the table once, in its shape."""
+    table, source = tensor_table(after), tensor_table(before)
+    tensors = {axes.name: torch.empty(axes.shape, dtype=torch.bfloat16, device="meta") for axes in source.values()}
+    whole = {name: tuple(tensor.shape) for name, tensor in slice_tensors(tensors.__getitem__, before, selection)}
+    assert whole == {name: axes.shape for name, axes in table.items()}
+    assert sum(math.prod(shape) for shape in whole.values()) == count_parameters(after)
+    rows = dict.fromkeys(table, 0)
+    pieces = slice_rows(
+        lambda name, start, stop: tensors[name][start:stop],
+        before,
+        selection,
+        dtypes=dict.fromkeys(source, torch.bfloat16),
+    )
+    for name, piece in pieces:
+        assert piece.shape[1:] == whole[name][1:] and piece.dtype == torch.bfloat16
+        rows[name] += piece.shape[0]
+    assert rows == {name: shape[0] for name, shape in whole.items()}
+
+
+def test_the_commands_of_the_recipes_page_compose() -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    assert len(lines) > 12
+    for line in lines:
+        program, command, *words = shlex.split(line)
+        module = importlib.import_module(f"limbeck.scripts.{command.replace('-', '_')}")
+        assert program == "limbeck" and build(module.Options, compose_config(command, words))
+
+
+def test_the_command_line_goes_before_a_recipe() -> None:
+    words = ["recipe=qwen3", "dry_run=true", "hardware=a10g", "rounds.1.target.hidden_size=3840", "fit.batch=1"]
+    options = build(compress.Options, compose_config("compress", words))
+    assert options.hardware.name == "a10g" and options.fit.batch == 1
+    assert [found.target.hidden_size for found in options.plan()] == [None, 3840]
 
 
 def made(folder: Path, source: Path, seed: int = 0, scratch: str | None = None, fail: Exception | None = None) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck.distill import plots
 from limbeck.models.checkpoint import load_config
 from limbeck.models.cost import count_parameters
 from limbeck.models.errors import InputError
@@ -99,6 +101,7 @@ def interrupted(*words: str) -> None:
 
 def test_two_rounds_and_again(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, then widths in two stages; interrupted in each round, the same command ends with the same bytes."""
+    monkeypatch.setattr(plots, "save_png", lambda *_: None)  # what takes the time, and is tested elsewhere
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     code, text, err = limbeck(*command(workshop, calm, ROUNDS))
     assert code == 0, err
@@ -225,8 +228,6 @@ PUBLISHED = (7, 52, 8, 48, 17, 18)  # layers that NVIDIA removed, by the two pub
 
 def test_leftovers_are_every_mix_of_kinds() -> None:
     """Against a plain count: which mixes can be left of M-M*-M by removing two layers, with a least number of each."""
-    import itertools
-
     config = tiny_config()
     options = compose_config("compress", ["model=x", "dry_run=true"])
     options["importance"] |= {"remove_layers": 2, "min_layers": {"mamba": 2}}
