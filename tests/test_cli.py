@@ -323,9 +323,9 @@ ROUNDS = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rounds", "checkpoints"), [("", 3), (ROUNDS, 5)])
-def test_killed_at_random_points(rounds: str, checkpoints: int, workshop: Path, tmp_path: Path) -> None:
-    """SIGKILL at 20 points of compress, then to the end: the same bytes as undisturbed."""
+@pytest.mark.parametrize(("rounds", "checkpoints", "kills"), [("", 3, 20), (ROUNDS, 5, 6)])
+def test_killed_at_random_points(rounds: str, checkpoints: int, kills: int, workshop: Path, tmp_path: Path) -> None:
+    """SIGKILL at random points of compress, then to the end: the same bytes as undisturbed."""
     calm, rough = tmp_path / "calm", tmp_path / "rough"
 
     def command(out: Path) -> list[str]:
@@ -338,7 +338,7 @@ def test_killed_at_random_points(rounds: str, checkpoints: int, workshop: Path, 
     length = time.perf_counter() - clock
     generator = torch.Generator().manual_seed(0)
     killed = 0
-    for _ in range(20):
+    for _ in range(kills):
         moment = (0.2 + 0.6 * torch.rand((), generator=generator).item()) * length
         process = subprocess.Popen(command(rough), stdout=subprocess.DEVNULL)
         try:
@@ -350,6 +350,6 @@ def test_killed_at_random_points(rounds: str, checkpoints: int, workshop: Path, 
         if (rough / "result.json").exists():  # it got through: begin again, so that every kill meets work
             assert weights_of(rough) == weights_of(calm)
             shutil.rmtree(rough)
-    assert killed >= 15
+    assert killed >= kills * 3 // 4
     subprocess.run(command(rough), check=True, capture_output=True)
     assert weights_of(rough) == weights_of(calm) and len(weights_of(calm)) == checkpoints
