@@ -41,6 +41,8 @@ class Facts:
         self.known: dict[str, Any] | None = None
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
+        self.mark: Path | None = None
+        self.marking = threading.Lock()
 
     def current_look(self) -> str:
         return digest(self.with_inputs(look_of))
@@ -55,19 +57,25 @@ class Facts:
 
     def begin(self, mark: Path | None = None) -> None:
         """Has the contents read by a thread of its own; once they are known, they stand in `mark` too."""
-        self.thread = threading.Thread(target=self.read, args=(mark,), daemon=True)
+        self.mark = mark
+        self.thread = threading.Thread(target=self.read, daemon=True)
         self.thread.start()
 
-    def read(self, mark: Path | None = None) -> None:
+    def leave(self) -> None:
+        """Work has ended, or failed: `mark` is not to be touched any more."""
+        with self.marking:
+            self.mark = None
+
+    def read(self) -> None:
         try:
             facts = self.with_inputs(fingerprint_of)
             self.known = facts | {"fingerprint": digest(facts)}
         except BaseException as error:  # shown where the result is asked for
             self.error = error
             return
-        if mark is not None:
-            with contextlib.suppress(OSError):  # a full disk, or work that has failed by now
-                write_json(mark, {"look": self.look, "fingerprint": self.known["fingerprint"]})
+        with self.marking, contextlib.suppress(OSError):  # a full disk
+            if self.mark is not None:
+                write_json(self.mark, {"look": self.look, "fingerprint": self.known["fingerprint"]})
 
     def began(self, mark: Path) -> bool:
         """Whether the work that left `mark` is this one's: by the look of its inputs, or else by their contents."""
@@ -176,8 +184,11 @@ def run_stage(
     except InputError as error:
         worked = scratch is not None and (temporary / scratch).exists()
         if not worked and not isinstance(error, DiskError):  # wrong from the start
-            shutil.rmtree(temporary, ignore_errors=True)
+            facts.leave()
+            shutil.rmtree(temporary)
         raise
+    finally:
+        facts.leave()
     write_json(temporary / PROVENANCE, facts.finish())
     finish_folder(temporary, folder)
     clear(folder, scratch)
