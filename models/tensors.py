@@ -95,7 +95,7 @@ class TensorFile:
 
 
 def ahead(items: Iterable[Item], most: int = 1) -> Iterator[Item]:
-    """The same items; a thread of its own makes the next ones meanwhile, `most` in advance. Its errors come out here."""
+    """The same items; a thread of its own makes the next ones, `most` in advance. Its errors come out here."""
     line: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(most)
     left = threading.Event()
 
