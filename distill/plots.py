@@ -178,8 +178,8 @@ def importance(title: str, scores: Mapping[str, np.ndarray], kept: Mapping[str, 
 
 
 @styled
-def layers(pattern: str, removed: Sequence[int], first: Mapping[int, float]) -> Figure:
-    """How much the logits miss each layer at the first step; the removed ones are marked."""
+def layers(pattern: str, removed: Sequence[int], first: Mapping[int, float], metric: str) -> Figure:
+    """How much each layer is missed at the first step, in the metric named; the removed ones are marked."""
     figure = Figure(figsize=(WIDE, 2.4), layout="constrained")
     axes = figure.subplots()
     places = sorted(first)
@@ -192,7 +192,7 @@ def layers(pattern: str, removed: Sequence[int], first: Mapping[int, float]) -> 
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    axes.set(title="Change of the logits without one layer (mean squared)", xlabel="layer and its kind")
+    axes.set(title=f"Without one layer: {metric}", xlabel="layer and its kind")
     axes.margins(x=0.01)
     axes.grid(axis="x", visible=False)
     return figure

@@ -31,6 +31,13 @@ KINDS = {
     "attn_heads": "Attention heads",
 }
 LETTERS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+# What scores.json may say of layers: the smaller, the sooner one may go.
+DEPTH_METRICS = {
+    "mse": "MSE of the logits",
+    "kl": "KL of the logits (nats)",
+    "perplexity": "cross-entropy (nats)",
+    "block_influence": "block influence",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,23 +202,24 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
             pictures.append(drawn(folder, figure, name, f"Sorted importance of {title.lower()}", wide=True))
     note = "Sorted within each layer, relative to its largest; pale: removed. "
     yield Section("Importance of units", note + "Channels are summed over the norms of the layers kept.", pictures)
-    order, mse, candidates = (found["layers"][key] for key in ("order", "mse", "candidates"))
+    order, values, candidates = (found["layers"][key] for key in ("order", "values", "candidates"))
+    name = DEPTH_METRICS[found["layers"]["metric"]]
     if not order:
         return
     removed = order if selection is None else [layer for layer in order if layer not in selection["layers"]]
     pictures, tables = [], []
     if candidates:
         first = {int(layer): value for layer, value in candidates[0].items()}
-        figure = plots.layers(found["pattern"], removed, first)
-        pictures = [drawn(folder, figure, "layers", "Bars: change of the logits without each layer", wide=True)]
-    if mse:
+        figure = plots.layers(found["pattern"], removed, first, name)
+        pictures = [drawn(folder, figure, "layers", f"Bars: {name} without each layer", wide=True)]
+    if values:
         rows = [
-            (str(step), [Cell(f"{layer} ({LETTERS[found['pattern'][layer]]})"), Cell(f"{error:.4g}"),
+            (str(step), [Cell(f"{layer} ({LETTERS[found['pattern'][layer]]})"), Cell(f"{value:.4g}"),
                          Cell("removed" if layer in removed else "kept")])
-            for step, (layer, error) in enumerate(zip(order, mse, strict=False), 1)
+            for step, (layer, value) in enumerate(zip(order, values, strict=False), 1)
         ]  # fmt: skip
-        tables = [Table("In the order of removal", ["step", "layer", "MSE of the logits", ""], rows)]
-    note = "Each step removes the layer whose absence moves the logits least; orange: removed."
+        tables = [Table("In the order of removal", ["step", "layer", name, ""], rows)]
+    note = f"Each step removes the layer that is missed least; measured by the {name}. Orange: removed."
     yield Section("Importance of layers", note, pictures, tables)
 
 

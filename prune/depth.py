@@ -1,86 +1,100 @@
-"""Which layers may go: greedily, the one whose absence changes the logits least, then again on what is left.
+"""Which layers may go: greedily, the one whose absence hurts least, then again on what is left; or all at one look.
 
-Source: Minitron-SSM (arXiv 2504.11409) and Nemotron Nano 2 (2508.14444): the mean squared error is taken against the
-original model's logits at every step. With logits W h, it is d^T (W^T W) d / V for a difference d of what the head
-reads, so that no [tokens, V] logits are ever made. Shapes: [B, T] tokens, [H] hidden, [V] vocabulary.
+Sources: Minitron-SSM (arXiv 2504.11409) and Nemotron Nano 2 (2508.14444): the logits' mean squared error against the
+original model at every step; Minitron (2407.14679): perplexity, and ShortGPT's block influence (2403.03853).
+A walk along the layers moves every candidate's residual stream on beside the whole model's, so that a prefix is run
+once and a layer's weights are read once. From the second step on candidates race: terms are not negative, so whoever
+is behind after a few batches with more than the best has in the end needs no more of them.
+Shapes: [B, T] tokens, [N] counted tokens, [H] hidden, [V] vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..kernels.norm import rms_norm
+from ..models import processes
 from ..models.config import LAYER_KINDS, HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.layers import STREAM_BYTES, Layer, Layers, layers_of
+from .distance import Reading, cross_entropies, divergences, head_gram, squared_errors
 from .importance import IGNORED_LABEL, TokenBatch
 from .scores import LayerScores
 
-HEAD_ROWS = 8192  # rows of the head that are in float64 at a time
+METRICS = ("mse", "kl", "perplexity", "block_influence")
+TABLES = ("first", "all")
 
 Candidate = tuple[int, ...]  # source layers that go together
+OnStep = Callable[[int, int], None]
 
 
 @torch.no_grad()
 def score_layers(
-    model: HybridLM,
+    model: HybridLM | Layers,
     batches: Sequence[TokenBatch],
     *,
     remove: int,
     pairs: bool = False,
     min_layers: Mapping[str, int] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    metric: str = "mse",
+    iterative: bool = True,
+    table: str = "first",
+    stream_bytes: int = STREAM_BYTES,
+    on_step: OnStep | None = None,
 ) -> LayerScores:
-    """Orders `remove` layers by how little the logits miss them, over the positions whose label counts.
+    """Orders `remove` layers by how little they are missed, over the positions whose label counts.
 
     Every remaining layer (with `pairs`, every two neighbours of what remains; where the config has a `block`, every
-    whole block) is measured again after each removal. One walk through the stack measures all: from the residual
-    stream before a candidate, the layers behind it run without it, so that what lies before it is never run twice.
-    `min_layers` says how many of a kind (mamba, attention, mlp) must stay. `on_step(done, total)` counts candidates
-    times batches; `total` shrinks where `min_layers` forbids some. Raises InputError when the options contradict the
-    model.
+    whole block) is measured again after each removal; not `iterative`: once, and they go in that order, as far as
+    `min_layers`, what must stay of a kind (mamba, attention, mlp), lets them.
+    `metric`: "mse" the mean squared error of the logits against the original model's, "kl" KL(original || without),
+    "perplexity" the mean cross-entropy of the labels (its logarithm), each of the model without the candidate;
+    "block_influence" 1 - mean cosine of the residual stream before and behind it.
+    The first step measures every candidate; later ones as much of each as it takes to find the best, unless `table`
+    is "all". Of many processes each has batches of its own.
+    `stream_bytes` bounds the residual streams that are held; beside them are the original's last ones, [N, H], and
+    what a single layer needs for a batch. `on_step(done, total)` counts candidates times batches; `total` is what may
+    be left at most. Raises InputError when the options contradict the model or each other.
     """
-    config = model.config
+    for name, value, known in (("metric", metric, METRICS), ("table", table, TABLES)):
+        if value not in known:
+            raise InputError(f"depth: {name} is {value!r}; known: {', '.join(known)}")
+    source = layers_of(model)
+    config = source.config
     size = step_size(config, pairs)
     least = check_removal(config, remove, size, min_layers or {})
-    distance = LogitDistance(model, batches)
+    steps = remove // size
+    race = Race(source, batches, metric, stream_bytes)
+    race.expect(config, steps if iterative else min(steps, 1), size, on_step)
     stack = tuple(range(config.num_layers))
     order: list[int] = []
-    mse: list[float] = []
-    table: list[dict[int, float]] = []
-    evaluations = len(stack)
-    done = 0
-    for step in range(remove // size):
+    values: list[float] = []
+    tables: list[dict[int, float]] = []
+    measured: dict[Candidate, float] = {}
+    for step in range(steps):
         allowed = removable(config, stack, size, least)
-        stride = len(config.block) or 1
-        later = sum((len(stack) - size * (further + 1)) // stride + 1 for further in range(1, remove // size - step))
-        total = done + (len(allowed) + later) * len(batches)
-        sums = dict.fromkeys(allowed, 0.0)
-        for number, batch in enumerate(batches):
-            hidden = model.embed(batch.input_ids.to(distance.device))
-            seq_idx = batch.seq_idx.to(distance.device)
-            for position, layer in enumerate(stack):
-                candidate = stack[position : position + size]
-                if candidate in sums:
-                    without = run_layers(model, hidden, stack[position + size :], seq_idx)
-                    sums[candidate] += distance.squared_error(number, without)
-                    evaluations += len(stack) - position - size if number == 0 else 0
-                    done += 1
-                    if on_step is not None:
-                        on_step(done, total)
-                hidden = run_layers(model, hidden, (layer,), seq_idx)
-        evaluations += len(stack)
-        measured = {candidate: value / distance.logits for candidate, value in sums.items()}
-        best = min(measured, key=lambda candidate: (measured[candidate], candidate))
+        if iterative or step == 0:
+            whole = step == 0 or table == "all" or metric == "block_influence"
+            measured = race.run(stack, allowed, size, whole)
+            tables.append({candidate[0]: value for candidate, value in measured.items()})
+        left = [candidate for candidate in allowed if candidate in measured]
+        if not left:
+            raise InputError(
+                f"depth: after {len(order)} layers no two neighbours are left that were measured together;"
+                " expected fewer layers to remove, or iterative=true"
+            )
+        best = min(left, key=lambda candidate: (measured[candidate], candidate))
         order += best
-        mse.append(measured[best])
-        table.append({candidate[0]: value for candidate, value in measured.items()})
+        values.append(measured[best])
         stack = tuple(layer for layer in stack if layer not in best)
-    return LayerScores(tuple(order), tuple(mse), tuple(table), evaluations)
+    return LayerScores(tuple(order), tuple(values), tuple(tables), race.layer_evaluations(), metric)
 
 
 def random_layers(
@@ -104,43 +118,180 @@ def random_layers(
     return LayerScores(tuple(order))
 
 
-class LogitDistance:
-    """Squared distances from the original model's logits, from what the head reads.
+class Race:
+    """Measures candidates for removal on calibration batches, batch after batch or in groups of them."""
 
-    `logits` is the number of logits that a sum runs over: counted positions times V.
-    """
-
-    def __init__(self, model: HybridLM, batches: Sequence[TokenBatch]) -> None:
-        head = model.head_weight
-        self.device = head.device
-        self.norm, self.eps = model.norm_f.weight, model.config.norm_eps
-        self.gram = torch.zeros(head.shape[1], head.shape[1], dtype=torch.float64, device=head.device)
-        for rows in head.split(HEAD_ROWS):
-            self.gram += rows.double().T @ rows.double()
-        self.counted = [(batch.labels != IGNORED_LABEL).to(self.device) for batch in batches]
-        self.logits = sum(int(counted.sum()) for counted in self.counted) * head.shape[0]
-        if not self.logits:
+    def __init__(self, source: Layers, batches: Sequence[TokenBatch], metric: str, stream_bytes: int) -> None:
+        self.source, self.metric, self.stream_bytes = source, metric, stream_bytes
+        self.ids = [batch.input_ids for batch in batches]
+        self.seq_idx = [batch.seq_idx.to(source.device) for batch in batches]
+        labels = [batch.labels.to(source.device) for batch in batches]
+        self.counted = [found != IGNORED_LABEL for found in labels]
+        self.labels = [found[mask] for found, mask in zip(labels, self.counted, strict=True)]
+        self.originals: dict[int, Tensor] = {}
+        # Of all processes: as many numbers of batches as the one with most of them has, and what is counted.
+        self.numbers = max(processes.gather(len(batches)))
+        self.largest = max(processes.gather(max((ids.numel() for ids in self.ids), default=0)))
+        sums = torch.tensor([sum(len(found) for found in self.labels), len(batches)], dtype=torch.float64)
+        tokens, self.batches = processes.all_sum(sums).tolist()
+        if not tokens:
             raise InputError("depth: the data has no counted token; expected at least one sample of two tokens")
-        self.original = [
-            model.hidden_states(batch.input_ids.to(self.device), seq_idx=batch.seq_idx.to(self.device))[counted]
-            for batch, counted in zip(batches, self.counted, strict=True)
-        ]
+        self.terms = tokens * source.config.vocab_size if metric == "mse" else tokens
+        with processes.together():
+            self.gram = head_gram(source) if metric == "mse" else None
+            self.norm = source.tensor("norm_f.weight")
+        self.runs = self.done = self.total = 0
+        self.later: list[int] = []
+        self.on_step: OnStep | None = None
 
-    def squared_error(self, number: int, hidden: Tensor) -> float:
-        """The sum over logits for batch `number`, given the residual stream [B, T, H] before the final norm."""
-        read = rms_norm(hidden[self.counted[number]], self.norm, self.eps)
-        difference = read.double() - self.original[number].double()
-        return float(((difference @ self.gram) * difference).sum())
+    def expect(self, config: HybridConfig, steps: int, size: int, on_step: OnStep | None) -> None:
+        """Whom to tell, and the number of candidates of each step at most."""
+        stride = len(config.block) or 1
+        self.on_step = on_step
+        self.later = [(config.num_layers - size * (step + 1)) // stride + 1 for step in range(steps)]
 
+    def layer_evaluations(self) -> float:
+        """Layers run, each over the whole calibration set."""
+        return float(processes.all_sum(torch.tensor(float(self.runs), dtype=torch.float64))) / self.batches
 
-def run_layers(model: HybridLM, hidden: Tensor, layers: Sequence[int], seq_idx: Tensor) -> Tensor:
-    """The residual stream [B, T, H] after these layers, in this order; neighbours run in one call."""
-    start = 0
-    for stop in range(1, len(layers) + 1):
-        if stop == len(layers) or layers[stop] != layers[stop - 1] + 1:
-            hidden = model.forward_layers(hidden, layers[start], layers[stop - 1] + 1, seq_idx=seq_idx)
-            start = stop
-    return hidden
+    def run(self, stack: Candidate, allowed: Sequence[Candidate], size: int, whole: bool) -> dict[Candidate, float]:
+        """The values of the candidates; unless they are wanted `whole`, that of the best alone.
+
+        The next to be measured further is always the one with the smallest sum so far, and with it whoever is to be
+        expected below its final sum. It has won when it is complete: sums only grow.
+        """
+        groups, at_once = self.groups(len(allowed), size)
+        sums, reached = dict.fromkeys(allowed, 0.0), dict.fromkeys(allowed, 0)
+        self.later = self.later[1:]
+        while True:
+            leader = min(allowed, key=lambda found: (reached[found] if whole else sums[found], sums[found], found))
+            group = reached[leader]
+            if group == len(groups):
+                break
+            expected = sums[leader] * self.numbers / groups[group].start if group and not whole else math.inf
+            chosen = [found for found in allowed if reached[found] == group and sums[found] <= expected]
+            for begin in range(0, len(chosen), at_once):
+                part = chosen[begin : begin + at_once]
+                for candidate, terms in zip(part, self.measure(stack, groups[group], part, size), strict=True):
+                    for term in terms:
+                        sums[candidate] += term
+                    reached[candidate] += 1
+            self.tell(len(chosen) * len(groups[group]), reached, groups)
+        if whole:
+            return {candidate: found / self.terms for candidate, found in sums.items()}
+        self.tell(0, {}, groups)
+        return {leader: sums[leader] / self.terms}
+
+    def tell(self, more: int, reached: Mapping[Candidate, int], groups: Sequence[range]) -> None:
+        """Counts candidates times batches."""
+        self.done += more
+        left = sum(self.numbers - (groups[at].start if at < len(groups) else self.numbers) for at in reached.values())
+        if self.on_step is not None and (more or not self.later):
+            self.on_step(self.done, self.done + left + sum(self.later) * self.numbers)
+
+    def groups(self, candidates: int, size: int) -> tuple[list[range], int]:
+        """Runs of batches that are walked at once, one each where the weights are in memory, and how many candidates
+        at once; within `stream_bytes`. Raises InputError where not even one of either fits."""
+        stream = self.largest * self.source.config.hidden_size * self.source.dtype.itemsize
+        fit = self.stream_bytes // stream
+        copies = size + 1 if self.metric == "block_influence" else 2
+        if fit < copies:
+            raise InputError(
+                f"depth: a batch of {self.largest} tokens needs {copies * stream / 2**30:.3g} GiB for residual streams;"
+                f" the bound is {self.stream_bytes / 2**30:.3g} GiB: raise it (streams_gib), or give fewer or shorter"
+                " samples at once (depth_batch, seq_len)"
+            )
+        if self.metric == "block_influence":
+            at_once = candidates
+        else:
+            at_once = min(candidates, fit - 1)
+            copies = at_once + 1
+        together = fit // copies if self.source.streamed else 1
+        return [range(i, min(i + together, self.numbers)) for i in range(0, self.numbers, together)], at_once
+
+    def measure(
+        self, stack: Candidate, numbers: range, candidates: Sequence[Candidate], size: int
+    ) -> list[list[float]]:
+        """Each candidate's terms, summed over the processes, a batch each: [candidates][numbers]."""
+        found = torch.zeros(len(candidates), len(numbers), dtype=torch.float64, device=self.source.device)
+        mine = [number for number in numbers if number < len(self.ids)]
+        with processes.together():
+            if mine:
+                run = self.influences if self.metric == "block_influence" else self.distances
+                found[:, : len(mine)] = run(stack, mine, candidates, size)
+        return processes.all_sum(found).tolist()
+
+    def distances(self, stack: Candidate, numbers: Sequence[int], candidates: Sequence[Candidate], size: int) -> Tensor:
+        """Terms [candidates, numbers] of the model without each candidate; where the original's last stream is not
+        known yet, the stack is the original."""
+        begins = {stack.index(candidate[0]): candidate for candidate in candidates}
+        first = self.metric != "perplexity" and any(number not in self.originals for number in numbers)
+        assert not first or len(stack) == self.source.config.num_layers
+        last = len(stack) if first else max(begins)  # where the undivided stream is of no use any more
+        behind = any(begin + size < len(stack) for begin in begins)
+        hidden = self.source.embed([self.ids[number] for number in numbers])
+        streams: dict[Candidate, list[Tensor]] = {}
+        for place, layer in enumerate(self.source.walk(stack[: len(stack) if behind else last])):
+            if place in begins:
+                streams[begins[place]] = list(hidden)
+            for begin, candidate in begins.items():
+                if begin + size <= place:
+                    self.advance(layer, streams[candidate], numbers)
+            if place < last:
+                self.advance(layer, hidden, numbers)
+            else:
+                hidden = []
+        for candidate in candidates:  # one at the very end, which nothing follows
+            streams.setdefault(candidate, hidden)
+        if first:
+            self.originals |= {
+                number: self.read(number, stream) for number, stream in zip(numbers, hidden, strict=True)
+            }
+        return self.compare(numbers, [streams[candidate] for candidate in candidates])
+
+    def influences(
+        self, stack: Candidate, numbers: Sequence[int], candidates: Sequence[Candidate], size: int
+    ) -> Tensor:
+        """The sums over tokens of 1 - cosine of the stream before and behind each candidate: [candidates, numbers]."""
+        rows = {stack.index(candidate[0]): row for row, candidate in enumerate(candidates)}
+        found = torch.zeros(len(candidates), len(numbers), dtype=torch.float64, device=self.source.device)
+        hidden = self.source.embed([self.ids[number] for number in numbers])
+        held: dict[int, list[Tensor]] = {}
+        for place, layer in enumerate(self.source.walk(stack[: max(rows) + size])):
+            if place in rows:
+                held[place] = list(hidden)
+            self.advance(layer, hidden, numbers)
+            begin = place + 1 - size
+            for column, before in enumerate(held.pop(begin, [])):
+                mask = self.counted[numbers[column]]
+                cosine = F.cosine_similarity(before[mask].double(), hidden[column][mask].double(), dim=-1)
+                found[rows[begin], column] = (1 - cosine).sum()
+        return found
+
+    def advance(self, layer: Layer, hidden: list[Tensor], numbers: Sequence[int]) -> None:
+        """Moves a stream of these batches on, in place of the list."""
+        for place, number in enumerate(numbers):
+            hidden[place] = layer.run(hidden[place], self.seq_idx[number])
+        self.runs += len(numbers)
+
+    def read(self, number: int, hidden: Tensor) -> Tensor:
+        """What the head reads at the counted tokens of a batch, [N, H]."""
+        return rms_norm(hidden[self.counted[number]], self.norm, self.source.config.norm_eps)
+
+    def compare(self, numbers: Sequence[int], streams: Sequence[list[Tensor]]) -> Tensor:
+        """Terms [streams, numbers] of last streams, which it uses up."""
+        readings = []
+        for place, number in enumerate(numbers):
+            found = []
+            for stream in streams:
+                found.append(self.read(number, stream[place]))
+                stream[place] = found[-1]
+            readings.append(Reading(self.originals.get(number), self.labels[number], found))
+        if self.metric == "mse":
+            assert self.gram is not None
+            return torch.stack(squared_errors(self.gram, readings), 1)
+        compare = divergences if self.metric == "kl" else cross_entropies
+        return torch.stack(compare(self.source, readings), 1)
 
 
 def step_size(config: HybridConfig, pairs: bool) -> int:

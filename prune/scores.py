@@ -31,15 +31,16 @@ WidthScores = dict[Axis, Tensor]
 class LayerScores:
     """The order in which layers may go, and why.
 
-    order: source layers, the first to be removed first. mse: per step, the mean squared difference of the logits
-    from the original model's after its removal. candidates: per step, the same for each candidate, by its first
-    layer. layer_evaluations: layers run, each over the whole calibration set.
+    order: source layers, the first to be removed first. values: per step, what its removal costs in the `metric`
+    (see depth.py; the smaller, the better). candidates: per step, the same for each candidate that was measured to the
+    end, by its first layer: in the first step all. layer_evaluations: layers run, each over the whole calibration set.
     """
 
     order: tuple[int, ...] = ()
-    mse: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
     candidates: tuple[dict[int, float], ...] = ()
-    layer_evaluations: int = 0
+    layer_evaluations: float = 0
+    metric: str = "mse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def write_scores(folder: Path, scores: Scores) -> None:
     """Writes the two files into an existing folder; the same scores give the same bytes."""
     save_tensors(folder / "scores.safetensors", {tensor_name(axis): values for axis, values in scores.widths.items()})
     layers = dataclasses.asdict(scores.layers)
-    layers["candidates"] = [{str(layer): mse for layer, mse in step.items()} for step in scores.layers.candidates]
+    layers["candidates"] = [{str(layer): value for layer, value in step.items()} for step in scores.layers.candidates]
     write_json(folder / "scores.json", {**scores.metadata, "layers": layers})
 
 
@@ -109,9 +110,12 @@ def load_scores(path: str | Path) -> Scores:
         found = metadata.pop("layers")
         layers = LayerScores(
             order=tuple(int(layer) for layer in found["order"]),
-            mse=tuple(float(mse) for mse in found["mse"]),
-            candidates=tuple({int(layer): float(mse) for layer, mse in step.items()} for step in found["candidates"]),
-            layer_evaluations=int(found["layer_evaluations"]),
+            values=tuple(float(value) for value in found["values"]),
+            candidates=tuple(
+                {int(layer): float(value) for layer, value in step.items()} for step in found["candidates"]
+            ),
+            layer_evaluations=float(found["layer_evaluations"]),
+            metric=str(found["metric"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"scores: {json_file} cannot be read ({error}); expected `limbeck score`'s file") from None

@@ -123,7 +123,8 @@ def keep_memory() -> None:
 
 def finish(code: int, message: str) -> int:
     sys.stdout.flush()
-    print(f"limbeck: {' '.join(message.split())}", file=sys.stderr)
+    if message:  # of many processes one says what is wrong
+        print(f"limbeck: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

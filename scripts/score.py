@@ -1,20 +1,29 @@
-"""`limbeck score`: importance of every layer and width of a model, from activations on calibration text."""
+"""`limbeck score`: importance of every layer and width of a model, from activations on calibration text.
+
+Runs in one process, or in many (torchrun, accelerate launch) that share the samples.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from ..distill.data import Batch
-from ..models.checkpoint import load_model
+from ..distill.report import DEPTH_METRICS
+from ..models import processes
+from ..models.checkpoint import open_checkpoint
 from ..models.errors import InputError
-from ..models.hybrid import HybridLM
-from ..prune.depth import random_layers, score_layers
+from ..models.layers import OFFLOADS, Layers, open_layers
+from ..prune.depth import METRICS, TABLES, random_layers, score_layers
 from ..prune.importance import score_magnitude, score_random, score_widths
-from ..prune.scores import Scores, load_scores, write_scores
+from ..prune.scores import LayerScores, Scores, WidthScores, load_scores, write_scores
 from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
-from .show import progress, result, table
+from .show import console, progress, result, table
 from .stage import run_stage
 
 METHODS = ("activation", "magnitude", "random")
@@ -29,6 +38,10 @@ class Importance:
     pairs: bool
     min_layers: dict[str, int]
     depth_tokens: int = 8192
+    depth_batch: int = 1
+    depth_metric: str = "mse"
+    iterative: bool = True
+    depth_table: str = "first"
     tokens: int = 16384
     aggregate_batch: str = "l2"
     aggregate_sequence: str = "mean"
@@ -37,10 +50,12 @@ class Importance:
     times_output: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"importance.method is {self.method!r}; known: {', '.join(METHODS)}")
-        if self.tokens < 1 or self.depth_tokens < 1:
-            raise InputError("importance.tokens and importance.depth_tokens must be at least 1")
+        for name, known in (("method", METHODS), ("depth_metric", METRICS), ("depth_table", TABLES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"importance.{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+        for name in ("tokens", "depth_tokens", "depth_batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"importance.{name} is {getattr(self, name)}; expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,75 +69,128 @@ class Options:
     device: str
     dtype: str
     importance: Importance
+    offload: str = "auto"
+    streams_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.offload not in OFFLOADS:
+            raise InputError(f"offload is {self.offload!r}; known: {', '.join(OFFLOADS)}")
+        if not 0 < self.streams_gib < float("inf"):
+            raise InputError(f"streams_gib is {self.streams_gib}; expected more than 0")
+
+    @property
+    def stream_bytes(self) -> int:
+        return int(self.streams_gib * 2**30)
 
 
 def run(options: Options) -> None:
-    source = model_folder(options.model)
-    chosen = {"importance": options.importance, "seed": options.seed, "seq_len": options.seq_len}
-    run_stage(
-        options.output,
-        name="score",
-        inputs={"model": source, "data": data_input(options.data)},
-        options=chosen | {"dtype": options.dtype},
-        make=lambda folder, facts: fill(folder, source, options),
-    )
-    show(options.output)
-    result(options.output, {"scores": str(options.output)})
+    with many_processes(options.device), processes.together():
+        source = model_folder(options.model)
+        chosen = {"importance": options.importance, "seed": options.seed, "seq_len": options.seq_len}
+        run_stage(
+            options.output,
+            name="score",
+            inputs={"model": source, "data": data_input(options.data)},
+            options=chosen | {"dtype": options.dtype},
+            make=lambda folder, facts: fill(folder, source, options),
+        )
+        if processes.rank() == 0:
+            show(options.output)
+            result(options.output, {"scores": str(options.output)})
+
+
+@contextlib.contextmanager
+def many_processes(device: str) -> Iterator[None]:
+    """Joins the processes that a launcher started, on GPUs by nccl, else by gloo; only the first speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=torch_device(device).type != "cuda")
+    quiet, console.quiet = console.quiet, not state.is_main_process
+    try:
+        yield
+    finally:
+        console.quiet = quiet
+        state.destroy_process_group()
 
 
 def fill(folder: Path, source: Path, options: Options) -> None:
     """Scores the model into an existing folder: scores.safetensors and scores.json."""
-    model = load_model(source, torch_dtype(options.dtype), torch_device(options.device))
-    how = options.importance
-    if how.method == "random":
-        layers = random_layers(
-            model.config, remove=how.remove_layers, seed=options.seed, pairs=how.pairs, min_layers=how.min_layers
+    with processes.together():
+        checkpoint = open_checkpoint(source)
+        config, how = checkpoint.config, options.importance
+        layers = None if how.method == "random" else opened(source, options)
+    if layers is None:
+        order = random_layers(
+            config, remove=how.remove_layers, seed=options.seed, pairs=how.pairs, min_layers=how.min_layers
         )
-        widths = score_random(model.config, options.seed)
+        widths = score_random(config, options.seed)
     else:
-        layers = depth(model, source, options)
-        widths = (
-            score_magnitude(model.config, model.state_dict().__getitem__)
-            if how.method == "magnitude"
-            else activations(model, source, options)
-        )
-    facts = {"method": how.method, "data": options.data, "seed": options.seed, "pattern": model.config.pattern}
-    write_scores(folder, Scores(widths, layers, facts))
+        order = depth(layers, source, options)
+        if how.method == "magnitude":
+            widths = score_magnitude(config, checkpoint.tensor)
+        else:
+            widths = activations(layers, source, options)
+    facts = {"method": how.method, "data": options.data, "seed": options.seed, "pattern": config.pattern}
+    if processes.rank() == 0:
+        write_scores(folder, Scores(widths, order, facts))
 
 
-def calibration(source: Path, options: Options, tokens: int) -> list[Batch]:
-    return sample(
-        options.data, "train", source,
-        tokens=tokens, seq_len=options.seq_len, batch=options.batch, seed=options.seed,
-    )  # fmt: skip
+def opened(source: Path, options: Options) -> Layers:
+    device = torch_device(options.device)
+    if processes.count() > 1 and device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # this process's own
+    dtype = torch_dtype(options.dtype)
+    return open_layers(source, dtype, device, offload=options.offload, stream_bytes=options.stream_bytes)
 
 
-def activations(model: HybridLM, source: Path, options: Options) -> Any:
+def calibration(source: Path, options: Options, tokens: int, batch: int) -> list[Batch]:
+    """This process's share of the sample, rows dealt out in turn, `batch` of them at a time."""
+    with processes.together():
+        rows = sample(
+            options.data, "train", source, tokens=tokens, seq_len=options.seq_len, batch=1, seed=options.seed
+        )[processes.rank() :: processes.count()]
+    return [joined(rows[start : start + batch]) for start in range(0, len(rows), batch)]
+
+
+def joined(rows: list[Batch]) -> Batch:
+    fields = [field.name for field in dataclasses.fields(Batch)]
+    return Batch(*(torch.cat([getattr(row, name) for row in rows]) for name in fields))
+
+
+def activations(layers: Layers, source: Path, options: Options) -> WidthScores:
     how = options.importance
-    batches = calibration(source, options, how.tokens)
+    batches = calibration(source, options, how.tokens, options.batch)
     with progress("scoring widths", len(batches)) as bar:
         return score_widths(
-            model,
+            layers,
             batches,
             aggregate_batch=how.aggregate_batch,
             aggregate_sequence=how.aggregate_sequence,
             mamba_source=how.mamba_source,
             ffn_source=how.ffn_source,
             times_output=how.times_output,
+            stream_bytes=options.stream_bytes,
             on_step=lambda done, total: bar.set(done, total),
         )
 
 
-def depth(model: HybridLM, source: Path, options: Options) -> Any:
+def depth(layers: Layers, source: Path, options: Options) -> LayerScores:
     how = options.importance
-    batches = calibration(source, options, how.depth_tokens)
+    batches = calibration(source, options, how.depth_tokens, how.depth_batch)
     with progress("scoring layers") as bar:
         return score_layers(
-            model,
+            layers,
             batches,
             remove=how.remove_layers,
             pairs=how.pairs,
             min_layers=how.min_layers,
+            metric=how.depth_metric,
+            iterative=how.iterative,
+            table=how.depth_table,
+            stream_bytes=options.stream_bytes,
             on_step=lambda done, total: bar.set(done, total),
         )
 
@@ -131,8 +199,9 @@ def show(folder: Path) -> None:
     scores = load_scores(folder)
     pattern = scores.metadata.get("pattern", "")
     rows = [
-        (number, f"{layer} ({pattern[layer]})", f"{mse:.4g}")
-        for number, (layer, mse) in enumerate(zip(scores.layers.order, scores.layers.mse, strict=False), 1)
+        (number, f"{layer} ({pattern[layer]})", f"{value:.4g}")
+        for number, (layer, value) in enumerate(zip(scores.layers.order, scores.layers.values, strict=False), 1)
     ]
     if rows:
-        table("Layers in the order of their removal", ("step", "layer", "logit MSE"), rows)
+        name = DEPTH_METRICS[scores.layers.metric]
+        table("Layers in the order of their removal", ("step", "layer", name), rows)

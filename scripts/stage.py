@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..models import processes
 from ..models.errors import DiskError, InputError
 from ..models.folder import atomic_folder, finish_folder, sha256_file, write_json
 
@@ -162,10 +163,36 @@ def run_stage(
 
     Returns whether it was made. With `resumes` the temporary folder outlives a kill and a full disk, and `make` finds
     what it has done; a `scratch` folder within is no part of the result, and goes once the folder has its name.
+    Of many processes the first alone has the folder; the others run `make` too, are given it to look at, and wait.
     Raises InputError where the folder was made from something else, and where an input changes on the way.
     """
+    told = False
+
+    def told_to_all(temporary: Path | None, facts: Facts) -> None:
+        nonlocal told
+        told = True
+        make(processes.from_first(temporary), facts)
+
+    with processes.together():
+        facts = Facts(name, inputs, options)
+    with processes.together():
+        try:
+            if processes.rank() == 0:
+                return make_stage(folder, facts, told_to_all, resumes, scratch)
+        finally:
+            if processes.rank() == 0 and not told:
+                processes.from_first(None)
+        temporary = processes.from_first(None)
+        if temporary is not None:
+            make(temporary, facts)
+    return temporary is not None
+
+
+def make_stage(
+    folder: Path, facts: Facts, make: Callable[[Path, Facts], None], resumes: bool, scratch: str | None
+) -> bool:
+    """`run_stage` in the process that writes."""
     resumes = resumes or scratch is not None
-    facts = Facts(name, inputs, options)
     if folder.exists():
         check_finished(folder, facts)
         if resumes:

@@ -85,7 +85,7 @@ def scores_folder(folder: Path, pattern: str, **sizes: int) -> Path:
             tensors[f"mamba_heads.{layer}"] = draw.random((sizes["mamba"], 8))
     save_file(tensors, folder / "scores.safetensors")
     candidates = [{str(layer): 0.5 + layer for layer in range(len(pattern))}]
-    layers = {"order": [3, 1, 0], "mse": [0.0375, 0.0625, 0.25], "candidates": candidates}
+    layers = {"order": [3, 1, 0], "metric": "mse", "values": [0.0375, 0.0625, 0.25], "candidates": candidates}
     (folder / "scores.json").write_text(json.dumps({"pattern": pattern, "layers": layers}))
     return folder
 

@@ -196,8 +196,8 @@ def test_depth_finds_the_layer_that_does_nothing_and_agrees_with_plain_removal()
     with torch.no_grad():
         model.layers[2].mixer.out_proj.weight.zero_()
     batches = [rows(1), rows(2)]
-    found = score_layers(model, batches, remove=3)
-    assert found.order[0] == 2 and found.mse[0] < 1e-10
+    found = score_layers(model, batches, remove=3, table="all")
+    assert found.order[0] == 2 and found.values[0] < 1e-10
     # The second step, plainly: every other layer away, logits against the original's.
     errors = {}
     for layer in (0, 1, 3, 4, 5):

@@ -1,0 +1,81 @@
+"""What the processes of one run tell each other; alone, or where torch.distributed is not set up, nothing is sent.
+
+Sums are float64, gathered and added in the order of the ranks, so that every process holds the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from .errors import InputError
+
+
+def active() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """The number of this process; 0 is the first, which alone writes and speaks."""
+    return distributed.get_rank() if active() else 0
+
+
+def count() -> int:
+    return distributed.get_world_size() if active() else 1
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """The sum of every process's float64 values of one shape."""
+    assert values.dtype == torch.float64, values.dtype
+    if count() == 1:
+        return values
+    mine = values.to("cuda" if distributed.get_backend() == "nccl" else "cpu").contiguous()
+    parts = [torch.zeros_like(mine) for _ in range(count())]
+    distributed.all_gather(parts, mine)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.to(values.device)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in the order of the ranks."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, in all of them."""
+    return gather(value)[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what a process does between two exchanges: where it fails in one, it fails in all.
+
+    The first process raises the InputError of whichever failed, the others an InputError without a text, since it is
+    said already; a defect keeps its traceback where it happened.
+    """
+    if count() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    told = gather(None if error is None else (isinstance(error, InputError), str(error)))
+    failed = [(number, *found) for number, found in enumerate(told) if found is not None]
+    if not failed:
+        return
+    if error is not None and (rank() == 0 or not isinstance(error, InputError)):
+        raise error
+    number, expected, text = failed[0]
+    raise InputError("" if rank() else text if expected else f"process {number} failed: {text}")
