@@ -129,9 +129,11 @@ class Race:
         self.counted = [found != IGNORED_LABEL for found in labels]
         self.labels = [found[mask] for found, mask in zip(labels, self.counted, strict=True)]
         self.originals: dict[int, Tensor] = {}
-        # Of all processes: as many numbers of batches as the one with most of them has, and what is counted.
+        # Of all processes: as many numbers of batches as the one with most of them has, one way to group them, and
+        # what is counted.
         self.numbers = max(processes.gather(len(batches)))
         self.largest = max(processes.gather(max((ids.numel() for ids in self.ids), default=0)))
+        self.grouped = any(processes.gather(source.streamed))
         sums = torch.tensor([sum(len(found) for found in self.labels), len(batches)], dtype=torch.float64)
         tokens, self.batches = processes.all_sum(sums).tolist()
         if not tokens:
@@ -206,7 +208,7 @@ class Race:
         else:
             at_once = min(candidates, fit - 1)
             copies = at_once + 1
-        together = fit // copies if self.source.streamed else 1
+        together = fit // copies if self.grouped else 1
         return [range(i, min(i + together, self.numbers)) for i in range(0, self.numbers, together)], at_once
 
     def measure(
