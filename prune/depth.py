@@ -142,7 +142,7 @@ class Race:
         with processes.together():
             self.gram = head_gram(source) if metric == "mse" else None
             self.norm = source.tensor("norm_f.weight")
-        self.runs = self.done = self.total = 0
+        self.runs = self.done = self.pending = self.total = 0
         self.later: list[int] = []
         self.on_step: OnStep | None = None
 
@@ -151,6 +151,7 @@ class Race:
         stride = len(config.block) or 1
         self.on_step = on_step
         self.later = [(config.num_layers - size * (step + 1)) // stride + 1 for step in range(steps)]
+        self.total = sum(self.later) * self.numbers
 
     def layer_evaluations(self) -> float:
         """Layers run, each over the whole calibration set."""
@@ -174,22 +175,30 @@ class Race:
             chosen = [found for found in allowed if reached[found] == group and sums[found] <= expected]
             for begin in range(0, len(chosen), at_once):
                 part = chosen[begin : begin + at_once]
+                self.pending = len(part) * len(groups[group])
                 for candidate, terms in zip(part, self.measure(stack, groups[group], part, size), strict=True):
                     for term in terms:
                         sums[candidate] += term
                     reached[candidate] += 1
-            self.tell(len(chosen) * len(groups[group]), reached, groups)
+                self.done += self.pending
+            self.tell(reached, groups)
         if whole:
             return {candidate: found / self.terms for candidate, found in sums.items()}
-        self.tell(0, {}, groups)
+        if not self.later:
+            self.tell({}, groups)
         return {leader: sums[leader] / self.terms}
 
-    def tell(self, more: int, reached: Mapping[Candidate, int], groups: Sequence[range]) -> None:
+    def tell(self, reached: Mapping[Candidate, int], groups: Sequence[range]) -> None:
         """Counts candidates times batches."""
-        self.done += more
         left = sum(self.numbers - (groups[at].start if at < len(groups) else self.numbers) for at in reached.values())
-        if self.on_step is not None and (more or not self.later):
-            self.on_step(self.done, self.done + left + sum(self.later) * self.numbers)
+        self.total = self.done + left + sum(self.later) * self.numbers
+        if self.on_step is not None:
+            self.on_step(self.done, self.total)
+
+    def creep(self, fraction: float) -> None:
+        """Counts the part of a long walk that is done."""
+        if self.grouped and self.on_step is not None:
+            self.on_step(self.done + int(fraction * self.pending), self.total)
 
     def groups(self, candidates: int, size: int) -> tuple[list[range], int]:
         """Runs of batches that are walked at once, one each where the weights are in memory, and how many candidates
@@ -243,6 +252,7 @@ class Race:
                 self.advance(layer, hidden, numbers)
             else:
                 hidden = []
+            self.creep((place + 1) / len(stack))
         for candidate in candidates:  # one at the very end, which nothing follows
             streams.setdefault(candidate, hidden)
         if first:
@@ -268,6 +278,7 @@ class Race:
                 mask = self.counted[numbers[column]]
                 cosine = F.cosine_similarity(before[mask].double(), hidden[column][mask].double(), dim=-1)
                 found[rows[begin], column] = (1 - cosine).sum()
+            self.creep((place + 1) / len(stack))
         return found
 
     def advance(self, layer: Layer, hidden: list[Tensor], numbers: Sequence[int]) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from limbeck.distill.report import DEPTH_METRICS
 from limbeck.models import layers
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune import distance
+from limbeck.prune import depth, distance
 from limbeck.prune.depth import Race, score_layers
 from limbeck.prune.distance import Reading, cross_entropies, divergences
 from limbeck.tests.helpers import dense_config, random_model, tiny_config
@@ -190,6 +191,10 @@ def test_single_shot_may_run_out_of_pairs() -> None:
     with pytest.raises(InputError, match="after 4 layers no two neighbours are left that were measured together"):
         score_layers(model, remove=6, iterative=False, **options)
     assert len(score_layers(model, remove=6, **options).order) == 6
+
+
+def test_the_report_knows_every_metric() -> None:
+    assert set(DEPTH_METRICS) == set(depth.METRICS) == set(METRICS)
 
 
 def test_wrong_options() -> None:

@@ -98,7 +98,9 @@ def test_a_walk_reads_each_layer_once_and_holds_two(folders: dict[str, Path], mo
     score_widths(streamed, batches)
     assert read == list(range(7)) and most == 2
     read.clear()
-    found = score_layers(streamed, batches, remove=2)
+    steps: list[tuple[int, int]] = []
+    found = score_layers(streamed, batches, remove=2, on_step=lambda *step: steps.append(step))
+    assert steps == sorted(steps) and steps[-1][0] == steps[-1][1] == (7 + 6) * 4 and len(steps) > 10
     left = [layer for layer in range(7) if layer != found.order[0]]
     assert read == [*range(7), *left]  # a pass a step, whatever the number of candidates
     assert sum(len(layer.model.layers) for layer in alive) == 0
