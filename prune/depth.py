@@ -30,6 +30,7 @@ from .scores import LayerScores
 
 METRICS = ("mse", "kl", "perplexity", "block_influence")
 TABLES = ("first", "all")
+LEGS = 4  # of a race that reads its weights again for each: one less to run costs more than one more to read
 
 Candidate = tuple[int, ...]  # source layers that go together
 OnStep = Callable[[int, int], None]
@@ -163,7 +164,7 @@ class Race:
         The next to be measured further is always the one with the smallest sum so far, and with it whoever is to be
         expected below its final sum. It has won when it is complete: sums only grow.
         """
-        groups, at_once = self.groups(len(allowed), size)
+        groups, at_once = self.groups(len(allowed), size, whole)
         sums, reached = dict.fromkeys(allowed, 0.0), dict.fromkeys(allowed, 0)
         self.later = self.later[1:]
         while True:
@@ -200,7 +201,7 @@ class Race:
         if self.grouped and self.on_step is not None:
             self.on_step(self.done + int(fraction * self.pending), self.total)
 
-    def groups(self, candidates: int, size: int) -> tuple[list[range], int]:
+    def groups(self, candidates: int, size: int, whole: bool) -> tuple[list[range], int]:
         """Runs of batches that are walked at once, one each where the weights are in memory, and how many candidates
         at once; within `stream_bytes`. Raises InputError where not even one of either fits."""
         stream = self.largest * self.source.config.hidden_size * self.source.dtype.itemsize
@@ -218,6 +219,8 @@ class Race:
             at_once = min(candidates, fit - 1)
             copies = at_once + 1
         together = fit // copies if self.grouped else 1
+        if not whole and self.metric != "perplexity":  # whose candidates stay side by side to the end
+            together = min(together, math.ceil(self.numbers / LEGS))
         return [range(i, min(i + together, self.numbers)) for i in range(0, self.numbers, together)], at_once
 
     def measure(

@@ -131,6 +131,11 @@ def test_half_the_plain_way() -> None:
     found = score_layers(model, [batch.take([row]) for row in range(8)], remove=4)
     plain = 12 + sum(left * (left - 1) for left in (12, 11, 10, 9))
     assert found.layer_evaluations <= plain / 2
+    streamed = layers.layers_of(model)
+    streamed.streamed = True  # as of a folder: batches go in groups
+    raced = score_layers(streamed, [batch.take([row]) for row in range(8)], remove=4)
+    assert (raced.order, raced.values) == (found.order, found.values)
+    assert found.layer_evaluations < raced.layer_evaluations <= plain / 2
     first = score_layers(model, [batch], remove=1)
     assert first.layer_evaluations == 12 + sum(range(12)) and len(first.candidates[0]) == 12
 

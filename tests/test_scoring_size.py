@@ -99,7 +99,7 @@ def test_a_walk_reads_each_layer_once_and_holds_two(folders: dict[str, Path], mo
     assert read == list(range(7)) and most == 2
     read.clear()
     steps: list[tuple[int, int]] = []
-    found = score_layers(streamed, batches, remove=2, on_step=lambda *step: steps.append(step))
+    found = score_layers(streamed, batches, remove=2, table="all", on_step=lambda *step: steps.append(step))
     assert steps == sorted(steps) and steps[-1][0] == steps[-1][1] == (7 + 6) * 4 and len(steps) > 10
     left = [layer for layer in range(7) if layer != found.order[0]]
     assert read == [*range(7), *left]  # a pass a step, whatever the number of candidates
