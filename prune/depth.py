@@ -180,6 +180,11 @@ class Race:
                 for candidate, terms in zip(part, self.measure(stack, groups[group], part, size), strict=True):
                     for term in terms:
                         sums[candidate] += term
+                    if not math.isfinite(sums[candidate]):
+                        raise InputError(
+                            f"depth: without layers {list(candidate)} the {self.metric} is not finite; expected a model"
+                            " whose activations are"
+                        )
                     reached[candidate] += 1
                 self.done += self.pending
             self.tell(reached, groups)

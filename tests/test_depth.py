@@ -210,6 +210,15 @@ def test_wrong_options() -> None:
 
 
 @torch.no_grad()
+def test_activations_that_are_not_finite() -> None:
+    model, batch = random_model(tiny_config()), draw_rows(97, rows=1)
+    model.state_dict()["layers.1.mixer.up_proj.weight"][3, 3] = torch.nan
+    for metric in METRICS:
+        with pytest.raises(InputError, match="is not finite"):
+            score_layers(model, [batch], remove=1, metric=metric)
+
+
+@torch.no_grad()
 def test_logits_of_every_size() -> None:
     """Divergence and cross-entropy where logits are hundreds apart, and exactly nothing between equals."""
     torch.manual_seed(0)
