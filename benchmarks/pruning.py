@@ -100,7 +100,7 @@ def smollm2(folder: Path) -> Subject:
     }
     return Subject(
         "SmolLM2-135M", folder, 6144, 1024, 4096, cuts, together, Target(hidden_size=432), (2, 4, 8),
-        steps=40, batch=1, optimizer="adamw", learning_rate=3e-4,
+        steps=30, batch=1, optimizer="adamw", learning_rate=3e-4,
     )  # fmt: skip
 
 
