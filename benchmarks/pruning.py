@@ -51,7 +51,6 @@ REPAIRS = {
     "rotation, least squares": Repair(rotate=True, least_squares=True),
     "rotation, measured, least squares": Repair(rotate=True, norms="measured", least_squares=True),
 }
-DISTILLED = ("plain", "norms by count", "rotation", "rotation, least squares")
 METHODS = ("random", "magnitude", "activation")
 DEPTHS = ("random", "single shot", "iterative")
 
@@ -73,6 +72,8 @@ class Subject:
     batch: int
     optimizer: str
     learning_rate: float
+    repairs: tuple[str, ...]
+    distilled: tuple[str, ...]
     seq_len: int = 512
 
 
@@ -87,7 +88,8 @@ def zoo() -> Subject:
     }
     return Subject(
         "shipped model", ZOO, 16384, 8192, 16384, cuts, together, hidden, (1, 2, 3),
-        steps=60, batch=4, optimizer="muon", learning_rate=1.5e-3,
+        steps=60, batch=4, optimizer="muon", learning_rate=1.5e-3, repairs=tuple(REPAIRS),
+        distilled=("plain", "rotation", "rotation, least squares"),
     )  # fmt: skip
 
 
@@ -101,14 +103,16 @@ def smollm2(folder: Path) -> Subject:
     return Subject(
         "SmolLM2-135M", folder, 6144, 1024, 4096, cuts, together, Target(hidden_size=432), (2, 4, 8),
         steps=30, batch=1, optimizer="adamw", learning_rate=3e-4,
+        repairs=("plain", "norms by count", "rotation", "rotation, least squares"),
+        distilled=("plain", "rotation, least squares"),
     )  # fmt: skip
 
 
 class Bench:
     """One model with its text; scores and losses are made once and stand in files."""
 
-    def __init__(self, subject: Subject, cells: Path, repairs: Sequence[str]) -> None:
-        self.subject, self.cells, self.repairs = subject, cells, repairs
+    def __init__(self, subject: Subject, cells: Path) -> None:
+        self.subject, self.cells = subject, cells
         cells.mkdir(parents=True, exist_ok=True)
         self.corpus, self.widths = functools.cache(self.tokenized), functools.cache(self.scored)
 
@@ -255,7 +259,7 @@ def loss_of_depth(bench: Bench, number: int, kind: str, seed: int) -> float:
 def repair_table(bench: Bench, seeds: Sequence[int]) -> None:
     """What the cut adds to the loss, and what of that each repair leaves."""
     for cut, target in (("all axes", bench.subject.together), ("hidden alone", bench.subject.hidden)):
-        found = {name: [increase(bench, cut, target, name, seed) for seed in seeds] for name in bench.repairs}
+        found = {name: [increase(bench, cut, target, name, seed) for seed in seeds] for name in bench.subject.repairs}
         rows = [
             [name, spread(values), spread([v / p for v, p in zip(values, found["plain"], strict=True)], 2)]
             for name, values in found.items()
@@ -277,7 +281,7 @@ def distill_table(bench: Bench, seeds: Sequence[int]) -> None:
     subject = bench.subject
     tokens = subject.steps * subject.batch * subject.seq_len
     rows = []
-    for name in [name for name in DISTILLED if name in bench.repairs]:
+    for name in subject.distilled:
         before = [increase(bench, "all axes", subject.together, name, seed) for seed in seeds]
         after = [distilled_increase(bench, name, seed) for seed in seeds]
         rows.append([name, spread(before), spread(after)])
@@ -349,14 +353,13 @@ def main() -> None:
     parser.add_argument("--only", choices=("zoo", "smollm2"), help="one of the two models")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of " + ", ".join(PARTS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--repairs", default=";".join(REPAIRS), help="semicolon-separated, of " + "; ".join(REPAIRS))
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     subjects = [] if options.only == "smollm2" else [zoo()]
     if options.smollm2 is not None and options.only != "zoo":
         subjects.append(smollm2(options.smollm2))
     for subject in subjects:
-        bench = Bench(subject, options.output / "cells", options.repairs.split(";"))
+        bench = Bench(subject, options.output / "cells")
         for part in options.parts.split(","):
             if part != "source" or "M" in bench.model.config.pattern:
                 PARTS[part](bench, [int(seed) for seed in options.seeds.split(",")])
