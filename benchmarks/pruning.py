@@ -74,6 +74,7 @@ class Subject:
     learning_rate: float
     repairs: tuple[str, ...]
     distilled: tuple[str, ...]
+    ablated: bool  # whether aggregations and sources are compared on it
     seq_len: int = 512
 
 
@@ -89,7 +90,7 @@ def zoo() -> Subject:
     return Subject(
         "shipped model", ZOO, 16384, 8192, 16384, cuts, together, hidden, (1, 2, 3),
         steps=60, batch=4, optimizer="muon", learning_rate=1.5e-3, repairs=tuple(REPAIRS),
-        distilled=("plain", "rotation", "rotation, least squares"),
+        distilled=("plain", "rotation", "rotation, least squares"), ablated=True,
     )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def smollm2(folder: Path) -> Subject:
         "SmolLM2-135M", folder, 6144, 1024, 4096, cuts, together, Target(hidden_size=432), (2, 4, 8),
         steps=30, batch=1, optimizer="adamw", learning_rate=3e-4,
         repairs=("plain", "norms by count", "rotation", "rotation, least squares"),
-        distilled=("plain", "rotation, least squares"),
+        distilled=("plain", "rotation, least squares"), ablated=False,
     )  # fmt: skip
 
 
@@ -361,7 +362,7 @@ def main() -> None:
     for subject in subjects:
         bench = Bench(subject, options.output / "cells")
         for part in options.parts.split(","):
-            if part != "source" or "M" in bench.model.config.pattern:
+            if subject.ablated or part not in ("aggregation", "source"):
                 PARTS[part](bench, [int(seed) for seed in options.seeds.split(",")])
     print("\n" + "\n".join(f"- {key}: {value}" for key, value in provenance().items()))
 
