@@ -2,18 +2,29 @@
 
 Tokens go through in chunks: two matrix products give a chunk's logits, the per-token sums and the gradient of the
 logits follow in place, and two more products turn that into gradients of the hidden states and of the head, added
-up in float32. Sources: arXiv 1503.02531 (distillation and its T^2); the idea of the fused head is Liger-Kernel's.
+up in float32. On a GPU one Triton kernel does all between the products; the logits have the dtype of the hidden states
+where a gradient is wanted, and are float32 where only values are. Sources: arXiv 1503.02531 (distillation and its T^2);
+the idea of the fused head is Liger-Kernel's.
 Shapes: [T] tokens, [V] vocabulary, [Hs] and [Ht] the hidden widths of student and teacher.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .launch import Launch, takes_triton, triton_module
+
 IGNORED = -100
+# On every device; elements of a row that a program takes at a time, warps, and blocks on their way at once.
+BLOCK, WARPS, STAGES = 2048, 8, 2
+VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
+
+
+Options = tuple[float, str, float, float, int]  # temperature, divergence, kl_weight, ce_weight, chunk_tokens
 
 
 class LinearKL(NamedTuple):
@@ -77,10 +88,10 @@ def linear_kl(
     if ce_weight and labels is None:
         raise ValueError("linear_kl: ce_weight needs labels")
     weights, scale = weigh(tokens, labels, ignore_index, token_weights, normalizer, student_hidden)
-    options = (temperature, divergence, kl_weight, ce_weight, chunk_tokens or default_chunk(vocabulary))
-    loss, kl, cross_entropy, teacher_cross_entropy, agreement = TorchLinearKL.apply(
+    options = (temperature, divergence, kl_weight, ce_weight, chunk_tokens or default_chunk(vocabulary, student_hidden))
+    loss, kl, cross_entropy, teacher_cross_entropy, agreement = fused_loss(
         student_hidden, student_head, teacher_hidden, teacher_head, clean(labels, ignore_index), weights, scale, options
-    )  # where the device decides
+    )
     if labels is None:
         return LinearKL(loss, kl, None, None, agreement)
     return LinearKL(loss, kl, cross_entropy, teacher_cross_entropy, agreement)
@@ -99,16 +110,37 @@ def linear_cross_entropy(
     """sum_t w_t cross_entropy_t / normalizer of hidden [T, H] under head [V, H] for labels [T]; see `linear_kl`."""
     check_head("model", hidden, head)
     weights, scale = weigh(hidden.shape[0], labels, ignore_index, token_weights, normalizer, hidden)
-    options = (1.0, "forward", 0.0, 1.0, chunk_tokens or default_chunk(head.shape[0]))
-    loss, _, cross_entropy, _, top1 = TorchLinearKL.apply(
+    options = (1.0, "forward", 0.0, 1.0, chunk_tokens or default_chunk(head.shape[0], hidden))
+    loss, _, cross_entropy, _, top1 = fused_loss(
         hidden, head, None, None, clean(labels, ignore_index), weights, scale, options
     )
     return LinearCrossEntropy(loss, cross_entropy, top1)
 
 
-def default_chunk(vocabulary: int) -> int:
-    """Tokens a chunk: at least 256, so that the products stay efficient, and about 16 MiB of float32 logits."""
+def default_chunk(vocabulary: int, hidden: Tensor) -> int:
+    """Tokens a chunk. On a CPU at least 256, so that the products stay efficient, and about 16 MiB of float32 logits;
+    on a GPU at least 2048, since every chunk reads and writes the whole gradient of the head."""
+    if takes_triton(hidden):
+        return max(2048, 2**28 // vocabulary)
     return max(256, 2**22 // vocabulary)
+
+
+def fused_loss(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    scale: Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, divergence, cross-entropies of student and teacher, and whether the first ranks agree; see `linear_kl`."""
+    tensors = (hidden, head, teacher_hidden, teacher_head, labels, weights, scale)
+    if not takes_triton(hidden):
+        return TorchLinearKL.apply(*tensors, options)
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, head)]
+    return linear_kl_op(*tensors, *options, *needs)[:5]
 
 
 def check_head(whose: str, hidden: Tensor, head: Tensor) -> None:
@@ -206,7 +238,7 @@ def chunk_loss(
     teacher: Tensor | None,
     labels: Tensor | None,
     values: Tensor,
-    options: tuple[float, str, float, float, int],
+    options: Options,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Works through the logits [t, V] of one chunk, in place. `values` [4, t] receives divergence, cross-entropies of
@@ -279,3 +311,156 @@ def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         total.addmm_(dlogits.T, hidden)
     else:
         total += dlogits.to(hidden.dtype).T @ hidden
+
+
+@torch.library.custom_op("limbeck::linear_kl", mutates_args=())
+def linear_kl_op(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    scale: Tensor,
+    temperature: float,
+    divergence: str,
+    kl_weight: float,
+    ce_weight: float,
+    chunk_tokens: int,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """By cuBLAS and Triton: what `fused_loss` gives, and gradients of hidden states and head (empty if not needed)."""
+    tokens, need = hidden.shape[0], need_hidden or need_head
+    _, _, _, _, first, dhidden, _ = linear_kl_shapes(
+        hidden, head, teacher_hidden, teacher_head, labels, weights, scale, temperature, divergence, kl_weight,
+        ce_weight, chunk_tokens, need_hidden, need_head,
+    )  # fmt: skip
+    kl, cross_entropy, teacher_cross_entropy = torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device)
+    total = torch.zeros(head.shape if need_head else 0, dtype=torch.float32, device=head.device)
+    options = (temperature, divergence, kl_weight, ce_weight, chunk_tokens)
+    for start in range(0, tokens, chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, tokens))
+        logits = product(hidden[rows], head.T, full=not need)
+        teacher = None
+        if teacher_hidden is not None and teacher_head is not None:
+            teacher = product(teacher_hidden[rows], teacher_head.T, full=not need)
+        per_token = (kl[rows], cross_entropy[rows], teacher_cross_entropy[rows], first[rows])
+        target = None if labels is None else labels[rows]
+        chunk_launch(logits, teacher, target, weights[rows], per_token, options, need).run(hidden)
+        del teacher
+        if need_hidden:
+            dhidden[rows] = product(logits, head, full=True) * scale
+        if need_head:
+            accumulate(total, logits, hidden[rows])
+        del logits  # before the next chunk's
+    loss = ((kl_weight * temperature**2 * kl + ce_weight * cross_entropy) * weights).sum() * scale
+    dhead = total.mul_(scale) if total.dtype == head.dtype else torch.mul(total, scale, out=head.new_empty(total.shape))
+    counted = weights != 0
+    outputs = (kl * counted, cross_entropy * counted, teacher_cross_entropy * counted, first & counted)
+    return loss, *outputs, dhidden, dhead
+
+
+@linear_kl_op.register_fake
+def linear_kl_shapes(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    scale: Tensor,
+    temperature: float,
+    divergence: str,
+    kl_weight: float,
+    ce_weight: float,
+    chunk_tokens: int,
+    need_hidden: bool,
+    need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = hidden.shape[0]
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty(tokens, dtype=torch.float32),
+        hidden.new_empty(tokens, dtype=torch.bool),
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        head.new_empty(head.shape if need_head else 0),
+    )
+
+
+def chunk_launch(
+    logits: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    per_token: tuple[Tensor, Tensor, Tensor, Tensor],
+    options: Options,
+    need_gradient: bool,
+) -> Launch:
+    """The kernel on a chunk's logits [t, V]; `per_token` receives divergence, cross-entropies and agreement."""
+    temperature, divergence, kl_weight, ce_weight, _ = options
+    kl, cross_entropy, teacher_cross_entropy, first = per_token
+    arguments = {
+        "student": logits, "teacher": teacher, "kl": kl,
+        "labels": None if labels is None else labels.contiguous(), "weights": weights.contiguous(),
+        "cross_entropy": cross_entropy, "teacher_cross_entropy": teacher_cross_entropy, "first": first,
+        "vocabulary": logits.shape[1], "stride_student": logits.stride(0),
+        "stride_teacher": 0 if teacher is None else teacher.stride(0),
+        # T^2, and 1 / T from the logits' division
+        "inverse_temperature": 1 / temperature, "kl_factor": kl_weight * temperature, "ce_factor": ce_weight,
+        "DIVERGENCE": 0 if teacher is None else 1 + list(DIVERGENCE).index(divergence),
+        "LABELS": labels is not None, "CE": ce_weight != 0, "TEMPERED": temperature != 1, "GRADIENT": need_gradient,
+        "BLOCK": BLOCK, "STAGES": STAGES,
+    }  # fmt: skip
+    return Launch(triton_module("linear_kl_triton").chunk_loss, (logits.shape[0],), arguments, WARPS, STAGES)
+
+
+def keep_gradients(ctx, inputs, output) -> None:
+    _, *others, dhidden, dhead = output
+    ctx.save_for_backward(dhidden, dhead)
+    ctx.mark_non_differentiable(*others, dhidden, dhead)
+    ctx.set_materialize_grads(False)
+    ctx.inputs = len(inputs)
+
+
+def scale_gradients(ctx, dloss, *_):
+    dhidden, dhead = ctx.saved_tensors
+    found = [gradient * dloss if gradient.numel() else None for gradient in (dhidden, dhead)]
+    return *found, *[None] * (ctx.inputs - 2)
+
+
+linear_kl_op.register_autograd(scale_gradients, setup_context=keep_gradients)
+
+
+def product(a: Tensor, b: Tensor, full: bool) -> Tensor:
+    """a b, and in float32 where `full`, straight from the product's float32 sums."""
+    if not full or a.dtype == torch.float32:
+        return a @ b
+    return torch.ops.aten.mm.dtype(a, b, torch.float32) if a.device.type == "cuda" else a.float() @ b.float()
+
+
+def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    """total [V, H] += dlogits^T [V, t] hidden [t, H], in float32."""
+    if hidden.dtype == total.dtype:
+        total.addmm_(dlogits.T, hidden)
+    elif adds_to_float32(hidden.device, hidden.dtype):
+        torch.ops.aten.addmm.dtype_out(total, dlogits.T, hidden, torch.float32, out=total)
+    else:
+        for part, rows in zip(total.split(VOCABULARY_BLOCK), dlogits.T.split(VOCABULARY_BLOCK), strict=True):
+            part += product(rows, hidden, full=True)
+
+
+@functools.cache
+def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch's addmm takes a float32 sum beside bfloat16 or float16 factors (some versions refuse)."""
+    if device.type != "cuda":
+        return False
+    total = torch.ones(16, 16, device=device)
+    factor = torch.ones(16, 16, dtype=dtype, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, factor, factor, torch.float32, out=total)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool((total == 17).all())

@@ -1,27 +1,58 @@
 """RMSNorm, and Mamba-2's gated RMSNorm over groups. Sources: arXiv 1910.07467; arXiv 2405.21060, section 6.
 
 Sums are float32 (float64 for float64 inputs); the answer has the input's dtype. Backward keeps the inputs and one
-number a row, and recomputes the rest.
+number a row, and recomputes the rest. Shapes: [C] channels.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .launch import Launch, power_of_two, takes_triton, triton_module
+from .rows import cdiv, flat_rows, multiprocessors
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., C], weight [C]. Raises ValueError."""
+# One configuration on every device: these kernels wait for memory. A program's tile has at least TILE elements and at
+# most LARGEST, and the backward has as many programs as put about LARGEST elements on every multiprocessor; while it
+# works on one tile the next is on its way (STAGES). Wider groups than LARGEST keep the torch path.
+TILE, LARGEST, STAGES = 2048, 8192, 2
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
+
+
+@overload
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., C], weight [C].
+
+    With a `residual` of x's shape and dtype the sum of both is normed, and the answer is (normed, sum).
+    Raises ValueError where shapes disagree.
+    """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"rms_norm: residual is {residual.dtype} {tuple(residual.shape)}, expected {x.dtype} {tuple(x.shape)}"
+        )
+    if takes_triton(x) and x.shape[-1] <= LARGEST:
+        y, total, _ = norm_op(x, None, residual, weight, eps, 1)
+        return y if residual is None else (y, total)
+    if residual is not None:
+        total = x + residual
+        return rms_norm(total, weight, eps), total
     if not torch.is_grad_enabled():
         work = working_dtype(x)
         u = x.to(work)
         return (u * inverse_rms(u, eps)).mul_(weight.to(work)).to(x.dtype)
-    return TorchNorm.apply(x, None, weight, eps, 1)  # where the device decides
+    return TorchNorm.apply(x, None, weight, eps, 1)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int) -> Tensor:
@@ -33,9 +64,11 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: i
         raise ValueError(f"gated_rms_norm: x {tuple(x.shape)}, z {tuple(z.shape)}, weight {tuple(weight.shape)} differ")
     if n_groups < 1 or x.shape[-1] % n_groups:
         raise ValueError(f"gated_rms_norm: {x.shape[-1]} channels are not divisible by {n_groups} groups")
+    if takes_triton(x) and x.shape[-1] <= LARGEST * n_groups:
+        return norm_op(x, z, None, weight, eps, n_groups)[0]
     if not torch.is_grad_enabled():
         return normalize(x, z, weight, eps, n_groups)[0]
-    return TorchNorm.apply(x, z, weight, eps, n_groups)  # where the device decides
+    return TorchNorm.apply(x, z, weight, eps, n_groups)
 
 
 class TorchNorm(torch.autograd.Function):
@@ -99,3 +132,133 @@ def constant(value: float, dtype: torch.dtype) -> Tensor:
 
 def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("limbeck::norm", mutates_args=())
+def norm_op(
+    x: Tensor, z: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float, n_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both norms by Triton: y, x + residual (empty without one), and one over the RMS [rows, n_groups]."""
+    outputs = norm_shapes(x, z, residual, weight, eps, n_groups)
+    if x.numel():
+        forward_launch(x, z, residual, weight, eps, outputs).run(x)
+    return outputs
+
+
+@norm_op.register_fake
+def norm_shapes(
+    x: Tensor, z: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float, n_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty((rows, n_groups), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("limbeck::norm_backward", mutates_args=())
+def norm_backward_op(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, rms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dz (empty without a gate) and dweight; x is what was normed, `dtotal` the gradient of the sum that it is."""
+    outputs = norm_backward_shapes(dy, dtotal, x, z, weight, rms)
+    if not x.numel():
+        outputs[2].zero_()
+        return outputs
+    launch, parts = backward_launch(dy, dtotal, x, z, weight, rms, outputs)
+    launch.run(x)
+    outputs[2].copy_(parts.sum(0))
+    return outputs
+
+
+@norm_backward_op.register_fake
+def norm_backward_shapes(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, rms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0) if z is None else z.new_empty(z.shape), weight.new_empty(weight.shape)
+
+
+def keep_for_norm_backward(ctx, inputs, output) -> None:
+    x, z, residual, weight, _, _ = inputs
+    _, total, rms = output
+    ctx.save_for_backward(x if residual is None else total, z, weight, rms)
+    ctx.adds = residual is not None
+    ctx.mark_non_differentiable(*((rms,) if ctx.adds else (total, rms)))
+    ctx.set_materialize_grads(False)
+
+
+def backward_of_norm(ctx, dy, dtotal, _):
+    x, z, weight, rms = ctx.saved_tensors
+    if dy is None:
+        return None if dtotal is None else dtotal, None, dtotal, None, None, None
+    dx, dz, dweight = norm_backward_op(dy, dtotal, x, z, weight, rms)
+    return dx, None if z is None else dz, dx if ctx.adds else None, dweight, None, None
+
+
+norm_op.register_autograd(backward_of_norm, setup_context=keep_for_norm_backward)
+
+
+def forward_launch(
+    x: Tensor,
+    z: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> Launch:
+    y, total, rms = outputs
+    count, n_groups = rms.shape
+    rows, gate, added = (None if tensor is None else flat_rows(tensor) for tensor in (x, z, residual))
+    assert rows is not None
+    size = rows.shape[1] // n_groups
+    tile, block, warps = tile_of(size)
+    arguments = {
+        "x": rows, "z": gate, "residual": added, "weight": weight.contiguous(),
+        "y": y, "h": None if residual is None else total, "rms": rms, "rows": count, "eps": eps,
+        "stride_x": rows.stride(0), "stride_z": stride(gate), "stride_residual": stride(added),
+        "SIZE": size, "GROUPS": n_groups, "ROWS": tile, "BLOCK": block,
+        "GATED": z is not None, "ADD": residual is not None,
+    }  # fmt: skip
+    return Launch(triton_module("norm_triton").norm_forward, (cdiv(count, tile), n_groups), arguments, warps, 1)
+
+
+def backward_launch(
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    rms: Tensor,
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Launch, Tensor]:
+    """The launch, and where each program leaves its part of dweight [programs, C]: a fixed number of parts, added up
+    afterwards, gives the same bits every time."""
+    dx, dz, _ = outputs
+    count, n_groups = rms.shape
+    rows, gate, dout, more = (None if tensor is None else flat_rows(tensor) for tensor in (x, z, dy, dtotal))
+    assert rows is not None
+    size = rows.shape[1] // n_groups
+    tile, block, warps = tile_of(size)
+    wanted = LARGEST // (tile * block) * multiprocessors(x.device)
+    programs = min(cdiv(count, tile), cdiv(wanted, n_groups))
+    parts = torch.empty((programs, rows.shape[1]), dtype=torch.float32, device=x.device)
+    arguments = {
+        "dy": dout, "dh": more, "x": rows, "z": gate, "weight": weight.contiguous(), "rms": rms,
+        "dx": dx, "dz": None if z is None else dz, "dweight": parts, "rows": count,
+        "stride_dy": stride(dout), "stride_dh": stride(more), "stride_x": rows.stride(0), "stride_z": stride(gate),
+        "SIZE": size, "GROUPS": n_groups, "ROWS": tile, "BLOCK": block,
+        "GATED": z is not None, "ADD": dtotal is not None, "STAGES": STAGES,
+    }  # fmt: skip
+    return Launch(triton_module("norm_triton").norm_backward, (programs, n_groups), arguments, warps, STAGES), parts
+
+
+def stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)
+
+
+def tile_of(size: int) -> tuple[int, int, int]:
+    """(rows, channels, warps) of the tile that a program holds of groups of `size` channels."""
+    block = power_of_two(size)
+    rows = max(TILE // block, 1)
+    return rows, block, min(rows * block // 256, 16)
