@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.attention import attention, document_mask
 from ..kernels.linear import linear
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotary
@@ -42,13 +43,13 @@ class Attention(nn.Module):
     def forward(
         self,
         u: Tensor,
-        mask: Tensor | None,
+        mask: Any,
         angles: Angles | None,
         cache: KeyValues | None,
         observe: Observe | None = None,
     ) -> Tensor:
-        """[B, T, hidden] -> [B, T, hidden]; `mask` [B, 1, T, L] marks who may see whom (None: causal), `angles` are
-        the tokens' `rotary_angles` (None: no positions)."""
+        """[B, T, hidden] -> [B, T, hidden]; `mask` says who may see whom (`attention_mask`; None: causal), `angles`
+        are the tokens' `rotary_angles` (None: no positions)."""
         split = (-1, self.config.head_dim)
         q, k, v = (
             linear(u, projection.weight).unflatten(-1, split) for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -61,20 +62,21 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        causal = mask is None and q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
-        y = y.transpose(1, 2)
+        y = attention(q, k, v, mask).transpose(1, 2)
         if observe is not None:
             observe("attn_heads", self.layer, y)
         return linear(y.flatten(2), self.o_proj.weight)
 
 
-def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Tensor | None:
+def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Any:
     """Who may see whom, [1 or B, 1, T, past + T]: what came before, in the same document; None: plainly causal.
 
-    The past is of the document of token 0. One token that follows a past sees all of it, which needs no mask."""
-    if seq_idx is None and (past == 0 or tokens == 1):
+    The past is of the document of token 0. One token that follows a past sees all of it, which needs no mask. On a GPU
+    plainly causal with a past needs none either, and documents without a past are a mask of FlexAttention."""
+    if seq_idx is None and (past == 0 or tokens == 1 or device.type == "cuda"):
         return None
+    if seq_idx is not None and past == 0 and device.type == "cuda":
+        return document_mask(document_numbers(seq_idx))
     last = torch.arange(past, past + tokens, device=device)
     mask = torch.arange(past + tokens, device=device) <= last[:, None]
     if seq_idx is None:

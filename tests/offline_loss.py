@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
+from limbeck.kernels import attention
 from limbeck.kernels.activation import flat_launch
 from limbeck.kernels.launch import CAPABILITIES, Launch
 from limbeck.kernels.linear_kl import chunk_launch
@@ -69,7 +70,18 @@ def losses() -> Iterator[tuple[str, Launch]]:
             yield name, chunk_launch(student, teacher, target, weights, per_token, options, need)
 
 
+def decoding(stages: int) -> Iterator[tuple[str, Launch]]:
+    """The 9B's heads and the small model's, with the stages of one device."""
+    for heads, groups, size, dtype in ((40, 8, 128, BF16), (40, 8, 128, FP32), (8, 2, 32, FP32), (32, 8, 128, BF16)):
+        q, cache = empty(2, heads, size, dtype=dtype), empty(2, groups, 4096, size, dtype=dtype)
+        parts, join = attention.decode_launches(q, cache, cache, empty(2, dtype=torch.int64), q)
+        name = f"decode {heads} / {groups} x {size} {dtype}"
+        yield name, parts._replace(arguments=parts.arguments | {"STAGES": stages}, stages=stages)
+        yield name + " join", join
+
+
 SAMPLE = (
+    "decode 40 / 8 x 128 torch.bfloat16",
     "norm 4480 / 1 torch.bfloat16", "norm 4480 / 1 torch.bfloat16 + residual backward",
     "norm 10240 / 8 torch.bfloat16", "norm 10240 / 8 torch.bfloat16 backward", "relu2 torch.bfloat16 backward",
     "loss forward torch.bfloat16 T=1.0 ce=0.0 labels=True gradient=True",
@@ -79,11 +91,11 @@ SAMPLE = (
 def main() -> None:
     sample = sys.argv[1:] == ["sample"]
     found = []
-    for name, launch in itertools.chain(norms(), activations(), losses()):
-        if sample and name not in SAMPLE:
-            continue
-        for capability in (86, 90) if sample else CAPABILITIES:
-            found.append((name, capability, *compile_launch(launch, capability)))
+    for capability in (86, 90) if sample else CAPABILITIES:
+        stages = attention.STAGES[capability]
+        for name, launch in itertools.chain(norms(), activations(), losses(), decoding(stages)):
+            if not sample or name in SAMPLE:
+                found.append((name, capability, *compile_launch(launch, capability)))
     print(json.dumps(found))
 
 

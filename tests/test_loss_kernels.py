@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from limbeck.kernels.attention import attention, decode_attention, document_mask
 from limbeck.kernels.linear_kl import linear_kl
 from limbeck.kernels.norm import rms_norm
+from limbeck.models.attention import attention_mask
+from limbeck.tests.helpers import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 HERE = Path(__file__).parent
@@ -20,20 +23,21 @@ HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
-def interpret(file: str, *options: str) -> None:
-    """Runs a file of tests with every Triton kernel interpreted."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file), *options]
+def interpret(*options: str) -> None:
+    """Runs the files of tests in which every Triton kernel is interpreted."""
+    files = [str(HERE / name) for name in ("interpreted_loss.py", "interpreted_attention.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *options]
     found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert found.returncode == 0 and " passed" in found.stdout, found.stdout[-6000:] + found.stderr[-2000:]
 
 
 def test_interpreted() -> None:
-    interpret("interpreted_loss.py")
+    interpret()
 
 
 @pytest.mark.slow
 def test_interpreted_many() -> None:
-    interpret("interpreted_loss.py", "-m", "slow")
+    interpret("-m", "slow")
 
 
 def compile_offline(least: int, *options: str) -> None:
@@ -68,7 +72,46 @@ def test_fake_cuda_tensors_take_the_ops() -> None:
         assert y.shape == total.shape == x.shape and y.device.type == "cuda" and y.dtype == torch.bfloat16
         head = torch.empty(300, 32, **place)
         found = linear_kl(y.flatten(0, 1), head, total.flatten(0, 1), head)
+        q, k = torch.empty(2, 4, 16, 32, **place), torch.empty(2, 2, 48, 32, **place)
+        assert attention_mask(16, 32, None, q.device) is None
+        assert attention(q, k, k).shape == q.shape and attention(k, k, k).shape == k.shape
+        assert attention(torch.empty(2, 4, 1, 32, **place), k, k).shape == (2, 4, 1, 32)
         assert found.kl.shape == (10,) and found.kl.dtype == torch.float32 and found.agreement.dtype == torch.bool
+
+
+def test_attention_on_the_cpu() -> None:
+    """With a past, and of single tokens with lengths of their own."""
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    whole = attention(torch.cat((torch.randn(2, 4, 4, 8), q), 2), k, v)
+    assert_close("past", whole[:, :, 4:], attention(q, k, v), 1e-6)
+    lengths = torch.tensor([3, 9])
+    found = decode_attention(q[:, :, 0], k, v, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = decode_attention(q[row : row + 1, :, 0], k[row : row + 1, :, :length], v[row : row + 1, :, :length])
+        assert_close("length", alone[0], found[row], 1e-6)
+    with pytest.raises(ValueError, match="do not fit"):
+        decode_attention(q[:, :3, 0], k, v)
+    with pytest.raises(ValueError, match="lengths"):
+        decode_attention(q[:, :, 0], k, v, lengths[:1])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("lengths", ((300,), (128, 128, 3, 1, 200, 40), (1,) * 260, (127, 1, 128, 256, 9)))
+def test_document_mask_is_that_of_its_rule(lengths: tuple[int, ...]) -> None:
+    """The same blocks as torch finds by trying every pair, and the same attention as with a dense mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    packed = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    document = torch.stack((packed, torch.zeros_like(packed)))
+    tokens = len(packed)
+    mask = document_mask(document)
+    expected = create_block_mask(mask.mask_mod, 2, None, tokens, tokens, device="cpu", BLOCK_SIZE=128)
+    assert torch.equal(mask.to_dense(), expected.to_dense())
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(mask, name), getattr(expected, name)), name
+    q, k, v = torch.randn(2, 4, tokens, 16), torch.randn(2, 2, tokens, 16), torch.randn(2, 2, tokens, 16)
+    dense = attention_mask(tokens, 0, document, q.device)
+    assert_close("y", attention(q, k, v, dense), flex_attention(q, k, v, block_mask=mask, enable_gqa=True), 1e-5)
 
 
 WITHOUT_TRITON = """
@@ -76,6 +119,7 @@ import sys
 sys.modules["triton"] = None  # what an import of a missing package looks like
 import torch
 from limbeck.kernels.activation import relu2, relu2_op
+from limbeck.kernels.attention import attention, decode_attention, document_mask
 from limbeck.kernels.linear_kl import linear_kl
 from limbeck.models.hybrid import HybridLM
 head = torch.ones(5, 3, requires_grad=True)

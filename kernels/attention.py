@@ -1,0 +1,150 @@
+"""Grouped-query attention: of a whole prompt, and of one token over a key-value cache.
+
+On a GPU one token takes flash-decoding (arXiv 2311.01282): the cache is split among programs, and their shares are
+added up in a fixed order. A prompt takes torch's SDPA, with packed documents FlexAttention, which skips the blocks of
+other documents and needs no [T, L] mask. A CPU takes SDPA always.
+Shapes: [B] batch, [T] query tokens, [L] tokens to look at, [H] query heads, [K] key-value heads, [D] head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .launch import Launch, capability, power_of_two, takes_triton, triton_module
+from .rows import cdiv, multiprocessors
+
+# Tokens that a program takes at a time, by bytes an element, and how many such blocks are on their way at once, by
+# compute capability: keys and values of two stages fit the 99 KiB of 86 and 89 twice over.
+BLOCK = {2: 64, 4: 32}
+STAGES = {80: 3, 86: 2, 89: 2, 90: 3}
+WARPS, MOST_SPLITS, DOCUMENT_BLOCK = 4, 64, 128
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v [B, H, T, D] of q [B, H, T, D] over k and v [B, K, L, D].
+
+    Without a mask token t sees all up to token L - T + t. A mask is a tensor of bools [B or 1, 1, T, L], or what
+    `document_mask` gives. Query head h belongs to key-value head h K / H.
+    """
+    tokens, past = q.shape[2], k.shape[2] - q.shape[2]
+    if mask is None and tokens == 1 and takes_triton(q) and not (torch.is_grad_enabled() and q.requires_grad):
+        return decode_attention(q.squeeze(2), k, v).unsqueeze(2)
+    if mask is not None and not isinstance(mask, Tensor):
+        return flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
+    if mask is None and past and tokens > 1:
+        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0:
+            # SDPA's own "causal" is aligned to the first token; that of the kernel behind it to the last.
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
+        index = torch.arange(k.shape[2], device=q.device)
+        mask = index <= index[past:, None]
+    causal = mask is None and tokens > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """[B, H, D] of one query token a sequence q [B, H, D] over k and v [B, K, L, D], any strides; without gradient.
+
+    `lengths` [B] says how many tokens of each sequence count (None: all L; of none the answer is 0). Raises ValueError
+    where shapes disagree.
+    """
+    batch, heads, size = q.shape
+    if k.shape != v.shape or k.dim() != 4 or (k.shape[0], k.shape[3]) != (batch, size) or heads % k.shape[1]:
+        raise ValueError(
+            f"decode_attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together"
+        )
+    if lengths is not None and lengths.shape != (batch,):
+        raise ValueError(f"decode_attention: lengths has shape {tuple(lengths.shape)}, expected ({batch},)")
+    if takes_triton(q):
+        return decode_attention_op(q, k, v, lengths)
+    if lengths is None:
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
+    mask = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
+    y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
+    return y.masked_fill((lengths == 0)[:, None, None], 0)
+
+
+@torch.library.custom_op("limbeck::decode_attention", mutates_args=())
+def decode_attention_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+    """decode_attention by Triton."""
+    y = q.new_empty(q.shape)
+    if q.numel():
+        for launch in decode_launches(q, k, v, lengths, y):
+            launch.run(q)
+    return y
+
+
+decode_attention_op.register_fake(lambda q, k, v, lengths: q.new_empty(q.shape))
+
+
+def decode_launches(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, y: Tensor) -> tuple[Launch, Launch]:
+    """The shares, and their sum. How many shares there are depends on batch, heads and device alone, so that a cache
+    that grows compiles nothing anew."""
+    q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
+    batch, heads, size = q.shape
+    groups = k.shape[1]
+    wanted = cdiv(2 * multiprocessors(q.device), batch * groups)
+    splits = min(power_of_two(wanted), MOST_SPLITS)
+    parts = torch.empty((batch, heads, splits, size), dtype=torch.float32, device=q.device)
+    logs = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
+    block = max(power_of_two(size), 16)
+    stages = STAGES[capability(q.device)]
+    kernels = triton_module("attention_triton")
+    arguments = {
+        "q": q, "k": k, "v": v, "lengths": None if lengths is None else lengths.contiguous(), "parts": parts,
+        "logs": logs, "length": k.shape[2], "scale": size**-0.5, "stride_qb": q.stride(0), "stride_qh": q.stride(1),
+        "stride_kb": k.stride(0), "stride_kh": k.stride(1), "stride_kt": k.stride(2),
+        "stride_vb": v.stride(0), "stride_vh": v.stride(1), "stride_vt": v.stride(2),
+        "HEADS": groups, "GROUP": heads // groups, "SIZE": size, "SPLITS": splits,
+        "BLOCK_G": max(power_of_two(heads // groups), 16), "BLOCK_D": block, "BLOCK_T": BLOCK[q.element_size()],
+        "STAGES": stages,
+    }  # fmt: skip
+    join = {"parts": parts, "logs": logs, "y": y, "SIZE": size, "SPLITS": splits, "BLOCK_D": block}
+    return (
+        Launch(kernels.decode_parts, (batch * groups, splits), arguments, WARPS, stages),
+        Launch(kernels.decode_join, (batch * heads,), join, WARPS, 1),
+    )
+
+
+@functools.cache
+def flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention, compiled: without that it would fill in all scores."""
+    from torch.nn.attention import flex_attention as flex
+
+    return torch.compile(flex.flex_attention)
+
+
+def document_mask(document: Tensor) -> Any:
+    """FlexAttention's mask of packed documents: causal, and inside one document; `document` [B, T] counts upwards.
+
+    Documents are runs, so the blocks that a block of queries needs are a range that ends with itself.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[batch, query] == document[batch, key])
+
+    tokens = document.shape[1]
+    count = cdiv(tokens, DOCUMENT_BLOCK)
+    index = torch.arange(count, device=document.device)
+    first = document[:, index * DOCUMENT_BLOCK]  # [B, blocks]: the documents that a block begins and ends with
+    last = document[:, ((index + 1) * DOCUMENT_BLOCK).clamp(max=tokens) - 1]
+    before = index < index[:, None]  # [queries' blocks, keys' blocks]
+    whole = ((index + 1) * DOCUMENT_BLOCK <= tokens)[:, None]
+    full = before & whole & (first[:, None, :] == last[:, :, None])
+    partly = (before | (index == index[:, None])) & (last[:, None, :] >= first[:, :, None]) & ~full
+    return BlockMask.from_kv_blocks(
+        *listed(partly), *listed(full), BLOCK_SIZE=DOCUMENT_BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+    )
+
+
+def listed(needed: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries needs [B, 1, blocks], and which: those first, in their order."""
+    needed = needed[:, None]
+    order = needed.int().argsort(dim=-1, descending=True, stable=True)
+    return needed.sum(-1, dtype=torch.int32), order.int()
