@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from .launch import Launch, capability, power_of_two, takes_triton, triton_module
 from .rows import cdiv, multiprocessors
 
-# Tokens that a program takes at a time, by bytes an element, and how many such blocks are on their way at once, by
-# compute capability: keys and values of two stages fit the 99 KiB of 86 and 89 twice over.
-BLOCK = {2: 64, 4: 32}
+# Tokens that a program takes at a time, and its warps, by bytes an element; and how many such blocks are on their way
+# at once, by compute capability: two stages of keys and values fit the 99 KiB of 86 and 89 twice over. float32 has no
+# tensor cores at full precision, and needs the threads for its registers.
+BLOCK = {2: (64, 4), 4: (32, 8)}
 STAGES = {80: 3, 86: 2, 89: 2, 90: 3}
-WARPS, MOST_SPLITS, DOCUMENT_BLOCK = 4, 64, 128
+MOST_SPLITS, DOCUMENT_BLOCK = 64, 128
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
@@ -93,6 +94,7 @@ def decode_launches(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, y: 
     parts = torch.empty((batch, heads, splits, size), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
     block = max(power_of_two(size), 16)
+    tokens, warps = BLOCK[q.element_size()]
     stages = STAGES[capability(q.device)]
     kernels = triton_module("attention_triton")
     arguments = {
@@ -101,13 +103,12 @@ def decode_launches(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, y: 
         "stride_kb": k.stride(0), "stride_kh": k.stride(1), "stride_kt": k.stride(2),
         "stride_vb": v.stride(0), "stride_vh": v.stride(1), "stride_vt": v.stride(2),
         "HEADS": groups, "GROUP": heads // groups, "SIZE": size, "SPLITS": splits,
-        "BLOCK_G": max(power_of_two(heads // groups), 16), "BLOCK_D": block, "BLOCK_T": BLOCK[q.element_size()],
-        "STAGES": stages,
+        "BLOCK_G": max(power_of_two(heads // groups), 16), "BLOCK_D": block, "BLOCK_T": tokens, "STAGES": stages,
     }  # fmt: skip
     join = {"parts": parts, "logs": logs, "y": y, "SIZE": size, "SPLITS": splits, "BLOCK_D": block}
     return (
-        Launch(kernels.decode_parts, (batch * groups, splits), arguments, WARPS, stages),
-        Launch(kernels.decode_join, (batch * heads,), join, WARPS, 1),
+        Launch(kernels.decode_parts, (batch * groups, splits), arguments, warps, stages),
+        Launch(kernels.decode_join, (batch * heads,), join, 4, 1),
     )
 
 

@@ -21,6 +21,7 @@ from .launch import Launch, takes_triton, triton_module
 IGNORED = -100
 # On every device; elements of a row that a program takes at a time, warps, and blocks on their way at once.
 BLOCK, WARPS, STAGES = 2048, 8, 2
+CACHED = 2**19  # elements of the logits that a CPU works through at a time, so that they stay in its cache
 VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
 
 
@@ -198,21 +199,26 @@ class TorchLinearKL(torch.autograd.Function):
             rows = slice(start, min(start + chunk_tokens, tokens))
             logits = (hidden[rows] @ head.T).to(work)
             teacher = None if teacher_hidden is None else (teacher_hidden[rows] @ teacher_head.T).to(work)
-            first[rows], dlogits = chunk_loss(
-                logits,
-                teacher,
-                None if labels is None else labels[rows, None],
-                values[:, rows],
-                options,
-                need_hidden or need_head,
-            )
-            if dlogits is None:
+            size = max(1, CACHED // head.shape[0])
+            for begin in range(0, logits.shape[0], size):
+                inner = slice(begin, min(begin + size, logits.shape[0]))
+                outer = slice(start + inner.start, start + inner.stop)
+                first[outer] = chunk_loss(
+                    logits[inner],
+                    None if teacher is None else teacher[inner],
+                    None if labels is None else labels[outer, None],
+                    values[:, outer],
+                    weights[outer, None] * scale,
+                    options,
+                    need_hidden or need_head,
+                )
+            if not (need_hidden or need_head):
                 continue
-            dlogits *= weights[rows, None] * scale
             if dhidden is not None:
-                dhidden[rows] = dlogits.to(head.dtype) @ head
+                dhidden[rows] = logits.to(head.dtype) @ head
             if dhead is not None:
-                add_product(dhead, dlogits, hidden[rows])
+                add_product(dhead, logits, hidden[rows])
+            del logits, teacher  # before the next chunk's
         kl, cross_entropy, teacher_cross_entropy, per_token = values
         loss = (per_token * weights).sum() * scale
         ctx.save_for_backward(dhidden, dhead)
@@ -238,12 +244,13 @@ def chunk_loss(
     teacher: Tensor | None,
     labels: Tensor | None,
     values: Tensor,
+    factors: Tensor,
     options: Options,
     need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Works through the logits [t, V] of one chunk, in place. `values` [4, t] receives divergence, cross-entropies of
-    student and teacher and the loss a token; the answer is whether the first ranks agree [t], and the gradient of the
-    unweighted loss by the logits [t, V] (the buffer of the logits)."""
+) -> Tensor:
+    """Works through the logits [t, V] of a few tokens, in place. `values` [4, t] receives divergence, cross-entropies
+    of student and teacher and the loss a token; the student's logits give way to the gradient times `factors` [t, 1],
+    if it is needed, and the answer is whether the first ranks agree [t]."""
     temperature, divergence, kl_weight, ce_weight, _ = options
     ranked_first = logits.argmax(-1)
     if teacher is None:
@@ -252,54 +259,59 @@ def chunk_loss(
     else:
         agree = ranked_first == teacher.argmax(-1)
     if labels is not None:
-        values[1] = torch.logsumexp(logits, -1) - logits.gather(1, labels)[:, 0]
+        normalizer = torch.logsumexp(logits, -1, keepdim=True)
+        values[1] = (normalizer - logits.gather(1, labels))[:, 0]
         if teacher is not None:
             values[2] = torch.logsumexp(teacher, -1) - teacher.gather(1, labels)[:, 0]
     values[3] = ce_weight * values[1]
     dlogits = None
     if need_gradient and ce_weight:
         assert labels is not None
-        # The last use of the raw logits may take their buffer.
-        dlogits = torch.softmax(logits, -1)
+        # Without a teacher this is the last use of the raw logits, and takes their place.
+        dlogits = (logits.sub_(normalizer) if teacher is None else logits - normalizer).exp_()
         dlogits.scatter_add_(1, labels, -torch.ones_like(values[1])[:, None])
-        dlogits *= ce_weight
+        dlogits *= ce_weight * factors
     if teacher is not None:
         if temperature != 1:
             logits /= temperature
             teacher /= temperature
         logits -= torch.logsumexp(logits, -1, keepdim=True)
         teacher -= torch.logsumexp(teacher, -1, keepdim=True)
-        values[0], gradient = DIVERGENCE[divergence](logits, teacher)
+        values[0] = DIVERGENCE[divergence](logits, teacher)
         values[3] += kl_weight * temperature**2 * values[0]
         if need_gradient:
-            gradient *= kl_weight * temperature  # T^2, and 1 / T from the logits' division
-            dlogits = gradient if dlogits is None else dlogits.add_(gradient)
-    return agree, dlogits
+            logits *= kl_weight * temperature * factors  # T^2, and 1 / T from the logits' division
+            if dlogits is not None:
+                logits += dlogits
+    return agree
 
 
-def forward_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(teacher || student) [t] and its gradient by the student's logits, from log-probabilities, which it uses up."""
+# From log-probabilities [t, V]: the divergence [t]. Its gradient by the student's logits takes the place of the
+# student's, and the teacher's are used up.
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student)"""
     p_teacher = teacher.exp()
     kl = torch.linalg.vecdot(p_teacher, teacher.sub_(student))
-    return kl, student.exp_().sub_(p_teacher)
+    student.exp_().sub_(p_teacher)
+    return kl
 
 
-def reverse_kl(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(student || teacher) [t] and its gradient by the student's logits, from log-probabilities, which it uses up."""
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(student || teacher)"""
     p_student = student.exp()
-    difference = student.sub_(teacher)
-    kl = torch.linalg.vecdot(p_student, difference)
-    return kl, difference.sub_(kl[:, None]).mul_(p_student)
+    kl = torch.linalg.vecdot(p_student, student.sub_(teacher))
+    student.sub_(kl[:, None]).mul_(p_student)
+    return kl
 
 
-def jensen_shannon(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """(KL(teacher || m) + KL(student || m)) / 2 [t] with m = (p_teacher + p_student) / 2, and its gradient."""
+def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
+    """(KL(teacher || m) + KL(student || m)) / 2 with m = (p_teacher + p_student) / 2"""
     p_student, p_teacher = student.exp(), teacher.exp()
     log_middle = torch.logaddexp(student, teacher).sub_(0.6931471805599453)
-    difference = student.sub_(log_middle)
-    kl_student = torch.linalg.vecdot(p_student, difference)
+    kl_student = torch.linalg.vecdot(p_student, student.sub_(log_middle))
     kl_teacher = torch.linalg.vecdot(p_teacher, teacher.sub_(log_middle))
-    return (kl_student + kl_teacher) / 2, difference.sub_(kl_student[:, None]).mul_(p_student).div_(2)
+    student.sub_(kl_student[:, None]).mul_(p_student).div_(2)
+    return (kl_student + kl_teacher) / 2
 
 
 DIVERGENCE = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}

@@ -50,7 +50,7 @@ def test_decoding(seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6, 60))
 def test_decoding_many(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_file, "BLOCK", {2: 16, 4: 16})
+    monkeypatch.setattr(attention_file, "BLOCK", {4: (16, 4)})
     check_decoding(seed)
 
 
