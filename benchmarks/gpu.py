@@ -142,7 +142,7 @@ def packed_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     """Eight documents a row, of unequal lengths."""
     ends = torch.linspace(0, 1, 9, device=DEVICE[0])[1:] ** 2 * tokens
     document = torch.searchsorted(ends.ceil(), torch.arange(tokens, device=DEVICE[0]) + 1.0)
-    return query_inputs(batch, tokens, tiny) | {"document": document.clamp(max=7).expand(batch, tokens)}
+    return query_inputs(batch, tokens, tiny) | {"document": document.clamp(max=7).repeat(batch, 1)}
 
 
 def decode_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
@@ -162,14 +162,12 @@ def step_truth(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor
     return reference.causal_conv1d_reference(x[:, None], weight, bias, initial_state=state)[0][:, 0]
 
 
-def update_truth(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **more: Tensor) -> Tensor:
-    tokens = [tensor[:, None] for tensor in (x, dt, B, C)]
-    return reference.ssd_scan_reference(*tokens[:2], A, *tokens[2:], dt_softplus=True, initial_state=state, **more)[0][
-        :, 0
-    ]
+def update_truth(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **more: Any) -> Tensor:
+    x, dt, B, C = (tensor[:, None] for tensor in (x, dt, B, C))
+    return reference.ssd_scan_reference(x, dt, A, B, C, dt_softplus=True, initial_state=state, **more)[0][:, 0]
 
 
-def loss_of(divergence: str, temperature: float = 1.0, ce_weight: float = 0.0) -> tuple[Callable[..., Any], ...]:
+def loss_of(divergence: str, temperature: float = 1.0, ce_weight: float = 0.0) -> tuple[Any, Any]:
     options: dict[str, Any] = {"divergence": divergence, "temperature": temperature, "ce_weight": ce_weight}
     return (
         lambda **inputs: linear_kl(**inputs, **options)[:2],
@@ -424,7 +422,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no CUDA device here; --interpret checks the kernels on the CPU")
     else:
         DEVICE[0] = "cuda"
-        os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="limbeck-triton-")
+        for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+            os.environ[name] = tempfile.mkdtemp(prefix="limbeck-")
     report: dict[str, Any] = {"provenance": provenance()}
     print("\n".join(f"- {key}: {value}" for key, value in report["provenance"].items()) + "\n")
     if not options.interpret:

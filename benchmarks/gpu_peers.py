@@ -126,8 +126,9 @@ def packed_varlen(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
     change[:, 1:] = document[:, 1:] != document[:, :-1]
     starts = change.flatten().nonzero()[:, 0].int()
     bounds = F.pad(starts, (0, 1), value=batch * tokens)
-    rows = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v)]
-    y = varlen_attn(*rows, bounds, bounds, tokens, tokens, is_causal=True, enable_gqa=True)
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (q, k, v))
+    options: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": True}  # all before, none after
+    y: Any = varlen_attn(q, k, v, bounds, bounds, tokens, tokens, **options)
     return y.unflatten(0, (batch, tokens)).transpose(1, 2)
 
 

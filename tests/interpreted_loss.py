@@ -6,12 +6,15 @@ bfloat16 is silently wrong in it; float32 and float16 are not.
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import limbeck.kernels.linear_kl as linear_kl_file
 import pytest
 import torch
+from limbeck.benchmarks import gpu
 from limbeck.kernels.activation import relu2, relu2_op, swiglu, swiglu_op
 from limbeck.kernels.linear_kl import accumulate, linear_cross_entropy, linear_kl, linear_kl_op, product
 from limbeck.kernels.norm import gated_rms_norm, norm_op, rms_norm
@@ -248,21 +251,35 @@ def test_gradients_repeat_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
 
 
-@pytest.mark.parametrize("residual", (False, True))
-def test_ops_keep_torchs_rules(residual: bool) -> None:
+def test_ops_keep_torchs_rules() -> None:
     """opcheck: schema, autograd, fake tensors, and the traced graph's values against the eager ones."""
+    x, weight, other = (torch.randn(shape, requires_grad=True) for shape in ((3, 5, 12), (12,), (3, 5, 12)))
+    torch.library.opcheck(norm_op, (x, None, other, weight, 1e-5, 1))
+    check_loss_op("forward", True)
+
+
+@pytest.mark.slow
+def test_more_ops_keep_torchs_rules() -> None:
     x, weight = torch.randn(3, 5, 12, requires_grad=True), torch.randn(12, requires_grad=True)
-    other = torch.randn(3, 5, 12, requires_grad=True)
-    if residual:
-        torch.library.opcheck(norm_op, (x, None, other, weight, 1e-5, 1))
-        torch.library.opcheck(swiglu_op, (x, other))
-    else:
-        strided = torch.randn(12, 5, 3).transpose(0, 2).requires_grad_()
-        torch.library.opcheck(norm_op, (x, strided, None, weight, 1e-5, 3))
-        torch.library.opcheck(relu2_op, (x,))
-    hidden, head = torch.randn(5, 4, requires_grad=True), torch.randn(17, 4, requires_grad=True)
+    strided = torch.randn(12, 5, 3).transpose(0, 2).requires_grad_()
+    torch.library.opcheck(norm_op, (x, strided, None, weight, 1e-5, 3))
+    torch.library.opcheck(relu2_op, (strided,))
+    torch.library.opcheck(swiglu_op, (x, strided))
+    check_loss_op("jsd", False)
+
+
+def check_loss_op(divergence: str, need_hidden: bool) -> None:
+    hidden, head = torch.randn(5, 4, requires_grad=need_hidden), torch.randn(17, 4, requires_grad=True)
     teacher, labels = (torch.randn(5, 3), torch.randn(17, 3)), torch.randint(17, (5,))
-    torch.library.opcheck(
-        linear_kl_op,
-        (hidden, head, *teacher, labels, torch.ones(5), torch.tensor(0.2), 2.0, "jsd", 0.5, 0.5, 4, residual, True),
-    )
+    options = (2.0, divergence, 0.5, 0.5, 4, need_hidden, True)
+    torch.library.opcheck(linear_kl_op, (hidden, head, *teacher, labels, torch.ones(5), torch.tensor(0.2), *options))
+
+
+def test_the_benchmark_checks_kernels(tmp_path: Path) -> None:
+    """What benchmarks/gpu.py does where there is no GPU; it fails where a kernel does."""
+    arguments = ["--interpret", "--json", str(tmp_path / "gpu.json"), "--only", "relu2", "decode_attention"]
+    assert gpu.main(arguments) == 0
+    checks = json.loads((tmp_path / "gpu.json").read_text())["checks"]
+    assert [row["op"] for row in checks] == ["relu2", "decode_attention"]
+    op = gpu.operators()["relu2"]
+    assert not gpu.check(op._replace(fast=lambda x: 1.001 * relu2(x)), 1, 4, torch.float32)["right"]
