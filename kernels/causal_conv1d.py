@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ssd import document_numbers
+from .launch import takes_triton, triton_module
+from .ssd_torch import document_numbers
 
 
 def causal_conv1d(
@@ -49,20 +50,40 @@ def causal_conv1d(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"causal_conv1d: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    y = TorchConv.apply(x, weight, bias, initial_state, seq_idx, activation)  # where the device decides
+    if x.is_cuda:  # the one place where the device decides
+        y = conv_op(x, weight, bias, initial_state, seq_idx, activation == "silu")
+    else:
+        y = TorchConv.apply(x, weight, bias, initial_state, seq_idx, activation)
     return (y, final_inputs(x, before, seq_idx, initial_state)) if return_final_state else y
 
 
 def causal_conv1d_step(
-    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = "silu"
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = "silu",
+    slots: Tensor | None = None,
 ) -> Tensor:
-    """y [B, C] of one token x [B, C]; `state` [B, C, K-1], the inputs before it, is moved on in place. No gradient."""
+    """y [B, C] of one token x [B, C]; `state` [B, C, K-1], the inputs before it, is moved on in place. No gradient.
+
+    With `slots` [B] (all different) the state is a pool [S, C, K-1], and sequence b has row slots[b] of it. Raises
+    ValueError where shapes disagree or the activation is neither "silu" nor None.
+    """
     check_activation(activation)
-    if state.shape != (*x.shape, weight.shape[1] - 1):
-        raise ValueError(
-            f"causal_conv1d_step: state has shape {tuple(state.shape)}, expected {(*x.shape, weight.shape[1] - 1)}"
-        )
-    return torch_step(state, x, weight, bias, activation)  # where the device decides
+    rows = x.shape[0] if slots is None else state.shape[0]
+    expected = (rows, x.shape[1], weight.shape[1] - 1)
+    if state.shape != expected:
+        raise ValueError(f"causal_conv1d_step: state has shape {tuple(state.shape)}, expected {expected}")
+    if slots is not None and slots.shape != x.shape[:1]:
+        raise ValueError(f"causal_conv1d_step: slots has shape {tuple(slots.shape)}, expected {tuple(x.shape[:1])}")
+    if x.is_cuda:  # the one place where the device decides
+        with torch.no_grad():
+            return step_op(state, x, weight, bias, slots, activation == "silu")
+    if slots is None:
+        return torch_step(state, x, weight, bias, activation)
+    return torch_step_slots(state, slots, x, weight, bias, activation)
 
 
 def check_activation(activation: str | None) -> None:
@@ -80,21 +101,32 @@ def torch_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ac
     return (F.silu(y, inplace=True) if activation else y).to(x.dtype)
 
 
+@torch.no_grad()
+def torch_step_slots(state: Tensor, slots: Tensor, *inputs: Any) -> Tensor:
+    chosen = state[slots]
+    y = torch_step(chosen, *inputs)
+    state[slots] = chosen
+    return y
+
+
 def final_inputs(x: Tensor, before: int, seq_idx: Tensor | None, initial_state: Tensor | None) -> Tensor:
     """The last `before` inputs [B, C, before] of the last token's document."""
     tokens = x.shape[1]
-    recent = x[:, max(tokens - before, 0) :].transpose(1, 2)
+    there = min(before, tokens)
+    # narrow, not an index: that asks for a CUDA build even where tensors are fake.
+    recent = x.narrow(1, tokens - there, there).transpose(1, 2)
     if seq_idx is not None:
         document = document_numbers(seq_idx)
-        recent = recent * (document == document[:, -1:])[:, None, max(tokens - before, 0) :]
-    missing = before - recent.shape[-1]
-    if missing <= 0:
+        last = document.narrow(1, tokens - 1, 1)
+        recent = recent * (document == last).narrow(1, tokens - there, there).unsqueeze(1)
+    missing = before - there
+    if not missing:
         return recent if seq_idx is not None else recent.clone()
     if initial_state is None:
         return F.pad(recent, (missing, 0))
-    older = initial_state[..., initial_state.shape[-1] - missing :].to(x.dtype)
+    older = initial_state.narrow(2, before - missing, missing).to(x.dtype)
     if seq_idx is not None:
-        older = older * (document[:, -1:, None] == 0)
+        older = older * (last == 0).unsqueeze(2)
     return torch.cat((older, recent), -1)
 
 
@@ -106,44 +138,52 @@ class TorchConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, initial_state, seq_idx, activation):
         ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
         ctx.activation = activation
-        blocks = Blocks(x, weight, bias, initial_state, seq_idx)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for row, start, stop in blocks:
-            pre = blocks.convolve(blocks.window(row, start, stop), row, start, stop)
-            y[row, start:stop] = F.silu(pre, inplace=True) if activation else pre
-        return y
+        return torch_conv(x, weight, bias, initial_state, seq_idx, activation)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
-        blocks = Blocks(x, weight, bias, initial_state, seq_idx)
-        width = weight.shape[1]
-        # In front of every row the inputs before it, whose gradient is the initial state's.
-        dx = torch.zeros(x.shape[0], width - 1 + x.shape[1], x.shape[2], dtype=blocks.dtype, device=x.device)
-        dkernel = torch.zeros_like(blocks.kernel)
-        dbias = torch.zeros_like(blocks.kernel[0])
-        for row, start, stop in blocks:
-            window = blocks.window(row, start, stop)
-            dpre = dy[row, start:stop].to(blocks.dtype)
-            if ctx.activation:
-                pre = blocks.convolve(window, row, start, stop)
-                sigmoid = torch.sigmoid(pre)
-                slope = torch.addcmul(pre, pre, sigmoid, value=-1).add_(1).mul_(sigmoid)  # silu'
-                dpre = slope.mul_(dpre)
-            dbias += dpre.sum(0)
-            for column in range(width):
-                inside = blocks.inside(row, start, stop, width - 1 - column)
-                part = dpre if inside is None else dpre * inside
-                dx[row, start + column : stop + column].addcmul_(part, blocks.kernel[column])
-                dkernel[column] += (part * window[column : column + stop - start]).sum(0)
-        return (
-            dx[:, width - 1 :].to(x.dtype),
-            dkernel.T.to(weight.dtype),
-            None if bias is None else dbias.to(bias.dtype),
-            None if initial_state is None else dx[:, : width - 1].transpose(1, 2).to(initial_state.dtype),
-            None,
-            None,
-        )
+        return *torch_conv_backward(dy, x, weight, bias, initial_state, seq_idx, ctx.activation), None, None
+
+
+def torch_conv(x, weight, bias, initial_state, seq_idx, activation) -> Tensor:
+    """y [B, T, C]"""
+    blocks = Blocks(x, weight, bias, initial_state, seq_idx)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for row, start, stop in blocks:
+        pre = blocks.convolve(blocks.window(row, start, stop), row, start, stop)
+        y[row, start:stop] = F.silu(pre, inplace=True) if activation else pre
+    return y
+
+
+def torch_conv_backward(dy, x, weight, bias, initial_state, seq_idx, activation) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and initial_state, None for what is not there."""
+    blocks = Blocks(x, weight, bias, initial_state, seq_idx)
+    width = weight.shape[1]
+    # In front of every row the inputs before it, whose gradient is the initial state's.
+    dx = torch.zeros(x.shape[0], width - 1 + x.shape[1], x.shape[2], dtype=blocks.dtype, device=x.device)
+    dkernel = torch.zeros_like(blocks.kernel)
+    dbias = torch.zeros_like(blocks.kernel[0])
+    for row, start, stop in blocks:
+        window = blocks.window(row, start, stop)
+        dpre = dy[row, start:stop].to(blocks.dtype)
+        if activation:
+            pre = blocks.convolve(window, row, start, stop)
+            sigmoid = torch.sigmoid(pre)
+            slope = torch.addcmul(pre, pre, sigmoid, value=-1).add_(1).mul_(sigmoid)  # silu'
+            dpre = slope.mul_(dpre)
+        dbias += dpre.sum(0)
+        for column in range(width):
+            inside = blocks.inside(row, start, stop, width - 1 - column)
+            part = dpre if inside is None else dpre * inside
+            dx[row, start + column : stop + column].addcmul_(part, blocks.kernel[column])
+            dkernel[column] += (part * window[column : column + stop - start]).sum(0)
+    return (
+        dx[:, width - 1 :].to(x.dtype),
+        dkernel.T.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        None if initial_state is None else dx[:, : width - 1].transpose(1, 2).to(initial_state.dtype),
+    )
 
 
 class Blocks:
@@ -199,3 +239,75 @@ class Blocks:
             part = window[column : column + size]
             pre.addcmul_(part if inside is None else part * inside, self.kernel[column])
         return pre
+
+
+@torch.library.custom_op("limbeck::causal_conv1d", mutates_args=())
+def conv_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, silu: bool
+) -> Tensor:
+    """CPU tensors go through the Triton kernels in Triton's interpreter, else through torch's."""
+    if takes_triton(x):
+        triton_conv = triton_module("conv_triton")
+        return triton_conv.forward(triton_conv.Conv(x, weight, bias, initial_state, seq_idx, silu))
+    return torch_conv(x, weight, bias, initial_state, seq_idx, "silu" if silu else None)
+
+
+@torch.library.custom_op("limbeck::causal_conv1d_backward", mutates_args=())
+def conv_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and initial_state; empty for what is not there."""
+    if takes_triton(x):
+        triton_conv = triton_module("conv_triton")
+        gradients = triton_conv.backward(triton_conv.Conv(x, weight, bias, initial_state, seq_idx, silu), dy)
+    else:
+        views = torch_conv_backward(dy, x, weight, bias, initial_state, seq_idx, "silu" if silu else None)
+        gradients = (None if view is None else view.clone(memory_format=torch.contiguous_format) for view in views)
+    dx, dweight, dbias, dfirst = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    return dx, dweight, dbias, dfirst
+
+
+@conv_op.register_fake
+def _(x, *rest):
+    return x.new_empty(x.shape)
+
+
+@conv_backward_op.register_fake
+def _(dy, x, weight, bias, initial_state, seq_idx, silu):
+    inputs = (x, weight, bias, initial_state)
+    return tuple(x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in inputs)
+
+
+def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.silu = inputs[5]
+
+
+def conv_gradient(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    inputs = ctx.saved_tensors
+    gradients = conv_backward_op(dy, *inputs, ctx.silu)
+    needed = [None if tensor is None else gradient for tensor, gradient in zip(inputs, gradients, strict=False)]
+    return *needed, None, None
+
+
+conv_op.register_autograd(conv_gradient, setup_context=keep_inputs)
+
+
+@torch.library.custom_op("limbeck::causal_conv1d_step", mutates_args=("state",))
+def step_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None, silu: bool) -> Tensor:
+    """CPU tensors go through the Triton kernel in Triton's interpreter, else through torch."""
+    if takes_triton(x):
+        return triton_module("conv_triton").step(state, x, weight, bias, slots, silu)
+    inputs = (x, weight, bias, "silu" if silu else None)
+    return torch_step(state, *inputs) if slots is None else torch_step_slots(state, slots, *inputs)
+
+
+@step_op.register_fake
+def _(state, x, *rest):
+    return x.new_empty(x.shape)

@@ -4,9 +4,8 @@ The recurrence of head h in group g, with a_t = dt_t A:
 
     S_t = exp(a_t) S_{t-1} + dt_t x_t (outer) B_t          y_t = S_t C_t + D x_t
 
-is walked chunk by chunk; inside a chunk it is the masked matrix product of the paper's equation 16. Groups stay
-groups: B and C are never repeated for the heads that share them.
-Shapes: [B] batch, [T] tokens, [H] heads, [P] head_dim, [G] groups, [R] heads a group, [N] state, [Q] chunk.
+is walked chunk by chunk: on the CPU by `ssd_torch`, on a GPU by `ssd_triton`.
+Shapes: [B] batch, [T] tokens, [H] heads, [P] head_dim, [G] groups, [N] state.
 """
 
 from __future__ import annotations
@@ -16,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from .launch import takes_triton, triton_module
+from .ssd_torch import TorchScan, document_numbers, torch_scan, torch_scan_backward
+
+__all__ = ["document_numbers", "ssd_scan"]
 
 
 def ssd_scan(
@@ -40,16 +43,19 @@ def ssd_scan(
     D [H] adds the skip D x; the step is clamp(softplus(dt + dt_bias), *dt_limit). Where `seq_idx` [B, T] changes
     between neighbours a new document begins with an empty state. `initial_state` [B, H, P, N] belongs to the
     document of token 0; with `return_final_state` the answer is (y, state [B, H, P, N]) after the last token.
-    State and sums are float32 (float64 for float64 inputs), y has the dtype of x.
+    State and sums are float32 (float64 for float64 inputs), y has the dtype of x. A chunk bounds the memory of the
+    CPU's path; on a GPU it is an upper bound of a tile's tokens and changes rounding alone.
 
     Raises ValueError where shapes disagree.
     """
     check_shapes(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
     if chunk_size < 1:
         raise ValueError(f"ssd_scan: chunk_size is {chunk_size}, expected at least 1")
-    y, state = TorchScan.apply(
-        x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, dt_limit, chunk_size
-    )  # the one place where the device decides
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
+    if x.is_cuda:  # the one place where the device decides
+        y, state = scan_op(*inputs, dt_softplus, *dt_limit, chunk_size)
+    else:
+        y, state = TorchScan.apply(*inputs, dt_softplus, dt_limit, chunk_size)
     return (y, state) if return_final_state else y
 
 
@@ -89,200 +95,89 @@ def check_shapes(
             raise ValueError(f"ssd_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-class TorchScan(torch.autograd.Function):
-    """The chunked scan in batched matrix products, with its backward written out: it keeps the inputs and the
-    state at each chunk's start, and recomputes the rest."""
-
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, dt_limit, chunk_size):
-        scan = Chunks(x, dt, A, B, C, D, dt_bias, seq_idx, dt_softplus, dt_limit, chunk_size)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        state = scan.empty_state() if initial_state is None else scan.group_state(initial_state).clone()
-        starts = []
-        for start, stop in scan.spans:
-            if any(ctx.needs_input_grad):
-                starts.append(state)
-            y_chunk, state = scan.forward_chunk(start, stop, state)
-            y[:, start:stop] = y_chunk
-        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, *starts)
-        ctx.options = (dt_softplus, dt_limit, chunk_size)
-        return y, state.reshape(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-
-    @staticmethod
-    def backward(ctx, dy, dfinal):
-        x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, *starts = ctx.saved_tensors
-        scan = Chunks(x, dt, A, B, C, D, dt_bias, seq_idx, *ctx.options)
-        dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
-        dstep = torch.empty(dt.shape, dtype=scan.dtype, device=x.device)
-        da = torch.empty_like(dstep)
-        dD = torch.zeros(scan.heads, dtype=scan.dtype, device=x.device)
-        dstate = scan.group_state(dfinal)
-        for (start, stop), state in zip(reversed(scan.spans), reversed(starts), strict=True):
-            dy_chunk = dy[:, start:stop].to(scan.dtype)
-            chunk = scan.backward_chunk(start, stop, state, dy_chunk, dstate)
-            dx_chunk, dstep[:, start:stop], da[:, start:stop], dB[:, start:stop], dC[:, start:stop], dstate = chunk
-            if scan.D is not None:
-                dx_chunk = torch.addcmul(dx_chunk, dy_chunk, scan.D[:, None])
-                dD += torch.einsum("bthp,bthp->h", dy_chunk, x[:, start:stop].to(scan.dtype))
-            dx[:, start:stop] = dx_chunk
-        dA = torch.einsum("bth,bth->h", da, scan.step)
-        ddt = scan.step_gradient(dstep.addcmul_(da, scan.A))
-        return (
-            dx,
-            ddt.to(dt.dtype),
-            dA.to(A.dtype),
-            dB,
-            dC,
-            None if D is None else dD.to(D.dtype),
-            None if dt_bias is None else ddt.sum((0, 1)).to(dt_bias.dtype),
-            None if initial_state is None else dstate.reshape(initial_state.shape).to(initial_state.dtype),
-            *[None] * 4,
-        )
+@torch.library.custom_op("limbeck::ssd_scan", mutates_args=())
+def scan_op(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    limit_low: float,
+    limit_high: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """(y, last state). CPU tensors go through the Triton kernels in Triton's interpreter, else through torch's."""
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
+    if takes_triton(x):
+        launch = triton_module("ssd_launch")
+        return launch.scan(launch.Scan(*inputs, dt_softplus, limit_low, limit_high, chunk_size))
+    return torch_scan(*inputs, dt_softplus, (limit_low, limit_high), chunk_size, keep_starts=False)[:2]
 
 
-class Chunks:
-    """One scan's inputs, and what happens in a chunk of it. Heads are laid out [G, R], states [B, G, R, P, N]."""
-
-    def __init__(self, x, dt, A, B, C, D, dt_bias, seq_idx, dt_softplus, dt_limit, chunk_size) -> None:
-        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.x, self.B, self.C = x, B, C
-        self.batch, tokens, self.heads, self.head_dim = x.shape
-        self.groups, self.state = B.shape[2:]
-        self.per_group = self.heads // self.groups
-        self.A = A.to(self.dtype)
-        self.D = None if D is None else D.to(self.dtype)
-        raw = dt.to(self.dtype)
-        self.raw = raw if dt_bias is None else raw + dt_bias.to(self.dtype)
-        self.dt_softplus, self.dt_limit = dt_softplus, dt_limit
-        self.unclamped = F.softplus(self.raw) if dt_softplus else self.raw
-        self.step = self.unclamped if dt_limit == (0.0, math.inf) and dt_softplus else self.unclamped.clamp(*dt_limit)
-        self.chunk = min(chunk_size, tokens)
-        self.spans = [(start, min(start + self.chunk, tokens)) for start in range(0, tokens, self.chunk)]
-        # float64: differences of these sums are what counts, and one large step must not blur the small ones.
-        self.a = self.step.double() * self.A.double()
-        # Documents numbered along each row, where a chunk has a boundary; elsewhere there is nothing to mask.
-        self.document = None if seq_idx is None else document_numbers(seq_idx)
-        self.mixed = [False] * len(self.spans)
-        if self.document is not None:
-            ends = [max(start - 1, 0) for start, _ in self.spans], [stop - 1 for _, stop in self.spans]
-            self.mixed = (self.document[:, ends[0]] != self.document[:, ends[1]]).any(0).tolist()
-
-    def empty_state(self) -> Tensor:
-        shape = (self.batch, self.groups, self.per_group, self.head_dim, self.state)
-        return torch.zeros(shape, dtype=self.dtype, device=self.x.device)
-
-    def group_state(self, state: Tensor) -> Tensor:
-        """[B, H, P, N] -> [B, G, R, P, N]"""
-        shape = (self.batch, self.groups, self.per_group, self.head_dim, self.state)
-        return state.to(self.dtype).reshape(shape)
-
-    def step_gradient(self, dstep: Tensor) -> Tensor:
-        """The gradient of the step, carried back through clamp and softplus to dt + dt_bias."""
-        low, high = self.dt_limit
-        if low > 0 or high < math.inf or not self.dt_softplus:
-            dstep = dstep * ((self.unclamped >= low) & (self.unclamped <= high))
-        return dstep * torch.sigmoid(self.raw) if self.dt_softplus else dstep
-
-    def decays(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The chunk's decay factors: between tokens L [B, H, Q, Q] (0 above the diagonal and across documents),
-        from the chunk's start to each token [B, H, Q], from each token to the end [B, H, Q], end to end [B, H]."""
-        cumulative = self.a[:, start:stop].transpose(1, 2).cumsum(-1)  # [B, H, Q]
-        between = (cumulative[..., :, None] - cumulative[..., None, :]).to(self.dtype)
-        # Above the diagonal the differences are positive: capped, lest exp overflow, then cut off.
-        between.clamp_(max=0).exp_().tril_()
-        from_start = cumulative.to(self.dtype, copy=True).exp_()
-        to_end = (cumulative[..., -1:] - cumulative).to(self.dtype).exp_()
-        if self.document is not None and self.mixed[start // self.chunk]:
-            document = self.document[:, start:stop]
-            before = self.document[:, max(start - 1, 0)]
-            between.masked_fill_((document[:, :, None] != document[:, None, :])[:, None], 0)
-            from_start.masked_fill_((document != before[:, None])[:, None], 0)
-            to_end.masked_fill_((document != document[:, -1:])[:, None], 0)
-        return between, from_start, to_end, from_start[..., -1]
-
-    def inputs(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The chunk as matrices: x [B, H, Q, P], step [B, H, Q], x * step [B, H, Q, P], B and C [B, G, Q, N]."""
-        x = self.x[:, start:stop].to(self.dtype).transpose(1, 2)
-        step = self.step[:, start:stop].transpose(1, 2)
-        B = self.B[:, start:stop].to(self.dtype).transpose(1, 2)
-        C = self.C[:, start:stop].to(self.dtype).transpose(1, 2)
-        return x, step, x * step[..., None], B, C
-
-    def grouped(self, per_head: Tensor) -> Tensor:
-        """[B, H, ...] -> [B, G, R, ...]"""
-        return per_head.unflatten(1, (self.groups, self.per_group))
-
-    def rows(self, per_head: Tensor) -> Tensor:
-        """[B, H, Q, P] -> [B, G, R P, Q]: a group's heads side by side, so that B and C serve all of them at once."""
-        return self.grouped(per_head).transpose(-1, -2).flatten(2, 3)
-
-    def forward_chunk(self, start: int, stop: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """(y [B, Q, H, P], the state after the chunk) from the state before it."""
-        between, from_start, to_end, whole = self.decays(start, stop)
-        x, _, x_step, B, C = self.inputs(start, stop)
-        # 1. Inside the chunk: y = (L o C B^T) (dt x).
-        mixing = self.grouped(between).mul_((C @ B.mT)[:, :, None]).flatten(1, 2)
-        y = mixing @ x_step
-        # 2. What the state before the chunk adds: each token reads it through C, decayed from the chunk's start.
-        carried = state.flatten(2, 3) @ C.mT  # [B, G, R P, Q]
-        carried = carried.unflatten(2, (self.per_group, self.head_dim)).flatten(1, 2)  # [B, H, P, Q]
-        y.addcmul_(carried.mT, from_start[..., None])
-        if self.D is not None:
-            y.addcmul_(x, self.D[:, None, None])
-        # 3. The state after it.
-        added = self.rows(x_step * to_end[..., None]) @ B  # [B, G, R P, N]
-        after = torch.addcmul(added.view_as(state), state, self.grouped(whole)[..., None, None])
-        return y.transpose(1, 2), after
-
-    def backward_chunk(self, start: int, stop: int, state: Tensor, dy: Tensor, dstate: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the chunk's x (without D), step, a, B, C, and of the state before it.
-
-        dy [B, Q, H, P]; `dstate` [B, G, R, P, N] is the gradient of the state after the chunk. The gradient of
-        a_k gathers every path that crosses token k: pairs of tokens around it, start to token, token to end, start
-        to end. Each is summed on its own, since differences of row and column sums cancel badly.
-        """
-        between, from_start, to_end, whole = self.decays(start, stop)
-        x, step, x_step, B, C = self.inputs(start, stop)
-        dy = dy.transpose(1, 2).contiguous()  # [B, H, Q, P]
-        scores = (C @ B.mT)[:, :, None]  # [B, G, 1, Q, Q]
-        mixing = (self.grouped(between) * scores).flatten(1, 2)  # [B, H, Q, Q]
-        # Inside the chunk.
-        dx_step = mixing.mT @ dy
-        dmixing = dy @ x_step.mT
-        dscores = self.grouped(between.mul_(dmixing)).sum(2)  # [B, G, Q, Q]
-        dC, dB = dscores @ B, dscores.mT @ C
-        after = torch.ones(stop - start, stop - start, dtype=self.dtype, device=dy.device).triu_()
-        crossing = after @ mixing.mul_(dmixing)
-        da = crossing.tril_(-1).sum(-1)  # [B, H, Q]: pairs (l >= k, s < k)
-        # From the state before the chunk.
-        dy_decayed = self.rows(dy * from_start[..., None])  # [B, G, R P, Q]
-        dC += dy_decayed.mT @ state.flatten(2, 3)
-        carried = (state.flatten(2, 3) @ C.mT).mul_(dy_decayed)
-        read = carried.unflatten(2, (self.per_group, self.head_dim)).sum(3).flatten(1, 2)  # [B, H, Q]
-        da += read.flip(-1).cumsum(-1).flip(-1)
-        # Into the state after it.
-        written = (dstate.flatten(2, 3) @ B.mT).unflatten(2, (self.per_group, self.head_dim)).flatten(1, 2).mT
-        written = written * to_end[..., None]  # [B, H, Q, P]
-        dx_step += written
-        dB += self.rows(x_step * to_end[..., None]).mT @ dstate.flatten(2, 3)
-        gain = (written * x_step).sum(-1)  # [B, H, Q]
-        da[..., 1:] += gain[..., :-1].cumsum(-1)
-        dwhole = (state * dstate).sum((-1, -2)).flatten(1, 2) * whole  # [B, H]
-        da += dwhole[..., None]
-        before = (dy_decayed @ C).view_as(state)
-        before.addcmul_(dstate, self.grouped(whole)[..., None, None])
-        return (
-            (dx_step * step[..., None]).transpose(1, 2),
-            (dx_step * x).sum(-1).transpose(1, 2),
-            da.transpose(1, 2),
-            dB.transpose(1, 2),
-            dC.transpose(1, 2),
-            before,
-        )
+@torch.library.custom_op("limbeck::ssd_scan_backward", mutates_args=())
+def scan_backward_op(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    limit_low: float,
+    limit_high: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D, dt_bias and initial_state; empty for what is not there."""
+    inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
+    if takes_triton(x):
+        launch = triton_module("ssd_launch")
+        scan = launch.Scan(*inputs, dt_softplus, limit_low, limit_high, chunk_size)
+        gradients = launch.scan_backward(scan, dy, dlast)
+    else:
+        options = (dt_softplus, (limit_low, limit_high), chunk_size)
+        _, last, starts = torch_scan(*inputs, *options, keep_starts=True)
+        dlast = torch.zeros_like(last) if dlast is None else dlast
+        gradients = torch_scan_backward(dy, dlast, starts, *inputs, *options)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 
 
-def document_numbers(seq_idx: Tensor) -> Tensor:
-    """0, 1, 2, ... along each row [B, T]: the number goes up wherever `seq_idx` changes."""
-    change = torch.zeros(seq_idx.shape, dtype=torch.int32, device=seq_idx.device)
-    change[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return change.cumsum(1, dtype=torch.int32)
+@scan_op.register_fake
+def _(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, dt_softplus, limit_low, limit_high, chunk_size):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    last = x.new_empty((x.shape[0], x.shape[2], x.shape[3], B.shape[3]), dtype=dtype)
+    return x.new_empty(x.shape), last
+
+
+@scan_backward_op.register_fake
+def _(dy, dlast, x, dt, A, B, C, D, dt_bias, initial_state, *rest):
+    return tuple(
+        x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+        for tensor in (x, dt, A, B, C, D, dt_bias, initial_state)
+    )
+
+
+def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:9])
+    ctx.options = inputs[9:]
+
+
+def scan_gradient(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Any, ...]:
+    inputs = ctx.saved_tensors
+    dy = inputs[0].new_zeros(inputs[0].shape) if dy is None else dy
+    gradients = scan_backward_op(dy, dlast, *inputs, *ctx.options)
+    needed = [None if tensor is None else gradient for tensor, gradient in zip(inputs, gradients, strict=False)]
+    return *needed, *[None] * 5
+
+
+scan_op.register_autograd(scan_gradient, setup_context=keep_inputs)

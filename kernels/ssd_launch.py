@@ -1,0 +1,214 @@
+"""The sizes, buffers and launches of the SSD scan's Triton kernels; shapes and letters as in `ssd`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch, capability, placed, power_of_two, strides
+from .ssd_triton import scan_forward, scan_gradients, scan_walk
+
+
+class Sizes(NamedTuple):
+    """Of one kernel: the most tokens and the most of head_dim in a tile, warps, stages of loads."""
+
+    tokens: int
+    width: int
+    warps: int
+    stages: int
+
+
+# For each compute capability and bytes of a matrix product's factor: forward, walk, gradients. Chosen by offline
+# compilation: with more tokens in a tile, fewer warps or more stages registers spill.
+SIZES = {
+    (80, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
+    (80, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
+    (86, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
+    (86, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
+    (89, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
+    (89, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
+    (90, 2): (Sizes(32, 64, 8, 2), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
+    (90, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
+}
+STATE_ELEMENTS = 16384  # of the float32 state that one program keeps in registers
+PROGRAMS = 256  # that a launch of the gradients should have, so that the larger cards are full
+
+
+class Scan(NamedTuple):
+    """One scan's inputs and options."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor | None
+    seq_idx: Tensor | None
+    dt_softplus: bool
+    limit_low: float
+    limit_high: float
+    chunk_size: int
+
+    def placed(self) -> Scan:
+        """The same as the kernels read it: x, dt, B and C where they lie, the small rest contiguous."""
+        ready: dict[str, Any] = {name: placed(getattr(self, name)) for name in ("x", "dt", "B", "C")}
+        for name in ("A", "D", "dt_bias", "initial_state", "seq_idx"):
+            tensor = getattr(self, name)
+            ready[name] = None if tensor is None else tensor.contiguous()
+        return self._replace(**ready)
+
+    @property
+    def dot(self) -> Any:
+        """The dtype of the matrix products' factors: the inputs', float32 where they differ."""
+        kinds = {self.x.dtype, self.B.dtype, self.C.dtype}
+        known = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+        return known.get(kinds.pop(), tl.float32) if len(kinds) == 1 else tl.float32
+
+    def sizes(self, device: int) -> tuple[Sizes, Sizes, Sizes]:
+        return SIZES[device, 4 if self.dot is tl.float32 else 2]
+
+    def tile_tokens(self, most: int) -> int:
+        """The tokens of a tile: a power of two of at least 16, which `chunk_size` bounds as well."""
+        fitting = min(most, self.chunk_size, power_of_two(self.x.shape[1]))
+        return max(16, power_of_two(fitting + 1) // 2)
+
+    def gradient_tokens(self, device: int) -> int:
+        """The chunk that walk and gradients share."""
+        return self.tile_tokens(min(sizes.tokens for sizes in self.sizes(device)[1:]))
+
+    def tile_width(self, most: int) -> int:
+        """The slice of head_dim in a tile: where 16 divides head_dim nothing is wasted, 80 is 5 x 16."""
+        return min(most, max(16, self.x.shape[3] & -self.x.shape[3]))
+
+    def common(self) -> dict[str, Any]:
+        """The arguments that every kernel takes."""
+        _, tokens, heads, head_dim = self.x.shape
+        groups, state = self.B.shape[2:]
+        return {
+            "p_dt": self.dt, "p_A": self.A, "p_bias": self.dt_bias, "p_seq": self.seq_idx,
+            "tokens": tokens, "limit_low": self.limit_low, "limit_high": self.limit_high,
+            **strides("dt", "bth", self.dt),
+            "HEADS": heads, "PER_GROUP": heads // groups, "P": head_dim, "N": state, "SOFTPLUS": self.dt_softplus,
+            "BLOCK_N": max(16, power_of_two(state)), "DOT": self.dot, "PRECISION": "ieee",
+        }  # fmt: skip
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of the kernels that read x, B, C and D."""
+        return {
+            "p_x": self.x, "p_B": self.B, "p_C": self.C, "p_D": self.D,
+            **strides("x", "bthp", self.x), **strides("B", "btgn", self.B), **strides("C", "btgn", self.C),
+        }  # fmt: skip
+
+
+def slices(head_dim: int, state: int, width: int) -> tuple[int, int, int]:
+    """How the forward pass cuts head_dim: (slices, MAIN, TAIL), each slice MAIN + TAIL wide; 80 is one of 64 + 16."""
+    most = max(16, STATE_ELEMENTS // max(16, power_of_two(state)))
+    main = min(width, most, max(16, power_of_two(head_dim + 1) // 2))
+    rest = head_dim - main
+    tail = max(16, power_of_two(rest)) if rest > 0 else 0
+    if tail <= main and main + tail <= most:
+        return 1, main, tail
+    return -(-head_dim // main), main, 0
+
+
+def forward_launch(scan: Scan, y: Tensor, last: Tensor, device: int) -> Launch:
+    """y [B, T, H, P] and the last state [B, H, P, N]."""
+    sizes = scan.sizes(device)[0]
+    batch, _, heads, head_dim = scan.x.shape
+    number, main, tail = slices(head_dim, scan.B.shape[3], sizes.width)
+    arguments = scan.common() | scan.inputs()
+    arguments |= {"p_first": scan.initial_state, "p_y": y, "p_last": last}
+    arguments |= {"Q": scan.tile_tokens(sizes.tokens), "MAIN": main, "TAIL": tail}
+    return Launch(scan_forward, (number, heads, batch), arguments, sizes.warps, sizes.stages)
+
+
+def walk_launch(
+    scan: Scan,
+    u: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    states: Tensor,
+    last: Tensor | None,
+    device: int,
+    reverse: bool,
+) -> Launch:
+    """The states at the chunks' starts (u, v: x, B), or in reverse their gradients at the chunks' ends (dy, C)."""
+    sizes = scan.sizes(device)[1]
+    width = scan.tile_width(sizes.width)
+    arguments = scan.common() | strides("u", "bthp", u) | strides("v", "btgn", v)
+    arguments |= {"p_u": u, "p_v": v, "p_first": first, "p_states": states, "p_last": last}
+    arguments |= {"REVERSE": reverse, "Q": scan.gradient_tokens(device), "BLOCK_P": width}
+    grid = (-(-scan.x.shape[3] // width), scan.x.shape[2], scan.x.shape[0])
+    return Launch(scan_walk, grid, arguments, sizes.warps, sizes.stages)
+
+
+def gradients_launch(
+    scan: Scan, dy: Tensor, states: Tensor, dstates: Tensor, into: dict[str, Tensor], device: int
+) -> Launch:
+    """dx, ddt, dB and dC [shares, B, T, G, N], and the sums [3, B, chunks, H]."""
+    sizes = scan.sizes(device)[2]
+    shares, chunks = into["dB"].shape[0], into["sums"].shape[2]
+    arguments = scan.common() | scan.inputs() | strides("dy", "bthp", dy)
+    arguments |= {"p_dy": dy, "p_states": states, "p_dstates": dstates}
+    arguments |= {f"p_{name}": tensor for name, tensor in into.items()}
+    arguments |= {"SHARES": shares, "Q": scan.gradient_tokens(device), "BLOCK_P": scan.tile_width(sizes.width)}
+    grid = (chunks, scan.B.shape[2] * shares, scan.x.shape[0])
+    return Launch(scan_gradients, grid, arguments, sizes.warps, sizes.stages)
+
+
+def shares_of_heads(scan: Scan, chunks: int) -> int:
+    """Among how many programs the heads of a group are shared out."""
+    batch, groups = scan.x.shape[0], scan.B.shape[2]
+    per_group = scan.x.shape[2] // groups
+    wanted = min(per_group, -(-PROGRAMS // (batch * chunks * groups)))
+    return next(shares for shares in range(wanted, per_group + 1) if per_group % shares == 0)
+
+
+def scan(given: Scan) -> tuple[Tensor, Tensor]:
+    """y [B, T, H, P] in the dtype of x, and the last state [B, H, P, N] in float32."""
+    y = torch.empty(given.x.shape, dtype=given.x.dtype, device=given.x.device)
+    batch, _, heads, head_dim = given.x.shape
+    last = y.new_empty((batch, heads, head_dim, given.B.shape[3]), dtype=torch.float32)
+    forward_launch(given.placed(), y, last, capability(y.device)).run(y)
+    return y, last
+
+
+def scan_backward(given: Scan, dy: Tensor, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of x, dt, A, B, C, D, dt_bias and initial_state, None for what is not there."""
+    scan, dy = given.placed(), placed(dy)
+    x, device = scan.x, capability(given.x.device)
+    batch, tokens, heads, head_dim = x.shape
+    chunks = -(-tokens // scan.gradient_tokens(device))
+    # bfloat16 loses nothing here: they are factors of matrix products. float16 might overflow.
+    kept = torch.bfloat16 if scan.dot is tl.bfloat16 else torch.float32
+    states, dstates = (x.new_empty((batch, chunks, heads, head_dim, scan.B.shape[3]), dtype=kept) for _ in range(2))
+    dfirst = None if scan.initial_state is None else torch.empty_like(scan.initial_state)
+    walk_launch(scan, x, scan.B, scan.initial_state, states, None, device, False).run(x)
+    dlast = None if dlast is None else dlast.contiguous()
+    walk_launch(scan, dy, scan.C, dlast, dstates, dfirst, device, True).run(x)
+    shares = shares_of_heads(scan, chunks)
+    summed = {"dB": scan.B, "dC": scan.C}
+    into = {
+        name: x.new_empty((shares, *tensor.shape), dtype=tensor.dtype if shares == 1 else torch.float32)
+        for name, tensor in summed.items()
+    }
+    into |= {"dx": x.new_empty(x.shape), "ddt": scan.dt.new_empty(scan.dt.shape)}
+    into["sums"] = x.new_empty((3, batch, chunks, heads), dtype=torch.float32)
+    gradients_launch(scan, dy, states, dstates, into, device).run(x)
+    dA, dbias, dD = (sums.sum((0, 1)) for sums in into["sums"])
+    dB, dC = (into[name][0] if shares == 1 else into[name].sum(0) for name in ("dB", "dC"))
+    return (
+        into["dx"],
+        into["ddt"],
+        dA.to(scan.A.dtype),
+        dB.to(scan.B.dtype),
+        dC.to(scan.C.dtype),
+        None if scan.D is None else dD.to(scan.D.dtype),
+        None if scan.dt_bias is None else dbias.to(scan.dt_bias.dtype),
+        dfirst,
+    )

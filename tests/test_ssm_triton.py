@@ -1,0 +1,262 @@
+"""The Triton path of scan, convolution and decoding step without a GPU: the interpreter in a process of its own,
+offline compilation, the operators' registration, and fake CUDA tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from limbeck.kernels import launch
+from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step, conv_backward_op, conv_op, step_op
+from limbeck.kernels.ssd import scan_backward_op, scan_op, ssd_scan
+from limbeck.kernels.state_update import state_update, update_op
+from limbeck.tests.helpers import assert_close
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+CAPABILITIES = launch.CAPABILITIES
+NINE = {"heads": 128, "head_dim": 80, "groups": 8, "state": 128}  # Nemotron-Nano-9B-v2
+ZOO = {"heads": 16, "head_dim": 32, "groups": 4, "state": 64}
+
+
+def run_interpreter(*arguments: str) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_ssm.py", *arguments]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def test_interpreter() -> None:
+    run_interpreter()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_interpreter_many() -> None:
+    run_interpreter("-m", "slow")
+
+
+def scan_inputs(device: str, dtype: torch.dtype, *, heads: int, head_dim: int, groups: int, state: int) -> Any:
+    """The scan as the model calls it: x, B and C slices of one tensor, dt one of another. A tuple for Scan."""
+    sizes = (heads * head_dim, groups * state, groups * state)
+    tokens = 4096
+    conv = torch.empty(1, tokens, sum(sizes), dtype=dtype, device=device)
+    x, B, C = conv.split(sizes, -1)
+    wide = torch.empty(1, tokens, sizes[0] + sum(sizes) + heads, dtype=dtype, device=device)
+    dt = wide.narrow(2, sizes[0] + sum(sizes), heads)  # an index would ask for a CUDA build
+    A = torch.empty(heads, device=device)
+    D, bias = (torch.empty(heads, dtype=dtype, device=device) for _ in range(2))
+    first = torch.empty(1, heads, head_dim, state, device=device)
+    seq_idx = torch.empty(1, tokens, dtype=torch.int32, device=device)
+    x, B, C = x.unflatten(-1, (heads, head_dim)), B.unflatten(-1, (groups, state)), C.unflatten(-1, (groups, state))
+    return x, dt, A, B, C, D, bias, first, seq_idx, True, 0.0, math.inf, 128
+
+
+def scan_launches(capability: int, dtype: torch.dtype, shape: dict[str, int]) -> Iterator[launch.Launch]:
+    """Every launch of a training step's scan, and the forward pass of the inference without documents."""
+    from limbeck.kernels import ssd_launch
+
+    scan = ssd_launch.Scan(*scan_inputs("meta", dtype, **shape))
+    batch, tokens, heads, _ = scan.x.shape
+    y, last = torch.empty_like(scan.x), torch.empty(scan.initial_state.shape, device="meta")  # type: ignore[union-attr]
+    yield ssd_launch.forward_launch(scan, y, last, capability)
+    yield ssd_launch.forward_launch(scan._replace(seq_idx=None), y, last, capability)
+    chunks = -(-tokens // scan.gradient_tokens(capability))
+    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    states = torch.empty(batch, chunks, *last.shape[1:], dtype=kept, device="meta")
+    yield ssd_launch.walk_launch(scan, scan.x, scan.B, scan.initial_state, states, None, capability, False)
+    yield ssd_launch.walk_launch(scan, y, scan.C, None, states, last, capability, True)
+    dB, dC = (torch.empty(1, *scan.B.shape, dtype=dtype, device="meta") for _ in range(2))
+    sums = torch.empty(3, batch, chunks, heads, device="meta")
+    into = {"dx": y, "ddt": torch.empty(scan.dt.shape, dtype=dtype, device="meta"), "dB": dB, "dC": dC, "sums": sums}
+    yield ssd_launch.gradients_launch(scan, y, states, states, into, capability)
+
+
+def other_launches(capability: int, dtype: torch.dtype, shape: dict[str, int]) -> Iterator[launch.Launch]:
+    """Convolution, both ways and step, and the decoding step of the state in float32 and in the dtype."""
+    from limbeck.kernels import conv_triton, state_triton
+
+    heads, head_dim, groups, width = shape.values()
+    channels, batch = heads * head_dim + 2 * groups * width, 8
+
+    def empty(*size: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=kind, device="meta")
+
+    wide = empty(1, 4096, heads * head_dim + channels + heads)[..., heads * head_dim :][..., :channels]
+    seq_idx, first = empty(1, 4096, kind=torch.int32), empty(1, 3, channels).mT
+    conv = conv_triton.Conv(wide, empty(channels, 4), empty(channels), first, seq_idx, True)
+    y = empty(1, 4096, channels)
+    yield conv_triton.forward_launch(conv, y, capability)
+    yield conv_triton.forward_launch(conv._replace(seq_idx=None, initial_state=None), y, capability)
+    sums = empty(1, 32, 5, channels, kind=torch.float32)
+    yield conv_triton.backward_launch(conv, y, y, empty(1, 3, channels), sums, capability)
+    step = (empty(batch, 3, channels).mT, empty(batch, channels), empty(channels, 4), empty(channels), None, True)
+    yield conv_triton.step_launch(*step, empty(batch, channels), capability)
+    slots = empty(batch, kind=torch.int64)
+    x, dt, A = empty(batch, heads, head_dim), empty(batch, heads), empty(heads, kind=torch.float32)
+    B, C, D, bias = empty(batch, groups, width), empty(batch, groups, width), empty(heads), empty(heads)
+    for kind in (torch.float32, dtype):
+        state = empty(64, heads, head_dim, width, kind=kind)
+        options = (True, 0.0, math.inf)
+        yield state_triton.update_launch(state, x, dt, A, B, C, D, bias, slots, options, x, capability)
+
+
+def check_launches(capability: int, launches: Iterator[launch.Launch]) -> None:
+    """Each fits the device's shared memory, and no register is spilled."""
+    from limbeck.tests.offline import SHARED_LIMIT, compile_launch
+
+    for one in launches:
+        compiled = compile_launch(one, capability)
+        name = f"{one.kernel.__name__} on sm_{capability}"
+        assert compiled.shared <= SHARED_LIMIT[capability], f"{name}: {compiled}"
+        assert compiled.spills == 0, f"{name} spills: {compiled}"
+
+
+def test_compiles_offline() -> None:
+    pytest.importorskip("triton")
+    check_launches(86, islice(scan_launches(86, torch.bfloat16, NINE), 1, 3))  # forward, walk
+    check_launches(90, islice(other_launches(90, torch.bfloat16, NINE), 2, 5))  # conv backward and step, decoding step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", (NINE, ZOO, NINE | {"state": 256}, NINE | {"head_dim": 64}))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32))
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_compiles_offline_all(capability: int, dtype: torch.dtype, shape: dict[str, int]) -> None:
+    check_launches(capability, scan_launches(capability, dtype, shape))
+    check_launches(capability, other_launches(capability, dtype, shape))
+
+
+def tiny_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Every operator with small arguments."""
+    x = torch.randn(1, 5, 2, 4, requires_grad=True)
+    dt, A = torch.rand(1, 5, 2, requires_grad=True), (-torch.rand(2)).requires_grad_()
+    B, C = (torch.randn(1, 5, 1, 8, requires_grad=True) for _ in range(2))
+    D, first = torch.randn(2, requires_grad=True), torch.randn(1, 2, 4, 8, requires_grad=True)
+    seq_idx = torch.tensor([[0, 0, 1, 1, 1]])
+    options = (True, 0.0, math.inf, 2)
+    conv = (torch.randn(1, 5, 6, requires_grad=True), torch.randn(6, 4, requires_grad=True))
+    step = (torch.randn(2, 6, 3), torch.randn(2, 6), torch.randn(6, 4), None)
+    update = (torch.randn(3, 2, 4, 8), torch.randn(2, 2, 4), torch.rand(2, 2), -torch.rand(2))
+    BC = (torch.randn(2, 1, 8), torch.randn(2, 1, 8))
+    slots = torch.tensor([2, 0])
+    return {
+        "scan": (scan_op, (x, dt, A, B, C, D, None, first, seq_idx, *options)),
+        "conv": (conv_op, (*conv, torch.randn(6, requires_grad=True), torch.randn(1, 6, 3), seq_idx, True)),
+        "plain conv": (conv_op, (*conv, None, None, None, False)),
+        "step": (step_op, (*step, None, True)),
+        "update": (update_op, (*update, *BC, None, None, slots, *options[:3])),
+    }
+
+
+@pytest.mark.parametrize("name", tiny_calls())
+def test_operators_are_well_registered(name: str) -> None:
+    torch.use_deterministic_algorithms(False)  # opcheck compares memory that fake kernels leave unwritten
+    torch.library.opcheck(*tiny_calls()[name])
+
+
+def test_operators_equal_the_direct_path_on_cpu() -> None:
+    """The operators' CPU side, which torch.compile and the operator checks see, is the one that CPU calls take."""
+    operator, arguments = tiny_calls()["scan"]
+    x, dt, A, B, C, D, _, first, seq_idx, softplus, *_ = arguments
+    y, last = operator(*arguments)
+    same = ssd_scan(
+        x, dt, A, B, C, D=D, initial_state=first, seq_idx=seq_idx, dt_softplus=softplus, chunk_size=2,
+        return_final_state=True,
+    )  # fmt: skip
+    leaves = [leaf for leaf in arguments if isinstance(leaf, Tensor) and leaf.requires_grad]
+    for a, b in ((y, same[0]), (last, same[1])):
+        assert torch.equal(a, b)
+        for one, other in zip(*(torch.autograd.grad(v.square().sum(), leaves, allow_unused=True, retain_graph=True)
+                                for v in (a, b)), strict=True):  # fmt: skip
+            assert (one is None) == (other is None) or not (one if other is None else other).any()  # type: ignore
+            if one is not None and other is not None:
+                assert torch.equal(one, other)
+
+
+def test_slots_are_rows_of_a_pool() -> None:
+    pool, conv_pool = torch.randn(5, 2, 4, 8), torch.randn(5, 6, 3)
+    slots = torch.tensor([4, 1])
+    x, dt, A = torch.randn(2, 2, 4), torch.rand(2, 2), -torch.rand(2)
+    B, C = torch.randn(2, 1, 8), torch.randn(2, 1, 8)
+    alone, before = pool[slots], pool.clone()
+    assert_close("y", state_update(alone, x, dt, A, B, C), state_update(pool, x, dt, A, B, C, slots=slots), 1e-6)
+    assert torch.equal(pool[slots], alone) and torch.equal(pool[[0, 2, 3]], before[[0, 2, 3]])
+    u, weight = torch.randn(2, 6), torch.randn(6, 4)
+    alone, before = conv_pool[slots], conv_pool.clone()
+    assert_close(
+        "conv", causal_conv1d_step(alone, u, weight), causal_conv1d_step(conv_pool, u, weight, slots=slots), 1e-6
+    )
+    assert torch.equal(conv_pool[slots], alone) and torch.equal(conv_pool[[0, 2, 3]], before[[0, 2, 3]])
+    with pytest.raises(ValueError, match="slots has shape"):
+        state_update(pool, x, dt, A, B, C, slots=slots[:1])
+    with pytest.raises(ValueError, match="slots has shape"):
+        causal_conv1d_step(conv_pool, u, weight, slots=slots[:1])
+
+
+@torch.no_grad()
+def test_fake_cuda_tensors_pass() -> None:
+    """At the 9B's size, without a GPU: shapes and dtypes of the GPU's path. The backward operators are called by
+    themselves, since the autograd engine of a CPU build ends the process at a fake CUDA tensor."""
+    with FakeTensorMode():
+        inputs = scan_inputs("cuda", torch.bfloat16, **NINE)
+        x, dt, A, B, C, D, bias, first, seq_idx, *_ = inputs
+        options: dict[str, Any] = {"D": D, "dt_bias": bias, "dt_softplus": True, "initial_state": first}
+        y, last = ssd_scan(x, dt, A, B, C, **options, seq_idx=seq_idx, return_final_state=True)
+        assert (y.shape, y.dtype, y.device.type) == (x.shape, torch.bfloat16, "cuda")
+        assert (last.shape, last.dtype) == (first.shape, torch.float32)
+        for leaf, gradient in zip(inputs, scan_backward_op(y, last, *inputs), strict=False):
+            assert (gradient.shape, gradient.dtype, gradient.is_cuda) == (leaf.shape, leaf.dtype, True)
+        u, weight = (torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in ((2, 9, 6), (6, 4)))
+        documents = torch.empty(2, 9, dtype=torch.int64, device="cuda")
+        out, state = causal_conv1d(u, weight, seq_idx=documents, return_final_state=True)
+        assert out.shape == u.shape and state.shape == (2, 6, 3)
+        gradients = conv_backward_op(out, u, weight, None, state, documents, True)
+        assert [tuple(gradient.shape) for gradient in gradients] == [(2, 9, 6), (6, 4), (0,), (2, 6, 3)]
+        assert causal_conv1d_step(state, u.select(1, 0), weight).shape == (2, 6)
+        ssm = torch.empty(2, 4, 8, 16, device="cuda")
+        x1, dt1 = torch.empty(2, 4, 8, device="cuda", dtype=torch.bfloat16), torch.empty(2, 4, device="cuda")
+        B1 = torch.empty(2, 2, 16, device="cuda")
+        assert state_update(ssm, x1, dt1, torch.empty(4, device="cuda"), B1, B1).dtype == torch.bfloat16
+
+
+def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package imports without triton, and the first CUDA tensor gets one clear error."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, limbeck.models.hybrid\n"
+        "from limbeck.kernels import launch\n"
+        "from limbeck.kernels.causal_conv1d import causal_conv1d\n"
+        "causal_conv1d(torch.randn(1, 3, 4), torch.randn(4, 4))\n"
+        "for name in ('ssd_launch', 'conv_triton', 'state_triton'):\n"
+        "    try: launch.triton_module(name)\n"
+        "    except ModuleNotFoundError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pip install 'triton>=3.6'") == 3
+
+
+def test_devices_take_the_sizes_of_the_next_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, taken in (((7, 5), 80), ((8, 0), 80), ((8, 6), 86), ((8, 9), 89), ((9, 0), 90), ((12, 0), 90)):
+        launch.capability.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
+        assert launch.capability(torch.device("cuda", 0)) == taken
+    launch.capability.cache_clear()
+
+
+def test_only_enormous_strides_are_copied() -> None:
+    wide = torch.empty(1, 10, 30, device="meta")[..., 10:20]
+    assert launch.placed(wide) is wide
+    far = torch.empty_strided((1, 64, 4, 80), (1, 1, 64, 2**25), device="meta")
+    assert launch.placed(far).is_contiguous()
