@@ -44,7 +44,7 @@ def ssd_scan(
     between neighbours a new document begins with an empty state. `initial_state` [B, H, P, N] belongs to the
     document of token 0; with `return_final_state` the answer is (y, state [B, H, P, N]) after the last token.
     State and sums are float32 (float64 for float64 inputs), y has the dtype of x. A chunk bounds the memory of the
-    CPU's path; on a GPU it is an upper bound of a tile's tokens and changes rounding alone.
+    CPU's path; on a GPU it bounds a tile's tokens (16 at least) and changes rounding alone.
 
     Raises ValueError where shapes disagree.
     """

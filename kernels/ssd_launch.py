@@ -24,7 +24,7 @@ class Sizes(NamedTuple):
 # For each compute capability and bytes of a matrix product's factor: forward, walk, gradients. Chosen by offline
 # compilation: with more tokens in a tile, fewer warps or more stages registers spill.
 SIZES = {
-    (80, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
+    (80, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 1)),
     (80, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
     (86, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
     (86, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
@@ -33,7 +33,8 @@ SIZES = {
     (90, 2): (Sizes(32, 64, 8, 2), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
     (90, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
 }
-STATE_ELEMENTS = 16384  # of the float32 state that one program keeps in registers
+STATE_ELEMENTS = 10240  # of the float32 state that one program keeps in registers: 80 x 128
+TILE_ELEMENTS = 4096  # of [tokens, state] in one program: 32 x 128
 PROGRAMS = 256  # that a launch of the gradients should have, so that the larger cards are full
 
 
@@ -73,8 +74,8 @@ class Scan(NamedTuple):
         return SIZES[device, 4 if self.dot is tl.float32 else 2]
 
     def tile_tokens(self, most: int) -> int:
-        """The tokens of a tile: a power of two of at least 16, which `chunk_size` bounds as well."""
-        fitting = min(most, self.chunk_size, power_of_two(self.x.shape[1]))
+        """The tokens of a tile: a power of two of at least 16, which `chunk_size` and the state bound as well."""
+        fitting = min(most, self.chunk_size, power_of_two(self.x.shape[1]), TILE_ELEMENTS // self.B.shape[3])
         return max(16, power_of_two(fitting + 1) // 2)
 
     def gradient_tokens(self, device: int) -> int:
@@ -108,10 +109,9 @@ class Scan(NamedTuple):
 def slices(head_dim: int, state: int, width: int) -> tuple[int, int, int]:
     """How the forward pass cuts head_dim: (slices, MAIN, TAIL), each slice MAIN + TAIL wide; 80 is one of 64 + 16."""
     most = max(16, STATE_ELEMENTS // max(16, power_of_two(state)))
-    main = min(width, most, max(16, power_of_two(head_dim + 1) // 2))
-    rest = head_dim - main
-    tail = max(16, power_of_two(rest)) if rest > 0 else 0
-    if tail <= main and main + tail <= most:
+    main = max(16, power_of_two(min(width, most, head_dim) + 1) // 2)
+    tail = max(16, power_of_two(head_dim - main)) if head_dim > main else 0
+    if tail < main and main + tail <= most:
         return 1, main, tail
     return -(-head_dim // main), main, 0
 

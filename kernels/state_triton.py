@@ -78,6 +78,8 @@ def update_launch(
     block_n = power_of_two(width)
     # Slices that waste nothing where 16 divides head_dim: 80 is 5 x 16.
     block_p = min(max(1, elements // block_n), max(math.gcd(head_dim, 128), min(16, power_of_two(head_dim))))
+    # A smaller tile would lie in several threads at once, which may read what another has written already.
+    block_p = max(block_p, 32 * warps // block_n)
     arguments: dict[str, Any] = {
         "p_state": state, "p_x": x, "p_dt": dt, "p_A": A, "p_B": B, "p_C": C, "p_D": D, "p_bias": dt_bias,
         "p_slots": slots, "p_y": y, "limit_low": options[1], "limit_high": options[2],
