@@ -208,7 +208,7 @@ class Sizes(NamedTuple):
 
 # For each compute capability: forward, backward, step.
 # Loads of 16 bytes a thread forward, where twice the tile spills registers; 4 bytes backward, many threads instead.
-SIZES = {known: (Sizes(32, 128, 4), Sizes(128, 256, 4), Sizes(1, 256, 4)) for known in CAPABILITIES}
+SIZES = {known: (Sizes(16, 128, 4), Sizes(128, 256, 4), Sizes(1, 256, 4)) for known in CAPABILITIES}
 
 
 class Conv(NamedTuple):

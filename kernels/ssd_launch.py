@@ -21,17 +21,18 @@ class Sizes(NamedTuple):
     stages: int
 
 
-# For each compute capability and bytes of a matrix product's factor: forward, walk, gradients. Chosen by offline
-# compilation: with more tokens in a tile, fewer warps or more stages registers spill.
+# For each compute capability, and the bytes of a number in the states that the backward keeps (2 for bfloat16 inputs,
+# else 4): forward, walk, gradients. Chosen by offline compilation: with more tokens in a tile, fewer warps or other
+# stages registers spill.
 SIZES = {
-    (80, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 1)),
-    (80, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
-    (86, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
-    (86, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
-    (89, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
-    (89, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
-    (90, 2): (Sizes(32, 64, 8, 2), Sizes(32, 16, 4, 2), Sizes(32, 16, 8, 2)),
-    (90, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 16, 8, 1)),
+    (80, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 3), Sizes(32, 16, 8, 1)),
+    (80, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
+    (86, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 3), Sizes(32, 16, 8, 2)),
+    (86, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
+    (89, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 3), Sizes(32, 16, 8, 2)),
+    (89, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
+    (90, 2): (Sizes(32, 64, 8, 3), Sizes(32, 16, 4, 3), Sizes(32, 16, 8, 2)),
+    (90, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
 }
 STATE_ELEMENTS = 10240  # of the float32 state that one program keeps in registers: 80 x 128
 TILE_ELEMENTS = 4096  # of [tokens, state] in one program: 32 x 128
@@ -70,8 +71,14 @@ class Scan(NamedTuple):
         known = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
         return known.get(kinds.pop(), tl.float32) if len(kinds) == 1 else tl.float32
 
+    @property
+    def kept(self) -> torch.dtype:
+        """The dtype of the states that the backward keeps for a while. bfloat16 loses nothing there, since they are
+        factors of matrix products; float16 might overflow."""
+        return torch.bfloat16 if self.dot is tl.bfloat16 else torch.float32
+
     def sizes(self, device: int) -> tuple[Sizes, Sizes, Sizes]:
-        return SIZES[device, 4 if self.dot is tl.float32 else 2]
+        return SIZES[device, self.kept.itemsize]
 
     def tile_tokens(self, most: int) -> int:
         """The tokens of a tile: a power of two of at least 16, which `chunk_size` and the state bound as well."""
@@ -184,9 +191,8 @@ def scan_backward(given: Scan, dy: Tensor, dlast: Tensor | None) -> tuple[Tensor
     x, device = scan.x, capability(given.x.device)
     batch, tokens, heads, head_dim = x.shape
     chunks = -(-tokens // scan.gradient_tokens(device))
-    # bfloat16 loses nothing here: they are factors of matrix products. float16 might overflow.
-    kept = torch.bfloat16 if scan.dot is tl.bfloat16 else torch.float32
-    states, dstates = (x.new_empty((batch, chunks, heads, head_dim, scan.B.shape[3]), dtype=kept) for _ in range(2))
+    shape = (batch, chunks, heads, head_dim, scan.B.shape[3])
+    states, dstates = (x.new_empty(shape, dtype=scan.kept) for _ in range(2))
     dfirst = None if scan.initial_state is None else torch.empty_like(scan.initial_state)
     walk_launch(scan, x, scan.B, scan.initial_state, states, None, device, False).run(x)
     dlast = None if dlast is None else dlast.contiguous()

@@ -72,8 +72,7 @@ def scan_launches(capability: int, dtype: torch.dtype, shape: dict[str, int]) ->
     yield ssd_launch.forward_launch(scan, y, last, capability)
     yield ssd_launch.forward_launch(scan._replace(seq_idx=None), y, last, capability)
     chunks = -(-tokens // scan.gradient_tokens(capability))
-    kept = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    states = torch.empty(batch, chunks, *last.shape[1:], dtype=kept, device="meta")
+    states = torch.empty(batch, chunks, *last.shape[1:], dtype=scan.kept, device="meta")
     yield ssd_launch.walk_launch(scan, scan.x, scan.B, scan.initial_state, states, None, capability, False)
     yield ssd_launch.walk_launch(scan, y, scan.C, None, states, last, capability, True)
     dB, dC = (torch.empty(1, *scan.B.shape, dtype=dtype, device="meta") for _ in range(2))
