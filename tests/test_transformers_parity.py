@@ -123,9 +123,14 @@ def test_logits_and_gradients(name: str, tmp_path: Path) -> None:
     (expected * along).sum().backward()
     (found * along).sum().backward()
     gradients = {key.removeprefix("model."): weight.grad for key, weight in theirs.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for key, weight in ours.named_parameters():
         assert weight.grad is not None
-        assert relative(gradients[key], weight.grad) <= 1e-4, key
+        if case.tokens == 1 and key.endswith(("q_proj.weight", "k_proj.weight")):
+            # Whoever sees one token alone sees it fully: the gradient is zero, and what fused kernels give is rounding.
+            assert max(float(found.abs().max()) for found in (gradients[key], weight.grad)) <= 1e-6 * largest, key
+        else:
+            assert relative(gradients[key], weight.grad) <= 1e-4, key
     assert gradients.keys() == dict(ours.named_parameters()).keys()
 
 
