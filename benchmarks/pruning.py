@@ -71,7 +71,7 @@ class Subject:
     steps: int
     batch: int
     optimizer: str
-    learning_rate: float
+    learning_rates: tuple[float, ...]
     repairs: tuple[str, ...]
     distilled: tuple[str, ...]
     ablated: bool  # whether aggregations and sources are compared on it
@@ -89,7 +89,7 @@ def zoo() -> Subject:
     }
     return Subject(
         "shipped model", ZOO, 16384, 8192, 16384, cuts, together, hidden, (1, 2, 3),
-        steps=60, batch=4, optimizer="muon", learning_rate=1.5e-3, repairs=tuple(REPAIRS),
+        steps=60, batch=4, optimizer="muon", learning_rates=(1.5e-3,), repairs=tuple(REPAIRS),
         distilled=("plain", "rotation", "rotation, least squares"), ablated=True,
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def smollm2(folder: Path) -> Subject:
     }
     return Subject(
         "SmolLM2-135M", folder, 6144, 1024, 4096, cuts, together, Target(hidden_size=432), (2, 4, 8),
-        steps=30, batch=1, optimizer="adamw", learning_rate=3e-4,
+        steps=30, batch=1, optimizer="adamw", learning_rates=(1e-4, 3e-4),
         repairs=("plain", "norms by count", "rotation", "rotation, least squares"),
         distilled=("plain", "rotation, least squares"), ablated=False,
     )  # fmt: skip
@@ -182,12 +182,10 @@ class Bench:
     def pruned(self, selection: Selection, seed: int, repair: Repair) -> HybridLM:
         return repair_model(self.model, selection, self.calibration(seed) if repair.needs_data else [], repair)
 
-    def distilled(self, model: HybridLM, steps: int) -> HybridLM:
-        """After `steps` of forward KL, the same text in the same order for all."""
-        subject = self.subject
-        options = TrainOptions(
-            steps, subject.learning_rate, subject.optimizer, warmup_steps=5, save_every=steps, log_every=steps
-        )
+    def distilled(self, model: HybridLM, rate: float) -> HybridLM:
+        """After the subject's steps of forward KL, the same text in the same order for all."""
+        subject, steps = self.subject, self.subject.steps
+        options = TrainOptions(steps, rate, subject.optimizer, warmup_steps=5, save_every=steps, log_every=steps)
 
         def batches(start: int) -> Iterator[Batch]:
             text = self.corpus("train")
@@ -284,19 +282,20 @@ def distill_table(bench: Bench, seeds: Sequence[int]) -> None:
     rows = []
     for name in subject.distilled:
         before = [increase(bench, "all axes", subject.together, name, seed) for seed in seeds]
-        after = [distilled_increase(bench, name, seed) for seed in seeds]
-        rows.append([name, spread(before), spread(after)])
+        after = [[distilled_increase(bench, name, seed, rate) for seed in seeds] for rate in subject.learning_rates]
+        rows.append([name, spread(before), *(spread(values) for values in after)])
     title = f"{subject.name}: all axes, 25% fewer parameters, before and after {tokens:,} tokens of distillation"
-    print_table(title, ["repair", "added to the loss before", "after"], rows)
+    columns = ["repair", "added to the loss before", *(f"after, at {rate:g}" for rate in subject.learning_rates)]
+    print_table(title, columns, rows)
 
 
-def distilled_increase(bench: Bench, name: str, seed: int) -> float:
+def distilled_increase(bench: Bench, name: str, seed: int, rate: float) -> float:
     def make() -> dict[str, Any]:
         selection = bench.selection(bench.subject.together, "activation", seed)
         student = bench.pruned(selection, seed, REPAIRS[name])
-        return {"loss": bench.loss(bench.distilled(student, bench.subject.steps))}
+        return {"loss": bench.loss(bench.distilled(student, rate))}
 
-    return bench.cell(f"distilled, {name}, seed {seed}", make)["loss"] - bench.base()
+    return bench.cell(f"distilled at {rate:g}, {name}, seed {seed}", make)["loss"] - bench.base()
 
 
 def aggregation_table(bench: Bench, seeds: Sequence[int]) -> None:
