@@ -25,6 +25,7 @@ from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
 from ..models.hybrid import HybridLM
 from ..models.tensors import save_tensors
+from .muon import Muon
 
 SCHEDULES = ("cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
@@ -195,12 +196,8 @@ def make_optimizers(model: HybridLM, options: TrainOptions) -> dict[str, torch.o
         "adamw": torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, fused=True)
     }
     if muon:
-        optimizers["muon"] = torch.optim.Muon(
-            [{"params": list(muon.values()), "rate_ratio": 1.0}],
-            lr=options.learning_rate,
-            weight_decay=options.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        muons = [{"params": list(muon.values()), "rate_ratio": 1.0}]
+        optimizers["muon"] = Muon(muons, options.learning_rate, weight_decay=options.weight_decay)
     return optimizers
 
 
