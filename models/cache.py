@@ -97,18 +97,17 @@ class Cache:
     @length.setter
     def length(self, length: int) -> None:
         self.lengths = [length] * len(self.lengths)
-        for layer in self.layers:
-            if isinstance(layer, KeyValues):
-                layer.length = length
 
     def row(self, number: int) -> Cache:
         """A view of one row, for the model to write a prompt into. How far it comes is for
         the caller to note in `lengths`."""
         view = Cache.__new__(Cache)
         view.config, view.max_length = self.config, self.max_length
+        view.lengths = [self.lengths[number]]
         view.layers = [None if layer is None else layer.rows(number, 1) for layer in self.layers]
-        view.lengths = [0]
-        view.length = self.lengths[number]
+        for layer in view.layers:
+            if isinstance(layer, KeyValues):
+                layer.length = self.lengths[number]
         return view
 
     def clear(self, number: int) -> None:

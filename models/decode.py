@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..kernels.linear import laid_out, linear
 from ..kernels.norm import rms_norm
@@ -67,15 +68,16 @@ class Step:
         self.tokens, self.lengths = self.inputs.unbind()
         self.states = [None if layer is None else layer.rows(0, batch) for layer in cache.layers]
         self.layers: list[tuple[Tensor, Callable[..., Tensor], bool]] = []
-        for block, state in zip(model.layers, self.states, strict=True):
-            mixer: Any = block.mixer
+        blocks: Any = model.layers
+        for block, state in zip(blocks, self.states, strict=True):
+            mixer = block.mixer
             if isinstance(state, MambaState):
                 mixer = MambaStep(mixer, state)
             elif isinstance(state, KeyValues):
                 mixer = AttentionStep(mixer, state)
             else:
                 mixer = mixer.forward  # no hooks: a step has nobody to tell
-            self.layers.append((block.norm.weight, mixer, isinstance(state, KeyValues)))  # type: ignore[union-attr]
+            self.layers.append((block.norm.weight, mixer, isinstance(state, KeyValues)))
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
         self.load(tokens, lengths)
@@ -91,7 +93,7 @@ class Step:
     def run(self) -> Tensor:
         """Logits [B, V] of the tokens that are loaded."""
         config, eps = self.config, self.config.norm_eps
-        hidden = self.model.embeddings.weight[self.tokens]
+        hidden = F.embedding(self.tokens, self.model.embeddings.weight)
         places = None
         if "*" in config.pattern:
             places = Places.of(self.lengths, config, self.max_length, hidden.dtype)
@@ -135,8 +137,8 @@ def unmoved(states: Sequence[KeyValues | MambaState | None]) -> Iterator[None]:
 
 @torch.no_grad()
 def lay_out(model: HybridLM) -> None:
-    """Stores the matrices of a float32 model on the CPU as a decoding step reads them fastest. Values, shapes and memory
-    stay; what rounds is the order of the sums."""
+    """Stores the matrices of a float32 model on the CPU as a decoding step reads them fastest. Values, shapes and
+    memory stay; the order of sums changes, and with it their rounding."""
     for weight in model.parameters():
         if weight.dim() == 2 and weight.dtype == torch.float32 and weight.device.type == "cpu":
             weight.data = laid_out(weight.data)
