@@ -97,10 +97,13 @@ def test_decode_equals_prefill_on_the_shipped_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hundred", range(10))
 @torch.no_grad()
-def test_decode_equals_prefill_on_the_shipped_model_a_thousand_times() -> None:
-    """About three minutes on one thread."""
-    assert check_shipped(shipped(), range(1000)) <= 1e-5
+def test_decode_equals_prefill_on_the_shipped_model_a_thousand_times(hundred: int) -> None:
+    """Half a minute each on one thread of a quiet machine."""
+    worst = check_shipped(shipped(), range(100 * hundred, 100 * hundred + 100))
+    print(f"largest relative RMS {worst:.2e}")
+    assert worst <= 1e-5
 
 
 @torch.no_grad()
