@@ -83,10 +83,11 @@ class Places:
         """Behind sequences of lengths [B], in a cache of `max_length` tokens."""
         heads = config.num_key_value_heads
         begins = torch.arange(lengths.shape[0] * heads, device=lengths.device).view(-1, heads) * max_length
+        each = lengths.unsqueeze(1)
         angles = None
         if config.rope_theta is not None:
-            angles = rotary_angles(lengths[:, None], config.head_dim, config.rope_theta, dtype)
-        return cls((begins + lengths[:, None]).flatten(), lengths + 1, angles)
+            angles = rotary_angles(each, config.head_dim, config.rope_theta, dtype)
+        return cls((begins + each).flatten(), lengths + 1, angles)
 
 
 class AttentionStep:
@@ -107,7 +108,7 @@ class AttentionStep:
             q = rms_norm(q, self.mixer.q_norm.weight, config.norm_eps)
             k = rms_norm(k, self.mixer.k_norm.weight, config.norm_eps)
         if places.angles is not None:
-            q, k = (rotary(heads[:, None], *places.angles)[:, 0] for heads in (q, k))
+            q, k = (rotary(heads.unsqueeze(1), *places.angles).squeeze(1) for heads in (q, k))
         for into, new in zip(self.flat, (k, v), strict=True):
             into.index_copy_(0, places.rows, new.flatten(0, 1))
         y = decode_attention(q, self.cached.keys, self.cached.values, places.lengths)

@@ -124,7 +124,8 @@ class MambaStep:
         self.mixer, self.state = mixer, state
         self.widths = (config.d_inner, config.conv_dim, config.mamba_num_heads)
         self.in_proj, self.out_proj, self.norm = mixer.in_proj.weight, mixer.out_proj.weight, mixer.norm.weight
-        self.conv_weight = mixer.conv1d.weight[:, 0].mT.contiguous().mT  # [C, K] with channels innermost, as the state
+        # [C, K] with channels innermost, as the state; a clone, which works on fake tensors too.
+        self.conv_weight = mixer.conv1d.weight.squeeze(1).mT.clone(memory_format=torch.contiguous_format).mT
         self.A = -torch.exp(mixer.A_log.float())
         self.options: dict[str, Any] = {
             "D": mixer.D,

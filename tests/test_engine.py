@@ -10,14 +10,15 @@ import torch
 from limbeck.kernels.linear import linear
 from limbeck.models.cache import Cache, KeyValues, MambaState
 from limbeck.models.checkpoint import load_model
-from limbeck.models.decode import Decoder, lay_out
+from limbeck.models.decode import Decoder, Step, lay_out
 from limbeck.models.engine import Completion, Engine, Event, Request
 from limbeck.models.errors import InputError
-from limbeck.models.hybrid import HybridLM
+from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.sampling import Sampling
-from limbeck.scripts.inputs import ZOO
+from limbeck.scripts.inputs import ZOO, model_config
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def fill(model: HybridLM, cache: Cache, row: int, ids: Tensor, cuts: list[int]) -> Tensor:
@@ -127,6 +128,36 @@ def test_logits_hardly_move_with_the_batch() -> None:
         for state, (ssm, conv) in zip(states, before, strict=True):
             state.ssm.copy_(ssm)
             state.conv.copy_(conv)
+
+
+@pytest.mark.parametrize("name", ("nemotron-nano-9b-v2", "qwen3-8b"))
+@torch.no_grad()
+def test_a_step_never_asks_the_host(name: str) -> None:
+    """At full size on fake CUDA tensors, which have no values: whatever a CUDA graph could not capture because a number
+    has to come back from the GPU would fail here."""
+    config = model_config(name)
+    model = HybridLM(config, device="meta", dtype=torch.bfloat16)
+    with FakeTensorMode():
+        for module in model.modules():
+            for key, weight in module.named_parameters(recurse=False):
+                fake = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
+                module.register_parameter(key, nn.Parameter(fake, requires_grad=False))
+        step = Step(model, Cache(config, 4, 1000, dtype=torch.bfloat16, device="cuda"), 3)
+        logits = step.run()
+    assert logits.shape == (3, config.vocab_size) and logits.device.type == "cuda" and logits.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_a_captured_step_is_the_step() -> None:
+    """On a GPU: replayed graphs of two batch sizes beside steps without a graph; the capture moves no state."""
+    model = HybridLM(tiny_config(head_dim=16), dtype=torch.float32, device="cuda").eval()
+    initialize(model, torch.Generator("cuda").manual_seed(0), std=0.3)
+    caches = [Cache(model.config, 3, 20, device="cuda") for _ in range(2)]
+    decoders = [Decoder(model, cache, graphs=graphs) for cache, graphs in zip(caches, (True, False), strict=True)]
+    for tokens in ([1, 2], [3, 4], [5, 6, 7], [8, 9], [1, 1, 1]):
+        captured, plain = (decoder.step(tokens).clone() for decoder in decoders)
+        assert_close("logits", plain, captured, 1e-6)
 
 
 def greedy(model: HybridLM, prompt: list[int], count: int) -> list[int]:
