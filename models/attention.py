@@ -21,7 +21,7 @@ from ..kernels.rotary import rotary, rotary_angles
 from ..kernels.ssd import document_numbers
 from .cache import KeyValues
 from .config import HybridConfig
-from .mamba2 import NormWeight
+from .mamba2 import NormWeight, Stored, as_it_is
 
 Observe = Callable[[str, int, Tensor], None]
 Angles = tuple[Tensor, Tensor]
@@ -93,11 +93,11 @@ class Places:
 class AttentionStep:
     """A mixer's step of one token for sequences of any lengths."""
 
-    def __init__(self, mixer: Attention, cached: KeyValues) -> None:
-        """`cached` are whole rows of a cache, side by side in memory."""
+    def __init__(self, mixer: Attention, cached: KeyValues, stored: Stored = as_it_is) -> None:
+        """`cached` are whole rows of a cache, side by side in memory; `stored` as in `MambaStep`."""
         self.mixer, self.cached = mixer, cached
-        self.projections = [p.weight for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
-        self.o_proj = mixer.o_proj.weight
+        self.projections = [stored(p.weight) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+        self.o_proj = stored(mixer.o_proj.weight)
         self.flat = [tensor.flatten(0, 2) for tensor in (cached.keys, cached.values)]  # views
 
     def __call__(self, u: Tensor, places: Places) -> Tensor:

@@ -14,22 +14,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.linear import laid_out, linear
+from ..kernels.linear import ONE_OR_TWO, laid_out, linear, packed
+from ..kernels.mamba_step import PreparedNorm, takes_prepared
 from ..kernels.norm import rms_norm
 from .attention import AttentionStep, Places
 from .cache import Cache, KeyValues, MambaState
 from .errors import InputError
 from .hybrid import HybridLM
-from .mamba2 import MambaStep
+from .mamba2 import MambaStep, Stored, as_it_is
+from .mlp import MLPStep
 
 WARM_UP = 2  # runs before a capture: kernels are compiled, libraries find their workspace
 
 
 class Decoder:
-    """Steps of the first B rows of a cache, for any B. `graphs` captures them (None: on a GPU)."""
+    """Steps of the first B rows of a cache, for any B. `graphs` captures them (None: on a GPU); `pack` keeps a copy of
+    the matrices of a float32 model on the CPU in the order in which oneDNN reads them fastest for several rows."""
 
-    def __init__(self, model: HybridLM, cache: Cache, *, graphs: bool | None = None) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: HybridLM, cache: Cache, *, graphs: bool | None = None, pack: bool = False) -> None:
+        self.model, self.cache, self.pack = model, cache, pack
+        self.packed: dict[Tensor, Tensor] = {}
         self.graphs = model.head_weight.is_cuda if graphs is None else graphs
         self.pool: Any = None  # the graphs' memory: they run one after the other, and share it
         self.bound: dict[int, Step | GraphedStep] = {}
@@ -51,32 +55,43 @@ class Decoder:
         return logits
 
     def bind(self, batch: int) -> Step | GraphedStep:
-        step = Step(self.model, self.cache, batch)
+        step = Step(self.model, self.cache, batch, self.stored if self.pack and batch > ONE_OR_TWO else as_it_is)
         if not self.graphs:
             return step
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         return GraphedStep(step, self.pool)
 
+    def stored(self, weight: Tensor) -> Tensor:
+        """A matrix, packed when it is first asked for."""
+        if weight not in self.packed:
+            self.packed[weight] = packed(weight, len(self.cache.lengths))
+        return self.packed[weight]
+
 
 class Step:
     """The step of a batch size: `tokens` and `lengths` [B] are read where they lie, caches are written in place."""
 
-    def __init__(self, model: HybridLM, cache: Cache, batch: int) -> None:
+    def __init__(self, model: HybridLM, cache: Cache, batch: int, stored: Stored = as_it_is) -> None:
         self.model, self.config, self.max_length = model, model.config, cache.max_length
         self.inputs = torch.zeros((2, batch), dtype=torch.int64, device=model.head_weight.device)
         self.tokens, self.lengths = self.inputs.unbind()
         self.states = [None if layer is None else layer.rows(0, batch) for layer in cache.layers]
+        self.head = stored(model.head_weight)
+        self.norm: Callable[[Tensor, Tensor], Tensor] = lambda x, weight: rms_norm(x, weight, model.config.norm_eps)
+        if takes_prepared(model.head_weight, model.norm_f.weight):
+            self.norm = PreparedNorm((batch, model.config.hidden_size), model.config.norm_eps)
         self.layers: list[tuple[Tensor, Callable[..., Tensor], bool]] = []
         blocks: Any = model.layers
         for block, state in zip(blocks, self.states, strict=True):
             mixer = block.mixer
             if isinstance(state, MambaState):
-                mixer = MambaStep(mixer, state)
+                mixer = MambaStep(mixer, state, stored)
+                mixer.prepare()
             elif isinstance(state, KeyValues):
-                mixer = AttentionStep(mixer, state)
+                mixer = AttentionStep(mixer, state, stored)
             else:
-                mixer = mixer.forward  # no hooks: a step has nobody to tell
+                mixer = MLPStep(mixer, stored)
             self.layers.append((block.norm.weight, mixer, isinstance(state, KeyValues)))
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
@@ -92,15 +107,15 @@ class Step:
 
     def run(self) -> Tensor:
         """Logits [B, V] of the tokens that are loaded."""
-        config, eps = self.config, self.config.norm_eps
+        config = self.config
         hidden = F.embedding(self.tokens, self.model.embeddings.weight)
         places = None
         if "*" in config.pattern:
             places = Places.of(self.lengths, config, self.max_length, hidden.dtype)
         for norm, mix, attends in self.layers:
-            u = rms_norm(hidden, norm, eps)
+            u = self.norm(hidden, norm)
             hidden = hidden + (mix(u, places) if attends else mix(u))
-        return linear(rms_norm(hidden, self.model.norm_f.weight, eps), self.model.head_weight)
+        return linear(self.norm(hidden, self.model.norm_f.weight), self.head)
 
 
 class GraphedStep:

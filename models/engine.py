@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.linear import linear
 from .cache import Cache
-from .cost import GIB, memory
+from .cost import GIB, count_parameters, memory
 from .decode import Decoder, lay_out
 from .errors import InputError
 from .hybrid import HybridLM
@@ -142,8 +143,9 @@ class Engine:
     """`slots` sequences at once, each of up to `max_length` tokens, prompt included.
 
     Every step decodes one token of each sequence and reads at most `prefill_chunk` tokens of one waiting prompt: that
-    bounds both the memory of a prefill and how long the others wait. `lay_out_weights` stores the model's
-    matrices anew, as decoding on a CPU reads them fastest (`decode.lay_out`). `graphs` as in `decode.Decoder`.
+    bounds both the memory of a prefill and how long the others wait. `prepare` stores the matrices of a float32 model
+    on the CPU anew, as decoding reads them fastest, and keeps a copy for batches where twice its size stays free
+    (`decode.lay_out`, `decode.Decoder`). `graphs` as in `decode.Decoder`.
 
     Raises InputError where the caches do not fit the memory that is free, or a number is out of range.
     """
@@ -157,7 +159,7 @@ class Engine:
         prefill_chunk: int = 512,
         ssm_dtype: torch.dtype = torch.float32,
         tokenizer: Tokenizer | None = None,
-        lay_out_weights: bool = True,
+        prepare: bool = True,
         graphs: bool | None = None,
     ) -> None:
         config, head = model.config, model.head_weight
@@ -171,12 +173,13 @@ class Engine:
                 f"generate: {max_length} tokens are asked for, the model's maximum is {config.max_position_embeddings}"
             )
         self.device = head.device
-        check_room(model, slots, max_length, ssm_dtype)
-        if lay_out_weights:
+        left = check_room(model, slots, max_length, ssm_dtype)
+        if prepare:
             lay_out(model)
         self.model, self.tokenizer, self.prefill_chunk = model, tokenizer, prefill_chunk
         self.cache = Cache(config, slots, max_length, dtype=head.dtype, device=head.device, ssm_dtype=ssm_dtype)
-        self.decoder = Decoder(model, self.cache, graphs=graphs)
+        pack = prepare and left > 3 * count_parameters(config) * head.dtype.itemsize
+        self.decoder = Decoder(model, self.cache, graphs=graphs, pack=pack)
         eos = config.eos_token_id
         self.ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
         self.waiting: collections.deque[Running] = collections.deque()
@@ -261,8 +264,9 @@ class Engine:
         return list(found.values())
 
 
-def check_room(model: HybridLM, slots: int, max_length: int, ssm_dtype: torch.dtype) -> None:
-    """Raises InputError where the caches take more than the device has free."""
+def check_room(model: HybridLM, slots: int, max_length: int, ssm_dtype: torch.dtype) -> float:
+    """Bytes that the caches leave free on the device (infinity where it does not say). Raises InputError where they
+    take more than there is."""
     head = model.head_weight
     report = memory(model.config, max_length, slots, weight_dtype=head.dtype, ssm_dtype=ssm_dtype)
     needed, free = report.total - report.weights, free_memory(head.device)
@@ -271,6 +275,7 @@ def check_room(model: HybridLM, slots: int, max_length: int, ssm_dtype: torch.dt
             f"generate: {slots} sequences of {max_length} tokens need {needed / GIB:,.2f} GiB of caches,"
             f" {free / GIB:,.2f} GiB of memory are free on {head.device}; take fewer at once, or less context"
         )
+    return math.inf if free is None else free - needed
 
 
 def check_request(request: Request, vocabulary: int, max_length: int) -> None:
