@@ -49,17 +49,19 @@ class Decoder:
                 f" {len(self.cache.lengths)} x {self.cache.max_length}"
             )
         if len(tokens) not in self.bound:
-            self.bound[len(tokens)] = self.bind(len(tokens))
+            self.bound[len(tokens)] = self.bind(tokens, lengths)
         logits = self.bound[len(tokens)](tokens, lengths)
         self.cache.lengths[: len(tokens)] = [length + 1 for length in lengths]
         return logits
 
-    def bind(self, batch: int) -> Step | GraphedStep:
+    def bind(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Step | GraphedStep:
+        batch = len(tokens)
         step = Step(self.model, self.cache, batch, self.stored if self.pack and batch > ONE_OR_TWO else as_it_is)
         if not self.graphs:
             return step
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
+        step.load(tokens, lengths)
         return GraphedStep(step, self.pool)
 
     def stored(self, weight: Tensor) -> Tensor:
@@ -119,8 +121,8 @@ class Step:
 
 
 class GraphedStep:
-    """A step as a CUDA graph: one launch replays all its kernels. The states that the runs before the capture move are
-    put back; what they write into keys and values lies where the next token's go."""
+    """A loaded step as a CUDA graph: one launch replays all its kernels. The states that the runs before the capture
+    move are put back; the keys and values that they write are those that the first replay writes again."""
 
     def __init__(self, step: Step, pool: Any) -> None:
         self.step, self.graph = step, torch.cuda.CUDAGraph()
