@@ -23,7 +23,8 @@ COMMANDS = {
     "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
     "export": "a checkpoint in the dtype and shards asked for, read back and compared",
     "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
-    "generate": "text from a prompt",
+    "generate": "text from a prompt, answers to a file of prompts, a chat at the terminal",
+    "bench": "time to first token and tokens a second, beside the roofline; two models side by side",
     "pretrain": "cross-entropy on text, from nothing or from a checkpoint (how the shipped model was made)",
 }
 EXAMPLES = {
@@ -36,6 +37,7 @@ EXAMPLES = {
     "export": "model=distilled output=exported dtype=bfloat16",
     "memory-fit": "model=nemotron-nano-9b-v2 hardware=a10g fit.context=131072",
     "generate": "prompt='def mean(values):' max_new_tokens=64",
+    "bench": "model=nemotron-nano-9b-v2 against=qwen3-8b batch=fit measure=false",
     "pretrain": "recipe=zoo output=zoo",
 }
 EPILOGUE = """
