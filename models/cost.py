@@ -142,13 +142,13 @@ def memory(
     )
     if chunk is None:
         return report
-    sizes = (dtype.itemsize for dtype in (weight_dtype, kv_type, ssm_dtype, conv_type))
-    return at(config, dataclasses.replace(report, load=Load(chunk, *sizes, place)), context, batch)
+    load = Load(chunk, weight_dtype.itemsize, kv_type.itemsize, ssm_dtype.itemsize, conv_type.itemsize, place)
+    return at(config, dataclasses.replace(report, load=load), context, batch)
 
 
 def at(config: HybridConfig, report: MemoryReport, context: int, batch: int) -> MemoryReport:
     """The report at another context and batch; what it says of vLLM stays."""
-    changes: dict[str, int] = {
+    changes: dict[str, Any] = {
         "kv": report.kv // (report.context * report.batch) * context * batch,
         "ssm": report.ssm // report.batch * batch,
         "conv": report.conv // report.batch * batch,

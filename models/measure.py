@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +86,7 @@ def measure(
             peak = torch.cuda.max_memory_allocated(head.device) - max(others, 0)
             reserved = torch.cuda.max_memory_reserved(head.device)
     else:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells standard error when it starts and stops
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run(model, context, batch, chunk, steps, ssm_dtype, seconds)
         peak = reserved = weights + highest(profiler)
@@ -130,7 +133,7 @@ def capped(device: torch.device, cap: float | None) -> Iterator[None]:
 
 def highest(profiler: profile) -> int:
     """The most bytes that the profiled code had from the CPU's allocator at once."""
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
     now = most = 0
     for _, size in sorted(changes, key=lambda change: change[0]):

@@ -144,7 +144,8 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, place: Place) -> None:
         super().__init__()
-        self.place, self.now, self.phase, self.layer = place, 0, "", None
+        self.place, self.now, self.phase = place, 0, ""
+        self.layer: int | None = None
         self.sizes: dict[int, tuple[str, tuple[int, ...], int]] = {}
         self.peak = Peak()
         self.fixed: set[int] | None = None  # what was there at `begin`; None: it did not begin yet
@@ -203,7 +204,7 @@ def sizes_of_decode(args: Any, processors: int) -> tuple[int, ...]:
 
 def sizes_of_flash(args: Any, processors: int) -> tuple[int, ...]:
     q, k = args[:2]
-    return flash_workspace(*q.shape[:3], k.shape[2], q.shape[3], processors)
+    return flash_workspace(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], processors)
 
 
 def sizes_on_cpu(args: Any, processors: int) -> tuple[int, ...]:

@@ -128,8 +128,14 @@ def check(options: Options, config: HybridConfig, fit: Fit) -> None:
             f"witness={options.witness} runs the inference path, which keeps keys and values in the weights' dtype:"
             f" fit.kv_dtype is {fit.kv_dtype}, fit.weight_dtype {fit.weight_dtype}"
         )
-    if not options.steps >= 1:
+    if options.steps < 1:
         raise InputError(f"steps is {options.steps}; expected at least 1 token to decode")
+    measures = "measurement" in WITNESSES[options.witness]
+    if measures and options.hardware.device == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"witness={options.witness}: {options.hardware.name} is a GPU, and torch {torch.__version__} sees none"
+            " here; use witness=simulation, or hardware=cpu"
+        )
 
 
 def measure(config: HybridConfig, hardware: Hardware, fit: Fit) -> tuple[MemoryReport, Verdict]:
@@ -149,11 +155,13 @@ def measure(config: HybridConfig, hardware: Hardware, fit: Fit) -> tuple[MemoryR
 def simulated(config: HybridConfig, hardware: Hardware, fit: Fit) -> Simulation:
     from ..models.simulate import simulate
 
-    with progress("simulating the inference path"):
-        return simulate(
+    with progress("simulating the inference path", 1) as bar:
+        found = simulate(
             config, fit.context, fit.batch, chunk=fit.chunk, weight_dtype=torch_dtype(fit.weight_dtype),
             ssm_dtype=torch_dtype(fit.ssm_dtype), place=hardware.place,
         )  # fmt: skip
+        bar.set(1)
+    return found
 
 
 def measured_run(options: Options, config: HybridConfig, fit: Fit, report: MemoryReport) -> Measured:
@@ -163,11 +171,6 @@ def measured_run(options: Options, config: HybridConfig, fit: Fit, report: Memor
     from ..models.measure import measure as measure_run
 
     device = torch.device(options.hardware.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"witness={options.witness}: {options.hardware.name} is a GPU, and torch {torch.__version__} sees none"
-            " here; use witness=simulation, or hardware=cpu"
-        )
     cap = options.hardware.usable_gib * GIB
     check_room(config, report.peak, device, cap)
     dtype = torch_dtype(fit.weight_dtype)
@@ -175,11 +178,13 @@ def measured_run(options: Options, config: HybridConfig, fit: Fit, report: Memor
         model = random_model(config, dtype, device)
     else:
         model = load_model(model_folder(options.model), dtype, device).requires_grad_(False)
-    with progress("measuring a run"):
-        return measure_run(
+    with progress("measuring a run", 1) as bar:
+        found = measure_run(
             model, fit.context, fit.batch, chunk=fit.chunk, steps=min(options.steps, fit.context - 1),
             ssm_dtype=torch_dtype(fit.ssm_dtype), cap=cap,
         )  # fmt: skip
+        bar.set(1)
+    return found
 
 
 def advice(answer: Verdict, ways: list[Change]) -> str:
