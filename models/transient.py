@@ -2,7 +2,8 @@
 
 The sums follow `generate.prefill`, `hybrid.HybridLM.hidden_states` and the mixers line by line: for each layer the few
 moments that may be the highest, with what is live then. `simulate` counts the same by running them. A CPU computes
-in float32, and its torch paths keep more at once than the Triton kernels, which work in registers.
+in float32, and its torch paths keep more at once than the Triton kernels, which work in registers. A GPU takes
+FlashAttention: bfloat16 or float16, head_dim a multiple of 8.
 Letters: [B] batch, [T] tokens of the step, [L] tokens with the past.
 """
 
