@@ -34,7 +34,7 @@ from limbeck.models.cost import GIB, memory, verdict
 from limbeck.models.errors import CheckFailed
 from limbeck.models.generate import decode_one_token, prefill
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.measure import check_room, measure, random_model
+from limbeck.models.peak import check_room, measure, random_model
 from limbeck.models.transient import Place
 from torch import Tensor
 

@@ -21,7 +21,7 @@ from limbeck.benchmarks.provenance import provenance
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.checkpoint import load_model
 from limbeck.models.cost import GIB, memory
-from limbeck.models.measure import measure
+from limbeck.models.peak import measure
 from limbeck.models.simulate import simulate
 from limbeck.models.transient import Place
 

@@ -20,7 +20,7 @@ from .inputs import DTYPES, model_config, model_folder, model_names, torch_dtype
 from .show import gib, progress, say, table
 
 if TYPE_CHECKING:
-    from ..models.measure import Measured
+    from ..models.peak import Measured
     from ..models.simulate import Simulation
 
 KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
@@ -167,8 +167,8 @@ def simulated(config: HybridConfig, hardware: Hardware, fit: Fit) -> Simulation:
 def measured_run(options: Options, config: HybridConfig, fit: Fit, report: MemoryReport) -> Measured:
     """The run under a cap of the card's usable memory; of a named config with drawn weights."""
     from ..models.checkpoint import load_model
-    from ..models.measure import check_room, random_model
-    from ..models.measure import measure as measure_run
+    from ..models.peak import check_room, random_model
+    from ..models.peak import measure as measure_run
 
     device = torch.device(options.hardware.device)
     cap = options.hardware.usable_gib * GIB

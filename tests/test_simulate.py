@@ -15,7 +15,7 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.cost import memory
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.measure import check_room, measure, random_model
+from limbeck.models.peak import check_room, measure, random_model
 from limbeck.models.simulate import Simulation, Stand, Tracker, picked, simulate
 from limbeck.models.transient import Place, blas_workspace, round_up
 from limbeck.scripts.inputs import model_config
