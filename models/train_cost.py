@@ -1,0 +1,257 @@
+"""Whether a training step fits a card, from configs alone: what one process holds, line by line, at the fullest moment.
+
+Between steps: the student's weights, float32 master copies of weights in less, AdamW's two moments a weight (float32
+beside master copies, else in the weights' dtype) or Muon's one for the layers' matrices, an average of the weights in
+float32, and the teacher's weights; each divided by the processes that share them (FSDP2). During a step, in turn: the
+teacher's forward pass, the loss, its backward, that of every layer from last to first, the embedding's, the optimizer.
+Gradients are all there from the second micro-batch on, else they come one layer after the other. FSDP2 has two blocks
+at a time in one piece, and what is outside of the blocks for the whole pass; in the backward their gradients as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .activations import (
+    Training,
+    backward,
+    forward_alone,
+    kept,
+    kept_once,
+    layer_input,
+    loss_backward,
+    loss_forward,
+    norm_kept,
+)
+from .axes import tensor_table
+from .config import HybridConfig
+from .cost import count_parameters, kind_sizes
+from .errors import InputError
+
+LINES = (
+    "student weights",
+    "master copies",
+    "gradients",
+    "optimizer state",
+    "weight average",
+    "teacher weights",
+    "gathered layers",
+    "kept for the backward",
+    "loss",
+    "layer at work",
+)
+MOST_PROCESSES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainReport:
+    """The moments of a step, each with its lines in bytes (those of `LINES` that it has)."""
+
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def fullest(self) -> str:
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """All lines at the fullest moment."""
+        return {line: self.moments[self.fullest].get(line, 0) for line in LINES}
+
+    @property
+    def total(self) -> int:
+        return sum(self.lines.values())
+
+
+def train_memory(student: HybridConfig, teacher: HybridConfig | None, training: Training) -> TrainReport:
+    """Bytes of one process at the moments of a step. Raises InputError where an online teacher's config is missing."""
+    if training.teacher == "online" and teacher is None:
+        raise InputError("train: an online teacher needs a config; give teacher=, or train.teacher=cached")
+    teacher = teacher if training.teacher == "online" else None
+    always, moments = standing(student, teacher, training), {}
+    for name, lines in moments_of(student, teacher, training):
+        assert set(lines) <= set(LINES), lines
+        moments[name] = always | lines
+    return TrainReport(moments)
+
+
+def standing(student: HybridConfig, teacher: HybridConfig | None, training: Training) -> dict[str, int]:
+    """What is there between the steps."""
+    size, single = count_parameters(student), 0
+    if training.optimizer == "muon":
+        single = sum(kind_sizes(student)[letter][1] for letter in student.pattern)
+    master = training.master and training.width < 4
+    moment = 4 if master else training.width
+    held = 0 if teacher is None or training.teacher_offload else count_parameters(teacher)
+    return {
+        "student weights": shard(size * training.width, training),
+        "master copies": shard(size * 4, training) if master else 0,
+        "optimizer state": shard((2 * size - single) * moment, training),
+        "weight average": shard(size * 4, training) if training.average else 0,
+        "teacher weights": shard(held * training.teacher_dtype.itemsize, training),
+    }
+
+
+def shard(size: int, training: Training) -> int:
+    """A process's share."""
+    return -(-size // training.processes)
+
+
+def moments_of(
+    student: HybridConfig, teacher: HybridConfig | None, training: Training
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """The moments of a step with what they hold beside `standing`."""
+    b, stream = training.width, layer_input(student, training)
+    head, sizes = student.vocab_size * student.hidden_size * b, kind_sizes(student)
+    gradients = shard(count_parameters(student) * b, training)
+    before = gradients if training.accumulates else 0
+    whole, target = pieces(student, b, training.processes > 1), 0
+    if teacher is not None:
+        c, apart = training.teacher_dtype.itemsize, training.processes > 1 or training.teacher_offload
+        target = teacher.vocab_size * teacher.hidden_size * c if apart else 0
+        yield (
+            "the teacher's forward pass",
+            {
+                "gradients": before,
+                "gathered layers": pieces(teacher, c, apart),
+                "layer at work": forward_alone(teacher, dataclasses.replace(training, dtype=training.teacher_dtype)),
+            },
+        )
+    layers = [kept(letter, student, training) for letter in student.pattern]
+    stay = [stream] * len(layers) if training.checkpointing else layers
+    shared = kept_once(student, training)
+    after = sum(stay) + norm_kept(student, training) + shared
+    loss = {"gradients": before, "gathered layers": whole + target, "kept for the backward": after}
+    yield "the loss", loss | {"loss": loss_forward(student, teacher, training)}
+    yield "the loss's backward", loss | {"gathered layers": whole, "loss": loss_backward(student, training)}
+    done = 0 if student.tie_word_embeddings else head
+    for layer in reversed(range(student.num_layers)):
+        letter = student.pattern[layer]
+        done += sizes[letter][0] * b
+        yield (
+            f"the backward of layer {layer} ({letter})",
+            {
+                "gradients": before or shard(done, training),
+                "gathered layers": 2 * whole,
+                "kept for the backward": sum(stay[:layer]) + layers[layer] + shared,
+                "layer at work": backward(letter, student, training) - layers[layer],
+            },
+        )
+    # A tied matrix has two gradients here, the head's and this one.
+    again = head if training.accumulates or student.tie_word_embeddings else 0
+    yield (
+        "the embedding's backward",
+        {"gradients": gradients, "gathered layers": 2 * whole, "layer at work": stream + again},
+    )
+    yield "the optimizer", {"gradients": gradients, "layer at work": muon_work(student, training)}
+
+
+def pieces(config: HybridConfig, width: int, apart: bool) -> int:
+    """The two largest blocks and what is outside of the blocks, in one piece, where weights lie elsewhere."""
+    if not apart:
+        return 0
+    sizes = kind_sizes(config)
+    return width * (sizes[""][0] + sum(sorted(sizes[letter][0] for letter in config.pattern)[-2:]))
+
+
+def muon_work(config: HybridConfig, training: Training) -> int:
+    """What Muon holds for its largest matrix: the update, two iterates, and two products of rows (distill/muon.py)."""
+    if training.optimizer != "muon":
+        return 0
+    alike = config.replace(pattern="".join(sorted(set(config.pattern))))
+    shapes = [tensor.shape for tensor in tensor_table(alike).values() if tensor.layer is not None]
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    width = 2 if training.on_gpu else 4
+    return max(math.prod(shape) * (2 * width + training.width) + 2 * min(shape) ** 2 * width for shape in matrices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """Something to turn: what it saves alone and whether that is enough; what is held with all above it turned as well
+    (None once those are enough), and whether that is."""
+
+    name: str
+    saves: int
+    fits_alone: bool
+    together: int | None
+    fits: bool
+
+
+def knobs(student: HybridConfig, teacher: HybridConfig | None, training: Training, budget: float) -> list[Knob]:
+    """What to turn so that a step fits `budget` bytes, cheapest first; what changes nothing is left out."""
+
+    def held(how: Training) -> int:
+        return train_memory(student, teacher, how).total
+
+    found, above, begun = [], training, held(training)
+    for turn in TURNS:
+        alone, name = turn(training, lambda how: held(how) <= budget)
+        if alone == training:
+            continue
+        enough = held(above) <= budget
+        if not enough:
+            above, name = turn(above, lambda how: held(how) <= budget)
+        now = held(above)
+        found.append(Knob(name, begun - held(alone), held(alone) <= budget, None if enough else now, now <= budget))
+    return found
+
+
+Turned = tuple[Training, str]
+Fits = Callable[[Training], bool]
+
+
+def checkpoint_blocks(how: Training, fits: Fits) -> Turned:
+    return dataclasses.replace(how, checkpointing=True), "activation checkpointing"
+
+
+def single_rows(how: Training, fits: Fits) -> Turned:
+    accumulates = how.accumulates or how.micro_batch > 1
+    return dataclasses.replace(how, micro_batch=1, accumulates=accumulates), "micro_batch 1"
+
+
+def half_width(how: Training, fits: Fits) -> Turned:
+    narrow = {name: min(getattr(how, name), torch.bfloat16, key=lambda dtype: dtype.itemsize) for name in DTYPES}
+    return dataclasses.replace(how, **narrow), "bfloat16 weights, of the teacher too"
+
+
+def cache_teacher(how: Training, fits: Fits) -> Turned:
+    return dataclasses.replace(how, teacher="cached" if how.teacher == "online" else how.teacher), "cached teacher"
+
+
+def more_processes(how: Training, fits: Fits) -> Turned:
+    """The least number that fits, or the most that are tried."""
+
+    def of(count: int) -> Training:
+        return dataclasses.replace(how, processes=count)
+
+    low, high = how.processes, max(how.processes, MOST_PROCESSES)
+    if not fits(of(high)):
+        return of(high), f"{high:,} GPUs"
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(of(middle)) else (middle + 1, high)
+    return of(high), f"{high:,} GPUs"
+
+
+def offload_teacher(how: Training, fits: Fits) -> Turned:
+    return dataclasses.replace(how, teacher_offload=how.teacher_offload or how.teacher == "online"), "teacher offload"
+
+
+def shorter_rows(how: Training, fits: Fits) -> Turned:
+    """The longest row of a multiple of 256 tokens that fits, or 256."""
+    low, high = 1, max(1, how.seq_len // 256)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(dataclasses.replace(how, seq_len=256 * middle)) else (low, middle - 1)
+    length = min(how.seq_len, 256 * low)
+    return dataclasses.replace(how, seq_len=length), f"seq_len {length:,}"
+
+
+DTYPES = ("dtype", "teacher_dtype")
+TURNS = (
+    checkpoint_blocks, single_rows, half_width, cache_teacher, more_processes, offload_teacher, shorter_rows
+)  # fmt: skip
