@@ -175,8 +175,8 @@ def mamba_backward(config: HybridConfig, training: Training) -> Iterator[int]:
     given = 3 * inner + n * b * 2 * config.n_groups * config.ssm_state_size  # dy, dz, dx, dB and dC
     yield whole - 2 * inner + stream + given + scan_work(config, training)
     columns = n * config.mamba_num_heads * b + inner  # ddt and dz
-    blocks = (5 * CONV_TOKENS["cpu"] if not training.on_gpu else -(-n // CONV_TOKENS["cuda"]) * 5) * c * w
-    yield rest + n * b * projected(config) + columns + n * c * (2 * b + training.copies) + blocks
+    tokens = -(-n // CONV_TOKENS["cuda"]) if training.on_gpu else min(CONV_TOKENS["cpu"], training.seq_len)
+    yield rest + n * b * projected(config) + columns + n * c * (2 * b + training.copies) + 5 * tokens * c * w
     yield rest + 2 * n * b * projected(config)
     yield rest + n * b * projected(config) + stream + fresh(projected(config), config.hidden_size, training)
 
@@ -195,8 +195,9 @@ def scan_work(config: HybridConfig, training: Training) -> int:
     chunk = min(config.chunk_size, training.seq_len)
     steps = n * heads * (4 * w + 8)  # raw and clamped steps, their gradient, that of a, and a in float64
     pairs = training.micro_batch * chunk * chunk * (4 * heads + 2 * config.n_groups) * w
-    rows = 8 * training.micro_batch * chunk * config.d_inner * w
-    return steps + pairs + rows + 3 * state * w
+    rows = training.micro_batch * chunk * w * (9 * config.d_inner + 4 * config.n_groups * config.ssm_state_size)
+    copied = 3 * training.micro_batch * chunk * config.d_inner * training.copies
+    return steps + pairs + rows + copied + 4 * state * w
 
 
 def attention_backward(config: HybridConfig, training: Training) -> Iterator[int]:
@@ -234,7 +235,8 @@ def loss_forward(student: HybridConfig, teacher: HybridConfig | None, training: 
         return given + head * 4 + max(logits, head * b if b < 4 else 0)
     chunk = min(n, max(256, 2**22 // vocabulary))
     logits = chunk * vocabulary * (w * sides + (b if training.copies else 0))
-    return given + head * w + logits + 2 * min(chunk * vocabulary, LOGITS) * w
+    parts = 2 * min(chunk * vocabulary, LOGITS) * w if sides == 2 else 0
+    return given + head * w + logits + parts
 
 
 def loss_backward(config: HybridConfig, training: Training) -> int:

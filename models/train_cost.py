@@ -114,7 +114,7 @@ def moments_of(
         c, apart = training.teacher_dtype.itemsize, training.processes > 1 or training.teacher_offload
         target = teacher.vocab_size * teacher.hidden_size * c if apart else 0
         yield (
-            "the teacher's forward pass",
+            "teacher forward",
             {
                 "gradients": before,
                 "gathered layers": pieces(teacher, c, apart),
@@ -126,14 +126,14 @@ def moments_of(
     shared = kept_once(student, training)
     after = sum(stay) + norm_kept(student, training) + shared
     loss = {"gradients": before, "gathered layers": whole + target, "kept for the backward": after}
-    yield "the loss", loss | {"loss": loss_forward(student, teacher, training)}
-    yield "the loss's backward", loss | {"gathered layers": whole, "loss": loss_backward(student, training)}
+    yield "loss", loss | {"loss": loss_forward(student, teacher, training)}
+    yield "loss backward", loss | {"gathered layers": whole, "loss": loss_backward(student, training)}
     done = 0 if student.tie_word_embeddings else head
     for layer in reversed(range(student.num_layers)):
         letter = student.pattern[layer]
         done += sizes[letter][0] * b
         yield (
-            f"the backward of layer {layer} ({letter})",
+            f"layer {layer} ({letter}) backward",
             {
                 "gradients": before or shard(done, training),
                 "gathered layers": 2 * whole,
@@ -144,10 +144,10 @@ def moments_of(
     # A tied matrix has two gradients here, the head's and this one.
     again = head if training.accumulates or student.tie_word_embeddings else 0
     yield (
-        "the embedding's backward",
+        "embedding backward",
         {"gradients": gradients, "gathered layers": 2 * whole, "layer at work": stream + again},
     )
-    yield "the optimizer", {"gradients": gradients, "layer at work": muon_work(student, training)}
+    yield "optimizer", {"gradients": gradients, "layer at work": muon_work(student, training)}
 
 
 def pieces(config: HybridConfig, width: int, apart: bool) -> int:
@@ -187,16 +187,17 @@ def knobs(student: HybridConfig, teacher: HybridConfig | None, training: Trainin
     def held(how: Training) -> int:
         return train_memory(student, teacher, how).total
 
-    found, above, begun = [], training, held(training)
+    def fits(how: Training) -> bool:
+        return held(how) <= budget
+
+    found, above = [], training
     for turn in TURNS:
-        alone, name = turn(training, lambda how: held(how) <= budget)
-        if alone == training:
-            continue
-        enough = held(above) <= budget
-        if not enough:
-            above, name = turn(above, lambda how: held(how) <= budget)
-        now = held(above)
-        found.append(Knob(name, begun - held(alone), held(alone) <= budget, None if enough else now, now <= budget))
+        alone, name = turn(training, fits)
+        enough = fits(above)
+        before, (above, name) = above, (above, name) if enough else turn(above, fits)
+        if alone != training or above != before:
+            together = None if enough else held(above)
+            found.append(Knob(name, held(training) - held(alone), fits(alone), together, fits(above)))
     return found
 
 
@@ -223,14 +224,14 @@ def cache_teacher(how: Training, fits: Fits) -> Turned:
 
 
 def more_processes(how: Training, fits: Fits) -> Turned:
-    """The least number that fits, or the most that are tried."""
+    """The least number that fits; none other helps."""
 
     def of(count: int) -> Training:
         return dataclasses.replace(how, processes=count)
 
     low, high = how.processes, max(how.processes, MOST_PROCESSES)
     if not fits(of(high)):
-        return of(high), f"{high:,} GPUs"
+        return how, f"more than {MOST_PROCESSES:,} GPUs"
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(of(middle)) else (middle + 1, high)
@@ -242,7 +243,7 @@ def offload_teacher(how: Training, fits: Fits) -> Turned:
 
 
 def shorter_rows(how: Training, fits: Fits) -> Turned:
-    """The longest row of a multiple of 256 tokens that fits, or 256."""
+    """The longest row that fits, of a multiple of 256 tokens; 256 if none does."""
     low, high = 1, max(1, how.seq_len // 256)
     while low < high:
         middle = (low + high + 1) // 2
