@@ -146,10 +146,13 @@ def overview() -> str:
 
 def describe(command: str) -> str:
     """A command's options, as its configs explain them, the recipes that set them, and an example."""
-    from .compose import groups, recipes
+    from .compose import BASES, groups, recipes
 
-    text = (CONF / f"{command}.yaml").read_text(encoding="utf-8")
-    lines = ["Options (KEY: default)", *("  " + line for line in text.partition("# Options\n")[2].strip().splitlines())]
+    lines = []
+    for name in [command, *([BASES[command]] if command in BASES else [])]:
+        text = (CONF / f"{name}.yaml").read_text(encoding="utf-8").partition("# Options\n")[2]
+        lines += [f"Options{'' if name == command else f' of {name}'} (KEY: default)"]
+        lines += ["  " + line for line in text.strip().splitlines()]
     for group, (default, *others) in groups(command).items():
         also = f"; also {', '.join(others)}" if others else ""
         lines.append(f"  {group}:  # {group}={default}{also}")
