@@ -35,7 +35,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"micro_batch": 1, "seq_len": 256},
     {"micro_batch": 4, "seq_len": 1024},
     {"micro_batch": 4, "seq_len": 256, "optimizer": "muon", "checkpointing": True},
-    {"micro_batch": 1, "seq_len": 1024, "accumulates": True, "checkpointing": True},
+    {"micro_batch": 1, "seq_len": 1024, "batch": 4, "checkpointing": True},
 )
 
 
@@ -52,14 +52,9 @@ class Peaks:
 
 
 def on_cpu(**changes: Any) -> Training:
-    """A training of float32 on a CPU without accumulation, but for the changes."""
-    chosen: dict[str, Any] = {
-        "accumulates": False,
-        "dtype": torch.float32,
-        "teacher_dtype": torch.float32,
-        "device": "cpu",
-    }
-    return Training(**(chosen | changes))
+    """A training of float32 on a CPU in one micro-batch, but for the changes."""
+    chosen: dict[str, Any] = {"dtype": torch.float32, "teacher_dtype": torch.float32, "device": "cpu"}
+    return Training(**(chosen | {"batch": changes.get("micro_batch", 1)} | changes))
 
 
 def planned(report: TrainReport) -> Peaks:
@@ -83,15 +78,14 @@ def model_of(config: HybridConfig, training: Training) -> HybridLM:
 
 
 def measured(student: HybridConfig, teacher: HybridConfig, training: Training) -> Peaks:
-    """The peaks of a second step of `distill.trainer.train`, of two micro-batches where gradients accumulate."""
-    rows = training.micro_batch * (2 if training.accumulates else 1)
+    """The peaks of a second step of `distill.trainer.train`."""
     models = [model_of(config, training) for config in (student, teacher)[: 2 if training.teacher == "online" else 1]]
     learner = models[0]
     if training.checkpointing:
         layer = learner.mix
         learner.mix = functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
     loss_of = distillation_loss(models[1], DistillLoss()) if models[1:] else cross_entropy_loss
-    batch = random_rows(student.vocab_size, rows, training.seq_len)
+    batch = random_rows(student.vocab_size, training.batch or training.micro_batch, training.seq_len)
     options = TrainOptions(
         steps=2, learning_rate=1e-4, optimizer=training.optimizer, micro_batch=training.micro_batch, warmup_steps=0
     )
@@ -139,9 +133,8 @@ def main() -> None:
         pattern=teacher.pattern[:-1], hidden_size=224, intermediate_size=640, mamba_num_heads=12
     )  # as recipe=tiny
     rows = []
-    print(
-        "| rows x tokens | optimizer | checkpointing | accumulates | plan, MiB | measured, MiB | difference | fullest |"
-    )
+    columns = ("rows x tokens", "optimizer", "checkpointing", "accumulation", "plan, MiB", "measured", "difference")
+    print(f"| {' | '.join(columns)} | fullest |")
     print("|---|---|---|---|---|---|---|---|")
     for setting in SETTINGS:
         training = on_cpu(**setting)

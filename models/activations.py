@@ -45,18 +45,18 @@ SCAN_TILE, SCAN_PROGRAMS = 4096, 256
 class Training:
     """What decides the memory of a step: rows that go through the models at once, tokens a row, and how.
 
-    `accumulates`: a step has several micro-batches, so that gradients are there from the start; `packed`: rows hold
-    documents, as in all training here. `dtype` is that of weights, activations and gradients, `master` float32 copies
-    of weights in less; `teacher` "online", "cached" (its likeliest tokens, from files) or "none" (cross-entropy).
-    `processes` share weights, gradients and the optimizer's state (FSDP2).
+    `batch` are the rows of a step, in all processes: more of them than go through at once come in several
+    micro-batches, with gradients there from the start (None: so it is taken to be). `packed`: rows hold documents, as
+    in all training here. `dtype` is that of weights in use and of activations; the optimizer moves float32 copies of
+    less. `teacher` is "online", "cached" (its likeliest tokens, from files) or "none" (cross-entropy). `processes`
+    share weights, gradients and the optimizer's state (FSDP2).
     """
 
     micro_batch: int = 1
     seq_len: int = 8192
-    accumulates: bool = True
+    batch: int | None = None
     packed: bool = True
     dtype: torch.dtype = torch.bfloat16
-    master: bool = True
     optimizer: str = "adamw"
     checkpointing: bool = False
     average: bool = False
@@ -72,6 +72,10 @@ class Training:
                 f"train: micro_batch ({self.micro_batch}), seq_len ({self.seq_len}) and processes ({self.processes})"
                 " must be at least 1"
             )
+        if self.batch is not None and (self.batch < 1 or self.batch % self.processes):
+            raise InputError(
+                f"train: a batch of {self.batch} rows is not for {self.processes} processes; give a multiple of them"
+            )
         for name, known in (("teacher", TEACHERS), ("optimizer", OPTIMIZERS), ("device", DEVICES)):
             if getattr(self, name) not in known:
                 raise InputError(f"train: {name} is {getattr(self, name)!r}; known: {', '.join(known)}")
@@ -79,6 +83,15 @@ class Training:
     @property
     def tokens(self) -> int:
         return self.micro_batch * self.seq_len
+
+    @property
+    def accumulates(self) -> bool:
+        return self.batch is None or self.batch // self.processes > self.micro_batch
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a number that the optimizer moves, and of its gradient."""
+        return max(4, self.width)
 
     @property
     def width(self) -> int:
@@ -158,8 +171,13 @@ def backward(letter: str, config: HybridConfig, training: Training) -> int:
 
 
 def fresh(rows: int, columns: int, training: Training) -> int:
-    """The gradient of a matrix, before it is added to what the micro-batches before have left."""
-    return rows * columns * training.width if training.accumulates else 0
+    """A matrix's gradient, before it is added to what the micro-batches before have left, or put in the dtype that the
+    optimizer moves; FSDP2 has whole ones anyway."""
+    if training.processes > 1:
+        return 0
+    changed = training.width < training.stored
+    here = training.width * (training.accumulates or changed) + training.stored * (training.accumulates and changed)
+    return rows * columns * here
 
 
 def mamba_backward(config: HybridConfig, training: Training) -> Iterator[int]:
@@ -227,11 +245,12 @@ def loss_forward(student: HybridConfig, teacher: HybridConfig | None, training: 
     n, b, w, vocabulary = training.tokens, training.width, training.sums, student.vocab_size
     target = 0 if teacher is None else n * teacher.hidden_size * training.teacher_dtype.itemsize
     head, values = vocabulary * student.hidden_size, n * 5 * w
-    sides = 2 if training.teacher != "none" else 1
+    sides = 2 if training.teacher == "online" else 1
     given = 2 * layer_input(student, training) + target + values
     if training.on_gpu:
         chunk = min(n, max(2048, 2**28 // vocabulary))
-        logits = chunk * (vocabulary * b * sides + student.hidden_size * 4)
+        here = b + w if training.teacher == "cached" else b * sides  # linear_topk_kl takes logits in float32
+        logits = chunk * (vocabulary * here + student.hidden_size * 4)
         return given + head * 4 + max(logits, head * b if b < 4 else 0)
     chunk = min(n, max(256, 2**22 // vocabulary))
     logits = chunk * vocabulary * (w * sides + (b if training.copies else 0))
@@ -240,10 +259,12 @@ def loss_forward(student: HybridConfig, teacher: HybridConfig | None, training: 
 
 
 def loss_backward(config: HybridConfig, training: Training) -> int:
-    """Both gradients as the forward pass left them, and once more, times the loss's own."""
-    stream, head = layer_input(config, training), config.vocab_size * config.hidden_size
-    first = head * (training.width if training.on_gpu else training.sums)
-    return 2 * stream + first + head * (training.width + training.copies)
+    """Both gradients as the forward pass left them, and once more, times the loss's own; or the second of the head in
+    the dtype that the optimizer moves, too."""
+    b, head = training.width, config.vocab_size * config.hidden_size
+    first = b if training.on_gpu else training.sums
+    moved = b + training.stored if b < training.stored and training.processes == 1 else 0
+    return 2 * layer_input(config, training) + head * max(first + b + training.copies, moved)
 
 
 def forward_alone(config: HybridConfig, training: Training) -> int:

@@ -1,11 +1,12 @@
-"""Whether a training step fits a card, from configs alone: what one process holds, line by line, at the fullest moment.
+"""Whether a training step fits a card, from configs alone: what a process holds, line by line, at the fullest moment.
 
-Between steps: the student's weights, float32 master copies of weights in less, AdamW's two moments a weight (float32
-beside master copies, else in the weights' dtype) or Muon's one for the layers' matrices, an average of the weights in
-float32, and the teacher's weights; each divided by the processes that share them (FSDP2). During a step, in turn: the
-teacher's forward pass, the loss, its backward, that of every layer from last to first, the embedding's, the optimizer.
-Gradients are all there from the second micro-batch on, else they come one layer after the other. FSDP2 has two blocks
-at a time in one piece, and what is outside of the blocks for the whole pass; in the backward their gradients as well.
+Between steps: the student's weights; where they have less than four bytes, float32 copies that the optimizer moves;
+AdamW's two moments a weight or Muon's one for the layers' matrices, and an average of the weights, all in the dtype
+that the optimizer moves, as gradients are; the teacher's weights. Processes share them (FSDP2), and then keep no narrow
+copy. During a step, in turn: the teacher's forward pass, the loss, its backward, that of every layer from last to
+first, the embedding's, the optimizer. Gradients are all there from the second micro-batch on, else they come layer
+after layer. FSDP2 has two blocks at a time in one piece, and the head for the whole pass; in the backward their
+gradients as well, and a block's once more in the dtype in which it is summed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .activations import (
     Training,
     backward,
     forward_alone,
+    fresh,
     kept,
     kept_once,
     layer_input,
@@ -81,17 +83,16 @@ def train_memory(student: HybridConfig, teacher: HybridConfig | None, training: 
 
 def standing(student: HybridConfig, teacher: HybridConfig | None, training: Training) -> dict[str, int]:
     """What is there between the steps."""
-    size, single = count_parameters(student), 0
+    size, single, stored = count_parameters(student), 0, training.stored
     if training.optimizer == "muon":
         single = sum(kind_sizes(student)[letter][1] for letter in student.pattern)
-    master = training.master and training.width < 4
-    moment = 4 if master else training.width
+    narrow = training.width < stored
     held = 0 if teacher is None or training.teacher_offload else count_parameters(teacher)
     return {
-        "student weights": shard(size * training.width, training),
-        "master copies": shard(size * 4, training) if master else 0,
-        "optimizer state": shard((2 * size - single) * moment, training),
-        "weight average": shard(size * 4, training) if training.average else 0,
+        "student weights": 0 if narrow and training.processes > 1 else shard(size * training.width, training),
+        "master copies": shard(size * stored, training) if narrow else 0,
+        "optimizer state": shard((2 * size - single) * stored, training),
+        "weight average": shard(size * stored, training) if training.average else 0,
         "teacher weights": shard(held * training.teacher_dtype.itemsize, training),
     }
 
@@ -105,19 +106,21 @@ def moments_of(
     student: HybridConfig, teacher: HybridConfig | None, training: Training
 ) -> Iterator[tuple[str, dict[str, int]]]:
     """The moments of a step with what they hold beside `standing`."""
-    b, stream = training.width, layer_input(student, training)
-    head, sizes = student.vocab_size * student.hidden_size * b, kind_sizes(student)
-    gradients = shard(count_parameters(student) * b, training)
+    b, stored, stream = training.width, training.stored, layer_input(student, training)
+    head, sizes = student.vocab_size * student.hidden_size, kind_sizes(student)
+    gradients = shard(count_parameters(student) * stored, training)
     before = gradients if training.accumulates else 0
-    whole, target = pieces(student, b, training.processes > 1), 0
+    apart, target = training.processes > 1, 0
+    whole = pieces(student, b) if apart else 0
+    turned = 2 * whole + max(sizes[letter][0] for letter in student.pattern) * stored * apart
     if teacher is not None:
-        c, apart = training.teacher_dtype.itemsize, training.processes > 1 or training.teacher_offload
-        target = teacher.vocab_size * teacher.hidden_size * c if apart else 0
+        c, away = training.teacher_dtype.itemsize, apart or training.teacher_offload
+        target = teacher.vocab_size * teacher.hidden_size * c * away
         yield (
             "teacher forward",
             {
                 "gradients": before,
-                "gathered layers": pieces(teacher, c, apart),
+                "gathered layers": pieces(teacher, c) * away,
                 "layer at work": forward_alone(teacher, dataclasses.replace(training, dtype=training.teacher_dtype)),
             },
         )
@@ -128,34 +131,38 @@ def moments_of(
     loss = {"gradients": before, "gathered layers": whole + target, "kept for the backward": after}
     yield "loss", loss | {"loss": loss_forward(student, teacher, training)}
     yield "loss backward", loss | {"gathered layers": whole, "loss": loss_backward(student, training)}
-    done = 0 if student.tie_word_embeddings else head
+    done = 0 if student.tie_word_embeddings else head * stored
     for layer in reversed(range(student.num_layers)):
         letter = student.pattern[layer]
-        done += sizes[letter][0] * b
+        done += sizes[letter][0] * stored
         yield (
             f"layer {layer} ({letter}) backward",
             {
                 "gradients": before or shard(done, training),
-                "gathered layers": 2 * whole,
+                "gathered layers": turned,
                 "kept for the backward": sum(stay[:layer]) + layers[layer] + shared,
                 "layer at work": backward(letter, student, training) - layers[layer],
             },
         )
-    # A tied matrix has two gradients here, the head's and this one.
-    again = head if training.accumulates or student.tie_word_embeddings else 0
+    # A tied matrix has two gradients here, the head's and this one; of several processes each has it whole.
+    again = (
+        head * b if student.tie_word_embeddings or apart else fresh(student.vocab_size, student.hidden_size, training)
+    )
     yield (
         "embedding backward",
-        {"gradients": gradients, "gathered layers": 2 * whole, "layer at work": stream + again},
+        {
+            "gradients": gradients,
+            "gathered layers": head * (3 * b + stored) * apart,
+            "layer at work": stream + again,
+        },
     )
     yield "optimizer", {"gradients": gradients, "layer at work": muon_work(student, training)}
 
 
-def pieces(config: HybridConfig, width: int, apart: bool) -> int:
-    """The two largest blocks and what is outside of the blocks, in one piece, where weights lie elsewhere."""
-    if not apart:
-        return 0
-    sizes = kind_sizes(config)
-    return width * (sizes[""][0] + sum(sorted(sizes[letter][0] for letter in config.pattern)[-2:]))
+def pieces(config: HybridConfig, width: int) -> int:
+    """The two largest blocks and the head, in one piece."""
+    sizes = sorted(kind_sizes(config)[letter][0] for letter in config.pattern)
+    return width * (config.vocab_size * config.hidden_size + sum(sizes[-2:]))
 
 
 def muon_work(config: HybridConfig, training: Training) -> int:
@@ -210,8 +217,7 @@ def checkpoint_blocks(how: Training, fits: Fits) -> Turned:
 
 
 def single_rows(how: Training, fits: Fits) -> Turned:
-    accumulates = how.accumulates or how.micro_batch > 1
-    return dataclasses.replace(how, micro_batch=1, accumulates=accumulates), "micro_batch 1"
+    return dataclasses.replace(how, micro_batch=1), "micro_batch 1"
 
 
 def half_width(how: Training, fits: Fits) -> Turned:
@@ -224,18 +230,14 @@ def cache_teacher(how: Training, fits: Fits) -> Turned:
 
 
 def more_processes(how: Training, fits: Fits) -> Turned:
-    """The least number that fits; none other helps."""
-
-    def of(count: int) -> Training:
-        return dataclasses.replace(how, processes=count)
-
-    low, high = how.processes, max(how.processes, MOST_PROCESSES)
-    if not fits(of(high)):
-        return how, f"more than {MOST_PROCESSES:,} GPUs"
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(of(middle)) else (middle + 1, high)
-    return of(high), f"{high:,} GPUs"
+    """The least number that fits, of those that share the batch evenly; none other helps."""
+    for count in range(how.processes, MOST_PROCESSES + 1):
+        if how.batch is None or how.batch % count == 0:
+            rows = how.micro_batch if how.batch is None else min(how.micro_batch, how.batch // count)
+            more = dataclasses.replace(how, processes=count, micro_batch=rows)
+            if fits(more):
+                return more, f"{count:,} GPUs"
+    return how, f"more than {MOST_PROCESSES:,} GPUs"
 
 
 def offload_teacher(how: Training, fits: Fits) -> Turned:

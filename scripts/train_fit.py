@@ -24,7 +24,6 @@ from .show import gib, say, table
 class Setup:
     """How a step is done, beside what distill says; and what of the card is not ours."""
 
-    master: bool
     checkpointing: bool
     average: bool
     teacher: str
@@ -116,14 +115,12 @@ def stages_of(
 
 def training_of(stage: Distill, options: Options) -> Training:
     """A stage's step on one of the processes."""
-    how, rows = options.training, -(-stage.batch // max(1, options.processes))
-    micro = min(stage.train.micro_batch or rows, rows)
+    how, rows = options.training, max(1, stage.batch // max(1, options.processes))
     return Training(
-        micro_batch=micro,
+        micro_batch=min(stage.train.micro_batch or rows, rows),
         seq_len=stage.seq_len,
-        accumulates=micro < rows,
+        batch=stage.batch,
         dtype=torch_dtype(options.dtype),
-        master=how.master,
         optimizer=stage.train.optimizer,
         checkpointing=how.checkpointing,
         average=how.average,
