@@ -1,8 +1,8 @@
 """Bytes of tensors alive while a piece of code runs: now, and at the highest.
 
-A dispatch mode sees what every operator gives, inside `autograd.Function` and the backward pass, too, and a weak
-reference tells when a storage is gone. Of real tensors and fake ones alike; what an operator allocates and frees within
-itself is not seen.
+A dispatch mode sees what every operator gives, inside `autograd.Function` and the backward pass, too, and weak
+references tell which storages are still there. Of real tensors and fake ones alike, and of storages that change their
+size, as FSDP2's do; what an operator allocates and frees within itself is not seen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,22 +22,21 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, standing: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.seen: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self.seen: dict[int, weakref.ref[Any]] = {}
         for tensor in standing:
             self.count(tensor)
+        self.restart()
 
     def count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen or not size:
-            return
-        self.seen[key] = weakref.ref(storage, lambda _: self.forget(key)), size
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        key = storage._cdata
+        if key not in self.seen:
+            self.seen[key] = weakref.ref(storage, lambda _: self.seen.pop(key, None))
 
-    def forget(self, key: int) -> None:
-        self.now -= self.seen.pop(key)[1]
+    @property
+    def now(self) -> int:
+        alive = (reference() for reference in list(self.seen.values()))
+        return sum(storage.nbytes() for storage in alive if storage is not None)
 
     def restart(self) -> None:
         self.peak = self.now
@@ -48,4 +46,5 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
                 self.count(leaf)
+        self.peak = max(self.peak, self.now)
         return found
