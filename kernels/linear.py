@@ -18,8 +18,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight)
     (rows, columns), parts = weight.shape, torch.get_num_threads()
-    if 0 < x.numel() <= ONE_OR_TWO * columns and rows % parts == 0 and weight.is_contiguous():
+    if not weight.is_contiguous():
+        return F.linear(x, weight)
+    if 0 < x.numel() <= ONE_OR_TWO * columns and rows % parts == 0:
         left = weight.view(parts, rows // parts, columns)
         right = x.reshape(-1, columns).mT.expand(parts, columns, -1)
         return torch.bmm(left, right).view(rows, -1).mT.reshape(*x.shape[:-1], rows)
     return F.linear(x, weight) if ONEDNN is None else ONEDNN(x, weight, None, "none", [], "")
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """weight [N, K], stored with its longer dimension innermost: so a CPU reads it fastest for a few rows."""
+    return weight.mT.contiguous().mT if weight.shape[0] > weight.shape[1] else weight.contiguous()
