@@ -17,13 +17,16 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from ..kernels.linear import linear
+from ..models.engine import Completion, Engine, Request
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.sampling import Sampling
 from ..models.tokenizer import Tokenizer
 
 LOGIT_ROWS = 1024  # logits that are there at once
 ROW_TOKENS = {"cuda": 32768, "cpu": 2048}  # of a packed row, to begin with; attention's mask on a CPU is its square
 Scored = tuple[float, bool]  # log-likelihood of a continuation, and whether it is the greedy one
+MOST_SLOTS = {"cuda": 64, "cpu": 8}  # sequences that decode at once, to begin with
 MOST_NEW_TOKENS = 256  # where a task says nothing, as the harness's own model has it
 OnStep = Callable[[int, int], None]
 
@@ -111,23 +114,51 @@ class HarnessModel(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that go on from prompts (too long ones lose tokens on the left), up to a stop string or the end token."""
+        """Texts that go on from prompts (too long ones lose tokens on the left), up to a stop string or the end."""
         end = self.tokens.backend.decode([self.eot_token_id], skip_special_tokens=False)
-        found = []
-        for number, request in enumerate(requests):
-            prompt, options = request.args
-            options = normalize_gen_kwargs(options, MOST_NEW_TOKENS)
-            stops = handle_stop_sequences(options["until"], eos=end)
-            room = self.max_length - options["max_gen_toks"]
-            if room < 1:
-                raise InputError(
-                    f"tasks: {options['max_gen_toks']} new tokens leave no room for a prompt in {self.max_length} tokens"
+        asked, stops = [], []
+        for request in requests:
+            options = normalize_gen_kwargs(request.args[1], MOST_NEW_TOKENS)
+            stops.append(handle_stop_sequences(options["until"], eos=end))
+            most = options["max_gen_toks"]
+            if most >= self.max_length:
+                raise InputError(f"tasks: {most} new tokens leave no room for a prompt within {self.max_length} tokens")
+            sampling = Sampling(options.get("temperature") or 0.0, *map(options.get, ("top_k", "top_p", "min_p")))
+            prompt = self.tok_encode(request.args[0])[most - self.max_length :] or [self.prefix_token_id]
+            ends = (self.eot_token_id,)
+            asked.append(
+                Request(
+                    prompt,
+                    most,
+                    sampling,
+                    stop=tuple(each for each in stops[-1] if each not in ("", end)),
+                    stop_tokens=ends,
                 )
-            ids = self.tok_encode(prompt)[-room:]
-            text = self.complete(ids, stops, options)
-            found.append(postprocess_generated_text(text, stops, None))
-            self.told(number + 1, len(requests))
-        return found
+            )
+        engine = self.engine(asked)
+        texts = [Completion() for _ in asked]
+        numbers = {engine.add(request): place for place, request in enumerate(asked)}
+        done = 0
+        for event in engine.stream():
+            texts[numbers[event.request]].add(event)
+            if event.finished:
+                done += 1
+                self.told(done, len(asked))
+        found = [self.tokens.decode(text.tokens) for text in texts]
+        return [postprocess_generated_text(text, stop, None) for text, stop in zip(found, stops, strict=True)]
+
+    def engine(self, asked: Sequence[Request]) -> Engine:
+        """As many sequences at once as memory and `MOST_SLOTS` let."""
+        longest = max(len(request.prompt) + request.max_new_tokens for request in asked)
+        device = self.model.head_weight.device
+        slots = min(len(asked), MOST_SLOTS.get(device.type, MOST_SLOTS["cpu"]))
+        while True:
+            try:
+                return Engine(self.model, max_length=max(longest, 2), slots=slots, tokenizer=self.tokens)
+            except (InputError, torch.OutOfMemoryError):
+                if slots == 1:
+                    raise
+                slots //= 2
 
     def told(self, done: int, total: int) -> None:
         if self.on_step is not None:
