@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "a checkpoint in the dtype and shards asked for, read back and compared",
     "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
     "generate": "text from a prompt",
+    "experiment": "an ablation re-run: variants times seeds of the chain, a table and a plot (limbeck experiment=NAME)",
     "pretrain": "cross-entropy on text, from nothing or from a checkpoint (how the shipped model was made)",
 }
 EXAMPLES = {
@@ -36,6 +37,7 @@ EXAMPLES = {
     "export": "model=distilled output=exported dtype=bfloat16",
     "memory-fit": "model=nemotron-nano-9b-v2 hardware=a10g fit.context=131072",
     "generate": "prompt='def mean(values):' max_new_tokens=64",
+    "experiment": "experiment=loss output=loss",
     "pretrain": "recipe=zoo output=zoo",
 }
 EPILOGUE = """
@@ -63,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"limbeck {__version__}")
         return 0
     try:
+        if words[0].startswith("experiment="):
+            words.insert(0, "experiment")
         command, overrides = words[0], words[1:]
         if command not in COMMANDS:
             from .compose import guess
