@@ -26,6 +26,7 @@ COMMANDS = {
     "train-fit": "does its distillation fit the GPUs? (memory-fit mode=train)",
     "generate": "text from a prompt, answers to a file of prompts, a chat at the terminal",
     "bench": "time to first token and tokens a second, beside the roofline; two models side by side",
+    "experiment": "an ablation re-run: variants times seeds of the chain, a table and a plot (limbeck experiment=NAME)",
     "pretrain": "cross-entropy on text, from nothing or from a checkpoint (how the shipped model was made)",
 }
 EXAMPLES = {
@@ -40,6 +41,7 @@ EXAMPLES = {
     "train-fit": "recipe=nemotron-nano-9b-v2 hardware=h100 processes=8",
     "generate": "prompt='def mean(values):' max_new_tokens=64",
     "bench": "model=nemotron-nano-9b-v2 against=qwen3-8b batch=fit measure=false",
+    "experiment": "experiment=loss output=loss",
     "pretrain": "recipe=zoo output=zoo",
 }
 EPILOGUE = """
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"limbeck {__version__}")
         return 0
     try:
+        if words[0].startswith("experiment="):
+            words.insert(0, "experiment")
         command, overrides = by_mode(words[0], words[1:])
         if command not in COMMANDS:
             from .compose import guess
