@@ -28,7 +28,8 @@ class TorchScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dfinal):
-        inputs, starts = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+        saved = ctx.saved_tensors  # read once: activation checkpointing gives them out once
+        inputs, starts = saved[:9], saved[9:]
         return *torch_scan_backward(dy, dfinal, starts, *inputs, *ctx.options), *[None] * 4
 
 

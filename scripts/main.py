@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..models.errors import CheckFailed, InputError
+from ..models.errors import CheckFailed, InputError, Stopped
 
 COMMANDS = {
     "compress": "the whole chain below, resumable: score, prune, distil, evaluate, export, memory-fit, report",
@@ -78,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return finish(2, str(error))
     except CheckFailed as error:
         return finish(3, str(error))
+    except Stopped as error:
+        return finish(128 + error.signal, str(error))
     except OSError as error:
         from ..models.tensors import refusal
 
