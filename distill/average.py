@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,7 +16,9 @@ from torch import Tensor
 from ..models.axes import tensor_table
 from ..models.checkpoint import Checkpoint, row_blocks
 from ..models.errors import InputError
+from .options import TrainOptions
 from .parallel import Trained
+from .state import AVERAGE, WEIGHTS, numbered, states
 
 
 @contextlib.contextmanager
@@ -35,6 +40,32 @@ def swap(trained: Trained, average: Mapping[str, Tensor]) -> None:
         weight.local.copy_(average[weight.name])
         average[weight.name].copy_(kept)
     trained.moved()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The weights that a training leaves: files of them all, of which the mean counts, and how to say it in JSON."""
+
+    files: tuple[Path, ...]
+    said: dict[str, Any]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return mean_tensors(self.files)
+
+
+def kept_weights(folder: Path, options: TrainOptions) -> Kept:
+    """What `options` ask for of the states in a folder of finished training."""
+    found = states(folder)
+    last = int(found[-1].name.removeprefix("state-"))
+    if options.keep == "best" and (best := numbered(folder, "best")):
+        said = json.loads((best[-1] / "best.json").read_text(encoding="utf-8"))
+        return Kept((best[-1] / WEIGHTS,), {"kept": "best", **said})
+    if options.average_states > 1:
+        steps = [int(state.name.removeprefix("state-")) for state in found]
+        return Kept(tuple(state / WEIGHTS for state in found), {"kept": "mean", "steps": steps})
+    if options.ema_decay:
+        return Kept((found[-1] / AVERAGE,), {"kept": "moving average", "step": last})
+    return Kept((found[-1] / WEIGHTS,), {"kept": "last", "step": last})
 
 
 def mean_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

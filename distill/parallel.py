@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from ..models import processes
 from ..models.checkpoint import open_checkpoint
@@ -73,8 +70,8 @@ class Trained:
         """The gradients of the locals, summed over the processes. Every process has to call it."""
         for weight in self.weights:
             if weight.split and weight.parameter.grad is not None:
-                assert isinstance(weight.parameter.grad, DTensor)
-                weight.local.grad = weight.parameter.grad.to_local()
+                found: Any = weight.parameter.grad
+                weight.local.grad = found.to_local()
         if processes.count() > 1:
             sum_over_processes([w.local.grad for w in self.weights if not w.split and w.local.grad is not None])
         return [weight.local.grad for weight in self.weights if weight.local.grad is not None]
@@ -100,8 +97,8 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
         if not parameter.requires_grad:
             continue
         shape = tuple(parameter.shape)
-        if isinstance(parameter, DTensor):
-            mine: Any = parameter.detach()
+        mine: Any = parameter.detach()
+        if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
             weights.append(Weight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
         elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and parameter.dim() > 1:
             weights.append(Weight(name, shape, lowered(model, name, parameter, dtype), parameter))
@@ -132,6 +129,9 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
     With `read` the model is on the meta device, and `read(name)` gives its weights when their turn comes, so that one
     layer at a time is whole. Every process has to call it.
     """
+    from torch.distributed.device_mesh import init_device_mesh  # seconds that one process does not wait for
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     # What hidden_states returns is read, and never changed in place, which is what this warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     groups: list[nn.Module] = list(model.layers)
@@ -178,8 +178,8 @@ def load_sharded(
 def reshard(model: nn.Module) -> None:
     """Drops what a forward pass has put together and left whole, such as the head."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if callable(drop := getattr(module, "reshard", None)):  # fully_shard was here
+            drop()
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:

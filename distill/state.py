@@ -176,6 +176,15 @@ def read_weights(trained: Trained, path: Path) -> None:
 
 
 @torch.no_grad()
+def fill_weights(trained: Trained, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Fills a model with whole tensors, of which each process takes its rows."""
+    by_name = {weight.name: weight for weight in trained.weights}
+    for name, tensor in tensors:
+        by_name[name].local.copy_(tensor[by_name[name].rows])
+    trained.moved()
+
+
+@torch.no_grad()
 def read_parts(path: Path, targets: Mapping[str, tuple[Weight, Tensor]]) -> None:
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())

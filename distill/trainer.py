@@ -40,9 +40,11 @@ HELD_OUT = ("validation_kl", "validation_loss")  # the first that an evaluation 
 class Rows(Protocol):
     """What a batch has to offer; see `distill.data.Batch`."""
 
-    input_ids: Tensor
-    labels: Tensor
-    seq_idx: Tensor
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
 
     def rows(self, start: int, stop: int) -> Any: ...
 
