@@ -96,18 +96,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: str, overrides: Sequence[str]) -> int:
-    """Composes the options of a command and runs it."""
-    import torch
+    """Composes the options of a command and runs it, or a sweep of it."""
+    if any(word in ("--multirun", "-m") for word in overrides):
+        from .sweep import FLAGS, sweep
 
+        sweep(command, [word for word in overrides if word not in FLAGS])
+        return 0
     from .compose import build, compose_config
+
+    set_up()
+    module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
+    module.run(build(module.Options, compose_config(command, overrides)))
+    return 0
+
+
+def set_up() -> None:
+    """How this process computes, whichever command it runs."""
+    import torch
 
     # Decays underflow, and arithmetic on denormal numbers is many times slower on CPUs: they count as zero, in this
     # thread and in those that torch starts from it.
     torch.set_flush_denormal(True)
     keep_memory()
-    module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
-    module.run(build(module.Options, compose_config(command, overrides)))
-    return 0
 
 
 def keep_memory() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck.distill.state import states
 from limbeck.models.checkpoint import save_model
 from limbeck.tests.helpers import make_workshop, random_model, tiny_config
 
@@ -55,20 +56,19 @@ def finish(words: list[str]) -> None:
     assert process.returncode == 0, err.decode()[-3000:]
 
 
-def step_of(output: Path) -> int:
-    """The last step in the metrics of unfinished work."""
-    try:
-        lines = (output.with_name(f".{output.name}.partial") / "training" / "metrics.jsonl").read_bytes().split(b"\n")
-        return json.loads(lines[-2])["step"]
-    except (OSError, IndexError, ValueError):
-        return 0
+def training(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial") / "training"
 
 
-def wait_for(process: subprocess.Popen[bytes], output: Path, step: int) -> None:
-    """Until a run of its own has logged a step, or ended. What is logged already was logged by an earlier one."""
+def wait_for(process: subprocess.Popen[bytes], output: Path, step: int, before: int = 0) -> None:
+    """Until a run has logged a step, or ended. `before` is the number of the metrics file that an earlier run left; one
+    that goes on writes the part that counts anew."""
+    metrics = training(output) / "metrics.jsonl"
     while process.poll() is None:
-        if step_of(output) >= step:
-            return
+        if metrics.exists() and metrics.stat().st_ino != before:
+            lines = metrics.read_bytes().split(b"\n")[:-1]
+            if lines and json.loads(lines[-1])["step"] >= step:
+                return
         time.sleep(0.002)
 
 
@@ -85,10 +85,12 @@ def test_killed_at_random_steps(processes: int, kills: int, workshop: Path, tmp_
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     finish(command(workshop, calm, processes))
     draw = random.Random(0)
-    for step in sorted(draw.randint(1, STEPS - 1) for _ in range(kills)):
+    for _ in range(kills):
+        left = training(rough) / "metrics.jsonl"
+        before = left.stat().st_ino if left.exists() else 0
+        saved = max((int(state.name.removeprefix("state-")) for state in states(training(rough))), default=0)
         process = start(command(workshop, rough, processes))
-        # The metrics of the run before reach further than its state, and go when this one begins.
-        wait_for(process, rough, step) if step_of(rough) < step else time.sleep(draw.uniform(3, 12))
+        wait_for(process, rough, min(saved + draw.randint(1, 9), STEPS - 5), before)
         time.sleep(draw.uniform(0, 0.05))
         assert process.poll() is None, "it got through before it was killed"
         os.killpg(process.pid, signal.SIGKILL)
