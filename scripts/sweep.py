@@ -90,16 +90,19 @@ def sweep(command: str, overrides: Sequence[str]) -> None:
         "hydra.sweep.dir": f"'{out / 'hydra'}'", "hydra.sweep.subdir": "${hydra.job.num}",
     }  # fmt: skip
     version.setbase("1.3")
+    failed: Exception | None = None
     try:
         search = create_automatic_config_search_path(None, None, "pkg://limbeck.conf")
         hydra = Hydra.create_main_hydra2(task_name=f"limbeck-{command}", config_search_path=search)
         hidden = [f"{key}={value}" for key, value in own.items()]
         batches = hydra.multirun(command, Job(command, texts), [*words, *hidden], with_log_configuration=False)
     except (HydraException, OmegaConfBaseException) as error:
-        ours = [word for word in words if not word.lstrip("+~").startswith("hydra")]
-        raise InputError(explain(command, ours, error)) from None
+        failed = error
     finally:
         GlobalHydra.instance().clear()
+    if failed is not None:
+        ours = [word for word in words if not word.lstrip("+~").startswith("hydra")]
+        raise InputError(explain(command, ours, failed))
     tell(out, [found for batch in batches for found in batch])
 
 

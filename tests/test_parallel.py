@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill.data import Batch
-from limbeck.distill.losses import DistillLoss, distillation_loss
+from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Trained, load_sharded, prepare
 from limbeck.distill.stop import Stopper
@@ -76,12 +77,12 @@ def gradients(folder: Path, split: bool, micro: int, student: str, **options: An
     return found | {"loss": torch.tensor(loss), "norm": torch.tensor(norm)}
 
 
-def run_workers(function: str, *arguments: Any, count: int = 2) -> None:
+def run_workers(function: str, *arguments: Any, count: int = 2, **environment: str) -> None:
     """Calls a function of this module in every one of some processes."""
     code = f"import limbeck.tests.test_parallel as t; t.worker(t.{function}, *{[str(a) for a in arguments]!r})"
     script = Path(arguments[0]) / f"{function}.py"
     script.write_text(code)
-    done = launch([str(script)], processes=count)
+    done = launch([str(script)], processes=count, **environment)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -157,3 +158,76 @@ def test_two_processes_train_as_one(optimizer: str, tmp_path: Path) -> None:
     assert len(expected) == 50 and expected[-1] < 0.8 * expected[0]
     for name in ("two", "two-one", "one-two"):
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-5), name
+
+
+def half_precision(folder: str, name: str, split: str) -> None:
+    """Ten steps in bfloat16; A_log, D, dt_bias and norms stay float32 beside it."""
+    trained, loss_of = pair(Path(folder), split == "True", dtype=torch.bfloat16)
+    seen: dict[str, torch.dtype] = {}
+    block: Any = trained.model.layers[0]
+    block.mixer.register_forward_pre_hook(
+        lambda mixer, _: seen.update({name: weight.dtype for name, weight in mixer.named_parameters()})
+    )
+    how = TrainOptions(steps=10, learning_rate=0.003, warmup_steps=2, micro_batch=1, log_every=1)
+    train(trained, loss_of, ragged_from, how, Path(folder) / name)
+    assert seen["in_proj.weight"] == torch.bfloat16, seen
+    assert {seen[name] for name in ("A_log", "D", "dt_bias", "norm.weight")} == {torch.float32}, seen
+    assert {weight.local.dtype for weight in trained.weights} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_bfloat16_beside_float32_vectors(tmp_path: Path) -> None:
+    """Split (FSDP2) and whole in two processes, and in one: as near as bfloat16 gets."""
+    write_models(tmp_path)
+    half_precision(str(tmp_path), "one", "False")
+    for name, split in (("split", True), ("whole", False)):
+        run_workers("half_precision", tmp_path, name, split)
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=0.01)
+
+
+def megabytes(key: str) -> float:
+    found = re.search(key + r":\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def peak(folder: str, split: str) -> None:
+    """Three steps of a model of 50 million parameters: what it holds, counted, and the process's high-water mark."""
+    place = (torch.float32, torch.device("cpu"))
+    path = Path(folder)
+    prepare(load_sharded(path / "small", *place) if split == "True" else load_model(path / "small"))  # what torch takes
+    Path("/proc/self/clear_refs").write_text("5")  # the mark begins anew
+    before = megabytes("VmRSS")
+    model = load_sharded(path / "large", *place) if split == "True" else load_model(path / "large")
+    trained = prepare(model)
+    how = TrainOptions(steps=3, learning_rate=1e-4, log_every=1, save_every=1000)
+    run = Run(trained, cross_entropy_loss, how, path / f"peak-{split}", Stopper(), None, None, None)
+    for number in range(2):
+        run.step(rows(number, count=2, length=8))
+    highest = megabytes("VmHWM") - before
+    run.gradients(rows(2, count=2, length=8))
+    held = [tensor for w in trained.weights for tensor in (w.local, w.local.grad) if tensor is not None]
+    held += [tensor for optimizer in run.optimizers.values() for state in optimizer.state.values()
+             for tensor in state.values()]  # fmt: skip
+    counted = sum(tensor.numel() * tensor.element_size() for tensor in held) / 2**20
+    (path / f"peak-{split}-{processes.rank()}.json").write_text(json.dumps([counted, highest]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's high-water mark")
+def test_memory_of_each_process_is_half(tmp_path: Path) -> None:
+    """Parameters, gradients and moments: 4 x 200 MB in one process, half of it and a layer or two in each of two."""
+    config = tiny_config(pattern="-" * 24, hidden_size=512, intermediate_size=2048, vocab_size=2048)
+    for name, pattern in (("large", "-" * 24), ("small", "-")):
+        save_model(random_model(config.replace(pattern=pattern), dtype=torch.float32), tmp_path / name)
+    exact = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed goes back to the system at once
+    run_workers("peak", tmp_path, False, count=1, **exact)
+    run_workers("peak", tmp_path, True, count=2, **exact)
+    read = [json.loads((tmp_path / f"peak-{name}.json").read_text()) for name in ("False-0", "True-0", "True-1")]
+    (whole, whole_peak), *parts = read
+    print(f"counted and highest, MiB: one process {whole:.0f} {whole_peak:.0f}; two {parts}")
+    layer = 2 * 512 * 2048 * 4 / 2**20
+    assert whole > 780 and whole_peak > 0.95 * whole
+    for part, highest in parts:
+        assert part < 0.51 * whole
+        assert highest < 0.5 * whole_peak + 6 * layer, read

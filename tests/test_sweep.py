@@ -20,7 +20,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(work: Path, output: Path) -> list[str]:
     places = [f"teacher={work / 'model'}", f"student={work / 'model'}", f"data={work / 'text'}", f"output={output}"]
     few = ["steps=2", "log_every=1"]
-    return [*places, *(f"distill.train.{word}" for word in few), "distill.seq_len=32", "distill.batch=2", "device=cpu"]
+    return [
+        *places,
+        *(f"distill.train.{word}" for word in few),
+        "distill.seq_len=32",
+        "distill.batch=2",
+        "distill.evaluate_tokens=64",
+        "device=cpu",
+    ]
 
 
 def test_every_combination_has_a_folder(workshop: Path, tmp_path: Path) -> None:
