@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import resource
 import shutil
 import sys
@@ -78,20 +80,18 @@ def figures(
 
 
 def card_tflops(device: torch.device) -> float | None:
-    """Dense bfloat16 TFLOP/s of a GPU that conf/hardware/ knows, by the longest of their names that is in its own."""
+    """Dense bfloat16 TFLOP/s of a GPU that conf/hardware/ knows, None for others (PCIe cards are slower)."""
     if device.type != "cuda":
         return None
     from omegaconf import OmegaConf
 
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    profiles = sorted((CONF / "hardware").glob("*.yaml"), key=lambda path: -len(path.stem))
-    for profile in profiles:
-        words = profile.stem.split("-")
-        if all(word.removesuffix("g") in name or word in name for word in words):
-            value = OmegaConf.to_container(OmegaConf.load(profile), resolve=False)
-            assert isinstance(value, dict)
-            found = value.get("bf16_tflops")
-            return float(found) if isinstance(found, (int, float)) and found else None
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower())
+    words += [one + other for one, other in itertools.pairwise(words)] + [word.removesuffix("b") for word in words]
+    for profile in sorted((CONF / "hardware").glob("*.yaml")):
+        if "pcie" not in words and set(profile.stem.split("-")) <= set(words):
+            content = OmegaConf.to_container(OmegaConf.load(profile), resolve=False)
+            assert isinstance(content, dict)
+            return float(content["bf16_tflops"])
     return None
 
 

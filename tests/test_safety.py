@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,8 +27,13 @@ from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
 from limbeck.distill.trainer import Run, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
+from limbeck.models.cost import flops_per_token
 from limbeck.models.errors import InputError, Stopped
-from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model
+from limbeck.scripts import training
+from limbeck.scripts.distill import hand_on, note_of
+from limbeck.scripts.stage import fingerprint_of
+from limbeck.scripts.training import card_tflops, figures
+from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.test_training import batches_from, model_of, rows, weights
 from safetensors.torch import load_file
 from torch import Tensor
@@ -164,6 +171,21 @@ def test_activation_checkpointing_changes_nothing(changes: dict[str, Any], tmp_p
         found.append([weight.local.grad for weight in trained.weights])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's, of itself
+def test_compiled_layers_train_alike(tmp_path: Path) -> None:
+    """torch.compile, with and without activation checkpointing, against plain layers."""
+    found = {}
+    for name, changes in (("plain", {}), ("compiled", {"compile": True}), ("both", {"activation_checkpointing": True})):
+        how = options(steps=4, **changes, **({"compile": True} if name == "both" else {}))
+        model = model_of(1, pattern="M-*-")
+        train(model, teach(), batches_from, how, tmp_path / name)
+        assert ("mix" in vars(model.layers[0])) == (name != "plain")
+        found[name] = [record["loss"] for record in records(tmp_path / name)]
+    assert found["compiled"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["both"] == pytest.approx(found["plain"], rel=1e-5)
 
 
 def test_bfloat16_has_float32_copies(tmp_path: Path) -> None:
@@ -320,3 +342,76 @@ def test_merge(workshop: Path, tmp_path: Path) -> None:
     ):
         code, _, err = limbeck(*words, change, f"output={tmp_path / 'no'}")
         assert code == 2 and says in err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40", None), ("NVIDIA A10", None),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H200", None),
+    ],
+)  # fmt: skip
+def test_peak_of_the_cards(card: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert card_tflops(torch.device("cuda")) == tflops
+
+
+def test_figures_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = tiny_config(hidden_size=24), tiny_config()
+    flops = 3 * flops_per_token(student, 512) + flops_per_token(teacher, 512)
+    found = figures(student, teacher, 512, torch.device("cpu"))(1000.0)
+    assert found["model_tflops"] == pytest.approx(1e-9 * flops) and "mfu" not in found
+    assert 0.05 < found["memory_gib"] < 100
+    monkeypatch.setattr(training, "card_tflops", lambda device: 2e-9 * flops)
+    assert figures(student, teacher, 512, torch.device("cpu"))(1000.0)["mfu"] == pytest.approx(0.5)
+    record = {"step": 1, "loss": 1.5, "tokens_per_second": 1000.0, **found}
+    assert note_of(record).startswith("loss 1.500  1,000 tokens/s  ") and "TFLOP/s" in note_of(record)
+    assert "50.0% of peak" in note_of(record | {"mfu": 0.5})
+    assert note_of({key: value for key, value in record.items() if key != "loss"}).startswith("passed over")
+
+
+@pytest.mark.slow
+def test_offline_logs(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder beside the weights that is no part of what the folder is taken for; none is made where it is off."""
+    words = [f"teacher={workshop / 'model'}", f"student={workshop / 'model'}", f"data={workshop / 'text'}"]
+    words += [
+        "distill.train.steps=2",
+        "distill.seq_len=32",
+        "distill.batch=2",
+        "distill.evaluate_tokens=64",
+        "device=cpu",
+    ]
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    for mode in ("off", "offline"):
+        command = [
+            sys.executable,
+            "-m",
+            "limbeck.scripts.distill",
+            *words,
+            f"output={tmp_path / mode}",
+            f"wandb={mode}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+        assert done.returncode == 0 and "wandb stopped" not in done.stdout, done.stderr[-3000:]
+    logs = list((tmp_path / "offline" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 1 and logs[0].stat().st_size > 500 and not (tmp_path / "off" / "wandb").exists()
+    moody = tmp_path / "off" / "metrics.jsonl"
+    moody.write_bytes((tmp_path / "offline" / "metrics.jsonl").read_bytes())  # speeds differ
+    assert fingerprint_of(tmp_path / "off") == fingerprint_of(tmp_path / "offline")
+    code, _, err = limbeck("distill", *words, f"output={tmp_path / 'no'}", "wandb=on")
+    assert code == 2 and "wandb is 'on'; known: off, offline, online" in err
+
+
+def test_a_student_handed_on_between_stages(tmp_path: Path) -> None:
+    """What a stage leaves, here a moving average, is where the next one begins; earlier states go."""
+    how = options(steps=3, ema_decay=0.5)
+    student, places = prepare(model_of(1)), [tmp_path / "1", tmp_path / "2"]
+    train(student, teach(), batches_from, how, places[0])
+    expected = load_file(states(places[0])[-1] / "average.safetensors")
+    hand_on(student, places, 0, how)
+    assert all(torch.equal(expected[name], value) for name, value in weights(student.model).items())
+    train(student, teach(), batches_from, how, places[1])
+    assert states(places[0])
+    hand_on(student, places, 1, how)
+    assert not states(places[0]) and states(places[1])
