@@ -208,7 +208,7 @@ class Run:
         options, progress = self.options, self.progress
         if self.evaluate is None or not options.evaluate_every:
             return {}
-        if progress.in_a_row or not (last or progress.step % options.evaluate_every == 0):
+        if not (last or (progress.step % options.evaluate_every == 0 and not progress.in_a_row)):
             return {}
         paused = time.perf_counter()
         with averaged(self.trained, self.average):

@@ -39,19 +39,24 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.itemsize >= 4 else torch.float32
 
 
+def narrower(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype, if matrices are used in it and not kept in it."""
+    return None if dtype == stored_dtype(dtype) else dtype
+
+
 def load_trained(path: Path, dtype: torch.dtype, device: torch.device, split: bool) -> Trained:
     """A checkpoint to be trained: matrices in `dtype` where they are used, and what the optimizer moves in float32;
     with `split` divided among the processes. Raises InputError."""
     stored = stored_dtype(dtype)
     if split and processes.count() > 1:
-        return prepare(load_sharded(path, stored, device, dtype=dtype).train())
+        return prepare(load_sharded(path, stored, device, dtype=narrower(dtype)).train())
     return prepare(load_model(path, stored, device).train(), dtype)
 
 
 def placed_model(model: HybridLM, dtype: torch.dtype, split: bool) -> Trained:
     """A model that is whole in every process, to be trained; with `split` divided among them."""
     if split and processes.count() > 1:
-        shard(model, dtype)
+        shard(model, narrower(dtype))
         return prepare(model)
     return prepare(model, dtype)
 
@@ -118,9 +123,8 @@ def finish_training(
         kept: Kept = kept_weights(place, options)
         facts.notes["weights"] = kept.said
         if processes.rank() == 0:
-            narrow = dtype if dtype.itemsize < stored_dtype(dtype).itemsize else None
             dtypes = {
-                name: narrow if narrow is not None and len(axes.shape) > 1 else stored_dtype(dtype)
+                name: dtype if len(axes.shape) > 1 else stored_dtype(dtype)
                 for name, axes in tensor_table(config).items()
             }
             write_checkpoint(folder, config, kept.tensors(), dtypes=dtypes, tokenizer_from=tokenizer_from)
