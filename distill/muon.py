@@ -8,11 +8,12 @@ without bfloat16 units, so that it took three quarters of a training step there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .parallel import Weight
 
 # The post's quintic: odd polynomial a x + b x^3 + c x^5, steep at zero, that keeps (0, 1] within about 0.7 to 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -33,29 +34,31 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized, times 0.2 sqrt(longer side): AdamW's learning rates fit. Decoupled decay."""
+    """Nesterov momentum, orthogonalized, times 0.2 sqrt(longer side): AdamW's learning rates fit. Decoupled decay.
+
+    Of a matrix whose rows are split among processes each has its rows' momentum; the update is put together for the
+    Newton-Schulz steps, which every process takes, and keeps its rows of.
+    """
 
     def __init__(
-        self,
-        params: Iterable[dict[str, Any]],
-        lr: float,
-        *,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
+        self, weights: Sequence[Weight], lr: float, *, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.weights = tuple(weights)
+        group = {"params": [weight.local for weight in weights], "rate_ratio": 1.0}
+        super().__init__([group], {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: losses come in parts
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(weight.grad, 1 - group["momentum"])
-                update = orthogonalize(weight.grad.lerp(buffer, group["momentum"]))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.to(weight.dtype), alpha=-0.2 * max(weight.shape) ** 0.5 * group["lr"])
+        (group,) = self.param_groups
+        for weight in self.weights:
+            local = weight.local
+            if local.grad is None:
+                continue
+            state = self.state[local]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(local.grad)
+            buffer = state["momentum_buffer"]
+            buffer.lerp_(local.grad, 1 - group["momentum"])
+            update = orthogonalize(weight.whole(local.grad.lerp(buffer, group["momentum"])))[weight.rows]
+            local.mul_(1 - group["lr"] * group["weight_decay"])
+            local.add_(update.to(local.dtype), alpha=-0.2 * max(weight.shape) ** 0.5 * group["lr"])

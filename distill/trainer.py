@@ -1,97 +1,59 @@
 """The training loop that pretraining and distillation share: deterministic, and resumable to the bit.
 
-A step takes one batch of rows, split in micro-batches whose losses share one normalizer, so that the gradient does
-not depend on the split. State (weights, optimizer, step, best) goes to `folder/state-<step>/` as safetensors and
-JSON; a folder appears whole or not at all, and the newest one is where a later call goes on.
+A step takes one batch of rows, split among processes and in micro-batches whose losses share one normalizer, so that
+the gradient does not depend on the split. State goes to `folder/state-<step>/` (see `state`), and the newest one is
+where a later call goes on, with any number of processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
 import os
-import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..models.errors import InputError
-from ..models.folder import atomic_folder, write_json
+from ..models import processes
+from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.hybrid import HybridLM
-from ..models.tensors import save_tensors
+from .average import averaged
+from .feed import feed, placed
 from .muon import Muon
+from .options import TrainOptions
+from .parallel import Trained, prepare, reshard, share, squares
+from .state import Optimizers, append_line, load_state, save_best, save_state, states, trim_metrics
+from .stop import SIGNALS, Stopper
 
-SCHEDULES = ("cosine", "wsd")
-OPTIMIZERS = ("adamw", "muon")
+__all__ = ["TrainOptions", "make_optimizers", "states", "train"]
 
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions:
-    """How to train. Rates are per step; `micro_batch` rows go through the model at once (0: the whole batch).
-
-    `schedule`: "cosine" from `learning_rate` to `final_ratio` times it, or "wsd": constant, then linear to
-    `final_ratio` over the last `decay_fraction` of the steps; both after a linear warm-up. `optimizer`: "adamw", or
-    "muon" for the matrices of the layers with AdamW (at `adamw_ratio` times the rate) for the rest.
-    """
-
-    steps: int
-    learning_rate: float
-    optimizer: str = "adamw"
-    schedule: str = "cosine"
-    warmup_steps: int = 20
-    decay_fraction: float = 0.3
-    final_ratio: float = 0.0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adamw_ratio: float = 1.0
-    clip_norm: float = 1.0
-    micro_batch: int = 0
-    save_every: int = 100
-    evaluate_every: int = 0
-    log_every: int = 10
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.save_every < 1 or self.log_every < 1 or self.micro_batch < 0:
-            raise InputError(
-                f"training: steps ({self.steps}), save_every ({self.save_every}) and log_every ({self.log_every})"
-                f" must be at least 1, micro_batch ({self.micro_batch}) at least 0"
-            )
-        if self.schedule not in SCHEDULES:
-            raise InputError(f"training: schedule {self.schedule!r} is unknown; known: {', '.join(SCHEDULES)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise InputError(f"training: optimizer {self.optimizer!r} is unknown; known: {', '.join(OPTIMIZERS)}")
-        if not (0 < self.learning_rate < math.inf and self.clip_norm > 0):
-            raise InputError(
-                f"training: learning_rate ({self.learning_rate}) and clip_norm ({self.clip_norm}) must be more than 0"
-            )
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        if self.schedule == "cosine":
-            done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-            share = (1 + math.cos(math.pi * done)) / 2
-        else:
-            share = min(1.0, (self.steps - step) / max(1.0, self.decay_fraction * self.steps))
-        return self.learning_rate * (self.final_ratio + (1 - self.final_ratio) * share)
+HELD_OUT = ("validation_kl", "validation_loss")  # the first that an evaluation gives says which weights are best
 
 
 class Rows(Protocol):
     """What a batch has to offer; see `distill.data.Batch`."""
 
-    input_ids: Tensor
-    labels: Tensor
-    seq_idx: Tensor
+    @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
 
     def rows(self, start: int, stop: int) -> Any: ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A loss that changes on the way is told every step before its batch."""
+
+    def at(self, step: int) -> None: ...
 
 
 LossOf = Callable[[HybridLM, Any, float], Tensor]
@@ -100,7 +62,7 @@ OnStep = Callable[[dict[str, Any]], None]
 
 
 def train(
-    model: HybridLM,
+    model: HybridLM | Trained,
     loss_of: LossOf,
     batches: Callable[[int], Iterator[Any]],
     options: TrainOptions,
@@ -109,160 +71,247 @@ def train(
     evaluate: Evaluate | None = None,
     on_step: OnStep | None = None,
     stop_after: int | None = None,
+    describe: Callable[[float], dict[str, float]] | None = None,
 ) -> int:
-    """Trains `model` in place to `options.steps`, going on from the newest state in `folder`; returns the step reached.
+    """Trains a model in place to `options.steps`, going on from the newest state in `folder`; returns the step reached.
 
     `loss_of(model, rows, normalizer)` is the sum of the rows' token losses over the normalizer (the number of
-    labels of the whole batch); `batches(start)` yields the batches from number `start` on. Figures go to
-    `folder/metrics.jsonl`, and to `on_step`. `stop_after` ends early, after so many steps of this call.
+    labels of the whole batch, in all processes); `batches(start)` yields the whole batches from number `start` on,
+    the same in every process. Figures go to `folder/metrics.jsonl`, and to `on_step`; `describe(tokens a second)`
+    adds some. `stop_after` ends early, after so many steps of this call.
 
-    Raises FloatingPointError where loss or gradient is not finite.
+    Raises Stopped behind a step in which SIGINT or SIGTERM came, with its state saved; InputError where a batch
+    does not fit the processes or does not come, and where `max_skipped` steps in a row were not finite.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    optimizers = make_optimizers(model, options)
-    step, tokens = load_state(model, optimizers, folder)
-    metrics = folder / "metrics.jsonl"
-    trim_metrics(metrics, step)
-    source = batches(step)
-    begun = step
-    clock = time.perf_counter()
-    seen = 0
-    while step < options.steps and (stop_after is None or step - begun < stop_after):
-        batch = next(source)
-        for optimizer in optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = options.rate(step) * group["rate_ratio"]
-        loss, norm = one_step(model, loss_of, batch, optimizers, options)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate")
-        step += 1
-        tokens += batch.input_ids.numel()
-        seen += batch.input_ids.numel()
-        record: dict[str, Any] = {"step": step, "tokens": tokens, "loss": loss, "gradient_norm": norm}
-        record["learning_rate"] = options.rate(step - 1)
-        record["tokens_per_second"] = seen / (time.perf_counter() - clock)
-        last = step == options.steps
-        if evaluate is not None and options.evaluate_every and (last or step % options.evaluate_every == 0):
-            paused = time.perf_counter()
-            record.update(evaluate(model))
-            clock += time.perf_counter() - paused
-        if last or step % options.log_every == 0 or len(record) > 6:
-            append_line(metrics, record)
-        if on_step is not None:
-            on_step(record)
-        if last or step % options.save_every == 0:
-            save_state(model, optimizers, folder, step, tokens)
-    return step
+    trained = model if isinstance(model, Trained) else prepare(model)
+    with Stopper() as stopper, ending_all():
+        run = Run(trained, loss_of, options, folder, stopper, evaluate, on_step, describe)
+        return run.to_the_end(batches, stop_after)
 
 
-def one_step(
-    model: HybridLM, loss_of: LossOf, batch: Any, optimizers: dict[str, torch.optim.Optimizer], options: TrainOptions
-) -> tuple[float, float]:
-    """Loss and gradient norm of one batch, and the weights moved."""
-    rows = batch.input_ids.shape[0]
-    micro = options.micro_batch or rows
-    normalizer = float((batch.labels >= 0).sum())
-    loss = 0.0
-    for start in range(0, rows, micro):
-        part = loss_of(model, batch.rows(start, min(start + micro, rows)), normalizer)
-        part.backward()
-        loss += part.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm).item()
-    if math.isfinite(norm):
-        for optimizer in optimizers.values():
+@dataclasses.dataclass
+class Run:
+    """One call of `train`: what it was given, and what changes from step to step."""
+
+    trained: Trained
+    loss_of: LossOf
+    options: TrainOptions
+    folder: Path
+    stopper: Stopper
+    evaluate: Evaluate | None
+    on_step: OnStep | None
+    describe: Callable[[float], dict[str, float]] | None
+
+    def __post_init__(self) -> None:
+        with processes.together():
+            if processes.rank() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = self.folder / "metrics.jsonl"
+        set_layers(self.trained.model, self.options)
+        self.optimizers = make_optimizers(self.trained, self.options)
+        decay = self.options.ema_decay
+        self.average = {w.name: w.local.detach().clone() for w in self.trained.weights} if decay else {}
+        self.progress = load_state(self.trained, self.optimizers, self.average, self.folder)
+        self.saved = self.progress.step if states(self.folder) else None
+        if processes.rank() == 0:
+            trim_metrics(self.metrics, self.progress.step)
+        self.clock, self.seen = time.perf_counter(), 0
+
+    def to_the_end(self, batches: Callable[[int], Iterator[Any]], stop_after: int | None) -> int:
+        begun, options = self.progress.step, self.options
+        if begun >= options.steps:
+            return begun
+        with contextlib.closing(feed(batches(begun), begun, options.data_timeout)) as source:
+            while self.progress.step < options.steps and self.progress.step - begun != stop_after:
+                with processes.together():
+                    batch = next(source)
+                    check_rows(batch)
+                signal = self.step(batch)
+                if self.progress.step == options.steps or self.progress.step % options.save_every == 0 or signal:
+                    self.save()
+                if signal:
+                    raise Stopped(signal, self.farewell())
+        return self.progress.step
+
+    def step(self, batch: Rows) -> int:
+        """One batch, its record, and what goes with both; answers with the signal that came meanwhile in any process,
+        or 0."""
+        options, progress = self.options, self.progress
+        set_rates(self.optimizers, options.rate(progress.step))
+        if isinstance(self.loss_of, Scheduled):
+            self.loss_of.at(progress.step)
+        loss, norm, signal = self.gradients(batch)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.move(norm)
+        self.trained.zero_grad()
+        progress.step += 1
+        progress.tokens += batch.input_ids.numel()
+        progress.in_a_row = 0 if finite else progress.in_a_row + 1
+        progress.skipped += not finite
+        self.seen += batch.input_ids.numel()
+        record: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
+        if finite:
+            record |= {"loss": loss, "gradient_norm": norm}
+        else:
+            record["skipped"] = {"loss": str(loss), "gradient_norm": str(norm), **ids_of(batch, progress.step - 1)}
+        record |= {"learning_rate": options.rate(progress.step - 1), **self.speed()}
+        last = progress.step == options.steps
+        held_out = self.held_out(last)
+        record |= held_out
+        if processes.rank() == 0 and (last or progress.step % options.log_every == 0 or held_out or not finite):
+            append_line(self.metrics, record)
+        if self.on_step is not None:
+            self.on_step(record)
+        if progress.in_a_row >= options.max_skipped:
+            raise InputError(self.complaint(loss, norm, batch))
+        return signal
+
+    def gradients(self, batch: Rows) -> tuple[float, float, int]:
+        """Leaves the batch's gradients with the weights: its loss, their norm, and the signal that came, or 0."""
+        mine = share(batch.input_ids.shape[0])
+        micro = self.options.micro_batch or len(mine)
+        normalizer = float((batch.labels >= 0).sum())
+        loss = torch.zeros((), dtype=torch.float64, device=self.trained.device)
+        for start in range(mine.start, mine.stop, micro):
+            rows = placed(batch.rows(start, min(start + micro, mine.stop)), self.trained.device)
+            part = self.loss_of(self.trained.model, rows, normalizer)
+            part.backward()
+            loss += part.detach()
+        self.trained.gradients()
+        here, everywhere = squares(self.trained)
+        told = torch.tensor(
+            [float(loss), here, *(self.stopper.signal == number for number in SIGNALS)], dtype=torch.float64
+        )
+        total, here, *signals = processes.all_sum(told).tolist()
+        signal = next((int(number) for number, found in zip(SIGNALS, signals, strict=True) if found), 0)
+        return total, math.sqrt(here + everywhere), signal
+
+    def move(self, norm: float) -> None:
+        """Clips the gradients, and moves weights and average."""
+        gradients = [w.local.grad for w in self.trained.weights if w.local.grad is not None]
+        if norm > self.options.clip_norm:
+            torch._foreach_mul_(gradients, self.options.clip_norm / norm)
+        for optimizer in self.optimizers.values():
             optimizer.step()
+        self.trained.moved()
+        if self.average:
+            locals_ = [w.local.detach() for w in self.trained.weights]
+            torch._foreach_lerp_(list(self.average.values()), locals_, 1 - self.options.ema_decay)
+
+    def speed(self) -> dict[str, float]:
+        rate = self.seen / (time.perf_counter() - self.clock)
+        return {"tokens_per_second": rate, **(self.describe(rate) if self.describe is not None else {})}
+
+    def held_out(self, last: bool) -> dict[str, float]:
+        """The evaluation's figures, where this is a step for them; the best weights so far are put aside."""
+        options, progress = self.options, self.progress
+        if self.evaluate is None or not options.evaluate_every:
+            return {}
+        if not (last or (progress.step % options.evaluate_every == 0 and not progress.in_a_row)):
+            return {}
+        paused = time.perf_counter()
+        with averaged(self.trained, self.average):
+            found = self.evaluate(self.trained.model)
+            reshard(self.trained.model)
+            value = next((found[name] for name in HELD_OUT if name in found), None)
+            if options.keep == "best" and value is not None:
+                value = processes.from_first(value)
+                if progress.best_value is None or value < progress.best_value:
+                    progress.best_step, progress.best_value = progress.step, value
+                    save_best(self.trained, {w.name: w.local for w in self.trained.weights}, self.folder, progress)
+        self.clock += time.perf_counter() - paused
+        return found
+
+    def save(self) -> None:
+        """The state; not behind a step that was passed over, lest one from before things went wrong be lost."""
+        if self.progress.in_a_row and self.progress.step < self.options.steps:
+            return
+        kept = self.options.average_states
+        save_state(self.trained, self.optimizers, self.average, self.folder, self.progress, states_kept=kept)
+        self.saved = self.progress.step
+
+    def farewell(self) -> str:
+        if processes.rank():
+            return ""
+        where = f"saved at step {self.saved}" if self.saved is not None else "no state is saved yet"
+        return f"stopped behind step {self.progress.step} of {self.options.steps}, {where}; the same command goes on"
+
+    def complaint(self, loss: float, norm: float, batch: Rows) -> str:
+        ids = ids_of(batch, self.progress.step - 1)
+        some = ", ".join(str(number) for number in ids.get("documents", [])[:8])
+        return (
+            f"training: {self.progress.in_a_row} steps in a row were not finite (step {self.progress.step}: loss"
+            f" {loss:g}, gradient norm {norm:g}, batch {ids['batch']}{f', documents {some}' if some else ''}; all are"
+            f" in {self.metrics}); lower the learning rate, or look at that text; the last good state is of"
+            f" {f'step {self.saved}' if self.saved is not None else 'no step'}"
+        )
+
+
+@contextlib.contextmanager
+def ending_all() -> Iterator[None]:
+    """Of many processes one that fails alone would leave the others waiting for it: it says why and is gone, upon
+    which their launcher ends them. What all raise together passes."""
+    try:
+        yield
+    except (InputError, CheckFailed, Stopped, KeyboardInterrupt):
+        raise
+    except BaseException:
+        if processes.count() == 1:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def check_rows(batch: Rows) -> None:
+    rows = batch.input_ids.shape[0]
+    if rows % processes.count():
+        raise InputError(
+            f"a batch has {rows} rows, which {processes.count()} processes cannot share evenly; give a batch that is a"
+            f" multiple of {processes.count()}"
+        )
+
+
+def ids_of(batch: Any, number: int) -> dict[str, Any]:
+    """Which batch it was, and the documents in it."""
+    found: dict[str, Any] = {"batch": number}
+    if hasattr(batch, "doc_id"):
+        found["documents"] = sorted(set(batch.doc_id[batch.labels >= 0].tolist()))
+    return found
+
+
+def set_rates(optimizers: Mapping[str, torch.optim.Optimizer], rate: float) -> None:
     for optimizer in optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["rate_ratio"]
 
 
-def make_optimizers(model: HybridLM, options: TrainOptions) -> dict[str, torch.optim.Optimizer]:
+def set_layers(model: HybridLM, options: TrainOptions) -> None:
+    """How the layers run: kept or run twice, as they stand or compiled."""
+    for block in model.layers:
+        block.recompute = options.activation_checkpointing  # type: ignore[assignment]
+        if options.compile:
+            block.mix = torch.compile(type(block).mix.__get__(block))  # type: ignore[assignment, attr-defined]
+        else:
+            block.__dict__.pop("mix", None)
+
+
+def make_optimizers(model: HybridLM | Trained, options: TrainOptions) -> Optimizers:
     """AdamW for everything, or Muon for the layers' matrices beside it. Weight decay is for matrices only."""
-    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    matrices = {name: weight for name, weight in named.items() if weight.dim() == 2}
-    muon = {name: weight for name, weight in matrices.items() if name.startswith("layers.")}
-    if options.optimizer == "adamw":
-        muon = {}
-    decayed = [weight for name, weight in matrices.items() if name not in muon]
-    plain = [weight for name, weight in named.items() if name not in matrices]
-    assert len(muon) + len(decayed) + len(plain) == len(named)
+    trained = model if isinstance(model, Trained) else prepare(model)
+    matrices = [weight for weight in trained.weights if len(weight.shape) == 2]
+    muon = [weight for weight in matrices if weight.name.startswith("layers.")] if options.optimizer == "muon" else []
+    decayed = [weight.local for weight in matrices if weight not in muon]
+    plain = [weight.local for weight in trained.weights if weight not in matrices]
+    assert len(muon) + len(decayed) + len(plain) == len(trained.weights)
     ratio = options.adamw_ratio if muon else 1.0
     groups = [
         {"params": decayed, "weight_decay": options.weight_decay, "rate_ratio": ratio},
         {"params": plain, "weight_decay": 0.0, "rate_ratio": ratio},
     ]
     betas = (options.beta1, options.beta2)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "adamw": torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, fused=True)
-    }
+    optimizers: Optimizers = {"adamw": torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, fused=True)}
     if muon:
-        muons = [{"params": list(muon.values()), "rate_ratio": 1.0}]
-        optimizers["muon"] = Muon(muons, options.learning_rate, weight_decay=options.weight_decay)
+        optimizers["muon"] = Muon(muon, options.learning_rate, weight_decay=options.weight_decay)
     return optimizers
-
-
-def save_state(
-    model: HybridLM, optimizers: dict[str, torch.optim.Optimizer], folder: Path, step: int, tokens: int
-) -> None:
-    """Writes `folder/state-<step>/`, and removes older ones once it is there."""
-    target = folder / f"state-{step:08d}"
-    if target.exists():
-        return
-    with atomic_folder(target) as temporary:
-        save_tensors(temporary / "model.safetensors", dict(model.named_parameters()))
-        names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
-        tensors = {}
-        for kind, optimizer in optimizers.items():
-            for weight, state in optimizer.state.items():
-                for key, value in state.items():
-                    tensors[f"{kind}/{names[weight]}/{key}"] = torch.as_tensor(value)
-        save_tensors(temporary / "optimizer.safetensors", tensors)
-        write_json(temporary / "state.json", {"step": step, "tokens": tokens})
-    for old in states(folder)[:-1]:
-        shutil.rmtree(old)
-
-
-def states(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("state-*") if path.name[6:].isdigit())
-
-
-def load_state(model: HybridLM, optimizers: dict[str, torch.optim.Optimizer], folder: Path) -> tuple[int, int]:
-    """Fills model and optimizers from the newest state; (step, tokens), zeros when there is none."""
-    for leftover in folder.glob(".state-*"):
-        shutil.rmtree(leftover)
-    found = states(folder)
-    if not found:
-        return 0, 0
-    weights = load_file(found[-1] / "model.safetensors")
-    parameters = dict(model.named_parameters())
-    assert weights.keys() == parameters.keys(), "the state is of another model"
-    with torch.no_grad():
-        for name, weight in parameters.items():
-            weight.copy_(weights[name])
-    for key, value in load_file(found[-1] / "optimizer.safetensors").items():
-        kind, name, field = key.split("/")
-        optimizers[kind].state[parameters[name]][field] = value
-    state = json.loads((found[-1] / "state.json").read_text())
-    return state["step"], state["tokens"]
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as stream:
-        stream.write(json.dumps(record) + "\n")
-
-
-def trim_metrics(path: Path, step: int) -> None:
-    """Drops what was logged beyond the state that training goes on from, and a line cut off by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)

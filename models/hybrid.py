@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels.linear import linear
 from ..kernels.norm import rms_norm
@@ -26,12 +27,51 @@ MIXERS: dict[str, Callable[..., nn.Module]] = {"M": Mamba2Mixer, "*": Attention,
 
 
 class Block(nn.Module):
-    """One layer: its norm, and the mixer that its letter stands for."""
+    """One layer: its norm, and the mixer that its letter stands for.
+
+    With `recompute` a training step keeps what enters the layer alone, and runs it again in the backward pass.
+    """
+
+    recompute = False
 
     def __init__(self, config: HybridConfig, layer: int, **place: Any) -> None:
         super().__init__()
+        self.letter, self.layer, self.norm_eps = config.pattern[layer], layer, config.norm_eps
         self.norm = NormWeight(config.hidden_size, **place)
-        self.mixer = MIXERS[config.pattern[layer]](config, layer, **place)
+        self.mixer = MIXERS[self.letter](config, layer, **place)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        angles: Angles | None,
+        seq_idx: Tensor | None,
+        state: KeyValues | MambaState | None = None,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """What the layer adds to the residual stream [B, T, hidden]."""
+        inputs = (hidden, mask, angles, seq_idx, state, observe)
+        if self.recompute and torch.is_grad_enabled() and state is None:
+            return checkpoint(self.mix, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self.mix(*inputs)
+
+    def mix(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        angles: Angles | None,
+        seq_idx: Tensor | None,
+        state: KeyValues | MambaState | None,
+        observe: Observe | None,
+    ) -> Tensor:
+        u = rms_norm(hidden, self.norm.weight, self.norm_eps)
+        if observe is not None:
+            observe("hidden", self.layer, u)
+        if self.letter == "M":
+            return self.mixer(u, seq_idx, state, observe)
+        if self.letter == "*":
+            return self.mixer(u, mask, angles, state, observe)
+        return self.mixer(u, observe)
 
 
 class HybridLM(nn.Module):
@@ -127,30 +167,8 @@ class HybridLM(nn.Module):
             if observe is not None:
                 observe("residual", layer, hidden)
             state = None if cache is None else cache.layers[layer]
-            hidden = hidden + self.mix(layer, hidden, mask, angles, seq_idx, state, observe)
+            hidden = hidden + self.layers[layer](hidden, mask, angles, seq_idx, state, observe)
         return hidden
-
-    def mix(
-        self,
-        layer: int,
-        hidden: Tensor,
-        mask: Tensor | None,
-        angles: Angles | None,
-        seq_idx: Tensor | None,
-        state: KeyValues | MambaState | None,
-        observe: Observe | None,
-    ) -> Tensor:
-        """What one layer adds to the residual stream [B, T, hidden]."""
-        block: Any = self.layers[layer]
-        u = rms_norm(hidden, block.norm.weight, self.config.norm_eps)
-        if observe is not None:
-            observe("hidden", layer, u)
-        letter = self.config.pattern[layer]
-        if letter == "M":
-            return block.mixer(u, seq_idx, state, observe)
-        if letter == "*":
-            return block.mixer(u, mask, angles, state, observe)
-        return block.mixer(u, observe)
 
 
 @torch.no_grad()

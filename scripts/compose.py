@@ -20,7 +20,8 @@ CONF = Path(__file__).parents[1] / "conf"
 # Paths, names and prompts are meant as the shell passes them, parentheses, quotes and all: Hydra's grammar does not
 # see them. (conf/model/ holds named configs; to Hydra `model=` would name one of its groups.)
 VERBATIM = (
-    "model", "init", "teacher", "student", "against", "data", "output", "scores", "prompt", "prompts", "system", "also"
+    "model", "init", "teacher", "student", "against", "data", "output", "scores", "prompt", "prompts", "system", "also",
+    "other",
 )  # fmt: skip
 BASES = {"train-fit": "compress"}  # whose options and recipes a command takes beside its own
 Options = TypeVar("Options")
@@ -59,13 +60,16 @@ def compose_config(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     return typing.cast(dict[str, Any], content)
 
 
-def split(command: str, override: str) -> tuple[str, str]:
-    """KEY and VALUE of an override. Raises InputError where it is none, or picks what is not there."""
+def split(command: str, override: str, *, sweeping: bool = False) -> tuple[str, str]:
+    """KEY and VALUE of an override. Raises InputError where it is none, or picks what is not there. Where values are
+    swept over, Hydra sees to itself and to the choices."""
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
     if not (name and equals):
         raise InputError(f"{override!r} is no override; expected KEY=VALUE (limbeck {command} --help lists the keys)")
-    if name.split(".")[0] == "hydra":
+    if sweeping and (name.split(".")[0].split("/")[0] == "hydra" or "," in value):
+        return key, value
+    if name.split(".")[0].split("/")[0] == "hydra":
         raise InputError(no_option(command, name))
     choices = groups(command) | {"recipe": list(recipes(command))}
     if name in choices and not (name == "recipe" and value == "null"):

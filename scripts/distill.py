@@ -7,21 +7,30 @@ import functools
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..distill.agreement import check_agreement
+from ..distill.average import kept_weights
 from ..distill.data import Batch, Corpus, batches_per_epoch, train_batches
 from ..distill.gap import measure_gap
-from ..distill.losses import DistillLoss, check_vocabularies, distillation_loss
-from ..distill.trainer import Evaluate, OnStep, TrainOptions, states, train
-from ..models.checkpoint import load_model, model_dtypes, model_tensors, write_checkpoint
+from ..distill.losses import DistillLoss, distillation_loss
+from ..distill.options import TrainOptions
+from ..distill.parallel import Trained
+from ..distill.state import fill_weights, states
+from ..distill.trainer import Evaluate, OnStep, train
+from ..models import processes
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .compose import build, convert, guess
-from .inputs import corpus, data_input, model_folder, sample, torch_device, torch_dtype
-from .show import progress, result
-from .stage import plain, run_stage
+from .inputs import corpus, data_input, model_folder, sample, torch_dtype
+from .journal import check_mode, journal
+from .score import many_processes
+from .show import progress, result, say
+from .stage import Facts, plain, run_stage
+from .training import figures, finish_training, load_frozen, load_trained, process_device
 
 STAGE_SEEDS = 1000  # between the seeds of two stages, so that the second does not begin with the first one's text
 
@@ -95,11 +104,18 @@ class Options:
     device: str
     dtype: str
     distill: Distill
+    shard: bool = True
+    wandb: str = "off"
+
+    def __post_init__(self) -> None:
+        check_mode(self.wandb)
 
 
 def run(options: Options) -> None:
-    make(options)
-    result(options.output, {"model": str(options.output), "metrics": str(options.output / "metrics.jsonl")})
+    with many_processes(options.device), processes.together():
+        make(options)
+        if processes.rank() == 0:
+            result(options.output, {"model": str(options.output), "metrics": str(options.output / "metrics.jsonl")})
 
 
 def make(options: Options) -> None:
@@ -110,50 +126,76 @@ def make(options: Options) -> None:
         name="distill",
         inputs={"teacher": teacher, "student": student, "data": data_input(options.data)},
         options={"distill": options.distill.chosen, "seed": options.seed, "dtype": options.dtype},
-        make=lambda folder, facts: fill(folder, teacher, student, options),
+        make=lambda folder, facts: fill(folder, facts, teacher, student, options),
         scratch="training",
     )
 
 
-def fill(folder: Path, teacher_folder: Path, student_folder: Path, options: Options) -> None:
+def fill(folder: Path, facts: Facts, teacher_folder: Path, student_folder: Path, options: Options) -> None:
     """Trains in `folder/training`, which holds the state, and leaves the checkpoint and metrics.jsonl in `folder`.
 
-    Of several stages each has a folder of its own in there, and its last state is where the next one begins.
+    Of several stages each has a folder of its own in there, and what it leaves is where the next one begins.
     """
     plan = options.distill.plan()
-    dtype, device = torch_dtype(options.dtype), torch_device(options.device)
-    teacher, student = load_model(teacher_folder, dtype, device), load_model(student_folder, dtype, device)
-    check_vocabularies(teacher, student)
-    text = corpus(options.data, "train", student_folder)
-    for how in plan:
-        batches_per_epoch(text, how.batch, how.seq_len)
-    student.train()
+    dtype, device = torch_dtype(options.dtype), process_device(options.device)
+    with processes.together():
+        for note in check_agreement(teacher_folder, student_folder):
+            say(f"note: {note}")
+        text = corpus(options.data, "train", student_folder)
+        for how in plan:
+            batches_per_epoch(text, how.batch, how.seq_len)
+            check_share(how.batch)
+    teacher = load_frozen(teacher_folder, dtype, device, options.shard)
+    student = load_trained(student_folder, dtype, device, options.shard)
     training = folder / "training"
     places = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
-    begun = max((number for number, place in enumerate(places) if states(place)), default=0)
-    for number in range(begun, len(plan)):
-        how = plan[number]
-        held_out = sample(
-            options.data, "validation", student_folder,
-            tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=options.seed,
-        )  # fmt: skip
-        train_with_bar(
-            f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling",
-            student,
-            distillation_loss(teacher, how.loss),
-            text,
-            how.train,
-            places[number],
-            batch=how.batch,
-            seq_len=how.seq_len,
-            seed=options.seed + STAGE_SEEDS * number,
-            evaluate=functools.partial(gap_now, teacher, sample=held_out),
-        )
-        for state in (state for place in places[:number] for state in states(place)):  # the weights have moved on
-            shutil.rmtree(state)
-    if options.distill.stages:
+    begun = processes.from_first(max((number for number, place in enumerate(places) if states(place)), default=0))
+    with journal(options.wandb, folder, options.output.name, facts.options) as note_down:
+        for number in range(begun, len(plan)):
+            how = plan[number]
+            held_out = sample(
+                options.data, "validation", student_folder,
+                tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=options.seed,
+            )  # fmt: skip
+            train_with_bar(
+                f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling",
+                student,
+                distillation_loss(teacher, how.loss),
+                text,
+                how.train,
+                places[number],
+                batch=how.batch,
+                seq_len=how.seq_len,
+                seed=options.seed + STAGE_SEEDS * number,
+                evaluate=functools.partial(gap_now, teacher, sample=held_out),
+                teacher=teacher,
+                note_down=note_down,
+            )
+            hand_on(student, places, number, how.train)
+    if options.distill.stages and processes.rank() == 0:
         join_metrics(places, training / "metrics.jsonl")
-    finish_training(folder, student, student_folder)
+    finish_training(folder, places[-1], student.model.config, dtype, plan[-1].train, facts, student_folder)
+
+
+def check_share(batch: int) -> None:
+    """Raises InputError where the processes cannot share a batch's rows evenly."""
+    if batch % processes.count():
+        raise InputError(
+            f"distill.batch is {batch} rows, which {processes.count()} processes cannot share evenly; give a multiple"
+            f" of {processes.count()}"
+        )
+
+
+def hand_on(student: Trained, places: Sequence[Path], number: int, options: TrainOptions) -> None:
+    """Behind stage `number`: the student has the weights that it leaves, and earlier stages' states are gone."""
+    kept = kept_weights(places[number], options)
+    if number + 1 < len(places) and kept.said["kept"] != "last":
+        fill_weights(student, kept.tensors())
+    with processes.together():
+        if processes.rank() == 0:
+            for place in places[:number]:
+                for state in (*states(place), *place.glob("best-*")):
+                    shutil.rmtree(state)
 
 
 def join_metrics(places: Sequence[Path], target: Path) -> None:
@@ -180,7 +222,7 @@ def gap_now(teacher: HybridLM, student: HybridLM, sample: list[Batch]) -> dict[s
 
 def train_with_bar(
     what: str,
-    model: HybridLM,
+    student: Trained,
     loss_of: Any,
     text: Corpus,
     options: TrainOptions,
@@ -190,30 +232,34 @@ def train_with_bar(
     seq_len: int,
     seed: int,
     evaluate: Evaluate | None,
+    teacher: HybridLM | None,
+    note_down: OnStep,
 ) -> None:
-    """`trainer.train` on a corpus, under a progress bar."""
-    source: Any = functools.partial(train_batches, text, batch_size=batch, seq_len=seq_len, seed=seed)
-    device = model.head_weight.device
-
-    def batches(start: int) -> Iterator[Batch]:
-        for found in source(start=start):
-            yield Batch(*(getattr(found, field.name).to(device) for field in dataclasses.fields(found)))
-
+    """`trainer.train` on a corpus, under a progress bar; `note_down` takes every record."""
+    batches: Any = functools.partial(train_batches, text, batch_size=batch, seq_len=seq_len, seed=seed)
+    teacher_config = None if teacher is None else teacher.config
+    describe = figures(student.model.config, teacher_config, seq_len, student.device)
     with progress(what, options.steps) as bar:
 
         def on_step(record: dict[str, Any]) -> None:
-            held = f" validation {record['validation_loss']:.3f}" if "validation_loss" in record else ""
-            note = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s{held}"
-            bar.set(record["step"], note=note)
+            bar.set(record["step"], note=note_of(record))
+            note_down(record)
 
-        shown: OnStep = on_step
-        train(model, loss_of, batches, options, folder, evaluate=evaluate, on_step=shown)
+        train(
+            student, loss_of, lambda start: batches(start=start), options, folder,
+            evaluate=evaluate, on_step=on_step, describe=describe,
+        )  # fmt: skip
 
 
-def finish_training(folder: Path, model: HybridLM, tokenizer_from: Path) -> None:
-    """The trained model becomes a checkpoint: weights, tokenizer, metrics."""
-    write_checkpoint(
-        folder, model.config, model_tensors(model), dtypes=model_dtypes(model), tokenizer_from=tokenizer_from
-    )
-    if (folder / "training" / "metrics.jsonl").exists():
-        shutil.copyfile(folder / "training" / "metrics.jsonl", folder / "metrics.jsonl")
+def note_of(record: Mapping[str, Any]) -> str:
+    """What the bar says of a step."""
+    loss = f"loss {record['loss']:.3f}" if "loss" in record else "passed over: not finite"
+    used = f"{record['mfu']:.1%} of peak" if "mfu" in record else f"{record['model_tflops']:.2g} TFLOP/s"
+    held = f"  validation {record['validation_loss']:.3f}" if "validation_loss" in record else ""
+    return f"{loss}  {record['tokens_per_second']:,.0f} tokens/s  {used}  {record['memory_gib']:.1f} GiB{held}"
+
+
+if __name__ == "__main__":  # accelerate launch -m limbeck.scripts.distill KEY=VALUE ...
+    from .main import main
+
+    sys.exit(main(["distill", *sys.argv[1:]]))

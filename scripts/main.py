@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..models.errors import CheckFailed, InputError
+from ..models.errors import CheckFailed, InputError, Stopped
 
 COMMANDS = {
     "compress": "the whole chain below, resumable: score, prune, distil, evaluate, export, memory-fit, report",
@@ -20,6 +20,7 @@ COMMANDS = {
     "search": "the sizes that fit a card, ranked by memory, importance or loss; the best ones distilled briefly",
     "prune": "a smaller checkpoint from a model, its scores and a target size",
     "distill": "recover a student's accuracy from its teacher's logits",
+    "merge": "the weighted mean of two checkpoints of one config",
     "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
     "export": "a checkpoint in the dtype and shards asked for, read back and compared",
     "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
@@ -35,6 +36,7 @@ EXAMPLES = {
     "search": "model=nemotron-nano-12b-v2 output=sizes 'space.hidden_size=[4480,4800]' budget.context=65536",
     "prune": "model=zoo scores=scores output=pruned target.layers=11 target.mamba_num_heads=12",
     "distill": "teacher=zoo student=pruned data=stdlib output=distilled distill.train.steps=100",
+    "merge": "model=distilled other=tuned weight=0.5 output=merged",
     "evaluate": "teacher=zoo +student.pruned=pruned +student.distilled=distilled data=stdlib output=gap",
     "export": "model=distilled output=exported dtype=bfloat16",
     "memory-fit": "model=nemotron-nano-9b-v2 hardware=a10g fit.context=131072",
@@ -86,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return finish(2, str(error))
     except CheckFailed as error:
         return finish(3, str(error))
+    except Stopped as error:
+        return finish(128 + error.signal, str(error))
     except OSError as error:
         from ..models.tensors import refusal
 
@@ -109,18 +113,28 @@ def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
 
 
 def run(command: str, overrides: Sequence[str]) -> int:
-    """Composes the options of a command and runs it."""
-    import torch
+    """Composes the options of a command and runs it, or a sweep of it."""
+    if any(word in ("--multirun", "-m") for word in overrides):
+        from .sweep import FLAGS, sweep
 
+        sweep(command, [word for word in overrides if word not in FLAGS])
+        return 0
     from .compose import build, compose_config
+
+    set_up()
+    module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
+    module.run(build(module.Options, compose_config(command, overrides)))
+    return 0
+
+
+def set_up() -> None:
+    """How this process computes, whichever command it runs."""
+    import torch
 
     # Decays underflow, and arithmetic on denormal numbers is many times slower on CPUs: they count as zero, in this
     # thread and in those that torch starts from it.
     torch.set_flush_denormal(True)
     keep_memory()
-    module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
-    module.run(build(module.Options, compose_config(command, overrides)))
-    return 0
 
 
 def keep_memory() -> None:

@@ -10,15 +10,20 @@ import torch
 from ..distill.data import Document, sample_batches, tokenize
 from ..distill.gap import measure_gap
 from ..distill.losses import cross_entropy_loss
-from ..distill.trainer import TrainOptions
-from ..models.checkpoint import load_model
+from ..distill.options import TrainOptions
+from ..distill.parallel import Trained
+from ..models import processes
+from ..models.cost import count_parameters
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
-from .distill import finish_training, train_with_bar
-from .inputs import data_input, documents, model_config, model_folder, torch_device
+from .distill import check_share, train_with_bar
+from .inputs import data_input, documents, model_config, model_folder
+from .journal import check_mode, journal
+from .score import many_processes
 from .show import progress, result, say
-from .stage import run_stage
+from .stage import Facts, run_stage
+from .training import finish_training, load_trained, placed_model, process_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,30 +39,46 @@ class Options:
     batch: int
     evaluate_tokens: int
     train: TrainOptions
+    shard: bool = True
+    wandb: str = "off"
+
+    def __post_init__(self) -> None:
+        check_mode(self.wandb)
 
 
 def run(options: Options) -> None:
+    with many_processes(options.device), processes.together():
+        make(options)
+        if processes.rank() == 0:
+            result(options.output, {"model": str(options.output)})
+
+
+def make(options: Options) -> None:
+    """The stage without its result.json."""
     chosen = dataclasses.asdict(options)
     inputs = {"data": data_input(options.data)}
     if options.init is not None:
         inputs["init"] = model_folder(options.init)
         del chosen["model"], chosen["seed"]
-    del chosen["output"], chosen["device"], chosen["data"], chosen["init"]
+    for name in ("output", "device", "data", "init", "shard", "wandb"):
+        del chosen[name]
     run_stage(
         options.output,
         name="pretrain",
         inputs=inputs,
         options=chosen,
-        make=lambda folder, facts: fill(folder, options),
+        make=lambda folder, facts: fill(folder, facts, options),
         scratch="training",
     )
-    result(options.output, {"model": str(options.output)})
 
 
-def fill(folder: Path, options: Options) -> None:
+def fill(folder: Path, facts: Facts, options: Options) -> None:
     """Trains tokenizer and model into an existing folder, going on from what is there."""
-    text = documents(options.data, "train")
-    model = begin(folder, text, options)
+    with processes.together():
+        check_share(options.batch)
+        text = documents(options.data, "train")
+    student = begin(folder, text, options)
+    model = student.model
     tokenizer_from = folder if options.init is None else model_folder(options.init)
     tokenizer = load_tokenizer(tokenizer_from)
     check_vocabulary(tokenizer, model.config)
@@ -69,41 +90,45 @@ def fill(folder: Path, options: Options) -> None:
         seed=options.data_seed,
         max_tokens=options.evaluate_tokens,
     )
-    say(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {train_corpus.tokens:,} tokens of text")
+    say(f"{count_parameters(model.config):,} parameters, {train_corpus.tokens:,} tokens of text")
 
     def evaluate(model: HybridLM) -> dict[str, float]:
         found = measure_gap(model, {}, held_out, resamples=2).models["teacher"]
         return {"validation_loss": found.cross_entropy.value, "validation_bits_per_byte": found.bits_per_byte.value}
 
-    train_with_bar(
-        "pretraining",
-        model,
-        cross_entropy_loss,
-        train_corpus,
-        options.train,
-        folder / "training",
-        batch=options.batch,
-        seq_len=options.seq_len,
-        seed=options.data_seed,
-        evaluate=evaluate,
-    )
-    finish_training(folder, model, tokenizer_from)
+    with journal(options.wandb, folder, options.output.name, facts.options) as note_down:
+        train_with_bar(
+            "pretraining",
+            student,
+            cross_entropy_loss,
+            train_corpus,
+            options.train,
+            folder / "training",
+            batch=options.batch,
+            seq_len=options.seq_len,
+            seed=options.data_seed,
+            evaluate=evaluate,
+            teacher=None,
+            note_down=note_down,
+        )
+    finish_training(folder, folder / "training", model.config, torch.float32, options.train, facts, tokenizer_from)
 
 
-def begin(folder: Path, text: list[Document], options: Options) -> HybridLM:
+def begin(folder: Path, text: list[Document], options: Options) -> Trained:
     """The model at its first step: that of the folder `init`, or random, with a tokenizer trained into `folder`."""
-    device = torch_device(options.device)
+    device = process_device(options.device)
     if options.init is not None:
-        return load_model(model_folder(options.init), torch.float32, device).train()
+        return load_trained(model_folder(options.init), torch.float32, device, options.shard)
     config = model_config(options.model)
-    if not (folder / "tokenizer.json").exists():
-        with progress("training the tokenizer"):
-            train_tokenizer((document.text for document in text), config.vocab_size, folder)
+    with processes.together():
+        if processes.rank() == 0 and not (folder / "tokenizer.json").exists():
+            with progress("training the tokenizer"):
+                train_tokenizer((document.text for document in text), config.vocab_size, folder)
     if (found := load_tokenizer(folder).vocab_size) != config.vocab_size:
         raise InputError(
             f"data={options.data}: the text gives only {found} tokens, the model has"
             f" {config.vocab_size}; give more text or a smaller vocab_size"
         )
     model = HybridLM(config, device=device)
-    initialize(model, torch.Generator(device=model.head_weight.device).manual_seed(options.seed))
-    return model
+    initialize(model, torch.Generator(device=device).manual_seed(options.seed))
+    return placed_model(model, torch.float32, options.shard)

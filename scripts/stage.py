@@ -28,6 +28,7 @@ from ..models.folder import atomic_folder, finish_folder, sha256_file, write_jso
 PROVENANCE = "limbeck.json"
 RESULT = "result.json"
 BEGUN = "begun.json"
+LOGS = "wandb"
 
 
 class Facts:
@@ -40,6 +41,7 @@ class Facts:
         self.name, self.inputs, self.options = name, dict(sorted(inputs.items())), plain(options)
         self.look = self.current_look()
         self.known: dict[str, Any] | None = None
+        self.notes: dict[str, Any] = {}  # what `make` has to say of its work, for limbeck.json
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
         self.mark: Path | None = None
@@ -98,20 +100,21 @@ class Facts:
         return self.known
 
     def finish(self) -> dict[str, Any]:
-        """`content`, once the work is done. Raises InputError where an input has changed on the way."""
+        """`content` and the notes, once the work is done. Raises InputError where an input has changed on the way."""
         content = self.content()
         if self.current_look() != self.look:
             names = ", ".join(f"{key}={value}" for key, value in self.inputs.items() if isinstance(value, Path))
             raise InputError(f"an input of {self.name} changed while it was read ({names}); run the same command again")
-        return content
+        return content | self.notes
 
 
 def files_of(folder: Path) -> list[Path]:
     """The files below a folder that are its content: in one of ours, not who made it, nor result.json, which is written
-    once it is finished."""
+    once it is finished, nor the logs in wandb/."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if folder / PROVENANCE in files:
         files = [file for file in files if file not in (folder / PROVENANCE, folder / RESULT)]
+        files = [file for file in files if folder / LOGS not in file.parents]
     return files
 
 
@@ -253,8 +256,9 @@ def check_finished(folder: Path, made_of: Facts) -> None:
         raise InputError(f"{folder} exists already and is not of limbeck; give an output that does not") from None
     facts = made_of.content()
     if made_from != facts["fingerprint"]:
+        asked = {key: value for key, value in found.items() if key in facts}  # not the notes
         raise InputError(
-            f"{folder} exists already, made otherwise ({'; '.join(differences(found, facts)[:3])});"
+            f"{folder} exists already, made otherwise ({'; '.join(differences(asked, facts)[:3])});"
             " give another output, or remove the folder to make it anew"
         )
 

@@ -86,7 +86,15 @@ def test_nothing_forbidden() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_config_composes(command: str) -> None:
     module = importlib.import_module(f"limbeck.scripts.{command.replace('-', '_')}")
-    fill = {"model": "zoo", "teacher": "zoo", "student": "zoo", "data": "stdlib", "output": "x", "scores": "x"}
+    fill = {
+        "model": "zoo",
+        "teacher": "zoo",
+        "student": "zoo",
+        "data": "stdlib",
+        "output": "x",
+        "scores": "x",
+        "other": "zoo",
+    }
     body = (ROOT / "conf" / f"{command}.yaml").read_text()
     given = [f"{key}={value}" for key, value in fill.items() if re.search(rf"^{key}: (\?\?\?|null)", body, re.M)]
     given += ["prompt=x"] if "prompt:" in body else []

@@ -64,7 +64,8 @@ def contents(out: Path) -> dict[str, bytes]:
     data = {name: path.read_bytes() for name, path in found.items() if path.name not in ("result.json", "limbeck.json")}
     for name in data:
         if name.endswith("metrics.jsonl"):
-            records = [record | {"tokens_per_second": 0} for record in metrics(found[name])]
+            moody = ("tokens_per_second", "model_tflops", "memory_gib")
+            records = [record | dict.fromkeys(moody, 0) for record in metrics(found[name])]
             data[name] = json.dumps(records).encode()
     return data
 

@@ -1,0 +1,99 @@
+"""Means of weights: along a run, over its last states, and of two checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..models.axes import tensor_table
+from ..models.checkpoint import Checkpoint, row_blocks
+from ..models.errors import InputError
+from .options import TrainOptions
+from .parallel import Trained
+from .state import AVERAGE, WEIGHTS, numbered, states
+
+
+@contextlib.contextmanager
+def averaged(trained: Trained, average: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts the model has the averages for weights; nothing happens where there are none."""
+    swap(trained, average)
+    try:
+        yield
+    finally:
+        swap(trained, average)
+
+
+@torch.no_grad()
+def swap(trained: Trained, average: Mapping[str, Tensor]) -> None:
+    if not average:
+        return
+    for weight in trained.weights:
+        kept = weight.local.detach().clone()
+        weight.local.copy_(average[weight.name])
+        average[weight.name].copy_(kept)
+    trained.moved()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The weights that a training leaves: files of them all, of which the mean counts, and how to say it in JSON."""
+
+    files: tuple[Path, ...]
+    said: dict[str, Any]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return mean_tensors(self.files)
+
+
+def kept_weights(folder: Path, options: TrainOptions) -> Kept:
+    """What `options` ask for of the states in a folder of finished training."""
+    found = states(folder)
+    last = int(found[-1].name.removeprefix("state-"))
+    if options.keep == "best" and (best := numbered(folder, "best")):
+        said = json.loads((best[-1] / "best.json").read_text(encoding="utf-8"))
+        return Kept((best[-1] / WEIGHTS,), {"kept": "best", **said})
+    if options.average_states > 1:
+        steps = [int(state.name.removeprefix("state-")) for state in found]
+        return Kept(tuple(state / WEIGHTS for state in found), {"kept": "mean", "steps": steps})
+    if options.ema_decay:
+        return Kept((found[-1] / AVERAGE,), {"kept": "moving average", "step": last})
+    return Kept((found[-1] / WEIGHTS,), {"kept": "last", "step": last})
+
+
+def mean_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, mean over the files), summed in float64, one tensor in memory at a time."""
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
+        for name in opened[0].keys():  # noqa: SIM118
+            first = opened[0].get_tensor(name)
+            if len(opened) == 1:
+                yield name, first
+                continue
+            total = first.double()
+            for file in opened[1:]:
+                total += file.get_tensor(name)
+            yield name, (total / len(opened)).to(first.dtype)
+
+
+def merged_rows(one: Checkpoint, other: Checkpoint, weight: float) -> Iterator[tuple[str, Tensor]]:
+    """Every (name, rows) of (1 - weight) one + weight other, in float32, in the order of the table.
+
+    Raises InputError where the two are not of one config.
+    """
+    if one.config != other.config:
+        fields = vars(one.config)
+        differs = [name for name in fields if fields[name] != getattr(other.config, name) and name != "extra"]
+        values = "; ".join(f"{name} {fields[name]!r} and {getattr(other.config, name)!r}" for name in differs[:3])
+        raise InputError(f"{one.path} and {other.path} are not of one config ({values}); merge models of equal shapes")
+    for name, axes in tensor_table(one.config).items():
+        for start, stop in row_blocks(axes.shape, one.stored[name].dtype):
+            first, second = (found.rows(name, start, stop).to(torch.float32) for found in (one, other))
+            yield name, torch.lerp(first, second, weight)

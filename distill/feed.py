@@ -1,0 +1,70 @@
+"""Batches made ahead by a thread of their own, and a watch over it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.errors import InputError
+
+AHEAD = 2  # batches that wait for their step
+
+
+def feed(batches: Iterator[Any], first: int, timeout: float) -> Generator[Any, None, None]:
+    """The same batches, made by a thread that is `AHEAD` of them before; `first` is the number of the first.
+
+    Raises InputError where `timeout` seconds bring none, and what `batches` raises.
+    """
+    line: queue.Queue[tuple[Any] | BaseException | None] = queue.Queue(AHEAD)
+    left = threading.Event()
+
+    def put(found: tuple[Any] | BaseException | None) -> None:
+        while not left.is_set():
+            with contextlib.suppress(queue.Full):
+                return line.put(found, timeout=0.1)
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put((batch,))
+                if left.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    threading.Thread(target=work, name="limbeck-data", daemon=True).start()
+    number = first
+    try:
+        while True:
+            try:
+                found = line.get(timeout=timeout)
+            except queue.Empty:
+                raise InputError(
+                    f"data: waited {timeout:g} seconds for batch {number}, and its worker gives no sign; look at the"
+                    " disk or the network that data= is read from, or raise data_timeout (seconds)"
+                ) from None
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                return
+            yield found[0]
+            number += 1
+    finally:
+        left.set()
+
+
+def placed(rows: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device."""
+    if device.type == "cpu" or not dataclasses.is_dataclass(rows) or isinstance(rows, type):
+        return rows
+    content = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
+    moved = {name: value.to(device) for name, value in content.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(rows, **moved)

@@ -1,0 +1,222 @@
+"""A model in training, on one process or many: what the optimizer moves, and which part of it lies in this process.
+
+Many processes share a batch's rows. Their models are whole, or every matrix is split by rows among them (FSDP2,
+`torch.distributed.fsdp.fully_shard`: a layer's matrices are put together when its turn comes, and dropped behind it).
+Vectors (A_log, D, dt_bias, norms, biases) are whole everywhere, in float32: they are small, and a group of FSDP's has
+one dtype. Gradients are sums over all rows of the batch, never means of parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..models import processes
+from ..models.checkpoint import open_checkpoint
+from ..models.hybrid import HybridLM
+
+BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter in training. `local` is what the optimizer moves here: the parameter, its rows that are this
+    process's (`split`), or a float32 copy where the model keeps it in fewer bits."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: nn.Parameter
+    local: nn.Parameter
+    split: bool = False
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the whole that `local` holds."""
+        if not self.split:
+            return slice(0, self.shape[0] if self.shape else None)
+        size = -(-self.shape[0] // processes.count())
+        start = min(size * processes.rank(), self.shape[0])
+        return slice(start, min(start + size, self.shape[0]))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All rows of a tensor of which every process has those of its own. Every process has to call it."""
+        if not self.split:
+            return part
+        size = -(-self.shape[0] // processes.count())
+        padded = part.new_zeros((size, *self.shape[1:]))
+        padded[: part.shape[0]] = part
+        parts = [torch.empty_like(padded) for _ in range(processes.count())]
+        distributed.all_gather(parts, padded)
+        return torch.cat(parts)[: self.shape[0]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model and what its optimizer moves, made by `prepare`."""
+
+    model: HybridLM
+    weights: tuple[Weight, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].local.device
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the locals, summed over the processes. Every process has to call it."""
+        for weight in self.weights:
+            if weight.split and weight.parameter.grad is not None:
+                found: Any = weight.parameter.grad
+                weight.local.grad = found.to_local()
+        if processes.count() > 1:
+            sum_over_processes([w.local.grad for w in self.weights if not w.split and w.local.grad is not None])
+        return [weight.local.grad for weight in self.weights if weight.local.grad is not None]
+
+    def zero_grad(self) -> None:
+        for weight in self.weights:
+            weight.local.grad = weight.parameter.grad = None
+
+    @torch.no_grad()
+    def moved(self) -> None:
+        """Tells the model that the locals have new values."""
+        for weight in self.weights:
+            if not weight.split and weight.local is not weight.parameter:
+                weight.parameter.copy_(weight.local)
+        reshard(self.model)
+
+
+def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
+    """A model as it is, or already split by `shard`. A `dtype` narrower than the model's becomes that of the matrices
+    in forward and backward, while the optimizer moves copies in the model's; gradients are added up there, too."""
+    weights = []
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.requires_grad:
+            continue
+        shape = tuple(parameter.shape)
+        mine: Any = parameter.detach()
+        if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
+            weights.append(Weight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
+        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and parameter.dim() > 1:
+            weights.append(Weight(name, shape, lowered(model, name, parameter, dtype), parameter))
+        else:
+            weights.append(Weight(name, shape, parameter, parameter))
+    return Trained(model, tuple(weights))
+
+
+def lowered(model: nn.Module, name: str, master: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Puts a copy in `dtype` in the place of a parameter, to which its gradients go as soon as they are known."""
+    copy = nn.Parameter(master.detach().to(dtype))
+
+    def hand_over(copy: Tensor) -> None:
+        assert copy.grad is not None
+        found = copy.grad.to(master.dtype)
+        master.grad = found if master.grad is None else master.grad.add_(found)
+        copy.grad = None
+
+    copy.register_post_accumulate_grad_hook(hand_over)
+    place, _, field = name.rpartition(".")
+    setattr(model.get_submodule(place), field, copy)
+    return copy
+
+
+def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str], Tensor] | None = None) -> None:
+    """Splits a model's matrices among all processes, in place; in forward and backward they have `dtype`.
+
+    With `read` the model is on the meta device, and `read(name)` gives its weights when their turn comes, so that one
+    layer at a time is whole. Every process has to call it.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # seconds that one process does not wait for
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    # What hidden_states returns is read, and never changed in place, which is what this warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    groups: list[nn.Module] = list(model.layers)
+    if not model.config.tie_word_embeddings:
+        groups.append(model.embeddings)
+    groups.append(model)
+    names = {module: name for name, module in model.named_modules()}
+    for group in groups:
+        if read is not None:
+            fill(group, names[group], read)
+        device = next(group.parameters()).device
+        mesh = init_device_mesh(device.type, (processes.count(),))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
+        vectors = {parameter for parameter in group.parameters() if parameter.dim() < 2}
+        fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=vectors)
+        assert isinstance(group, FSDPModule)
+        group.set_gradient_divide_factor(1.0)
+        group.set_force_sum_reduction_for_comms(True)  # gloo knows sums, but not sums of what is scaled first
+    register_fsdp_forward_method(model, "hidden_states")  # behind it the head is whole, as the losses read it
+
+
+def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
+    """Gives every parameter on the meta device its values."""
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            place, _, field = name.rpartition(".")
+            values = read(f"{prefix}.{name}" if prefix else name)
+            setattr(module.get_submodule(place), field, nn.Parameter(values, requires_grad=parameter.requires_grad))
+
+
+def load_sharded(
+    path: Any, stored: torch.dtype, device: torch.device, *, dtype: torch.dtype | None = None, frozen: bool = False
+) -> HybridLM:
+    """A checkpoint whose matrices are split among all processes, kept in the dtype `stored` and used in `dtype`.
+
+    Raises InputError, as `load_model` does.
+    """
+    checkpoint = open_checkpoint(path)
+    model = HybridLM(checkpoint.config, device="meta").requires_grad_(not frozen)
+    shard(model, dtype, lambda name: checkpoint.tensor(name).to(device=device, dtype=stored))
+    return model.eval()
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops what a forward pass has put together and left whole, such as the head."""
+    for module in model.modules():
+        if callable(drop := getattr(module, "reshard", None)):  # fully_shard was here
+            drop()
+
+
+def sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Every tensor, in place, becomes the sum of all processes'."""
+    for bucket in buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        distributed.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in bucket])
+        for tensor, part in zip(bucket, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Runs of tensors of one dtype with `BUCKET` numbers at most, one tensor at least."""
+    found: list[list[Tensor]] = []
+    filled = 0
+    for tensor in tensors:
+        if not found or found[-1][0].dtype != tensor.dtype or filled + tensor.numel() > BUCKET:
+            found.append([])
+            filled = 0
+        found[-1].append(tensor)
+        filled += tensor.numel()
+    return found
+
+
+def share(rows: int) -> range:
+    """The rows of a batch that are this process's; their number is a multiple of the processes'."""
+    each = rows // processes.count()
+    return range(each * processes.rank(), each * (processes.rank() + 1))
+
+
+def squares(trained: Trained) -> tuple[float, float]:
+    """Sums of the squared gradients, in float64: of what lies here alone, and of what every process has."""
+    parts = [0.0, 0.0]
+    for split in (True, False):
+        found = [w.local.grad for w in trained.weights if w.split == split and w.local.grad is not None]
+        if found:
+            norms = torch.stack(torch._foreach_norm(found))
+            parts[not split] = float(norms.double().square().sum())
+    return parts[0], parts[1]

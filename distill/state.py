@@ -1,0 +1,215 @@
+"""What training needs to go on: folders `state-<step>`, whole or not there, in safetensors and JSON.
+
+Tensors are written whole, one after the other, whatever part of them each process has: a state is read by any number
+of processes. The first process writes; each reads its rows. An older state goes once the newer one has its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..models import processes
+from ..models.errors import InputError
+from ..models.folder import atomic_folder, write_json
+from ..models.tensors import TensorFile
+from .parallel import Trained, Weight
+
+WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
+Optimizers = dict[str, torch.optim.Optimizer]
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far training is. `skipped` steps were passed over, the last `in_a_row` among them; `best_step` had the best
+    held-out figure."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+
+
+def states(folder: Path) -> list[Path]:
+    """The states in a folder, the newest last."""
+    return numbered(folder, "state")
+
+
+def numbered(folder: Path, kind: str) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{kind}-*") if path.name[len(kind) + 1 :].isdigit())
+
+
+def save_state(
+    trained: Trained,
+    optimizers: Optimizers,
+    average: Mapping[str, Tensor],
+    folder: Path,
+    progress: Progress,
+    *,
+    states_kept: int = 1,
+) -> None:
+    """Writes `folder/state-<step>/`; then all but the newest `states_kept` states go, and what was best before.
+
+    Every process has to call it. Raises DiskError, in all of them, where the disk refuses."""
+    target = folder / f"state-{progress.step:08d}"
+    if processes.from_first(target.exists()):
+        return
+    with processes.together(), written(target) as temporary:
+        write_whole(place(temporary, WEIGHTS), ((w.name, w, w.local) for w in trained.weights))
+        if average:
+            write_whole(place(temporary, AVERAGE), ((w.name, w, average[w.name]) for w in trained.weights))
+        write_whole(place(temporary, OPTIMIZER), optimizer_tensors(trained, optimizers))
+        if temporary is not None:
+            write_json(temporary / "state.json", dataclasses.asdict(progress))
+    if processes.rank() == 0:
+        kept = states(folder)[-states_kept:]
+        for old in (*states(folder), *numbered(folder, "best")):
+            if old not in kept and old.name != f"best-{progress.best_step or 0:08d}":
+                shutil.rmtree(old)
+
+
+def save_best(trained: Trained, tensors: Mapping[str, Tensor], folder: Path, progress: Progress) -> None:
+    """Writes the weights alone, as `folder/best-<step>/`; every process has to call it."""
+    target = folder / f"best-{progress.step:08d}"
+    if processes.from_first(target.exists()):
+        return
+    with processes.together(), written(target) as temporary:
+        write_whole(place(temporary, WEIGHTS), ((w.name, w, tensors[w.name]) for w in trained.weights))
+        if temporary is not None:
+            write_json(temporary / "best.json", {"step": progress.step, "value": progress.best_value})
+
+
+def written(target: Path) -> contextlib.AbstractContextManager[Path | None]:
+    """The temporary folder in the first process, None in the others."""
+    return atomic_folder(target) if processes.rank() == 0 else contextlib.nullcontext()
+
+
+def place(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / name
+
+
+def optimizer_tensors(trained: Trained, optimizers: Optimizers) -> Iterator[tuple[str, Weight | None, Tensor]]:
+    """Every tensor of the optimizers' states as KIND/WEIGHT/FIELD, with the weight if it is split like it."""
+    for kind, optimizer in sorted(optimizers.items()):
+        for weight in trained.weights:
+            for field, value in sorted(optimizer.state.get(weight.local, {}).items()):
+                tensor = torch.as_tensor(value)
+                yield f"{kind}/{weight.name}/{field}", weight if tensor.dim() else None, tensor
+
+
+def write_whole(path: Path | None, tensors: Iterable[tuple[str, Weight | None, Tensor]]) -> None:
+    """A file of tensors, each put together of the processes' parts when its turn comes. Where the path is None, parts
+    are handed over and nothing is written.
+
+    A disk that refuses is heard of when all parts are in: the others wait for no one meanwhile."""
+    items = list(tensors)
+    forms = {
+        name: (part.dtype, (weight.shape if weight is not None else tuple(part.shape))) for name, weight, part in items
+    }
+    error: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        file = None
+        try:
+            file = None if path is None else stack.enter_context(TensorFile(path, forms))
+        except InputError as caught:
+            error = caught
+        for name, weight, part in items:
+            whole = part if weight is None else weight.whole(part)
+            if file is not None and error is None:
+                try:
+                    file.write(name, whole)
+                except InputError as caught:
+                    error = caught
+        if error is not None:
+            raise error
+
+
+def load_state(trained: Trained, optimizers: Optimizers, average: dict[str, Tensor], folder: Path) -> Progress:
+    """Fills model, optimizers and average from the newest state, and clears what a kill has left behind."""
+    if processes.rank() == 0:
+        for leftover in folder.glob(".*.partial"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    found = processes.from_first(states(folder))
+    if not found:
+        remove_bests(folder, 0)
+        return Progress()
+    newest = found[-1]
+    read_weights(trained, newest / WEIGHTS)
+    if average and (newest / AVERAGE).exists():
+        read_parts(newest / AVERAGE, {w.name: (w, average[w.name]) for w in trained.weights})
+    by_name = {weight.name: weight for weight in trained.weights}
+    with safe_open(newest / OPTIMIZER, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            kind, name, field = key.split("/")
+            weight, part = by_name[name], file.get_slice(key)
+            value = part[weight.rows] if part.get_shape() else file.get_tensor(key)
+            optimizers[kind].state[weight.local][field] = value.to(weight.local.device)
+    progress = Progress(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
+    remove_bests(folder, progress.step)
+    return progress
+
+
+def remove_bests(folder: Path, step: int) -> None:
+    """Those behind a step go: training has yet to come there."""
+    if processes.rank() == 0:
+        for path in numbered(folder, "best"):
+            if int(path.name.removeprefix("best-")) > step:
+                shutil.rmtree(path)
+
+
+def read_weights(trained: Trained, path: Path) -> None:
+    """Fills a model from a file of whole tensors."""
+    read_parts(path, {weight.name: (weight, weight.local) for weight in trained.weights})
+    trained.moved()
+
+
+@torch.no_grad()
+def fill_weights(trained: Trained, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Fills a model with whole tensors, of which each process takes its rows."""
+    by_name = {weight.name: weight for weight in trained.weights}
+    for name, tensor in tensors:
+        by_name[name].local.copy_(tensor[by_name[name].rows])
+    trained.moved()
+
+
+@torch.no_grad()
+def read_parts(path: Path, targets: Mapping[str, tuple[Weight, Tensor]]) -> None:
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        assert names == targets.keys(), f"{path} is of another model"
+        for name, (weight, target) in targets.items():
+            target.copy_(file.get_slice(name)[weight.rows] if weight.shape else file.get_tensor(name))
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drops what was logged beyond the state that training goes on from, and a line cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)

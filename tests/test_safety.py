@@ -1,0 +1,417 @@
+"""What must not go wrong in training: signals, numbers that are none, data that does not come, models that disagree;
+and what is left in the end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from limbeck.distill.agreement import check_agreement
+from limbeck.distill.average import kept_weights, merged_rows
+from limbeck.distill.data import Batch
+from limbeck.distill.losses import DistillLoss, distillation_loss
+from limbeck.distill.options import TrainOptions
+from limbeck.distill.parallel import Trained, prepare
+from limbeck.distill.state import states
+from limbeck.distill.stop import Stopper
+from limbeck.distill.trainer import Run, train
+from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
+from limbeck.models.cost import flops_per_token
+from limbeck.models.errors import InputError, Stopped
+from limbeck.scripts import training
+from limbeck.scripts.distill import hand_on, note_of
+from limbeck.scripts.stage import fingerprint_of
+from limbeck.scripts.training import card_tflops, figures
+from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
+from limbeck.tests.test_training import batches_from, model_of, rows, weights
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def options(**changes: Any) -> TrainOptions:
+    return TrainOptions(**{"steps": 8, "learning_rate": 0.01, "warmup_steps": 2, "log_every": 1, **changes})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def teach() -> Any:
+    return distillation_loss(model_of(0), DistillLoss())
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_saves_and_ends(number: signal.Signals, tmp_path: Path) -> None:
+    calm, rough = model_of(1), model_of(1)
+    train(calm, teach(), batches_from, options(), tmp_path / "calm")
+    before = signal.getsignal(number)
+
+    def on_step(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Stopped, match=r"stopped behind step [34] of 8, saved at step [34]; the same command") as caught:
+        train(rough, teach(), batches_from, options(), tmp_path / "rough", on_step=on_step)
+    assert caught.value.signal == number and signal.getsignal(number) is before
+    train(rough, teach(), batches_from, options(), tmp_path / "rough")
+    assert all(torch.equal(weight, weights(rough)[name]) for name, weight in weights(calm).items())
+
+
+def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    def on_step(record: dict[str, Any]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model_of(1), teach(), batches_from, options(), tmp_path, on_step=on_step)
+    assert not states(tmp_path)
+
+
+class Poisoned:
+    """A loss that is not a number in some steps."""
+
+    def __init__(self, bad: set[int], infinite_gradient: bool = False) -> None:
+        self.bad, self.infinite, self.step, self.inner = bad, infinite_gradient, -1, teach()
+
+    def at(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, model: Any, batch: Any, normalizer: float) -> Tensor:
+        loss = self.inner(model, batch, normalizer)
+        if self.step not in self.bad:
+            return loss
+        if self.infinite:
+            return loss + (torch.sqrt(model.norm_f.weight[0] * 0) if self.infinite else 0)
+        return loss * float("nan")
+
+
+@pytest.mark.parametrize("infinite_gradient", (False, True))
+def test_a_step_that_is_not_finite_is_passed_over(infinite_gradient: bool, tmp_path: Path) -> None:
+    """The weights stay, the batch is named; the run goes on, or ends behind so many in a row, with the state from
+    before kept. Skipped steps are counted over a restart."""
+    model = model_of(1)
+    seen: list[dict[str, Tensor]] = []
+    how = options(save_every=1, max_skipped=3)
+    loss = Poisoned({2, 3, 6}, infinite_gradient)
+    train(model, loss, batches_from, how, tmp_path / "a", on_step=lambda _: seen.append(weights(model)))
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(seen)]
+    assert same == [False, True, True, False, False, True, False]
+    skipped = {record["step"]: record for record in records(tmp_path / "a") if "skipped" in record}
+    assert sorted(skipped) == [3, 4, 7] and "loss" not in skipped[3]
+    assert skipped[3]["skipped"]["batch"] == 2
+    counted = rows(2)
+    assert skipped[3]["skipped"]["documents"] == sorted(set(counted.doc_id[counted.labels >= 0].tolist()))
+    assert "nan" in skipped[3]["skipped"]["loss"] or infinite_gradient
+    state = json.loads((states(tmp_path / "a")[-1] / "state.json").read_text())
+    assert (state["skipped"], state["in_a_row"]) == (3, 0)
+    broken = Poisoned({4, 5, 6, 7}, infinite_gradient)
+    with pytest.raises(
+        InputError, match=r"3 steps in a row were not finite \(step 7.*batch 6.*good state is of step 4"
+    ):
+        train(model_of(1), broken, batches_from, how, tmp_path / "b")
+    assert [state.name for state in states(tmp_path / "b")] == ["state-00000004"]
+
+
+def test_data_that_does_not_come(tmp_path: Path) -> None:
+    def stuck(start: int) -> Iterator[Batch]:
+        yield rows(start)
+        yield rows(start + 1)
+        time.sleep(30)
+
+    with pytest.raises(InputError, match=r"waited 0.5 seconds for batch 2.*data_timeout"):
+        train(model_of(1), teach(), stuck, options(data_timeout=0.5), tmp_path / "stuck")
+
+    def broken(start: int) -> Iterator[Batch]:
+        yield rows(start)
+        raise InputError("data: a line is no JSON")
+
+    with pytest.raises(InputError, match="a line is no JSON"):
+        train(model_of(1), teach(), broken, options(), tmp_path / "broken")
+
+
+def given_back(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@pytest.mark.parametrize("changes", ({}, {"qk_norm": True, "rope_theta": 1e4}, {"tie_word_embeddings": True}))
+def test_activation_checkpointing_changes_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Packed rows: the gradients are the same bits, and less is kept."""
+    found, kept = [], []
+    for number, again in enumerate((False, True)):
+        trained = prepare(model_of(1, **changes))
+        how = options(activation_checkpointing=again)
+        run = Run(trained, teach(), how, tmp_path / str(number), Stopper(), None, None, None)
+        held: list[int] = []
+
+        def keep(tensor: Tensor, held: list[int] = held) -> Tensor:
+            held.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, given_back):
+            trained.model.hidden_states(rows(5).input_ids, seq_idx=rows(5).seq_idx)
+        kept.append(sum(held))
+        run.gradients(rows(5))
+        found.append([weight.local.grad for weight in trained.weights])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's, of itself
+def test_compiled_layers_train_alike(tmp_path: Path) -> None:
+    """torch.compile, with and without activation checkpointing, against plain layers."""
+    found = {}
+    for name, changes in (("plain", {}), ("compiled", {"compile": True}), ("both", {"activation_checkpointing": True})):
+        how = options(steps=4, **changes, **({"compile": True} if name == "both" else {}))
+        model = model_of(1, pattern="M-*-")
+        train(model, teach(), batches_from, how, tmp_path / name)
+        assert ("mix" in vars(model.layers[0])) == (name != "plain")
+        found[name] = [record["loss"] for record in records(tmp_path / name)]
+    assert found["compiled"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["both"] == pytest.approx(found["plain"], rel=1e-5)
+
+
+def test_bfloat16_has_float32_copies(tmp_path: Path) -> None:
+    """Steps and gradients add up in the copies; vectors stay float32; a state goes on to the bit."""
+    how = options(steps=4, learning_rate=1e-4, micro_batch=2, save_every=2)
+    full, half = prepare(model_of(1)), prepare(model_of(1), torch.bfloat16)
+    dtypes = {name: weight.dtype for name, weight in half.model.named_parameters()}
+    assert dtypes["layers.0.mixer.in_proj.weight"] == torch.bfloat16 == dtypes["embeddings.weight"]
+    assert {dtypes["layers.0.mixer.A_log"], dtypes["layers.0.mixer.D"], dtypes["norm_f.weight"]} == {torch.float32}
+    assert all(weight.local.dtype == torch.float32 for weight in half.weights)
+    before = {weight.name: weight.local.detach().clone() for weight in half.weights}
+    train(full, teach(), batches_from, how, tmp_path / "full")
+    train(half, teach(), batches_from, how, tmp_path / "half", stop_after=3)
+    again = prepare(model_of(2), torch.bfloat16)
+    train(again, teach(), batches_from, how, tmp_path / "half")
+    straight = prepare(model_of(1), torch.bfloat16)
+    train(straight, teach(), batches_from, how, tmp_path / "straight")
+    for weight, other, exact in zip(again.weights, straight.weights, full.weights, strict=True):
+        assert torch.equal(weight.local, other.local), weight.name
+        assert torch.equal(weight.parameter, weight.local.to(weight.parameter.dtype))
+        if len(weight.shape) > 1:  # AdamW's steps, through bfloat16's gradients
+            moved, expected = (w.local.detach() - before[weight.name] for w in (weight, exact))
+            assert float((moved * expected).sum()) > 0.8 * float(moved.norm() * expected.norm()), weight.name
+    losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("full", "half")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_moving_average_mean_and_best(tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+    evaluated: list[dict[str, Tensor]] = []
+    values = iter((3.0, 1.0, 2.0, 1.5) * 4)
+
+    def run(name: str, **changes: Any) -> tuple[Trained, dict[str, Tensor], dict[str, Any]]:
+        seen.clear()
+        trained, how = prepare(model_of(1)), options(save_every=2, evaluate_every=2, **changes)
+        held: list[dict[str, Tensor]] = []
+
+        def evaluate(model: Any) -> dict[str, float]:
+            held.append(weights(model))
+            return {"validation_kl": next(values)}
+
+        def on_step(_: dict[str, Any]) -> None:
+            seen.append(weights(trained.model))
+
+        train(trained, teach(), batches_from, how, tmp_path / name, evaluate=evaluate, on_step=on_step)
+        evaluated[:] = held
+        kept = kept_weights(tmp_path / name, how)
+        return trained, dict(kept.tensors()), kept.said
+
+    trained, found, said = run("last")
+    assert said == {"kept": "last", "step": 8}
+    assert all(torch.equal(found[name], value) for name, value in weights(trained.model).items())
+    _, found, said = run("best", keep="best")
+    assert said == {"kept": "best", "step": 4, "value": 1.0}
+    assert all(torch.equal(found[name], value) for name, value in seen[3].items())
+    assert [path.name for path in (tmp_path / "best").glob("best-*")] == ["best-00000004"]
+    _, found, said = run("mean", average_states=3)
+    assert said == {"kept": "mean", "steps": [4, 6, 8]} and len(states(tmp_path / "mean")) == 3
+    for name, value in found.items():
+        assert_close(name, (seen[3][name] + seen[5][name] + seen[7][name]) / 3, value, 1e-6)
+    _, found, said = run("ema", ema_decay=0.7)
+    assert said == {"kept": "moving average", "step": 8}
+    expected = weights(model_of(1))
+    for step in seen:
+        expected = {name: 0.7 * value + 0.3 * step[name] for name, value in expected.items()}
+    for name, value in expected.items():
+        assert_close(name, value, found[name], 1e-6)
+        assert torch.equal(evaluated[-1][name], found[name])  # what is left was evaluated
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        {"keep": "first"}, {"keep": "best"}, {"ema_decay": 1.0}, {"average_states": 0}, {"max_skipped": 0},
+        {"average_states": 2, "ema_decay": 0.9}, {"data_timeout": 0.0},
+    ),
+)  # fmt: skip
+def test_wrong_options(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        options(**wrong)
+
+
+def edited(source: Path, target: Path, change: Callable[[Path], None]) -> Path:
+    shutil.copytree(source, target)
+    change(target)
+    return target
+
+
+def set_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return change
+
+
+def swap_tokens(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_config(eos_token_id=5), "must share special tokens: eos_token_id is 5 in"),
+        (set_config(bos_token_id=7), "must share special tokens: bos_token_id is 7 in"),
+        (set_config(pad_token_id=999), "pad_token_id is 999, outside of the vocabulary of 320 tokens"),
+        (swap_tokens, "must share a tokenizer: token "),
+    ],
+)
+def test_teacher_and_student_that_disagree(
+    change: Callable[[Path], None], says: str, workshop: Path, tmp_path: Path
+) -> None:
+    model, other = workshop / "model", edited(workshop / "model", tmp_path / "other", change)
+    assert check_agreement(model, model) == []
+    code, _, err = limbeck(
+        "distill", f"teacher={other}", f"student={model}", f"data={workshop / 'text'}", f"output={tmp_path / 'out'}"
+    )
+    assert code == 2 and says in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_tokenizer_that_ends_otherwise_is_told(workshop: Path, tmp_path: Path) -> None:
+    both = edited(workshop / "model", tmp_path / "both", set_config(eos_token_id=[3, 4]))
+    (note,) = check_agreement(both, both)
+    assert "eos_token_id 3, 4, its tokenizer 2" in note
+
+
+def test_merge(workshop: Path, tmp_path: Path) -> None:
+    model = workshop / "model"
+    config = open_checkpoint(model).config
+    save_model(random_model(config, 3), tmp_path / "other", dtype=torch.bfloat16, tokenizer_from=model)
+    words = ("merge", f"model={model}", f"other={tmp_path / 'other'}", "weight=0.25")
+    code, _, err = limbeck(*words, f"output={tmp_path / 'merged'}")
+    assert code == 0, err
+    one, two, merged = (
+        load_file(path / "model.safetensors") for path in (model, tmp_path / "other", tmp_path / "merged")
+    )
+    for name, value in merged.items():
+        assert value.dtype == torch.float32
+        assert_close(name, 0.75 * one[name].double() + 0.25 * two[name].double(), value, 1e-6)
+    assert load_model(tmp_path / "merged").config == config
+    pieces = dict(merged_rows(open_checkpoint(model), open_checkpoint(tmp_path / "other"), 0.0))
+    assert (
+        all(torch.equal(value, one[name]) for name, value in load_file(model / "model.safetensors").items()) and pieces
+    )
+    narrow = random_model(config.replace(hidden_size=24), 3)
+    save_model(narrow, tmp_path / "narrow", tokenizer_from=model)
+    for change, says in (
+        (f"other={tmp_path / 'narrow'}", "not of one config (hidden_size 32 and 24)"),
+        ("weight=1.5", "weight is 1.5"),
+    ):
+        code, _, err = limbeck(*words, change, f"output={tmp_path / 'no'}")
+        assert code == 2 and says in err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("card", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40", None), ("NVIDIA A10", None),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H200", None),
+    ],
+)  # fmt: skip
+def test_peak_of_the_cards(card: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
+    assert card_tflops(torch.device("cuda")) == tflops
+
+
+def test_figures_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = tiny_config(hidden_size=24), tiny_config()
+    flops = 3 * flops_per_token(student, 512) + flops_per_token(teacher, 512)
+    found = figures(student, teacher, 512, torch.device("cpu"))(1000.0)
+    assert found["model_tflops"] == pytest.approx(1e-9 * flops) and "mfu" not in found
+    assert 0.05 < found["memory_gib"] < 100
+    monkeypatch.setattr(training, "card_tflops", lambda device: 2e-9 * flops)
+    assert figures(student, teacher, 512, torch.device("cpu"))(1000.0)["mfu"] == pytest.approx(0.5)
+    record = {"step": 1, "loss": 1.5, "tokens_per_second": 1000.0, **found}
+    assert note_of(record).startswith("loss 1.500  1,000 tokens/s  ") and "TFLOP/s" in note_of(record)
+    assert "50.0% of peak" in note_of(record | {"mfu": 0.5})
+    assert note_of({key: value for key, value in record.items() if key != "loss"}).startswith("passed over")
+
+
+@pytest.mark.slow
+def test_offline_logs(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run folder beside the weights that is no part of what the folder is taken for; none is made where it is off."""
+    words = [f"teacher={workshop / 'model'}", f"student={workshop / 'model'}", f"data={workshop / 'text'}"]
+    words += [
+        "distill.train.steps=2",
+        "distill.seq_len=32",
+        "distill.batch=2",
+        "distill.evaluate_tokens=64",
+        "device=cpu",
+    ]
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    for mode in ("off", "offline"):
+        command = [
+            sys.executable,
+            "-m",
+            "limbeck.scripts.distill",
+            *words,
+            f"output={tmp_path / mode}",
+            f"wandb={mode}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
+        assert done.returncode == 0 and "wandb stopped" not in done.stdout, done.stderr[-3000:]
+    logs = list((tmp_path / "offline" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 1 and logs[0].stat().st_size > 500 and not (tmp_path / "off" / "wandb").exists()
+    moody = tmp_path / "off" / "metrics.jsonl"
+    moody.write_bytes((tmp_path / "offline" / "metrics.jsonl").read_bytes())  # speeds differ
+    assert fingerprint_of(tmp_path / "off") == fingerprint_of(tmp_path / "offline")
+    code, _, err = limbeck("distill", *words, f"output={tmp_path / 'no'}", "wandb=on")
+    assert code == 2 and "wandb is 'on'; known: off, offline, online" in err
+
+
+def test_a_student_handed_on_between_stages(tmp_path: Path) -> None:
+    """What a stage leaves, here a moving average, is where the next one begins; earlier states go."""
+    how = options(steps=3, ema_decay=0.5)
+    student, places = prepare(model_of(1)), [tmp_path / "1", tmp_path / "2"]
+    train(student, teach(), batches_from, how, places[0])
+    expected = load_file(states(places[0])[-1] / "average.safetensors")
+    hand_on(student, places, 0, how)
+    assert all(torch.equal(expected[name], value) for name, value in weights(student.model).items())
+    train(student, teach(), batches_from, how, places[1])
+    assert states(places[0])
+    hand_on(student, places, 1, how)
+    assert not states(places[0]) and states(places[1])

@@ -1,0 +1,85 @@
+"""`--multirun`: a folder a job, here, through submitit, and as Slurm would be asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from limbeck.tests.helpers import limbeck, make_workshop
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+def words(work: Path, output: Path) -> list[str]:
+    places = [f"teacher={work / 'model'}", f"student={work / 'model'}", f"data={work / 'text'}", f"output={output}"]
+    few = ["steps=2", "log_every=1"]
+    return [
+        *places,
+        *(f"distill.train.{word}" for word in few),
+        "distill.seq_len=32",
+        "distill.batch=2",
+        "distill.evaluate_tokens=64",
+        "device=cpu",
+    ]
+
+
+def test_every_combination_has_a_folder(workshop: Path, tmp_path: Path) -> None:
+    command = ["distill", "--multirun", *words(workshop, tmp_path / "out")]
+    code, out, err = limbeck(*command, "seed=3,4")
+    assert code == 0, err
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [row["overrides"] for row in rows] == [["seed=3"], ["seed=4"]]
+    for number, row in enumerate(rows):
+        folder = tmp_path / "out" / str(number)
+        assert row["folder"] == str(folder) and row["validation_kl"] >= 0
+        assert json.loads((folder / "limbeck.json").read_text())["options"]["seed"] == 3 + number
+        record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert record["step"] == 2 and row["loss"] == record["loss"]
+    assert "2 jobs" in out and not list(Path().glob("multirun"))
+    for wrong, says in (
+        ("distill.train.steps=0,2", "must be at least 1"),
+        ("distill.train.stepps=1,2", "'distill.train.stepps' is no option of limbeck distill; did you mean"),
+        ("hydra/launcher=sge", "sge"),
+    ):
+        code, _, err = limbeck(*command[:-3], f"output={tmp_path / 'no'}", wrong)
+        assert code == 2 and says in err.splitlines()[-1] and len(err.splitlines()) <= 2, err  # Hydra names the job
+    code, _, err = limbeck("distill", "-m", "teacher=zoo", "seed=1,2")
+    assert code == 2 and "output is missing" in err
+
+
+def test_slurm_launcher_composes() -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    from hydra import compose, initialize_config_module
+
+    with initialize_config_module("limbeck.conf", version_base="1.3"):
+        found = ["hydra/launcher=slurm", "hydra.launcher.partition=gpu"]
+        launcher = compose("distill", overrides=found, return_hydra_config=True).hydra.launcher
+    assert launcher._target_.endswith("SlurmLauncher") and launcher.partition == "gpu"
+    assert launcher.tasks_per_node == launcher.gpus_per_node == 8 and launcher.max_num_timeout > 0
+
+
+@pytest.mark.slow
+def test_two_tasks_of_a_submitted_job_are_two_processes(workshop: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    command = [
+        sys.executable,
+        "-m",
+        "limbeck.scripts.main",
+        "distill",
+        "--multirun",
+        *words(workshop, tmp_path / "out"),
+    ]
+    launcher = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "hydra.launcher.timeout_min=5"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run([*command, *launcher], capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = sorted((tmp_path / "out" / "hydra" / ".submitit").rglob("*_log.out"))
+    assert len(logs) == 2 and [("result: " in log.read_text()) for log in logs] == [True, False]  # the first speaks
+    assert (tmp_path / "out" / "0" / "model.safetensors").exists()
