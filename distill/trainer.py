@@ -132,6 +132,8 @@ def train(
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = options.rate(step) * group["rate_ratio"]
+        if hasattr(loss_of, "at"):  # its weights move with the steps
+            loss_of.at(step)
         loss, norm = one_step(model, loss_of, batch, optimizers, options)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {norm}; lower the learning rate")

@@ -11,6 +11,7 @@ from limbeck.distill.data import Batch
 from limbeck.distill.hidden import HiddenLoss, Kept, Pairing, choose_pairs, make_pairing
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.teacher import CachedTeacher, CacheOptions, finish_cache, row_keys, shards, write_cache
+from limbeck.distill.trainer import TrainOptions, train
 from limbeck.distill.weights import Ramp, weight_at
 from limbeck.models.axes import Axis
 from limbeck.models.errors import InputError
@@ -145,6 +146,22 @@ def test_fitted_maps_find_a_rotation() -> None:
     assert found.max() < 1e-4 < 0.5 < apart.mean()
     with pytest.raises(InputError, match="compare=kept"):
         make_pairing(teacher, student, HiddenLoss(compare="kept"), None, batches)
+
+
+def test_moving_weights_are_resumed(tmp_path: Path) -> None:
+    """The trainer tells the loss its step: killed and resumed, the weights are where they would have been."""
+    teacher = model_of(0).float()
+    options = TrainOptions(steps=6, learning_rate=0.01, warmup_steps=1, save_every=2, log_every=1)
+    ends = []
+    for name, stops in (("calm", (None,)), ("rough", (3, None))):
+        for stop in stops:
+            student = model_of(1).float()
+            loss = distillation_loss(teacher, DistillLoss(kl_weight=Ramp(1.0, 0.0, 5), ce_weight=Ramp(0.0, 1.0, 5)))
+            source = lambda start: (rows(number) for number in range(start, 6))  # noqa: E731
+            train(student, loss, source, options, tmp_path / name, stop_after=stop)
+        assert loss.kl_weight == 0 and loss.ce_weight == 1
+        ends.append(torch.cat([weight.detach().flatten() for weight in student.parameters()]))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("micro", (1, 3))
