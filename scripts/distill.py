@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distill.data import Batch, Corpus, batches_per_epoch, train_batches
+from ..distill.data import Batch
 from ..distill.gap import measure_gap
 from ..distill.losses import DistillLoss, check_vocabularies, distillation_loss
+from ..distill.mixture import Text, batches_per_epoch, train_batches
 from ..distill.trainer import Evaluate, OnStep, TrainOptions, states, train
 from ..models.checkpoint import load_model, model_dtypes, model_tensors, write_checkpoint
 from ..models.errors import InputError
@@ -182,7 +183,7 @@ def train_with_bar(
     what: str,
     model: HybridLM,
     loss_of: Any,
-    text: Corpus,
+    text: Text,
     options: TrainOptions,
     folder: Path,
     *,

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch
 
-from ..distill.data import Document, sample_batches, tokenize
 from ..distill.gap import measure_gap
 from ..distill.losses import cross_entropy_loss
+from ..distill.mixture import sample_batches
 from ..distill.trainer import TrainOptions
 from ..models.checkpoint import load_model
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 from .distill import finish_training, train_with_bar
-from .inputs import data_input, documents, model_config, model_folder, torch_device
+from .inputs import data_input, documents, model_config, model_folder, text_in_tokens, torch_device
 from .show import progress, result, say
 from .stage import run_stage
 
@@ -56,20 +56,19 @@ def run(options: Options) -> None:
 
 def fill(folder: Path, options: Options) -> None:
     """Trains tokenizer and model into an existing folder, going on from what is there."""
-    text = documents(options.data, "train")
-    model = begin(folder, text, options)
+    model = begin(folder, options)
     tokenizer_from = folder if options.init is None else model_folder(options.init)
     tokenizer = load_tokenizer(tokenizer_from)
     check_vocabulary(tokenizer, model.config)
-    train_corpus = tokenize(text, tokenizer)
+    text = text_in_tokens(options.data, "train", tokenizer_from)
     held_out = sample_batches(
-        tokenize(documents(options.data, "validation"), tokenizer),
+        text_in_tokens(options.data, "validation", tokenizer_from),
         batch_size=options.batch,
         seq_len=options.seq_len,
         seed=options.data_seed,
         max_tokens=options.evaluate_tokens,
     )
-    say(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {train_corpus.tokens:,} tokens of text")
+    say(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, {text.tokens:,} tokens of text")
 
     def evaluate(model: HybridLM) -> dict[str, float]:
         found = measure_gap(model, {}, held_out, resamples=2).models["teacher"]
@@ -79,7 +78,7 @@ def fill(folder: Path, options: Options) -> None:
         "pretraining",
         model,
         cross_entropy_loss,
-        train_corpus,
+        text,
         options.train,
         folder / "training",
         batch=options.batch,
@@ -90,7 +89,7 @@ def fill(folder: Path, options: Options) -> None:
     finish_training(folder, model, tokenizer_from)
 
 
-def begin(folder: Path, text: list[Document], options: Options) -> HybridLM:
+def begin(folder: Path, options: Options) -> HybridLM:
     """The model at its first step: that of the folder `init`, or random, with a tokenizer trained into `folder`."""
     device = torch_device(options.device)
     if options.init is not None:
@@ -98,7 +97,7 @@ def begin(folder: Path, text: list[Document], options: Options) -> HybridLM:
     config = model_config(options.model)
     if not (folder / "tokenizer.json").exists():
         with progress("training the tokenizer"):
-            train_tokenizer((document.text for document in text), config.vocab_size, folder)
+            train_tokenizer((document.text for document in documents(options.data, "train")), config.vocab_size, folder)
     if (found := load_tokenizer(folder).vocab_size) != config.vocab_size:
         raise InputError(
             f"data={options.data}: the text gives only {found} tokens, the model has"
