@@ -52,6 +52,9 @@ class Batch:
     n_bytes: Tensor
     doc_id: Tensor
 
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the rows."""
         return Batch(*(getattr(self, field.name)[start:stop] for field in dataclasses.fields(self)))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..kernels.linear_topk_kl import TopK, linear_topk
+from ..kernels.linear_topk_kl import TopK, linear_topk, linear_topk_kl
 from ..models import processes
 from ..models.errors import InputError
 from ..models.folder import write_json
@@ -196,6 +197,9 @@ class CachedTeacher:
             key: (file, row) for file, path in enumerate(shards(folder)) for row, key in enumerate(read_keys(path))
         }
 
+    def __len__(self) -> int:
+        return len(self.places)
+
     def holds(self, rows: Any) -> bool:
         return all(key in self.places for key in row_keys(rows.input_ids, rows.seq_idx))
 
@@ -218,3 +222,27 @@ class CachedTeacher:
         if "ids_high" in found:
             ids += found["ids_high"].to(torch.int64) * LOW
         return TopK(ids, found["log_probs"].float(), found["log_tail"].float())
+
+
+@torch.no_grad()
+def cached_gap(teacher: CachedTeacher, student: HybridLM, batches: Iterable[Any]) -> dict[str, float]:
+    """A student's held-out figures against the answers of a cache: cross-entropy (nats a token), bits per byte, KL over
+    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same likeliest successor.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    tokens = text_bytes = 0
+    for batch in batches:
+        found = batch.to(student.head_weight.device)
+        hidden = student.hidden_states(found.input_ids, seq_idx=found.seq_idx).flatten(0, 1)
+        labels = found.labels.flatten()
+        loss = linear_topk_kl(hidden, student.head_weight, teacher.targets(found), labels=labels)
+        assert loss.cross_entropy is not None
+        sums += torch.stack([part.double().sum() for part in (loss.cross_entropy, loss.kl, loss.agreement)]).cpu()
+        tokens, text_bytes = tokens + int((labels >= 0).sum()), text_bytes + int(found.n_bytes.sum())
+    nats, kl, agreed = sums.tolist()
+    return {
+        "validation_loss": nats / tokens,
+        "validation_bits_per_byte": nats / math.log(2) / text_bytes,
+        "validation_kl": kl / tokens,
+        "validation_agreement": agreed / tokens,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -12,31 +13,42 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.data import Batch
-from ..distill.gap import measure_gap
-from ..distill.losses import DistillLoss, check_vocabularies, distillation_loss
+from ..distill.losses import DistillLoss, cross_entropy_loss
 from ..distill.mixture import Text, batches_per_epoch, train_batches
 from ..distill.trainer import Evaluate, OnStep, TrainOptions, states, train
 from ..models.checkpoint import load_model, model_dtypes, model_tensors, write_checkpoint
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .compose import build, convert, guess
-from .inputs import corpus, data_input, model_folder, sample, torch_device, torch_dtype
+from .inputs import corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .show import progress, result
-from .stage import plain, run_stage
+from .stage import Facts, plain, run_stage
+from .teaching import cache_sum, open_teaching
 
 STAGE_SEEDS = 1000  # between the seeds of two stages, so that the second does not begin with the first one's text
 
 
 @dataclasses.dataclass(frozen=True)
+class Correction:
+    """A teacher's own training on the text before it teaches: cross-entropy, everything else as the student's."""
+
+    steps: int
+    learning_rate: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
 class Distill:
-    """What conf/distill/ sets: the loss, the schedule, and the tokens. Each of `stages` goes on from the weights that
-    the one before it left, and says what it does otherwise (see `stage_of`); none is one stage as it stands."""
+    """What conf/distill/ sets: the loss, the schedule, and the tokens; `repack` cuts an epoch's rows anew. Each of
+    `stages` goes on from the weights that the one before it left, and says what it does otherwise (see `stage_of`);
+    none is one stage as it stands."""
 
     loss: DistillLoss
     train: TrainOptions
     seq_len: int
     batch: int
     evaluate_tokens: int
+    repack: bool = True
+    teacher_correction: Correction | None = None
     stages: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -96,6 +108,14 @@ class Options:
     device: str
     dtype: str
     distill: Distill
+    teacher_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.teacher_cache is not None and self.distill.teacher_correction is not None:
+            raise InputError(
+                "distill: teacher_cache holds what the teacher said as it was; leave teacher_correction out, and cache"
+                " the corrected teacher"
+            )
 
 
 def run(options: Options) -> None:
@@ -106,55 +126,127 @@ def run(options: Options) -> None:
 def make(options: Options) -> None:
     """The stage without its result.json."""
     teacher, student = model_folder(options.teacher), model_folder(options.student)
+    inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
+    if options.teacher_cache is not None:
+        inputs["teacher_cache"] = cache_sum(options.teacher_cache)
+    if options.distill.teacher_correction is not None:
+        teacher = inputs["teacher"] = correct_teacher(teacher, options)
     run_stage(
         options.output,
         name="distill",
-        inputs={"teacher": teacher, "student": student, "data": data_input(options.data)},
+        inputs=inputs,
         options={"distill": options.distill.chosen, "seed": options.seed, "dtype": options.dtype},
-        make=lambda folder, facts: fill(folder, teacher, student, options),
+        make=lambda folder, facts: fill(folder, teacher, student, options, facts),
         scratch="training",
     )
 
 
-def fill(folder: Path, teacher_folder: Path, student_folder: Path, options: Options) -> None:
+def correct_teacher(teacher: Path, options: Options) -> Path:
+    """The folder OUTPUT-corrected-teacher: the teacher, trained on the text (arXiv 2408.11796)."""
+    folder = options.output.with_name(f"{options.output.name}-corrected-teacher")
+    how, correction = options.distill, options.distill.teacher_correction
+    assert correction is not None
+    settings = dataclasses.replace(how.train, steps=correction.steps, learning_rate=correction.learning_rate)
+
+    def make(temporary: Path, facts: Facts) -> None:
+        text = corpus(options.data, "train", teacher)
+        batches_per_epoch(text, how.batch, how.seq_len)
+        model = load_model(teacher, torch_dtype(options.dtype), torch_device(options.device)).train()
+        train_with_bar(
+            "correcting the teacher", model, cross_entropy_loss, text, settings, temporary / "training",
+            batch=how.batch, seq_len=how.seq_len, seed=options.seed, evaluate=None,
+        )  # fmt: skip
+        finish_training(temporary, model, teacher)
+
+    run_stage(
+        folder,
+        name="correct-teacher",
+        inputs={"teacher": teacher, "data": data_input(options.data)},
+        options={
+            "train": settings, "seq_len": how.seq_len, "batch": how.batch, "seed": options.seed, "dtype": options.dtype,
+        },
+        make=make,
+        scratch="training",
+    )  # fmt: skip
+    return folder
+
+
+def fill(folder: Path, teacher_folder: Path, student_folder: Path, options: Options, facts: Facts) -> None:
     """Trains in `folder/training`, which holds the state, and leaves the checkpoint and metrics.jsonl in `folder`.
 
     Of several stages each has a folder of its own in there, and its last state is where the next one begins.
     """
     plan = options.distill.plan()
     dtype, device = torch_dtype(options.dtype), torch_device(options.device)
-    teacher, student = load_model(teacher_folder, dtype, device), load_model(student_folder, dtype, device)
-    check_vocabularies(teacher, student)
+    student = load_model(student_folder, dtype, device)
+    teaching = open_teaching(
+        teacher_folder, student, student_folder, options.teacher_cache, options.distill.loss, facts.content,
+        lambda: fitting_rows(options, student_folder),
+    )  # fmt: skip
     text = corpus(options.data, "train", student_folder)
-    for how in plan:
+    for number, how in enumerate(plan):
         batches_per_epoch(text, how.batch, how.seq_len)
+        teaching.check_holds(last_rows(text, options, number, how, student_folder))
+    say_epochs(text, [(how.train.steps * how.batch, how.seq_len) for how in plan])
     student.train()
     training = folder / "training"
     places = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
     begun = max((number for number, place in enumerate(places) if states(place)), default=0)
     for number in range(begun, len(plan)):
         how = plan[number]
-        held_out = sample(
-            options.data, "validation", student_folder,
-            tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=options.seed,
-        )  # fmt: skip
+        measured = held_out(options.data, student_folder, how, options.seed)
         train_with_bar(
             f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling",
             student,
-            distillation_loss(teacher, how.loss),
+            teaching.loss(how.loss),
             text,
             how.train,
             places[number],
             batch=how.batch,
             seq_len=how.seq_len,
-            seed=options.seed + STAGE_SEEDS * number,
-            evaluate=functools.partial(gap_now, teacher, sample=held_out),
+            seed=stage_seed(options.seed, number),
+            repack=how.repack,
+            evaluate=functools.partial(teaching.gap, sample=measured),
         )
         for state in (state for place in places[:number] for state in states(place)):  # the weights have moved on
             shutil.rmtree(state)
     if options.distill.stages:
         join_metrics(places, training / "metrics.jsonl")
     finish_training(folder, student, student_folder)
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    return seed + STAGE_SEEDS * stage
+
+
+def held_out(data: str, folder: Path, how: Distill, seed: int) -> list[Batch]:
+    """What a stage is measured on, in the tokens of a folder."""
+    return sample(
+        data, "validation", folder, tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=seed
+    )  # fmt: skip
+
+
+def stage_batches(text: Text, how: Distill, stage: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """What a stage is trained on, from the step `start` to its last."""
+    source = train_batches(
+        text, batch_size=how.batch, seq_len=how.seq_len, seed=stage_seed(seed, stage), start=start, repack=how.repack
+    )
+    return itertools.islice(source, how.train.steps - start)
+
+
+def last_rows(text: Text, options: Options, stage: int, how: Distill, folder: Path) -> Iterator[Batch]:
+    """Of what a stage reads, that which a cache that was made for something else is most likely to lack."""
+    yield from stage_batches(text, how, stage, options.seed, how.train.steps - 1)
+    yield from held_out(options.data, folder, how, options.seed)
+
+
+def fitting_rows(options: Options, folder: Path) -> list[Batch]:
+    """What maps between hidden states are fitted on."""
+    how = options.distill.plan()[0]
+    tokens = how.loss.hidden.fit_tokens
+    return sample(
+        options.data, "train", folder, tokens=tokens, seq_len=how.seq_len, batch=how.rows, seed=options.seed
+    )  # fmt: skip
 
 
 def join_metrics(places: Sequence[Path], target: Path) -> None:
@@ -166,17 +258,6 @@ def join_metrics(places: Sequence[Path], target: Path) -> None:
             record = json.loads(line)
             records.append({"stage": stage} | record | {name: record[name] + begin for name, begin in before.items()})
     target.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def gap_now(teacher: HybridLM, student: HybridLM, sample: list[Batch]) -> dict[str, float]:
-    """The held-out figures that go into metrics.jsonl."""
-    found = measure_gap(teacher, {"student": student}, sample, resamples=2).models["student"]
-    return {
-        "validation_loss": found.cross_entropy.value,
-        "validation_bits_per_byte": found.bits_per_byte.value,
-        "validation_kl": found.kl.value,
-        "validation_agreement": found.agreement.value,
-    }
 
 
 def train_with_bar(
@@ -191,14 +272,15 @@ def train_with_bar(
     seq_len: int,
     seed: int,
     evaluate: Evaluate | None,
+    repack: bool = True,
 ) -> None:
     """`trainer.train` on a corpus, under a progress bar."""
-    source: Any = functools.partial(train_batches, text, batch_size=batch, seq_len=seq_len, seed=seed)
+    source: Any = functools.partial(train_batches, text, batch_size=batch, seq_len=seq_len, seed=seed, repack=repack)
     device = model.head_weight.device
 
     def batches(start: int) -> Iterator[Batch]:
         for found in source(start=start):
-            yield Batch(*(getattr(found, field.name).to(device) for field in dataclasses.fields(found)))
+            yield found.to(device)
 
     with progress(what, options.steps) as bar:
 

@@ -13,7 +13,7 @@ import torch
 from ..distill.corpus_cache import cached_corpus, content_digest
 from ..distill.data import Batch, Corpus
 from ..distill.documents import HUB, STDLIB, Document, OnProgress, content_of, of_split, read_documents
-from ..distill.mixture import Mixture, Source, Text, sample_batches
+from ..distill.mixture import BLOCK, Mixture, Source, Text, sample_batches
 from ..models import processes
 from ..models.checkpoint import load_config
 from ..models.config import HybridConfig
@@ -21,7 +21,7 @@ from ..models.errors import InputError
 from ..models.folder import sha256_file
 from ..models.tokenizer import check_vocabulary, load_tokenizer
 from .compose import CONF, build, guess
-from .show import progress
+from .show import progress, table
 
 ZOO = Path(__file__).parents[1] / "models" / "zoo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -142,6 +142,18 @@ def sample(data: str, split: str, model: Path, *, tokens: int, seq_len: int, bat
     """A sample of `tokens` tokens at most of a split of data=, in the tokens of a model folder's tokenizer."""
     text = corpus(data, split, model)
     return sample_batches(text, batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+
+
+def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
+    """Says of a mixture how often each source is read in a plan of (rows, seq_len). Raises InputError where that is
+    more than the source's `epochs`."""
+    if isinstance(text, Mixture):
+        times = text.check_epochs(plan)
+        rows = [
+            (source.path, f"{share / BLOCK:.1%}", f"{len(found):,}", f"{found.tokens:,}", f"{read:.2f}")
+            for source, share, found, read in zip(text.sources, text.shares(), text.corpora, times, strict=True)
+        ]
+        table("The mixture", ("source", "share", "documents", "tokens", "epochs"), rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ COMMANDS = {
     "search": "the sizes that fit a card, ranked by memory, importance or loss; the best ones distilled briefly",
     "prune": "a smaller checkpoint from a model, its scores and a target size",
     "distill": "recover a student's accuracy from its teacher's logits",
+    "cache-teacher": "a teacher's likeliest tokens, kept for distill with teacher_cache=",
     "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
     "export": "a checkpoint in the dtype and shards asked for, read back and compared",
     "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
@@ -32,6 +33,7 @@ EXAMPLES = {
     "search": "model=nemotron-nano-12b-v2 output=sizes 'space.hidden_size=[4480,4800]' budget.context=65536",
     "prune": "model=zoo scores=scores output=pruned target.layers=11 target.mamba_num_heads=12",
     "distill": "teacher=zoo student=pruned data=stdlib output=distilled distill.train.steps=100",
+    "cache-teacher": "teacher=zoo data=stdlib output=answers cache.k=64 distill.train.steps=100",
     "evaluate": "teacher=zoo +student.pruned=pruned +student.distilled=distilled data=stdlib output=gap",
     "export": "model=distilled output=exported dtype=bfloat16",
     "memory-fit": "model=nemotron-nano-9b-v2 hardware=a10g fit.context=131072",
@@ -129,7 +131,7 @@ def finish(code: int, message: str) -> int:
 
 
 def overview() -> str:
-    rows = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
     return f"limbeck COMMAND [recipe=NAME] [KEY=VALUE ...]\n\nCommands\n{rows}\n{EPILOGUE.rstrip()}"
 
 
