@@ -51,7 +51,7 @@ def cache(root: Path, output: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_cached_teacher_trains_as_the_model_does(workshop: Path, tmp_path: Path) -> None:
-    """All 320 tokens in float32 are the teacher itself: equal losses, equal held-out figures; 8 of them are a lower bound."""
+    """All 320 tokens in float32 are the teacher itself: equal losses and held-out figures; with 8 they are a bound."""
     code, out, _ = cache(workshop, tmp_path / "cache", "cache.k=320", "cache.dtype=float32")
     assert code == 0 and "bytes a token" in out
     facts = json.loads((tmp_path / "cache" / "result.json").read_text())
