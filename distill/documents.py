@@ -136,23 +136,24 @@ def file_documents(
     """
     found = text_files(path, suffixes)
     base = path if path.is_dir() else path.parent
-    sizes = [file.stat().st_size for file in found]
-    total, some = sum(sizes), False
-    for number, file in enumerate(found):
-        name, before = file.relative_to(base).as_posix(), sum(sizes[:number])
+    total = sum(file.stat().st_size for file in found)
+    before, some = 0, False
+    for file in found:
+        name, size = file.relative_to(base).as_posix(), file.stat().st_size
         if file.suffix == ".jsonl":
             read = json_lines(file, name, columns)
         elif file.suffix == ".parquet":
             read = parquet_rows(file, name, columns)
         else:
-            read = iter([(Document(name, read_text(file)), sizes[number])])
+            read = iter([(Document(name, read_text(file)), size)])
         for document, done in read:
             some = some or bool(document.text)
             yield document
             if on_progress is not None:
                 on_progress(before + done, total)
+        before += size
         if on_progress is not None:
-            on_progress(before + sizes[number], total)
+            on_progress(before, total)
     if not some:
         raise InputError(f"data: {path} holds no text; looked for {', '.join((*suffixes, '.jsonl', '.parquet'))}")
 

@@ -30,10 +30,18 @@ STAGE_SEEDS = 1000  # between the seeds of two stages, so that the second does n
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """A teacher's own training on the text before it teaches: cross-entropy, everything else as the student's."""
+    """A teacher's own training on the text before it teaches: cross-entropy, for so many steps, or as many as read so
+    many tokens; everything else as the student's."""
 
-    steps: int
+    steps: int = 0
+    tokens: float = 0
     learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.tokens > 0):
+            raise InputError(
+                f"distill.teacher_correction: steps is {self.steps}, tokens {self.tokens:g}; give one of the two"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +154,8 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
     folder = options.output.with_name(f"{options.output.name}-corrected-teacher")
     how, correction = options.distill, options.distill.teacher_correction
     assert correction is not None
-    settings = dataclasses.replace(how.train, steps=correction.steps, learning_rate=correction.learning_rate)
+    steps = correction.steps or math.ceil(correction.tokens / (how.batch * how.seq_len))
+    settings = dataclasses.replace(how.train, steps=steps, learning_rate=correction.learning_rate)
 
     def make(temporary: Path, facts: Facts) -> None:
         text = corpus(options.data, "train", teacher)

@@ -149,7 +149,7 @@ def test_hidden_states_alone_teach(student: str, workshop: Path, tmp_path: Path)
 
 def test_corrected_teacher(workshop: Path, tmp_path: Path) -> None:
     """It lies beside the output, has learned, teaches, and is not made twice; the student's descent is still known."""
-    correction = "distill.teacher_correction={steps: 6, learning_rate: 0.01}"
+    correction = "distill.teacher_correction={tokens: 384, learning_rate: 0.01}"
     code, _, said = distil(workshop, tmp_path / "out", correction, "distill.loss.hidden.weight=1",
                                  "distill.loss.hidden.compare=kept")  # fmt: skip
     assert code == 0, said

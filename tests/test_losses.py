@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,10 @@ import torch
 from limbeck.distill.data import Batch
 from limbeck.distill.hidden import HiddenLoss, Kept, Pairing, choose_pairs, make_pairing
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
-from limbeck.distill.teacher import CachedTeacher, CacheOptions, finish_cache, row_keys, shards, write_cache
+from limbeck.distill.teacher import CachedTeacher, CacheOptions, finish_cache, read_keys, row_keys, shards, write_cache
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.distill.weights import Ramp, weight_at
+from limbeck.kernels.linear_topk_kl import TopK
 from limbeck.models.axes import Axis
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
@@ -235,6 +239,43 @@ def test_cache_is_read_in_any_order_and_written_on(tmp_path: Path) -> None:
         whole.targets(rows(9))
     moved = Batch(mixed.input_ids, mixed.labels, mixed.seq_idx * 0, mixed.n_bytes, mixed.doc_id)
     assert row_keys(moved.input_ids, moved.seq_idx) != row_keys(mixed.input_ids, mixed.seq_idx)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import torch
+from limbeck.distill.teacher import CacheOptions, finish_cache, write_cache
+from limbeck.models import processes
+from limbeck.tests.test_losses import model_of, rows
+
+torch.distributed.init_process_group("gloo")
+assert processes.count() == 2
+torch.manual_seed(0)
+options, folder = CacheOptions(k=5, dtype="float32", shard_bytes=2000), Path(sys.argv[1])
+write_cache(model_of(0).float(), [(rows(seed), 3) for seed in range(3)], folder, options)
+processes.gather(None)
+if processes.rank() == 0:
+    finish_cache(folder, 97, "", options)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_cache(tmp_path: Path) -> None:
+    """Each asks for its share, in files of its own; what is read is what one process would have written."""
+    (tmp_path / "writer.py").write_text(WRITER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "writer.py"), str(made(tmp_path, "two"))]
+    found = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    batches = [rows(seed) for seed in range(3)]
+    one = cache_of(model_of(0).float(), batches, made(tmp_path, "one"), 5)
+    two = CachedTeacher(tmp_path / "two")
+    assert len(two) == 12 and sum(len(read_keys(path)) for path in shards(two.folder)) == 12
+    for batch in batches:
+        for name, a, b in zip(TopK._fields, one.targets(batch), two.targets(batch), strict=True):
+            assert_close(name, a, b, 1e-5)
 
 
 def test_cache_of_a_large_vocabulary_and_its_size(tmp_path: Path) -> None:
