@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from ..models.errors import InputError
+from ..models.errors import DiskError, InputError
 from ..models.folder import finish_folder, sha256_file, write_json
 from ..models.tensors import refusal, save_tensors
 from ..models.tokenizer import Tokenizer
@@ -70,13 +70,13 @@ def corpus_folder(facts: Mapping[str, Any]) -> Path:
 
 
 def write_corpus(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer) -> None:
-    """Tokenises documents into a folder. Raises InputError where there are none, and where the disk refuses."""
+    """Tokenises documents into a folder. Raises DiskError where the disk refuses."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent)
         temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
     except OSError as error:
-        raise InputError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
+        raise DiskError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
     try:
         fill(temporary, facts, documents, tokenizer)
         try:
@@ -85,7 +85,7 @@ def write_corpus(folder: Path, facts: Mapping[str, Any], documents: Iterable[Doc
             if not folder.exists():  # else another process was faster
                 raise
     except OSError as error:
-        raise InputError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
+        raise DiskError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

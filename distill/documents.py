@@ -239,8 +239,22 @@ def parquet_rows(path: Path, name: str, columns: Sequence[str]) -> Iterator[tupl
     except Exception as error:
         raise InputError(f"data: {path} is no Parquet file: {first_line(error)}") from None
     check_columns(columns, known, str(path))
-    for number, record in enumerate(table.select_columns(list(columns))):
+    for number, record in enumerate(rows_of(table.select_columns(list(columns)), str(path))):
         yield Document(f"{name}:{number}", joined(record, columns, f"{path}, row {number}")), 0
+
+
+def rows_of(table: Iterable[dict[str, Any]], where: str) -> Iterator[dict[str, Any]]:
+    """The rows of a table of `datasets`, which raises anything. Raises InputError."""
+    rows, number = iter(table), 0
+    while True:
+        try:
+            record = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # a broken file, a network that has gone
+            raise InputError(f"data: {where} cannot be read at row {number}: {first_line(error)}") from None
+        yield record
+        number += 1
 
 
 def check_columns(columns: Sequence[str], known: Sequence[str], where: str) -> None:
@@ -309,7 +323,7 @@ class Hub:
         if table.column_names is not None:
             check_columns(columns, table.column_names, self.text)
         total = self.limit if self.streaming else min(self.limit or len(table), len(table))
-        for number, record in enumerate(table):
+        for number, record in enumerate(rows_of(table, self.text)):
             if self.limit and number >= self.limit:
                 break
             yield Document(f"{self.name}:{self.config or ''}:{self.split}:{number}", joined(record, columns, self.text))

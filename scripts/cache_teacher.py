@@ -16,7 +16,7 @@ from ..models.folder import sha256_file
 from .distill import Distill, held_out, stage_batches
 from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
 from .show import progress, read_json, result, table
-from .stage import Facts, run_stage
+from .stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def run(options: Options) -> None:
             "seed": options.seed,
             "dtype": options.dtype,
         },
-        make=lambda folder, facts: fill(folder, teacher, options, facts),
+        make=lambda folder, facts: fill(folder, teacher, options),
         resumes=True,
     )
     facts = read_json(options.output / "cache.json")
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     result(options.output, {"cache": str(options.output), **facts})
 
 
-def fill(folder: Path, teacher_folder: Path, options: Options, facts: Facts) -> None:
+def fill(folder: Path, teacher_folder: Path, options: Options) -> None:
     teacher = load_model(teacher_folder, torch_dtype(options.dtype), torch_device(options.device))
     text = corpus(options.data, "train", teacher_folder)
     total = done = 0

@@ -15,6 +15,7 @@ from ..distill.hidden import Kept, Pairing, make_pairing
 from ..distill.losses import Distillation, DistillLoss, check_vocabularies
 from ..distill.teacher import CachedTeacher, cached_gap
 from ..distill.weights import greatest
+from ..models import processes
 from ..models.checkpoint import load_config, load_model
 from ..models.errors import InputError
 from ..models.folder import sha256_file
@@ -72,15 +73,21 @@ def open_teaching(
     if cache is not None:
         found = CachedTeacher(cache)
         check_vocabularies(found, student)
-        check_cache(found, student_folder, facts()["inputs"])
+        check_cache(found, student_folder, inputs_of(facts))
         return Teaching(found)
     teacher = load_model(teacher_folder, weight.dtype, weight.device)
     check_vocabularies(teacher, student)
     if greatest(options.hidden.weight) == 0:
         return Teaching(teacher)
-    kept = kept_of(student_folder, teacher_folder, lambda: facts()["inputs"]["teacher"])
+    kept = kept_of(student_folder, teacher_folder, lambda: inputs_of(facts)["teacher"])
     moved = (batch.to(weight.device) for batch in batches())
     return Teaching(teacher, make_pairing(teacher, student, options.hidden, kept, moved))
+
+
+def inputs_of(facts: Callable[[], Mapping[str, Any]]) -> dict[str, str]:
+    """The sums of the stage's inputs; of many processes the first one takes them."""
+    found: dict[str, str] = processes.from_first(facts()["inputs"] if processes.rank() == 0 else None)
+    return found
 
 
 def check_cache(cache: CachedTeacher, student_folder: Path, inputs: Mapping[str, str]) -> None:

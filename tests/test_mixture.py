@@ -15,7 +15,7 @@ import torch
 from limbeck.distill import corpus_cache
 from limbeck.distill.corpus_cache import cached_corpus, content_digest, corpus_folder
 from limbeck.distill.data import Batch, Corpus, epoch_rows, tokenize, train_batches
-from limbeck.distill.documents import Document, Hub, folder_documents, read_documents
+from limbeck.distill.documents import Document, Hub, folder_documents, read_documents, rows_of
 from limbeck.distill.mixture import BLOCK, Mixture, Source
 from limbeck.distill.mixture import train_batches as any_train_batches
 from limbeck.models.errors import InputError
@@ -303,3 +303,14 @@ def test_mixture_of_a_file(workshop: Path) -> None:
         mix.write_text(body)
         with pytest.raises(InputError, match=says):
             inputs.data_input(str(mix))
+
+
+def test_what_breaks_on_the_way_is_said() -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"text": "a"}
+        raise ConnectionError("gone\nfar")
+
+    rows = rows_of(broken(), "hf:a/b")
+    assert next(rows) == {"text": "a"}
+    with pytest.raises(InputError, match=r"hf:a/b cannot be read at row 1: gone$"):
+        next(rows)
