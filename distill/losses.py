@@ -87,15 +87,12 @@ class Distillation:
         check_vocabularies(self.teacher, student)
         if isinstance(self.teacher, CachedTeacher):
             return self.cached(self.teacher, student, rows, normalizer)
-        compares = self.pairing is not None and self.hidden_weight > 0
-        pairs = self.pairing.pairs if self.pairing is not None and compares else ()
-        ours, theirs = Streams(a for a, _ in pairs), Streams(b for _, b in pairs)
-        labels = rows.labels.flatten()
+        active = self.pairing if self.hidden_weight > 0 else None
+        ours = None if active is None else Streams(stream for stream, _ in active.pairs)
+        theirs = None if active is None else Streams(stream for _, stream in active.pairs)
         with torch.no_grad():
-            seen = theirs if compares else None
-            target = self.teacher.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=seen).flatten(0, 1)
-        seen = ours if compares else None
-        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=seen).flatten(0, 1)
+            target = self.teacher.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=theirs).flatten(0, 1)
+        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=ours).flatten(0, 1)
         loss = linear_kl(
             hidden,
             student.head_weight,
@@ -103,13 +100,13 @@ class Distillation:
             self.teacher.head_weight,
             temperature=self.options.temperature,
             divergence=self.options.divergence,
-            labels=labels,
+            labels=rows.labels.flatten(),
             kl_weight=self.kl_weight,
             ce_weight=self.ce_weight,
             normalizer=normalizer,
         ).loss
-        if self.pairing is not None and compares:
-            distance = self.pairing.distance(ours.take(), theirs.take())
+        if active is not None and ours is not None and theirs is not None:
+            distance = active.distance(ours.take(), theirs.take())
             loss = loss + self.hidden_weight * distance[rows.labels >= 0].sum() / normalizer
         return loss
 

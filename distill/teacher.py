@@ -94,12 +94,15 @@ def write_cache(
     on_rows: Callable[[int], None] | None = None,
 ) -> None:
     """The teacher's answers to all rows of the batches, given with how many rows of each go through it at once, as
-    files in an existing folder. What stands there already is not asked again; of many processes each asks for its
-    share. `on_rows` is told of every row, asked or not. Raises InputError where k is beyond the vocabulary.
+    files in an existing folder. What stands there already is not asked again; of many processes each asks a whole
+    teacher of its own for its share. `on_rows` is told of every row, asked or not. Raises InputError where k is beyond the vocabulary.
     """
     vocabulary = teacher.config.vocab_size
     if options.k > vocabulary:
         raise InputError(f"cache: k is {options.k}, beyond the vocabulary's {vocabulary}")
+    if processes.rank() == 0:
+        for leftover in folder.glob("rows-*.partial"):  # of a kill
+            leftover.unlink()
     found = shards(folder)
     known = {key for path in found for key in read_keys(path)}
     number = int(found[-1].stem[5:]) + 1 if found else 0

@@ -189,9 +189,15 @@ def fill(folder: Path, teacher_folder: Path, student_folder: Path, options: Opti
     dtype, device = torch_dtype(options.dtype), torch_device(options.device)
     student = load_model(student_folder, dtype, device)
     teaching = open_teaching(
-        teacher_folder, student, student_folder, options.teacher_cache, options.distill.loss, facts.content,
-        lambda: fitting_rows(options, student_folder),
-    )  # fmt: skip
+        student,
+        options.distill.loss,
+        teacher_folder=teacher_folder,
+        student_folder=student_folder,
+        cache=options.teacher_cache,
+        load_teacher=lambda: load_model(teacher_folder, dtype, device),
+        facts=facts.content,
+        batches=lambda: fitting_rows(options, student_folder),
+    )
     text = corpus(options.data, "train", student_folder)
     for number, how in enumerate(plan):
         batches_per_epoch(text, how.batch, how.seq_len)

@@ -16,7 +16,7 @@ from ..distill.losses import Distillation, DistillLoss, check_vocabularies
 from ..distill.teacher import CachedTeacher, cached_gap
 from ..distill.weights import greatest
 from ..models import processes
-from ..models.checkpoint import load_config, load_model
+from ..models.checkpoint import load_config
 from ..models.errors import InputError
 from ..models.folder import sha256_file
 from ..models.hybrid import HybridLM
@@ -56,31 +56,32 @@ class Teaching:
 
 
 def open_teaching(
-    teacher_folder: Path,
     student: HybridLM,
+    options: DistillLoss,
+    *,
+    teacher_folder: Path,
     student_folder: Path,
     cache: Path | None,
-    options: DistillLoss,
+    load_teacher: Callable[[], HybridLM],
     facts: Callable[[], Mapping[str, Any]],
     batches: Callable[[], Iterable[Batch]],
 ) -> Teaching:
-    """The teacher for a student as it is before its first step. `facts` gives the stage's (it may wait for sums), and
-    `batches` the text that maps between hidden states are fitted on.
+    """The teacher for a student as it is before its first step; it is loaded unless a cache stands in for it. `facts`
+    gives the stage's (it may wait for sums), and `batches` the text that maps between hidden states are fitted on.
 
     Raises InputError where the two do not fit together, or the cache is of something else.
     """
-    weight = student.head_weight
     if cache is not None:
         found = CachedTeacher(cache)
         check_vocabularies(found, student)
         check_cache(found, student_folder, inputs_of(facts))
         return Teaching(found)
-    teacher = load_model(teacher_folder, weight.dtype, weight.device)
+    teacher = load_teacher()
     check_vocabularies(teacher, student)
     if greatest(options.hidden.weight) == 0:
         return Teaching(teacher)
     kept = kept_of(student_folder, teacher_folder, lambda: inputs_of(facts)["teacher"])
-    moved = (batch.to(weight.device) for batch in batches())
+    moved = (batch.to(student.head_weight.device) for batch in batches())
     return Teaching(teacher, make_pairing(teacher, student, options.hidden, kept, moved))
 
 

@@ -114,9 +114,11 @@ def test_killed_cache_goes_on(workshop: Path, tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(module, "answer", killed)
     assert cache(workshop, tmp_path / "rough", *whole)[0] != 0 and not (tmp_path / "rough").exists()
+    (tmp_path / ".rough.partial" / "rows-00099.safetensors.partial").write_bytes(b"half")
     monkeypatch.setattr(module, "answer", lambda *arguments: asked.append(len(arguments[2])) or answer(*arguments))
     asked.clear()
     assert cache(workshop, tmp_path / "rough", *whole)[0] == 0
+    assert not list((tmp_path / "rough").glob("*.partial"))
     calm, rough = (json.loads((tmp_path / name / "cache.json").read_text()) for name in ("calm", "rough"))
     assert calm["rows"] == rough["rows"] and 0 < sum(asked) < calm["rows"]
     assert distil(workshop, tmp_path / "out", f"teacher_cache={tmp_path / 'rough'}")[0] == 0
