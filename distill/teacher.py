@@ -95,7 +95,8 @@ def write_cache(
 ) -> None:
     """The teacher's answers to all rows of the batches, given with how many rows of each go through it at once, as
     files in an existing folder. What stands there already is not asked again; of many processes each asks a whole
-    teacher of its own for its share. `on_rows` is told of every row, asked or not. Raises InputError where k is beyond the vocabulary.
+    teacher of its own for its share. `on_rows` is told of every row, asked or not. Raises InputError where k is beyond
+    the vocabulary.
     """
     vocabulary = teacher.config.vocab_size
     if options.k > vocabulary:

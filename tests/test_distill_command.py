@@ -134,7 +134,7 @@ def test_what_a_student_kept_is_known_from_its_folder(workshop: Path) -> None:
     assert kept_of(workshop / "other", workshop / "model", lambda: total) is None
 
 
-@pytest.mark.parametrize("student", ("pruned", "turned", "other"))
+@pytest.mark.parametrize("student", ("pruned", "turned", pytest.param("other", marks=pytest.mark.slow)))
 def test_hidden_states_alone_teach(student: str, workshop: Path, tmp_path: Path) -> None:
     """On the kept channels where the student was cut out of this teacher, by a fitted map otherwise."""
     alone = ("distill.loss.kl_weight=0", "distill.loss.hidden.weight=1", "distill.loss.hidden.fit_tokens=512")
@@ -149,6 +149,7 @@ def test_hidden_states_alone_teach(student: str, workshop: Path, tmp_path: Path)
     assert load_model(tmp_path / "out").config == load_model(workshop / student).config
 
 
+@pytest.mark.slow
 def test_corrected_teacher(workshop: Path, tmp_path: Path) -> None:
     """It lies beside the output, has learned, teaches, and is not made twice; the student's descent is still known."""
     correction = "distill.teacher_correction={tokens: 384, learning_rate: 0.01}"
