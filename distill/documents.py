@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,7 +105,8 @@ def stdlib_root() -> Path:
 
 def stdlib_names() -> list[str]:
     root, apart = stdlib_root(), {"site-packages", "dist-packages", "__pycache__"}
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    files = (path for path in root.rglob("*.py") if path.is_file() and os.access(path, os.R_OK))
+    names = sorted(path.relative_to(root).as_posix() for path in files)
     return [name for name in names if apart.isdisjoint(name.split("/"))]
 
 
@@ -224,7 +226,8 @@ def joined(record: dict[str, Any], columns: Sequence[str], where: str) -> str:
     for column in columns:
         if not isinstance(record.get(column), str):
             raise InputError(f"data: {where} has no {column!r} that is a text")
-    return "\n".join(record[column] for column in columns)
+    text = "\n".join(record[column] for column in columns)
+    return text.encode("utf-8", "replace").decode()  # JSON may spell half of a surrogate pair
 
 
 def parquet_rows(path: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[Document, int]]:

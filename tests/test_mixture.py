@@ -138,6 +138,8 @@ def test_records_are_read_line_by_line(tmp_path: Path) -> None:
     assert [document.name for document in found] == [f"a.jsonl:{i}" for i in range(3)]
     size = (tmp_path / "a.jsonl").stat().st_size
     assert told[-1] == (size, size) and told == sorted(told)
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800b"}')
+    assert [document.text for document in folder_documents(tmp_path / "half.jsonl")] == ["a?b"]
     (tmp_path / "b.parquet").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="no Parquet"):
         folder_documents(tmp_path / "b.parquet")
