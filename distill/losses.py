@@ -1,8 +1,10 @@
-"""What training minimises: cross-entropy, or the divergence from a teacher's logits. Sources: arXiv 1503.02531;
-arXiv 2407.14679 (forward KL on logits alone retrains a pruned model best).
+"""What training minimises: cross-entropy, or the divergence from a teacher. Sources: arXiv 1503.02531; arXiv 2407.14679
+(forward KL on logits alone retrains a pruned model best, unless many layers go).
 
 Each maker gives a `loss_of(model, rows, normalizer)` for `trainer.train`: the sum of the rows' token losses over
-the normalizer. Rows carry input_ids, labels and seq_idx [B, T]; tokens whose label is -100 count for nothing.
+the normalizer, so that the gradient does not depend on how a batch is split. Rows carry input_ids, labels and seq_idx
+[B, T]; tokens whose label is -100 count for nothing, in any part of the loss. A loss that changes with the steps has a
+method `at(step)` beside, which the trainer calls before a step, counted from 0.
 """
 
 from __future__ import annotations
@@ -15,30 +17,39 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear_kl import DIVERGENCE, linear_cross_entropy, linear_kl
+from ..kernels.linear_topk_kl import linear_topk_kl
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from .hidden import HiddenLoss, Pairing, Streams
+from .teacher import CachedTeacher
+from .weights import Weight, check_weight, greatest, weight_at
 
 LossOf = Callable[[HybridLM, Any, float], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillLoss:
-    """kl_weight T^2 divergence + ce_weight cross-entropy, per token, at the temperature T."""
+    """kl_weight T^2 divergence + ce_weight cross-entropy + hidden.weight distance, per token, at the temperature T.
+
+    `tail`: of a cached teacher, whether the tokens that it does not name count as one bucket or as impossible.
+    """
 
     divergence: str = "forward"
     temperature: float = 1.0
-    kl_weight: float = 1.0
-    ce_weight: float = 0.0
+    kl_weight: Weight = 1.0
+    ce_weight: Weight = 0.0
+    hidden: HiddenLoss = dataclasses.field(default_factory=HiddenLoss)
+    tail: bool = True
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCE:
             raise InputError(f"loss: divergence {self.divergence!r} is unknown; known: {', '.join(DIVERGENCE)}")
         if not self.temperature > 0:
             raise InputError(f"loss: temperature is {self.temperature}; expected more than 0")
-        if self.kl_weight < 0 or self.ce_weight < 0 or self.kl_weight + self.ce_weight == 0:
-            raise InputError(
-                f"loss: kl_weight ({self.kl_weight}) and ce_weight ({self.ce_weight}) must not be negative nor both 0"
-            )
+        check_weight("kl_weight", self.kl_weight)
+        check_weight("ce_weight", self.ce_weight)
+        if not any(greatest(weight) > 0 for weight in (self.kl_weight, self.ce_weight, self.hidden.weight)):
+            raise InputError("loss: kl_weight, ce_weight and hidden.weight are all 0; expected one above 0")
 
 
 def cross_entropy_loss(model: HybridLM, rows: Any, normalizer: float) -> Tensor:
@@ -47,37 +58,93 @@ def cross_entropy_loss(model: HybridLM, rows: Any, normalizer: float) -> Tensor:
     return linear_cross_entropy(hidden, model.head_weight, rows.labels.flatten(), normalizer=normalizer).loss
 
 
-def distillation_loss(teacher: HybridLM, options: DistillLoss) -> LossOf:
-    """The student's distance from `teacher`, which is frozen: it gets neither gradients nor optimizer state.
+class Distillation:
+    """The student's distance from `teacher`, which is frozen: it gets neither gradients nor optimizer state. The
+    teacher is a model, or what one has said about just these rows (`teacher.CachedTeacher`).
 
-    Raises InputError where teacher and student do not share a vocabulary.
+    Raises InputError where teacher and student do not share a vocabulary, where hidden states are to be compared and
+    `pairing` is not given, and where a cached teacher is asked for what it does not hold.
     """
-    teacher.requires_grad_(False).eval()
 
-    def loss_of(student: HybridLM, rows: Any, normalizer: float) -> Tensor:
-        check_vocabularies(teacher, student)
+    def __init__(self, teacher: HybridLM | CachedTeacher, options: DistillLoss, pairing: Pairing | None = None) -> None:
+        self.teacher, self.options, self.pairing = teacher, options, pairing
+        if isinstance(teacher, CachedTeacher):
+            check_cached(options)
+        else:
+            teacher.requires_grad_(False).eval()
+        if pairing is None and greatest(options.hidden.weight) > 0:
+            raise InputError("loss: hidden.weight is above 0, and no streams are paired; see hidden.make_pairing")
+        self.at(0)
+
+    def at(self, step: int) -> None:
+        """Sets the weights of a step, counted from 0."""
+        options = self.options
+        self.kl_weight, self.ce_weight, self.hidden_weight = (
+            weight_at(weight, step) for weight in (options.kl_weight, options.ce_weight, options.hidden.weight)
+        )
+
+    def __call__(self, student: HybridLM, rows: Any, normalizer: float) -> Tensor:
+        check_vocabularies(self.teacher, student)
+        if isinstance(self.teacher, CachedTeacher):
+            return self.cached(self.teacher, student, rows, normalizer)
+        active = self.pairing if self.hidden_weight > 0 else None
+        ours = None if active is None else Streams(stream for stream, _ in active.pairs)
+        theirs = None if active is None else Streams(stream for _, stream in active.pairs)
         with torch.no_grad():
-            target = teacher.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
-        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
-        return linear_kl(
+            target = self.teacher.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=theirs).flatten(0, 1)
+        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=ours).flatten(0, 1)
+        loss = linear_kl(
             hidden,
             student.head_weight,
             target,
-            teacher.head_weight,
-            temperature=options.temperature,
-            divergence=options.divergence,
+            self.teacher.head_weight,
+            temperature=self.options.temperature,
+            divergence=self.options.divergence,
             labels=rows.labels.flatten(),
-            kl_weight=options.kl_weight,
-            ce_weight=options.ce_weight,
+            kl_weight=self.kl_weight,
+            ce_weight=self.ce_weight,
+            normalizer=normalizer,
+        ).loss
+        if active is not None and ours is not None and theirs is not None:
+            distance = active.distance(ours.take(), theirs.take())
+            loss = loss + self.hidden_weight * distance[rows.labels >= 0].sum() / normalizer
+        return loss
+
+    def cached(self, teacher: CachedTeacher, student: HybridLM, rows: Any, normalizer: float) -> Tensor:
+        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
+        return linear_topk_kl(
+            hidden,
+            student.head_weight,
+            teacher.targets(rows),
+            tail=self.options.tail,
+            labels=rows.labels.flatten(),
+            kl_weight=self.kl_weight,
+            ce_weight=self.ce_weight,
             normalizer=normalizer,
         ).loss
 
-    return loss_of
+
+def distillation_loss(
+    teacher: HybridLM | CachedTeacher, options: DistillLoss, pairing: Pairing | None = None
+) -> Distillation:
+    return Distillation(teacher, options, pairing)
 
 
-def check_vocabularies(teacher: HybridLM, student: HybridLM) -> None:
-    if teacher.config.vocab_size != student.config.vocab_size:
+def check_cached(options: DistillLoss) -> None:
+    """Raises InputError for what a teacher's likeliest tokens at temperature 1 do not tell."""
+    if options.divergence != "forward" or options.temperature != 1:
         raise InputError(
-            f"teacher and student must share a vocabulary: the teacher has {teacher.config.vocab_size} tokens,"
+            f"loss: a cached teacher gives forward KL at temperature 1, not divergence={options.divergence} at"
+            f" temperature={options.temperature}; change these, or take the teacher itself"
+        )
+    if greatest(options.hidden.weight) > 0:
+        raise InputError("loss: a cached teacher has no hidden states; set hidden.weight=0, or take the teacher itself")
+
+
+def check_vocabularies(teacher: HybridLM | CachedTeacher, student: HybridLM) -> None:
+    known = teacher.vocab_size if isinstance(teacher, CachedTeacher) else teacher.config.vocab_size
+    if known != student.config.vocab_size:
+        raise InputError(
+            f"teacher and student must share a vocabulary: the teacher has {known} tokens,"
             f" the student {student.config.vocab_size}"
         )

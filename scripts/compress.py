@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distill.data import batches_per_epoch
+from ..distill.mixture import batches_per_epoch
 from ..distill.report import write_page
 from ..models.checkpoint import load_config, open_checkpoint
 from ..models.cost import Hardware, count_parameters
@@ -21,7 +21,7 @@ from ..models.errors import InputError
 from ..models.tokenizer import check_vocabulary, load_tokenizer
 from ..prune.choose import Target
 from . import distill, evaluate, export, memory_fit, prune, score
-from .inputs import corpus, data_input, documents, model_config, model_folder
+from .inputs import corpus, data_input, model_config, model_folder
 from .rounds import Round, make_rounds, rehearse, walk
 from .show import console, gib, read_json, result, say, table
 from .stage import PROVENANCE, Facts, plain, run_stage
@@ -153,9 +153,7 @@ def check_feasible(data: str, source: Path, rounds: Sequence[Round]) -> None:
     for _ in walk(config, rounds):
         pass
     check_vocabulary(load_tokenizer(source), config)
-    for split in ("train", "validation", "test"):
-        documents(data, split)
-    text = corpus(data, "train", source)
+    text, *_ = (corpus(data, split, source) for split in ("train", "validation", "test"))
     for found in rounds:
         with found.named():
             for how in found.distill.plan():

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..distill.agreement import check_agreement
 from ..distill.average import kept_weights
-from ..distill.data import Batch, Corpus, batches_per_epoch, train_batches
-from ..distill.gap import measure_gap
-from ..distill.losses import DistillLoss, distillation_loss
+from ..distill.data import Batch
+from ..distill.losses import DistillLoss, cross_entropy_loss
+from ..distill.mixture import Text, batches_per_epoch, train_batches
 from ..distill.options import TrainOptions
 from ..distill.parallel import Trained
 from ..distill.state import fill_weights, states
@@ -25,26 +26,46 @@ from ..models import processes
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .compose import build, convert, guess
-from .inputs import corpus, data_input, model_folder, sample, torch_dtype
+from .inputs import corpus, data_input, model_folder, sample, say_epochs, torch_dtype
 from .journal import check_mode, journal
 from .score import many_processes
 from .show import progress, result, say
 from .stage import Facts, plain, run_stage
+from .teaching import cache_sum, open_teaching
 from .training import figures, finish_training, load_frozen, load_trained, process_device
 
 STAGE_SEEDS = 1000  # between the seeds of two stages, so that the second does not begin with the first one's text
 
 
 @dataclasses.dataclass(frozen=True)
+class Correction:
+    """A teacher's own training on the text before it teaches: cross-entropy, for so many steps, or as many as read so
+    many tokens; everything else as the student's."""
+
+    steps: int = 0
+    tokens: float = 0
+    learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.tokens > 0):
+            raise InputError(
+                f"distill.teacher_correction: steps is {self.steps}, tokens {self.tokens:g}; give one of the two"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Distill:
-    """What conf/distill/ sets: the loss, the schedule, and the tokens. Each of `stages` goes on from the weights that
-    the one before it left, and says what it does otherwise (see `stage_of`); none is one stage as it stands."""
+    """What conf/distill/ sets: the loss, the schedule, and the tokens; `repack` cuts an epoch's rows anew. Each of
+    `stages` goes on from the weights that the one before it left, and says what it does otherwise (see `stage_of`);
+    none is one stage as it stands."""
 
     loss: DistillLoss
     train: TrainOptions
     seq_len: int
     batch: int
     evaluate_tokens: int
+    repack: bool = True
+    teacher_correction: Correction | None = None
     stages: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -106,9 +127,15 @@ class Options:
     distill: Distill
     shard: bool = True
     wandb: str = "off"
+    teacher_cache: Path | None = None
 
     def __post_init__(self) -> None:
         check_mode(self.wandb)
+        if self.teacher_cache is not None and self.distill.teacher_correction is not None:
+            raise InputError(
+                "distill: teacher_cache holds what the teacher said as it was; leave teacher_correction out, and cache"
+                " the corrected teacher"
+            )
 
 
 def run(options: Options) -> None:
@@ -121,14 +148,54 @@ def run(options: Options) -> None:
 def make(options: Options) -> None:
     """The stage without its result.json."""
     teacher, student = model_folder(options.teacher), model_folder(options.student)
+    inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
+    if options.teacher_cache is not None:
+        inputs["teacher_cache"] = cache_sum(options.teacher_cache)
+    if options.distill.teacher_correction is not None:
+        teacher = inputs["teacher"] = correct_teacher(teacher, options)
     run_stage(
         options.output,
         name="distill",
-        inputs={"teacher": teacher, "student": student, "data": data_input(options.data)},
+        inputs=inputs,
         options={"distill": options.distill.chosen, "seed": options.seed, "dtype": options.dtype},
         make=lambda folder, facts: fill(folder, facts, teacher, student, options),
         scratch="training",
     )
+
+
+def correct_teacher(teacher: Path, options: Options) -> Path:
+    """The folder OUTPUT-corrected-teacher: the teacher, trained on the text (arXiv 2408.11796)."""
+    folder = options.output.with_name(f"{options.output.name}-corrected-teacher")
+    how, correction = options.distill, options.distill.teacher_correction
+    assert correction is not None
+    steps = correction.steps or math.ceil(correction.tokens / (how.batch * how.seq_len))
+    settings = dataclasses.replace(how.train, steps=steps, learning_rate=correction.learning_rate)
+
+    def make(temporary: Path, facts: Facts) -> None:
+        with processes.together():
+            text = corpus(options.data, "train", teacher)
+            batches_per_epoch(text, how.batch, how.seq_len)
+            check_share(how.batch)
+        dtype, device = torch_dtype(options.dtype), process_device(options.device)
+        model = load_trained(teacher, dtype, device, options.shard)
+        training = temporary / "training"
+        train_with_bar(
+            "correcting the teacher", model, cross_entropy_loss, text, settings, training,
+            batch=how.batch, seq_len=how.seq_len, seed=options.seed, evaluate=None,
+        )  # fmt: skip
+        finish_training(temporary, training, model.model.config, dtype, settings, facts, teacher)
+
+    run_stage(
+        folder,
+        name="correct-teacher",
+        inputs={"teacher": teacher, "data": data_input(options.data)},
+        options={
+            "train": settings, "seq_len": how.seq_len, "batch": how.batch, "seed": options.seed, "dtype": options.dtype,
+        },
+        make=make,
+        scratch="training",
+    )  # fmt: skip
+    return folder
 
 
 def fill(folder: Path, facts: Facts, teacher_folder: Path, student_folder: Path, options: Options) -> None:
@@ -145,30 +212,41 @@ def fill(folder: Path, facts: Facts, teacher_folder: Path, student_folder: Path,
         for how in plan:
             batches_per_epoch(text, how.batch, how.seq_len)
             check_share(how.batch)
-    teacher = load_frozen(teacher_folder, dtype, device, options.shard)
     student = load_trained(student_folder, dtype, device, options.shard)
+    teaching = open_teaching(
+        student.model,
+        options.distill.loss,
+        teacher_folder=teacher_folder,
+        student_folder=student_folder,
+        cache=options.teacher_cache,
+        load_teacher=lambda: load_frozen(teacher_folder, dtype, device, options.shard),
+        facts=facts.content,
+        batches=lambda: fitting_rows(options, student_folder),
+    )
+    with processes.together():
+        for number, how in enumerate(plan):
+            teaching.check_holds(last_rows(text, options, number, how, student_folder))
+        say_epochs(text, [(how.train.steps * how.batch, how.seq_len) for how in plan])
     training = folder / "training"
     places = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
     begun = processes.from_first(max((number for number, place in enumerate(places) if states(place)), default=0))
     with journal(options.wandb, folder, options.output.name, facts.options) as note_down:
         for number in range(begun, len(plan)):
             how = plan[number]
-            held_out = sample(
-                options.data, "validation", student_folder,
-                tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=options.seed,
-            )  # fmt: skip
+            measured = held_out(options.data, student_folder, how, options.seed)
             train_with_bar(
                 f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling",
                 student,
-                distillation_loss(teacher, how.loss),
+                teaching.loss(how.loss),
                 text,
                 how.train,
                 places[number],
                 batch=how.batch,
                 seq_len=how.seq_len,
-                seed=options.seed + STAGE_SEEDS * number,
-                evaluate=functools.partial(gap_now, teacher, sample=held_out),
-                teacher=teacher,
+                seed=stage_seed(options.seed, number),
+                repack=how.repack,
+                evaluate=functools.partial(teaching.gap, sample=measured),
+                teacher=teaching.model,
                 note_down=note_down,
             )
             hand_on(student, places, number, how.train)
@@ -198,6 +276,40 @@ def hand_on(student: Trained, places: Sequence[Path], number: int, options: Trai
                     shutil.rmtree(state)
 
 
+def stage_seed(seed: int, stage: int) -> int:
+    return seed + STAGE_SEEDS * stage
+
+
+def held_out(data: str, folder: Path, how: Distill, seed: int) -> list[Batch]:
+    """What a stage is measured on, in the tokens of a folder."""
+    return sample(
+        data, "validation", folder, tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=seed
+    )  # fmt: skip
+
+
+def stage_batches(text: Text, how: Distill, stage: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """What a stage is trained on, from the step `start` to its last."""
+    source = train_batches(
+        text, batch_size=how.batch, seq_len=how.seq_len, seed=stage_seed(seed, stage), start=start, repack=how.repack
+    )
+    return itertools.islice(source, how.train.steps - start)
+
+
+def last_rows(text: Text, options: Options, stage: int, how: Distill, folder: Path) -> Iterator[Batch]:
+    """Of what a stage reads, that which a cache that was made for something else is most likely to lack."""
+    yield from stage_batches(text, how, stage, options.seed, how.train.steps - 1)
+    yield from held_out(options.data, folder, how, options.seed)
+
+
+def fitting_rows(options: Options, folder: Path) -> list[Batch]:
+    """What maps between hidden states are fitted on."""
+    how = options.distill.plan()[0]
+    tokens = how.loss.hidden.fit_tokens
+    return sample(
+        options.data, "train", folder, tokens=tokens, seq_len=how.seq_len, batch=how.rows, seed=options.seed
+    )  # fmt: skip
+
+
 def join_metrics(places: Sequence[Path], target: Path) -> None:
     """The stages' records as one file: each with the number of its stage, steps and tokens counted from the first."""
     records: list[dict[str, Any]] = []
@@ -209,22 +321,11 @@ def join_metrics(places: Sequence[Path], target: Path) -> None:
     target.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def gap_now(teacher: HybridLM, student: HybridLM, sample: list[Batch]) -> dict[str, float]:
-    """The held-out figures that go into metrics.jsonl."""
-    found = measure_gap(teacher, {"student": student}, sample, resamples=2).models["student"]
-    return {
-        "validation_loss": found.cross_entropy.value,
-        "validation_bits_per_byte": found.bits_per_byte.value,
-        "validation_kl": found.kl.value,
-        "validation_agreement": found.agreement.value,
-    }
-
-
 def train_with_bar(
     what: str,
     student: Trained,
     loss_of: Any,
-    text: Corpus,
+    text: Text,
     options: TrainOptions,
     folder: Path,
     *,
@@ -232,18 +333,20 @@ def train_with_bar(
     seq_len: int,
     seed: int,
     evaluate: Evaluate | None,
-    teacher: HybridLM | None,
-    note_down: OnStep,
+    repack: bool = True,
+    teacher: HybridLM | None = None,
+    note_down: OnStep | None = None,
 ) -> None:
     """`trainer.train` on a corpus, under a progress bar; `note_down` takes every record."""
-    batches: Any = functools.partial(train_batches, text, batch_size=batch, seq_len=seq_len, seed=seed)
+    batches: Any = functools.partial(train_batches, text, batch_size=batch, seq_len=seq_len, seed=seed, repack=repack)
     teacher_config = None if teacher is None else teacher.config
     describe = figures(student.model.config, teacher_config, seq_len, student.device)
     with progress(what, options.steps) as bar:
 
         def on_step(record: dict[str, Any]) -> None:
             bar.set(record["step"], note=note_of(record))
-            note_down(record)
+            if note_down is not None:
+                note_down(record)
 
         train(
             student, loss_of, lambda start: batches(start=start), options, folder,

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ..distill.data import (
-    Batch,
-    Corpus,
-    Document,
-    folder_documents,
-    keep_split,
-    sample_batches,
-    stdlib_documents,
-    tokenize,
-)
+from ..distill.corpus_cache import cached_corpus, content_digest
+from ..distill.data import Batch, Corpus
+from ..distill.documents import HUB, STDLIB, Document, OnProgress, content_of, of_split, read_documents
+from ..distill.mixture import BLOCK, Mixture, Source, Text, sample_batches
+from ..models import processes
 from ..models.checkpoint import load_config
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.folder import sha256_file
 from ..models.tokenizer import check_vocabulary, load_tokenizer
-from .compose import CONF, guess
-from .show import progress
+from .compose import CONF, build, guess
+from .show import progress, table
 
 ZOO = Path(__file__).parents[1] / "models" / "zoo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -58,28 +55,105 @@ def model_config(name: str) -> HybridConfig:
     return load_config(model_folder(name))
 
 
+def data_names() -> list[str]:
+    return sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """What a mixture's .yaml holds."""
+
+    sources: tuple[Source, ...]
+
+
+def sources_of(data: str) -> tuple[Source, ...]:
+    """The sources of data=: one for `stdlib`, hf:OWNER/NAME, a file or a folder; those of a mixture for a .yaml file or
+    a name in conf/data/. A mixture's relative paths begin at its file's folder. Raises InputError."""
+    if data == STDLIB or data.startswith(HUB):
+        return (Source(data),)
+    path = Path(data).expanduser()
+    if data in data_names() and not path.exists():
+        path = CONF / "data" / f"{data}.yaml"
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return (Source(data),)
+    from omegaconf import OmegaConf
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml's and omegaconf's own
+        raise InputError(f"data: {path} is no YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"data: {path} holds no mapping; expected sources: [{{path: ..., weight: ...}}, ...]")
+    found = build(Sources, {str(key): value for key, value in content.items()}, f"data: {path}: ").sources
+    if not found:
+        raise InputError(f"data: {path} has no sources; expected sources: [{{path: ..., weight: ...}}, ...]")
+    plain = [source.path == STDLIB or source.path.startswith(HUB) for source in found]
+    return tuple(
+        source if known else dataclasses.replace(source, path=str(path.parent / Path(source.path).expanduser()))
+        for source, known in zip(found, plain, strict=True)
+    )
+
+
+def is_mixture(data: str, sources: Sequence[Source]) -> bool:
+    return sources != (Source(data),)
+
+
+@functools.cache
+def content(path: str) -> str:
+    """What stands for a source's text; asked once in a run."""
+    return content_of(path, content_digest)
+
+
 def data_input(data: str) -> Path | str:
-    """data= as an input of a stage: a path, whose contents count, or a name."""
-    return data if data == "stdlib" else Path(data).expanduser()
+    """data= as an input of a stage: a path, whose contents count, or a text that says what is read."""
+    sources = sources_of(data)
+    if is_mixture(data, sources):
+        return json.dumps([{**dataclasses.asdict(source), "path": content(source.path)} for source in sources])
+    if data == STDLIB:
+        return data
+    return content(data) if data.startswith(HUB) else Path(data).expanduser()
 
 
-def documents(data: str, split: str) -> list[Document]:
-    """The documents of a split of data=: `stdlib`, a folder or a file."""
-    place = data_input(data)
-    found = folder_documents(place) if isinstance(place, Path) else stdlib_documents()
-    return keep_split(found, split, f"data={data}")
+def documents(data: str, split: str) -> Iterator[Document]:
+    """The documents of a split of data=, source after source."""
+    for source in sources_of(data):
+        yield from of_split(read(source), split, f"data={source.path}")
 
 
-def corpus(data: str, split: str, model: Path) -> Corpus:
-    """A split of data=, in the tokens of a model folder's tokenizer; remembered, since stages share both."""
+def read(source: Source, on_progress: OnProgress | None = None) -> Iterator[Document]:
+    path = content(source.path) if source.path.startswith(HUB) else source.path
+    return read_documents(path, source.columns, on_progress, streaming=source.streaming, limit=source.limit)
+
+
+def corpus(data: str, split: str, model: Path) -> Text:
+    """A split of data=, in the tokens of a model folder's tokenizer; made once, and kept on disk."""
     check_vocabulary(load_tokenizer(model), load_config(model))
-    return tokenized(data, split, Tokens(model, sha256_file(model / "tokenizer.json")))
+    return text_in_tokens(data, split, model)
+
+
+def text_in_tokens(data: str, split: str, tokenizer_from: Path) -> Text:
+    sources = sources_of(data)
+    tokens = Tokens(tokenizer_from, sha256_file(tokenizer_from / "tokenizer.json"))
+    corpora = [tokenized(source, split, tokens) for source in sources]
+    return Mixture.of(sources, corpora) if is_mixture(data, sources) else corpora[0]
 
 
 def sample(data: str, split: str, model: Path, *, tokens: int, seq_len: int, batch: int, seed: int) -> list[Batch]:
     """A sample of `tokens` tokens at most of a split of data=, in the tokens of a model folder's tokenizer."""
     text = corpus(data, split, model)
     return sample_batches(text, batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+
+
+def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
+    """Says of a mixture how often each source is read in a plan of (rows, seq_len). Raises InputError where that is
+    more than the source's `epochs`."""
+    if isinstance(text, Mixture):
+        times = text.check_epochs(plan)
+        rows = [
+            (source.path, f"{share / BLOCK:.1%}", f"{len(found):,}", f"{found.tokens:,}", f"{read:.2f}")
+            for source, share, found, read in zip(text.sources, text.shares(), text.corpora, times, strict=True)
+        ]
+        table("The mixture", ("source", "share", "documents", "tokens", "epochs"), rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +164,27 @@ class Tokens:
     digest: str
 
 
-@functools.lru_cache(maxsize=4)
-def tokenized(data: str, split: str, tokens: Tokens) -> Corpus:
+@functools.lru_cache(maxsize=16)
+def tokenized(source: Source, split: str, tokens: Tokens) -> Corpus:
+    """A split of a source in tokens, from the cache or made now. Of many processes the first makes it, the others where
+    they do not find it then (on a disk of their own)."""
     tokenizer = load_tokenizer(tokens.folder)
-    found = documents(data, split)
-    with progress(f"tokenising {data} ({split})", len(found)) as bar:
-        return tokenize(found, tokenizer, lambda done, total: bar.set(done, total))
+    facts = {
+        "content": content(source.path), "columns": source.columns, "limit": source.limit, "split": split,
+        "tokenizer": tokens.digest, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
+    }  # fmt: skip
+
+    def found() -> Iterator[Document]:
+        in_bytes = source.path != STDLIB and not source.path.startswith(HUB)
+        with progress(f"tokenising {source.path} ({split})", in_bytes=in_bytes) as bar:
+            show = lambda done, total: bar.set(done, total or None)  # noqa: E731
+            yield from of_split(read(source, show), split, f"data={source.path}")
+
+    for turn in (processes.rank() == 0, processes.rank() != 0):
+        with processes.together():
+            if turn:
+                made = cached_corpus(facts, found, tokenizer)
+    return made
 
 
 def torch_dtype(name: str) -> torch.dtype:

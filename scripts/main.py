@@ -20,6 +20,7 @@ COMMANDS = {
     "search": "the sizes that fit a card, ranked by memory, importance or loss; the best ones distilled briefly",
     "prune": "a smaller checkpoint from a model, its scores and a target size",
     "distill": "recover a student's accuracy from its teacher's logits",
+    "cache-teacher": "a teacher's likeliest tokens, kept for distill with teacher_cache=",
     "merge": "the weighted mean of two checkpoints of one config",
     "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
     "export": "a checkpoint in the dtype and shards asked for, read back and compared",
@@ -36,6 +37,7 @@ EXAMPLES = {
     "search": "model=nemotron-nano-12b-v2 output=sizes 'space.hidden_size=[4480,4800]' budget.context=65536",
     "prune": "model=zoo scores=scores output=pruned target.layers=11 target.mamba_num_heads=12",
     "distill": "teacher=zoo student=pruned data=stdlib output=distilled distill.train.steps=100",
+    "cache-teacher": "teacher=zoo data=stdlib output=answers cache.k=64 distill.train.steps=100",
     "merge": "model=distilled other=tuned weight=0.5 output=merged",
     "evaluate": "teacher=zoo +student.pruned=pruned +student.distilled=distilled data=stdlib output=gap",
     "export": "model=distilled output=exported dtype=bfloat16",
@@ -49,7 +51,8 @@ EXAMPLES = {
 EPILOGUE = """
 Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME sets many at once.
 model=, teacher= and student= take a checkpoint folder, `zoo` (the small trained model that ships), or a named
-config; data= takes a folder, a file, or `stdlib` (the running Python's own sources).
+config; data= takes a folder, a file, a mixture's .yaml or its name in conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT],
+or `stdlib` (the running Python's own sources).
 
 First run:   limbeck compress recipe=tiny output=first
 Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
@@ -160,7 +163,7 @@ def finish(code: int, message: str) -> int:
 
 
 def overview() -> str:
-    rows = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
     return f"limbeck COMMAND [recipe=NAME] [KEY=VALUE ...]\n\nCommands\n{rows}\n{EPILOGUE.rstrip()}"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..distill.data import Document, sample_batches, tokenize
 from ..distill.gap import measure_gap
 from ..distill.losses import cross_entropy_loss
+from ..distill.mixture import sample_batches
 from ..distill.options import TrainOptions
 from ..distill.parallel import Trained
 from ..models import processes
@@ -18,7 +18,7 @@ from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 from .distill import check_share, train_with_bar
-from .inputs import data_input, documents, model_config, model_folder
+from .inputs import data_input, documents, model_config, model_folder, text_in_tokens
 from .journal import check_mode, journal
 from .score import many_processes
 from .show import progress, result, say
@@ -76,21 +76,20 @@ def fill(folder: Path, facts: Facts, options: Options) -> None:
     """Trains tokenizer and model into an existing folder, going on from what is there."""
     with processes.together():
         check_share(options.batch)
-        text = documents(options.data, "train")
-    student = begin(folder, text, options)
+    student = begin(folder, options)
     model = student.model
     tokenizer_from = folder if options.init is None else model_folder(options.init)
     tokenizer = load_tokenizer(tokenizer_from)
     check_vocabulary(tokenizer, model.config)
-    train_corpus = tokenize(text, tokenizer)
+    text = text_in_tokens(options.data, "train", tokenizer_from)
     held_out = sample_batches(
-        tokenize(documents(options.data, "validation"), tokenizer),
+        text_in_tokens(options.data, "validation", tokenizer_from),
         batch_size=options.batch,
         seq_len=options.seq_len,
         seed=options.data_seed,
         max_tokens=options.evaluate_tokens,
     )
-    say(f"{count_parameters(model.config):,} parameters, {train_corpus.tokens:,} tokens of text")
+    say(f"{count_parameters(model.config):,} parameters, {text.tokens:,} tokens of text")
 
     def evaluate(model: HybridLM) -> dict[str, float]:
         found = measure_gap(model, {}, held_out, resamples=2).models["teacher"]
@@ -101,20 +100,19 @@ def fill(folder: Path, facts: Facts, options: Options) -> None:
             "pretraining",
             student,
             cross_entropy_loss,
-            train_corpus,
+            text,
             options.train,
             folder / "training",
             batch=options.batch,
             seq_len=options.seq_len,
             seed=options.data_seed,
             evaluate=evaluate,
-            teacher=None,
             note_down=note_down,
         )
     finish_training(folder, folder / "training", model.config, torch.float32, options.train, facts, tokenizer_from)
 
 
-def begin(folder: Path, text: list[Document], options: Options) -> Trained:
+def begin(folder: Path, options: Options) -> Trained:
     """The model at its first step: that of the folder `init`, or random, with a tokenizer trained into `folder`."""
     device = process_device(options.device)
     if options.init is not None:
@@ -122,8 +120,9 @@ def begin(folder: Path, text: list[Document], options: Options) -> Trained:
     config = model_config(options.model)
     with processes.together():
         if processes.rank() == 0 and not (folder / "tokenizer.json").exists():
+            text = (document.text for document in documents(options.data, "train"))
             with progress("training the tokenizer"):
-                train_tokenizer((document.text for document in text), config.vocab_size, folder)
+                train_tokenizer(text, config.vocab_size, folder)
     if (found := load_tokenizer(folder).vocab_size) != config.vocab_size:
         raise InputError(
             f"data={options.data}: the text gives only {found} tokens, the model has"

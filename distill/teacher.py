@@ -1,0 +1,252 @@
+"""A teacher's likeliest tokens, written once, and read in any order, batch size or number of processes.
+
+What a teacher says at a token follows from the row it stands in: the tokens before it, back to where its document or
+the row began. So a row is known by its content, a 128-bit hash of its token ids and of where documents begin in it, and
+whoever holds the row finds the teacher's answer: no numbering of rows, seeds or batches has to agree, a row that occurs
+twice is kept once, and data or a tokenizer that has changed finds nothing instead of the wrong thing. Answers kept by
+document would be of use to more rows, but not true: the teacher would have read what the student has not.
+
+A file `rows-NNNNN.safetensors` holds for each of its rows the key [16], and for each token the ids of the k likeliest
+tokens (the low 16 bits, and bits 16 to 23 in a byte where the vocabulary has more than 65,536), their log-probabilities
+and the logarithm of all others' mass. Shapes: [B] rows, [T] tokens, [k] likeliest tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..kernels.linear_topk_kl import TopK, linear_topk, linear_topk_kl
+from ..models import processes
+from ..models.errors import InputError
+from ..models.folder import write_json
+from ..models.hybrid import HybridLM
+from ..models.tensors import save_tensors
+
+INDEX = "cache.json"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+LOW = 65536
+KEY = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheOptions:
+    """`k` likeliest tokens a position, log-probabilities in `dtype`, files of about `shard_bytes`."""
+
+    k: int = 64
+    dtype: str = "float16"
+    shard_bytes: int = 2**27
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.shard_bytes < 1:
+            raise InputError(f"cache: k ({self.k}) and shard_bytes ({self.shard_bytes}) must be at least 1")
+        if self.dtype not in DTYPES:
+            raise InputError(f"cache: dtype {self.dtype!r} is unknown; known: {', '.join(DTYPES)}")
+
+    def bytes_per_token(self, vocabulary: int) -> int:
+        """Without the key, 16 bytes a row."""
+        width = DTYPES[self.dtype].itemsize
+        return self.k * (2 + (vocabulary > LOW) + width) + width
+
+
+def row_keys(input_ids: Tensor, seq_idx: Tensor) -> list[bytes]:
+    """What the rows [B, T] are known by."""
+    ids = input_ids.to("cpu", torch.int32).numpy()
+    begins = (seq_idx[:, 1:] != seq_idx[:, :-1]).to("cpu", torch.uint8).numpy()
+    return [
+        hashlib.blake2b(row.tobytes() + mark.tobytes(), digest_size=KEY).digest()
+        for row, mark in zip(ids, begins, strict=True)
+    ]
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("rows-*.safetensors"))
+
+
+def read_keys(path: Path) -> list[bytes]:
+    with open_shard(path) as file:
+        keys: Tensor = file.get_tensor("keys")
+    return [bytes(key) for key in keys.numpy()]
+
+
+def open_shard(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}; make the cache anew") from None
+
+
+@torch.no_grad()
+def write_cache(
+    teacher: HybridLM,
+    batches: Iterable[tuple[Any, int]],
+    folder: Path,
+    options: CacheOptions,
+    on_rows: Callable[[int], None] | None = None,
+) -> None:
+    """The teacher's answers to all rows of the batches, given with how many rows of each go through it at once, as
+    files in an existing folder. What stands there already is not asked again; of many processes each asks a whole
+    teacher of its own for its share. `on_rows` is told of every row, asked or not. Raises InputError where k is beyond
+    the vocabulary.
+    """
+    vocabulary = teacher.config.vocab_size
+    if options.k > vocabulary:
+        raise InputError(f"cache: k is {options.k}, beyond the vocabulary's {vocabulary}")
+    if processes.rank() == 0:
+        for leftover in folder.glob("rows-*.partial"):  # of a kill
+            leftover.unlink()
+    found = shards(folder)
+    known = {key for path in found for key in read_keys(path)}
+    number = int(found[-1].stem[5:]) + 1 if found else 0
+    number = max(processes.gather(number)) + processes.rank()
+    pending: list[dict[str, Tensor]] = []
+    size = options.bytes_per_token(vocabulary)
+    asked = 0
+
+    def flush() -> None:
+        nonlocal number, pending
+        if pending:
+            tensors = {name: torch.cat([part[name] for part in pending]) for name in pending[0]}
+            save_tensors(folder / f"rows-{number:05d}.safetensors", tensors)
+            number, pending = number + processes.count(), []
+
+    for batch, at_once in batches:
+        tokens = batch.input_ids.shape[1]
+        if pending and pending[0]["ids"].shape[1] != tokens:
+            flush()
+        mine: list[int] = []
+        keys = row_keys(batch.input_ids, batch.seq_idx)
+        for row, key in enumerate(keys):
+            if key not in known:
+                known.add(key)
+                if asked % processes.count() == processes.rank():
+                    mine.append(row)
+                asked += 1
+        for start in range(0, len(mine), at_once):
+            rows = mine[start : start + at_once]
+            pending.append(answer(teacher, batch, rows, [keys[row] for row in rows], options))
+            if sum(len(part["keys"]) for part in pending) * tokens * size >= options.shard_bytes:
+                flush()
+        if on_rows is not None:
+            on_rows(len(keys))
+    flush()
+
+
+def answer(
+    teacher: HybridLM, batch: Any, rows: Sequence[int], keys: Sequence[bytes], options: CacheOptions
+) -> dict[str, Tensor]:
+    """What a file keeps of some rows of a batch."""
+    device = teacher.head_weight.device
+    ids, seq_idx = (tensor[list(rows)].to(device) for tensor in (batch.input_ids, batch.seq_idx))
+    hidden = teacher.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
+    found = linear_topk(hidden, teacher.head_weight, options.k)
+    shape = (*ids.shape, options.k)
+    dtype = DTYPES[options.dtype]
+    kept = {
+        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(len(keys), KEY),
+        "ids": (found.ids % LOW).to(torch.int32).to(torch.int16),  # the same 16 bits
+        "log_probs": found.log_probs.to(dtype),
+        "log_tail": found.log_tail.to(dtype),
+    }
+    if teacher.config.vocab_size > LOW:
+        kept["ids_high"] = (found.ids // LOW).to(torch.uint8)
+    shapes = {"keys": kept["keys"].shape, "log_tail": shape[:2]}
+    return {name: tensor.reshape(shapes.get(name, shape)).cpu() for name, tensor in kept.items()}
+
+
+def finish_cache(folder: Path, vocabulary: int, tokenizer: str, options: CacheOptions) -> dict[str, Any]:
+    """Writes what the files together are into cache.json, and returns it; `tokenizer` is the sha256 of its file."""
+    rows = tokens = 0
+    for path in shards(folder):
+        with open_shard(path) as file:
+            shape = file.get_slice("log_tail").get_shape()
+        rows, tokens = rows + shape[0], tokens + shape[0] * shape[1]
+    facts = {
+        "k": options.k,
+        "dtype": options.dtype,
+        "vocab_size": vocabulary,
+        "tokenizer": tokenizer,
+        "rows": rows,
+        "tokens": tokens,
+        "bytes_per_token": sum(path.stat().st_size for path in shards(folder)) / max(tokens, 1),
+    }
+    write_json(folder / INDEX, facts)
+    return facts
+
+
+class CachedTeacher:
+    """The teacher's answers in a folder. Raises InputError where the folder is no finished cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            self.vocab_size, self.k, self.tokenizer = facts["vocab_size"], facts["k"], facts["tokenizer"]
+        except (OSError, ValueError, KeyError):
+            raise InputError(
+                f"{folder} is no finished cache of a teacher ({INDEX} is missing or broken);"
+                " limbeck cache-teacher makes one"
+            ) from None
+        self.files = [open_shard(path) for path in shards(folder)]
+        self.places = {
+            key: (file, row) for file, path in enumerate(shards(folder)) for row, key in enumerate(read_keys(path))
+        }
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def holds(self, rows: Any) -> bool:
+        return all(key in self.places for key in row_keys(rows.input_ids, rows.seq_idx))
+
+    def targets(self, rows: Any) -> TopK:
+        """The answers to rows [B, T], as [B * T, k]. Raises InputError where a row is not there."""
+        parts: dict[str, list[Tensor]] = {}
+        for number, key in enumerate(row_keys(rows.input_ids, rows.seq_idx)):
+            if key not in self.places:
+                raise InputError(
+                    f"{self.folder} does not hold row {number} of a batch (it holds {len(self.places)} rows); it was"
+                    " made of other data, another tokenizer, seed or length, or fewer tokens"
+                )
+            file, row = self.places[key]
+            for name in self.files[file].keys():  # noqa: SIM118 - no mapping
+                if name != "keys":
+                    parts.setdefault(name, []).append(self.files[file].get_slice(name)[row : row + 1][0])
+        device = rows.input_ids.device
+        found = {name: torch.cat(tensors).to(device) for name, tensors in parts.items()}
+        ids = found["ids"].to(torch.int64) % LOW
+        if "ids_high" in found:
+            ids += found["ids_high"].to(torch.int64) * LOW
+        return TopK(ids, found["log_probs"].float(), found["log_tail"].float())
+
+
+@torch.no_grad()
+def cached_gap(teacher: CachedTeacher, student: HybridLM, batches: Iterable[Any]) -> dict[str, float]:
+    """A student's held-out figures against the answers of a cache: cross-entropy (nats a token), bits per byte, KL over
+    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same likeliest successor.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    tokens = text_bytes = 0
+    for batch in batches:
+        found = batch.to(student.head_weight.device)
+        hidden = student.hidden_states(found.input_ids, seq_idx=found.seq_idx).flatten(0, 1)
+        labels = found.labels.flatten()
+        loss = linear_topk_kl(hidden, student.head_weight, teacher.targets(found), labels=labels)
+        assert loss.cross_entropy is not None
+        sums += torch.stack([part.double().sum() for part in (loss.cross_entropy, loss.kl, loss.agreement)]).cpu()
+        tokens, text_bytes = tokens + int((labels >= 0).sum()), text_bytes + int(found.n_bytes.sum())
+    nats, kl, agreed = sums.tolist()
+    return {
+        "validation_loss": nats / tokens,
+        "validation_bits_per_byte": nats / math.log(2) / text_bytes,
+        "validation_kl": kl / tokens,
+        "validation_agreement": agreed / tokens,
+    }

@@ -1,0 +1,192 @@
+"""Head and loss in one against a teacher of whom only the k likeliest tokens are known, and the mass of the rest.
+
+The k tokens and the rest in one bucket are a distribution over k + 1 outcomes; forward KL between the teacher's and the
+student's. Merging outcomes never adds to a KL (log-sum inequality), so the loss is at most the dense one, and is it at
+k = V. Without the bucket the teacher's k are made to add up to one, and every token outside counts as impossible: the
+student's tail is pushed to nothing, which is what a tail's mass is kept for. Tokens go through in chunks, as in
+linear_kl; all in torch, since what is read beside the products is small.
+Shapes: [T] tokens, [V] vocabulary, [H] hidden, [k] likeliest tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .linear_kl import CACHED, IGNORED, accumulate, check_head, clean, default_chunk, weigh
+
+
+class TopK(NamedTuple):
+    """The k likeliest tokens [T, k], the likeliest first, their log-probabilities [T, k], and the logarithm of what the
+    others have together [T] (-inf: nothing)."""
+
+    ids: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+
+
+class LinearTopKKL(NamedTuple):
+    """The loss, and per token [T] (no gradient, 0 where ignored): KL over the buckets and cross-entropy in nats (None
+    without labels), and whether the student's likeliest token is the teacher's."""
+
+    loss: Tensor
+    kl: Tensor
+    cross_entropy: Tensor | None
+    agreement: Tensor
+
+
+@torch.no_grad()
+def linear_topk(hidden: Tensor, head: Tensor, k: int, chunk_tokens: int | None = None) -> TopK:
+    """What a model with hidden states [T, H] and a head [V, H] thinks likeliest. Buffers are [chunk_tokens, V].
+
+    Raises ValueError where k is not within 1..V.
+    """
+    check_head("teacher", hidden, head)
+    if not 1 <= k <= head.shape[0]:
+        raise ValueError(f"linear_topk: k is {k}, expected 1 to the vocabulary's {head.shape[0]}")
+    work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    parts = []
+    for rows in hidden.split(chunk_tokens or default_chunk(head.shape[0], hidden)):
+        logits = (rows @ head.T).to(work)
+        normalizer = torch.logsumexp(logits, -1, keepdim=True)
+        values, ids = logits.topk(k, -1)
+        tail = torch.logsumexp(logits.scatter_(1, ids, -torch.inf), -1)
+        parts.append(TopK(ids, values - normalizer, tail - normalizer[:, 0]))
+    return TopK(*(torch.cat(found) for found in zip(*parts, strict=True)))
+
+
+def linear_topk_kl(
+    hidden: Tensor,
+    head: Tensor,
+    target: TopK,
+    *,
+    tail: bool = True,
+    labels: Tensor | None = None,
+    ignore_index: int = IGNORED,
+    kl_weight: float = 1.0,
+    ce_weight: float = 0.0,
+    normalizer: Tensor | float | None = None,
+    chunk_tokens: int | None = None,
+) -> LinearTopKKL:
+    """Distillation loss of hidden states [T, H] under a head [V, H] against the teacher's likeliest tokens.
+
+    loss = sum_t (kl_weight KL_t + ce_weight cross_entropy_t) / normalizer over the tokens whose label [T] is not
+    `ignore_index`; the normalizer is by default their number. `tail` keeps the bucket of the rest. Log-probabilities
+    may be rounded: they are made to add up to one. Gradients reach hidden states and head.
+
+    Raises ValueError where shapes disagree.
+    """
+    check_head("student", hidden, head)
+    tokens, k = hidden.shape[0], target.ids.shape[-1]
+    if [tuple(part.shape) for part in target] != [(tokens, k), (tokens, k), (tokens,)]:
+        raise ValueError(
+            f"linear_topk_kl: {tokens} tokens, but ids, log_probs and log_tail are"
+            f" {', '.join(str(tuple(part.shape)) for part in target)}; expected [T, k], [T, k] and [T]"
+        )
+    if ce_weight and labels is None:
+        raise ValueError("linear_topk_kl: ce_weight needs labels")
+    weights, scale = weigh(tokens, labels, ignore_index, None, normalizer, hidden)
+    log_probs, log_tail = (part.to(weights.dtype) for part in target[1:])
+    if not tail:
+        log_tail = torch.full_like(log_tail, -torch.inf)
+    total = torch.logsumexp(torch.cat((log_probs, log_tail[:, None]), 1), 1)
+    target = TopK(target.ids, log_probs - total[:, None], log_tail - total)
+    options = (kl_weight, ce_weight, chunk_tokens or default_chunk(head.shape[0], hidden))
+    loss, kl, cross_entropy, agreement = TopKLoss.apply(
+        hidden, head, *target, clean(labels, ignore_index), weights, scale, options
+    )
+    return LinearTopKKL(loss, kl, None if labels is None else cross_entropy, agreement)
+
+
+class TopKLoss(torch.autograd.Function):
+    """One pass over the token chunks gives values and gradients, as in `linear_kl.TorchLinearKL`."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, ids, log_probs, log_tail, labels, weights, scale, options):
+        *_, chunk_tokens = options
+        tokens = hidden.shape[0]
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        values = torch.zeros(3, tokens, dtype=weights.dtype, device=hidden.device)
+        first = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if need_hidden else None
+        dhead = torch.zeros(head.shape, dtype=weights.dtype, device=head.device) if need_head else None
+        for start in range(0, tokens, chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, tokens))
+            logits = (hidden[rows] @ head.T).to(weights.dtype)
+            size = max(1, CACHED // head.shape[0])
+            for begin in range(0, logits.shape[0], size):
+                inner = slice(begin, min(begin + size, logits.shape[0]))
+                outer = slice(start + inner.start, start + inner.stop)
+                first[outer] = chunk_loss(
+                    logits[inner],
+                    TopK(ids[outer], log_probs[outer], log_tail[outer]),
+                    None if labels is None else labels[outer, None],
+                    values[:, outer],
+                    weights[outer, None] * scale,
+                    options,
+                    need_hidden or need_head,
+                )
+            if dhidden is not None:
+                dhidden[rows] = logits.to(head.dtype) @ head
+            if dhead is not None:
+                accumulate(dhead, logits.to(hidden.dtype), hidden[rows])
+            del logits  # before the next chunk's
+        kl, cross_entropy, per_token = values
+        loss = (per_token * weights).sum() * scale
+        ctx.save_for_backward(dhidden, dhead)
+        ctx.dtypes = (hidden.dtype, head.dtype)
+        counted = weights != 0
+        outputs = (kl * counted, cross_entropy * counted, first & counted)
+        ctx.mark_non_differentiable(*outputs)
+        return loss, *outputs
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        found = [
+            None if gradient is None else (gradient * dloss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return *found, *[None] * 7
+
+
+def chunk_loss(
+    logits: Tensor,
+    target: TopK,
+    labels: Tensor | None,
+    values: Tensor,
+    factors: Tensor,
+    options: tuple[float, float, int],
+    need_gradient: bool,
+) -> Tensor:
+    """Works through the logits [t, V] of a few tokens, in place. `values` [3, t] receives KL, cross-entropy and the
+    loss a token; the logits give way to their gradient times `factors` [t, 1], if it is needed, and the answer is
+    whether the first ranks agree [t].
+
+    With Z the normalizer of all logits and R that of the rest, q_k = exp(z_k - Z) and q_r = exp(R - Z):
+    dKL/dz_k = q_k - p_k, and a token j of the rest gets its share exp(z_j - R) of q_r - p_r.
+    """
+    kl_weight, ce_weight, _ = options
+    ids, log_p, log_p_tail = target.ids, target.log_probs, target.log_tail[:, None]
+    first = logits.argmax(-1) == ids[:, 0]
+    normalizer = torch.logsumexp(logits, -1, keepdim=True)
+    if labels is not None:
+        values[1] = (normalizer - logits.gather(1, labels))[:, 0]
+    log_q = logits.gather(1, ids) - normalizer
+    logits.scatter_(1, ids, -torch.inf)
+    rest = torch.logsumexp(logits, -1, keepdim=True)
+    log_q_tail = rest - normalizer
+    p, p_tail = log_p.exp(), log_p_tail.exp()
+    tail = torch.where(p_tail > 0, p_tail * (log_p_tail - log_q_tail), 0)
+    values[0] = torch.where(p > 0, p * (log_p - log_q), 0).sum(-1) + tail[:, 0]
+    values[2] = kl_weight * values[0] + ce_weight * values[1]
+    if need_gradient:
+        q, q_tail = log_q.exp(), log_q_tail.exp()
+        # Of no rest at all (k = V) every logit is -inf by now, and stays a zero.
+        logits.sub_(torch.where(rest > -torch.inf, rest, 0)).exp_()
+        logits *= (kl_weight * (q_tail - p_tail) + ce_weight * q_tail) * factors
+        logits.scatter_(1, ids, (kl_weight * (q - p) + ce_weight * q) * factors)
+        if labels is not None and ce_weight:
+            logits.scatter_add_(1, labels, -ce_weight * factors)
+    return first

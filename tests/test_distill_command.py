@@ -1,0 +1,188 @@
+"""`limbeck distill` with other teachers: cached, corrected, compared in their hidden states; and of a mixture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from limbeck.distill import teacher as module
+from limbeck.models.checkpoint import load_model, save_model
+from limbeck.scripts.stage import fingerprint_of
+from limbeck.scripts.teaching import kept_of, provenance
+from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
+
+HOW = ("distill.train.steps=4", "distill.seq_len=32", "distill.batch=2", "distill.train.evaluate_every=2")
+SMALL = (*HOW, "distill.train.warmup_steps=1", "distill.train.log_every=1", "distill.evaluate_tokens=256")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, its text, and two students: cut out of it, and another model."""
+    root = make_workshop(tmp_path_factory.mktemp("workshop"))
+    data = (f"data={root / 'text'}", "seq_len=32", "batch=2", "importance.tokens=256", "importance.depth_tokens=64")
+    scored = limbeck(
+        "score", f"model={root / 'model'}", *data, f"output={root / 'scores'}", "importance.remove_layers=1"
+    )
+    assert scored[0] == 0, scored
+    for name, more in (("pruned", ()), ("turned", ("repair.rotate=true", "repair.tokens=256", *data[:3]))):
+        cut = ("target.layers=5", "target.hidden_size=24", f"scores={root / 'scores'}", f"output={root / name}")
+        pruned = limbeck("prune", f"model={root / 'model'}", *cut, *more)
+        assert pruned[0] == 0, pruned
+    other = random_model(tiny_config(vocab_size=320, pad_token_id=0, pattern="M*M-", hidden_size=20), 5)
+    save_model(other.float(), root / "other", tokenizer_from=root / "words")
+    return root
+
+
+def distil(root: Path, output: Path, *arguments: str, student: str = "pruned") -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, records and what was said."""
+    places = (f"teacher={root / 'model'}", f"student={root / student}", f"data={root / 'text'}", f"output={output}")
+    code, out, err = limbeck("distill", *places, *SMALL, *arguments)
+    metrics = output / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    return code, records, out + err
+
+
+def cache(root: Path, output: Path, *arguments: str) -> tuple[int, str, str]:
+    places = (f"teacher={root / 'model'}", f"data={root / 'text'}", f"output={output}")
+    return limbeck("cache-teacher", *places, *SMALL, *arguments)
+
+
+def test_cached_teacher_trains_as_the_model_does(workshop: Path, tmp_path: Path) -> None:
+    """All 320 tokens in float32 are the teacher itself: equal losses and held-out figures; with 8 they are a bound."""
+    code, out, _ = cache(workshop, tmp_path / "cache", "cache.k=320", "cache.dtype=float32")
+    assert code == 0 and "bytes a token" in out
+    facts = json.loads((tmp_path / "cache" / "result.json").read_text())
+    assert facts["bytes_per_token"] == pytest.approx(320 * 6 + 4, rel=0.02) and facts["k"] == 320
+    assert provenance(tmp_path / "cache")["made_by"] == "limbeck cache-teacher"
+    online = distil(workshop, tmp_path / "online")
+    cached = distil(workshop, tmp_path / "cached", f"teacher_cache={tmp_path / 'cache'}")
+    assert online[0] == cached[0] == 0
+    for a, b in zip(online[1], cached[1], strict=True):
+        for name in ("loss", "validation_loss", "validation_bits_per_byte", "validation_kl", "validation_agreement"):
+            assert (name in a) == (name in b) and a.get(name, 0) == pytest.approx(b.get(name, 0), rel=1e-4), name
+    assert "validation_kl" in cached[1][-1]
+    assert cache(workshop, tmp_path / "few", "cache.k=8")[0] == 0
+    few = distil(workshop, tmp_path / "fewer", f"teacher_cache={tmp_path / 'few'}")
+    assert few[0] == 0 and few[1][0]["loss"] < online[1][0]["loss"] < 3 * few[1][0]["loss"]
+
+
+def test_cache_of_something_else_is_refused(workshop: Path, tmp_path: Path) -> None:
+    assert cache(workshop, tmp_path / "cache", "cache.k=4")[0] == 0
+    given = f"teacher_cache={tmp_path / 'cache'}"
+
+    def refused(says: str, *arguments: str, root: Path = workshop) -> None:
+        code, _, said = distil(root, tmp_path / "out", given, *arguments)
+        assert code == 2 and says in said.replace("\n", " "), said
+        assert not (tmp_path / "out").exists()
+
+    refused("lacks rows", "distill.train.steps=5")
+    refused("lacks rows", "seed=1")
+    refused("lacks rows", "distill.seq_len=16")
+    refused("temperature", "distill.loss.temperature=2")
+    refused("hidden", "distill.loss.hidden.weight=1")
+    refused("teacher_correction", "distill.teacher_correction={steps: 2}")
+    refused("no finished cache", f"teacher_cache={tmp_path / 'nothing'}")
+    moved = shutil.copytree(workshop, tmp_path / "moved")
+    (moved / "text" / "0.txt").write_text("something else")
+    refused("another data", root=moved)
+    shutil.copytree(workshop / "text", moved / "text", dirs_exist_ok=True)
+    other = random_model(tiny_config(vocab_size=320, pad_token_id=0), 9).float()
+    save_model(other, moved / "new", tokenizer_from=moved / "words")
+    shutil.rmtree(moved / "model")
+    shutil.move(moved / "new", moved / "model")
+    refused("another teacher", root=moved)
+    shutil.rmtree(moved)
+    shutil.copytree(workshop, moved)
+    words = json.loads((moved / "pruned" / "tokenizer.json").read_text())
+    (moved / "pruned" / "tokenizer.json").write_text(json.dumps(words))
+    refused("another tokenizer", root=moved)
+
+
+def test_killed_cache_goes_on(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ("cache.k=4", "cache.shard_bytes=2000")
+    assert cache(workshop, tmp_path / "calm", *whole)[0] == 0
+    answer, asked = module.answer, []
+
+    def killed(*arguments: Any) -> Any:
+        asked.append(len(arguments[2]))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return answer(*arguments)
+
+    monkeypatch.setattr(module, "answer", killed)
+    assert cache(workshop, tmp_path / "rough", *whole)[0] != 0 and not (tmp_path / "rough").exists()
+    (tmp_path / ".rough.partial" / "rows-00099.safetensors.partial").write_bytes(b"half")
+    monkeypatch.setattr(module, "answer", lambda *arguments: asked.append(len(arguments[2])) or answer(*arguments))
+    asked.clear()
+    assert cache(workshop, tmp_path / "rough", *whole)[0] == 0
+    assert not list((tmp_path / "rough").glob("*.partial"))
+    calm, rough = (json.loads((tmp_path / name / "cache.json").read_text()) for name in ("calm", "rough"))
+    assert calm["rows"] == rough["rows"] and 0 < sum(asked) < calm["rows"]
+    assert distil(workshop, tmp_path / "out", f"teacher_cache={tmp_path / 'rough'}")[0] == 0
+
+
+def test_what_a_student_kept_is_known_from_its_folder(workshop: Path) -> None:
+    total = fingerprint_of(workshop / "model")
+    selection = json.loads((workshop / "pruned" / "selection.json").read_text())
+    kept, turned = (kept_of(workshop / name, workshop / "model", lambda: total) for name in ("pruned", "turned"))
+    assert kept is not None and kept.channels == tuple(selection["kept"]["hidden"]) and len(kept.layers) == 5
+    assert turned is not None and turned.channels is None and turned.layers == kept.layers
+    assert kept_of(workshop / "pruned", workshop / "model", lambda: "another") is None
+    assert kept_of(workshop / "other", workshop / "model", lambda: total) is None
+
+
+@pytest.mark.parametrize("student", ("pruned", "turned", pytest.param("other", marks=pytest.mark.slow)))
+def test_hidden_states_alone_teach(student: str, workshop: Path, tmp_path: Path) -> None:
+    """On the kept channels where the student was cut out of this teacher, by a fitted map otherwise."""
+    alone = ("distill.loss.kl_weight=0", "distill.loss.hidden.weight=1", "distill.loss.hidden.fit_tokens=512")
+    kept = (*alone, "distill.loss.hidden.compare=kept")
+    if student != "pruned":
+        assert distil(workshop, tmp_path / "kept", *kept, student=student)[0] == 2
+    steps = ("distill.train.steps=12", "distill.train.evaluate_every=0")
+    how = kept if student == "pruned" else alone
+    code, records, said = distil(workshop, tmp_path / "out", *how, *steps, student=student)
+    assert code == 0, said
+    assert 0.01 < records[-1]["loss"] < 0.9 * records[0]["loss"] < 4
+    assert load_model(tmp_path / "out").config == load_model(workshop / student).config
+
+
+@pytest.mark.slow
+def test_corrected_teacher(workshop: Path, tmp_path: Path) -> None:
+    """It lies beside the output, has learned, teaches, and is not made twice; the student's descent is still known."""
+    correction = "distill.teacher_correction={tokens: 384, learning_rate: 0.01}"
+    code, _, said = distil(workshop, tmp_path / "out", correction, "distill.loss.hidden.weight=1",
+                                 "distill.loss.hidden.compare=kept")  # fmt: skip
+    assert code == 0, said
+    corrected = tmp_path / "out-corrected-teacher"
+    curve = [json.loads(line)["loss"] for line in (corrected / "metrics.jsonl").read_text().splitlines()]
+    assert curve[-1] < curve[0] - 0.2
+    assert (
+        provenance(tmp_path / "out")["inputs"]["teacher"]
+        == fingerprint_of(corrected)
+        != fingerprint_of(workshop / "model")
+    )
+    made = (corrected / "model.safetensors").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "out")
+    assert distil(workshop, tmp_path / "out", correction)[0] == 0
+    assert (corrected / "model.safetensors").stat().st_mtime_ns == made
+    wrong = distil(workshop, tmp_path / "wrong", "distill.teacher_correction={step: 6}")
+    assert wrong[0] == 2 and "steps" in wrong[2]
+
+
+def test_moving_weights_and_a_mixture(workshop: Path, tmp_path: Path) -> None:
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"sources:\n- {{path: {workshop / 'text'}, weight: 9}}\n- {{path: more.jsonl, weight: 1}}\n")
+    (tmp_path / "more.jsonl").write_text("".join(f'{{"text": "more of {i}"}}\n' for i in range(300)))
+    ramp = "distill.loss.ce_weight={start: 0, end: 1, steps: 3}"
+    places = (f"teacher={workshop / 'model'}", f"student={workshop / 'pruned'}", f"output={tmp_path / 'out'}")
+    code, out, err = limbeck("distill", *places, f"data={mix}", *SMALL, ramp)
+    assert code == 0, err
+    assert "The mixture" in out and "90.0%" in out and "epochs" in out
+    inputs = provenance(tmp_path / "out")["inputs"]
+    assert json.loads(inputs["data"])[0]["weight"] == 9
+    mix.write_text(mix.read_text().replace("weight: 1}", "weight: 1, epochs: 0.001}"))
+    code, _, err = limbeck("distill", *places[:2], f"output={tmp_path / 'two'}", f"data={mix}", *SMALL)
+    assert code == 2 and "would be read" in err

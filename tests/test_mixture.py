@@ -1,0 +1,318 @@
+"""Text on disk: tokenised once, known by its contents; the hub; mixtures in their shares, sought to the row."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from limbeck.distill import corpus_cache
+from limbeck.distill.corpus_cache import cached_corpus, content_digest, corpus_folder
+from limbeck.distill.data import Batch, Corpus, epoch_rows, tokenize, train_batches
+from limbeck.distill.documents import Document, Hub, folder_documents, read_documents, rows_of
+from limbeck.distill.mixture import BLOCK, Mixture, Source
+from limbeck.distill.mixture import train_batches as any_train_batches
+from limbeck.models.errors import InputError
+from limbeck.models.tokenizer import Tokenizer, train_tokenizer
+from limbeck.scripts import inputs
+from limbeck.scripts.compose import build
+from limbeck.tests.helpers import make_workshop
+from safetensors import safe_open
+
+TEXTS = [f"# {i}\nvalue = {'x' * (i % 17)} + {i}\n" for i in range(90)]
+FIELDS = [field.name for field in dataclasses.fields(Batch)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_tokenizer(TEXTS, 300, tmp_path_factory.mktemp("words"))
+
+
+@pytest.fixture
+def workshop(tmp_path: Path) -> Path:
+    return make_workshop(tmp_path)
+
+
+def documents(start: int = 0, stop: int = 90) -> list[Document]:
+    return [Document(f"text {i}", TEXTS[i]) for i in range(start, stop)]
+
+
+@pytest.fixture(scope="module")
+def mixture(tokenizer: Tokenizer) -> Mixture:
+    parts = ((0, 60, 0.7), (60, 80, 0.2), (80, 90, 0.1))
+    corpora = [tokenize(documents(start, stop), tokenizer) for start, stop, _ in parts]
+    return Mixture.of([Source(str(i), weight) for i, (_, _, weight) in enumerate(parts)], corpora)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in FIELDS)
+
+
+def test_corpus_on_disk_is_the_one_in_memory(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, facts = tokenize(documents(), tokenizer), {"content": "of this test"}
+    calls = []
+
+    def source() -> Iterator[Document]:
+        calls.append(1)
+        yield from documents()
+
+    monkeypatch.setattr("limbeck.distill.data.AT_ONCE", 7)
+    first, second = (cached_corpus(facts, source, tokenizer) for _ in range(2))
+    assert len(calls) == 1
+    for found in (first, second):
+        assert isinstance(found.ids, np.memmap) and np.array_equal(found.ids, made.ids)
+        assert np.array_equal(found.starts, made.starts) and list(found.names) == list(made.names)
+        assert found.names[-1] == "text 89" and found.names[3:5] == ["text 3", "text 4"] and len(found) == 90
+        options: dict[str, Any] = {"batch_size": 4, "seq_len": 32, "seed": 3}
+        assert same(next(train_batches(found, **options)), next(train_batches(made, **options)))
+    with safe_open(corpus_folder(facts) / "ids.safetensors", "pt") as file:  # as any reader sees it
+        assert torch.equal(file.get_tensor("ids"), torch.from_numpy(made.ids))
+    with pytest.raises(IndexError):
+        first.names[90]
+
+
+def test_cache_appears_whole_or_not_at_all(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path))
+
+    def broken() -> Iterator[Document]:
+        yield from documents(0, 5)
+        raise InputError("data: no more")
+
+    def raced() -> Iterator[Document]:
+        yield from documents(0, 5)
+        cached_corpus({"content": 1}, lambda: iter(documents(0, 5)), tokenizer)  # another one is faster
+
+    with pytest.raises(InputError, match="no more"):
+        cached_corpus({"content": 1}, broken, tokenizer)
+    assert list((tmp_path / "tokens").iterdir()) == []
+    assert len(cached_corpus({"content": 1}, raced, tokenizer)) == 5
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    left = tmp_path / "tokens" / ".making-old"
+    left.mkdir()
+    monkeypatch.setattr(corpus_cache, "STALE", -10)
+    cached_corpus({"content": 2}, lambda: iter(documents(0, 5)), tokenizer)
+    assert not left.exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="LIMBECK_CACHE"):
+        cached_corpus({"content": 3}, lambda: iter(documents(0, 5)), tokenizer)
+
+
+def test_content_and_nothing_else_names_a_text(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("one")
+    digests = [content_digest(tmp_path / folder, ["x.txt"]) for folder in ("a", "b", "a")]
+    assert len(set(digests)) == 1
+    (tmp_path / "a" / "x.txt").write_text("two!")
+    assert content_digest(tmp_path / "a", ["x.txt"]) != digests[0]
+    with pytest.raises(InputError, match="cannot be read"):
+        content_digest(tmp_path / "a", ["y.txt"])
+
+
+def test_tokens_of_data_are_made_once(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(workshop / "cache"))
+    inputs.tokenized.cache_clear(), inputs.content.cache_clear()
+    first = inputs.corpus(str(workshop / "text"), "train", workshop / "model")
+    inputs.tokenized.cache_clear(), inputs.content.cache_clear()
+    monkeypatch.setattr(inputs, "read_documents", None)  # not to be asked again
+    second = inputs.corpus(str(workshop / "text"), "train", workshop / "model")
+    assert isinstance(first, Corpus) and isinstance(second, Corpus) and np.array_equal(first.ids, second.ids)
+
+
+def test_records_are_read_line_by_line(tmp_path: Path) -> None:
+    """A line separator of Unicode within a text is no end of a line; columns are joined; bytes are counted."""
+    records = [{"q": f"one\u2028{i}", "a": "two\r"} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in records), "utf-8")
+    told: list[tuple[int, int]] = []
+    found = list(read_documents(str(tmp_path), ("q", "a"), lambda done, total: told.append((done, total))))
+    assert [document.text for document in found] == [f"one\u2028{i}\ntwo\r" for i in range(3)]
+    assert [document.name for document in found] == [f"a.jsonl:{i}" for i in range(3)]
+    size = (tmp_path / "a.jsonl").stat().st_size
+    assert told[-1] == (size, size) and told == sorted(told)
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800b"}')
+    assert [document.text for document in folder_documents(tmp_path / "half.jsonl")] == ["a?b"]
+    (tmp_path / "b.parquet").write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="no Parquet"):
+        folder_documents(tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="no 'text'"):
+        folder_documents(tmp_path / "a.jsonl")
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"n": [1]}).to_parquet(str(tmp_path / "b.parquet"))
+    with pytest.raises(InputError, match="no column 'text'; it has n"):
+        folder_documents(tmp_path / "b.parquet")
+
+
+COMMIT = "0123456789" * 4
+
+
+@pytest.mark.parametrize("streaming", (False, True))
+def test_hub(streaming: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own loader, on a data set in a folder in the place of the hub's."""
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "owner" / "name" / "train.jsonl").write_text("".join(f'{{"body": "{i}"}}\n' for i in range(9)))
+    asked = []
+    load = datasets.load_dataset
+
+    def local(name: str, config: str | None, **options: Any) -> Any:
+        asked.append((name, config, options.pop("revision")))
+        return load(str(tmp_path / name), cache_dir=str(tmp_path / "cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    path = f"hf:owner/name@{COMMIT}"
+    told: list[tuple[int, int]] = []
+    found = list(read_documents(path, ("body",), lambda *done: told.append(done), streaming=streaming, limit=5))
+    assert [document.text for document in found] == list("01234")
+    assert found[3].name == "owner/name::train:3" and told[-1] == (5, 5) and asked == [("owner/name", None, COMMIT)]
+    with pytest.raises(InputError, match="'text'"):
+        list(read_documents(path, streaming=streaming, limit=5))
+    with pytest.raises(InputError, match="cannot be loaded"):
+        list(read_documents(f"hf:owner/other@{COMMIT}", ("body",), limit=5))
+
+
+def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    assert Hub.parse("hf:a/b") == Hub("a/b") and Hub.parse("hf:a/b:c") == Hub("a/b", None, "c")
+    assert Hub.parse("hf:a/b@v1:c:test") == Hub("a/b", "v1", "c", "test")
+    assert Hub.parse("hf:a/b::test") == Hub("a/b", None, None, "test")
+    for name in ("hf:a/b@v1:c:test", "hf:a/b", "hf:a/b::test"):
+        assert Hub.parse(Hub.parse(name).text) == Hub.parse(name)
+    for wrong in ("hf:a", "hf:a/b:c:d:e", "hf:a/b/c", "hf:"):
+        with pytest.raises(InputError, match="OWNER/NAME"):
+            Hub.parse(wrong)
+    assert Hub.parse(f"hf:a/b@{COMMIT}").resolved().revision == COMMIT
+    with pytest.raises(InputError, match="does not tell its commit"):
+        Hub.parse("hf:a/b").resolved()  # the tests have no network
+
+    class Info:
+        sha = COMMIT
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: Info())
+    assert Hub.parse("hf:a/b:c").resolved().text == f"hf:a/b@{COMMIT}:c:train"
+
+
+def test_mixture_keeps_its_shares_everywhere(mixture: Mixture) -> None:
+    assert mixture.shares() == [700, 200, 100]
+    order = np.concatenate([mixture.block(number, 5) for number in range(3)])
+    for source, share in enumerate((0.7, 0.2, 0.1)):
+        counts = np.cumsum(order == source)
+        assert np.abs(counts - share * np.arange(1, len(order) + 1)).max() <= 2
+    assert not np.array_equal(mixture.block(0, 5), mixture.block(1, 5))
+    assert not np.array_equal(mixture.block(0, 5), mixture.block(0, 6))
+
+
+@pytest.mark.parametrize("start", (0, 1, 7, 249, 250, 333))
+def test_any_row_of_a_mixture_can_be_sought(mixture: Mixture, start: int) -> None:
+    """Also over the end of a block of 1,000 rows and over many epochs; and whatever the batch."""
+    how: dict[str, Any] = {"seq_len": 20, "seed": 5}
+    whole = itertools.islice(any_train_batches(mixture, batch_size=4, **how), start, start + 6)
+    sought = any_train_batches(mixture, batch_size=4, start=start, **how)
+    singles = any_train_batches(mixture, batch_size=1, start=4 * start, **how)
+    for expected, found in zip(whole, sought, strict=False):
+        assert same(expected, found)
+        for row in range(4):
+            assert same(expected.rows(row, row + 1), next(singles))
+
+
+def test_an_epoch_of_a_source_has_each_of_its_rows_once(mixture: Mixture) -> None:
+    how: dict[str, Any] = {"batch_size": 1, "seq_len": 20, "seed": 5}
+    rows = (mixture.corpora[2].tokens - 1) // 20
+    seen: list[tuple[int, ...]] = []
+    for batch in itertools.islice(mixture.train_batches(**how), BLOCK):
+        if batch.doc_id.max() >= 80:
+            assert batch.doc_id.min() >= 80, "no row has two sources"
+            seen.append(tuple(batch.input_ids[0].tolist()))
+    for epoch in range(2):
+        packing, _ = epoch_rows(mixture.corpora[2], 20, 5 + (2 << 32), epoch, True)
+        expected = [tuple(packing.batch([row]).input_ids[0].tolist()) for row in range(rows)]
+        assert sorted(seen[epoch * rows : (epoch + 1) * rows]) == sorted(expected)
+
+
+def test_without_repacking_epochs_have_the_same_rows(mixture: Mixture, tokenizer: Tokenizer) -> None:
+    corpus = mixture.corpora[0]
+    per_epoch = (corpus.tokens - 1) // 20
+    how: dict[str, Any] = {"batch_size": 1, "seq_len": 20, "seed": 5}
+    epochs = {}
+    for repack in (True, False):
+        batches = itertools.islice(train_batches(corpus, repack=repack, **how), 2 * per_epoch)
+        rows = [tuple(batch.input_ids[0].tolist()) for batch in batches]
+        epochs[repack] = rows[:per_epoch], rows[per_epoch:]
+    assert epochs[False][0] == epochs[True][0] and epochs[False][0] != epochs[False][1]
+    assert sorted(epochs[False][0]) == sorted(epochs[False][1]) != sorted(epochs[True][1])
+
+
+def test_epochs_of_sources_are_stated_and_kept(mixture: Mixture) -> None:
+    rows = [(corpus.tokens - 1) // 20 for corpus in mixture.corpora]
+    found = mixture.check_epochs([(2000, 20), (500, 20)])
+    assert found == pytest.approx([2500 * share / count for share, count in zip((0.7, 0.2, 0.1), rows, strict=True)])
+    few = dataclasses.replace(mixture.sources[2], epochs=found[2] - 0.01)
+    with pytest.raises(InputError, match="source 2 would be read"):
+        dataclasses.replace(mixture, sources=(*mixture.sources[:2], few)).check_epochs([(2500, 20)])
+    with pytest.raises(InputError, match="do not fill one row"):
+        next(any_train_batches(mixture, batch_size=1, seq_len=10**6, seed=0))
+    light = dataclasses.replace(mixture.sources[2], weight=1e-5)
+    with pytest.raises(InputError, match="less than one row"):
+        dataclasses.replace(mixture, sources=(*mixture.sources[:2], light)).shares()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        {"weight": 0},
+        {"weight": -1},
+        {"epochs": -1},
+        {"columns": []},
+        {"limit": 5},
+        {"path": "hf:a/b", "streaming": True},
+    ),
+)
+def test_wrong_sources(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="source"):
+        build(Source, {"path": "x"} | wrong)
+
+
+def test_mixture_of_a_file(workshop: Path) -> None:
+    """data=MIX.yaml: paths from its own folder on, documents numbered through, and a change of a source is seen."""
+    (workshop / "more").mkdir()
+    for number in range(40):
+        (workshop / "more" / f"{number}.md").write_text(f"more {number}\n" * 40)
+    mix = workshop / "mix.yaml"
+    mix.write_text("sources:\n- {path: text, weight: 7}\n- {path: more, weight: 3, epochs: 2}\n")
+    text = inputs.corpus(str(mix), "train", workshop / "model")
+    assert isinstance(text, Mixture) and text.shares() == [700, 300] and text.corpora[1].first_document > 0
+    held = inputs.sample(str(mix), "validation", workshop / "model", tokens=1000, seq_len=20, batch=4, seed=0)
+    owners = torch.cat([batch.doc_id.flatten() for batch in held])
+    validation = inputs.corpus(str(mix), "validation", workshop / "model")
+    assert isinstance(validation, Mixture)
+    first = validation.corpora[1].first_document
+    assert 0.2 < float((owners >= first).sum() / (owners >= 0).sum()) < 0.4
+    before = inputs.data_input(str(mix))
+    (workshop / "more" / "0.md").write_text("changed")
+    inputs.content.cache_clear()
+    assert isinstance(before, str) and inputs.data_input(str(mix)) != before
+    assert inputs.data_input("stdlib") == "stdlib" and inputs.data_input(str(workshop)) == workshop
+    for body, says in (("sources: []", "no sources"), ("a: [", "no YAML"), ("[1]", "no mapping"), ("odd: 1", "odd")):
+        mix.write_text(body)
+        with pytest.raises(InputError, match=says):
+            inputs.data_input(str(mix))
+
+
+def test_what_breaks_on_the_way_is_said() -> None:
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"text": "a"}
+        raise ConnectionError("gone\nfar")
+
+    rows = rows_of(broken(), "hf:a/b")
+    assert next(rows) == {"text": "a"}
+    with pytest.raises(InputError, match=r"hf:a/b cannot be read at row 1: gone$"):
+        next(rows)
