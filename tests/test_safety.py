@@ -176,13 +176,14 @@ def test_activation_checkpointing_changes_nothing(changes: dict[str, Any], tmp_p
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's, of itself
 def test_compiled_layers_train_alike(tmp_path: Path) -> None:
-    """torch.compile, with and without activation checkpointing, against plain layers."""
+    """torch.compile, with and without activation checkpointing, against plain layers. (Of attention and MLP: on a CPU
+    the scan's chunks are unrolled, and inductor takes many minutes over them.)"""
     found = {}
-    for name, changes in (("plain", {}), ("compiled", {"compile": True}), ("both", {"activation_checkpointing": True})):
-        how = options(steps=4, **changes, **({"compile": True} if name == "both" else {}))
-        model = model_of(1, pattern="M-*-")
+    for name, compiled, again in (("plain", False, False), ("compiled", True, False), ("both", True, True)):
+        how = options(steps=3, compile=compiled, activation_checkpointing=again)
+        model = model_of(1, pattern="*-")
         train(model, teach(), batches_from, how, tmp_path / name)
-        assert ("mix" in vars(model.layers[0])) == (name != "plain")
+        assert ("mix" in vars(model.layers[0])) == compiled
         found[name] = [record["loss"] for record in records(tmp_path / name)]
     assert found["compiled"] == pytest.approx(found["plain"], rel=1e-5)
     assert found["both"] == pytest.approx(found["plain"], rel=1e-5)
