@@ -72,7 +72,7 @@ class TrainReport:
 def train_memory(student: HybridConfig, teacher: HybridConfig | None, training: Training) -> TrainReport:
     """Bytes of one process at the moments of a step. Raises InputError where an online teacher's config is missing."""
     if training.teacher == "online" and teacher is None:
-        raise InputError("train: an online teacher needs a config; give teacher=, or train.teacher=cached")
+        raise InputError("train: an online teacher needs a config; give teacher=, or training.teacher=cached")
     teacher = teacher if training.teacher == "online" else None
     always, moments = standing(student, teacher, training), {}
     for name, lines in moments_of(student, teacher, training):
