@@ -176,9 +176,8 @@ def decode_rows(rounds: int) -> list[dict[str, Any]]:
             rate = {side: batch / middle[side] for side in SIDES}
             ratio = rate["limbeck"] / rate["transformers"]
             label = f"{name}, batch {batch}"
-            print(
-                f"{label:24} {rate['limbeck']:14.0f} {rate['transformers']:10.0f} {ratio:6.2f} {reached:6.1f} {share:13.0%}"
-            )
+            speeds = f"{rate['limbeck']:14.0f} {rate['transformers']:10.0f} {ratio:6.2f}"
+            print(f"{label:24} {speeds} {reached:6.1f} {share:13.0%}")
             row = {"work": f"decode {label}", "tokens_per_second": rate, "ratio": ratio}
             rows.append(row | {"gb_per_second": reached, "of_bandwidth": share})
     return rows
