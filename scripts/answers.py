@@ -54,7 +54,7 @@ def answer(row: dict[str, Any], completion: Completion, logprobs: bool) -> dict[
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The lines of a text file, empty ones left out, or the objects of a .jsonl file. Raises InputError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may be part of a text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts={path} cannot be read: {getattr(error, 'strerror', None) or 'no UTF-8'}") from None
     rows: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         if path.suffix != ".jsonl":
-            rows.append({"prompt": line})
+            rows.append({"prompt": line.rstrip("\r")})
             continue
         try:
             row = json.loads(line)

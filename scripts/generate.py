@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..models.config import HybridConfig
 from ..models.engine import Engine, Request
 from ..models.errors import InputError
 from ..models.sampling import Sampling
+from ..models.streaming import BROKEN
 from ..models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .answers import answer_file
 from .inputs import model_folder, torch_device, torch_dtype
@@ -173,9 +175,8 @@ def printable(text: str) -> str:
     """A text whose control characters cannot steer the terminal; a pipe gets it as it is."""
     if not console.is_terminal:
         return text
-    return "".join(
-        letter if letter in "\n\t" or letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
+    steers = (letter not in "\n\t" and unicodedata.category(letter) == "Cc" for letter in text)
+    return "".join(BROKEN if control else letter for letter, control in zip(text, steers, strict=True))
 
 
 def talk(writer: Writer, options: Options, read: Callable[[str], str] = input) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.kernels.causal_conv1d import causal_conv1d_step
-from limbeck.kernels.linear import linear
+from limbeck.kernels.linear import laid_out, linear, packed
 from limbeck.kernels.mamba_step import PreparedStep
 from limbeck.kernels.norm import gated_rms_norm
 from limbeck.kernels.state_update import state_update
@@ -92,6 +92,24 @@ def test_steps_in_float32(seed: int, pack: bool) -> None:
     lay_out(single)
     _, found = mixed_batch(single, seed, 20, 6, pack=pack)
     assert_close("logits", exact, found.double(), 1e-4)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+@torch.no_grad()
+def test_products_whatever_the_layout(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in ((64, 32), (32, 64), (33, 16), (16, 33)):
+            weight = torch.randn(shape)
+            for lead in ((1,), (2,), (5,), (1, 1), (2, 3)):
+                x = torch.randn(*lead, shape[1])
+                expected = x.double() @ weight.double().T
+                for stored in (weight, laid_out(weight), packed(weight, 3)):
+                    assert_close(f"{shape} {lead}", expected, linear(x, stored).double(), 1e-6)
+        assert laid_out(torch.empty(64, 32)).stride() == (1, 64) and laid_out(torch.empty(32, 64)).stride() == (64, 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch,bias,limit", ((1, True, (0.0, math.inf)), (3, False, (0.01, 0.5))))

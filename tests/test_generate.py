@@ -22,8 +22,9 @@ from limbeck.models.errors import InputError
 from limbeck.models.sampling import Sampling
 from limbeck.models.streaming import TextStream
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
-from limbeck.scripts import answers
+from limbeck.scripts import answers, generate
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
+from rich.console import Console
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
@@ -321,6 +322,13 @@ def test_an_interrupted_file_goes_on(aligned: Path, tmp_path: Path, monkeypatch:
     assert limbeck(*base, f"output={tmp_path / 'a.jsonl'}")[0] == 0
     assert counted == [3, 4, 5]
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_control_characters_do_not_steer_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\x1b[2Jb\r\x9b\tc\n\u200d\xa0é"
+    assert generate.printable(text) == text
+    monkeypatch.setattr(generate, "console", Console(force_terminal=True))
+    assert generate.printable(text) == "a\ufffd[2Jb\ufffd\ufffd\tc\n\u200d\xa0é"
 
 
 class Terminal:
