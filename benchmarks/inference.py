@@ -79,10 +79,9 @@ class Plan:
 
 
 def full_plan() -> Plan:
-    names = ("nemotron-nano-9b-v2", "qwen3-8b", "nemotron-nano-12b-v2")
+    hybrid, dense, large = (PUBLISHED[name] for name in ("nemotron-nano-9b-v2", "qwen3-8b", "nemotron-nano-12b-v2"))
     lengths = ((1024, 8192), (8192, 1024), (8192, 16384), (16384, 1024))
-    models = [PUBLISHED[name] for name in names]
-    return Plan(*models, torch.device("cuda"), torch.bfloat16, 131072, 64, 512, lengths, USABLE)
+    return Plan(hybrid, dense, large, torch.device("cuda"), torch.bfloat16, 131072, 64, 512, lengths, USABLE)
 
 
 def tiny_plan() -> Plan:
@@ -192,7 +191,7 @@ def capped_memory(plan: Plan) -> dict[str, Any]:
 def throughput(plan: Plan) -> list[dict[str, Any]]:
     """Tokens a second of both models by lengths of input and output, each at its largest batch within the cap: the
     prefill is timed, and decoding steps at the output's begin, middle and end, weighted as Simpson's rule does."""
-    rows = [{"input": first, "output": last} for first, last in plan.lengths]
+    rows: list[dict[str, Any]] = [{"input": first, "output": last} for first, last in plan.lengths]
     for name, config in (("hybrid", plan.hybrid), ("dense", plan.dense)):
         model = random_model(config, plan.dtype, plan.device)
         for row in rows:
