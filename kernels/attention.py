@@ -2,13 +2,15 @@
 
 On a GPU one token takes flash-decoding (arXiv 2311.01282): the cache is split among programs, and their shares are
 added up in a fixed order. A prompt takes torch's SDPA, with packed documents FlexAttention, which skips the blocks of
-other documents and needs no [T, L] mask. A CPU takes SDPA always.
+other documents and needs no [T, L] mask. A CPU takes SDPA always; one token's query heads stand there as that many
+tokens of their key-value head, so that keys and values are not repeated for them.
 Shapes: [B] batch, [T] query tokens, [L] tokens to look at, [H] query heads, [K] key-value heads, [D] head_dim.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +38,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
     tokens, past = q.shape[2], k.shape[2] - q.shape[2]
     if mask is None and tokens == 1 and takes_triton(q) and not (torch.is_grad_enabled() and q.requires_grad):
         return decode_attention(q.squeeze(2), k, v).unsqueeze(2)
+    if mask is None and tokens == 1 and not torch.is_grad_enabled():
+        return grouped(q.squeeze(2), k, v).unsqueeze(2)
     if mask is not None and not isinstance(mask, Tensor):
         return flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
     if mask is None and past and tokens > 1:
@@ -65,10 +69,25 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = N
     if takes_triton(q):
         return decode_attention_op(q, k, v, lengths)
     if lengths is None:
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
-    mask = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
-    y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
-    return y.masked_fill((lengths == 0)[:, None, None], 0)
+        return grouped(q, k, v)
+    # Neighbours of equal length go together, and nothing beyond a length is read: what lies there may be NaN.
+    y = torch.zeros_like(q)
+    start = 0
+    for length, run in itertools.groupby(lengths.tolist()):
+        count = len(list(run))
+        if length:
+            k_run, v_run = (tensor[start : start + count, :, :length] for tensor in (k, v))
+            if count == batch:
+                return grouped(q, k_run, v_run)
+            y[start : start + count] = grouped(q[start : start + count], k_run, v_run)
+        start += count
+    return y
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, H, D] of q [B, H, D] over all of k and v [B, K, L, D]."""
+    q_grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    return F.scaled_dot_product_attention(q_grouped, k, v).reshape(q.shape)
 
 
 @torch.library.custom_op("limbeck::decode_attention", mutates_args=())

@@ -77,6 +77,11 @@ class Options:
     witness: str
     steps: int
     output: Path | None
+    mode: str = "inference"
+
+    def __post_init__(self) -> None:
+        if self.mode != "inference":  # train is a command of its own (scripts/main.py)
+            raise InputError(f"mode is {self.mode!r}; known: inference, train")
 
 
 def run(options: Options) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from limbeck.benchmarks import witness
 from limbeck.kernels.activation import relu2, swiglu
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from limbeck.kernels.linear import linear
@@ -402,3 +403,12 @@ def test_linear_is_torchs(rows: int, shape: tuple[int, int]) -> None:
         leaf = weight.clone().requires_grad_()
         linear(x, leaf).sum().backward()
         assert leaf.grad is not None and leaf.grad.shape == weight.shape
+
+
+def test_transformers_says_the_same() -> None:
+    """The second witness of benchmarks/witness.py, on the torch path."""
+    lines = list(witness.compared(2, ("transformers", "torch")))
+    assert {line["operator"] for line in lines} == {"ssd_scan", "state_update", "gated_rms_norm", "causal_conv1d"}
+    for line in lines:
+        for value, gradient in line["differences"]:
+            assert 0 < value < 1e-5 and gradient < 1e-4, line
