@@ -28,11 +28,12 @@ from typing import Any
 import torch
 from limbeck.benchmarks.provenance import provenance
 from limbeck.benchmarks.published import PUBLISHED
-from limbeck.models.cache import Cache, KeyValues
+from limbeck.models.cache import Cache
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost import GIB, memory, verdict
+from limbeck.models.decode import Decoder
 from limbeck.models.errors import CheckFailed
-from limbeck.models.generate import decode_one_token, prefill
+from limbeck.models.generate import prefill
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.peak import check_room, measure, random_model
 from limbeck.models.transient import Place
@@ -48,7 +49,7 @@ USABLE = 22.06 * GIB  # of an A10G, arXiv 2508.14444
 SHARE = 0.95  # of it, for us
 MOST_OFF, RIGHT = 0.02, {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 # arXiv 2508.14444: Nemotron-Nano-9B-v2 over Qwen3-8B on an A10G.
-TOKENS, SEQUENCES = 40, 2  # of the check
+TOKENS, SEQUENCES = 24, 2  # of the check
 PUBLISHED_RATIO = {(1024, 8192): 3.3, (8192, 16384): 6.3}
 
 
@@ -79,10 +80,9 @@ class Plan:
 
 
 def full_plan() -> Plan:
-    names = ("nemotron-nano-9b-v2", "qwen3-8b", "nemotron-nano-12b-v2")
+    hybrid, dense, large = (PUBLISHED[name] for name in ("nemotron-nano-9b-v2", "qwen3-8b", "nemotron-nano-12b-v2"))
     lengths = ((1024, 8192), (8192, 1024), (8192, 16384), (16384, 1024))
-    models = [PUBLISHED[name] for name in names]
-    return Plan(*models, torch.device("cuda"), torch.bfloat16, 131072, 64, 512, lengths, USABLE)
+    return Plan(hybrid, dense, large, torch.device("cuda"), torch.bfloat16, 131072, 64, 512, lengths, USABLE)
 
 
 def tiny_plan() -> Plan:
@@ -100,10 +100,11 @@ def check(plan: Plan) -> dict[str, Any]:
         model = random_model(SMALL, dtype, plan.device)
         ids = torch.arange(SEQUENCES * TOKENS, device=plan.device).view(SEQUENCES, -1) * 7919 % SMALL.vocab_size
         whole = model(ids).double()
-        for split in (1, 33, TOKENS - 1):
+        for split in (1, 17, TOKENS - 1):
             cache = Cache(SMALL, SEQUENCES, TOKENS, dtype=dtype, device=plan.device)
             parts = [prefill(model, ids[:, :split], cache, 16)]
-            parts += [decode_one_token(model, ids[:, place], cache) for place in range(split, TOKENS)]
+            decoder = Decoder(model, cache)
+            parts += [decoder.step(ids[:, place]).clone() for place in range(split, TOKENS)]
             wanted = whole[:, split - 1 :]
             error = (torch.stack(parts, 1).double() - wanted).norm() / wanted.norm()
             found[f"{str(dtype)[6:]}, prompt of {split}"] = {
@@ -150,24 +151,19 @@ def timed(work: Callable[[], object], device: torch.device, rounds: int = 10) ->
 
 @torch.inference_mode()
 def step_seconds(model: HybridLM, plan: Plan, batch: int, length: int) -> dict[str, float]:
-    """Seconds of a decoding step with `length` tokens in the cache, called from Python and, on a GPU, replayed as a
-    CUDA graph. The step is the same one each time, over a cache of zeros: times do not depend on what is in it."""
-    cache = Cache(model.config, batch, length + 1, dtype=plan.dtype, device=plan.device)
+    """Seconds of the decoder's step with `length` tokens in the cache, called from Python and, on a GPU, replayed as a
+    CUDA graph. It is the same step each time, over a cache of zeros: times do not depend on what is in it."""
     token = torch.zeros(batch, dtype=torch.int64, device=plan.device)
+    cache = Cache(model.config, batch, length + 1, dtype=plan.dtype, device=plan.device)
+    found = {}
+    for way in ("eager", "graph") if plan.device.type == "cuda" else ("eager",):
+        decoder = Decoder(model, cache, graphs=way == "graph")
 
-    def step() -> Tensor:
-        cache.length = length
-        for layer in cache.layers:
-            if isinstance(layer, KeyValues):
-                layer.length = length
-        return decode_one_token(model, token, cache)
+        def step(decoder: Decoder = decoder) -> Tensor:
+            cache.length = length
+            return decoder.step(token)
 
-    found = {"eager": timed(step, plan.device)}
-    if plan.device.type == "cuda":  # an engine with a graph of its own is to be timed here instead
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        found["graph"] = timed(graph.replay, plan.device)
+        found[way] = timed(step, plan.device)
     return found
 
 
@@ -192,7 +188,7 @@ def capped_memory(plan: Plan) -> dict[str, Any]:
 def throughput(plan: Plan) -> list[dict[str, Any]]:
     """Tokens a second of both models by lengths of input and output, each at its largest batch within the cap: the
     prefill is timed, and decoding steps at the output's begin, middle and end, weighted as Simpson's rule does."""
-    rows = [{"input": first, "output": last} for first, last in plan.lengths]
+    rows: list[dict[str, Any]] = [{"input": first, "output": last} for first, last in plan.lengths]
     for name, config in (("hybrid", plan.hybrid), ("dense", plan.dense)):
         model = random_model(config, plan.dtype, plan.device)
         for row in rows:

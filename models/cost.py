@@ -17,7 +17,7 @@ import torch
 from .axes import tensor_table
 from .config import HybridConfig
 from .errors import InputError
-from .transient import Place, blas_workspace, check_load, transient
+from .transient import Place, check_load, libraries, transient
 from .vllm import VllmReport, allocate
 
 GIB = 2**30
@@ -157,7 +157,7 @@ def at(config: HybridConfig, report: MemoryReport, context: int, batch: int) -> 
     if load is not None:
         passing = transient(config, context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place)
         changes |= {"prompt": 8 * max(context - 1, 1) * batch, "activations": passing.prefill}
-        changes |= {"decode": passing.decode, "logits": passing.logits, "workspace": blas_workspace(load.place)}
+        changes |= {"decode": passing.decode, "logits": passing.logits, "workspace": libraries(load.place, context)}
     return dataclasses.replace(report, context=context, batch=batch, **changes)
 
 

@@ -107,32 +107,35 @@ class Step:
         else:
             self.inputs.copy_(torch.tensor((tokens, lengths)))
 
-    def run(self) -> Tensor:
-        """Logits [B, V] of the tokens that are loaded."""
+    def run(self, *, moves: bool = True) -> Tensor:
+        """Logits [B, V] of the tokens that are loaded; unless it `moves` the SSM and convolution states are afterwards
+        what they were, at the price of a copy of one layer's."""
         config = self.config
         hidden = F.embedding(self.tokens, self.model.embeddings.weight)
         places = None
         if "*" in config.pattern:
             places = Places.of(self.lengths, config, self.max_length, hidden.dtype)
-        for norm, mix, attends in self.layers:
+        for (norm, mix, attends), state in zip(self.layers, self.states, strict=True):
             u = self.norm(hidden, norm)
-            hidden = hidden + (mix(u, places) if attends else mix(u))
+            with contextlib.nullcontext() if moves else unmoved(state):
+                out = mix(u, places) if attends else mix(u)
+            hidden = hidden + out
+            del out  # or it would be there beside the next layer's tensors
         return linear(self.norm(hidden, self.model.norm_f.weight), self.head)
 
 
 class GraphedStep:
-    """A loaded step as a CUDA graph: one launch replays all its kernels. The states that the runs before the capture
-    move are put back; the keys and values that they write are those that the first replay writes again."""
+    """A loaded step as a CUDA graph: one launch replays all its kernels. The runs before the capture move no states;
+    the keys and values that they write are those that the first replay writes again."""
 
     def __init__(self, step: Step, pool: Any) -> None:
         self.step, self.graph = step, torch.cuda.CUDAGraph()
-        with unmoved(step.states):
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(WARM_UP):
-                    step.run()
-            torch.cuda.current_stream().wait_stream(beside)
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP):
+                step.run(moves=False)
+        torch.cuda.current_stream().wait_stream(beside)
         with torch.cuda.graph(self.graph, pool=pool):
             self.logits = step.run()
 
@@ -143,9 +146,9 @@ class GraphedStep:
 
 
 @contextlib.contextmanager
-def unmoved(states: Sequence[KeyValues | MambaState | None]) -> Iterator[None]:
-    """The SSM and convolution states are afterwards what they were."""
-    tensors = [tensor for state in states if isinstance(state, MambaState) for tensor in (state.ssm, state.conv)]
+def unmoved(state: KeyValues | MambaState | None) -> Iterator[None]:
+    """A layer's SSM and convolution state is afterwards what it was."""
+    tensors = (state.ssm, state.conv) if isinstance(state, MambaState) else ()
     kept = [tensor.clone() for tensor in tensors]
     yield
     for tensor, before in zip(tensors, kept, strict=True):

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .cache import Cache
 from .config import HybridConfig
+from .decode import Decoder
 from .errors import CheckFailed, InputError
 from .generate import decode_one_token, prefill
 from .hybrid import HybridLM, initialize
@@ -104,9 +105,11 @@ def run(
     ids.remainder_(model.config.vocab_size)
     with timed(head, seconds):
         logits = prefill(model, ids, cache, chunk)
-    with timed(head, seconds):
+    with timed(head, seconds):  # on a GPU with the capture of its graph
+        decoder = Decoder(model, cache) if head.is_cuda else None
         for _ in range(steps):
-            logits = decode_one_token(model, logits.argmax(-1), cache)
+            token = logits.argmax(-1)
+            logits = decoder.step(token) if decoder else decode_one_token(model, token, cache)
 
 
 @contextlib.contextmanager

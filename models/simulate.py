@@ -1,7 +1,7 @@
 """The inference path on tensors without memory: what is live, operator by operator, and where the peak is.
 
 A model, its cache and its prompt are fake tensors (`torch._subclasses.fake_tensor`) on a CUDA device or a CPU, neither
-of which need be there; the path is that of `generate`, from `prefill` to `decode_one_token`. A tracker counts every
+of which need be there; the path is that of `generate`: `prefill`, then a step of `decode`. A tracker counts every
 storage from the operator that makes it to the moment that Python lets go of it, rounded up as torch's CUDA allocator
 does (512 bytes; its splitting of segments is not modelled), and adds what an operator takes while it runs.
 
@@ -27,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 from ..kernels.attention import cpu_workspace, decode_workspace, flash_workspace
 from .cache import Cache, KeyValues
 from .config import HybridConfig
+from .decode import Step
 from .errors import InputError
 from .generate import decode_one_token, prefill
 from .hybrid import HybridLM
-from .transient import Place, blas_workspace, check_load, round_up
+from .transient import Place, check_load, libraries, round_up
 
 LARGEST = 8  # of what is live at the peak, by size, a simulation names
 
@@ -91,7 +92,7 @@ def simulate(
         del model, cache, ids
     largest = sorted(peak.live, key=lambda entry: -entry[2])[:LARGEST]
     letter = "" if peak.layer is None else config.pattern[peak.layer]
-    found = peak.bytes + blas_workspace(place)
+    found = peak.bytes + libraries(place, context)
     return Simulation(found, weights, caches, prompt, peak.phase, peak.operator, peak.layer, letter, tuple(largest))
 
 
@@ -106,9 +107,20 @@ def walk(model: HybridLM, ids: Tensor, cache: Cache, chunk: int, tracker: Tracke
         rest = ids[:, chunk + skipped :]
     tracker.phase = "prefill, last chunks" if skipped else "prefill"
     logits = prefill(model, rest, cache, chunk)
-    if decodes:
-        tracker.phase = "decode"
-        decode_one_token(model, logits.argmax(-1), cache)
+    if not decodes:
+        return
+    tracker.phase = "decode"
+    token = logits.argmax(-1)
+    if ids.is_cpu:
+        decode_one_token(model, token, cache)
+        return
+    step = Step(model, cache, len(token))  # as `decode.Decoder` binds it, and `GraphedStep` warms up and captures
+    step.layers = [
+        (norm, tracker.told(number, mix), attends) for number, (norm, mix, attends) in enumerate(step.layers)
+    ]
+    step.load(token, cache.lengths)
+    step.run(moves=False)
+    step.run()
 
 
 def advance(cache: Cache, tokens: int) -> None:
@@ -156,6 +168,17 @@ class Tracker(TorchDispatchMode):
             block.mixer.register_forward_pre_hook(lambda *_, number=number: self.enter(number))  # type: ignore[union-attr]
             block.mixer.register_forward_hook(lambda *_: self.enter(None))  # type: ignore[union-attr]
         return model
+
+    def told(self, layer: int, mix: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A mixer that says which layer it is while it runs."""
+
+        def mixed(*inputs: Any) -> Tensor:
+            self.enter(layer)
+            out = mix(*inputs)
+            self.enter(None)
+            return out
+
+        return mixed
 
     def enter(self, layer: int | None) -> None:
         self.layer = layer

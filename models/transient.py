@@ -1,9 +1,9 @@
 """What of a generating model's memory comes and goes: the tensors of a prefill chunk and of a decoding step.
 
-The sums follow `generate.prefill`, `hybrid.HybridLM.hidden_states` and the mixers line by line: for each layer the few
-moments that may be the highest, with what is live then. `simulate` counts the same by running them. A CPU computes
-in float32, and its torch paths keep more at once than the Triton kernels, which work in registers. A GPU takes
-FlashAttention: bfloat16 or float16, head_dim a multiple of 8.
+The sums follow `generate.prefill`, `hybrid.HybridLM.hidden_states`, `decode.Step` and the mixers line by line: for each
+layer the few moments that may be the highest, with what is live then. `simulate` counts the same by running them. A
+CPU computes in float32, and its torch paths keep more at once than the Triton kernels, which work in registers. A GPU
+takes FlashAttention: bfloat16 or float16, head_dim a multiple of 8.
 Letters: [B] batch, [T] tokens of the step, [L] tokens with the past.
 """
 
@@ -39,9 +39,15 @@ def round_up(size: int, place: Place) -> int:
     return -(-size // 512) * 512 if place.device == "cuda" else size
 
 
+def libraries(place: Place, context: int) -> int:
+    """Bytes that cuBLAS keeps of a run: a workspace for each stream, the prefill's, and those of a decoding step's
+    warm-up and capture."""
+    return blas_workspace(place) * (3 if context > 1 else 1)
+
+
 def blas_workspace(place: Place) -> int:
-    """Bytes that cuBLAS keeps for good, taken from torch's allocator: 32 MiB from Hopper on, else 2 x 4 MiB and
-    8 x 16 KiB (pytorch, aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+    """Bytes that cuBLAS keeps for a stream, taken from torch's allocator: 32 MiB from Hopper on, else 2 x 4 MiB and 8 x
+    16 KiB (pytorch, aten/src/ATen/cuda/CublasHandlePool.cpp)."""
     if place.device != "cuda":
         return 0
     return 32 * KIB**2 if float(place.capability or 9) >= 9 else (2 * 4096 + 8 * 16) * KIB
@@ -143,12 +149,47 @@ def mamba_moments(step: Step) -> Iterator[int]:
 def token_moments(step: Step, projected: int, convolved: int, inner: int, out: int) -> Iterator[int]:
     """Of `Mamba2Mixer.step`."""
     config, batch = step.config, step.batch
+    held = projected + convolved + prepared(step)
     if step.place.device == "cpu":
-        window = 4 * batch * config.conv_kernel * config.conv_dim
-        yield projected + 2 * window + max(4 * config.conv_kernel * config.conv_dim, convolved)
+        yield held + 8 * batch * config.conv_kernel * config.conv_dim
         wide = 4 * batch * config.d_inner * config.ssm_state_size if step.ssm_element != 4 else 0
-        yield projected + convolved + wide + 3 * inner
-    yield projected + convolved + 2 * inner + max(step.bytes(4 * batch * config.n_groups), out)
+        yield held + wide + 3 * inner
+    yield held + 2 * inner + max(step.bytes(4 * batch * config.n_groups), out)
+
+
+def prepared(step: Step) -> int:
+    """What a `MambaStep` makes ready: the convolution's weight in another order, and A."""
+    config = step.config
+    return step.sum(config.conv_kernel * config.conv_dim) + step.bytes(4 * config.mamba_num_heads)
+
+
+def decoder_peak(step: Step, width: int) -> int:
+    """The highest moment of `decode.Step` on a GPU, from when it is bound to its graph's capture, beside two sets of
+    logits of `width` bytes: at its end both are there, before it one."""
+    config, batch = step.config, step.batch
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    stream = step.sum(batch * config.hidden_size)
+    moments = [2 * stream]
+    if "-" in config.pattern:
+        moments += [2 * stream + moment for moment in mlp_moments(step)]
+    if "*" in config.pattern:
+        q, k = (step.sum(batch * count * size) for count in (heads, groups))
+        work = step.bytes(*decode_workspace(batch, heads, groups, size, step.place.processors))
+        turned = step.bytes(12 * batch * heads * size) if config.rope_theta is not None else 0
+        moments.append(2 * stream + q + 2 * k + max(q + max(work, stream), turned))
+    if "M" in config.pattern:
+        one = [step.sum(batch * count) for count in (
+            config.d_inner + config.conv_dim + config.mamba_num_heads, config.conv_dim, config.d_inner
+        )]  # fmt: skip
+        state = step.bytes(batch * config.d_inner * config.ssm_state_size * step.ssm_element)
+        state += step.sum(batch * config.conv_dim * (config.conv_kernel - 1))
+        last = max(step.bytes(4 * batch * config.n_groups), stream)
+        moments.append(2 * stream + one[0] + one[1] + 2 * one[2] + last + state)
+    places = step.bytes(8 * batch * groups, 8 * batch) if "*" in config.pattern else 0
+    if config.rope_theta is not None and "*" in config.pattern:
+        places += 2 * step.bytes(4 * batch * size // 2)
+    held = step.bytes(16 * batch, 8 * batch) + config.pattern.count("M") * prepared(step)
+    return held + places + max(3 * stream, max(moments) - width)
 
 
 def cpu_scan_moments(step: Step, held: int) -> Iterator[int]:
@@ -213,5 +254,8 @@ def transient(
     moments.append(final.sum(final.rows * config.hidden_size) + width)
     if context == 1:
         return Transient(max(moments), 0, 0)
-    decode = max(step(1, context).peak() - width, final.sum(batch * config.hidden_size))
+    one = step(1, context)
+    if place.device == "cuda":
+        return Transient(max(moments), decoder_peak(one, width), 2 * width)
+    decode = max(one.peak() - width, final.sum(batch * config.hidden_size))
     return Transient(max(moments), decode + first.bytes(8 * batch), 2 * width)

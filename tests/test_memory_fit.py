@@ -123,7 +123,7 @@ def test_command(tmp_path: Path) -> None:
 def test_three_witnesses_of_the_shipped_model() -> None:
     code, text, _ = limbeck(
         "memory-fit", "model=zoo", "hardware=cpu", "hardware.usable_gib=1", "fit.weight_dtype=float32", "steps=2",
-        "fit.kv_dtype=float32", "context=64", "batch=2", "witness=all", "fit.chunk=32",
+        "fit.kv_dtype=float32", "context=40", "batch=2", "witness=all", "fit.chunk=32",
     )  # fmt: skip
     assert code == 0 and "Peak by witness" in text and "measurement (cpu)" in text and "the simulated peak" in text
 

@@ -11,13 +11,16 @@ import torch
 from limbeck.benchmarks import memory as benchmark
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.kernels.attention import cpu_workspace, decode_workspace, flash_workspace
+from limbeck.models.cache import Cache, MambaState
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost import memory
+from limbeck.models.decode import Step
 from limbeck.models.errors import CheckFailed, InputError
+from limbeck.models.generate import prefill
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.peak import check_room, measure, random_model
 from limbeck.models.simulate import Simulation, Stand, Tracker, picked, simulate
-from limbeck.models.transient import Place, blas_workspace, round_up
+from limbeck.models.transient import Place, libraries, round_up
 from limbeck.scripts.inputs import model_config
 from limbeck.tests.helpers import any_config, tiny_config
 from torch import nn
@@ -31,7 +34,7 @@ def both(config: HybridConfig, context: int, batch: int, **asked: Any) -> tuple[
     """What comes and goes: bytes by formula, and the simulation."""
     place = asked.get("place", A10G)
     report = memory(config, context, batch, **asked)
-    return report.transient + blas_workspace(place), simulate(config, context, batch, **asked)
+    return report.transient + libraries(place, context), simulate(config, context, batch, **asked)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -110,8 +113,8 @@ def test_formula_at_the_published_widths(context: int, batch: int, state: torch.
     config = SMALL.replace(pattern="M-M*")
     formula, found = both(config, context, batch, ssm_dtype=state, place=A10G)
     assert formula == found.transient and found.letter == "M"
-    assert memory(SMALL, context, batch, ssm_dtype=state, place=A10G).activations == found.transient - blas_workspace(
-        A10G
+    assert memory(SMALL, context, batch, ssm_dtype=state, place=A10G).activations == found.transient - libraries(
+        A10G, context
     )
     report = memory(config, context, batch, ssm_dtype=state)
     assert found.caches == report.total - report.weights and found.prompt == round_up(report.prompt, A10G)
@@ -138,7 +141,7 @@ def shipped() -> HybridLM:
 
 @pytest.mark.parametrize(
     ("context", "batch", "chunk", "state"),
-    [(160, 2, 80, torch.float32), (600, 2, 60, torch.float32), (2, 33, 8, torch.bfloat16)],
+    [(82, 2, 80, torch.float32), (600, 2, 60, torch.float32), (2, 33, 8, torch.bfloat16)],
 )
 def test_a_measured_run_of_the_shipped_model(context: int, batch: int, chunk: int, state: torch.dtype) -> None:
     """Every allocation of a CPU against formula and simulation: within 2%, and what comes and goes within 5%. The
@@ -159,6 +162,23 @@ def test_inference_keeps_no_state_of_a_chunk() -> None:
     model = random_model(config, torch.float32, torch.device("cpu"))
     quiet = measure(model, 65, chunk=64)
     assert measure(model.requires_grad_(True), 65, chunk=64).peak == quiet.peak
+
+
+def test_a_warm_up_moves_no_state() -> None:
+    """The runs before a graph's capture give the step's logits, and leave the caches' states as they were."""
+    model = random_model(tiny_config(), torch.float32, torch.device("cpu"))
+    cache = Cache(model.config, 2, 9)
+    prefill(model, torch.arange(10).view(2, 5), cache, 3)
+    step = Step(model, cache, 2)
+    states = [state for state in cache.layers if isinstance(state, MambaState)]
+    before = [tensor.clone() for state in states for tensor in (state.ssm, state.conv)]
+    step.load([3, 4], cache.lengths)
+    with torch.no_grad():
+        warm, warmer = (step.run(moves=False).clone() for _ in range(2))
+        assert torch.equal(warm, warmer) and torch.equal(warm, step.run(moves=False))
+        found = [tensor for state in states for tensor in (state.ssm, state.conv)]
+        assert all(torch.equal(old, new) for old, new in zip(before, found, strict=True))
+        assert torch.equal(warm, step.run()) and not torch.equal(before[0], found[0])
 
 
 def test_simulation_says_where_its_peak_is() -> None:
@@ -191,4 +211,4 @@ def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark.main(["--short"]) == 0
     text = capsys.readouterr().out
     assert "nemotron-nano-9b-v2 at 131,072 x 1: floor 18.689 GiB" in text and ": fits 19.657 GiB" in text
-    assert "nemotron-nano-12b-v2 at 131,072 x 1: floor 26.073 GiB" in text and ": does not fit" in text
+    assert "nemotron-nano-12b-v2 at 131,072 x 1: floor 26.068 GiB" in text and ": does not fit" in text
