@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from limbeck.distill import plots
-from limbeck.distill.gap import Sums, summarise
+from limbeck.distill.gap import summarise
+from limbeck.distill.gap_sums import Sums
 from limbeck.distill.report import kept_units, unit_scores, write_page
 from limbeck.models.cost import Hardware, memory, verdict
 from limbeck.tests.helpers import tiny_config
@@ -66,7 +67,10 @@ def gap_of(*names: str) -> dict[str, Any]:
         sums[name] = Sums()
         sums[name].position = np.stack((np.full(64, 0.2 * number), np.ones(64)))
         for i in range(12):
-            sums[name].documents[i] = np.array([120 + 10 * number + draw.normal(), 9.0 * number, 50 - 7 * number])
+            sums[name].documents[i] = np.array(
+                [120 + 10 * number + draw.normal(), 9.0 * number, 50 - 7 * number, 8.0 * number, 50 - 5 * number,
+                 50 + 90 * number, 50 - 6 * number]
+            )  # fmt: skip
     content = summarise(sums, sizes, 64, 50, 0).to_json()
     return content | {"parameters": {name: 7_130_096 - 1_899_836 * (i > 0) for i, name in enumerate(sums)}}
 
