@@ -33,9 +33,10 @@ TEACHER = "teacher"
 
 @dataclasses.dataclass(frozen=True)
 class GroupGap:
-    """The figures of some of the tokens."""
+    """The figures of some of the tokens; of one document alone there is no interval."""
 
     tokens: int
+    documents: int
     cross_entropy: Estimate
     kl: Estimate
     agreement: Estimate
@@ -263,7 +264,7 @@ def grouped(drawn: Mapping[str, Totals], prefix: str, names: Sequence[str]) -> d
         tokens = drawn.get(f"{prefix}/{number}/tokens")
         if tokens is not None:
             values = (drawn[f"{prefix}/{number}/{kind}"].over(tokens).estimate() for kind in GROUPED[1:])
-            found[name] = GroupGap(int(tokens.all), *values)
+            found[name] = GroupGap(int(tokens.all), tokens.documents, *values)
     return found
 
 

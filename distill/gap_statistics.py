@@ -31,7 +31,8 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """Sums of a quantity over all documents, and over each resample's [R] of as many documents."""
+    """Sums of a quantity over all documents, and over each resample's [R] of as many documents; `documents` are those
+    that have any of it (of a ratio, of what it is divided by)."""
 
     all: float
     drawn: np.ndarray
@@ -40,7 +41,7 @@ class Totals:
     def over(self, other: Totals, scale: float = 1.0) -> Totals:
         """The ratio; nan where a resample has nothing to divide by."""
         found = np.divide(self.drawn * scale, other.drawn, out=np.full(len(self.drawn), np.nan), where=other.drawn > 0)
-        return Totals(self.all * scale / other.all, found, self.documents)
+        return Totals(self.all * scale / other.all, found, other.documents)
 
     def minus(self, other: Totals) -> Totals:
         return Totals(self.all - other.all, self.drawn - other.drawn, self.documents)
@@ -85,14 +86,14 @@ def resampled(columns: Mapping[str, np.ndarray], resamples: int, seed: int) -> d
     """The sum of each column [D], and its sums [R] with the documents drawn anew, the same draws for every column."""
     generator = np.random.default_rng(seed)
     matrix = np.stack(list(columns.values()), 1)
-    documents = len(matrix)
+    documents, filled = len(matrix), (matrix != 0).sum(0)
     drawn = np.empty((resamples, matrix.shape[1]))
     for start in range(0, resamples, DRAWN):
         rows = slice(start, min(start + DRAWN, resamples))
         counts = generator.multinomial(documents, np.full(documents, 1 / documents), size=rows.stop - start)
         drawn[rows] = counts.astype(np.float64) @ matrix
     sums = matrix.sum(0)
-    return {name: Totals(float(sums[i]), drawn[:, i], documents) for i, name in enumerate(columns)}
+    return {name: Totals(float(sums[i]), drawn[:, i], int(filled[i])) for i, name in enumerate(columns)}
 
 
 def calibration_error(excess: list[Totals], tokens: Totals) -> Totals:

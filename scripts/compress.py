@@ -83,7 +83,8 @@ def run(options: Options) -> None:
     students = {name: str(folder) for name, folder in student_folders(out, rounds).items()}
     evaluate.run(evaluate.Options(begin, students, output=out / "gap", split="test", tokens=options.evaluate_tokens,
                                   seq_len=options.distill.seq_len, batch=options.distill.rows, seed=options.seed,
-                                  **common))  # fmt: skip
+                                  hardware=options.hardware, fit=options.fit,
+                                  scores=None if options.rounds else str(out / "scores"), **common))  # fmt: skip
     stage(f"{next(number)}. export: a folder for others")
     export.run(export.Options(before, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed))
     stage(f"{next(number)}. memory-fit: does it fit the card")

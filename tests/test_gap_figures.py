@@ -188,6 +188,7 @@ def test_every_further_figure_is_the_dense_one(measured: tuple) -> None:
             nats = -q[mine].gather(1, labels[mine, None])
             assert part.cross_entropy.value == pytest.approx(float(nats.mean()), rel=1e-5)
             assert part.kl.low <= part.kl.value <= part.kl.high
+            assert part.documents == len(documents[mine].unique())
 
 
 def test_worst_windows(measured: tuple, corpus: Corpus, tokenizer: Tokenizer) -> None:
