@@ -19,7 +19,7 @@ from ..models.errors import InputError
 CONF = Path(__file__).parents[1] / "conf"
 # Paths, names and prompts are meant as the shell passes them, parentheses, quotes and all: Hydra's grammar does not
 # see them. (conf/model/ holds named configs; to Hydra `model=` would name one of its groups.)
-VERBATIM = ("model", "init", "teacher", "student", "data", "output", "scores", "prompt")
+VERBATIM = ("model", "init", "teacher", "student", "data", "output", "scores", "base", "gap", "prompt")
 Options = TypeVar("Options")
 
 

@@ -86,7 +86,8 @@ def run(options: Options) -> None:
                                   hardware=options.hardware, fit=options.fit,
                                   scores=None if options.rounds else str(out / "scores"), **common))  # fmt: skip
     stage(f"{next(number)}. export: a folder for others")
-    export.run(export.Options(before, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed))
+    export.run(export.Options(before, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
+                              base=begin, gap=str(out / "gap")))  # fmt: skip
     stage(f"{next(number)}. memory-fit: does it fit the card")
     fits = {name: memory_fit.measure(model_config(str(folder)), options.hardware, options.fit)
             for name, folder in {"teacher": model_folder(begin), "student": out / "exported"}.items()}  # fmt: skip
