@@ -71,6 +71,8 @@ def gap_sections(folder: Path, gap: Mapping[str, Any]) -> Iterator[Section]:
     yield figures_section(folder, gap)
     if students(gap):
         yield from where_section(folder, gap)
+    yield from probe_section(gap)
+    if students(gap):
         yield from worst_section(gap)
 
 
@@ -171,6 +173,24 @@ def group_table(gap: Mapping[str, Any], key: str, title: str) -> Table:
         rows.append((group, [Cell(f"{first['tokens']:,}"), Cell(f"{first['documents']:,}"), *cells]))
     kinds = [f"{name}: {kind}" for name in names for kind in ("KL", "top-1")]
     return Table(f"By {title}", [title, "tokens", "documents", "teacher's cross-entropy", *kinds], rows)
+
+
+def probe_section(gap: Mapping[str, Any]) -> Iterator[Section]:
+    """Retrieval from long text, where it was asked for."""
+    rows = [
+        (f"{kind}, {int(length):,} tokens", [cell(found[name][key], digits=digits) for name in gap["models"]
+                                             for key, digits in (("answered", 2), ("nats", 1))])
+        for kind, lengths in (gap.get("probes") or {}).items()
+        for length, found in lengths.items()
+    ]  # fmt: skip
+    if rows:
+        columns = [f"{name}: {what}" for name in gap["models"] for what in ("answered", "nats")]
+        yield Section(
+            "Retrieval from long text",
+            "Share of probes whose value the model's greedy text would give, and the nats of a value's tokens together;"
+            " intervals over probes.",
+            tables=[Table("", ["probe", *columns], rows)],
+        )
 
 
 def worst_section(gap: Mapping[str, Any]) -> Iterator[Section]:

@@ -13,6 +13,7 @@ from ..distill.continuation import continuations, draw_prompts
 from ..distill.data import Corpus
 from ..distill.examples import as_text
 from ..distill.gap import TEACHER, measure_gap
+from ..distill.probes import check_probes, make_probe, retrieve
 from ..distill.report import write_page
 from ..distill.token_groups import TokenGroups, group_documents, token_classes
 from ..models.checkpoint import load_config, load_model
@@ -21,7 +22,7 @@ from ..models.cost import Hardware, count_parameters, throughput
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM
-from ..models.tokenizer import load_tokenizer
+from ..models.tokenizer import Tokenizer, load_tokenizer
 from . import memory_fit
 from .inputs import corpus, data_input, model_folder, sample, torch_device, torch_dtype
 from .show import progress, read_json, result, say, table
@@ -37,13 +38,14 @@ class Details:
     prompts: int = 32
     prompt_tokens: int = 64
     new_tokens: int = 64
+    probe_lengths: tuple[int, ...] = (512, 1024)
+    probe_count: int = 20
 
     def __post_init__(self) -> None:
-        if min(self.resamples, self.prompt_tokens, self.new_tokens) < 1 or min(self.worst, self.prompts) < 0:
-            raise InputError(
-                f"details: resamples ({self.resamples}), prompt_tokens ({self.prompt_tokens}) and new_tokens"
-                f" ({self.new_tokens}) must be at least 1, worst ({self.worst}) and prompts ({self.prompts}) at least 0"
-            )
+        for name in ("resamples", "prompt_tokens", "new_tokens", "probe_count", "worst", "prompts"):
+            least = 0 if name in ("worst", "prompts") else 1
+            if getattr(self, name) < least:
+                raise InputError(f"details.{name} is {getattr(self, name)}; expected at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Options:
     fit: memory_fit.Fit
     details: Details = Details()
     scores: str | None = None
+    probes: tuple[str, ...] = ()
 
 
 def run(options: Options) -> None:
@@ -73,7 +76,9 @@ def run(options: Options) -> None:
     inputs: dict[str, Path | str] = {**folders, "data": data_input(options.data)}
     if options.scores is not None:
         inputs["scores"] = scores_folder(options.scores)
-    kept = ("split", "tokens", "seq_len", "batch", "seed", "dtype", "details", "hardware", "fit")
+    longest = min(load_config(folder).max_position_embeddings for folder in folders.values())
+    check_probes(options.probes, options.details.probe_lengths, longest)
+    kept = ("split", "tokens", "seq_len", "batch", "seed", "dtype", "details", "hardware", "fit", "probes")
     run_stage(
         options.output,
         name="evaluate",
@@ -120,6 +125,7 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: Facts)
         name: [as_text(window, text.names, tokenizer) for window in windows] for name, windows in report.worst.items()
     }
     content["continuation"] = written(teacher, models, text, tokenizer.eos_token_id, options)
+    content["probes"] = probed({TEACHER: teacher, **models}, text, tokenizer, options)
     content["memory"] = fits
     write_json(folder / "gap.json", content)
     made_by = provenance(folders)
@@ -150,6 +156,21 @@ def written(
                           resamples=details.resamples, seed=options.seed)  # fmt: skip
     return {name: dataclasses.asdict(each) | {"prompts": len(prompts), "new_tokens": details.new_tokens}
             for name, each in found.items()}  # fmt: skip
+
+
+def probed(
+    models: Mapping[str, HybridLM], text: Corpus, tokenizer: Tokenizer, options: Options
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """How the models answer each kind of probe at each length; the same probes for all."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    details, draw = options.details, np.random.default_rng(options.seed)
+    for kind in options.probes:
+        for length in details.probe_lengths:
+            say(f"probing: {kind}, {length:,} tokens")
+            probes = [make_probe(kind, length, text, tokenizer, draw) for _ in range(details.probe_count)]
+            answers = retrieve(models, probes, resamples=details.resamples, seed=options.seed)
+            found.setdefault(kind, {})[str(length)] = {name: dataclasses.asdict(each) for name, each in answers.items()}
+    return found
 
 
 def fitted(config: HybridConfig, hardware: Hardware, fit: memory_fit.Fit) -> dict[str, Any]:
@@ -191,6 +212,19 @@ def show(gap: dict[str, Any]) -> None:
     title = f"Held-out text: {gap['tokens']:,} tokens of {gap['documents']} documents (95% intervals over documents)"
     table(title, ("model\nparameters", *columns), rows)
     show_nearness(gap)
+    if gap["probes"]:
+        rows = [
+            (
+                f"{kind}, {int(length):,} tokens",
+                *(
+                    f"{interval(found[name]['answered'])}\n{found[name]['nats']['value']:.1f} nats"
+                    for name in gap["models"]
+                ),
+            )
+            for kind, lengths in gap["probes"].items()
+            for length, found in lengths.items()
+        ]
+        table("Retrieval: share of probes answered, and nats of an answer", ("", *gap["models"]), rows)
     pairs = [
         (f"{pair['second']}\n- {pair['first']}", *(interval(pair[key], "+", pair["p"][key]) for key in keys))
         for pair in gap["differences"]

@@ -41,6 +41,8 @@ def gap_of(*names: str) -> dict[str, Any]:
               {"text": "<b>", "kl": 5.5, "teacher": " '\"&", "student": "\n"}]  # fmt: skip
     written = {"length": {"value": 9.5, "low": 8.0, "high": 11.0}, "identical": {"value": 0.5, "low": 0.4, "high": 0.6}}
     content["worst"] = {name: [{"document": "a/<i>.py", "mean_kl": 2.5, "pieces": pieces}] for name in names}
+    part = {"answered": {"value": 0.75, "low": 0.5, "high": 0.95}, "nats": {"value": 3.25, "low": 3.0, "high": 3.5}}
+    content["probes"] = {"multi-key": {"2048": dict.fromkeys(sums, part)}}
     content["continuation"] = dict.fromkeys(names, written)
     return content | {"parameters": {name: 7_130_096 - 1_899_836 * (i > 0) for i, name in enumerate(sums)}}
 

@@ -75,12 +75,14 @@ def test_export_carries_figures_and_terms(workshop: Path, tmp_path: Path) -> Non
     (base / "README.md").write_text("---\nlicense: other\nlicense_name: house-terms\n---\n")
     (base / "LICENSE").write_text("terms")
     small = ("seq_len=32", "split=all", "tokens=256", "details.prompts=2", "details.prompt_tokens=8",
-             "details.new_tokens=4", "details.resamples=20")  # fmt: skip
+             "details.new_tokens=4", "details.resamples=20", "probes=[needle]", "details.probe_lengths=[128]",
+             "details.probe_count=2")  # fmt: skip
     gap = tmp_path / "gap"
     assert limbeck("evaluate", f"teacher={base}", f"+student.mine={model}", data, f"output={gap}", *small)[0] == 0
     found = json.loads((gap / "gap.json").read_text())
     assert found["continuation"]["mine"]["length"]["value"] == 4 and found["models"]["mine"]["kl"]["value"] == 0
     assert len(found["worst"]["mine"]) > 0 and found["memory"]["mine"]["throughput"]["tokens_per_second"] > 0
+    assert found["probes"]["needle"]["128"]["mine"] == found["probes"]["needle"]["128"]["teacher"]
     assert {"by_class", "by_domain", "by_context"} <= found["models"]["mine"].keys()
     out = tmp_path / "out"
     code, _, err = limbeck("export", f"model={model}", f"base={base}", f"gap={gap}", f"output={out}", "dtype=float32")
@@ -96,5 +98,7 @@ def test_export_carries_figures_and_terms(workshop: Path, tmp_path: Path) -> Non
         assert not (tmp_path / "no").exists()
     code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", "details.resamples=0")
     assert code == 2 and "resamples" in err
+    code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", "probes=[noodle]")
+    assert code == 2 and "noodle" in err
     code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", f"scores={model}")
     assert code == 2 and "limbeck score" in err

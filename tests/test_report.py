@@ -113,6 +113,7 @@ def test_every_number_is_there(everything: dict[str, Any], whole: Path) -> None:
         assert f"{ece['value']:.4f}" in found.text
         for key in ("by_class", "by_domain"):
             assert all(group in found.text for group in model[key]) and len(model[key]) > 1
+    assert "multi-key, 2,048 tokens" in found.text and "0.50 to 0.95" in found.text and "3.2" in found.text
     assert "9.5" in found.text and "8.0 to 11.0 tokens" in found.text
     for pair in gap["differences"]:
         assert f"; p {pair['p']['kl']:.3f}" in text
