@@ -2,13 +2,15 @@
 
 On a GPU one token takes flash-decoding (arXiv 2311.01282): the cache is split among programs, and their shares are
 added up in a fixed order. A prompt takes torch's SDPA, with packed documents FlexAttention, which skips the blocks of
-other documents and needs no [T, L] mask. A CPU takes SDPA always.
+other documents and needs no [T, L] mask. A CPU takes SDPA always; one token's query heads stand there as that many
+tokens of their key-value head, so that keys and values are not repeated for them.
 Shapes: [B] batch, [T] query tokens, [L] tokens to look at, [H] query heads, [K] key-value heads, [D] head_dim.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +38,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
     tokens, past = q.shape[2], k.shape[2] - q.shape[2]
     if mask is None and tokens == 1 and takes_triton(q) and not (torch.is_grad_enabled() and q.requires_grad):
         return decode_attention(q.squeeze(2), k, v).unsqueeze(2)
+    if mask is None and tokens == 1 and not torch.is_grad_enabled():
+        return grouped(q.squeeze(2), k, v).unsqueeze(2)
     if mask is not None and not isinstance(mask, Tensor):
         return flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
     if mask is None and past and tokens > 1:
@@ -45,6 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
         index = torch.arange(k.shape[2], device=q.device)
         mask = index <= index[past:, None]
     causal = mask is None and tokens > 1
+    q = q if q.stride(-1) == 1 else q.contiguous()  # else a CPU's SDPA would copy keys and values for every query head
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
 
 
@@ -64,10 +69,25 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = N
     if takes_triton(q):
         return decode_attention_op(q, k, v, lengths)
     if lengths is None:
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
-    mask = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]
-    y = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
-    return y.masked_fill((lengths == 0)[:, None, None], 0)
+        return grouped(q, k, v)
+    # Neighbours of equal length go together, and nothing beyond a length is read: what lies there may be NaN.
+    y = torch.zeros_like(q)
+    start = 0
+    for length, run in itertools.groupby(lengths.tolist()):
+        count = len(list(run))
+        if length:
+            k_run, v_run = (tensor[start : start + count, :, :length] for tensor in (k, v))
+            if count == batch:
+                return grouped(q, k_run, v_run)
+            y[start : start + count] = grouped(q[start : start + count], k_run, v_run)
+        start += count
+    return y
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, H, D] of q [B, H, D] over all of k and v [B, K, L, D]."""
+    q_grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    return F.scaled_dot_product_attention(q_grouped, k, v).reshape(q.shape)
 
 
 @torch.library.custom_op("limbeck::decode_attention", mutates_args=())
@@ -89,8 +109,7 @@ def decode_launches(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, y: 
     q, k, v = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (q, k, v))
     batch, heads, size = q.shape
     groups = k.shape[1]
-    wanted = cdiv(2 * multiprocessors(q.device), batch * groups)
-    splits = min(power_of_two(wanted), MOST_SPLITS)
+    splits = decode_splits(batch, groups, multiprocessors(q.device))
     parts = torch.empty((batch, heads, splits, size), dtype=torch.float32, device=q.device)
     logs = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
     block = max(power_of_two(size), 16)
@@ -110,6 +129,42 @@ def decode_launches(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, y: 
         Launch(kernels.decode_parts, (batch * groups, splits), arguments, warps, stages),
         Launch(kernels.decode_join, (batch * heads,), join, 4, 1),
     )
+
+
+def decode_splits(batch: int, groups: int, processors: int) -> int:
+    """Shares of the cache, such that about two programs fall to each multiprocessor."""
+    return min(power_of_two(cdiv(2 * processors, batch * groups)), MOST_SPLITS)
+
+
+def decode_workspace(batch: int, heads: int, groups: int, size: int, processors: int) -> tuple[int, int]:
+    """Bytes of the two buffers that `decode_launches` fills beside its answer: the shares, and their logarithms."""
+    shares = batch * heads * decode_splits(batch, groups, processors)
+    return 4 * shares * size, 4 * shares
+
+
+def flash_workspace(batch: int, heads: int, tokens: int, length: int, size: int, processors: int) -> tuple[int, int]:
+    """Bytes of the two float32 buffers of torch's FlashAttention where it shares few queries' keys out, else (0, 0).
+
+    Its rule (Dao-AILab/flash-attention, csrc/flash_attn/flash_api.cpp, num_splits_heuristic): the fewest shares, up to
+    128, that keep the multiprocessors, taken twice, busy for 85% of the best that any number would."""
+    blocks = batch * heads * cdiv(tokens, 64)
+    parts = cdiv(length, 256 if size <= 64 else 128 if size <= 128 else 64)
+    slots = 2 * processors
+    if blocks >= 0.8 * slots:
+        return 0, 0
+    numbers = [n for n in range(1, min(128, slots, parts) + 1) if n == 1 or cdiv(parts, n) != cdiv(parts, n - 1)]
+    busy = {n: blocks * n / slots / cdiv(blocks * n, slots) for n in numbers}
+    splits = next(n for n in numbers if busy[n] >= 0.85 * max(busy.values()))
+    rows = splits * batch * heads * tokens if splits > 1 else 0
+    return 4 * rows * cdiv(size, 32) * 32, 4 * rows
+
+
+def cpu_workspace(tokens: int, length: int, size: int, threads: int) -> tuple[int]:
+    """Bytes of the float32 buffer that torch's FlashAttention on a CPU fills beside its answer: for each thread the
+    scores, maxima, sums and answers of a block of queries (pytorch, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).
+    """
+    block = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
+    return (4 * threads * block * (min(length, 512) + 2 + size),)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
         raise ValueError(f"rotary_angles: head_dim is {head_dim}, expected an even number")
     work = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, head_dim, 2, dtype=work, device=positions.device) / head_dim
-    angles = positions[..., None, None].to(work) * (1.0 / theta**exponents)
+    angles = positions.unsqueeze(-1).unsqueeze(-1).to(work) * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 

@@ -54,6 +54,8 @@ def ssd_scan(
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
     if x.is_cuda:  # the one place where the device decides
         y, state = scan_op(*inputs, dt_softplus, *dt_limit, chunk_size)
+    elif not torch.is_grad_enabled():  # no state at a chunk's start is kept, whatever the weights ask for
+        y, state, _ = torch_scan(*inputs, dt_softplus, dt_limit, chunk_size, keep_starts=False)
     else:
         y, state = TorchScan.apply(*inputs, dt_softplus, dt_limit, chunk_size)
     return (y, state) if return_final_state else y

@@ -28,8 +28,8 @@ class TorchScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dfinal):
-        inputs, starts = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
-        return *torch_scan_backward(dy, dfinal, starts, *inputs, *ctx.options), *[None] * 4
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them a single time
+        return *torch_scan_backward(dy, dfinal, saved[9:], *saved[:9], *ctx.options), *[None] * 4
 
 
 def torch_scan(

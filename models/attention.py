@@ -6,6 +6,7 @@ Shapes: [B, T] batch and tokens, [L] tokens in the cache, [H] query heads, [K] k
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.attention import attention, document_mask
+from ..kernels.attention import attention, decode_attention, document_mask
 from ..kernels.linear import linear
 from ..kernels.norm import rms_norm
-from ..kernels.rotary import rotary
+from ..kernels.rotary import rotary, rotary_angles
 from ..kernels.ssd import document_numbers
 from .cache import KeyValues
 from .config import HybridConfig
-from .mamba2 import NormWeight
+from .mamba2 import NormWeight, Stored, as_it_is
 
 Observe = Callable[[str, int, Tensor], None]
 Angles = tuple[Tensor, Tensor]
@@ -66,6 +67,52 @@ class Attention(nn.Module):
         if observe is not None:
             observe("attn_heads", self.layer, y)
         return linear(y.flatten(2), self.o_proj.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where a step's tokens go, one a sequence: rows of the flattened keys [B K L, D] that they are written to [B K],
+    lengths [B] with them counted, and their angles."""
+
+    rows: Tensor
+    lengths: Tensor
+    angles: Angles | None
+
+    @classmethod
+    def of(cls, lengths: Tensor, config: HybridConfig, max_length: int, dtype: torch.dtype) -> Places:
+        """Behind sequences of lengths [B], in a cache of `max_length` tokens."""
+        heads = config.num_key_value_heads
+        begins = torch.arange(lengths.shape[0] * heads, device=lengths.device).view(-1, heads) * max_length
+        each = lengths.unsqueeze(1)
+        angles = None
+        if config.rope_theta is not None:
+            angles = rotary_angles(each, config.head_dim, config.rope_theta, dtype)
+        return cls((begins + each).flatten(), lengths + 1, angles)
+
+
+class AttentionStep:
+    """A mixer's step of one token for sequences of any lengths."""
+
+    def __init__(self, mixer: Attention, cached: KeyValues, stored: Stored = as_it_is) -> None:
+        """`cached` are whole rows of a cache, side by side in memory; `stored` as in `MambaStep`."""
+        self.mixer, self.cached = mixer, cached
+        self.projections = [stored(p.weight) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
+        self.o_proj = stored(mixer.o_proj.weight)
+        self.flat = [tensor.flatten(0, 2) for tensor in (cached.keys, cached.values)]  # views
+
+    def __call__(self, u: Tensor, places: Places) -> Tensor:
+        """[B, hidden] -> [B, hidden]"""
+        config, split = self.mixer.config, (-1, self.mixer.config.head_dim)
+        q, k, v = (linear(u, weight).unflatten(-1, split) for weight in self.projections)
+        if config.qk_norm:
+            q = rms_norm(q, self.mixer.q_norm.weight, config.norm_eps)
+            k = rms_norm(k, self.mixer.k_norm.weight, config.norm_eps)
+        if places.angles is not None:
+            q, k = (rotary(heads.unsqueeze(1), *places.angles).squeeze(1) for heads in (q, k))
+        for into, new in zip(self.flat, (k, v), strict=True):
+            into.index_copy_(0, places.rows, new.flatten(0, 1))
+        y = decode_attention(q, self.cached.keys, self.cached.values, places.lengths)
+        return linear(y.flatten(1), self.o_proj)
 
 
 def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Any:

@@ -1,5 +1,7 @@
 """What a batch of sequences carries from token to token: keys and values, SSM states, the convolution's last inputs.
 
+A row is a sequence's slot. Rows know their lengths, are emptied, moved and viewed alone; the rows in use are the first
+ones, so that a decoding step takes a plain view of them, with neither padding nor a gather.
 Shapes: [B] batch, [L] tokens, [K] key-value heads, [D] head_dim, [H] heads, [P] head_dim, [N] state, [C] channels.
 """
 
@@ -32,6 +34,10 @@ class KeyValues:
         self.length = stop
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
+    def rows(self, start: int, count: int) -> KeyValues:
+        """A view of some rows; its length is that of what it is a view of."""
+        return KeyValues(self.keys.narrow(0, start, count), self.values.narrow(0, start, count), self.length)
+
 
 @dataclasses.dataclass
 class MambaState:
@@ -41,9 +47,14 @@ class MambaState:
     ssm: Tensor
     conv: Tensor
 
+    def rows(self, start: int, count: int) -> MambaState:
+        """A view of some rows."""
+        return MambaState(self.ssm.narrow(0, start, count), self.conv.narrow(0, start, count))
+
 
 class Cache:
-    """The state of `batch` sequences of equal length, empty at first; the model moves it on in place."""
+    """The state of `batch` sequences, empty at first; the model moves it on in place. `lengths` says how many tokens
+    each has seen."""
 
     def __init__(
         self,
@@ -57,7 +68,8 @@ class Cache:
     ) -> None:
         if batch < 1 or max_length < 1:
             raise InputError(f"cache: batch {batch} and length {max_length} must be at least 1")
-        self.length = 0
+        self.config, self.max_length = config, max_length
+        self.lengths = [0] * batch
         self.layers: list[KeyValues | MambaState | None] = []
         for letter in config.pattern:
             if letter == "*":
@@ -75,3 +87,46 @@ class Cache:
                 )
             else:
                 self.layers.append(None)
+
+    @property
+    def length(self) -> int:
+        """The length that all rows share; a batch of unequal lengths goes through `decode.Decoder`."""
+        assert len(set(self.lengths)) == 1, f"rows of unequal lengths: {self.lengths}"
+        return self.lengths[0]
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.lengths = [length] * len(self.lengths)
+
+    def row(self, number: int) -> Cache:
+        """A view of one row, for the model to write a prompt into. How far it comes is for
+        the caller to note in `lengths`."""
+        view = Cache.__new__(Cache)
+        view.config, view.max_length = self.config, self.max_length
+        view.lengths = [self.lengths[number]]
+        view.layers = [None if layer is None else layer.rows(number, 1) for layer in self.layers]
+        for layer in view.layers:
+            if isinstance(layer, KeyValues):
+                layer.length = self.lengths[number]
+        return view
+
+    def clear(self, number: int) -> None:
+        """Empties a row. Keys and values stay where they are: nothing reads beyond a row's length."""
+        self.lengths[number] = 0
+        for layer in self.layers:
+            if isinstance(layer, MambaState):
+                layer.ssm.narrow(0, number, 1).zero_()
+                layer.conv.narrow(0, number, 1).zero_()
+
+    def move(self, source: int, target: int) -> None:
+        """Puts a row's state, bit for bit, in another row's place."""
+        length = self.lengths[target] = self.lengths[source]
+        for layer in self.layers:
+            if isinstance(layer, MambaState):
+                tensors = (layer.ssm, layer.conv)
+            elif isinstance(layer, KeyValues):
+                tensors = (layer.keys.narrow(2, 0, length), layer.values.narrow(2, 0, length))
+            else:
+                continue
+            for tensor in tensors:
+                tensor.narrow(0, target, 1).copy_(tensor.narrow(0, source, 1))

@@ -1,16 +1,15 @@
 """What a config costs: parameters, bytes, FLOPs, tokens a second, and whether it fits a card. No weights are needed.
 
-Formulas: the sums of `axes.tensor_table`; key-value, SSM and convolution state as the layers keep them; vLLM's hybrid
-allocator (vllm-project/vllm, v1/core/kv_cache_utils.py), which pads Mamba pages up to its attention block.
+Formulas: the sums of `axes.tensor_table`; key-value, SSM and convolution state as the layers keep them; what comes and
+goes as `transient` counts it; vLLM's blocks as `vllm` does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ import torch
 from .axes import tensor_table
 from .config import HybridConfig
 from .errors import InputError
+from .transient import Place, blas_workspace, check_load, transient
+from .vllm import VllmReport, allocate
 
 GIB = 2**30
 
@@ -52,18 +53,23 @@ def num_tensors(config: HybridConfig) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class VllmReport:
-    """What vLLM's allocator does with the cache: tokens a block, bytes a request of the asked length, and (0 where no
-    budget was given) the requests that the budget's blocks hold: `max_num_seqs` may not exceed them."""
+class Load:
+    """How a run was asked for: tokens of a prefill chunk, bytes of a weight, a key or value, an SSM state's and a
+    convolution state's number, and where it runs."""
 
-    block_size: int
-    bytes_per_request: int
-    max_num_seqs: int = 0
+    chunk: int
+    weight_bytes: int
+    kv_bytes: int
+    ssm_bytes: int
+    conv_bytes: int
+    place: Place
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """Bytes at a context length and batch: weights, key-value cache, SSM and convolution states."""
+    """Bytes at a context length and batch: weights, key-value cache, SSM and convolution states; and, where a chunk was
+    given, the prompt's tokens, the highest moment of the prefill of a chunk, that of a decoding step, and beside it
+    its logits, and what the matrix library keeps for itself."""
 
     context: int
     batch: int
@@ -72,10 +78,27 @@ class MemoryReport:
     ssm: int
     conv: int
     vllm: VllmReport
+    prompt: int = 0
+    activations: int = 0
+    decode: int = 0
+    logits: int = 0
+    workspace: int = 0
+    load: Load | None = None
 
     @property
     def total(self) -> int:
+        """What is there all the time: weights and caches."""
         return self.weights + self.kv + self.ssm + self.conv
+
+    @property
+    def transient(self) -> int:
+        """What comes and goes, at its highest: prefill and decoding never meet."""
+        return max(self.activations, self.decode + self.logits)
+
+    @property
+    def peak(self) -> int:
+        """The most that is allocated at once."""
+        return self.total + self.prompt + self.transient + self.workspace
 
 
 def memory(
@@ -88,49 +111,59 @@ def memory(
     ssm_dtype: torch.dtype = torch.float32,
     conv_dtype: torch.dtype | None = None,
     budget: float | None = None,
+    chunk: int | None = 512,
+    place: Place = Place(),  # noqa: B008 (frozen)
+    mamba_cache_mode: str = "none",
 ) -> MemoryReport:
-    """Bytes that `batch` sequences of `context` tokens need at least. KV and convolution states follow the weights'
-    dtype unless told otherwise. `budget` (bytes, weights included) is for vLLM's count of requests.
+    """Bytes that `batch` sequences of `context` tokens need, the prompt prefilled in chunks of `chunk` tokens (None:
+    weights and caches alone). KV and convolution states follow the weights' dtype unless told otherwise. `budget`
+    (bytes, weights included) and the Mamba cache mode are for vLLM's count of requests.
 
-    Raises InputError where context or batch is below 1.
+    Raises InputError where context, batch or chunk is below 1.
     """
-    if context < 1 or batch < 1:
-        raise InputError(f"memory: context ({context}) and batch ({batch}) must be at least 1")
+    check_load(context, batch, 1 if chunk is None else chunk)
     attention, mamba = len(config.layers_of("*")), len(config.layers_of("M"))
-    kv_token = kv_bytes(config, kv_dtype or weight_dtype)
+    kv_type, conv_type = kv_dtype or weight_dtype, conv_dtype or weight_dtype
+    kv_token = kv_bytes(config, kv_type)
     ssm_layer = config.d_inner * config.ssm_state_size * ssm_dtype.itemsize if mamba else 0
-    conv_width = config.conv_dim * (config.conv_kernel - 1) if mamba else 0
-    conv_layer = conv_width * (conv_dtype or weight_dtype).itemsize
+    conv_layer = config.conv_dim * (config.conv_kernel - 1) * conv_type.itemsize if mamba else 0
     weights = count_parameters(config) * weight_dtype.itemsize
-    return MemoryReport(
+    room = None if budget is None else budget - weights
+    report = MemoryReport(
         context=context,
         batch=batch,
         weights=weights,
         kv=attention * kv_token * context * batch,
         ssm=mamba * ssm_layer * batch,
         conv=mamba * conv_layer * batch,
-        vllm=vllm(config, context, kv_token, ssm_layer + conv_layer, None if budget is None else budget - weights),
+        vllm=allocate(
+            attention, mamba, context, kv_token, ssm_layer + conv_layer, room, mamba_cache_mode, config.chunk_size
+        ),
     )
+    if chunk is None:
+        return report
+    load = Load(chunk, weight_dtype.itemsize, kv_type.itemsize, ssm_dtype.itemsize, conv_type.itemsize, place)
+    return at(config, dataclasses.replace(report, load=load), context, batch)
+
+
+def at(config: HybridConfig, report: MemoryReport, context: int, batch: int) -> MemoryReport:
+    """The report at another context and batch; what it says of vLLM stays."""
+    changes: dict[str, Any] = {
+        "kv": report.kv // (report.context * report.batch) * context * batch,
+        "ssm": report.ssm // report.batch * batch,
+        "conv": report.conv // report.batch * batch,
+    }
+    load = report.load
+    if load is not None:
+        passing = transient(config, context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place)
+        changes |= {"prompt": 8 * max(context - 1, 1) * batch, "activations": passing.prefill}
+        changes |= {"decode": passing.decode, "logits": passing.logits, "workspace": blas_workspace(load.place)}
+    return dataclasses.replace(report, context=context, batch=batch, **changes)
 
 
 def kv_bytes(config: HybridConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one token in one attention layer."""
     return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-
-
-def vllm(config: HybridConfig, context: int, kv_token: int, mamba_layer: int, room: float | None) -> VllmReport:
-    """vLLM's hybrid allocator, with its default (no prefix caching of Mamba states: one page a request and layer)."""
-    attention, mamba = len(config.layers_of("*")), len(config.layers_of("M"))
-    if not attention:
-        per_request = mamba * mamba_layer
-        return VllmReport(0, per_request, int(max(room or 0, 0) // per_request) if per_request else 0)
-    block = 16 * max(1, math.ceil(mamba_layer / (16 * kv_token)))
-    small, large = sorted((attention, mamba or attention))
-    group = large if large < 1.5 * small else small
-    pages = math.ceil(attention / group) * math.ceil(context / block) + math.ceil(mamba / group)
-    per_page = group * block * kv_token
-    per_request = per_page * pages
-    return VllmReport(block, per_request, int(max(room or 0, 0) // per_request))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +176,14 @@ class Hardware:
     bandwidth_gb_s: float
     bf16_tflops: float
     compute_capability: str = ""
+    multiprocessors: int = 132
+    device: str = "cuda"
+
+    @property
+    def place(self) -> Place:
+        """What of it the formulas ask for; a CPU works with as many threads as torch has."""
+        processors = self.multiprocessors if self.device == "cuda" else torch.get_num_threads()
+        return Place(self.device, processors, self.compute_capability or Place().capability)
 
     def budget(self, framework_share: float, reserve_gib: float, overhead_gib: float) -> float:
         """Bytes left for weights and caches: usable x (1 - share) - reserve - overhead."""
@@ -163,14 +204,76 @@ class Verdict:
 def verdict(config: HybridConfig, report: MemoryReport, budget: float) -> Verdict:
     """Holds a report against a budget in bytes. The largest context is for the report's batch, and the other way
     round; a model without attention layers has no largest context (-1)."""
-    fixed = report.weights + report.ssm + report.conv
-    per_token = report.kv // report.context
-    context = -1 if not per_token and budget >= fixed else 0
+
+    def fits(context: int, batch: int) -> bool:
+        return at(config, report, context, batch).peak <= budget
+
+    # Without what comes and goes: no more than so many can fit.
+    fixed, per_token = report.weights + report.ssm + report.conv, report.kv // report.context
+    context = -1 if fits(report.context, report.batch) else 0
     if per_token:
-        context = max(0, int((budget - fixed) // per_token))
-    per_sequence = (report.kv + report.ssm + report.conv) / report.batch
-    batch = max(0, int((budget - report.weights) // per_sequence)) if per_sequence else 0
-    return Verdict(report.total <= budget, budget, budget - report.total, context, batch)
+        context = most(lambda count: fits(count, report.batch), max(0, int((budget - fixed) // per_token)))
+    per_sequence = (report.kv + report.ssm + report.conv) / report.batch or (8 if report.load else 0)
+    batch = 0
+    if per_sequence:
+        bound = max(0, int((budget - report.weights) // per_sequence))
+        batch = most(lambda count: fits(report.context, count), bound)
+    return Verdict(report.peak <= budget, budget, budget - report.peak, context, batch)
+
+
+def most(fits: Callable[[int], bool], bound: int) -> int:
+    """The largest number up to `bound` that fits, where smaller ones fit as well; 0 if none does."""
+    low, high = 0, bound
+    while low < high:
+        middle = (low + high + 1) // 2 if high < bound else high
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Something that could be done, the bytes that it saves, and whether the rest fits."""
+
+    name: str
+    saved: int
+    fits: bool
+
+
+def changes(config: HybridConfig, report: MemoryReport, budget: float, **asked: Any) -> list[Change]:
+    """What would bring a report nearer to a budget, each on its own; `asked` as in `memory`."""
+    attention, mamba = (bool(config.layers_of(letter)) for letter in "*M")
+    ways: dict[str, dict[str, Any]] = {}
+    if attention and report.load and report.load.kv_bytes > 1:
+        ways["8-bit keys and values (vLLM: --kv-cache-dtype fp8)"] = {"kv_dtype": torch.float8_e4m3fn}
+    if mamba and report.load and report.load.ssm_bytes > 2:
+        ways["SSM states in bfloat16"] = {"ssm_dtype": torch.bfloat16}
+    if report.load and report.load.chunk > 128:
+        ways["prefill in chunks of 128 tokens"] = {"chunk": 128}
+    if len(ways) > 1:
+        ways["all of these"] = {name: value for way in ways.values() for name, value in way.items()}
+    found = []
+    for name, way in ways.items():
+        less = memory(config, report.context, report.batch, **(asked | way))
+        found.append(Change(name, report.peak - less.peak, less.peak <= budget))
+    return [*found, *fewer_layers(config, report, budget, asked)]
+
+
+def fewer_layers(config: HybridConfig, report: MemoryReport, budget: float, asked: dict[str, Any]) -> list[Change]:
+    """The fewest layers to drop, last ones first and the most frequent kind each time; nothing where that is all."""
+    pattern = config.pattern
+    for count in range(1, config.num_layers):
+        letter = max(dict.fromkeys(pattern), key=pattern.count)
+        place = pattern.rindex(letter)
+        pattern = pattern[:place] + pattern[place + 1 :]
+        less = memory(config.replace(pattern=pattern), report.context, report.batch, **asked)
+        if less.peak <= budget:
+            gone = ", ".join(
+                f"{config.pattern.count(kind) - pattern.count(kind)} {kind}"
+                for kind in dict.fromkeys(config.pattern)
+                if config.pattern.count(kind) > pattern.count(kind)
+            )
+            return [Change(f"{count} layers fewer ({gone})", report.peak - less.peak, True)]
+    return []
 
 
 def flops_per_token(config: HybridConfig, context: int) -> float:
@@ -247,14 +350,14 @@ def throughput(
     if batch is None:
         if budget is None:
             raise InputError("throughput: give a batch, or a budget in bytes that the batch has to fit")
-        one = memory(config, input_tokens + output_tokens, 1, **dtypes)
+        one = memory(config, input_tokens + output_tokens, 1, chunk=None, **dtypes)
         batch = verdict(config, one, budget).largest_batch if one.total > one.weights else int(one.total <= budget)
         if batch < 1:
             return None
     rate = hardware.bf16_tflops * 1e12 * compute_efficiency
     bandwidth = hardware.bandwidth_gb_s * 1e9 * bandwidth_efficiency
     middle = input_tokens + output_tokens // 2
-    report = memory(config, middle, batch, **dtypes)
+    report = memory(config, middle, batch, chunk=None, **dtypes)
     head = config.vocab_size * config.hidden_size
     weights = report.weights - (0 if config.tie_word_embeddings else head * weight_dtype.itemsize)
     head_flops = 2.0 * head

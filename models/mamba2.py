@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.linear import linear
+from ..kernels.mamba_step import PreparedStep, takes_prepared
 from ..kernels.norm import gated_rms_norm
 from ..kernels.ssd import ssd_scan
 from ..kernels.state_update import state_update
@@ -21,6 +22,11 @@ from .cache import MambaState
 from .config import HybridConfig
 
 Observe = Callable[[str, int, Tensor], None]
+Stored = Callable[[Tensor], Tensor]
+
+
+def as_it_is(weight: Tensor) -> Tensor:
+    return weight
 
 
 class ConvWeights(nn.Module):
@@ -104,21 +110,7 @@ class Mamba2Mixer(nn.Module):
 
     def step(self, u: Tensor, state: MambaState) -> Tensor:
         """One token [B, 1, hidden] -> [B, 1, hidden]."""
-        config = self.config
-        projected = linear(u[:, 0], self.in_proj.weight)
-        z, conv_in, dt = projected.split((config.d_inner, config.conv_dim, config.mamba_num_heads), -1)
-        conv_out = causal_conv1d_step(state.conv, conv_in, self.conv1d.weight[:, 0], self.conv1d.bias)
-        x, B, C = self.split_heads(conv_out)
-        A = -torch.exp(self.A_log.float())
-        options: dict[str, Any] = {
-            "D": self.D,
-            "dt_bias": self.dt_bias,
-            "dt_softplus": True,
-            "dt_limit": config.dt_limit,
-        }
-        y = state_update(state.ssm, x, dt, A, B, C, **options)
-        normed = gated_rms_norm(y.flatten(1), z, self.norm.weight, config.norm_eps, config.n_groups)
-        return linear(normed, self.out_proj.weight)[:, None]
+        return MambaStep(self, state)(u[:, 0])[:, None]
 
     def split_heads(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., conv_dim] -> x [..., H, P], B and C [..., G, N]"""
@@ -127,3 +119,56 @@ class Mamba2Mixer(nn.Module):
         x, B, C = conv_out.split((config.d_inner, groups[0] * groups[1], groups[0] * groups[1]), -1)
         heads = (config.mamba_num_heads, config.mamba_head_dim)
         return x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+
+class MambaStep:
+    """A mixer's step of one token for the sequences of a state, with all that does not change from step to step made
+    ready once."""
+
+    def __init__(self, mixer: Mamba2Mixer, state: MambaState, stored: Stored = as_it_is) -> None:
+        """`stored` gives a matrix in the order that the step is to read it in."""
+        config = mixer.config
+        self.mixer, self.state = mixer, state
+        self.widths = (config.d_inner, config.conv_dim, config.mamba_num_heads)
+        self.in_proj, self.out_proj = stored(mixer.in_proj.weight), stored(mixer.out_proj.weight)
+        self.norm = mixer.norm.weight
+        # [C, K] with channels innermost, as the state; a clone, which works on fake tensors too.
+        self.conv_weight = mixer.conv1d.weight.squeeze(1).mT.clone(memory_format=torch.contiguous_format).mT
+        self.A = -torch.exp(mixer.A_log.float())
+        self.options: dict[str, Any] = {
+            "D": mixer.D,
+            "dt_bias": mixer.dt_bias,
+            "dt_softplus": True,
+            "dt_limit": config.dt_limit,
+        }
+        self.prepared: PreparedStep | None = None
+
+    def prepare(self) -> None:
+        """Lays out buffers on a CPU, for many steps; the state stays where it is."""
+        mixer, config = self.mixer, self.mixer.config
+        if takes_prepared(self.state.ssm, self.state.conv, self.norm, self.conv_weight):
+            self.prepared = PreparedStep(
+                self.state.conv,
+                self.state.ssm,
+                self.conv_weight,
+                mixer.conv1d.bias,
+                self.A,
+                mixer.D,
+                mixer.dt_bias,
+                config.dt_limit,
+                self.norm,
+                config.norm_eps,
+                config.n_groups,
+            )
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """[B, hidden] -> [B, hidden]"""
+        config = self.mixer.config
+        z, conv_in, dt = linear(u, self.in_proj).split(self.widths, -1)
+        if self.prepared is not None:
+            return linear(self.prepared(z, conv_in, dt), self.out_proj)
+        conv_out = causal_conv1d_step(self.state.conv, conv_in, self.conv_weight, self.mixer.conv1d.bias)
+        x, B, C = self.mixer.split_heads(conv_out)
+        y = state_update(self.state.ssm, x, dt, self.A, B, C, **self.options)
+        normed = gated_rms_norm(y.flatten(1), z, self.norm, config.norm_eps, config.n_groups)
+        return linear(normed, self.out_proj)

@@ -11,6 +11,7 @@ from ..kernels.activation import relu2, swiglu
 from ..kernels.linear import linear
 from .config import HybridConfig
 from .errors import InputError
+from .mamba2 import Stored, as_it_is
 
 Observe = Callable[[str, int, Tensor], None]
 
@@ -38,3 +39,16 @@ class MLP(nn.Module):
             observe("ffn", self.layer, up)
             observe("ffn_act", self.layer, active)
         return linear(active, self.down_proj.weight)
+
+
+class MLPStep:
+    """The MLP of one token a sequence; `stored` as in `MambaStep`."""
+
+    def __init__(self, mixer: MLP, stored: Stored = as_it_is) -> None:
+        self.up, self.down = stored(mixer.up_proj.weight), stored(mixer.down_proj.weight)
+        self.gate = stored(mixer.gate_proj.weight) if mixer.gated else None
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """[B, hidden] -> [B, hidden]"""
+        up = linear(u, self.up)
+        return linear(relu2(up) if self.gate is None else swiglu(linear(u, self.gate), up), self.down)

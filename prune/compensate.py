@@ -2,9 +2,8 @@
 
 Three means, each an option, none of which leaves a trace in the architecture:
 
-- Rotation (the idea is SliceGPT's, arXiv 2401.15024): RMSNorm without its weight commutes with any rotation of the
-  residual stream, so the weights of the norms are folded into the matrices that follow, and the stream is turned
-  into its principal directions on calibration data, one rotation for the whole model; the hidden axis is cut there.
+- Rotation (rotation.py): the stream is turned into its principal directions on calibration data, one rotation for the
+  whole model, and the hidden axis is cut there.
 - Norms: an RMS over fewer channels is another number. The weight takes the ratio: that of the counts, as if what goes
   were zero, or that of the RMS before and after on calibration data (within each group of a gated norm).
 - Least squares: layer by layer, the matrices that read the stream are refitted so that the pruned model's narrower
@@ -26,19 +25,17 @@ import torch
 from torch import Tensor
 
 from ..kernels.norm import rms_norm
-from ..models.axes import HIDDEN, Dimension, TensorAxes, tensor_table
+from ..models.axes import HIDDEN, tensor_table
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from .importance import IGNORED_LABEL, TokenBatch
-from .slice import Selection, cut, filled, is_norm, kept_rows, slice_config, slice_tensors, source_name
+from .importance import TokenBatch
+from .rotation import hidden_of, principal_directions, reads_stream, rotated, rotated_selection, writes_stream
+from .slice import Selection, cut, filled, kept_rows, slice_config, slice_tensors, source_name
+from .streams import INNER, GetTensor, Streams, one_layer
 
-GetTensor = Callable[[str], Tensor]
 OnStep = Callable[[int, int], None]
 NORMS = ("none", "count", "measured")
-# What enters the matrix that leads back into the residual stream, by the layer's letter.
-TIED_TOLERANCE = 0.2
-INNER = {"M": "mamba_out", "*": "attn_heads", "-": "ffn_act"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +56,6 @@ class Repair:
     @property
     def needs_data(self) -> bool:
         return self.rotate or self.least_squares or self.norms == "measured"
-
-
-def rotated_selection(selection: Selection) -> Selection:
-    """The same selection with the first channels kept: after a rotation they are the principal directions."""
-    if HIDDEN not in selection.kept:
-        return selection
-    return Selection(selection.layers, {**selection.kept, HIDDEN: tuple(range(len(selection.kept[HIDDEN])))})
 
 
 @torch.no_grad()
@@ -110,162 +100,6 @@ def repair_model(
     place: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype, "on_step": on_step}
     tensors = repair_tensors(get_tensor, model.config, selection, batches, repair, **place)
     return filled(slice_config(model.config, selection), tensors, model)
-
-
-# --- rotation -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Rotation:
-    """Of the residual stream: the new directions are the columns of `turn` [H, H] (float64). The first `fixed` of them
-    are channels that stay as they are, because a final norm in front of a tied embedding has to keep its weights."""
-
-    turn: Tensor
-    fixed: int
-
-
-def principal_directions(
-    get_tensor: GetTensor,
-    config: HybridConfig,
-    batches: Sequence[TokenBatch],
-    selection: Selection,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    on_layer: Callable[[int], None] | None = None,
-) -> Rotation:
-    """The rotation into the principal directions of the normed stream, the largest first: eigenvectors of the second
-    moments, summed over the norms of the layers that stay and the final one.
-
-    Tied embeddings leave no matrix behind the final norm to fold its weights into, and weights survive a rotation only
-    where they are equal. So the channels whose weight is off the median (by more than `TIED_TOLERANCE` of it; half of
-    those that stay at most, the farthest) are not turned, and the others share one weight.
-    """
-    moments = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=device)
-    streams = Streams(get_tensor, batches, device, dtype)
-    for layer in range(config.num_layers + 1):
-        if layer == config.num_layers or layer in selection.layers:
-            for rows in streams.counted():
-                normed = torch.nn.functional.normalize(rows.double(), dim=-1)
-                moments += normed.T @ normed
-        if layer < config.num_layers:
-            streams.advance(one_layer(config, layer, get_tensor, device, dtype))
-            if on_layer is not None:
-                on_layer(layer + 1)
-    weight = get_tensor("norm_f.weight").to(moments)
-    off = (weight / weight.median() - 1).abs()
-    count = (
-        min(int((off > TIED_TOLERANCE).sum()), len(selection.kept[HIDDEN]) // 2) if config.tie_word_embeddings else 0
-    )
-    order = off.argsort(descending=True, stable=True)
-    fixed, free = order[:count], order[count:].sort().values
-    _, directions = torch.linalg.eigh(moments[free][:, free])
-    turn = torch.zeros_like(moments)
-    turn[fixed, torch.arange(count, device=turn.device)] = 1
-    turn[free, count:] = directions.flip(1)
-    return Rotation(turn, count)
-
-
-def rotated(get_tensor: GetTensor, config: HybridConfig, rotation: Rotation, device: torch.device | str) -> GetTensor:
-    """Tensors of the same function with the residual stream turned and the norms' weights folded into the matrices
-    that read it (with tied embeddings the final norm's as far as `Rotation` allows)."""
-    table = tensor_table(config)
-    turns: dict[torch.dtype, Tensor] = {}
-
-    def turn_like(tensor: Tensor) -> Tensor:
-        work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return turns.setdefault(work, rotation.turn.to(device, work))
-
-    def get(name: str) -> Tensor:
-        axes, tensor = table[name], get_tensor(name)
-        turn = turn_like(tensor)
-        if reads_stream(axes):
-            return ((tensor.to(turn) * get_tensor(norm_before(axes)).to(turn)) @ turn).to(tensor)
-        if writes_stream(axes):
-            return (turn.T @ tensor.to(turn)).to(tensor)
-        if name == "embeddings.weight":
-            return (tensor.to(turn) @ turn).to(tensor)
-        if not is_norm(name) or axes.dimensions[0] != hidden_of(config):
-            return tensor
-        if name == "norm_f.weight" and config.tie_word_embeddings:
-            own, shared = (tensor.to(turn) @ turn)[: rotation.fixed], tensor.median().to(turn)
-            return torch.cat([own, shared.expand(len(tensor) - rotation.fixed)]).to(tensor)
-        return torch.ones_like(tensor)
-
-    return get
-
-
-def hidden_of(config: HybridConfig) -> Dimension:
-    return tensor_table(config)["norm_f.weight"].dimensions[0]
-
-
-def reads_stream(axes: TensorAxes) -> bool:
-    """Whether a matrix's inputs are the normed residual stream."""
-    return axes.name == "lm_head.weight" or (axes.layer is not None and on_hidden(axes, 1))
-
-
-def writes_stream(axes: TensorAxes) -> bool:
-    """Whether a matrix's outputs are added to the residual stream."""
-    return axes.layer is not None and len(axes.dimensions) == 2 and on_hidden(axes, 0)
-
-
-def on_hidden(axes: TensorAxes, number: int) -> bool:
-    return len(axes.dimensions) == 2 and axes.dimensions[number][0][0].axis == HIDDEN
-
-
-def norm_before(axes: TensorAxes) -> str:
-    return "norm_f.weight" if axes.layer is None else f"layers.{axes.layer}.norm.weight"
-
-
-# --- streams --------------------------------------------------------------------------------------------------------
-
-
-class Streams:
-    """The residual streams of all calibration batches, [B, T, H] each, moved on layer by layer."""
-
-    def __init__(
-        self, get_tensor: GetTensor, batches: Sequence[TokenBatch], device: torch.device | str, dtype: torch.dtype
-    ) -> None:
-        embedding = get_tensor("embeddings.weight")
-        self.hidden = [embedding[batch.input_ids.to(embedding.device)].to(device, dtype) for batch in batches]
-        self.seq_idx = [batch.seq_idx.to(device) for batch in batches]
-        self.mask = [(batch.labels != IGNORED_LABEL).to(device) for batch in batches]
-        if not any(bool(mask.any()) for mask in self.mask):
-            raise InputError("repair: the data has no counted token; expected at least one sample of two tokens")
-
-    def counted(self) -> Iterator[Tensor]:
-        """The stream at the counted positions, [N, H] a batch."""
-        for hidden, mask in zip(self.hidden, self.mask, strict=True):
-            yield hidden[mask]
-
-    def run(self, layer: HybridLM, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch `number` through a layer: the stream behind it, and at the counted positions what passed inside."""
-        seen: dict[str, Tensor] = {}
-
-        def observe(kind: str, _: int, tensor: Tensor) -> None:
-            if kind in ("hidden", *INNER.values()):
-                seen[kind] = tensor[self.mask[number]].flatten(1)
-
-        out = layer.forward_layers(self.hidden[number], 0, 1, seq_idx=self.seq_idx[number], observe=observe)
-        return out, seen
-
-    def advance(self, layer: HybridLM) -> None:
-        for number in range(len(self.hidden)):
-            self.hidden[number] = self.run(layer, number)[0]
-
-
-def one_layer(
-    config: HybridConfig, layer: int, get_tensor: GetTensor, device: torch.device | str, dtype: torch.dtype
-) -> HybridLM:
-    """A model of one layer of `config` alone, whose `forward_layers` runs it."""
-    alone = config.replace(pattern=config.pattern[layer], vocab_size=1, tie_word_embeddings=True)
-    model = HybridLM(alone, device=device, dtype=dtype)
-    for name, weight in model.state_dict().items():
-        if name.startswith("layers.0."):
-            weight.copy_(get_tensor(f"layers.{layer}." + name.removeprefix("layers.0.")))
-    return model
-
-
-# --- the walk -------------------------------------------------------------------------------------------------------
 
 
 class Fit:

@@ -252,7 +252,7 @@ def find_candidates(
             if unwritable(smaller) is not None:
                 continue
             aligned += 1
-            report = memory(smaller, budget.context, budget.batch, **budget.dtypes)
+            report = memory(smaller, budget.context, budget.batch, chunk=None, **budget.dtypes)
             smallest = min(smallest, report.total)
             if report.total > budget.bytes:
                 continue

@@ -19,7 +19,11 @@ from ..models.errors import InputError
 CONF = Path(__file__).parents[1] / "conf"
 # Paths, names and prompts are meant as the shell passes them, parentheses, quotes and all: Hydra's grammar does not
 # see them. (conf/model/ holds named configs; to Hydra `model=` would name one of its groups.)
-VERBATIM = ("model", "init", "teacher", "student", "data", "output", "scores", "base", "gap", "prompt")
+VERBATIM = (
+    "model", "init", "teacher", "student", "against", "base", "data", "output", "scores", "gap", "prompt", "prompts",
+    "system", "also"
+)  # fmt: skip
+BASES = {"train-fit": "compress"}  # whose options and recipes a command takes beside its own
 Options = TypeVar("Options")
 
 
@@ -78,9 +82,9 @@ def split(command: str, override: str) -> tuple[str, str]:
 
 def groups(command: str) -> dict[str, list[str]]:
     """The groups that a command's config picks from, each with its choices, the default first."""
-    found = {}
+    found = groups(BASES[command]) if command in BASES else {}
     for line in (CONF / f"{command}.yaml").read_text(encoding="utf-8").splitlines():
-        group, _, default = line.removeprefix("  - ").partition(": ")
+        group, _, default = line.removeprefix("  - ").removeprefix("override ").partition(": ")
         if line.startswith("  - ") and group != "recipe" and (CONF / group).is_dir():
             names = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
             found[group] = [default, *(name for name in names if name != default)]
@@ -91,7 +95,9 @@ def recipes(command: str) -> dict[str, str]:
     """The recipes of a command with what they are for; a recipe's second line says both."""
     found = {}
     for path in sorted((CONF / "recipe").glob("*.yaml")):
-        mark, _, purpose = path.read_text(encoding="utf-8").splitlines()[1].partition(f"# For {command}: ")
+        mark, _, purpose = (
+            path.read_text(encoding="utf-8").splitlines()[1].partition(f"# For {BASES.get(command, command)}: ")
+        )
         if not mark and purpose:
             found[path.stem] = purpose
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,28 +63,18 @@ def run(options: Options) -> None:
         return rehearse(model_config(options.model), rounds, options.hardware, options.fit)
     assert options.data is not None and options.output is not None
     out, begin = options.output, claim(options, options.data, options.output)
-    common: dict[str, Any] = {"data": options.data, "device": options.device, "dtype": options.dtype}
     number, before = itertools.count(1), begin
     for found in rounds:
-        folder, seed = out / found.name, found.seed
-        length, batch = found.distill.seq_len, found.distill.rows
         which = f" ({found.name})" if found.name else ""
         stage(f"{next(number)}. score: what matters{which}")
-        score.run(score.Options(before, output=folder / "scores", seq_len=length, batch=batch, seed=seed,
-                                importance=found.importance, **common))  # fmt: skip
+        score_round(options, before, found, out / found.name)
         stage(f"{next(number)}. prune: layers, widths and SSM heads{which}")
-        prune.run(prune.Options(before, folder / "scores", folder / "pruned", found.target, found.repair,
-                                seq_len=length, batch=batch, seed=seed, **common))  # fmt: skip
+        prune_round(options, before, found, out / found.name)
         stage(f"{next(number)}. distill: the teacher's logits back in{which}")
-        distill.run(distill.Options(begin, str(folder / "pruned"), output=folder / "distilled", seed=seed,
-                                    distill=found.distill, **common))  # fmt: skip
-        before = str(folder / "distilled")
+        distill_round(options, begin, out / found.name / "pruned", found, out / found.name)
+        before = str(out / found.name / "distilled")
     stage(f"{next(number)}. evaluate: the gap on held-out files")
-    students = {name: str(folder) for name, folder in student_folders(out, rounds).items()}
-    evaluate.run(evaluate.Options(begin, students, output=out / "gap", split="test", tokens=options.evaluate_tokens,
-                                  seq_len=options.distill.seq_len, batch=options.distill.rows, seed=options.seed,
-                                  hardware=options.hardware, fit=options.fit,
-                                  scores=None if options.rounds else str(out / "scores"), **common))  # fmt: skip
+    measure_gap(options, begin, student_folders(out, rounds), out)
     stage(f"{next(number)}. export: a folder for others")
     export.run(export.Options(before, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
                               base=begin, gap=str(out / "gap")))  # fmt: skip
@@ -93,6 +83,37 @@ def run(options: Options) -> None:
             for name, folder in {"teacher": model_folder(begin), "student": out / "exported"}.items()}  # fmt: skip
     memory_fit.show(load_config(out / "exported"), *fits["student"], options.hardware)
     finish(out, options, {name: memory_fit.as_json(*fit, options.hardware) for name, fit in fits.items()})
+
+
+def shared(options: Options) -> dict[str, Any]:
+    """What every stage is told."""
+    return {"data": options.data, "device": options.device, "dtype": options.dtype}
+
+
+def score_round(options: Options, model: str, found: Round, folder: Path) -> None:
+    length, batch = found.distill.seq_len, found.distill.rows
+    score.run(score.Options(model, output=folder / "scores", seq_len=length, batch=batch, seed=found.seed,
+                            importance=found.importance, **shared(options)))  # fmt: skip
+
+
+def prune_round(options: Options, model: str, found: Round, folder: Path) -> None:
+    length, batch = found.distill.seq_len, found.distill.rows
+    prune.run(prune.Options(model, folder / "scores", folder / "pruned", found.target, found.repair,
+                            seq_len=length, batch=batch, seed=found.seed, **shared(options)))  # fmt: skip
+
+
+def distill_round(options: Options, teacher: str, student: Path, found: Round, folder: Path) -> None:
+    distill.run(distill.Options(teacher, str(student), output=folder / "distilled", seed=found.seed,
+                                distill=found.distill, **shared(options)))  # fmt: skip
+
+
+def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], out: Path) -> None:
+    named = {name: str(folder) for name, folder in students.items()}
+    how = options.distill
+    scores = str(out / "scores") if (out / "scores" / "scores.json").is_file() else None  # of one round: the teacher's
+    evaluate.run(evaluate.Options(teacher, named, output=out / "gap", split="test", tokens=options.evaluate_tokens,
+                                  seq_len=how.seq_len, batch=how.rows, seed=options.seed, scores=scores,
+                                  hardware=options.hardware, fit=options.fit, **shared(options)))  # fmt: skip
 
 
 def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:

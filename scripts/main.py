@@ -23,7 +23,10 @@ COMMANDS = {
     "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
     "export": "a checkpoint in the dtype and shards asked for, read back and compared",
     "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
-    "generate": "text from a prompt",
+    "train-fit": "does its distillation fit the GPUs? (memory-fit mode=train)",
+    "generate": "text from a prompt, answers to a file of prompts, a chat at the terminal",
+    "bench": "time to first token and tokens a second, beside the roofline; two models side by side",
+    "experiment": "an ablation re-run: variants times seeds of the chain, a table and a plot (limbeck experiment=NAME)",
     "pretrain": "cross-entropy on text, from nothing or from a checkpoint (how the shipped model was made)",
 }
 EXAMPLES = {
@@ -35,7 +38,10 @@ EXAMPLES = {
     "evaluate": "teacher=zoo +student.pruned=pruned +student.distilled=distilled data=stdlib output=gap",
     "export": "model=distilled output=exported dtype=bfloat16",
     "memory-fit": "model=nemotron-nano-9b-v2 hardware=a10g fit.context=131072",
+    "train-fit": "recipe=nemotron-nano-9b-v2 hardware=h100 processes=8",
     "generate": "prompt='def mean(values):' max_new_tokens=64",
+    "bench": "model=nemotron-nano-9b-v2 against=qwen3-8b batch=fit measure=false",
+    "experiment": "experiment=loss output=loss",
     "pretrain": "recipe=zoo output=zoo",
 }
 EPILOGUE = """
@@ -63,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"limbeck {__version__}")
         return 0
     try:
-        command, overrides = words[0], words[1:]
+        if words[0].startswith("experiment="):
+            words.insert(0, "experiment")
+        command, overrides = by_mode(words[0], words[1:])
         if command not in COMMANDS:
             from .compose import guess
 
@@ -89,6 +97,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return finish(2, refusal(error))
     except KeyboardInterrupt:
         return finish(130, "interrupted; the same command goes on where this one stopped, where work can be resumed")
+
+
+def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """`memory-fit mode=train` is the command train-fit, whose teacher is what compress calls the model."""
+    if command == "memory-fit" and "mode=train" in overrides:
+        command, overrides = "train-fit", [word for word in overrides if word != "mode=train"]
+    if command == "train-fit":
+        overrides = ["model=" + word.partition("=")[2] if word.startswith("teacher=") else word for word in overrides]
+    return command, overrides
 
 
 def run(command: str, overrides: Sequence[str]) -> int:
@@ -135,10 +152,13 @@ def overview() -> str:
 
 def describe(command: str) -> str:
     """A command's options, as its configs explain them, the recipes that set them, and an example."""
-    from .compose import groups, recipes
+    from .compose import BASES, groups, recipes
 
-    text = (CONF / f"{command}.yaml").read_text(encoding="utf-8")
-    lines = ["Options (KEY: default)", *("  " + line for line in text.partition("# Options\n")[2].strip().splitlines())]
+    lines = []
+    for name in [command, *([BASES[command]] if command in BASES else [])]:
+        text = (CONF / f"{name}.yaml").read_text(encoding="utf-8").partition("# Options\n")[2]
+        lines += [f"Options{'' if name == command else f' of {name}'} (KEY: default)"]
+        lines += ["  " + line for line in text.strip().splitlines()]
     for group, (default, *others) in groups(command).items():
         also = f"; also {', '.join(others)}" if others else ""
         lines.append(f"  {group}:  # {group}={default}{also}")

@@ -25,7 +25,7 @@ from limbeck.prune.importance import score_random
 from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
 from limbeck.scripts import compress, memory_fit, search
-from limbeck.scripts.compose import build, compose_config, groups, recipes
+from limbeck.scripts.compose import BASES, build, compose_config, groups, recipes
 from limbeck.scripts.inputs import model_config, model_names
 from limbeck.scripts.main import COMMANDS, EXAMPLES
 from limbeck.scripts.rounds import walk
@@ -148,13 +148,13 @@ def test_help_shows_every_option_and_its_example_composes(command: str) -> None:
 
 
 def test_every_recipe_is_of_a_command() -> None:
-    named = [name for command in COMMANDS for name in recipes(command)]
+    named = [name for command in COMMANDS if command not in BASES for name in recipes(command)]
     assert sorted(named) == sorted(path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command in COMMANDS for name in recipes(command)])
 def test_every_recipe_composes(command: str, name: str) -> None:
-    module = importlib.import_module(f"limbeck.scripts.{command}")
+    module = importlib.import_module(f"limbeck.scripts.{command.replace('-', '_')}")
     options = build(module.Options, compose_config(command, [f"recipe={name}", "data=x", "output=x"]))
     assert options.model in ("zoo", *model_names())
     assert options.output == Path("x") and options.data == "x"

@@ -81,5 +81,7 @@ def test_compress_refuses_half_blocks_at_once(source: Path, tmp_path: Path) -> N
 def test_memory_fit_of_qwen3() -> None:
     code, text, _ = limbeck("memory-fit", "model=qwen3-8b", "context=24576", "hardware=a10g")
     assert code == 0 and "8,190,735,360" in text and "36 attention layers" in text
-    code, _, err = limbeck("memory-fit", "model=qwen3-8b", "context=131072", "hardware=a10g")
+    code, _, err = limbeck("memory-fit", "model=qwen3-8b", "context=40960", "batch=2", "hardware=a10g")
     assert code == 3 and "does not fit" in err
+    code, _, err = limbeck("memory-fit", "model=qwen3-8b", "context=131072", "hardware=a10g")
+    assert code == 2 and "40,960" in err

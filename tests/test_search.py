@@ -204,7 +204,7 @@ def test_candidates_are_those_of_brute_force(seed: int) -> None:
         wanted |= {key: made for key, made in part.items() if set(made.pattern) == letters}
     assert {repr(candidate.config) for candidate in found} == wanted.keys()
     for candidate in found:
-        report = memory(candidate.config, 64, 2)
+        report = memory(candidate.config, 64, 2, chunk=None)
         assert candidate.memory == report and report.total <= budget.bytes
         assert candidate.parameters == sum(tensor.numel for tensor in tensor_table(candidate.config).values())
         widths = score_random(config, seed)

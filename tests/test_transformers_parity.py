@@ -17,8 +17,10 @@ import pytest
 import torch
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.config import HybridConfig
+from limbeck.models.engine import Engine, Request
 from limbeck.models.hybrid import HybridLM
-from limbeck.tests.helpers import cached_logits
+from limbeck.models.tokenizer import load_tokenizer
+from limbeck.tests.helpers import cached_logits, limbeck
 
 transformers = pytest.importorskip("transformers")
 
@@ -155,3 +157,34 @@ def test_cached_steps_equal_transformers_cache(tmp_path: Path) -> None:
     ours, theirs = both(case, tmp_path)
     ids = torch.randint(case.config.vocab_size, (2, 19))
     assert relative(*cached_logits(ours, theirs, ids, 11)) <= 1e-5
+
+
+BEGINNINGS = (
+    "import ", "from os import ", "def {}(self, x):\n    ", "class {}(object):\n", "    for i in {}:\n", "# {}\n",
+    "if {} is None:\n    raise ", "    return {}", "with open({}) as ", "assertEqual({}, ",
+)  # fmt: skip
+NAMES = ("value", "parse_args", "Node", "self._lock", "b'data'")
+
+
+PROMPTS = [begin.format(name) for name in NAMES for begin in BEGINNINGS]
+PARTS = {"three": PROMPTS[::20], **{str(part): PROMPTS[10 * part - 10 : 10 * part] for part in range(1, 6)}}
+
+
+@pytest.mark.parametrize("part", ("three", *(pytest.param(name, marks=pytest.mark.slow) for name in "12345")))
+def test_greedy_text_is_that_of_transformers(part: str, tmp_path: Path) -> None:
+    """The shipped model, exported: 64 tokens behind prompts that share the engine's batch, beside `generate` of the
+    model that transformers opens, prompt by prompt."""
+    exported = tmp_path / "exported"
+    code, _, err = limbeck("export", "model=zoo", f"output={exported}", "dtype=float32")
+    assert code == 0, err
+    prompts = PARTS[part]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(exported)
+    engine = Engine(load_model(exported), max_length=96, slots=4, prefill_chunk=5, tokenizer=tokenizer)
+    requests = [Request([tokenizer.bos_token_id, *tokenizer.encode(prompt)], 64) for prompt in prompts]
+    for prompt, request, found in zip(prompts, requests, engine.complete(requests), strict=True):
+        ids = torch.tensor([request.prompt])
+        output = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+        expected = output[0, ids.shape[1] :].tolist()
+        assert found.tokens == expected, prompt
+        assert found.text == tokenizer.decode(expected, skip_special_tokens=True)

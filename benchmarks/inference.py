@@ -1,0 +1,283 @@
+"""Generation on the CUDA device at hand: right, how fast beside its ceiling, and within the memory that was predicted.
+
+    python -m limbeck.benchmarks.inference [--json inference.json] [--only check decode memory throughput]
+    python -m limbeck.benchmarks.inference --interpret
+
+Needs torch, triton, numpy and safetensors; weights are drawn. In this order: chunked prefill and decoding against one
+forward pass, at a small size; the 9B's decoding step at batch 1 beside the time in which its weights can be read; a
+prompt of 131,072 tokens and 64 steps under a cap of 22.06 GiB, with the predicted and the measured peak, and the 12B,
+which is to be refused before it is allocated; the 9B against Qwen3-8B on four lengths of input and output, each at the
+largest batch that fits. Exit code 3 where a result is wrong, or the memory is further than 2% from its prediction.
+`--interpret` runs all of it at tiny sizes on the CPU, in Triton's interpreter: its figures say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from limbeck.benchmarks.provenance import provenance
+from limbeck.benchmarks.published import PUBLISHED
+from limbeck.models.cache import Cache, KeyValues
+from limbeck.models.config import HybridConfig
+from limbeck.models.cost import GIB, memory, verdict
+from limbeck.models.errors import CheckFailed
+from limbeck.models.generate import decode_one_token, prefill
+from limbeck.models.hybrid import HybridLM
+from limbeck.models.peak import check_room, measure, random_model
+from limbeck.models.transient import Place
+from torch import Tensor
+
+SMALL = HybridConfig(
+    pattern="M-*M-", vocab_size=512, hidden_size=128, intermediate_size=256, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=16, mamba_num_heads=8, mamba_head_dim=32, n_groups=2, ssm_state_size=16,
+    chunk_size=16,
+)  # fmt: skip
+DENSE = SMALL.replace(pattern="*-", family="llama", activation="silu", gated_mlp=True, rope_theta=1e4)
+USABLE = 22.06 * GIB  # of an A10G, arXiv 2508.14444
+SHARE = 0.95  # of it, for us
+MOST_OFF, RIGHT = 0.02, {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+# arXiv 2508.14444: Nemotron-Nano-9B-v2 over Qwen3-8B on an A10G.
+TOKENS, SEQUENCES = 40, 2  # of the check
+PUBLISHED_RATIO = {(1024, 8192): 3.3, (8192, 16384): 6.3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is run: two models and one that is too large, where, with how many tokens, under which cap (bytes)."""
+
+    hybrid: HybridConfig
+    dense: HybridConfig
+    large: HybridConfig
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    steps: int
+    chunk: int
+    lengths: tuple[tuple[int, int], ...]
+    cap: float
+
+    @property
+    def place(self) -> Place:
+        if self.device.type != "cuda":
+            return Place("cpu", torch.get_num_threads())
+        found = torch.cuda.get_device_properties(self.device)
+        return Place("cuda", found.multi_processor_count, f"{found.major}.{found.minor}")
+
+    def asked(self) -> dict[str, Any]:
+        return {"weight_dtype": self.dtype, "chunk": self.chunk, "place": self.place}
+
+
+def full_plan() -> Plan:
+    names = ("nemotron-nano-9b-v2", "qwen3-8b", "nemotron-nano-12b-v2")
+    lengths = ((1024, 8192), (8192, 1024), (8192, 16384), (16384, 1024))
+    models = [PUBLISHED[name] for name in names]
+    return Plan(*models, torch.device("cuda"), torch.bfloat16, 131072, 64, 512, lengths, USABLE)
+
+
+def tiny_plan() -> Plan:
+    """On the CPU: the larger of the models is to be too large for the cap."""
+    cap = 1.2 * memory(SMALL, 42, chunk=16, weight_dtype=torch.float32, place=Place("cpu", 1)).peak
+    large = SMALL.replace(pattern=SMALL.pattern * 3)
+    return Plan(SMALL, DENSE, large, torch.device("cpu"), torch.float32, 40, 2, 16, ((16, 8),), cap)
+
+
+@torch.inference_mode()
+def check(plan: Plan) -> dict[str, Any]:
+    """Relative RMS of the logits of chunked prefill and decoding against one forward pass of the same tokens."""
+    found: dict[str, Any] = {}
+    for dtype in {torch.float32, plan.dtype}:
+        model = random_model(SMALL, dtype, plan.device)
+        ids = torch.arange(SEQUENCES * TOKENS, device=plan.device).view(SEQUENCES, -1) * 7919 % SMALL.vocab_size
+        whole = model(ids).double()
+        for split in (1, 33, TOKENS - 1):
+            cache = Cache(SMALL, SEQUENCES, TOKENS, dtype=dtype, device=plan.device)
+            parts = [prefill(model, ids[:, :split], cache, 16)]
+            parts += [decode_one_token(model, ids[:, place], cache) for place in range(split, TOKENS)]
+            wanted = whole[:, split - 1 :]
+            error = (torch.stack(parts, 1).double() - wanted).norm() / wanted.norm()
+            found[f"{str(dtype)[6:]}, prompt of {split}"] = {
+                "error": float(error), "right": bool(error <= RIGHT[dtype])
+            }  # fmt: skip
+    return found
+
+
+def decode(plan: Plan) -> dict[str, Any]:
+    """Milliseconds of a decoding step at batch 1 and its share of the ceiling, which reads the weights but the
+    embedding, and the caches, at the bandwidth of a copy."""
+    model = random_model(plan.hybrid, plan.dtype, plan.device)
+    length = min(1024, plan.context)
+    report = memory(plan.hybrid, length, **plan.asked())
+    read = report.weights - plan.hybrid.vocab_size * plan.hybrid.hidden_size * plan.dtype.itemsize
+    moved = read + report.kv + 2 * (report.ssm + report.conv)
+    bandwidth = copy_bandwidth(plan)
+    times = step_seconds(model, plan, 1, length)
+    found = {f"{way}_ms": seconds * 1e3 for way, seconds in times.items()}
+    found |= {f"{way}_of_ceiling": moved / bandwidth / seconds for way, seconds in times.items()}
+    return found | {"bandwidth_gb_s": bandwidth / 1e9, "ceiling_tokens_s": bandwidth / moved}
+
+
+def copy_bandwidth(plan: Plan) -> float:
+    """Bytes a second, read and written."""
+    size = 2**30 if plan.device.type == "cuda" else 2**20
+    source, target = (torch.empty(size, dtype=torch.uint8, device=plan.device) for _ in range(2))
+    return 2 * size / timed(lambda: target.copy_(source), plan.device)
+
+
+def timed(work: Callable[[], object], device: torch.device, rounds: int = 10) -> float:
+    """Median seconds of the work, after two warm-up rounds; of a single one on a CPU."""
+    seconds = []
+    rounds, warm = (rounds, 2) if device.type == "cuda" else (1, 0)
+    for number in range(rounds + warm):
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if number >= warm:
+            seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+@torch.inference_mode()
+def step_seconds(model: HybridLM, plan: Plan, batch: int, length: int) -> dict[str, float]:
+    """Seconds of a decoding step with `length` tokens in the cache, called from Python and, on a GPU, replayed as a
+    CUDA graph. The step is the same one each time, over a cache of zeros: times do not depend on what is in it."""
+    cache = Cache(model.config, batch, length + 1, dtype=plan.dtype, device=plan.device)
+    token = torch.zeros(batch, dtype=torch.int64, device=plan.device)
+
+    def step() -> Tensor:
+        cache.length = length
+        for layer in cache.layers:
+            if isinstance(layer, KeyValues):
+                layer.length = length
+        return decode_one_token(model, token, cache)
+
+    found = {"eager": timed(step, plan.device)}
+    if plan.device.type == "cuda":  # an engine with a graph of its own is to be timed here instead
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        found["graph"] = timed(graph.replay, plan.device)
+    return found
+
+
+def capped_memory(plan: Plan) -> dict[str, Any]:
+    """The long prompt under the cap: predicted and measured peak; and what is said of the model that does not fit."""
+    context = plan.context + plan.steps
+    predicted = memory(plan.hybrid, context, **plan.asked()).peak
+    check_room(plan.hybrid, predicted, plan.device, plan.cap)
+    model = random_model(plan.hybrid, plan.dtype, plan.device)
+    run = measure(model, context, chunk=plan.chunk, steps=plan.steps, cap=plan.cap)
+    del model
+    off = predicted / run.peak - 1
+    found = dataclasses.asdict(run) | {"predicted": predicted, "off": off, "right": abs(off) <= MOST_OFF}
+    try:
+        check_room(plan.large, memory(plan.large, context, **plan.asked()).peak, plan.device, plan.cap)
+    except CheckFailed as refusal:
+        return found | {"large": str(refusal)}
+    return found | {"large": "was not refused", "right": False}
+
+
+@torch.inference_mode()
+def throughput(plan: Plan) -> list[dict[str, Any]]:
+    """Tokens a second of both models by lengths of input and output, each at its largest batch within the cap: the
+    prefill is timed, and decoding steps at the output's begin, middle and end, weighted as Simpson's rule does."""
+    rows = [{"input": first, "output": last} for first, last in plan.lengths]
+    for name, config in (("hybrid", plan.hybrid), ("dense", plan.dense)):
+        model = random_model(config, plan.dtype, plan.device)
+        for row in rows:
+            first, last = row["input"], row["output"]
+            report = memory(config, first + last, **plan.asked())
+            batch = verdict(config, report, SHARE * plan.cap).largest_batch
+            if batch:
+                row[name] = {"batch": batch, "tokens_per_second": speed(model, plan, batch, first, last)}
+        del model
+        clear(plan.device)
+    for row in rows:
+        if "hybrid" in row and "dense" in row:
+            row["ratio"] = row["hybrid"]["tokens_per_second"] / row["dense"]["tokens_per_second"]
+            row["published"] = PUBLISHED_RATIO.get((row["input"], row["output"]))
+    return rows
+
+
+def speed(model: HybridLM, plan: Plan, batch: int, first: int, last: int) -> float:
+    ids = torch.zeros(batch, first, dtype=torch.int64, device=plan.device)
+
+    def fill() -> None:
+        prefill(model, ids, Cache(model.config, batch, first, dtype=plan.dtype, device=plan.device), plan.chunk)
+
+    seconds = timed(fill, plan.device, rounds=1)
+    clear(plan.device)
+    for place, weight in ((first, 1 / 6), (first + last // 2, 4 / 6), (first + last - 1, 1 / 6)):
+        seconds += last * weight * min(step_seconds(model, plan, batch, place).values())
+        clear(plan.device)
+    return batch * last / seconds
+
+
+def clear(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+PARTS: dict[str, Callable[[Plan], Any]] = {
+    "check": check, "decode": decode, "memory": capped_memory, "throughput": throughput
+}  # fmt: skip
+
+
+def show(name: str, found: Any) -> bool:
+    """Prints a part's figures; whether they are right."""
+    print(f"\n## {name}")
+    if isinstance(found, list):
+        print("| input / output | hybrid tokens/s (batch) | dense tokens/s (batch) | ratio | published |")
+        print("|---|---|---|---|---|")
+        for row in found:
+            sides = [
+                f"{side['tokens_per_second']:.1f} ({side['batch']})" if (side := row.get(name)) else "does not fit"
+                for name in ("hybrid", "dense")
+            ]
+            ratio, published = f"{row['ratio']:.2f}" if "ratio" in row else "-", row.get("published") or "-"
+            print(f"| {row['input']} / {row['output']} | {sides[0]} | {sides[1]} | {ratio} | {published} |")
+        return True
+    for key, value in found.items():
+        print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
+    rows = [value for value in found.values() if isinstance(value, dict)]
+    return bool(found.get("right", True)) and all(row["right"] for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, default=Path("inference.json"), help="where the figures go")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="these alone")
+    parser.add_argument("--interpret", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+    options = parser.parse_args(arguments)
+    if options.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not torch.cuda.is_available():
+        print("no CUDA device here; --interpret runs it at tiny sizes on the CPU", file=sys.stderr)
+        return 2
+    plan = tiny_plan() if options.interpret else full_plan()
+    figures: dict[str, Any] = {"provenance": provenance()}
+    print(figures["provenance"])
+    right = True
+    for name in options.only:
+        figures[name] = PARTS[name](plan)
+        right = show(name, figures[name]) and right
+        clear(plan.device)
+        options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    print(f"\n{'all right' if right else 'WRONG, see above'}; figures: {options.json}")
+    return 0 if right else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""A Mamba-2 mixer's decoding step between its two projections, on a CPU in float32: `causal_conv1d_step`,
+`state_update` and `gated_rms_norm` in buffers and views that are made once.
+
+A step of a small batch is bounded by the number of calls: making a view costs as much as adding a thousand numbers.
+Shapes: [B] batch, [H] heads, [P] head_dim, [G] groups, [R] heads a group, [N] state, [C] channels, [K] conv width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# What F.softplus and F.silu are behind Python; those have no `out`.
+softplus_out: Callable[..., Tensor] = torch._C._nn.softplus
+silu_out: Callable[..., Tensor] = torch._C._nn.silu
+
+
+def takes_prepared(*tensors: Tensor) -> bool:
+    """Whether real float32 tensors on a CPU are all that there is."""
+    plain = (Tensor, torch.nn.Parameter)
+    return all(type(t) in plain and t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+class PreparedNorm:
+    """RMSNorm over the last dimension of [..., C], in place or into a buffer of its own, which the next call reuses."""
+
+    def __init__(self, shape: tuple[int, ...], eps: float) -> None:
+        self.eps, self.share = torch.tensor(eps), 1 / shape[-1]
+        self.norm = torch.empty((*shape[:-1], 1))
+        self.scale, self.out = torch.empty_like(self.norm), torch.empty(shape)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """1 / sqrt(mean(x^2) + eps) [..., 1]"""
+        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=self.norm)
+        return torch.addcmul(self.eps, self.norm, self.norm, value=self.share, out=self.scale).rsqrt_()
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight"""
+        return torch.mul(x, self.inverse(x), out=self.out).mul_(weight)
+
+
+class PreparedStep:
+    """Moves the states `conv` [B, C, K-1] (channels innermost) and `ssm` [B, H, P, N] on in place."""
+
+    def __init__(
+        self,
+        conv: Tensor,
+        ssm: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        A: Tensor,
+        D: Tensor,
+        dt_bias: Tensor,
+        dt_limit: tuple[float, float],
+        norm_weight: Tensor,
+        eps: float,
+        n_groups: int,
+    ) -> None:
+        """conv_weight [C, K], A (negative), D and dt_bias [H], norm_weight [H P]."""
+        (batch, heads, head_dim, state), (channels, width) = ssm.shape, conv_weight.shape
+        inner, per_group = heads * head_dim, heads // n_groups * head_dim
+        self.dt_limit = None if dt_limit == (0.0, math.inf) else dt_limit
+        self.dt_bias, self.A, self.D, self.bias, self.norm_weight = dt_bias, A, D[:, None], conv_bias, norm_weight
+        self.before, self.kernel = conv.mT, conv_weight.mT.contiguous()  # [B, K-1, C], [K, C]
+        self.window, self.product = (torch.empty(batch, width, channels) for _ in range(2))
+        self.recent, self.mixed = self.window[:, 1:], torch.empty(batch, channels)
+        groups = (batch, n_groups, 1, state)
+        x, B, C = self.mixed.split((inner, n_groups * state, n_groups * state), -1)
+        self.x, self.B, self.C = x.view(batch, heads, head_dim), B.view(groups), C.view(groups)
+        self.step, self.active, self.decay = (torch.empty(batch, heads) for _ in range(3))
+        self.active_each, self.decay_each = self.active[..., None], self.decay[..., None]
+        self.written = torch.empty(batch, heads, head_dim)
+        self.written_group = self.written.view(batch, n_groups, per_group, 1)
+        self.decaying = ssm.view(batch, heads, head_dim * state)
+        self.growing = ssm.view(batch, n_groups, per_group, state)
+        self.read_by = torch.empty(groups)
+        self.rows, self.columns = self.read_by.view(-1, 1, state), ssm.view(-1, per_group, state).mT
+        self.y = torch.empty(batch * n_groups, 1, per_group)
+        self.y_heads, self.y_flat = self.y.view(batch, heads, head_dim), self.y.view(batch, inner)
+        self.gated = torch.empty(batch, inner)
+        self.grouped = self.gated.view(batch, n_groups, per_group)
+        self.norm = PreparedNorm((batch, n_groups, per_group), eps)
+
+    def __call__(self, z: Tensor, conv_in: Tensor, dt: Tensor) -> Tensor:
+        """[B, H P] of z [B, H P], conv_in [B, C] and dt [B, H]; it holds until the next call."""
+        torch.cat((self.before, conv_in[:, None]), 1, out=self.window)
+        self.before.copy_(self.recent)
+        torch.mul(self.window, self.kernel, out=self.product)
+        torch.sum(self.product, 1, out=self.mixed)
+        if self.bias is not None:
+            self.mixed.add_(self.bias)
+        F.silu(self.mixed, inplace=True)
+        torch.add(dt, self.dt_bias, out=self.step)
+        softplus_out(self.step, out=self.active)
+        if self.dt_limit is not None:
+            self.active.clamp_(*self.dt_limit)
+        torch.mul(self.active, self.A, out=self.decay).exp_()
+        torch.mul(self.x, self.active_each, out=self.written)
+        self.decaying.mul_(self.decay_each)
+        self.growing.addcmul_(self.written_group, self.B)
+        self.read_by.copy_(self.C)
+        torch.bmm(self.rows, self.columns, out=self.y)
+        self.y_heads.addcmul_(self.x, self.D)
+        silu_out(z, out=self.gated).mul_(self.y_flat)
+        self.grouped.mul_(self.norm.inverse(self.grouped))
+        return self.gated.mul_(self.norm_weight)

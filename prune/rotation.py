@@ -1,0 +1,130 @@
+"""The residual stream turned into its principal directions, and the weights with it.
+
+The idea is SliceGPT's (arXiv 2401.15024): RMSNorm without its weight commutes with any rotation of the stream, so the
+weights of the norms are folded into the matrices that follow. What a matrix is for that the table of axes says.
+Shapes: [N] counted tokens, [H] channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.axes import HIDDEN, Dimension, TensorAxes, tensor_table
+from ..models.config import HybridConfig
+from .importance import TokenBatch
+from .slice import Selection, is_norm
+from .streams import GetTensor, Streams, one_layer
+
+TIED_TOLERANCE = 0.2
+
+
+def rotated_selection(selection: Selection) -> Selection:
+    """The same selection with the first channels kept: after a rotation they are the principal directions."""
+    if HIDDEN not in selection.kept:
+        return selection
+    return Selection(selection.layers, {**selection.kept, HIDDEN: tuple(range(len(selection.kept[HIDDEN])))})
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Of the residual stream: the new directions are the columns of `turn` [H, H] (float64). The first `fixed` of them
+    are channels that stay as they are, because a final norm in front of a tied embedding has to keep its weights."""
+
+    turn: Tensor
+    fixed: int
+
+
+def principal_directions(
+    get_tensor: GetTensor,
+    config: HybridConfig,
+    batches: Sequence[TokenBatch],
+    selection: Selection,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    on_layer: Callable[[int], None] | None = None,
+) -> Rotation:
+    """The rotation into the principal directions of the normed stream, the largest first: eigenvectors of the second
+    moments, summed over the norms of the layers that stay and the final one.
+
+    Tied embeddings leave no matrix behind the final norm to fold its weights into, and weights survive a rotation only
+    where they are equal. So the channels whose weight is off the median (by more than `TIED_TOLERANCE` of it; half of
+    those that stay at most, the farthest) are not turned, and the others share one weight.
+    """
+    moments = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=device)
+    streams = Streams(get_tensor, batches, device, dtype)
+    for layer in range(config.num_layers + 1):
+        if layer == config.num_layers or layer in selection.layers:
+            for rows in streams.counted():
+                normed = torch.nn.functional.normalize(rows.double(), dim=-1)
+                moments += normed.T @ normed
+        if layer < config.num_layers:
+            streams.advance(one_layer(config, layer, get_tensor, device, dtype))
+            if on_layer is not None:
+                on_layer(layer + 1)
+    weight = get_tensor("norm_f.weight").to(moments)
+    off = (weight / weight.median() - 1).abs()
+    count = (
+        min(int((off > TIED_TOLERANCE).sum()), len(selection.kept[HIDDEN]) // 2) if config.tie_word_embeddings else 0
+    )
+    order = off.argsort(descending=True, stable=True)
+    fixed, free = order[:count], order[count:].sort().values
+    _, directions = torch.linalg.eigh(moments[free][:, free])
+    turn = torch.zeros_like(moments)
+    turn[fixed, torch.arange(count, device=turn.device)] = 1
+    turn[free, count:] = directions.flip(1)
+    return Rotation(turn, count)
+
+
+def rotated(get_tensor: GetTensor, config: HybridConfig, rotation: Rotation, device: torch.device | str) -> GetTensor:
+    """Tensors of the same function with the residual stream turned and the norms' weights folded into the matrices
+    that read it (with tied embeddings the final norm's as far as `Rotation` allows)."""
+    table = tensor_table(config)
+    turns: dict[torch.dtype, Tensor] = {}
+
+    def turn_like(tensor: Tensor) -> Tensor:
+        work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return turns.setdefault(work, rotation.turn.to(device, work))
+
+    def get(name: str) -> Tensor:
+        axes, tensor = table[name], get_tensor(name)
+        turn = turn_like(tensor)
+        if reads_stream(axes):
+            return ((tensor.to(turn) * get_tensor(norm_before(axes)).to(turn)) @ turn).to(tensor)
+        if writes_stream(axes):
+            return (turn.T @ tensor.to(turn)).to(tensor)
+        if name == "embeddings.weight":
+            return (tensor.to(turn) @ turn).to(tensor)
+        if not is_norm(name) or axes.dimensions[0] != hidden_of(config):
+            return tensor
+        if name == "norm_f.weight" and config.tie_word_embeddings:
+            own, shared = (tensor.to(turn) @ turn)[: rotation.fixed], tensor.median().to(turn)
+            return torch.cat([own, shared.expand(len(tensor) - rotation.fixed)]).to(tensor)
+        return torch.ones_like(tensor)
+
+    return get
+
+
+def hidden_of(config: HybridConfig) -> Dimension:
+    return tensor_table(config)["norm_f.weight"].dimensions[0]
+
+
+def reads_stream(axes: TensorAxes) -> bool:
+    """Whether a matrix's inputs are the normed residual stream."""
+    return axes.name == "lm_head.weight" or (axes.layer is not None and on_hidden(axes, 1))
+
+
+def writes_stream(axes: TensorAxes) -> bool:
+    """Whether a matrix's outputs are added to the residual stream."""
+    return axes.layer is not None and len(axes.dimensions) == 2 and on_hidden(axes, 0)
+
+
+def on_hidden(axes: TensorAxes, number: int) -> bool:
+    return len(axes.dimensions) == 2 and axes.dimensions[number][0][0].axis == HIDDEN
+
+
+def norm_before(axes: TensorAxes) -> str:
+    return "norm_f.weight" if axes.layer is None else f"layers.{axes.layer}.norm.weight"

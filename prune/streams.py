@@ -1,0 +1,66 @@
+"""The residual streams of calibration batches, moved on layer by layer, and a layer to move them through.
+
+Shapes: [B, T] tokens, [N] counted ones, [H] channels, [K] inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..models.config import HybridConfig
+from ..models.errors import InputError
+from ..models.hybrid import HybridLM
+from .importance import IGNORED_LABEL, TokenBatch
+
+GetTensor = Callable[[str], Tensor]
+# What enters the matrix that leads back into the residual stream, by the layer's letter.
+INNER = {"M": "mamba_out", "*": "attn_heads", "-": "ffn_act"}
+
+
+class Streams:
+    """The residual streams of all calibration batches, [B, T, H] each, moved on layer by layer."""
+
+    def __init__(
+        self, get_tensor: GetTensor, batches: Sequence[TokenBatch], device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        embedding = get_tensor("embeddings.weight")
+        self.hidden = [embedding[batch.input_ids.to(embedding.device)].to(device, dtype) for batch in batches]
+        self.seq_idx = [batch.seq_idx.to(device) for batch in batches]
+        self.mask = [(batch.labels != IGNORED_LABEL).to(device) for batch in batches]
+        if not any(bool(mask.any()) for mask in self.mask):
+            raise InputError("repair: the data has no counted token; expected at least one sample of two tokens")
+
+    def counted(self) -> Iterator[Tensor]:
+        """The stream at the counted positions, [N, H] a batch."""
+        for hidden, mask in zip(self.hidden, self.mask, strict=True):
+            yield hidden[mask]
+
+    def run(self, layer: HybridLM, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch `number` through a layer: the stream behind it, and at the counted positions what passed inside."""
+        seen: dict[str, Tensor] = {}
+
+        def observe(kind: str, _: int, tensor: Tensor) -> None:
+            if kind in ("hidden", *INNER.values()):
+                seen[kind] = tensor[self.mask[number]].flatten(1)
+
+        out = layer.forward_layers(self.hidden[number], 0, 1, seq_idx=self.seq_idx[number], observe=observe)
+        return out, seen
+
+    def advance(self, layer: HybridLM) -> None:
+        for number in range(len(self.hidden)):
+            self.hidden[number] = self.run(layer, number)[0]
+
+
+def one_layer(
+    config: HybridConfig, layer: int, get_tensor: GetTensor, device: torch.device | str, dtype: torch.dtype
+) -> HybridLM:
+    """A model of one layer of `config` alone, whose `forward_layers` runs it."""
+    alone = config.replace(pattern=config.pattern[layer], vocab_size=1, tie_word_embeddings=True)
+    model = HybridLM(alone, device=device, dtype=dtype)
+    for name, weight in model.state_dict().items():
+        if name.startswith("layers.0."):
+            weight.copy_(get_tensor(f"layers.{layer}." + name.removeprefix("layers.0.")))
+    return model

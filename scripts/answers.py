@@ -1,0 +1,145 @@
+"""A file of prompts and the file of answers to them: it appears whole, and an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..models.engine import Completion, Request
+from ..models.errors import InputError
+from ..models.folder import sync
+from .show import progress, say
+
+if TYPE_CHECKING:
+    from .generate import Writer
+
+
+def answer_file(writer: Writer, prompts: Path, output: Path, batch: int) -> None:
+    """Answers each line of a text file, or each object of a JSONL file ({"prompt": ...} or {"messages": [...]}),
+    `batch` at a time. A line of the output has the object's fields, "text", "finished", "tokens", and "logprobs" where
+    asked for.
+
+    Raises InputError where the output exists, a line cannot be read, or a prompt is too long.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists already; give an output file that does not")
+    asked = [(row, line_request(writer, row, number)) for number, row in enumerate(read_prompts(prompts))]
+    partial = output.with_name(f".{output.name}.partial")
+    journal = Journal(partial, digest(writer, asked))
+    todo = [number for number in range(len(asked)) if number not in journal.done]
+    if todo:
+        longest = max(len(asked[number][1].prompt) for number in todo) + writer.options.max_new_tokens
+        engine = writer.engine(longest, min(batch, len(todo)))
+        found = {engine.add(asked[number][1]): (number, Completion()) for number in todo}
+        with progress("answers", len(asked)) as bar, journal:
+            for event in engine.stream():
+                number, completion = found[event.request]
+                completion.add(event)
+                if event.finished:
+                    journal.write(number, answer(asked[number][0], completion, writer.options.logprobs))
+                    bar.set(len(journal.done))
+    journal.finish(output)
+    say(f"result: {output} ({len(asked)} answers)")
+
+
+def answer(row: dict[str, Any], completion: Completion, logprobs: bool) -> dict[str, Any]:
+    found = row | {"text": completion.text, "finished": completion.finished, "tokens": completion.tokens}
+    return found | {"logprobs": completion.logprobs} if logprobs else found
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The lines of a text file, empty ones left out, or the objects of a .jsonl file. Raises InputError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts={path} cannot be read: {getattr(error, 'strerror', None) or 'no UTF-8'}") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if path.suffix != ".jsonl":
+            rows.append({"prompt": line})
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: line {number} is no JSON: {error.msg}") from None
+        if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or messages_of(row)):
+            raise InputError(
+                f'{path}: line {number} has neither a "prompt" (a text) nor "messages" (of "role" and "content")'
+            )
+        rows.append(row)
+    if not rows:
+        raise InputError(f"prompts={path} has no prompts")
+    return rows
+
+
+def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of a row, none where they are not of the right form."""
+    messages = row.get("messages")
+    good = isinstance(messages, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+        for each in messages
+    )
+    return messages if good and messages else []
+
+
+def line_request(writer: Writer, row: dict[str, Any], number: int) -> Request:
+    """Each line draws from a seed of its own."""
+    messages = messages_of(row)
+    return writer.reply(list(messages), number) if messages else writer.request(row["prompt"], number)
+
+
+def digest(writer: Writer, asked: list[tuple[dict[str, Any], Request]]) -> str:
+    """Changes with the prompts, the options and the model's files."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in writer.folder.glob("*.*"))
+    requests = [(row, dataclasses.asdict(request)) for row, request in asked]
+    options = (writer.options.dtype, writer.options.ssm_dtype)
+    return hashlib.sha256(json.dumps([files, requests, options], sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """What is answered so far, in a file beside the output: a line that says for what, then answers as they come."""
+
+    def __init__(self, path: Path, inputs: str) -> None:
+        self.path, self.done = path, dict[int, dict[str, Any]]()
+        begin = json.dumps({"inputs": inputs})
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if lines and lines[0] == begin:
+            for line in lines[1:]:
+                try:
+                    number, row = json.loads(line)
+                except ValueError:  # the line that was cut off
+                    break
+                self.done[number] = row
+        lines = [begin, *(json.dumps(item) for item in self.done.items())]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{path.parent} cannot be written: {error.strerror}") from None
+
+    def __enter__(self) -> Journal:
+        self.file = self.path.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def write(self, number: int, row: dict[str, Any]) -> None:
+        self.done[number] = row
+        self.file.write(json.dumps((number, row)) + "\n")
+        self.file.flush()
+
+    def finish(self, output: Path) -> None:
+        """The answers in the prompts' order take the journal's place."""
+        rows = (json.dumps(self.done[number], ensure_ascii=False) for number in sorted(self.done))
+        temporary = output.with_name(f".{output.name}.whole")
+        temporary.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, output)
+        self.path.unlink()

@@ -1,0 +1,200 @@
+"""`limbeck memory-fit mode=train`: what each GPU will hold in distillation, stage by stage. Exit code 0 fits, 3 no."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from ..models.activations import Training
+from ..models.config import HybridConfig
+from ..models.cost import GIB, count_parameters
+from ..models.errors import CheckFailed, InputError
+from ..models.folder import atomic_folder, write_json
+from ..models.train_cost import LINES, Knob, TrainReport, knobs, train_memory
+from ..prune.choose import Target
+from . import compress
+from .distill import Distill
+from .inputs import model_config, torch_dtype
+from .rounds import in_kinds, leftovers, walk
+from .show import gib, say, table
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """How a step is done, beside what distill says; and what of the card is not ours."""
+
+    checkpointing: bool
+    average: bool
+    teacher: str
+    teacher_dtype: str
+    teacher_offload: bool
+    framework_share: float
+    reserve_gib: float
+    overhead_gib: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.framework_share < 1 or self.reserve_gib < 0 or self.overhead_gib < 0:
+            raise InputError("framework_share must be in [0, 1), reserve_gib and overhead_gib at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(compress.Options):
+    """A compress command, of which nothing is done."""
+
+    student: str | None
+    processes: int
+    training: Setup
+
+    def __post_init__(self) -> None:
+        self.plan()
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage of distillation: the student (of those that a round may leave the one that takes most), and its step."""
+
+    name: str
+    student: HybridConfig
+    training: Training
+    report: TrainReport
+
+
+def run(options: Options) -> None:
+    teacher, how = model_config(options.model), options.training
+    if not options.hardware.usable_gib > 0:
+        raise InputError(f"hardware.usable_gib is {options.hardware.usable_gib:g}; expected the card's memory in GiB")
+    budget = options.hardware.budget(how.framework_share, how.reserve_gib, how.overhead_gib)
+    stages = list(planned(options, teacher))
+    show(options, teacher, stages, budget)
+    turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in stages
+             if stage.report.total > budget}  # fmt: skip
+    for name, found in turns.items():
+        show_knobs(name, found)
+    if options.output is not None:
+        with atomic_folder(options.output) as folder:
+            write_json(folder / "result.json", as_json(options, stages, turns, budget))
+        say(f"result: {options.output / 'result.json'}")
+    if turns:
+        worst = max(stages, key=lambda stage: stage.report.total)
+        answer = next((knob.name for knob in turns[worst.name] if knob.fits), None)
+        enough = f"{answer}, with what stands above it, would do" if answer else "nothing that can be turned would do"
+        raise CheckFailed(
+            f"stage {worst.name} does not fit {options.hardware.name}: {gib(worst.report.total - budget)} too much"
+            f" at {worst.training.seq_len:,} tokens x {worst.training.micro_batch}; {enough}"
+        )
+
+
+def planned(options: Options, teacher: HybridConfig) -> Iterator[Stage]:
+    """The stages of all rounds in their order. Raises InputError where nothing says what the student is."""
+    if options.student is not None:
+        if options.rounds or options.target != Target():
+            raise InputError("student is given beside recipe, rounds or target; leave one of them out")
+        yield from stages_of("", options.distill, [model_config(options.student)], options, teacher)
+        return
+    if not options.rounds and options.target == Target():
+        raise InputError("student is missing; give student=VALUE, a recipe, or a target (limbeck train-fit --help)")
+    patterns = {in_kinds(teacher)}
+    for step in walk(teacher, options.plan()):
+        patterns = leftovers(step, patterns)
+        students = [step.after.replace(pattern=pattern) for pattern in sorted(patterns)]
+        yield from stages_of(step.round.name, step.round.distill, students, options, teacher)
+
+
+def stages_of(
+    name: str, how: Distill, students: list[HybridConfig], options: Options, teacher: HybridConfig
+) -> Iterator[Stage]:
+    plan = how.plan()
+    for number, stage in enumerate(plan, 1):
+        training = training_of(stage, options)
+        reports = [(train_memory(student, teacher, training), student) for student in students]
+        report, student = max(reports, key=lambda found: found[0].total)
+        label = f"{name}/{number}" if name else f"{number}" if len(plan) > 1 else "distill"
+        yield Stage(label, student, training, report)
+
+
+def training_of(stage: Distill, options: Options) -> Training:
+    """A stage's step on one of the processes."""
+    how, rows = options.training, max(1, stage.batch // max(1, options.processes))
+    return Training(
+        micro_batch=min(stage.train.micro_batch or rows, rows),
+        seq_len=stage.seq_len,
+        batch=stage.batch,
+        dtype=torch_dtype(options.dtype),
+        optimizer=stage.train.optimizer,
+        checkpointing=how.checkpointing,
+        average=how.average,
+        teacher=how.teacher if stage.loss.kl_weight else "none",
+        teacher_dtype=torch_dtype(how.teacher_dtype),
+        teacher_offload=how.teacher_offload,
+        processes=options.processes,
+        device="cpu" if options.hardware.name == "cpu" else "cuda",
+    )
+
+
+def show(options: Options, teacher: HybridConfig, stages: list[Stage], budget: float) -> None:
+    """A column a stage, its fullest moment line by line; then a row a stage."""
+    lines = [line for line in LINES if any(stage.report.lines[line] for stage in stages)]
+    rows = [
+        ("student, 10^6 parameters", *(f"{count_parameters(stage.student) / 1e6:,.0f}" for stage in stages)),
+        *((line, *(gib(stage.report.lines[line]) for stage in stages)) for line in lines),
+        ("together", *(gib(stage.report.total) for stage in stages)),
+    ]
+    card, usable = options.hardware.name, options.hardware.usable_gib * GIB
+    title = f"What each of {options.processes:,} processes holds at the fullest moment of a step"
+    table(title, ("stage", *(stage.name for stage in stages)), rows)
+    summary = [
+        (
+            stage.name,
+            f"{stage.training.micro_batch:,} x {stage.training.seq_len:,}",
+            gib(stage.report.total),
+            gib(budget - stage.report.total),
+            "yes" if stage.report.total <= budget else "no",
+            stage.report.fullest,
+        )
+        for stage in stages
+    ]
+    kept = f"{gib(usable)} less {gib(usable - budget)} for framework, reserve and overhead"
+    columns = ("stage", "rows x tokens", "holds", "margin", "fits", "fullest")
+    table(f"Within {gib(budget)} of {card} ({kept})", columns, summary)
+    say(f"teacher: {count_parameters(teacher):,} parameters")
+
+
+def show_knobs(name: str, found: list[Knob]) -> None:
+    """What could be turned for a stage that does not fit."""
+    rows = [
+        (
+            knob.name,
+            gib(knob.saves),
+            "yes" if knob.fits_alone else "no",
+            "-" if knob.together is None else gib(knob.together),
+            "-" if knob.together is None else "yes" if knob.fits else "no",
+        )
+        for knob in found
+    ]
+    columns = ("turn", "saves alone", "fits alone", "with those above", "fits")
+    table(f"Stage {name} does not fit; what to turn, from the least cost on", columns, rows)
+
+
+def as_json(options: Options, stages: list[Stage], turns: dict[str, list[Knob]], budget: float) -> dict[str, Any]:
+    def plain(training: Training) -> dict[str, Any]:
+        content = dataclasses.asdict(training)
+        return content | {name: str(content[name]).removeprefix("torch.") for name in ("dtype", "teacher_dtype")}
+
+    return {
+        "budget": budget,
+        "hardware": dataclasses.asdict(options.hardware),
+        "stages": [
+            {
+                "name": stage.name,
+                "parameters": count_parameters(stage.student),
+                "training": plain(stage.training),
+                "fullest": stage.report.fullest,
+                "moments": stage.report.moments,
+                "total": stage.report.total,
+                "fits": stage.report.total <= budget,
+                "knobs": [dataclasses.asdict(knob) for knob in turns.get(stage.name, [])],
+            }
+            for stage in stages
+        ],
+    }

@@ -1,0 +1,108 @@
+"""`limbeck bench`: what is measured, what is estimated, and the published comparison by the roofline alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from limbeck.models.cost import Hardware
+from limbeck.models.errors import InputError
+from limbeck.models.measure import Load, Speed, measure, predicted, roofline
+from limbeck.scripts import bench
+from limbeck.scripts.inputs import model_config
+from limbeck.tests.helpers import limbeck, random_model, tiny_config
+
+A10G = Hardware("a10g", 22.49, 22.06, 600, 70)
+
+
+def test_tokens_per_second_by_hand() -> None:
+    # Two prompts of half a second one after the other, then ten steps of 0.1 s: 20 tokens in 2 s.
+    assert Speed(0.5, 0.1).tokens_per_second(Load(100, 10, 2)) == pytest.approx(10)
+
+
+def test_a_roofline_by_hand() -> None:
+    """Decoding reads all weights but the embedding, and the state twice; by bandwidth alone."""
+    config = model_config("nemotron-nano-9b-v2")
+    limit = roofline(config, A10G, Load(8192, 2, 1), torch.bfloat16, torch.float32)
+    assert limit is not None
+    weights = 2 * (8_888_227_328 - 131072 * 4480)
+    state = 27 * (128 * 80 * 128 * 4 + (128 * 80 + 2 * 8 * 128) * 3 * 2)
+    keys = 8193 * 4 * 2 * 8 * 128 * 2
+    assert limit.step_seconds == pytest.approx((weights + 2 * state + keys) / 600e9, rel=1e-9)
+    assert roofline(config, Hardware("none", 1, 1, 0, 0), Load(1, 1, 1), torch.bfloat16, torch.float32) is None
+
+
+def test_a_prediction_keeps_the_share_of_the_roofline() -> None:
+    found = predicted(Speed(2.0, 0.3), Speed(1.0, 0.1), Speed(4.0, 0.5))
+    assert (found.first_token_seconds, found.step_seconds) == pytest.approx((8.0, 1.5))
+
+
+def test_the_published_ratios_by_the_roofline() -> None:
+    """arXiv 2508.14444: 3.3 times Qwen3-8B's tokens at 1k/8k and 6.3 times at 8k/16k, each at its largest batch on an
+    A10G. The estimate is of the same kind, and no measurement."""
+    code, out, err = limbeck("bench", "model=nemotron-nano-9b-v2", "against=qwen3-8b", "batch=fit", "measure=false")
+    assert code == 0, err
+    found = [float(line.split("writes ")[1].split()[0]) for line in out.splitlines() if "times the tokens" in line]
+    assert len(found) == 4 and 2.5 < found[0] < 4 and 5 < found[2] < 7.5
+    assert "Not measured" in out and "Measured" not in out.replace("Not measured", "")
+
+
+def test_two_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "this_cpu", lambda: Hardware("this CPU", 0, 0, 20, 0.1))
+    quick = ("lengths=[9/7,4/2]", "rounds=1", "steps=2", "prefill_chunk=4", "batch=2", f"output={tmp_path / 'out'}")
+    code, out, err = limbeck("bench", "model=zoo", "against=zoo-small", *quick)
+    assert code == 0, err
+    content = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [(row["model"], row["input_tokens"]) for row in content["rows"]] == [
+        ("zoo", 9), ("zoo-small", 9), ("zoo", 4), ("zoo-small", 4)
+    ]  # fmt: skip
+    for row in content["rows"]:
+        assert row["batch"] == 2 and all(
+            row[kind]["tokens_per_second"] > 0 for kind in ("measured", "limit", "estimate")
+        )
+    assert content["dtype"] == "float32" and content["measured_on"]["name"] == "this CPU"
+    assert out.count("times the tokens of zoo-small here") == 2 and "On a10g" in out
+    code, _, err = limbeck("bench", "model=zoo", *quick)
+    assert code == 2 and "exists already" in err
+
+
+@pytest.mark.parametrize(
+    "arguments,says",
+    (
+        (["batch=0"], "at least 1"),
+        (["batch=few"], "batch is 'few'"),
+        (["lengths=[5]"], "INPUT/OUTPUT"),
+        (["lengths=[0/5]"], "at least 1"),
+        (["lengths=[8k/1k]"], "maximum is 8192"),
+        (["hardware=a11g"], "a10g"),
+        (["here=a11g"], "a10g"),
+        (["batch=fit", "hardware=custom", "hardware.usable_gib=0.1"], "not one sequence"),
+        (["against=nothing"], "nothing"),
+        (["rounds=0"], "at least 1"),
+    ),
+)
+def test_wrong_input(arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "this_cpu", lambda: Hardware("this CPU", 0, 0, 20, 0.1))
+    code, _, err = limbeck("bench", "model=zoo", "rounds=1", *arguments)
+    assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+def test_weights_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "this_cpu", lambda: Hardware("this CPU", 0, 0, 20, 0.1))
+    monkeypatch.setattr(bench, "free_memory", lambda device: 2**30)
+    code, _, err = limbeck("bench", "model=nemotron-nano-9b-v2", "lengths=[4/2]")
+    assert code == 2 and "measure=false" in err
+
+
+def test_measuring_does_all_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that counts calls: prompts are read in chunks, steps are spread over a long output."""
+    model = random_model(tiny_config(max_position_embeddings=600), dtype=torch.float32)
+    chunks: list[int] = []
+    hidden = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda ids, **k: chunks.append(ids.shape[1]) or hidden(ids, **k))
+    speed = measure(model, Load(10, 500, 3), prefill_chunk=4, steps=2)
+    assert chunks == [4, 4, 4, 2] and 0 < speed.step_seconds < 1 and 0 < speed.first_token_seconds < 1
+    with pytest.raises(InputError, match="maximum is 600"):
+        measure(model, Load(500, 101, 1))

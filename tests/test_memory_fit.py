@@ -1,0 +1,174 @@
+"""`limbeck memory-fit`: verdicts, what would help, vLLM's blocks and flags, the plot, and wrong input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from limbeck.benchmarks import inference
+from limbeck.models.cost import GIB, Hardware, changes, memory, verdict
+from limbeck.models.errors import InputError
+from limbeck.models.vllm import flags
+from limbeck.scripts.inputs import model_config
+from limbeck.tests.helpers import any_config, limbeck, tiny_config
+
+LARGE, SMALL, DENSE = (model_config(name) for name in ("nemotron-nano-12b-v2", "nemotron-nano-9b-v2", "qwen3-8b"))
+A10G = Hardware("a10g", 22.49, 22.06, 600, 70, "8.6", 80)
+BUDGET = A10G.budget(0.05, 1.3, 0)
+
+
+def test_the_promise() -> None:
+    """arXiv 2508.14444: at 131,072 tokens the 9B fits 19.66 GiB, activations and all, and the 12B does not."""
+    small, large = (memory(config, 131072, place=A10G.place) for config in (SMALL, LARGE))
+    assert round(BUDGET / GIB, 2) == 19.66 and small.peak <= BUDGET < large.total
+    assert small.peak == small.total + small.prompt + small.activations + small.workspace
+    assert small.activations > small.decode + small.logits
+    assert 18.7 < small.peak / GIB < 18.9
+
+
+def test_chunk_none_counts_weights_and_caches_alone() -> None:
+    report = memory(SMALL, 4096, 2, chunk=None)
+    assert report.peak == report.total == memory(SMALL, 4096, 2).total and report.load is None
+
+
+@pytest.mark.parametrize("seed", [*range(6), *range(50, 53)])
+def test_largest_context_and_batch(seed: int) -> None:
+    """What a verdict names fits, and one more does not."""
+    config = any_config(seed)
+    report = memory(config, 40, 3, chunk=16, place=A10G.place)
+    found = verdict(config, report, 1.7 * report.peak)
+
+    def peak(context: int, batch: int) -> int:
+        return memory(config, context, batch, chunk=16, place=A10G.place).peak
+
+    assert peak(40, found.largest_batch) <= found.budget < peak(40, found.largest_batch + 1)
+    if "*" in config.pattern:
+        assert peak(found.largest_context, 3) <= found.budget < peak(found.largest_context + 1, 3)
+    else:
+        assert found.largest_context == -1
+    nothing = verdict(config, report, report.weights - 1)
+    assert not nothing.fits and nothing.largest_batch == 0 and nothing.largest_context == 0
+
+
+@pytest.mark.parametrize("config", [LARGE, DENSE], ids=["hybrid", "dense"])
+def test_what_would_help_is_true(config: Any) -> None:
+    report = memory(config, 32768, 2, place=A10G.place)
+    found = {way.name: way for way in changes(config, report, BUDGET, place=A10G.place)}
+    key = next(name for name in found if name.startswith("8-bit"))
+    assert found[key].saved == report.kv // 2
+    if config is LARGE:
+        assert found["SSM states in bfloat16"].saved == report.ssm // 2
+        assert found["all of these"].saved > found[key].saved + report.ssm // 2
+    fewer = next(way for name, way in found.items() if "fewer" in name)
+    assert fewer.fits and report.peak - fewer.saved <= BUDGET
+    assert all(way.fits == (report.peak - way.saved <= BUDGET) for way in found.values())
+
+
+def test_vllm_by_hand() -> None:
+    """The 9B: blocks of 1312 tokens, 82 of 16, to hold a state of 5,316,608 bytes at 4096 bytes a token; with "all" 11
+    of the scan's 128. Groups of 4 layers: one of attention, seven of Mamba."""
+    room = 10 * GIB
+    for mode, block, states in (("none", 1312, 1), ("align", 1312, 2), ("all", 1408, 94)):
+        report = memory(SMALL, 131072, budget=room + 2 * 8888227328, mamba_cache_mode=mode).vllm
+        needed = math.ceil(131072 / block) + 7 * states
+        assert (report.block_size, report.blocks_per_request) == (block, needed)
+        assert (
+            report.bytes_per_block == 4 * block * 4096 and report.bytes_per_request == needed * report.bytes_per_block
+        )
+        assert report.blocks == report.largest_max_num_seqs == room // report.bytes_per_block
+        assert report.max_num_seqs == room // report.bytes_per_request
+        longest = report.largest_max_model_len
+        again = [memory(SMALL, longest + more, mamba_cache_mode=mode).vllm.bytes_per_request for more in (0, 1)]
+        assert again[0] <= room < again[1]
+    with pytest.raises(InputError, match="align"):
+        memory(SMALL, 1024, mamba_cache_mode="some")
+
+
+def test_vllm_flags() -> None:
+    report = memory(SMALL, 131072, budget=BUDGET, mamba_cache_mode="align").vllm
+    asked: dict[str, Any] = {"context": 131072, "utilization": 0.8915, "dtype": "bfloat16", "mamba": True}
+    found = flags(report, ssm_dtype="float32", kv_dtype="float8_e4m3fn", **asked)
+    assert found == [
+        "--dtype bfloat16", "--max-model-len 131072", "--max-num-seqs 1", "--gpu-memory-utilization 0.891",
+        "--enable-prefix-caching", "--kv-cache-dtype fp8", "--mamba-ssm-cache-dtype float32",
+        "--mamba-cache-mode align",
+    ]  # fmt: skip
+    plain = memory(tiny_config(pattern="*-"), 64, budget=BUDGET).vllm
+    assert "--no-enable-prefix-caching" in flags(
+        plain, ssm_dtype="float32", kv_dtype="bfloat16", **asked | {"mamba": False}
+    )
+
+
+def test_command(tmp_path: Path) -> None:
+    out = tmp_path / "fit"
+    code, text, _ = limbeck("memory-fit", "model=nemotron-nano-9b-v2", "fit.reserve_gib=1.3", f"output={out}")
+    assert code == 0 and "18.69 GiB" in text and "19.66 GiB" in text and "--max-model-len 131072" in text
+    found = json.loads((out / "result.json").read_text())
+    assert found["memory"]["peak"] == memory(SMALL, 131072, place=A10G.place).peak and found["verdict"]["fits"]
+    assert found["vllm_flags"][1] == "--max-model-len 131072" and found["simulation"] is found["measurement"] is None
+    assert (out / "plots" / "memory.png").stat().st_size > 20000
+    assert "budget 19.66 GiB" in (out / "plots" / "memory.svg").read_text()
+    code, text, err = limbeck("memory-fit", "model=nemotron-nano-12b-v2", "fit.reserve_gib=1.3", "witness=measurement",
+                              "hardware.device=cpu")  # fmt: skip
+    assert code == 3 and "does not fit" in err and "layers fewer" in text and "layers fewer" in err
+
+
+def test_three_witnesses_of_the_shipped_model() -> None:
+    code, text, _ = limbeck(
+        "memory-fit", "model=zoo", "hardware=cpu", "hardware.usable_gib=1", "fit.weight_dtype=float32", "steps=2",
+        "fit.kv_dtype=float32", "context=64", "batch=2", "witness=all", "fit.chunk=32",
+    )  # fmt: skip
+    assert code == 0 and "Peak by witness" in text and "measurement (cpu)" in text and "the simulated peak" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("batch=0",), "batch"),
+        (("fit.chunk=0",), "chunk"),
+        (("context=131073",), "131,072"),
+        (("hardware=a11g",), "a10g"),
+        (("witness=gut",), "formula"),
+        (("steps=0",), "steps"),
+        (("fit.kv_dtype=int4",), "float8_e4m3fn"),
+        (("fit.kv_dtype=float8_e4m3fn", "witness=simulation"), "fit.kv_dtype"),
+        (("fit.mamba_cache_mode=some",), "align"),
+        (("hardware.device=tpu",), "cuda or cpu"),
+    ],
+)
+def test_wrong_input(wrong: tuple[str, ...], said: str) -> None:
+    code, _, err = limbeck("memory-fit", "model=nemotron-nano-9b-v2", *wrong)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_measurement_needs_the_card() -> None:
+    code, _, err = limbeck("memory-fit", "model=nemotron-nano-9b-v2", "witness=measurement")
+    assert code == 2 and "sees none" in err
+
+
+def test_inference_benchmark_at_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All parts on the CPU's own path; with the kernels interpreted it takes a minute."""
+    plan = inference.tiny_plan()
+    for name in ("check", "decode", "memory", "throughput"):
+        assert inference.show(name, inference.PARTS[name](plan))
+    text = capsys.readouterr().out
+    assert "nothing was allocated" in text and "| 16 / 8 |" in text
+    if not torch.cuda.is_available():
+        assert inference.main(["--json", str(tmp_path / "x.json")]) == 2
+
+
+@pytest.mark.slow
+def test_inference_benchmark_interpreted(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "limbeck.benchmarks.inference", "--interpret", "--json", str(tmp_path / "x.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "x.json").read_text())
+    assert figures["memory"]["right"] and abs(figures["memory"]["off"]) < 0.02
