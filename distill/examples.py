@@ -29,8 +29,8 @@ class Window:
 
 
 class Worst:
-    """The `count` windows of highest mean KL so far, the worst first and one a document, in WINDOW tokens that are
-    not cut where rows are; windows with less than half of their tokens in one document do not count."""
+    """The `count` windows of highest mean KL so far, the worst first and one a document. Rows are cut every WINDOW
+    tokens; a window is of the document at its start, and counts where half of its tokens are of it."""
 
     def __init__(self, count: int) -> None:
         self.count = count
