@@ -3,7 +3,7 @@
 Beside what `linear_kl` gives while it trains these are the figures for judging: tokens go through in the same chunks,
 the teacher's products serve all models, and a chunk's logits are worked through a few tokens at a time in plain torch.
 Sources: the overlap sum_v min(p_v, q_v), one minus the total variation distance, is the share of a draft model's
-tokens that speculative decoding would accept (arXiv 2211.17192, corollary 3.6).
+tokens that speculative decoding would accept (arXiv 2211.17192).
 Shapes: [T] tokens, [V] vocabulary, [H] a model's hidden width; p is the teacher's distribution, q the model's.
 """
 
