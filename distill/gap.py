@@ -1,9 +1,8 @@
 """The gap between a teacher and its students on held-out text, with confidence intervals over documents.
 
-One streamed pass: the teacher's hidden states of a batch serve every student, `linear_kl` gives the per-token
-figures, and what is kept are sums per document and per position. Intervals are percentile bootstraps of ratio
-estimators (sums over sums) with documents resampled, the same resamples for every model, so that differences pair.
-Shapes: [D] documents, [R] resamples, [T] positions of a row.
+One streamed pass: the teacher's hidden states of a batch serve every student, `linear_figures` gives the per-token
+figures, and what is kept are sums (`gap_sums`), from which `gap_statistics` makes ratios and their intervals.
+Shapes: [D] documents, [R] resamples, [T] positions of a row, [V] vocabulary.
 """
 
 from __future__ import annotations
@@ -12,35 +11,54 @@ import dataclasses
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..kernels.linear_kl import linear_cross_entropy, linear_kl
+from ..kernels.linear_figures import LinearFigures, linear_figures
 from ..models.errors import CheckFailed, InputError
 from ..models.hybrid import HybridLM
+from .examples import Window, Worst
+from .gap_statistics import Estimate, Totals, calibration_error, resampled
+from .gap_sums import BINNED, BINS, GROUPED, QUANTITIES, Sums, add_sizes, widened
 from .losses import check_vocabularies
+from .token_groups import CLASSES, CONTEXTS, TokenGroups, context_name, contexts
 
 BUCKETS = 16
 TEACHER = "teacher"
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A figure with its 95% interval."""
+class GroupGap:
+    """The figures of some of the tokens; of one document alone there is no interval."""
 
-    value: float
-    low: float
-    high: float
+    tokens: int
+    documents: int
+    cross_entropy: Estimate
+    kl: Estimate
+    agreement: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Expected calibration error of the likeliest token over 15 equal bins of its probability (arXiv 1706.04599), and
+    of each bin that has any: tokens, mean probability, share that were right."""
+
+    ece: Estimate
+    bins: tuple[tuple[int, float, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelGap:
     """One model's figures: cross-entropy (nats a token), perplexity, bits per byte of text, and, against the teacher,
-    KL(teacher || model) in nats a token and the share of tokens whose likeliest successor is the teacher's.
-    `kl_by_position`: (first position, mean KL) for each stretch of the row."""
+    KL(teacher || model) and KL(model || teacher) in nats a token, the share of tokens whose likeliest successor is the
+    teacher's, how many of the teacher's five likeliest are among its own, the rank of the teacher's likeliest (mean,
+    and median over all tokens), and the probability mass kept: sum_v min(p_v, q_v).
+    `kl_by_position`: (first position, mean KL) for each stretch of the row; `by_context`: by the tokens of the
+    document seen so far in the row."""
 
     cross_entropy: Estimate
     perplexity: Estimate
@@ -48,12 +66,22 @@ class ModelGap:
     kl: Estimate
     agreement: Estimate
     kl_by_position: tuple[tuple[int, float], ...]
+    reverse_kl: Estimate
+    top5_agreement: Estimate
+    mean_rank: Estimate
+    median_rank: int
+    mass_kept: Estimate
+    calibration: Calibration
+    by_context: Mapping[str, GroupGap]
+    by_class: Mapping[str, GroupGap]
+    by_domain: Mapping[str, GroupGap]
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """`second` minus `first`, paired: both on the same resampled documents, so that what makes a document hard for
-    every model falls out of the interval."""
+    every model falls out of the interval. `p`: of each figure, how likely a difference as large would be if there were
+    none (two-sided, by the same resamples)."""
 
     first: str
     second: str
@@ -61,12 +89,18 @@ class Difference:
     bits_per_byte: Estimate
     kl: Estimate
     agreement: Estimate
+    reverse_kl: Estimate
+    top5_agreement: Estimate
+    mean_rank: Estimate
+    mass_kept: Estimate
+    p: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class GapReport:
     """The figures of the teacher (named "teacher") and every student on the same tokens, and of every two of them the
-    difference. `recovery` is None where nothing was pruned and distilled, or pruning lost nothing."""
+    difference. `recovery` is None where nothing was pruned and distilled, or pruning lost nothing. `worst`: the
+    windows where each student is furthest from the teacher."""
 
     tokens: int
     text_bytes: int
@@ -74,33 +108,21 @@ class GapReport:
     models: Mapping[str, ModelGap]
     differences: tuple[Difference, ...]
     recovery: Estimate | None
+    worst: Mapping[str, Sequence[Window]]
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
-class Sums:
-    """Per-document sums of one model (cross-entropy, KL, agreement), and by position KL and tokens [2, T]."""
-
-    def __init__(self) -> None:
-        self.documents: dict[int, np.ndarray] = {}
-        self.position = np.zeros((2, 0))
-
-    def add(self, values: torch.Tensor, doc_id: torch.Tensor, counted: torch.Tensor, width: int) -> None:
-        """values [3, tokens] of a batch (0 where not counted), flattened rows of `width` tokens; all on the CPU."""
-        owners, places = torch.unique(doc_id[counted], return_inverse=True)
-        sums = torch.zeros(len(owners), values.shape[0], dtype=torch.float64)
-        sums.index_add_(0, places, values[:, counted].T.double())
-        for owner, row in zip(owners.tolist(), sums.numpy(), strict=True):
-            self.documents[owner] = self.documents.get(owner, 0.0) + row
-        self.position = widened(self.position, width)
-        for row, numbers in enumerate((values[1], counted)):
-            self.position[row, :width] += numbers.double().view(-1, width).sum(0).numpy()
-
-
-def widened(position: np.ndarray, width: int) -> np.ndarray:
-    """Zeros behind the columns, up to `width` of them."""
-    return np.pad(position, ((0, 0), (0, max(width - position.shape[1], 0))))
+RATIOS = {  # each over the tokens
+    "cross_entropy": "nats",
+    "kl": "kl",
+    "agreement": "agree",
+    "reverse_kl": "reverse_kl",
+    "top5_agreement": "top5",
+    "mean_rank": "rank",
+    "mass_kept": "overlap",
+}
 
 
 @torch.no_grad()
@@ -111,125 +133,154 @@ def measure_gap(
     *,
     resamples: int = 1000,
     seed: int = 0,
+    groups: TokenGroups | None = None,
+    worst: int = 0,
     on_step: Callable[[int], None] | None = None,
 ) -> GapReport:
     """Figures of the teacher and its students over `batches` (see `distill.data.Batch`; moved to the models' device).
 
     Bits per byte is the cross-entropy of every label, end of document included, over the labels' UTF-8 bytes.
     Where students are named "pruned" and "distilled", `recovery` is (CE pruned - CE distilled) / (CE pruned - CE
-    teacher). `on_step(batches done)`. Raises InputError where vocabularies differ or a student is named "teacher",
+    teacher). `groups` splits the figures by domain and token class; `worst` windows are kept of each student.
+    `on_step(batches done)`. Raises InputError where vocabularies differ or a student is named "teacher",
     CheckFailed where a model's figures are not finite, ValueError where nothing counts.
     """
     if TEACHER in students:
         raise InputError(f"gap: a student is named {TEACHER!r}, which stands for the teacher; give it another name")
-    if resamples < 1:
-        raise InputError(f"gap: {resamples} resamples; expected at least 1")
+    if resamples < 1 or worst < 0:
+        raise InputError(f"gap: {resamples} resamples (at least 1), {worst} worst windows (at least 0)")
     for student in students.values():
         check_vocabularies(teacher, student)
     device = teacher.head_weight.device
     sums = {name: Sums() for name in (TEACHER, *students)}
+    windows = {name: Worst(worst) for name in students}
     sizes: dict[int, np.ndarray] = {}  # tokens and bytes a document
+    seen: set[int] = set()
     width = 0
     for done, batch in enumerate(batches, 1):
         width = max(width, batch.input_ids.shape[1])
-        labels, doc_id = batch.labels.flatten().cpu(), batch.doc_id.flatten().cpu()
+        labels, doc_id = batch.labels.cpu(), batch.doc_id.cpu()
         counted = labels >= 0
-        add_sizes(sizes, doc_id[counted], batch.n_bytes.flatten().cpu()[counted])
-        for name, values in figures(teacher, students, batch, device):
-            sums[name].add(values.cpu(), doc_id, counted, batch.input_ids.shape[1])
+        seen.update(torch.unique(doc_id[counted]).tolist())
+        add_sizes(sizes, doc_id[counted], batch.n_bytes.cpu()[counted])
+        found = figures(teacher, students, batch, device)
+        grouping = groupings(batch, groups)
+        for name, values in zip(sums, found, strict=True):
+            sums[name].add(values, found[0], labels.flatten(), doc_id.flatten(), labels.shape[1], grouping)
+            if name in windows:
+                windows[name].add(values, found[0], labels, doc_id)
         if on_step is not None:
             on_step(done)
     if not sum(text_bytes for _, text_bytes in sizes.values()):
         raise ValueError("measure_gap: no token counts; expected batches with labels and n_bytes")
-    return summarise(sums, sizes, width, resamples, seed)
+    report = summarise(sums, sizes, width, resamples, seed, () if groups is None else groups.domains)
+    kept = {name: tuple(worst.windows) for name, worst in windows.items()}
+    return dataclasses.replace(report, documents=len(seen), worst=kept)
 
 
 def figures(
     teacher: HybridLM, students: Mapping[str, HybridLM], batch: Any, device: torch.device
-) -> Iterable[tuple[str, torch.Tensor]]:
-    """Each model's cross-entropy, KL and agreement [3, tokens] on a batch, the teacher first."""
+) -> list[LinearFigures]:
+    """Each model's per-token figures on a batch, on the CPU, the teacher's first."""
     ids, seq_idx, labels = batch.input_ids.to(device), batch.seq_idx.to(device), batch.labels.flatten().to(device)
-    target = teacher.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
-    own = linear_cross_entropy(target, teacher.head_weight, labels).cross_entropy
-    yield TEACHER, torch.stack((own, torch.zeros_like(own), (labels >= 0).to(own.dtype)))
-    for name, student in students.items():
-        hidden = student.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
-        found = linear_kl(hidden, student.head_weight, target, teacher.head_weight, labels=labels)
-        assert found.cross_entropy is not None
-        yield name, torch.stack((found.cross_entropy, found.kl, found.agreement.to(found.kl.dtype)))
+    hidden = [model.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1) for model in (teacher, *students.values())]
+    models = list(zip(hidden[1:], (student.head_weight for student in students.values()), strict=True))
+    found = linear_figures(models, hidden[0], teacher.head_weight, labels)
+    return [LinearFigures(*(column.cpu() for column in model)) for model in found]
 
 
-def add_sizes(sizes: dict[int, np.ndarray], owners: torch.Tensor, n_bytes: torch.Tensor) -> None:
-    for owner in torch.unique(owners).tolist():
-        mine = owners == owner
-        added = np.array([int(mine.sum()), int(n_bytes[mine].sum())], dtype=np.float64)
-        sizes[owner] = sizes.get(owner, 0.0) + added
-
-
-@dataclasses.dataclass(frozen=True)
-class Totals:
-    """Sums of a quantity over all documents, and over each resample's [R]."""
-
-    all: float
-    drawn: np.ndarray
-
-    def over(self, other: Totals, scale: float = 1.0) -> Totals:
-        return Totals(self.all * scale / other.all, self.drawn * scale / np.maximum(other.drawn, 1))
-
-    def minus(self, other: Totals) -> Totals:
-        return Totals(self.all - other.all, self.drawn - other.drawn)
-
-    def estimate(self) -> Estimate:
-        low, high = np.percentile(self.drawn, [2.5, 97.5])
-        return Estimate(float(self.all), float(low), float(high))
+def groupings(batch: Any, groups: TokenGroups | None) -> dict[str, tuple[Tensor, int]]:
+    """The group of each token of a batch [tokens] in each grouping, and the number of groups."""
+    found = {"context": (contexts(batch.seq_idx.cpu()).flatten(), CONTEXTS)}
+    if groups is not None:
+        labels, doc_id = batch.labels.flatten().cpu().clamp_min(0), batch.doc_id.flatten().cpu().clamp_min(0)
+        found["class"] = (groups.class_of[labels], len(CLASSES))
+        found["domain"] = (groups.domain_of[doc_id], len(groups.domains))
+    return found
 
 
 def summarise(
-    sums: Mapping[str, Sums], sizes: Mapping[int, np.ndarray], width: int, resamples: int, seed: int
+    sums: Mapping[str, Sums],
+    sizes: Mapping[int, np.ndarray],
+    width: int,
+    resamples: int,
+    seed: int,
+    domains: Sequence[str] = (),
 ) -> GapReport:
-    """Ratios and intervals from the per-document sums."""
+    """Ratios and intervals from the sums; the columns of a model are named MODEL/WHAT."""
     owners = sorted(sizes)
-    columns = {"tokens": [sizes[owner][0] for owner in owners], "bytes": [sizes[owner][1] for owner in owners]}
+    columns = {"tokens": np.array([sizes[owner][0] for owner in owners])}
+    columns["bytes"] = np.array([sizes[owner][1] for owner in owners])
     for name, found in sums.items():
-        for row, kind in enumerate(("nats", "kl", "agree")):
-            columns[f"{kind} {name}"] = [found.documents[owner][row] for owner in owners]
-            if not np.isfinite(columns[f"{kind} {name}"]).all():
-                raise CheckFailed(f"gap: the figures of {name!r} are not finite; try a wider dtype")
-    drawn = resampled({name: np.array(column) for name, column in columns.items()}, resamples, seed)
+        table = np.stack([found.documents[owner] for owner in owners])
+        if not np.isfinite(table).all():
+            raise CheckFailed(f"gap: the figures of {name!r} are not finite; try a wider dtype")
+        columns |= {f"{name}/{kind}": table[:, place] for place, kind in enumerate(QUANTITIES)}
+        columns |= spread(f"{name}/bins", found.bins, owners, BINNED)
+        for grouping, values in found.groups.items():
+            columns |= spread(f"{name}/{grouping}", values, owners, GROUPED)
+    drawn = resampled(columns, resamples, seed)
     tokens, text_bytes = drawn["tokens"], drawn["bytes"]
     ratios = {
-        name: {
-            "cross_entropy": drawn[f"nats {name}"].over(tokens),
-            "bits_per_byte": drawn[f"nats {name}"].over(text_bytes, 1 / math.log(2)),
-            "kl": drawn[f"kl {name}"].over(tokens),
-            "agreement": drawn[f"agree {name}"].over(tokens),
-        }
+        name: {key: drawn[f"{name}/{kind}"].over(tokens) for key, kind in RATIOS.items()}
+        | {"bits_per_byte": drawn[f"{name}/nats"].over(text_bytes, 1 / math.log(2))}
         for name in sums
     }
+    names = {"context": [context_name(power) for power in range(CONTEXTS)], "class": CLASSES, "domain": domains}
     models = {}
     for name, found in sums.items():
         estimates = {key: ratio.estimate() for key, ratio in ratios[name].items()}
         perplexity = Estimate(*(exponential(value) for value in dataclasses.astuple(estimates["cross_entropy"])))
-        models[name] = ModelGap(perplexity=perplexity, kl_by_position=stretches(found.position, width), **estimates)
-    differences = tuple(
-        Difference(a, b, **{key: ratios[b][key].minus(ratios[a][key]).estimate() for key in ratios[a]})
-        for a, b in itertools.combinations(sums, 2)
-    )
+        split = {key: grouped(drawn, f"{name}/{key}", groups) for key, groups in names.items()}
+        models[name] = ModelGap(
+            perplexity=perplexity, kl_by_position=stretches(found.position, width), median_rank=found.median_rank(),
+            calibration=calibrated(drawn, f"{name}/bins", tokens), by_context=split["context"],
+            by_class=split["class"], by_domain=split["domain"], **estimates,
+        )  # fmt: skip
+    differences = tuple(difference(a, b, ratios[a], ratios[b]) for a, b in itertools.combinations(sums, 2))
     entropy = {name: ratio["cross_entropy"] for name, ratio in ratios.items()}
-    return GapReport(int(tokens.all), int(text_bytes.all), len(owners), models, differences, recovered(entropy))
+    recovery = recovered(entropy)
+    return GapReport(int(tokens.all), int(text_bytes.all), len(owners), models, differences, recovery, {})
 
 
-def resampled(columns: Mapping[str, np.ndarray], resamples: int, seed: int) -> dict[str, Totals]:
-    """The sum of each column [D], and its sums [R] with the documents drawn anew, the same draws for every column."""
-    generator = np.random.default_rng(seed)
-    documents = len(next(iter(columns.values())))
-    drawn = {name: np.empty(resamples) for name in columns}
-    for start in range(0, resamples, 64):  # a part at a time: [R, D] would not do for many documents
-        rows = slice(start, min(start + 64, resamples))
-        counts = generator.multinomial(documents, np.full(documents, 1 / documents), size=rows.stop - start)
-        for name, column in columns.items():
-            drawn[name][rows] = counts.astype(np.float64) @ column
-    return {name: Totals(float(column.sum()), drawn[name]) for name, column in columns.items()}
+def spread(
+    prefix: str, tables: Mapping[int, np.ndarray], owners: Sequence[int], kinds: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """A column [D] for each group and kind of the owners' tables [G, K], of the groups that have a token."""
+    if not tables:
+        return {}
+    stacked = np.stack([tables[owner] for owner in owners])
+    return {
+        f"{prefix}/{group}/{kind}": stacked[:, group, place]
+        for group in np.flatnonzero(stacked[:, :, 0].sum(0))
+        for place, kind in enumerate(kinds)
+    }
+
+
+def grouped(drawn: Mapping[str, Totals], prefix: str, names: Sequence[str]) -> dict[str, GroupGap]:
+    """The figures of each group that has a token, by its name."""
+    found = {}
+    for number, name in enumerate(names):
+        tokens = drawn.get(f"{prefix}/{number}/tokens")
+        if tokens is not None:
+            values = (drawn[f"{prefix}/{number}/{kind}"].over(tokens).estimate() for kind in GROUPED[1:])
+            found[name] = GroupGap(int(tokens.all), tokens.documents, *values)
+    return found
+
+
+def calibrated(drawn: Mapping[str, Totals], prefix: str, tokens: Totals) -> Calibration:
+    filled = [number for number in range(BINS) if f"{prefix}/{number}/tokens" in drawn]
+    count, confidence, correct = ([drawn[f"{prefix}/{number}/{kind}"] for number in filled] for kind in BINNED)
+    excess = [right.minus(sure) for right, sure in zip(correct, confidence, strict=True)]
+    bins = tuple((int(n.all), sure.all / n.all, right.all / n.all)
+                 for n, sure, right in zip(count, confidence, correct, strict=True))  # fmt: skip
+    return Calibration(calibration_error(excess, tokens).estimate(), bins)
+
+
+def difference(first: str, second: str, a: Mapping[str, Totals], b: Mapping[str, Totals]) -> Difference:
+    apart = {key: b[key].minus(a[key]) for key in a}
+    p = {key: found.p_value() for key, found in apart.items()}
+    return Difference(first, second, p=p, **{key: found.estimate() for key, found in apart.items()})
 
 
 def recovered(entropy: Mapping[str, Totals]) -> Estimate | None:
@@ -240,7 +291,7 @@ def recovered(entropy: Mapping[str, Totals]) -> Estimate | None:
     gained = entropy["pruned"].minus(entropy["distilled"])
     if not (lost.all > 0 and (lost.drawn > 0).all()):
         return None
-    return Totals(gained.all / lost.all, gained.drawn / lost.drawn).estimate()
+    return Totals(gained.all / lost.all, gained.drawn / lost.drawn, lost.documents).estimate()
 
 
 def stretches(position: np.ndarray, width: int) -> tuple[tuple[int, float], ...]:

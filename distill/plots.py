@@ -51,12 +51,14 @@ def short(name: str) -> str:
 
 @styled
 def finish(figure: Figure, folder: Path, name: str, label: str) -> str:
-    """Writes plots/NAME.png, and gives the SVG for the page: no namespaces (HTML needs none), ids of its own, the
-    theme's variables for colours, never larger than drawn, with `label` for those who hear it."""
+    """Writes plots/NAME.png and NAME.svg, and gives the SVG for the page: no namespaces (HTML needs none), ids of its
+    own, the theme's variables for colours, never larger than drawn, with `label` for those who hear it."""
     save_png(figure, folder, name)
+    figure.set_layout_engine("none")  # where all lies is known by now
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
+    (folder / "plots" / f"{name}.svg").write_text(text, encoding="utf-8")
     body = text[text.index("<defs>") :]
     found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert found is not None
@@ -126,6 +128,69 @@ def kl_by_position(models: Mapping[str, Any]) -> Figure:
             axes.stairs(values, (*starts, end), baseline=None, color=colour(name, number), linewidth=2)
             say(axes, end, values[-1], short(name), colour(name, number))
     axes.set(title="KL along the row (nats)", xlabel="position (tokens)", ylim=(0, None))
+    return figure
+
+
+@styled
+def kl_by_context(models: Mapping[str, Any]) -> Figure:
+    """Each student's KL by the tokens of the document seen so far, in powers of two, with intervals."""
+    figure = Figure(figsize=(PANEL, 2.7), layout="constrained")
+    axes = figure.subplots()
+    names: list[str] = []
+    top = 0.0
+    for number, (name, found) in enumerate(models.items()):
+        if name != "teacher":
+            names = list(found["by_context"])
+            figures = [part["kl"] for part in found["by_context"].values()]
+            values, lows, highs = ([figure[end] for figure in figures] for end in ("value", "low", "high"))
+            axes.fill_between(range(len(names)), lows, highs, color=colour(name, number), alpha=0.18, linewidth=0)
+            axes.plot(range(len(names)), values, "o-", color=colour(name, number), linewidth=1.8, markersize=3.5)
+            say(axes, len(names) - 1, values[-1], short(name), colour(name, number))
+            top = max(top, *highs)
+    axes.set_xticks(range(len(names)), [name.split(" ")[0] for name in names], fontsize=9)
+    axes.set(title="KL by context (nats)", xlabel="tokens of the document seen, from", ylim=(0, 1.08 * top or 1))
+    return figure
+
+
+@styled
+def calibration(models: Mapping[str, Any]) -> Figure:
+    """Reliability: of the tokens foretold with a confidence, the share that came; the diagonal is the ideal."""
+    figure = Figure(figsize=(PANEL, 2.7), layout="constrained")
+    axes = figure.subplots()
+    axes.plot((0, 1), (0, 1), color=THEME["soft"], linestyle=":", linewidth=1.2)
+    for number, (name, found) in enumerate(models.items()):
+        _, confidence, correct = zip(*found["calibration"]["bins"], strict=True)
+        ece = found["calibration"]["ece"]["value"]
+        label = f"{short(name)}, ECE {ece:.3f}"
+        axes.plot(confidence, correct, "o-", color=colour(name, number), linewidth=1.6, markersize=3.5, label=label)
+    axes.set(title="Share right by confidence", xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.02))
+    axes.legend(frameon=False, fontsize=9.5, loc="upper left", handlelength=1.2, borderaxespad=0.2)
+    return figure
+
+
+@styled
+def kl_by_group(models: Mapping[str, Any], key: str, title: str) -> Figure:
+    """Each student's KL in every group, the largest group on top, with intervals."""
+    students = [(number, name) for number, name in enumerate(models) if name != "teacher"]
+    first = models[students[0][1]][key]
+    groups = sorted(first, key=lambda group: -first[group]["tokens"])
+    figure = Figure(figsize=(PANEL, 1.0 + 0.3 * len(groups)), layout="constrained")
+    axes = figure.subplots()
+    top = 0.0
+    for place, (number, name) in enumerate(students):
+        found = [models[name][key][group]["kl"] for group in groups]
+        values = [part["value"] for part in found]
+        errors = [[abs(p["value"] - p["low"]) for p in found], [abs(p["high"] - p["value"]) for p in found]]
+        rows = [row + 0.22 * (place - (len(students) - 1) / 2) for row in range(len(groups))]
+        shade = colour(name, number)
+        axes.errorbar(
+            values, rows, xerr=errors, fmt="o", color=shade, markersize=4.5, elinewidth=1.4, label=short(name)
+        )
+        top = max(top, *(part["high"] for part in found))
+    axes.set_yticks(range(len(groups)), [short(group) for group in groups], color=THEME["ink"])
+    axes.set(title=f"KL by {title} (nats)", xlim=(0, 1.05 * top or 1))
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=9.5, loc="best", handletextpad=0.2)
     return figure
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,19 +9,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
-from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 from . import plots
+from .page import Cell, Section, Table, drawn, size
+from .report_gap import cards, gap_sections
 
-FIGURES = {
-    "bits_per_byte": "bits per byte",
-    "cross_entropy": "cross-entropy",
-    "perplexity": "perplexity",
-    "kl": "KL to teacher",
-    "agreement": "top-1 agreement",
-}
 KINDS = {
     "hidden": "Residual channels",
     "ffn": "FFN neurons",
@@ -38,37 +30,6 @@ DEPTH_METRICS = {
     "perplexity": "cross-entropy (nats)",
     "block_influence": "block influence",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """A figure, and the interval below it."""
-
-    value: str
-    interval: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An SVG; a wide one scrolls on small screens."""
-
-    svg: Markup
-    wide: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    title: str
-    note: str
-    pictures: Sequence[Picture] = ()
-    tables: Sequence[Table] = ()
 
 
 def write_page(
@@ -89,7 +50,7 @@ def write_page(
     scores folder, `metrics` a metrics.jsonl, `memory` the memory-fit results by model, `selection` selection.json's
     content: what is not given is left out of the page.
     """
-    sections = [gap_section(folder, gap)]
+    sections = list(gap_sections(folder, gap))
     if metrics is not None:
         sections += training_section(folder, metrics)
     if scores is not None:
@@ -111,64 +72,6 @@ def write_page(
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def cards(gap: Mapping[str, Any], memory: Mapping[str, Any] | None) -> Iterator[dict[str, str]]:
-    """The few figures to read first."""
-    parameters, models = gap["parameters"], gap["models"]
-    teacher = models["teacher"]["bits_per_byte"]["value"]
-    best = next((name for name in ("distilled", *models) if name in models and name != "teacher"), None)
-    if best is None:
-        yield {"value": f"{teacher:.3f}", "label": "bits per byte", "kind": ""}
-        yield {"value": f"{parameters['teacher']:,}", "label": "parameters", "kind": ""}
-    else:
-        found = models[best]
-        share = f"of the teacher's parameters: {parameters[best]:,} of {parameters['teacher']:,}"
-        yield {"value": f"{parameters[best] / parameters['teacher']:.0%}", "label": share, "kind": ""}
-        label = f"bits per byte, {best}; teacher {teacher:.3f}"
-        yield {"value": f"{found['bits_per_byte']['value']:.3f}", "label": label, "kind": ""}
-        yield {"value": f"{found['kl']['value']:.3f}", "label": "nats a token, KL to the teacher", "kind": ""}
-        label = "of tokens: the teacher's first choice too"
-        yield {"value": f"{found['agreement']['value']:.1%}", "label": label, "kind": ""}
-    if gap["recovery"] is not None:
-        label = "of the loss that pruning cost, recovered"
-        yield {"value": f"{gap['recovery']['value']:.0%}", "label": label, "kind": ""}
-    if memory is not None:
-        fit = memory["student"]
-        fits = fit["verdict"]["fits"]
-        place = f"{fit['hardware']['name']} at {fit['memory']['context']:,} tokens \N{MULTIPLICATION SIGN} "
-        label = f"{'fits' if fits else 'does not fit'} {place}{fit['memory']['batch']}"
-        yield {"value": size(fit["memory"]["total"]), "label": label, "kind": "good" if fits else "bad"}
-
-
-def gap_section(folder: Path, gap: Mapping[str, Any]) -> Section:
-    models = gap["models"]
-    plots.save_png(plots.gap_bars(models), folder, "gap")
-    label = f"Bars of {', '.join(models)}: "
-    pictures = [
-        drawn(folder, plots.gap_bars(models, [key]), f"gap-{key.replace('_', '-')}", label + title)
-        for key, title in plots.METRICS.items()
-    ]
-    if len(models) > 1:
-        pictures.append(drawn(folder, plots.kl_by_position(models), "gap-position", "Lines: KL along the row"))
-    rows = [
-        (name, [Cell(f"{gap['parameters'][name]:,}"), *(cell(found[key]) for key in FIGURES)])
-        for name, found in models.items()
-    ]
-    tables = [Table("", ["model", "parameters", *FIGURES.values()], rows)]
-    pairs = [
-        (f"{pair['second']} \N{MINUS SIGN} {pair['first']}", [cell(pair[key], "+") for key in FIGURES if key in pair])
-        for pair in gap["differences"]
-    ]
-    if len(models) > 2:
-        columns = ["models", *(text for key, text in FIGURES.items() if key != "perplexity")]
-        tables.append(Table("Differences, paired by document", columns, pairs))
-    return Section(
-        "Teacher and students on held-out text",
-        "Cross-entropy and KL in nats a token. Whiskers and the second lines are 95% intervals over documents.",
-        pictures,
-        tables,
-    )
 
 
 def training_section(folder: Path, metrics: Path) -> Iterator[Section]:
@@ -239,6 +142,9 @@ def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
         "vLLM: cache of one request": lambda fit: size(fit["memory"]["vllm"]["bytes_per_request"]),
         "vLLM: requests at once": lambda fit: f"{fit['memory']['vllm']['max_num_seqs']:,}",
     }
+    if any(fit.get("throughput") for fit in memory.values()):
+        lines["estimated tokens a second"] = lambda fit: estimated(fit, "tokens_per_second")
+        lines["at a batch of"] = lambda fit: estimated(fit, "batch")
     rows = [(line, [Cell(text(fit)) for fit in memory.values()]) for line, text in lines.items()]
     hardware, bytes_ = fit["hardware"], fit["memory"]
     share = max(fit["memory"]["total"] for fit in memory.values()) / max(fit["verdict"]["budget"], 1)
@@ -252,17 +158,10 @@ def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
     )
 
 
-def drawn(folder: Path, figure: Figure, name: str, label: str, wide: bool = False) -> Picture:
-    return Picture(Markup(plots.finish(figure, folder, name, label)), wide)
-
-
-def cell(found: Mapping[str, float], sign: str = "") -> Cell:
-    low, high = f"{found['low']:{sign}.4f}", f"{found['high']:{sign}.4f}"
-    return Cell(f"{found['value']:{sign}.4f}", f"{low} to {high}")
-
-
-def size(count: float) -> str:
-    return f"{count / 2**30:,.2f} GiB" if abs(count) >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"
+def estimated(fit: Mapping[str, Any], what: str) -> str:
+    """A figure of the throughput estimate, nothing where there is none."""
+    found = fit.get("throughput")
+    return f"{found[what]:,.0f}" if found else ""
 
 
 def made(facts: Mapping[str, Any]) -> list[str]:

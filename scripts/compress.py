@@ -76,7 +76,8 @@ def run(options: Options) -> None:
     stage(f"{next(number)}. evaluate: the gap on held-out files")
     measure_gap(options, begin, student_folders(out, rounds), out)
     stage(f"{next(number)}. export: a folder for others")
-    export.run(export.Options(before, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed))
+    export.run(export.Options(before, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
+                              base=begin, gap=str(out / "gap")))  # fmt: skip
     stage(f"{next(number)}. memory-fit: does it fit the card")
     fits = {name: memory_fit.measure(model_config(str(folder)), options.hardware, options.fit)
             for name, folder in {"teacher": model_folder(begin), "student": out / "exported"}.items()}  # fmt: skip
@@ -109,9 +110,10 @@ def distill_round(options: Options, teacher: str, student: Path, found: Round, f
 def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], out: Path) -> None:
     named = {name: str(folder) for name, folder in students.items()}
     how = options.distill
+    scores = str(out / "scores") if (out / "scores" / "scores.json").is_file() else None  # of one round: the teacher's
     evaluate.run(evaluate.Options(teacher, named, output=out / "gap", split="test", tokens=options.evaluate_tokens,
-                                  seq_len=how.seq_len, batch=how.rows, seed=options.seed,
-                                  **shared(options)))  # fmt: skip
+                                  seq_len=how.seq_len, batch=how.rows, seed=options.seed, scores=scores,
+                                  hardware=options.hardware, fit=options.fit, **shared(options)))  # fmt: skip
 
 
 def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distill.card import read_licence, write_card
 from ..models.checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
-from ..models.config import HybridConfig
-from ..models.cost import count_parameters
 from ..models.errors import CheckFailed, InputError
 from ..models.families import FAMILIES
 from ..models.folder import write_json
@@ -23,7 +22,7 @@ from ..models.hybrid import HybridLM
 from ..models.tensors import is_finite
 from .inputs import model_folder, torch_dtype
 from .show import read_json, result, table
-from .stage import run_stage
+from .stage import PROVENANCE, Facts, run_stage
 
 PARITY = 1e-4
 
@@ -36,6 +35,8 @@ class Options:
     max_shard_bytes: int
     check_tokens: int
     seed: int
+    base: str | None = None
+    gap: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_shard_bytes < 1 or self.check_tokens < 1:
@@ -47,21 +48,50 @@ class Options:
 
 def run(options: Options) -> None:
     source = model_folder(options.model)
+    inputs: dict[str, Path | str] = {"model": source}
+    if options.base is not None:
+        inputs["base"] = model_folder(options.base)
+    if options.gap is not None:
+        inputs["gap"] = gap_folder(options.gap)
     run_stage(
         options.output,
         name="export",
-        inputs={"model": source},
+        inputs=inputs,
         options={name: getattr(options, name) for name in ("dtype", "max_shard_bytes", "check_tokens", "seed")},
-        make=lambda folder, facts: fill(folder, source, options),
+        make=lambda folder, facts: fill(folder, source, options, facts),
     )
     show(options.output)
     result(options.output, {"model": str(options.output)})
 
 
-def fill(folder: Path, source: Path, options: Options) -> None:
+def gap_folder(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if not (folder / "gap.json").is_file() or not (folder / PROVENANCE).is_file():
+        raise InputError(f"gap={name} is no folder of limbeck evaluate; expected gap.json and {PROVENANCE} in it")
+    return folder
+
+
+def measured(options: Options, facts: Facts) -> tuple[dict[str, Any] | None, str | None]:
+    """gap.json's content, and what it calls the model of this export. Raises InputError where it is not about it."""
+    if options.gap is None:
+        return None, None
+    folder, wanted = gap_folder(options.gap), facts.content()["inputs"]["model"]
+    made = read_json(folder / PROVENANCE)
+    gap = read_json(folder / "gap.json")
+    name = next((name for name, found in made["inputs"].items() if found == wanted and name in gap["models"]), None)
+    if name is None:
+        raise InputError(
+            f"gap={options.gap} measured other models than {options.model}; evaluate this one, or leave it out"
+        )
+    gap["data"]["dtype"] = made["options"]["dtype"]
+    return gap, name
+
+
+def fill(folder: Path, source: Path, options: Options, facts: Facts) -> None:
     """Writes the folder, reads it again and compares logits in float32: with the source rounded to the same dtype
     they have to be the same to the bit; transformers, where it is installed, has to agree too. Raises CheckFailed,
     and InputError where the dtype cannot hold the weights."""
+    gap, name = measured(options, facts)
     checkpoint = open_checkpoint(source)
     dtype = torch_dtype(options.dtype)
     write_checkpoint(
@@ -88,7 +118,8 @@ def fill(folder: Path, source: Path, options: Options) -> None:
             f"{clamp}"
         )
     write_json(folder / "export.json", {"dtype": options.dtype, "read_back": "identical", "transformers": parity})
-    card(folder, checkpoint.config, options.dtype, parity)
+    licence = read_licence(source if options.base is None else model_folder(options.base))
+    write_card(folder, checkpoint.config, options.dtype, said(parity), licence, gap, name)
 
 
 def rounded(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -151,37 +182,6 @@ def clamps(parity: dict[str, Any]) -> bool:
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     return ((theirs - ours).double().square().mean() / ours.double().square().mean()).sqrt().item()
-
-
-def card(folder: Path, config: HybridConfig, dtype: str, parity: dict[str, Any]) -> None:
-    """A model card: what this is, how to open it, and what was checked."""
-    kinds = ", ".join(
-        f"{len(config.layers_of(letter))} {kind}"
-        for letter, kind in (("M", "Mamba-2"), ("*", "attention"), ("-", "MLP"))
-        if letter in config.pattern
-    )
-    (folder / "README.md").write_text(
-        f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [limbeck, pruned, {config.family}]
----
-# A compressed {"hybrid Mamba-2/Transformer" if "M" in config.pattern else "Transformer"}
-
-{count_parameters(config):,} parameters in {dtype}; {config.num_layers} layers ({kinds}), `{config.pattern}`.
-Made by limbeck; `limbeck.json` says from what. The licence is that of the base model.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(".")
-tokenizer = AutoTokenizer.from_pretrained(".")
-```
-
-Checked before it was published: read back, the logits are those of the source rounded to {dtype}, to the bit.
-{said(parity)}
-""",
-        encoding="utf-8",
-    )
 
 
 def said(parity: dict[str, Any]) -> str:

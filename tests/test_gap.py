@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from limbeck.distill.data import Batch
-from limbeck.distill.gap import GapReport, Sums, measure_gap, resampled, summarise
+from limbeck.distill.gap import GapReport, measure_gap, summarise
+from limbeck.distill.gap_statistics import resampled
+from limbeck.distill.gap_sums import QUANTITIES, Sums
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.helpers import random_model, tiny_config
@@ -191,7 +193,7 @@ def made(figures: dict[str, list[tuple[float, float, float]]]) -> GapReport:
     sums = {name: Sums() for name in figures}
     for name, documents in figures.items():
         for number, values in enumerate(documents):
-            sums[name].documents[number] = np.array(values)
+            sums[name].documents[number] = np.pad(values, (0, len(QUANTITIES) - 3))
     sizes = {number: np.array([10.0, 40.0]) for number in range(len(next(iter(figures.values()))))}
     return summarise(sums, sizes, 16, 100, 0)
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from limbeck.distill.data import Batch
-from limbeck.distill.gap import Sums, measure_gap, summarise
+from limbeck.distill.gap import measure_gap, summarise
+from limbeck.distill.gap_sums import QUANTITIES, Sums
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.muon import Muon, orthogonalize
 from limbeck.distill.options import TrainOptions
@@ -82,7 +83,7 @@ def test_intervals_cover() -> None:
         for document in range(60):
             tokens = int(generator.integers(5, 50))
             nats = float(generator.normal(2.0, 0.5, tokens).sum() + tokens * generator.normal(0, 0.3))
-            sums["teacher"].documents[document] = np.array([nats, 0.0, tokens])
+            sums["teacher"].documents[document] = np.pad([nats, 0.0, tokens], (0, len(QUANTITIES) - 3))
             sizes[document] = np.array([tokens, 4 * tokens], dtype=np.float64)
         found = summarise(sums, sizes, 16, 300, trial).models["teacher"].cross_entropy
         hits += found.low <= 2.0 <= found.high

@@ -1,0 +1,104 @@
+"""The model card of an exported folder: what it is, how near its teacher, how to open it, and whose terms apply."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..models.config import HybridConfig
+from ..models.cost import count_parameters
+
+KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+TERMS = re.compile(r"(licen[cs]e|notice|copying)([-._].*)?", re.IGNORECASE)
+COLUMNS = {
+    "bits_per_byte": "bits per byte",
+    "kl": "KL to teacher",
+    "agreement": "top-1 agreement",
+    "mass_kept": "mass kept",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Licence:
+    """What a model folder says of its terms: the keys license, license_name and license_link of its card (or license of
+    its config), and files with the terms."""
+
+    keys: Mapping[str, str]
+    files: tuple[Path, ...]
+
+
+def read_licence(folder: Path) -> Licence:
+    """The terms of a base model's folder, as far as it tells any."""
+    keys: dict[str, str] = {}
+    if (folder / "README.md").is_file():
+        keys = front_matter(folder / "README.md")
+    if not keys and (folder / "config.json").is_file():
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
+        keys = {"license": found} if isinstance(found, str) else {}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and TERMS.fullmatch(path.name))
+    return Licence(keys, tuple(files))
+
+
+def front_matter(card: Path) -> dict[str, str]:
+    """The licence keys of a card's YAML head: plain or quoted on one line, or folded onto the next."""
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines[1:], 1):
+        if line.strip() == "---":
+            return found
+        key, colon, value = line.partition(":")
+        if colon and key in ("license", "license_name", "license_link"):
+            value = value.strip()
+            if value in (">", ">-", "|", "|-") and number + 1 < len(lines):
+                value = lines[number + 1].strip()
+            found[key] = value.strip("'\"")
+    return {}
+
+
+def write_card(
+    folder: Path,
+    config: HybridConfig,
+    dtype: str,
+    checked: str,
+    licence: Licence,
+    gap: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> None:
+    """Writes README.md into the folder, and copies the files with the base model's terms beside it.
+
+    `checked` says how the folder was compared; `gap` is gap.json's content, and `name` what it calls this model."""
+    for path in licence.files:
+        shutil.copyfile(path, folder / path.name)
+    layers = {kind: len(config.layers_of(letter)) for letter, kind in KINDS.items() if letter in config.pattern}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    text = environment.get_template("card.md.jinja").render(
+        config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
+        parameters=f"{count_parameters(config):,}", hybrid="M" in config.pattern,
+        layers=", ".join(f"{count} {kind}" for kind, count in layers.items()),
+        columns=list(COLUMNS.values()), rows=[] if gap is None else list(rows(gap)), quoted=json.dumps,
+    )  # fmt: skip
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def rows(gap: Mapping[str, Any]) -> list[list[str]]:
+    """Each model's figures with their intervals, a pipe in a name masked."""
+    return [
+        [model.replace("|", "\\|"), f"{gap['parameters'][model]:,}", *(figure(found[key]) for key in COLUMNS)]
+        for model, found in gap["models"].items()
+    ]
+
+
+def figure(found: Mapping[str, float]) -> str:
+    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"

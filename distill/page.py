@@ -1,0 +1,67 @@
+"""What a page is made of: sections with pictures, tables and examples, as plain data for the template."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from . import plots
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A figure, and the interval below it."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An SVG; a wide one scrolls on small screens."""
+
+    svg: Markup
+    wide: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Text under a title: pieces (text, shade from 0 to 5, what a pointer on it reads)."""
+
+    title: str
+    pieces: Sequence[tuple[str, int, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    title: str
+    note: str
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[Table] = ()
+    examples: Sequence[Example] = ()
+    legend: Sequence[str] = ()
+
+
+def drawn(folder: Path, figure: Figure, name: str, label: str, wide: bool = False) -> Picture:
+    """A figure for the page, written as plots/NAME.png and .svg too."""
+    return Picture(Markup(plots.finish(figure, folder, name, label)), wide)
+
+
+def cell(found: Mapping[str, float], sign: str = "", digits: int = 4, more: str = "") -> Cell:
+    low, high = (f"{found[end]:{sign}.{digits}f}" for end in ("low", "high"))
+    return Cell(f"{found['value']:{sign}.{digits}f}", f"{low} to {high}{more}")
+
+
+def size(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB" if abs(count) >= 2**30 / 10 else f"{count / 2**20:,.2f} MiB"

@@ -1,0 +1,104 @@
+"""The exported folder's card: figures of the very model, the base model's terms, and nothing made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from limbeck.distill.card import front_matter, read_licence, write_card
+from limbeck.tests.helpers import limbeck, make_workshop, tiny_config
+from limbeck.tests.page_content import gap_of
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workshop(tmp_path_factory.mktemp("card"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    (
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# x", {"license": "apache-2.0"}),
+        ("---\nlicense: other\nlicense_name: its-own\nlicense_link: >-\n  https://example.org/a\n---\n",
+         {"license": "other", "license_name": "its-own", "license_link": "https://example.org/a"}),
+        ("---\nlicense: 'mit'\n", {}), ("# license: mit\n", {}), ("", {}),
+        ("---\ntags:\n  license: mit\n---\nlicense: gpl\n", {}),
+    ),
+)  # fmt: skip
+def test_terms_in_a_cards_head(text: str, expected: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert front_matter(tmp_path / "README.md") == expected
+
+
+def test_a_folders_terms(tmp_path: Path) -> None:
+    assert read_licence(tmp_path).keys == {} and read_licence(tmp_path).files == ()
+    (tmp_path / "config.json").write_text('{"license": "mit"}')
+    assert read_licence(tmp_path).keys == {"license": "mit"}
+    (tmp_path / "README.md").write_text("---\nlicense: other\n---\n")
+    for name in ("LICENSE", "Notice.txt", "licensed.py", "LICENCE-weights.pdf"):
+        (tmp_path / name).write_text(name)
+    found = read_licence(tmp_path)
+    assert found.keys == {"license": "other"}
+    assert [path.name for path in found.files] == ["LICENCE-weights.pdf", "LICENSE", "Notice.txt"]
+    (tmp_path / "out").mkdir()
+    write_card(tmp_path / "out", tiny_config(), "bfloat16", "Not compared.", found)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "Notice.txt").read_text() == "Notice.txt"
+    assert (
+        '\nlicense: "other"\n' in text.split("---")[1] and "[LICENSE](LICENSE)" in text and "`license: other`." in text
+    )
+    assert "Not compared." in text and "How near" not in text
+
+
+def test_figures_of_the_gap(tmp_path: Path) -> None:
+    gap = gap_of("pruned", "distilled") | {"data": {"data": "text", "split": "test", "dtype": "float32"}}
+    write_card(tmp_path, tiny_config(), "float16", "", read_licence(tmp_path), gap, "distilled")
+    text = (tmp_path / "README.md").read_text()
+    for name, model in gap["models"].items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1] == f"{gap['parameters'][name]:,}" and len(cells) == 6
+        for cell, key in zip(cells[2:], ("bits_per_byte", "kl", "agreement", "mass_kept"), strict=True):
+            assert cell == "{value:.4f} [{low:.4f}, {high:.4f}]".format(**model[key])
+    assert f"recovered {100 * gap['recovery']['value']:.1f}% [" in text and 'This model is "distilled"' in text
+    assert "does not name them" in text
+
+
+def test_export_carries_figures_and_terms(workshop: Path, tmp_path: Path) -> None:
+    """evaluate, then export with gap= and base=; the figures of another model are refused."""
+    model, data = workshop / "model", f"data={workshop / 'text'}"
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in model.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: house-terms\n---\n")
+    (base / "LICENSE").write_text("terms")
+    small = ("seq_len=32", "split=all", "tokens=256", "details.prompts=2", "details.prompt_tokens=8",
+             "details.new_tokens=4", "details.resamples=20", "probes=[needle]", "details.probe_lengths=[128]",
+             "details.probe_count=2")  # fmt: skip
+    gap = tmp_path / "gap"
+    assert limbeck("evaluate", f"teacher={base}", f"+student.mine={model}", data, f"output={gap}", *small)[0] == 0
+    found = json.loads((gap / "gap.json").read_text())
+    assert found["continuation"]["mine"]["length"]["value"] == 4 and found["models"]["mine"]["kl"]["value"] == 0
+    assert len(found["worst"]["mine"]) > 0 and found["memory"]["mine"]["throughput"]["tokens_per_second"] > 0
+    assert found["probes"]["needle"]["128"]["mine"] == found["probes"]["needle"]["128"]["teacher"]
+    assert {"by_class", "by_domain", "by_context"} <= found["models"]["mine"].keys()
+    out = tmp_path / "out"
+    code, _, err = limbeck("export", f"model={model}", f"base={base}", f"gap={gap}", f"output={out}", "dtype=float32")
+    assert code == 0, err
+    text = (out / "README.md").read_text()
+    assert "house-terms" in text and (out / "LICENSE").read_text() == "terms" and 'This model is "mine"' in text
+    assert f"{found['models']['mine']['bits_per_byte']['value']:.4f} [" in text and "measured in float32" in text
+    for arguments, says in (((f"model={out}", f"gap={gap}"), "measured other models"),
+                            ((f"model={model}", f"gap={model}"), "no folder of limbeck evaluate"),
+                            ((f"model={model}", f"base={tmp_path / 'none'}"), "neither a folder")):  # fmt: skip
+        code, _, err = limbeck("export", *arguments, f"output={tmp_path / 'no'}")
+        assert code == 2 and says in err and err.count("\n") == 1, err
+        assert not (tmp_path / "no").exists()
+    code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", "details.resamples=0")
+    assert code == 2 and "resamples" in err
+    code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", "probes=[noodle]")
+    assert code == 2 and "noodle" in err
+    code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", f"scores={model}")
+    assert code == 2 and "limbeck score" in err

@@ -1,0 +1,75 @@
+"""Probes of exact length with the fact in them, and answers as greedy generation gives them."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from limbeck.distill.data import Corpus, Document, tokenize
+from limbeck.distill.probes import KINDS, Probe, check_probes, make_probe, retrieve
+from limbeck.models.checkpoint import load_model
+from limbeck.models.errors import InputError
+from limbeck.models.generate import generate
+from limbeck.models.tokenizer import Tokenizer, load_tokenizer
+from limbeck.scripts.inputs import ZOO
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(ZOO)
+
+
+@pytest.fixture(scope="module")
+def corpus(tokenizer: Tokenizer) -> Corpus:
+    return tokenize([Document(f"{i}.py", f"import os\nprint('file {i}')\n" * 40) for i in range(4)], tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", (160, 400))
+def test_the_answer_follows_from_the_text(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    draw = np.random.default_rng(0)
+    texts = []
+    for _ in range(8):
+        probe = make_probe(kind, length, corpus, tokenizer, draw)
+        assert len(probe.ids) == length
+        text, answer = (tokenizer.decode(part.tolist()) for part in (probe.ids, probe.ids[-probe.answer :]))
+        facts = dict(re.findall(r"^([a-z]{6}) = (\w+)$", text[: text.rindex("\n")], re.M))
+        assert len(facts) == {"needle": 1, "multi-key": 8, "variables": 4}[kind]
+        asked = re.search(r"\n([a-z]{6}) = \d+$", text)
+        assert asked is not None
+        value = asked.group(1)
+        steps = 0
+        while value in facts:
+            value, steps = facts[value], steps + 1
+        assert answer == f" {value}" and steps == (4 if kind == "variables" else 1)
+        texts.append(text)
+    assert len(set(texts)) == 8
+    again = np.random.default_rng(0)
+    assert tokenizer.decode(make_probe(kind, length, corpus, tokenizer, again).ids.tolist()) == texts[0]
+
+
+def test_answered_is_what_greedy_text_gives(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    model = load_model(ZOO)
+    written = torch.from_numpy(corpus.ids[:60].astype(np.int64))
+    greedy = generate(model, written[None], 3)[0]  # its own likeliest answer
+    other = greedy.clone()
+    other[-1] = (other[-1] + 1) % 4096
+    found = retrieve({"zoo": model}, [Probe(greedy, 3), Probe(other, 3)], resamples=20, seed=0)["zoo"]
+    assert found.answered.value == 0.5
+    with torch.no_grad():
+        logs = torch.log_softmax(model(greedy[None]).double(), -1)[0]
+    nats = [-float(logs[59:62].gather(1, ids[60:, None]).sum()) for ids in (greedy, other)]
+    assert found.nats.value == pytest.approx(np.mean(nats), rel=1e-4)
+
+
+def test_what_cannot_be_asked(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="known: needle, multi-key, variables"):
+        check_probes(["noodle"], [10], 100)
+    with pytest.raises(InputError, match="1 to 100"):
+        check_probes(["needle"], [101], 100)
+    check_probes([], [101], 100)
+    for length in (5, 10**6):
+        with pytest.raises(InputError, match="leaves"):
+            make_probe("needle", length, corpus, tokenizer, np.random.default_rng(0))
