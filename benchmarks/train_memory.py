@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.live_bytes import LiveBytes
 from limbeck.models.train_cost import TrainReport, train_memory
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 FORWARD = ("teacher forward", "loss")  # moments until the loss is known
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -81,14 +79,12 @@ def measured(student: HybridConfig, teacher: HybridConfig, training: Training) -
     """The peaks of a second step of `distill.trainer.train`."""
     models = [model_of(config, training) for config in (student, teacher)[: 2 if training.teacher == "online" else 1]]
     learner = models[0]
-    if training.checkpointing:
-        layer = learner.mix
-        learner.mix = functools.partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
     loss_of = distillation_loss(models[1], DistillLoss()) if models[1:] else cross_entropy_loss
     batch = random_rows(student.vocab_size, training.batch or training.micro_batch, training.seq_len)
     options = TrainOptions(
-        steps=2, learning_rate=1e-4, optimizer=training.optimizer, micro_batch=training.micro_batch, warmup_steps=0
-    )
+        steps=2, learning_rate=1e-4, optimizer=training.optimizer, micro_batch=training.micro_batch, warmup_steps=0,
+        activation_checkpointing=training.checkpointing,
+    )  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,
         LiveBytes(weight for model in models for weight in model.parameters()) as live,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 import numpy as np
 import torch
@@ -151,6 +152,22 @@ class Mixture:
 
 
 Text = Corpus | Mixture
+
+
+def whole(text: Text) -> Corpus:
+    """All documents as one corpus, in memory; those of a mixture are named by their source, too."""
+    if not isinstance(text, Mixture):
+        return text
+    ends = np.cumsum([0, *(corpus.tokens for corpus in text.corpora)])
+    starts = [corpus.starts[:-1] + end for corpus, end in zip(text.corpora, ends, strict=False)]
+    names = [
+        f"{PurePath(source.path).name}/{name}"
+        for source, corpus in zip(text.sources, text.corpora, strict=True)
+        for name in corpus.names
+    ]
+    first = text.corpora[0]
+    ids = np.concatenate([corpus.ids for corpus in text.corpora])
+    return Corpus(ids, np.concatenate([*starts, ends[-1:]]), names, first.token_bytes, first.pad_token_id)
 
 
 def train_batches(

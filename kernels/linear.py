@@ -18,6 +18,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] times weight [N, K] (it may be `packed`) transposed: [..., N]. Differentiable wherever gradients are
     on."""
     if weight.is_mkldnn:  # packed
+        assert ONEDNN is not None
         return ONEDNN(x, weight, None, "none", [], "")
     if torch.is_grad_enabled() or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
         return F.linear(x, weight)

@@ -20,8 +20,8 @@ CONF = Path(__file__).parents[1] / "conf"
 # Paths, names and prompts are meant as the shell passes them, parentheses, quotes and all: Hydra's grammar does not
 # see them. (conf/model/ holds named configs; to Hydra `model=` would name one of its groups.)
 VERBATIM = (
-    "model", "init", "teacher", "student", "teacher_cache", "base", "other", "against", "data", "output", "scores", "gap",
-    "prompt", "prompts", "system", "also",
+    "model", "init", "teacher", "student", "teacher_cache", "base", "other", "against", "data", "output", "scores",
+    "gap", "prompt", "prompts", "system", "also",
 )  # fmt: skip
 BASES = {"train-fit": "compress"}  # whose options and recipes a command takes beside its own
 Options = TypeVar("Options")

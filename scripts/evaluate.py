@@ -13,6 +13,7 @@ from ..distill.continuation import continuations, draw_prompts
 from ..distill.data import Corpus
 from ..distill.examples import as_text
 from ..distill.gap import TEACHER, measure_gap
+from ..distill.mixture import whole
 from ..distill.probes import check_probes, make_probe, retrieve
 from ..distill.report import write_page
 from ..distill.token_groups import TokenGroups, group_documents, token_classes
@@ -103,7 +104,7 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: Facts)
     fits = {name: fitted(load_config(path), options.hardware, options.fit) for name, path in folders.items()}
     models = {name: load_model(path, dtype, device) for name, path in folders.items()}
     teacher = models.pop(TEACHER)
-    text = corpus(options.data, options.split, folders[TEACHER])
+    text = whole(corpus(options.data, options.split, folders[TEACHER]))
     batches = sample(
         options.data, options.split, folders[TEACHER],
         tokens=options.tokens, seq_len=options.seq_len, batch=options.batch, seed=options.seed,

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from ..distill.losses import DistillLoss
+from ..distill.weights import greatest
 from ..models.activations import Training
 from ..models.config import HybridConfig
 from ..models.cost import GIB, count_parameters
@@ -24,8 +26,6 @@ from .show import gib, say, table
 class Setup:
     """How a step is done, beside what distill says; and what of the card is not ours."""
 
-    checkpointing: bool
-    average: bool
     teacher: str
     teacher_dtype: str
     teacher_offload: bool
@@ -122,14 +122,18 @@ def training_of(stage: Distill, options: Options) -> Training:
         batch=stage.batch,
         dtype=torch_dtype(options.dtype),
         optimizer=stage.train.optimizer,
-        checkpointing=how.checkpointing,
-        average=how.average,
-        teacher=how.teacher if stage.loss.kl_weight else "none",
+        checkpointing=stage.train.activation_checkpointing,
+        average=stage.train.ema_decay > 0,
+        teacher=how.teacher if reads_teacher(stage.loss) else "none",
         teacher_dtype=torch_dtype(how.teacher_dtype),
         teacher_offload=how.teacher_offload,
         processes=options.processes,
         device="cpu" if options.hardware.name == "cpu" else "cuda",
     )
+
+
+def reads_teacher(loss: DistillLoss) -> bool:
+    return greatest(loss.kl_weight) > 0 or greatest(loss.hidden.weight) > 0
 
 
 def show(options: Options, teacher: HybridConfig, stages: list[Stage], budget: float) -> None:

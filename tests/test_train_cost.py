@@ -153,7 +153,7 @@ def test_refusals() -> None:
 def test_command_plans_the_published_recipe(tmp_path: Path) -> None:
     """Four stages on eight H100s: 262,144 tokens are what no knob but their number makes fit."""
     words = ["memory-fit", "mode=train", "recipe=nemotron-nano-9b-v2", "hardware=h100", "processes=8"]
-    code, text, err = limbeck(*words, "training.checkpointing=true", f"output={tmp_path / 'plan'}")
+    code, text, err = limbeck(*words, "distill.train.activation_checkpointing=true", f"output={tmp_path / 'plan'}")
     assert code == 3 and "2-width/3 does not fit" in err and "seq_len" in err.splitlines()[-1]
     plan = json.loads((tmp_path / "plan" / "result.json").read_text())
     assert [stage["training"]["seq_len"] for stage in plan["stages"]] == [8192, 8192, 49152, 262144]
@@ -168,7 +168,9 @@ def test_command_plans_the_published_recipe(tmp_path: Path) -> None:
 def test_command_of_two_models() -> None:
     """teacher= and student= take named configs and folders; the micro-batch is of a process's rows."""
     words = ["teacher=nemotron-nano-12b-v2", "student=nemotron-nano-9b-v2", "hardware=h100", "distill.batch=64"]
-    code, text, _ = limbeck("train-fit", *words, "processes=64", "training.checkpointing=true", "distill.seq_len=4096")
+    code, text, _ = limbeck(
+        "train-fit", *words, "processes=64", "distill.train.activation_checkpointing=true", "distill.seq_len=4096"
+    )
     assert code == 0 and "1 x 4,096" in text and "64 processes" in text and "12,310,001,152" in text
     hardware = ("hardware=cpu", "hardware.usable_gib=4", "dtype=float32")
     assert limbeck("train-fit", "teacher=zoo", "student=zoo-small", *hardware)[0] == 0
