@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import torch
 from limbeck.benchmarks.provenance import provenance
 from limbeck.distill.data import Batch
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
+from limbeck.distill.parallel import Trained, prepare
 from limbeck.distill.trainer import TrainOptions, train
+from limbeck.models import processes
 from limbeck.models.activations import Training
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM, initialize
@@ -69,35 +71,45 @@ def random_rows(vocabulary: int, rows: int, seq_len: int) -> Batch:
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), documents, ones, documents.long())
 
 
-def model_of(config: HybridConfig, training: Training) -> HybridLM:
-    model = HybridLM(config, dtype=training.dtype)
+def model_of(config: HybridConfig) -> HybridLM:
+    model = HybridLM(config)
     initialize(model, torch.Generator().manual_seed(0))
     return model
 
 
 def measured(student: HybridConfig, teacher: HybridConfig, training: Training) -> Peaks:
-    """The peaks of a second step of `distill.trainer.train`."""
-    models = [model_of(config, training) for config in (student, teacher)[: 2 if training.teacher == "online" else 1]]
-    learner = models[0]
-    loss_of = distillation_loss(models[1], DistillLoss()) if models[1:] else cross_entropy_loss
-    batch = random_rows(student.vocab_size, training.batch or training.micro_batch, training.seq_len)
+    """The peaks of a second step of `distill.trainer.train`, on one process."""
+    oracle = model_of(teacher).to(training.teacher_dtype) if training.teacher == "online" else None
+    return peaks_of(prepare(model_of(student), training.dtype), oracle, training)
+
+
+def peaks_of(trained: Trained, oracle: HybridLM | None, training: Training) -> Peaks:
+    """The peaks of a second step in this process."""
+    loss_of = cross_entropy_loss if oracle is None else distillation_loss(oracle, DistillLoss())
+    batch = random_rows(trained.model.config.vocab_size, training.batch or training.micro_batch, training.seq_len)
     options = TrainOptions(
-        steps=2, learning_rate=1e-4, optimizer=training.optimizer, micro_batch=training.micro_batch, warmup_steps=0,
+        steps=2,
+        learning_rate=1e-4,
+        warmup_steps=0,
+        optimizer=training.optimizer,
+        micro_batch=training.micro_batch,
         activation_checkpointing=training.checkpointing,
-    )  # fmt: skip
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        LiveBytes(weight for model in models for weight in model.parameters()) as live,
-    ):
+        ema_decay=0.9 * training.average,
+    )
+    held = [*trained.model.parameters(), *(weight.local for weight in trained.weights)]
+    held += [] if oracle is None else list(oracle.parameters())
+    parts = [getattr(weight, "to_local", weight.detach)() for weight in held]  # this process's, of what is split
+    with tempfile.TemporaryDirectory() as folder, LiveBytes(parts) as live:
         peaks = {"forward": 0, "rest": 0}
+        found: list[Peaks] = []
 
         def note(moment: str) -> None:
             peaks[moment] = max(peaks[moment], live.peak)
             live.restart()
 
-        def watched(model: HybridLM, found: Any, normalizer: float) -> Tensor:
+        def watched(model: HybridLM, rows: Any, normalizer: float) -> Tensor:
             note("rest")
-            loss = loss_of(model, found, normalizer)
+            loss = loss_of(model, rows, normalizer)
             note("forward")
             return loss
 
@@ -108,13 +120,10 @@ def measured(student: HybridConfig, teacher: HybridConfig, training: Training) -
             else:
                 found.append(Peaks(**peaks))
 
-        found: list[Peaks] = []
-
-        def batches(start: int) -> Iterator[Batch]:
-            while True:
-                yield batch
-
-        train(learner, watched, batches, options, Path(folder), on_step=on_step)
+        shared = processes.from_first(folder)
+        train(trained, watched, lambda start: itertools.repeat(batch), options, Path(shared), on_step=on_step)
+        with processes.together():  # whose folder it is goes last
+            pass
     return found[0]
 
 

@@ -72,6 +72,7 @@ def gap_sections(folder: Path, gap: Mapping[str, Any]) -> Iterator[Section]:
     if students(gap):
         yield from where_section(folder, gap)
     yield from probe_section(gap)
+    yield from task_section(gap)
     if students(gap):
         yield from worst_section(gap)
 
@@ -173,6 +174,35 @@ def group_table(gap: Mapping[str, Any], key: str, title: str) -> Table:
         rows.append((group, [Cell(f"{first['tokens']:,}"), Cell(f"{first['documents']:,}"), *cells]))
     kinds = [f"{name}: {kind}" for name in names for kind in ("KL", "top-1")]
     return Table(f"By {title}", [title, "tokens", "documents", "teacher's cross-entropy", *kinds], rows)
+
+
+def task_rows(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[tuple[str, ...]]:
+    """Of {model: {task: {metric: value}}} as lm-evaluation-harness names them: a row for each task and metric."""
+    first = next(iter(found.values()))
+    for task, metrics in first.items():
+        for key in metrics:
+            name, _, filtered = key.partition(",")
+            if name.endswith("_stderr"):
+                continue
+            cells = []
+            for answers in found.values():
+                error = answers[task].get(f"{name}_stderr,{filtered}")
+                cells.append(
+                    f"{answers[task][key]:.4f}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}")
+                )
+            yield f"{task}, {name}", *cells
+
+
+def task_section(gap: Mapping[str, Any]) -> Iterator[Section]:
+    """Answers to task suites, where they were asked for."""
+    found = gap.get("tasks") or {}
+    if found:
+        rows = [(label, [Cell(value) for value in cells]) for label, *cells in task_rows(found)]
+        yield Section(
+            "Tasks",
+            "Answers to lm-evaluation-harness, with its standard errors.",
+            tables=[Table("", ["task, metric", *found], rows)],
+        )
 
 
 def probe_section(gap: Mapping[str, Any]) -> Iterator[Section]:

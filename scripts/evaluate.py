@@ -28,6 +28,7 @@ from . import memory_fit
 from .inputs import corpus, data_input, model_folder, sample, torch_device, torch_dtype
 from .show import progress, read_json, result, say, table
 from .stage import PROVENANCE, Facts, run_stage
+from .tasks import Tasks, answer, show_tasks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Details:
     new_tokens: int = 64
     probe_lengths: tuple[int, ...] = (512, 1024)
     probe_count: int = 20
+    task_shots: int | None = None
+    task_limit: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("resamples", "prompt_tokens", "new_tokens", "probe_count", "worst", "prompts"):
@@ -67,6 +70,11 @@ class Options:
     details: Details = Details()
     scores: str | None = None
     probes: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+    def asked(self) -> Tasks:
+        """The task suites. Raises InputError."""
+        return Tasks(self.tasks, self.details.task_shots, self.details.task_limit)
 
 
 def run(options: Options) -> None:
@@ -84,7 +92,7 @@ def run(options: Options) -> None:
         options.output,
         name="evaluate",
         inputs=inputs,
-        options={name: getattr(options, name) for name in kept},
+        options={name: getattr(options, name) for name in kept} | {"tasks": options.asked().content()},
         make=lambda folder, facts: fill(folder, folders, options, facts),
     )
     show(read_json(options.output / "gap.json"))
@@ -127,6 +135,9 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: Facts)
     }
     content["continuation"] = written(teacher, models, text, tokenizer.eos_token_id, options)
     content["probes"] = probed({TEACHER: teacher, **models}, text, tokenizer, options)
+    content["tasks"] = (
+        answer(folders, options.asked(), dtype=dtype, device=device, seed=options.seed) if options.tasks else {}
+    )
     content["memory"] = fits
     write_json(folder / "gap.json", content)
     made_by = provenance(folders)
@@ -225,6 +236,7 @@ def show(gap: dict[str, Any]) -> None:
             for length, found in lengths.items()
         ]
         table("Retrieval: share of probes answered, and nats of an answer", ("", *gap["models"]), rows)
+    show_tasks(gap["tasks"])
     pairs = [
         (f"{pair['second']}\n- {pair['first']}", *(interval(pair[key], "+", pair["p"][key]) for key in keys))
         for pair in gap["differences"]

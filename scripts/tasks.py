@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..distill.report_gap import task_rows
 from ..models.checkpoint import load_model
 from ..models.errors import InputError
 from ..models.folder import sha256_file, write_json
@@ -26,7 +27,7 @@ CACHE = "LIMBECK_CACHE"
 
 @dataclasses.dataclass(frozen=True)
 class Tasks:
-    """names: tasks of the harness, or .yaml files of one; shots: solved examples before each question (None: the
+    """names: tasks of the harness, or .yaml files of one each; shots: solved examples before each question (None: the
     task's own number); limit: the first so many questions of each (None: all)."""
 
     names: tuple[str, ...] = ()
@@ -36,7 +37,7 @@ class Tasks:
     def __post_init__(self) -> None:
         for name, value, least in (("shots", self.shots, 0), ("limit", self.limit, 1)):
             if value is not None and value < least:
-                raise InputError(f"tasks.{name} is {value}; expected at least {least}")
+                raise InputError(f"details.task_{name} is {value}; expected at least {least}")
 
     @property
     def files(self) -> dict[str, Path]:
@@ -126,7 +127,7 @@ def asked(
     """One model's results."""
     from lm_eval.evaluator import simple_evaluate
 
-    from ..distill.harness import HarnessModel
+    from ..distill.harness import HarnessModel  # needs lm_eval
 
     names = [str(tasks.files.get(each, each)) for each in tasks.names]
     with progress(f"tasks: {name}", 1) as bar:
@@ -152,17 +153,6 @@ def asked(
 
 
 def show_tasks(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """A row for each task and metric, a column for each model, with standard errors."""
-    models = list(found)
-    rows = []
-    for task, metrics in found[models[0]].items():
-        for key in metrics:
-            name, _, filtered = key.partition(",")
-            if name.endswith("_stderr"):
-                continue
-            cells = []
-            for model in models:
-                error = found[model][task].get(f"{name}_stderr,{filtered}")
-                cells.append(f"{found[model][task][key]:.4f}" + ("" if error is None else f" ± {error:.4f}"))
-            rows.append((task, name, *cells))
-    table("Tasks (lm-evaluation-harness)", ("task", "metric", *models), rows)
+    """A row for each task and metric, a column for each model, with standard errors; nothing where none was asked."""
+    if found:
+        table("Tasks (lm-evaluation-harness)", ("task, metric", *found), [*task_rows(found)])

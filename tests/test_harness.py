@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from pathlib import Path
@@ -16,6 +17,7 @@ from limbeck.models.tokenizer import load_tokenizer
 from limbeck.scripts import tasks as task_script
 from limbeck.scripts.inputs import ZOO
 from limbeck.scripts.tasks import Tasks, answer, show_tasks
+from limbeck.tests.helpers import limbeck
 
 CHOICE = """
 task: next_line
@@ -146,7 +148,7 @@ def test_answers_are_kept_by_contents(
         ({"names": ("nowhere/task.yaml",)}, "nowhere/task.yaml does not exist"),
         pytest.param({"names": ("arc_eesy",)}, "did you mean", marks=pytest.mark.slow),  # reads 10,000 task files
         ({"names": ("BROKEN",)}, "tasks:"),
-        ({"limit": 0}, "tasks.limit is 0"),
+        ({"limit": 0}, "details.task_limit is 0"),
     ),
 )
 def test_wrong_tasks(options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,3 +158,17 @@ def test_wrong_tasks(options: dict[str, Any], words: str, tmp_path: Path, monkey
         options = {"names": (str(tmp_path / "broken.yaml"),)}
     with pytest.raises(InputError, match=words):
         answer({"teacher": ZOO}, Tasks(**options), dtype=torch.float32, device=torch.device("cpu"), seed=0)
+
+
+def test_evaluate_asks_tasks(tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    data = Path(asyncio.__file__).parent
+    code, out, err = limbeck(
+        "evaluate", "teacher=zoo", "+student.same=zoo", f"data={data}", f"output={tmp_path / 'gap'}", "tokens=512",
+        "seq_len=128", f"tasks=[{tasks['next_line']}]", "details.task_limit=2", "details.prompts=0", "details.worst=0",
+        "fit.context=1024", "details.resamples=10",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "gap" / "gap.json").read_text())["tasks"]
+    assert found["teacher"] == found["same"] and "acc,none" in found["same"]["next_line"]
+    assert "next_line, acc" in out and "next_line, acc_norm" in (tmp_path / "gap" / "gap.html").read_text()

@@ -38,6 +38,8 @@ DENSE = {"family": "qwen3", "pattern": "*-*-", "gated_mlp": True, "activation": 
 CASES = {
     "one micro-batch": (wide(), {"micro_batch": 2, "seq_len": 128}),
     "accumulation": (wide(), {"seq_len": 128, "batch": 2}),
+    "bfloat16": (wide(), {"micro_batch": 2, "seq_len": 128, "dtype": torch.bfloat16, "teacher_dtype": torch.bfloat16}),
+    "average": (wide(), {"micro_batch": 2, "seq_len": 128, "average": True}),
     "muon, checkpointing": (wide(), {"seq_len": 100, "batch": 2, "checkpointing": True, "optimizer": "muon"}),
     "no teacher": (wide(pattern="M", tie_word_embeddings=True), {"seq_len": 128, "teacher": "none"}),
     "Mamba, checkpointing": (wide(pattern="MM"), {"seq_len": 130, "checkpointing": True}),
