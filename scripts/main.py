@@ -49,7 +49,8 @@ EXAMPLES = {
     "pretrain": "recipe=zoo output=zoo",
 }
 EPILOGUE = """
-Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME sets many at once.
+Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME sets many at once, and with
+--multirun KEY=A,B every combination of such values is a job of its own.
 model=, teacher= and student= take a checkpoint folder, `zoo` (the small trained model that ships), or a named
 config; data= takes a folder, a file, a mixture's .yaml or its name in conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT],
 or `stdlib` (the running Python's own sources).
@@ -60,6 +61,7 @@ Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
 # What a disk says when it is full, over quota, at a limit, read-only, broken or another's.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 CONF = Path(__file__).parents[1] / "conf"
+MULTIRUN = "--multirun"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,10 +119,10 @@ def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
 
 def run(command: str, overrides: Sequence[str]) -> int:
     """Composes the options of a command and runs it, or a sweep of it."""
-    if any(word in ("--multirun", "-m") for word in overrides):
-        from .sweep import FLAGS, sweep
+    if MULTIRUN in overrides:
+        from .sweep import sweep
 
-        sweep(command, [word for word in overrides if word not in FLAGS])
+        sweep(command, [word for word in overrides if word != MULTIRUN])
         return 0
     from .compose import build, compose_config
 

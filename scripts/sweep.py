@@ -20,7 +20,6 @@ from .compose import VERBATIM, build, explain, split
 from .main import finish, set_up
 from .show import result, say, table
 
-FLAGS = ("--multirun", "-m")
 FIGURES = ("loss", "validation_loss", "validation_kl", "validation_agreement")
 
 

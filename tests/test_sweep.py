@@ -50,7 +50,7 @@ def test_every_combination_has_a_folder(workshop: Path, tmp_path: Path) -> None:
     ):
         code, _, err = limbeck(*command[:-3], f"output={tmp_path / 'no'}", wrong)
         assert code == 2 and says in err.splitlines()[-1] and len(err.splitlines()) <= 2, err  # Hydra names the job
-    code, _, err = limbeck("distill", "-m", "teacher=zoo", "seed=1,2")
+    code, _, err = limbeck("distill", "--multirun", "teacher=zoo", "seed=1,2")
     assert code == 2 and "output is missing" in err
 
 
