@@ -65,12 +65,16 @@ class Distill:
     batch: int
     evaluate_tokens: int
     repack: bool = True
+    teacher_dtype: str | None = None
+    teacher_offload: bool = False
     teacher_correction: Correction | None = None
     stages: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.seq_len < 1 or self.batch < 1:
             raise InputError(f"distill: seq_len ({self.seq_len}) and batch ({self.batch}) must be at least 1")
+        if self.teacher_dtype is not None:
+            torch_dtype(self.teacher_dtype)
         self.plan()
 
     def plan(self) -> tuple[Distill, ...]:
@@ -219,7 +223,13 @@ def fill(folder: Path, facts: Facts, teacher_folder: Path, student_folder: Path,
         teacher_folder=teacher_folder,
         student_folder=student_folder,
         cache=options.teacher_cache,
-        load_teacher=lambda: load_frozen(teacher_folder, dtype, device, options.shard),
+        load_teacher=lambda: load_frozen(
+            teacher_folder,
+            torch_dtype(options.distill.teacher_dtype or options.dtype),
+            device,
+            options.shard,
+            options.distill.teacher_offload,
+        ),  # fmt: skip
         facts=facts.content,
         batches=lambda: fitting_rows(options, student_folder),
     )

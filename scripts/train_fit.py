@@ -27,8 +27,6 @@ class Setup:
     """How a step is done, beside what distill says; and what of the card is not ours."""
 
     teacher: str
-    teacher_dtype: str
-    teacher_offload: bool
     framework_share: float
     reserve_gib: float
     overhead_gib: float
@@ -125,8 +123,8 @@ def training_of(stage: Distill, options: Options) -> Training:
         checkpointing=stage.train.activation_checkpointing,
         average=stage.train.ema_decay > 0,
         teacher=how.teacher if reads_teacher(stage.loss) else "none",
-        teacher_dtype=torch_dtype(how.teacher_dtype),
-        teacher_offload=how.teacher_offload,
+        teacher_dtype=torch_dtype(stage.teacher_dtype or options.dtype),
+        teacher_offload=stage.teacher_offload,
         processes=options.processes,
         device="cpu" if options.hardware.name == "cpu" else "cuda",
     )

@@ -61,8 +61,20 @@ def placed_model(model: HybridLM, dtype: torch.dtype, split: bool) -> Trained:
     return prepare(model, dtype)
 
 
-def load_frozen(path: Path, dtype: torch.dtype, device: torch.device, split: bool) -> HybridLM:
-    """A checkpoint to learn from, in `dtype`, without gradients. Raises InputError."""
+def load_frozen(path: Path, dtype: torch.dtype, device: torch.device, split: bool, offload: bool = False) -> HybridLM:
+    """A checkpoint to learn from, in `dtype`, without gradients; with `offload` its layers stay in main memory (each
+    process's own), and each comes to the device when its turn comes. Raises InputError."""
+    if offload:
+        from accelerate import cpu_offload
+
+        model = load_model(path, dtype, torch.device("cpu")).requires_grad_(False)
+        layers = model.layers
+        model.layers = torch.nn.ModuleList()
+        model.to(device)
+        model.layers = layers
+        for layer in layers:
+            cpu_offload(layer, execution_device=device, preload_module_classes=[type(layer).__name__])
+        return model
     if split and processes.count() > 1:
         return load_sharded(path, dtype, device, frozen=True)
     return load_model(path, dtype, device).requires_grad_(False)

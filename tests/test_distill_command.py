@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from limbeck.distill import teacher as module
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.scripts.stage import fingerprint_of
 from limbeck.scripts.teaching import kept_of, provenance
+from limbeck.scripts.training import load_frozen
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
+from safetensors.torch import load_file
 
 HOW = ("distill.train.steps=4", "distill.seq_len=32", "distill.batch=2", "distill.train.evaluate_every=2")
 SMALL = (*HOW, "distill.train.warmup_steps=1", "distill.train.log_every=1", "distill.evaluate_tokens=256")
@@ -186,3 +189,20 @@ def test_moving_weights_and_a_mixture(workshop: Path, tmp_path: Path) -> None:
     mix.write_text(mix.read_text().replace("weight: 1}", "weight: 1, epochs: 0.001}"))
     code, _, err = limbeck("distill", *places[:2], f"output={tmp_path / 'two'}", f"data={mix}", *SMALL)
     assert code == 2 and "would be read" in err
+
+
+def test_a_teacher_in_main_memory_and_in_another_dtype(workshop: Path, tmp_path: Path) -> None:
+    """Offloaded it teaches the same, bit for bit, and its layers are away between turns; the dtype is its own."""
+    more = {"here": "seed=0", "away": "distill.teacher_offload=true", "wide": "distill.teacher_dtype=float64"}
+    for name, option in more.items():
+        code, _, said = distil(workshop, tmp_path / name, option)
+        assert code == 0, said
+    found = [load_file(tmp_path / name / "model.safetensors") for name in ("here", "away", "wide")]
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+    differences = [(found[0][key] - found[2][key]).abs().max().item() for key in found[0]]
+    assert 0 < max(differences) < 1e-3
+    teacher = load_frozen(workshop / "model", torch.float32, torch.device("cpu"), split=False, offload=True)
+    teacher.hidden_states(torch.zeros(1, 3, dtype=torch.int64))
+    assert all(weight.is_meta for weight in teacher.layers.parameters()) and not teacher.head_weight.is_meta
+    code, _, said = distil(workshop, tmp_path / "x", "distill.teacher_dtype=float31")
+    assert code == 2 and "float31" in said
