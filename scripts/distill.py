@@ -229,7 +229,7 @@ def fill(folder: Path, facts: Facts, teacher_folder: Path, student_folder: Path,
             device,
             options.shard,
             options.distill.teacher_offload,
-        ),  # fmt: skip
+        ),
         facts=facts.content,
         batches=lambda: fitting_rows(options, student_folder),
     )
