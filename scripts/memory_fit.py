@@ -238,7 +238,7 @@ def show_vllm(config: HybridConfig, report: MemoryReport, answer: Verdict, hardw
         ("blocks a request of this length", f"{found.blocks_per_request:,}"),
         ("cache of one request", gib(found.bytes_per_request)),
         ("requests of this length at once", f"{found.max_num_seqs:,}"),
-        ("largest --max-num-seqs that starts", f"{found.largest_max_num_seqs:,}"),
+        ("largest --max-num-seqs that starts", f"{found.largest_max_num_seqs:,}" if config.layers_of("M") else "any"),
         ("largest --max-model-len that starts", f"{found.largest_max_model_len:,}"),
     ]
     table(f"vLLM, Mamba cache mode {found.mode}", ("", ""), rows)
