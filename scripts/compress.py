@@ -200,7 +200,8 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
         total = memory_fit.measure(config, options.hardware, options.fit)[0].total
         rows.append((name, f"{count_parameters(config):,}", *values, share, gib(total)))
     console.rule("Result", align="left")
-    context = f"memory at {options.fit.context:,} tokens x {options.fit.batch}"
+    length = options.fit.of(load_config(model_folder(options.model))).length
+    context = f"memory at {length:,} tokens x {options.fit.batch}"
     table("", ("model", "parameters", "bits per byte", "KL", "top-1 agreement", context), rows)
     if gap["recovery"] is not None:
         say(f"recovered {gap['recovery']['value']:.1%} of the cross-entropy that pruning lost")

@@ -188,11 +188,12 @@ def probed(
 def fitted(config: HybridConfig, hardware: Hardware, fit: memory_fit.Fit) -> dict[str, Any]:
     """Memory and verdict as memory-fit says them, and the estimated tokens a second of a third of the context read and
     two thirds written, as of the published 8k and 16k (arXiv 2508.14444), for the largest batch that fits."""
+    fit = fit.of(config)
     report, answer = memory_fit.measure(config, hardware, fit)
-    read, asked = max(fit.context // 3, 1), fit.asked(hardware)
+    read, asked = max(fit.length // 3, 1), fit.asked(hardware)
     dtypes = {name: asked[name] for name in ("weight_dtype", "kv_dtype", "ssm_dtype")}
     estimate = throughput(
-        config, hardware, input_tokens=read, output_tokens=max(fit.context - read, 1), budget=answer.budget, **dtypes
+        config, hardware, input_tokens=read, output_tokens=max(fit.length - read, 1), budget=answer.budget, **dtypes
     )
     speed = None if estimate is None else dataclasses.asdict(estimate)
     return memory_fit.as_json(report, answer, hardware) | {"throughput": speed}

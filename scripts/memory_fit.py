@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..models.simulate import Simulation
 
 KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
+LONGEST = 131072  # tokens of a context that nobody has chosen
 WITNESSES = {
     "formula": (), "simulation": ("simulation",), "measurement": ("measurement",), "all": ("simulation", "measurement"),
 }  # fmt: skip
@@ -31,10 +32,10 @@ WITNESSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Context (tokens a sequence), batch (sequences), dtypes, and what of the card is not ours; tokens of a prefill
-    chunk, and vLLM's mode for the states of Mamba layers."""
+    """Context (tokens a sequence; None: see `of`), batch (sequences), dtypes, and what of the card is not ours; tokens
+    of a prefill chunk, and vLLM's mode for the states of Mamba layers."""
 
-    context: int
+    context: int | None
     batch: int
     weight_dtype: str
     kv_dtype: str
@@ -50,6 +51,18 @@ class Fit:
             raise InputError("framework_share must be in [0, 1), reserve_gib and overhead_gib at least 0")
         if self.kv_dtype not in KV_DTYPES:
             raise InputError(f"fit.kv_dtype {self.kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
+
+    def of(self, config: HybridConfig) -> Fit:
+        """With a context where none was given: what the model is made for, at most `LONGEST`."""
+        if self.context is not None:
+            return self
+        return dataclasses.replace(self, context=min(LONGEST, config.max_position_embeddings))
+
+    @property
+    def length(self) -> int:
+        """The context, once there is one."""
+        assert self.context is not None
+        return self.context
 
     def asked(self, hardware: Hardware) -> dict[str, Any]:
         """The arguments of `cost.memory` beside context and batch."""
@@ -87,7 +100,7 @@ class Options:
 def run(options: Options) -> None:
     config, hardware = model_config(options.model), options.hardware
     named = {name: value for name in ("context", "batch") if (value := getattr(options, name)) is not None}
-    fit = dataclasses.replace(options.fit, **named)
+    fit = dataclasses.replace(options.fit, **named).of(config)
     check(options, config, fit)
     report, answer = measure(config, hardware, fit)
     ways = [] if answer.fits else changes(config, report, answer.budget, **fit.asked(hardware))
@@ -123,9 +136,9 @@ def check(options: Options, config: HybridConfig, fit: Fit) -> None:
     """Raises InputError for what `measure` lets pass, since a chain of stages asks for it too."""
     if options.witness not in WITNESSES:
         raise InputError(f"witness is {options.witness!r}; known: {', '.join(WITNESSES)}")
-    if fit.context > config.max_position_embeddings:
+    if fit.length > config.max_position_embeddings:
         raise InputError(
-            f"context {fit.context:,} is beyond the {config.max_position_embeddings:,} tokens that {options.model} is"
+            f"context {fit.length:,} is beyond the {config.max_position_embeddings:,} tokens that {options.model} is"
             f" made for; give context={config.max_position_embeddings} or less"
         )
     if WITNESSES[options.witness] and fit.kv_dtype != fit.weight_dtype:
@@ -152,8 +165,9 @@ def measure(config: HybridConfig, hardware: Hardware, fit: Fit) -> tuple[MemoryR
             f"hardware.device is {hardware.device!r} with {hardware.multiprocessors} multiprocessors;"
             " expected cuda or cpu, and at least 1"
         )
+    fit = fit.of(config)
     budget = fit.budget(hardware)
-    report = memory(config, fit.context, fit.batch, budget=budget, **fit.asked(hardware))
+    report = memory(config, fit.length, fit.batch, budget=budget, **fit.asked(hardware))
     return report, verdict(config, report, budget)
 
 
@@ -162,7 +176,7 @@ def simulated(config: HybridConfig, hardware: Hardware, fit: Fit) -> Simulation:
 
     with progress("simulating the inference path", 1) as bar:
         found = simulate(
-            config, fit.context, fit.batch, chunk=fit.chunk, weight_dtype=torch_dtype(fit.weight_dtype),
+            config, fit.length, fit.batch, chunk=fit.chunk, weight_dtype=torch_dtype(fit.weight_dtype),
             ssm_dtype=torch_dtype(fit.ssm_dtype), place=hardware.place,
         )  # fmt: skip
         bar.set(1)
@@ -185,7 +199,7 @@ def measured_run(options: Options, config: HybridConfig, fit: Fit, report: Memor
         model = load_model(model_folder(options.model), dtype, device).requires_grad_(False)
     with progress("measuring a run", 1) as bar:
         found = measure_run(
-            model, fit.context, fit.batch, chunk=fit.chunk, steps=min(options.steps, fit.context - 1),
+            model, fit.length, fit.batch, chunk=fit.chunk, steps=min(options.steps, fit.length - 1),
             ssm_dtype=torch_dtype(fit.ssm_dtype), cap=cap,
         )  # fmt: skip
         bar.set(1)

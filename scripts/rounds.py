@@ -158,7 +158,7 @@ def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, 
         names.append(step.round.name or "student")
         columns.append(column(outcomes, hardware, fit, f"{step.round.distill.tokens:,}"))
     budget = gib(hardware.budget(fit.framework_share, fit.reserve_gib, fit.overhead_gib))
-    title = f"Dry run: {fit.context:,} tokens x {fit.batch} within {budget} of {hardware.name}"
+    title = f"Dry run: {fit.of(config).length:,} tokens x {fit.batch} within {budget} of {hardware.name}"
     table(title, ["", *names], [(row, *(found[row] for found in columns)) for row in columns[0]])
     if len(patterns) > 1:
         say("Which layers go is known once they are scored; from and to are the least and the most that can be left.")

@@ -66,6 +66,7 @@ def test_misspelt_words() -> None:
     refused("score", "model=no-such", "data=stdlib", "output=x", says="no-such")
     refused("memory-fit", "model=zoo", "fit.context=many", says="fit.context")
     refused("memory-fit", "model=zoo", "fit.batch=0", says="batch")
+    refused("memory-fit", "model=zoo", "context=9000", says="context=8192 or less")
     refused("memory-fit", "model=zoo", "hardware=a11g", says="a10g")
     refused("score", "model=zoo", "data=stdlib", "output=x", "dtype=int4", says="int4")
 
