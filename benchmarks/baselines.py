@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.models.checkpoint import load_config, save_model
 from limbeck.models.cost import count_parameters
 from limbeck.models.hybrid import HybridLM, initialize
+from limbeck.models.provenance import provenance
 
 
 def limbeck(*arguments: str) -> None:

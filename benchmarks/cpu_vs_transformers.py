@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.models.cache import Cache
 from limbeck.models.checkpoint import load_model
@@ -38,6 +37,7 @@ from limbeck.models.decode import Decoder, lay_out
 from limbeck.models.generate import prefill
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.measure import Load, roofline, this_cpu
+from limbeck.models.provenance import provenance
 
 CONFIG = HybridConfig(
     pattern="M-M-M-*-M-M-",

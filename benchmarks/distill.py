@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 from limbeck.benchmarks.cpu_vs_transformers import resident
-from limbeck.benchmarks.provenance import provenance
 from limbeck.benchmarks.train_memory import random_rows
 from limbeck.distill.data import Batch, Corpus, keep_split, stdlib_documents, tokenize, train_batches
 from limbeck.distill.losses import DistillLoss, distillation_loss
@@ -42,6 +41,7 @@ from limbeck.models.checkpoint import load_model
 from limbeck.models.cost import count_parameters
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.live_bytes import LiveBytes
+from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
 from limbeck.prune.importance import score_magnitude

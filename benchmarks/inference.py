@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.cache import Cache
 from limbeck.models.config import HybridConfig
@@ -36,6 +35,7 @@ from limbeck.models.errors import CheckFailed
 from limbeck.models.generate import prefill
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.peak import check_room, measure, random_model
+from limbeck.models.provenance import provenance
 from limbeck.models.transient import Place
 from torch import Tensor
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.kernels.linear_kl import linear_kl
+from limbeck.models.provenance import provenance
 from torch import Tensor
 from torch.nn import functional as F
 

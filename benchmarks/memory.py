@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.checkpoint import load_model
 from limbeck.models.cost import GIB, memory
 from limbeck.models.peak import measure
+from limbeck.models.provenance import provenance
 from limbeck.models.simulate import simulate
 from limbeck.models.transient import Place
 

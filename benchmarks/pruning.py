@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.distill.data import Batch, Corpus, keep_split, sample_batches, stdlib_documents, tokenize, train_batches
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.trainer import TrainOptions, train
@@ -32,6 +31,7 @@ from limbeck.models.checkpoint import load_model
 from limbeck.models.cost import count_parameters
 from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
+from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
 from limbeck.prune.compensate import Repair, repair_model

@@ -24,12 +24,12 @@ from typing import Any
 
 import tokenizers
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.distill.data import keep_split, stdlib_documents, tokenize
 from limbeck.models.axes import tensor_table
 from limbeck.models.checkpoint import load_model, open_checkpoint, write_checkpoint
 from limbeck.models.config import HybridConfig
 from limbeck.models.folder import atomic_folder, sha256_file, write_json
+from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.models.axes import tensor_table
 from limbeck.models.checkpoint import open_checkpoint, row_blocks, write_checkpoint
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost import count_parameters, num_tensors
 from limbeck.models.folder import atomic_folder
+from limbeck.models.provenance import provenance
 from limbeck.prune.importance import score_random
 from limbeck.prune.scores import LayerScores, Scores, save_scores
 from torch import Tensor

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.benchmarks.pruning import print_table
 from limbeck.distill.data import Batch, keep_split, sample_batches, stdlib_documents, tokenize
 from limbeck.distill.losses import Distillation, DistillLoss, distillation_loss
@@ -30,6 +29,7 @@ from limbeck.kernels.linear_topk_kl import TopK, linear_topk_kl
 from limbeck.models.checkpoint import load_model
 from limbeck.models.folder import sha256_file
 from limbeck.models.hybrid import HybridLM
+from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
 from limbeck.prune.importance import score_widths

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.distill.data import Batch
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.parallel import Trained, prepare
@@ -27,6 +26,7 @@ from limbeck.models.activations import Training
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.live_bytes import LiveBytes
+from limbeck.models.provenance import provenance
 from limbeck.models.train_cost import TrainReport, train_memory
 from torch import Tensor
 

@@ -28,12 +28,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from limbeck.benchmarks.provenance import provenance
 from limbeck.kernels.causal_conv1d import causal_conv1d
 from limbeck.kernels.norm import gated_rms_norm
 from limbeck.kernels.reference import causal_conv1d_reference, gated_rms_norm_reference, ssd_scan_reference
 from limbeck.kernels.ssd import ssd_scan
 from limbeck.kernels.state_update import state_update
+from limbeck.models.provenance import provenance
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import queue
-import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import InputError
+from ..models.tensors import Silence, ahead
 
 AHEAD = 2  # batches that wait for their step
 
@@ -22,43 +21,17 @@ def feed(batches: Iterator[Any], first: int, timeout: float) -> Generator[Any, N
 
     Raises InputError where `timeout` seconds bring none, and what `batches` raises.
     """
-    line: queue.Queue[tuple[Any] | BaseException | None] = queue.Queue(AHEAD)
-    left = threading.Event()
-
-    def put(found: tuple[Any] | BaseException | None) -> None:
-        while not left.is_set():
-            with contextlib.suppress(queue.Full):
-                return line.put(found, timeout=0.1)
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                put((batch,))
-                if left.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    threading.Thread(target=work, name="limbeck-data", daemon=True).start()
     number = first
-    try:
-        while True:
-            try:
-                found = line.get(timeout=timeout)
-            except queue.Empty:
-                raise InputError(
-                    f"data: waited {timeout:g} seconds for batch {number}, and its worker gives no sign; look at the"
-                    " disk or the network that data= is read from, or raise data_timeout (seconds)"
-                ) from None
-            if isinstance(found, BaseException):
-                raise found
-            if found is None:
-                return
-            yield found[0]
-            number += 1
-    finally:
-        left.set()
+    with contextlib.closing(ahead(batches, AHEAD, timeout)) as source:
+        try:
+            for batch in source:
+                yield batch
+                number += 1
+        except Silence:
+            raise InputError(
+                f"data: waited {timeout:g} seconds for batch {number}, and its worker gives no sign; look at the"
+                " disk or the network that data= is read from, or raise data_timeout (seconds)"
+            ) from None
 
 
 def placed(rows: Any, device: torch.device) -> Any:

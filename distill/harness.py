@@ -14,16 +14,14 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 
-from ..kernels.linear import linear
+from ..kernels.linear_kl import linear_cross_entropy
 from ..models.engine import Completion, Engine, Request
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.sampling import Sampling
 from ..models.tokenizer import Tokenizer
 
-LOGIT_ROWS = 1024  # logits that are there at once
 ROW_TOKENS = {"cuda": 32768, "cpu": 2048}  # of a packed row, to begin with; attention's mask on a CPU is its square
 Scored = tuple[float, bool]  # log-likelihood of a continuation, and whether it is the greedy one
 MOST_SLOTS = {"cuda": 64, "cpu": 8}  # sequences that decode at once, to begin with
@@ -93,9 +91,9 @@ class HarnessModel(TemplateLM):
         ends = torch.tensor([len(sequence) - 1 for sequence in sequences]).cumsum(0)
         places = torch.cat([torch.arange(end - count, end) for end, count in zip(ends.tolist(), wanted, strict=True)])
         labels = torch.tensor([t for seq, count in zip(sequences, wanted, strict=True) for t in seq[-count:]])
-        values, greedy = label_scores(hidden[places.to(device)], self.model.head_weight, labels.to(device))
-        parts = zip(values.cpu().split(list(wanted)), greedy.cpu().split(list(wanted)), strict=True)
-        return [(float(value.double().sum()), bool(likeliest.all())) for value, likeliest in parts]
+        found = linear_cross_entropy(hidden[places.to(device)], self.model.head_weight, labels.to(device))
+        parts = zip(*(values.cpu().split(list(wanted)) for values in (found.cross_entropy, found.top1)), strict=True)
+        return [(-float(lost.double().sum()), bool(likeliest.all())) for lost, likeliest in parts]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: windows of the model's length that share no token, one token of context before the first."""
@@ -173,14 +171,3 @@ def first_row(order: Sequence[int], lengths: Sequence[int], capacity: int) -> li
             row.append(number)
             room -= lengths[number]
     return row
-
-
-def label_scores(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(label) [N] (float32) and whether the label is the likeliest [N], from hidden [N, H] and head [V, H]."""
-    values, likeliest = [], []
-    for start in range(0, len(labels), LOGIT_ROWS):
-        logits = linear(hidden[start : start + LOGIT_ROWS], head).float()
-        own = labels[start : start + LOGIT_ROWS]
-        values.append(logits.gather(1, own[:, None])[:, 0] - logits.logsumexp(1))
-        likeliest.append(logits.argmax(1) == own)
-    return torch.cat(values), torch.cat(likeliest)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import takes_triton, triton_module
+from .launch import takes_operator, takes_triton, triton_module
 from .ssd_torch import document_numbers
 
 
@@ -50,7 +50,7 @@ def causal_conv1d(
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"causal_conv1d: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-    if x.is_cuda:  # the one place where the device decides
+    if takes_operator(x):
         y = conv_op(x, weight, bias, initial_state, seq_idx, activation == "silu")
     else:
         y = TorchConv.apply(x, weight, bias, initial_state, seq_idx, activation)
@@ -78,7 +78,7 @@ def causal_conv1d_step(
         raise ValueError(f"causal_conv1d_step: state has shape {tuple(state.shape)}, expected {expected}")
     if slots is not None and slots.shape != x.shape[:1]:
         raise ValueError(f"causal_conv1d_step: slots has shape {tuple(slots.shape)}, expected {tuple(x.shape[:1])}")
-    if x.is_cuda:  # the one place where the device decides
+    if takes_operator(x):
         with torch.no_grad():
             return step_op(state, x, weight, bias, slots, activation == "silu")
     if slots is None:

@@ -29,9 +29,15 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
 
 
+def takes_operator(tensor: Tensor) -> bool:
+    """Whether a tensor goes through the operators that torch.library knows: the one place where the device decides. All
+    on CUDA do, and on the CPU those that are to go through Triton's interpreter."""
+    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def takes_triton(tensor: Tensor) -> bool:
-    """Whether a tensor goes through the Triton kernels: on CUDA up to float32, on the CPU in Triton's interpreter."""
-    return (tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and tensor.dtype != torch.float64
+    """Whether a tensor goes through the Triton kernels: as `takes_operator`, up to float32."""
+    return takes_operator(tensor) and tensor.dtype != torch.float64
 
 
 @functools.cache

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linear_kl import CACHED, IGNORED, check_head, clean, default_chunk, product
+from .fused_loss import CACHED, product
+from .linear_kl import IGNORED, check_head, clean, default_chunk
 
 TOP = 5
 PIECE = {"cpu": CACHED, "cuda": 2**26}  # logits worked through at a time: a CPU's cache, 256 MiB of a GPU's memory

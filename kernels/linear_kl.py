@@ -10,22 +10,18 @@ Shapes: [T] tokens, [V] vocabulary, [Hs] and [Ht] the hidden widths of student a
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .fused_loss import accumulate, product
 from .launch import Launch, takes_triton, triton_module
+from .linear_kl_torch import DIVERGENCE, Options, torch_linear_kl
 
 IGNORED = -100
 # On every device; elements of a row that a program takes at a time, warps, and blocks on their way at once.
 BLOCK, WARPS, STAGES = 2048, 8, 2
-CACHED = 2**19  # elements of the logits that a CPU works through at a time, so that they stay in its cache
-VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
-
-
-Options = tuple[float, str, float, float, int]  # temperature, divergence, kl_weight, ce_weight, chunk_tokens
 
 
 class LinearKL(NamedTuple):
@@ -139,7 +135,7 @@ def fused_loss(
     """Loss, divergence, cross-entropies of student and teacher, and whether the first ranks agree; see `linear_kl`."""
     tensors = (hidden, head, teacher_hidden, teacher_head, labels, weights, scale)
     if not takes_triton(hidden):
-        return TorchLinearKL.apply(*tensors, options)
+        return torch_linear_kl(*tensors, options)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, head)]
     return linear_kl_op(*tensors, *options, *needs)[:5]
 
@@ -179,150 +175,6 @@ def weigh(
 def clean(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     """Labels that can index: 0 where ignored (their weight is 0)."""
     return None if labels is None else labels.masked_fill(labels == ignore_index, 0)
-
-
-class TorchLinearKL(torch.autograd.Function):
-    """One pass over the token chunks gives values and gradients: the loss is a number, so that its gradients are
-    known up to the factor that arrives later."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, labels, weights, scale, options):
-        *_, chunk_tokens = options
-        work = weights.dtype
-        tokens = hidden.shape[0]
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        values = torch.zeros(4, tokens, dtype=work, device=hidden.device)
-        first = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dhead = torch.zeros(head.shape, dtype=work, device=head.device) if need_head else None
-        for start in range(0, tokens, chunk_tokens):
-            rows = slice(start, min(start + chunk_tokens, tokens))
-            logits = (hidden[rows] @ head.T).to(work)
-            teacher = None if teacher_hidden is None else (teacher_hidden[rows] @ teacher_head.T).to(work)
-            size = max(1, CACHED // head.shape[0])
-            for begin in range(0, logits.shape[0], size):
-                inner = slice(begin, min(begin + size, logits.shape[0]))
-                outer = slice(start + inner.start, start + inner.stop)
-                first[outer] = chunk_loss(
-                    logits[inner],
-                    None if teacher is None else teacher[inner],
-                    None if labels is None else labels[outer, None],
-                    values[:, outer],
-                    weights[outer, None] * scale,
-                    options,
-                    need_hidden or need_head,
-                )
-            if not (need_hidden or need_head):
-                continue
-            if dhidden is not None:
-                dhidden[rows] = logits.to(head.dtype) @ head
-            if dhead is not None:
-                add_product(dhead, logits, hidden[rows])
-            del logits, teacher  # before the next chunk's
-        kl, cross_entropy, teacher_cross_entropy, per_token = values
-        loss = (per_token * weights).sum() * scale
-        ctx.save_for_backward(dhidden, dhead)
-        ctx.dtypes = (hidden.dtype, head.dtype)
-        counted = weights != 0
-        outputs = (kl * counted, cross_entropy * counted, teacher_cross_entropy * counted, first & counted)
-        ctx.mark_non_differentiable(*outputs)
-        return loss, *outputs
-
-    @staticmethod
-    def backward(ctx, dloss, *_):
-        dhidden, dhead = ctx.saved_tensors
-        hidden_dtype, head_dtype = ctx.dtypes
-        return (
-            None if dhidden is None else (dhidden * dloss).to(hidden_dtype),
-            None if dhead is None else (dhead * dloss).to(head_dtype),
-            *[None] * 6,
-        )
-
-
-def chunk_loss(
-    logits: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor | None,
-    values: Tensor,
-    factors: Tensor,
-    options: Options,
-    need_gradient: bool,
-) -> Tensor:
-    """Works through the logits [t, V] of a few tokens, in place. `values` [4, t] receives divergence, cross-entropies
-    of student and teacher and the loss a token; the student's logits give way to the gradient times `factors` [t, 1],
-    if it is needed, and the answer is whether the first ranks agree [t]."""
-    temperature, divergence, kl_weight, ce_weight, _ = options
-    ranked_first = logits.argmax(-1)
-    if teacher is None:
-        assert labels is not None
-        agree = ranked_first == labels[:, 0]
-    else:
-        agree = ranked_first == teacher.argmax(-1)
-    if labels is not None:
-        normalizer = torch.logsumexp(logits, -1, keepdim=True)
-        values[1] = (normalizer - logits.gather(1, labels))[:, 0]
-        if teacher is not None:
-            values[2] = torch.logsumexp(teacher, -1) - teacher.gather(1, labels)[:, 0]
-    values[3] = ce_weight * values[1]
-    dlogits = None
-    if need_gradient and ce_weight:
-        assert labels is not None
-        # Without a teacher this is the last use of the raw logits, and takes their place.
-        dlogits = (logits.sub_(normalizer) if teacher is None else logits - normalizer).exp_()
-        dlogits.scatter_add_(1, labels, -torch.ones_like(values[1])[:, None])
-        dlogits *= ce_weight * factors
-    if teacher is not None:
-        if temperature != 1:
-            logits /= temperature
-            teacher /= temperature
-        logits -= torch.logsumexp(logits, -1, keepdim=True)
-        teacher -= torch.logsumexp(teacher, -1, keepdim=True)
-        values[0] = DIVERGENCE[divergence](logits, teacher)
-        values[3] += kl_weight * temperature**2 * values[0]
-        if need_gradient:
-            logits *= kl_weight * temperature * factors  # T^2, and 1 / T from the logits' division
-            if dlogits is not None:
-                logits += dlogits
-    return agree
-
-
-# From log-probabilities [t, V]: the divergence [t]. Its gradient by the student's logits takes the place of the
-# student's, and the teacher's are used up.
-def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student)"""
-    p_teacher = teacher.exp()
-    kl = torch.linalg.vecdot(p_teacher, teacher.sub_(student))
-    student.exp_().sub_(p_teacher)
-    return kl
-
-
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student || teacher)"""
-    p_student = student.exp()
-    kl = torch.linalg.vecdot(p_student, student.sub_(teacher))
-    student.sub_(kl[:, None]).mul_(p_student)
-    return kl
-
-
-def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
-    """(KL(teacher || m) + KL(student || m)) / 2 with m = (p_teacher + p_student) / 2"""
-    p_student, p_teacher = student.exp(), teacher.exp()
-    log_middle = torch.logaddexp(student, teacher).sub_(0.6931471805599453)
-    kl_student = torch.linalg.vecdot(p_student, student.sub_(log_middle))
-    kl_teacher = torch.linalg.vecdot(p_teacher, teacher.sub_(log_middle))
-    student.sub_(kl_student[:, None]).mul_(p_student).div_(2)
-    return (kl_student + kl_teacher) / 2
-
-
-DIVERGENCE = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}
-
-
-def add_product(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += dlogits^T [V, t] hidden [t, H], summed in the dtype of total."""
-    if hidden.dtype == total.dtype:
-        total.addmm_(dlogits.T, hidden)
-    else:
-        total += dlogits.to(hidden.dtype).T @ hidden
 
 
 @torch.library.custom_op("limbeck::linear_kl", mutates_args=())
@@ -444,35 +296,3 @@ def scale_gradients(ctx, dloss, *_):
 
 
 linear_kl_op.register_autograd(scale_gradients, setup_context=keep_gradients)
-
-
-def product(a: Tensor, b: Tensor, full: bool) -> Tensor:
-    """a b, and in float32 where `full`, straight from the product's float32 sums."""
-    if not full or a.dtype == torch.float32:
-        return a @ b
-    return torch.ops.aten.mm.dtype(a, b, torch.float32) if a.device.type == "cuda" else a.float() @ b.float()
-
-
-def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += dlogits^T [V, t] hidden [t, H], in float32."""
-    if hidden.dtype == total.dtype:
-        total.addmm_(dlogits.T, hidden)
-    elif adds_to_float32(hidden.device, hidden.dtype):
-        torch.ops.aten.addmm.dtype_out(total, dlogits.T, hidden, torch.float32, out=total)
-    else:
-        for part, rows in zip(total.split(VOCABULARY_BLOCK), dlogits.T.split(VOCABULARY_BLOCK), strict=True):
-            part += product(rows, hidden, full=True)
-
-
-@functools.cache
-def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch's addmm takes a float32 sum beside bfloat16 or float16 factors (some versions refuse)."""
-    if device.type != "cuda":
-        return False
-    total = torch.ones(16, 16, device=device)
-    factor = torch.ones(16, 16, dtype=dtype, device=device)
-    try:
-        torch.ops.aten.addmm.dtype_out(total, factor, factor, torch.float32, out=total)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return bool((total == 17).all())

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .linear_kl import CACHED, IGNORED, accumulate, check_head, clean, default_chunk, weigh
+from .fused_loss import ChunkedLoss
+from .linear_kl import IGNORED, check_head, clean, default_chunk, weigh
 
 
 class TopK(NamedTuple):
@@ -93,62 +94,16 @@ def linear_topk_kl(
         log_tail = torch.full_like(log_tail, -torch.inf)
     total = torch.logsumexp(torch.cat((log_probs, log_tail[:, None]), 1), 1)
     target = TopK(target.ids, log_probs - total[:, None], log_tail - total)
-    options = (kl_weight, ce_weight, chunk_tokens or default_chunk(head.shape[0], hidden))
-    loss, kl, cross_entropy, agreement = TopKLoss.apply(
-        hidden, head, *target, clean(labels, ignore_index), weights, scale, options
-    )
+    kept, cleaned = target, clean(labels, ignore_index)
+
+    def piece(logits: Tensor, inner: slice, outer: slice, values: Tensor, factors: Tensor, need: bool) -> Tensor:
+        own = TopK(*(part[outer] for part in kept))
+        named = None if cleaned is None else cleaned[outer, None]
+        return chunk_loss(logits, own, named, values, factors, (kl_weight, ce_weight), need)
+
+    step = chunk_tokens or default_chunk(head.shape[0], hidden)
+    loss, kl, cross_entropy, agreement = ChunkedLoss.apply(hidden, head, weights, scale, 3, step, lambda rows: piece)
     return LinearTopKKL(loss, kl, None if labels is None else cross_entropy, agreement)
-
-
-class TopKLoss(torch.autograd.Function):
-    """One pass over the token chunks gives values and gradients, as in `linear_kl.TorchLinearKL`."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, ids, log_probs, log_tail, labels, weights, scale, options):
-        *_, chunk_tokens = options
-        tokens = hidden.shape[0]
-        need_hidden, need_head = ctx.needs_input_grad[:2]
-        values = torch.zeros(3, tokens, dtype=weights.dtype, device=hidden.device)
-        first = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dhead = torch.zeros(head.shape, dtype=weights.dtype, device=head.device) if need_head else None
-        for start in range(0, tokens, chunk_tokens):
-            rows = slice(start, min(start + chunk_tokens, tokens))
-            logits = (hidden[rows] @ head.T).to(weights.dtype)
-            size = max(1, CACHED // head.shape[0])
-            for begin in range(0, logits.shape[0], size):
-                inner = slice(begin, min(begin + size, logits.shape[0]))
-                outer = slice(start + inner.start, start + inner.stop)
-                first[outer] = chunk_loss(
-                    logits[inner],
-                    TopK(ids[outer], log_probs[outer], log_tail[outer]),
-                    None if labels is None else labels[outer, None],
-                    values[:, outer],
-                    weights[outer, None] * scale,
-                    options,
-                    need_hidden or need_head,
-                )
-            if dhidden is not None:
-                dhidden[rows] = logits.to(head.dtype) @ head
-            if dhead is not None:
-                accumulate(dhead, logits.to(hidden.dtype), hidden[rows])
-            del logits  # before the next chunk's
-        kl, cross_entropy, per_token = values
-        loss = (per_token * weights).sum() * scale
-        ctx.save_for_backward(dhidden, dhead)
-        ctx.dtypes = (hidden.dtype, head.dtype)
-        counted = weights != 0
-        outputs = (kl * counted, cross_entropy * counted, first & counted)
-        ctx.mark_non_differentiable(*outputs)
-        return loss, *outputs
-
-    @staticmethod
-    def backward(ctx, dloss, *_):
-        found = [
-            None if gradient is None else (gradient * dloss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return *found, *[None] * 7
 
 
 def chunk_loss(
@@ -157,7 +112,7 @@ def chunk_loss(
     labels: Tensor | None,
     values: Tensor,
     factors: Tensor,
-    options: tuple[float, float, int],
+    weights: tuple[float, float],
     need_gradient: bool,
 ) -> Tensor:
     """Works through the logits [t, V] of a few tokens, in place. `values` [3, t] receives KL, cross-entropy and the
@@ -167,7 +122,7 @@ def chunk_loss(
     With Z the normalizer of all logits and R that of the rest, q_k = exp(z_k - Z) and q_r = exp(R - Z):
     dKL/dz_k = q_k - p_k, and a token j of the rest gets its share exp(z_j - R) of q_r - p_r.
     """
-    kl_weight, ce_weight, _ = options
+    kl_weight, ce_weight = weights
     ids, log_p, log_p_tail = target.ids, target.log_probs, target.log_tail[:, None]
     first = logits.argmax(-1) == ids[:, 0]
     normalizer = torch.logsumexp(logits, -1, keepdim=True)

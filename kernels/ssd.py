@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import takes_triton, triton_module
+from .launch import takes_operator, takes_triton, triton_module
 from .ssd_torch import TorchScan, document_numbers, torch_scan, torch_scan_backward
 
 __all__ = ["document_numbers", "ssd_scan"]
@@ -52,7 +52,7 @@ def ssd_scan(
     if chunk_size < 1:
         raise ValueError(f"ssd_scan: chunk_size is {chunk_size}, expected at least 1")
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
-    if x.is_cuda:  # the one place where the device decides
+    if takes_operator(x):
         y, state = scan_op(*inputs, dt_softplus, *dt_limit, chunk_size)
     elif not torch.is_grad_enabled():  # no state at a chunk's start is kept, whatever the weights ask for
         y, state, _ = torch_scan(*inputs, dt_softplus, dt_limit, chunk_size, keep_starts=False)

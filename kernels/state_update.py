@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import takes_triton, triton_module
+from .launch import takes_operator, takes_triton, triton_module
 
 
 def state_update(
@@ -47,7 +47,7 @@ def state_update(
             f"state_update: shapes disagree: state {tuple(state.shape)}, x {tuple(x.shape)}, dt {tuple(dt.shape)},"
             f" B {tuple(B.shape)}, C {tuple(C.shape)}"
         )
-    if x.is_cuda:  # the one place where the device decides
+    if takes_operator(x):
         with torch.no_grad():
             return update_op(state, x, dt, A, B, C, D, dt_bias, slots, dt_softplus, *dt_limit)
     if slots is None:

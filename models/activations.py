@@ -32,7 +32,7 @@ from .errors import InputError
 TEACHERS = ("online", "cached", "none")
 OPTIMIZERS = ("adamw", "muon")
 DEVICES = ("cpu", "cuda")
-# As the kernels have them: logits that the CPU's loss works through at a time (linear_kl.CACHED), tokens of a block of
+# As the kernels have them: logits that the CPU's loss works through at a time (fused_loss.CACHED), tokens of a block of
 # the convolution (causal_conv1d.Blocks, conv_triton.SIZES), and on a GPU tokens between the states of the scan's
 # backward, by their bytes, and the programs that it wants (ssd_launch.SIZES, PROGRAMS).
 LOGITS = 2**19

@@ -10,13 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.linear import linear
 from .cache import Cache
 from .config import HybridConfig
 from .cost import GIB, Hardware, throughput
 from .decode import Decoder
 from .engine import check_room
 from .errors import InputError
+from .generate import prefill
 from .hybrid import HybridLM
 
 WARM_UP_STEPS = 3
@@ -93,7 +93,7 @@ def measure(
     for row in range(load.batch):
         cache.clear(row)
     begin = clock(head)
-    int(read(model, cache, prompt, prefill_chunk).argmax())
+    read(model, cache, prompt, prefill_chunk)
     first = clock(head) - begin
     for row in range(1, load.batch):
         cache.move(0, row)
@@ -107,12 +107,11 @@ def measure(
     return Speed(first, (found[0] + 4 * found[1] + found[2]) / 6)
 
 
-def read(model: HybridLM, cache: Cache, prompt: Tensor, chunk: int) -> Tensor:
-    """A prompt [1, T] into row 0, chunk by chunk; logits [V] after it."""
-    for start in range(0, prompt.shape[1], chunk):
-        hidden = model.hidden_states(prompt[:, start : start + chunk], cache=cache.row(0))
-        cache.lengths[0] += hidden.shape[1]
-    return linear(hidden[0, -1:], model.head_weight)[0]
+def read(model: HybridLM, cache: Cache, prompt: Tensor, chunk: int) -> int:
+    """A prompt [1, T] into row 0, chunk by chunk; the likeliest token after it."""
+    logits = prefill(model, prompt, cache.row(0), chunk)
+    cache.lengths[0] = prompt.shape[1]
+    return int(logits.argmax())
 
 
 def clock(on: Tensor) -> float:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from .cache import Cache
@@ -24,6 +23,7 @@ from .errors import CheckFailed, InputError
 from .generate import decode_one_token, prefill
 from .hybrid import HybridLM, initialize
 from .layers import free_memory
+from .measure import clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,47 +78,39 @@ def measure(
         raise InputError(f"measurement: {steps} steps leave no prompt of {context} tokens")
     head = model.head_weight
     weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
-    seconds: list[float] = []
     if head.device.type == "cuda":
         with capped(head.device, cap):
             torch.cuda.reset_peak_memory_stats(head.device)
             others = torch.cuda.memory_allocated(head.device) - weights
-            run(model, context, batch, chunk, steps, ssm_dtype, seconds)
+            seconds = run(model, context, batch, chunk, steps, ssm_dtype)
             peak = torch.cuda.max_memory_allocated(head.device) - max(others, 0)
             reserved = torch.cuda.max_memory_reserved(head.device)
     else:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells standard error when it starts and stops
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run(model, context, batch, chunk, steps, ssm_dtype, seconds)
+            seconds = run(model, context, batch, chunk, steps, ssm_dtype)
         peak = reserved = weights + highest(profiler)
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else "cpu"
-    return Measured(peak, reserved, name, seconds[0], sum(seconds[1:]) / max(steps, 1))
+    return Measured(peak, reserved, name, seconds[0], seconds[1] / max(steps, 1))
 
 
 @torch.inference_mode()
 def run(
-    model: HybridLM, context: int, batch: int, chunk: int, steps: int, ssm_dtype: torch.dtype, seconds: list[float]
-) -> None:
+    model: HybridLM, context: int, batch: int, chunk: int, steps: int, ssm_dtype: torch.dtype
+) -> tuple[float, float]:
+    """The seconds of the prefill, and of all steps together."""
     head = model.head_weight
     cache = Cache(model.config, batch, context, dtype=head.dtype, device=head.device, ssm_dtype=ssm_dtype)
     ids = torch.arange(batch * (context - steps), device=head.device).view(batch, -1)
     ids.remainder_(model.config.vocab_size)
-    with timed(head, seconds):
-        logits = prefill(model, ids, cache, chunk)
-    with timed(head, seconds):  # on a GPU with the capture of its graph
-        decoder = Decoder(model, cache) if head.is_cuda else None
-        for _ in range(steps):
-            token = logits.argmax(-1)
-            logits = decoder.step(token) if decoder else decode_one_token(model, token, cache)
-
-
-@contextlib.contextmanager
-def timed(on: Tensor, seconds: list[float]) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    if on.is_cuda:
-        torch.cuda.synchronize(on.device)
-    seconds.append(time.perf_counter() - begin)
+    begin = clock(head)
+    logits = prefill(model, ids, cache, chunk)
+    between = clock(head)
+    decoder = Decoder(model, cache) if head.is_cuda else None  # with the capture of its graph
+    for _ in range(steps):
+        token = logits.argmax(-1)
+        logits = decoder.step(token) if decoder else decode_one_token(model, token, cache)
+    return between - begin, clock(head) - between
 
 
 @contextlib.contextmanager

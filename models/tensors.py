@@ -12,7 +12,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -94,8 +94,13 @@ class TensorFile:
         self.partial.unlink(missing_ok=True)
 
 
-def ahead(items: Iterable[Item], most: int = 1) -> Iterator[Item]:
-    """The same items; a thread of its own makes the next ones, `most` in advance. Its errors come out here."""
+class Silence(Exception):
+    """A thread that is to make something gives no sign."""
+
+
+def ahead(items: Iterable[Item], most: int = 1, timeout: float | None = None) -> Generator[Item, None, None]:
+    """The same items; a thread of its own makes the next ones, `most` in advance. Its errors come out here; with a
+    `timeout` in seconds Silence does where they bring nothing, and the thread is not waited for at the end."""
     line: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(most)
     left = threading.Event()
 
@@ -117,13 +122,20 @@ def ahead(items: Iterable[Item], most: int = 1) -> Iterator[Item]:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        while (found := line.get()) is not None:
+        while True:
+            try:
+                found = line.get(timeout=timeout)
+            except queue.Empty:
+                raise Silence from None
+            if found is None:
+                return
             if isinstance(found, BaseException):
                 raise found
             yield found[0]
     finally:
         left.set()
-        thread.join()
+        if timeout is None:
+            thread.join()
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from ..models.checkpoint import load_config, save_model
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM, initialize
+from ..models.provenance import provenance
 from . import compress
 from .compose import build, compose_config, guess
 from .inputs import model_folder
@@ -225,10 +226,16 @@ def show(options: Options, rows: Mapping[str, Row]) -> None:
         "|---|---|---|",
     ]
     lines += [f"| {' | '.join(cell)} |" for cell in cells]
-    lines += ["", f"Published: {experiment.source}. {sentence}", ""]
-    (options.output / "table.md").write_text("\n".join(lines), encoding="utf-8")
+    facts = provenance()
+    where = ", ".join(f"{name} {value}" for name, value in facts.items())
+    asked = f" with `{options.also}`" if options.also else ""
+    lines += [
+        "",
+        f"Published: {experiment.source}. {sentence} Seeds {', '.join(map(str, options.seeds))}{asked}; {where}.",
+    ]
+    (options.output / "table.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     draw_experiment(
         options.output, experiment.question, title, {name: (row.low, row.mean, row.high) for name, row in rows.items()}
     )
     content = {name: dataclasses.asdict(row) for name, row in rows.items()}
-    result(options.output, {"measure": experiment.measure, "rows": content, "agreement": sentence})
+    result(options.output, {"measure": experiment.measure, "rows": content, "agreement": sentence, "made_on": facts})

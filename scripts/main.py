@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -181,13 +182,22 @@ def describe(command: str) -> str:
     for group, (default, *others) in groups(command).items():
         also = f"; also {', '.join(others)}" if others else ""
         lines.append(f"  {group}:  # {group}={default}{also}")
-        body = (CONF / group / f"{default}.yaml").read_text(encoding="utf-8").splitlines()
-        lines += ["    " + line for line in body if not line.startswith("#")]
+        lines += ["    " + line for line in group_lines(group, default)]
     found = recipes(command)
     if found:
         lines += ["", "Recipes", *(f"  recipe={name:10} {purpose}" for name, purpose in found.items())]
     lines += ["", f"Example: limbeck {command} {EXAMPLES[command]}"]
     return f"limbeck {command}: {COMMANDS[command]}\n\n" + "\n".join(lines)
+
+
+def group_lines(group: str, name: str) -> list[str]:
+    """The options of a choice of a group; of one that builds on others theirs first, and then what it changes."""
+    text = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8")
+    above, itself, below = text.partition("  - _self_\n")
+    parents = re.findall(r"^  - (\S+)$", above, re.M) if itself else []
+    lines = [line for parent in parents for line in group_lines(group, parent)]
+    lines += [f"# {group}={name} has"] if parents else []
+    return lines + [line for line in (below if itself else text).splitlines() if not line.startswith("#")]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..distill.corpus_cache import cache_folder
 from ..distill.report_gap import task_rows
 from ..models.checkpoint import load_model
 from ..models.errors import InputError
@@ -21,8 +21,6 @@ from ..models.tokenizer import load_tokenizer
 from .compose import guess
 from .show import progress, read_json, table
 from .stage import digest, fingerprint_of
-
-CACHE = "LIMBECK_CACHE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +93,7 @@ def answer(
     found = {}
     loaded: Any = None
     for name, folder in folders.items():
-        kept = cache_folder() / f"{digest(facts | {'model': fingerprint_of(folder)})}.json"
+        kept = cache_folder() / "tasks" / f"{digest(facts | {'model': fingerprint_of(folder)})}.json"
         if not kept.is_file():
             loaded = loaded or load_tasks(tasks)
             answers = asked(name, folder, loaded, tasks, dtype, device, seed)
@@ -103,10 +101,6 @@ def answer(
             write_json(kept, {"results": answers} | facts)
         found[name] = read_json(kept)["results"]
     return found
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get(CACHE) or "~/.cache/limbeck").expanduser() / "tasks"
 
 
 def load_tasks(tasks: Tasks) -> Any:

@@ -15,8 +15,10 @@ import limbeck.kernels.linear_kl as linear_kl_file
 import pytest
 import torch
 from limbeck.benchmarks import gpu
+from limbeck.kernels import fused_loss
 from limbeck.kernels.activation import relu2, relu2_op, swiglu, swiglu_op
-from limbeck.kernels.linear_kl import accumulate, linear_cross_entropy, linear_kl, linear_kl_op, product
+from limbeck.kernels.fused_loss import accumulate, product
+from limbeck.kernels.linear_kl import linear_cross_entropy, linear_kl, linear_kl_op
 from limbeck.kernels.norm import gated_rms_norm, norm_op, rms_norm
 from limbeck.kernels.reference import (
     gated_rms_norm_reference,
@@ -183,7 +185,7 @@ def check_loss(seed: int, dtype: torch.dtype = torch.float32, loose: float = 1.0
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that tiny vocabularies take several steps too."""
     monkeypatch.setattr(linear_kl_file, "BLOCK", 128)
-    monkeypatch.setattr(linear_kl_file, "VOCABULARY_BLOCK", 64)
+    monkeypatch.setattr(fused_loss, "VOCABULARY_BLOCK", 64)
 
 
 @pytest.mark.parametrize("seed", range(6))

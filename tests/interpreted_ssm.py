@@ -6,6 +6,7 @@ gets bfloat16 wrong without a word: float32 and float16 alone. Shapes are tiny, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -13,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.kernels import ssd_launch
+from limbeck.kernels import launch, ssd_launch
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step, conv_op, final_inputs, step_op
 from limbeck.kernels.reference import causal_conv1d_reference, ssd_scan_reference
-from limbeck.kernels.ssd import scan_op
+from limbeck.kernels.ssd import scan_op, ssd_scan
 from limbeck.kernels.state_update import state_update, update_op
 from limbeck.tests.helpers import assert_close
 from torch import Tensor
@@ -276,3 +277,27 @@ def test_opcheck() -> None:
     torch.library.opcheck(
         update_op, (*update, torch.randn(2, 1, 8), None, None, None, True, 0.0, math.inf), test_utils=utilities
     )
+
+
+def test_what_the_model_calls_is_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter the public functions launch Triton kernels, as on a GPU, and not the torch path."""
+    launched: list[Any] = []
+    run = launch.Launch.run
+    monkeypatch.setattr(launch.Launch, "run", lambda self, on: (launched.append(self.kernel), run(self, on)))
+    case, calls = ScanCase(4), []
+    x = case.x.detach().requires_grad_()
+    y = ssd_scan(x, case.dt, case.A, case.B, case.C, dt_softplus=True)
+    calls.append(len(launched))
+    y.sum().backward()
+    calls.append(len(launched))
+    width = torch.randn(6, 4)
+    causal_conv1d(torch.randn(1, 5, 6), width)
+    calls.append(len(launched))
+    causal_conv1d_step(torch.zeros(1, 6, 3), torch.randn(1, 6), width)
+    calls.append(len(launched))
+    heads, size, state = 2, 16, 8
+    rates = -torch.rand(heads)
+    B, C = torch.randn(1, 1, state), torch.randn(1, 1, state)
+    state_update(torch.zeros(1, heads, size, state), torch.randn(1, heads, size), torch.rand(1, heads), rates, B, C)
+    calls.append(len(launched))
+    assert calls[0] > 0 and all(later > earlier for earlier, later in itertools.pairwise(calls)), calls

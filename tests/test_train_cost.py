@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.benchmarks.train_memory import measured, on_cpu, planned
-from limbeck.kernels import causal_conv1d, linear_kl, ssd
+from limbeck.kernels import causal_conv1d, fused_loss, ssd
 from limbeck.models import activations, mamba2
 from limbeck.models.activations import Training, kept, kept_once, layer_input, norm_kept
 from limbeck.models.config import HybridConfig
@@ -97,7 +97,7 @@ def conv_of_gpu(x: Any, weight: Any, bias: Any, **options: Any) -> Any:
 
 
 def test_constants_are_the_kernels() -> None:
-    assert linear_kl.CACHED == activations.LOGITS
+    assert fused_loss.CACHED == activations.LOGITS
     assert causal_conv1d.Blocks.tokens == activations.CONV_TOKENS["cpu"]
     pytest.importorskip("triton")
     from limbeck.kernels import conv_triton, ssd_launch
