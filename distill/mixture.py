@@ -10,6 +10,8 @@ row. All rows have the same number of tokens, so shares of rows are shares of to
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
@@ -27,13 +29,17 @@ BLOCK = 1000
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where text comes from, and its share. `path` is `stdlib`, a file, a folder or hf:OWNER/NAME[...]; `columns` are
-    those of a record that make its text; `epochs` is how often it may be read at most (0: any number). Of the hub,
-    `streaming` downloads only what is read, and `limit` rows are (0: all)."""
+    those of a record that make its text; `epochs` is how often it may be read at most (0: any number). Of its documents
+    those count whose name (a path below the folder) is like one of `include`, where there are any, and like none of
+    `exclude`, as patterns of a shell. Of the hub, `streaming` downloads only what is read, and `limit` rows are (0:
+    all)."""
 
     path: str
     weight: float = 1.0
     epochs: float = 0.0
     columns: tuple[str, ...] = ("text",)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     streaming: bool = False
     limit: int = 0
 
@@ -47,6 +53,11 @@ class Source:
             raise InputError(f"data: source {self.path}: streaming and limit are for hf:OWNER/NAME; leave them out")
         if self.streaming and not self.limit:
             raise InputError(f"data: source {self.path}: streaming needs limit=ROWS, or it would never end")
+
+    def takes(self, name: str) -> bool:
+        """Whether a document of that name counts."""
+        like = functools.partial(fnmatch.fnmatchcase, name)
+        return (not self.include or any(map(like, self.include))) and not any(map(like, self.exclude))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ def relu2(x: Tensor) -> Tensor:
     if takes_triton(x):
         return relu2_op(x)
     if not torch.is_grad_enabled():
-        return torch.relu(x).square_()
+        active = torch.relu(x)
+        return active.mul_(active)  # square_ goes through pow, and takes three times as long
     return TorchRelu2.apply(x)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..kernels.attention import attention, decode_attention, document_mask
 from ..kernels.linear import linear
+from ..kernels.linear_step import prepared_linear
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotary, rotary_angles
 from ..kernels.ssd import document_numbers
@@ -96,14 +97,17 @@ class AttentionStep:
     def __init__(self, mixer: Attention, cached: KeyValues, stored: Stored = as_it_is) -> None:
         """`cached` are whole rows of a cache, side by side in memory; `stored` as in `MambaStep`."""
         self.mixer, self.cached = mixer, cached
-        self.projections = [stored(p.weight) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)]
-        self.o_proj = stored(mixer.o_proj.weight)
+        batch = len(cached.keys)
+        self.projections = [
+            prepared_linear(stored(p.weight), batch) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
+        ]
+        self.o_proj = prepared_linear(stored(mixer.o_proj.weight), batch)
         self.flat = [tensor.flatten(0, 2) for tensor in (cached.keys, cached.values)]  # views
 
     def __call__(self, u: Tensor, places: Places) -> Tensor:
         """[B, hidden] -> [B, hidden]"""
         config, split = self.mixer.config, (-1, self.mixer.config.head_dim)
-        q, k, v = (linear(u, weight).unflatten(-1, split) for weight in self.projections)
+        q, k, v = (project(u).unflatten(-1, split) for project in self.projections)
         if config.qk_norm:
             q = rms_norm(q, self.mixer.q_norm.weight, config.norm_eps)
             k = rms_norm(k, self.mixer.k_norm.weight, config.norm_eps)
@@ -112,7 +116,7 @@ class AttentionStep:
         for into, new in zip(self.flat, (k, v), strict=True):
             into.index_copy_(0, places.rows, new.flatten(0, 1))
         y = decode_attention(q, self.cached.keys, self.cached.values, places.lengths)
-        return linear(y.flatten(1), self.o_proj)
+        return self.o_proj(y.flatten(1))
 
 
 def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Any:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.linear import ONE_OR_TWO, laid_out, linear, packed
+from ..kernels.linear import ONE_OR_TWO, laid_out, packed
+from ..kernels.linear_step import prepared_linear
 from ..kernels.mamba_step import PreparedNorm, takes_prepared
 from ..kernels.norm import rms_norm
 from .attention import AttentionStep, Places
@@ -79,7 +80,7 @@ class Step:
         self.inputs = torch.zeros((2, batch), dtype=torch.int64, device=model.head_weight.device)
         self.tokens, self.lengths = self.inputs.unbind()
         self.states = [None if layer is None else layer.rows(0, batch) for layer in cache.layers]
-        self.head = stored(model.head_weight)
+        self.head = prepared_linear(stored(model.head_weight), batch)
         self.norm: Callable[[Tensor, Tensor], Tensor] = lambda x, weight: rms_norm(x, weight, model.config.norm_eps)
         if takes_prepared(model.head_weight, model.norm_f.weight):
             self.norm = PreparedNorm((batch, model.config.hidden_size), model.config.norm_eps)
@@ -93,7 +94,7 @@ class Step:
             elif isinstance(state, KeyValues):
                 mixer = AttentionStep(mixer, state, stored)
             else:
-                mixer = MLPStep(mixer, stored)
+                mixer = MLPStep(mixer, batch, stored)
             self.layers.append((block.norm.weight, mixer, isinstance(state, KeyValues)))
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
@@ -119,9 +120,9 @@ class Step:
             u = self.norm(hidden, norm)
             with contextlib.nullcontext() if moves else unmoved(state):
                 out = mix(u, places) if attends else mix(u)
-            hidden = hidden + out
+            hidden += out
             del out  # or it would be there beside the next layer's tensors
-        return linear(self.norm(hidden, self.model.norm_f.weight), self.head)
+        return self.head(self.norm(hidden, self.model.norm_f.weight))
 
 
 class GraphedStep:

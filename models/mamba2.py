@@ -6,6 +6,7 @@ z in, `out_proj` leads back. Shapes: [B, T] batch and tokens, [H] heads, [P] hea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.linear import linear
+from ..kernels.linear_step import prepared_linear
 from ..kernels.mamba_step import PreparedStep, takes_prepared
 from ..kernels.norm import gated_rms_norm
 from ..kernels.ssd import ssd_scan
@@ -130,7 +132,9 @@ class MambaStep:
         config = mixer.config
         self.mixer, self.state = mixer, state
         self.widths = (config.d_inner, config.conv_dim, config.mamba_num_heads)
-        self.in_proj, self.out_proj = stored(mixer.in_proj.weight), stored(mixer.out_proj.weight)
+        self.weights = [stored(p.weight) for p in (mixer.in_proj, mixer.out_proj)]
+        self.in_proj: Callable[[Tensor], Tensor] = functools.partial(linear, weight=self.weights[0])
+        self.out_proj: Callable[[Tensor], Tensor] = functools.partial(linear, weight=self.weights[1])
         self.norm = mixer.norm.weight
         # [C, K] with channels innermost, as the state; a clone, which works on fake tensors too.
         self.conv_weight = mixer.conv1d.weight.squeeze(1).mT.clone(memory_format=torch.contiguous_format).mT
@@ -146,6 +150,7 @@ class MambaStep:
     def prepare(self) -> None:
         """Lays out buffers on a CPU, for many steps; the state stays where it is."""
         mixer, config = self.mixer, self.mixer.config
+        self.in_proj, self.out_proj = (prepared_linear(weight, len(self.state.ssm)) for weight in self.weights)
         if takes_prepared(self.state.ssm, self.state.conv, self.norm, self.conv_weight):
             self.prepared = PreparedStep(
                 self.state.conv,
@@ -164,11 +169,11 @@ class MambaStep:
     def __call__(self, u: Tensor) -> Tensor:
         """[B, hidden] -> [B, hidden]"""
         config = self.mixer.config
-        z, conv_in, dt = linear(u, self.in_proj).split(self.widths, -1)
+        z, conv_in, dt = self.in_proj(u).split(self.widths, -1)
         if self.prepared is not None:
-            return linear(self.prepared(z, conv_in, dt), self.out_proj)
+            return self.out_proj(self.prepared(z, conv_in, dt))
         conv_out = causal_conv1d_step(self.state.conv, conv_in, self.conv_weight, self.mixer.conv1d.bias)
         x, B, C = self.mixer.split_heads(conv_out)
         y = state_update(self.state.ssm, x, dt, self.A, B, C, **self.options)
         normed = gated_rms_norm(y.flatten(1), z, self.norm, config.norm_eps, config.n_groups)
-        return linear(normed, self.out_proj)
+        return self.out_proj(normed)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.activation import relu2, swiglu
 from ..kernels.linear import linear
+from ..kernels.linear_step import prepared_linear
 from .config import HybridConfig
 from .errors import InputError
 from .mamba2 import Stored, as_it_is
@@ -44,11 +45,11 @@ class MLP(nn.Module):
 class MLPStep:
     """The MLP of one token a sequence; `stored` as in `MambaStep`."""
 
-    def __init__(self, mixer: MLP, stored: Stored = as_it_is) -> None:
-        self.up, self.down = stored(mixer.up_proj.weight), stored(mixer.down_proj.weight)
-        self.gate = stored(mixer.gate_proj.weight) if mixer.gated else None
+    def __init__(self, mixer: MLP, batch: int, stored: Stored = as_it_is) -> None:
+        self.up, self.down = (prepared_linear(stored(p.weight), batch) for p in (mixer.up_proj, mixer.down_proj))
+        self.gate = prepared_linear(stored(mixer.gate_proj.weight), batch) if mixer.gated else None
 
     def __call__(self, u: Tensor) -> Tensor:
         """[B, hidden] -> [B, hidden]"""
-        up = linear(u, self.up)
-        return linear(relu2(up) if self.gate is None else swiglu(linear(u, self.gate), up), self.down)
+        up = self.up(u)
+        return self.down(relu2(up) if self.gate is None else swiglu(self.gate(u), up))

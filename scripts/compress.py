@@ -67,12 +67,13 @@ def run(options: Options) -> None:
     for found in rounds:
         which = f" ({found.name})" if found.name else ""
         stage(f"{next(number)}. score: what matters{which}")
-        score_round(options, before, found, out / found.name)
+        folder = out / found.name
+        score_round(options, before, found, folder / "scores")
         stage(f"{next(number)}. prune: layers, widths and SSM heads{which}")
-        prune_round(options, before, found, out / found.name)
+        prune_round(options, before, found, folder / "scores", folder / "pruned")
         stage(f"{next(number)}. distill: the teacher's logits back in{which}")
-        distill_round(options, begin, out / found.name / "pruned", found, out / found.name)
-        before = str(out / found.name / "distilled")
+        distill_round(options, begin, folder / "pruned", found, folder / "distilled")
+        before = str(folder / "distilled")
     stage(f"{next(number)}. evaluate: the gap on held-out files")
     measure_gap(options, begin, student_folders(out, rounds), out)
     stage(f"{next(number)}. export: a folder for others")
@@ -92,19 +93,21 @@ def shared(options: Options) -> dict[str, Any]:
 
 def score_round(options: Options, model: str, found: Round, folder: Path) -> None:
     length, batch = found.distill.seq_len, found.distill.rows
-    score.run(score.Options(model, output=folder / "scores", seq_len=length, batch=batch, seed=found.seed,
+    score.run(score.Options(model, output=folder, seq_len=length, batch=batch, seed=found.seed,
                             importance=found.importance, **shared(options)))  # fmt: skip
 
 
-def prune_round(options: Options, model: str, found: Round, folder: Path) -> None:
+def prune_round(options: Options, model: str, found: Round, scores: Path, folder: Path) -> None:
     length, batch = found.distill.seq_len, found.distill.rows
-    prune.run(prune.Options(model, folder / "scores", folder / "pruned", found.target, found.repair,
+    prune.run(prune.Options(model, scores, folder, found.target, found.repair,
                             seq_len=length, batch=batch, seed=found.seed, **shared(options)))  # fmt: skip
 
 
-def distill_round(options: Options, teacher: str, student: Path, found: Round, folder: Path) -> None:
-    distill.run(distill.Options(teacher, str(student), output=folder / "distilled", seed=found.seed,
-                                distill=found.distill, **shared(options)))  # fmt: skip
+def distill_round(
+    options: Options, teacher: str, student: Path, found: Round, folder: Path, cache: Path | None = None
+) -> None:
+    distill.run(distill.Options(teacher, str(student), output=folder, seed=found.seed, distill=found.distill,
+                                teacher_cache=cache, **shared(options)))  # fmt: skip
 
 
 def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], out: Path) -> None:

@@ -1,60 +1,59 @@
 """`limbeck experiment=NAME`: an ablation, re-run: variants times seeds of the compression chain, a table and a plot.
 
-conf/experiment/ has one file an experiment: what differs, what is measured, and what was published. Each cell, a
-variant with a seed, is a short chain of its own: score, prune, distil where the figure wants it, evaluate. Its figures
-stand in `cells/`, so that a killed command goes on.
+conf/experiment/ has one file an experiment: what differs, what is measured, and what was published; `experiment=all`
+is all of them. Each cell, a variant with a seed, is a short chain of its own: score, prune, distil where the figure
+wants it, evaluate (see cells.py). Its figures stand in `cells/`, so that a killed command goes on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
+import math
 import shlex
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..distill.experiment_plot import draw_experiment
-from ..models.checkpoint import load_config, save_model
+from ..distill.experiment_plot import draw_order, draw_rows, draw_sizes
 from ..models.errors import InputError
-from ..models.folder import write_json
-from ..models.hybrid import HybridLM, initialize
-from ..models.provenance import provenance
 from . import compress
+from .cells import DISTILLED, MEASURES, PRUNED, STARTS, TEACHER, Cell, load_cell, make_all
 from .compose import build, compose_config, guess
-from .inputs import model_folder
-from .show import console, read_json, result, say, table
-from .stage import digest, fingerprint_of, plain
+from .show import result, say, table
 
-MEASURES = ("cross_entropy", "bits_per_byte", "kl", "agreement")
-STUDENTS = ("pruned", "distilled")
-STARTS = ("pruned", "random")
+STUDENTS = (PRUNED, DISTILLED)
+PICTURES = ("rows", "sizes", "order")
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """overrides: of limbeck compress, behind the experiment's own; published: the source's figure, on another model;
-    start: the student's first weights, "pruned" or "random"."""
+    start: the student's first weights, "pruned" or "random"; top_k: how many of the teacher's likeliest tokens teach,
+    one bucket for the others (0: all tokens)."""
 
     overrides: tuple[str, ...] = ()
     published: float | None = None
     start: str = "pruned"
+    top_k: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """measure: STUDENT.FIGURE of gap.json; base: overrides of limbeck compress that all variants share."""
+    """measure: STUDENT.FIGURE of the gap; base: overrides of limbeck compress that all variants share; held_out: the
+    data of the figures where it is not what a variant is trained on; picture: "rows", a variant a line; "sizes",
+    against parameters and against tokens; "order", when the order of the variants is that of the end; members: of a
+    set of experiments the names, and nothing else."""
 
-    question: str
-    source: str
-    measure: str
-    base: tuple[str, ...]
-    variants: dict[str, Variant]
+    question: str = ""
+    source: str = ""
+    measure: str = "distilled.kl"
+    base: tuple[str, ...] = ()
+    variants: dict[str, Variant] = dataclasses.field(default_factory=dict)
+    held_out: str | None = None
+    picture: str = "rows"
+    members: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.student not in STUDENTS or self.figure not in MEASURES:
@@ -62,9 +61,15 @@ class Experiment:
                 f"experiment.measure is {self.measure!r}; expected one of {', '.join(STUDENTS)}, a dot, and one of"
                 f" {', '.join(MEASURES)}"
             )
+        if self.picture not in PICTURES:
+            raise InputError(f"experiment.picture is {self.picture!r}; known: {', '.join(PICTURES)}")
+        if bool(self.members) == bool(self.variants):
+            raise InputError("experiment: expected variants, or members of a set of experiments")
         for name, variant in self.variants.items():
             if variant.start not in STARTS:
                 raise InputError(f"experiment.variants.{name}.start is {variant.start!r}; known: {', '.join(STARTS)}")
+            if variant.top_k < 0:
+                raise InputError(f"experiment.variants.{name}.top_k is {variant.top_k}; expected 0 (all) or more")
 
     @property
     def student(self) -> str:
@@ -81,6 +86,7 @@ class Options:
     seeds: tuple[int, ...]
     only: tuple[str, ...]
     also: str
+    jobs: int
     keep: bool
     device: str
     experiment: Experiment
@@ -88,103 +94,107 @@ class Options:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise InputError("seeds is empty; give one at least, as seeds=[0]")
+        if self.jobs < 1:
+            raise InputError(f"jobs is {self.jobs}; expected at least 1")
+        known = list(self.experiment.members or self.experiment.variants)
         for name in self.only:
-            if name not in self.experiment.variants:
-                known = list(self.experiment.variants)
-                raise InputError(f"only: {name!r} is no variant; known: {', '.join(known)}{guess(name, known)}")
+            if name not in known:
+                what = "experiment of this set" if self.experiment.members else "variant"
+                raise InputError(f"only: {name!r} is no {what}; known: {', '.join(known)}{guess(name, known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """An experiment, where its table goes, and its cells by variant, one a seed."""
+
+    experiment: Experiment
+    folder: Path
+    cells: dict[str, list[Cell]]
 
 
 def run(options: Options) -> None:
-    experiment = options.experiment
-    wanted = {name: each for name, each in experiment.variants.items() if not options.only or name in options.only}
-    chains = {
-        (name, seed): chain_of(options, variant, seed) for name, variant in wanted.items() for seed in options.seeds
-    }  # all are composed before the first one runs: what is wrong with one is said at once
-    say(f"{experiment.question}\n{len(chains)} cells; figures in {options.output / 'cells'}")
-    cells: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
-    for number, ((name, seed), chain) in enumerate(chains.items(), 1):
-        facts = {
-            "chain": {key: value for key, value in plain(chain).items() if key not in ("output", "device")},
-            "start": wanted[name].start,
-            "measure": experiment.student,
-            "model": fingerprint_of(model_folder(chain.model)),
-        }
-        label = f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}-{seed}-{digest(facts)[:8]}"
-        file = options.output / "cells" / f"{label}.json"
-        if not file.is_file():
-            console.rule(f"{name}, seed {seed}: {number} of {len(chains)}", align="left")
-            work = options.output / "work" / label
-            content = {"variant": name, "seed": seed, "models": measured(experiment, wanted[name], chain, work)} | facts
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, content)
-            if not options.keep:
-                shutil.rmtree(work)
-        cells[name].append(read_json(file))
-    show(options, {name: summary(experiment, wanted[name], found) for name, found in cells.items()})
+    plans = plans_of(options)  # all are composed before the first one runs: what is wrong with one is said at once
+    cells = list({cell.name: cell for plan in plans for found in plan.cells.values() for cell in found}.values())
+    say(f"{len(cells)} cells; figures in {options.output / 'cells'}")
+    shown: set[Path] = set()
+
+    def ready() -> None:
+        for plan in plans:
+            if plan.folder not in shown and show(plan, options):
+                shown.add(plan.folder)
+
+    make_all(cells, options.output, jobs=options.jobs, keep=options.keep, ready=ready)
+    ready()
+    if options.experiment.members:
+        gather(plans, options)
 
 
-def chain_of(options: Options, variant: Variant, seed: int) -> compress.Options:
-    """The compress command of a cell. Raises InputError, naming the override that is wrong."""
+def plans_of(options: Options) -> list[Plan]:
+    """The experiments asked for, composed. Raises InputError, naming the override that is wrong."""
+    members = options.experiment.members
+    if not members:
+        return [plan_of(options, options.experiment, "", options.output, options.only)]
+    plans = []
+    for name in options.only or members:
+        content = compose_config("experiment", [f"experiment={name}", f"output={options.output}"])
+        plans.append(plan_of(options, build(Options, content).experiment, name, options.output / name, ()))
+    return plans
+
+
+def plan_of(options: Options, experiment: Experiment, name: str, folder: Path, only: Sequence[str]) -> Plan:
+    cells: dict[str, list[Cell]] = {}
+    for variant in only or experiment.variants:
+        title = f"{name}: {variant}" if name else variant
+        cells[variant] = [
+            cell_of(options, experiment, experiment.variants[variant], seed, title) for seed in options.seeds
+        ]
+    return Plan(experiment, folder, cells)
+
+
+def cell_of(options: Options, experiment: Experiment, variant: Variant, seed: int, title: str = "") -> Cell:
     words = [
-        *options.experiment.base,
+        *experiment.base,
         *variant.overrides,
         *shlex.split(options.also),
         f"seed={seed}",
         f"device={options.device}",
+        f"output={options.output / 'work'}",
     ]
-    return build(compress.Options, compose_config("compress", [*words, f"output={options.output / 'work'}"]))
-
-
-def measured(experiment: Experiment, variant: Variant, chain: compress.Options, work: Path) -> dict[str, Any]:
-    """The figures of a cell's models, without their positions and classes."""
+    chain = build(compress.Options, compose_config("compress", words))
     assert chain.data is not None
-    begin, rounds = str(model_folder(chain.model)), chain.plan()
-    students, distilled = compress.student_folders(work, rounds), experiment.student == "distilled"
-    before = begin
-    for found in rounds:
-        folder = work / found.name
-        compress.score_round(chain, before, found, folder)
-        compress.prune_round(chain, before, found, folder)
-        if not distilled and found is rounds[-1]:
-            break
-        start = folder / "pruned"
-        if variant.start == "random" and found is rounds[-1]:
-            start = random_like(start, found.seed)
-        compress.distill_round(chain, begin, start, found, folder)
-        before = str(folder / "distilled")
-    held_out = dataclasses.replace(chain, seed=0)  # the same text for every seed
-    compress.measure_gap(held_out, begin, {name: students[name] for name in STUDENTS[: 1 + distilled]}, work)
-    found = read_json(work / "gap" / "gap.json")["models"]
-    return {name: {key: value for key, value in figures.items() if key in MEASURES} for name, figures in found.items()}
-
-
-def random_like(folder: Path, seed: int) -> Path:
-    """A checkpoint beside `folder` of the same shape and tokenizer, with random weights."""
-    target = folder.with_name("random")
-    if not target.exists():
-        model = HybridLM(load_config(folder))
-        initialize(model, torch.Generator().manual_seed(seed))
-        save_model(model, target, tokenizer_from=folder)
-    return target
+    trained = experiment.student == DISTILLED
+    return Cell(chain, variant.start, variant.top_k, trained, experiment.held_out or chain.data, title)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A variant's figure: mean, least and largest over the seeds, and what was published."""
+    """A variant's figure for each seed, and what was published."""
 
-    mean: float
-    low: float
-    high: float
-    published: float | None
+    values: tuple[float, ...]
+    published: float | None = None
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> str:
+        return spread(self.values)
+
+    def less(self, other: Row) -> tuple[float, ...]:
+        """The difference to another variant, seed by seed."""
+        return tuple(a - b for a, b in zip(self.values, other.values, strict=True))
 
 
-def summary(experiment: Experiment, variant: Variant, cells: Sequence[Mapping[str, Any]]) -> Row:
-    values = [cell["models"][experiment.student][experiment.figure]["value"] for cell in cells]
-    return Row(statistics.fmean(values), min(values), max(values), variant.published)
+def spread(values: Sequence[float], sign: str = "") -> str:
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:{sign}.4f}"
+    return f"{mean:{sign}.4f} [{min(values):{sign}.4f}, {max(values):{sign}.4f}]"
 
 
 def agreement(rows: Mapping[str, Row], more_is_better: bool) -> str:
-    """A sentence on whether the order is the published one; a pair counts where the seeds' spreads do not overlap."""
+    """A sentence on whether the order is the published one; a pair counts where all seeds say the same of it."""
     known = {name: row for name, row in rows.items() if row.published is not None}
     if len(known) < 2:
         return "The source gives no figures to compare the order with."
@@ -192,8 +202,8 @@ def agreement(rows: Mapping[str, Row], more_is_better: bool) -> str:
     for first, second in itertools.combinations(known, 2):
         a, b = known[first], known[second]
         assert a.published is not None and b.published is not None
-        pair = f"{first} and {second}"
-        if a.low <= b.high and b.low <= a.high:
+        pair, signs = f"{first} and {second}", {math.copysign(1, value) for value in a.less(b)}
+        if len(signs) > 1 or a.mean == b.mean:
             open_.append(pair)
         elif ((a.mean > b.mean) == more_is_better) == (a.published < b.published):
             same.append(pair)
@@ -203,39 +213,153 @@ def agreement(rows: Mapping[str, Row], more_is_better: bool) -> str:
     if other:
         parts.append(f"the other way round: {'; '.join(other)}")
     if open_:
-        parts.append(f"within the seeds' spread: {'; '.join(open_)}")
+        parts.append(f"not the same with every seed: {'; '.join(open_)}")
     return ", ".join(parts) + "."
 
 
-def show(options: Options, rows: Mapping[str, Row]) -> None:
-    """The table on the terminal, table.md, the plot, and result.json."""
-    experiment = options.experiment
+def show(plan: Plan, options: Options) -> bool:
+    """The table on the terminal, table.md, the plot, and result.json, once all cells are there; whether they are."""
+    experiment = plan.experiment
+    cells = {name: [load_cell(options.output, cell) for cell in found] for name, found in plan.cells.items()}
+    found = {name: [each for each in each_seed if each is not None] for name, each_seed in cells.items()}
+    if any(len(each) < len(options.seeds) for each in found.values()):
+        return False
+    rows = {
+        name: Row(
+            tuple(cell["models"][experiment.student][experiment.figure]["value"] for cell in each),
+            experiment.variants[name].published,
+        )
+        for name, each in found.items()
+    }
+    plan.folder.mkdir(parents=True, exist_ok=True)
     sentence = agreement(rows, experiment.figure == "agreement")
+    lines, title = table_of(plan, options, found, rows, sentence)
+    facts = order_of(rows, found) if experiment.picture == "order" else {}
+    lines += order_lines(facts)
+    (plan.folder / "table.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    draw(plan, found, rows, title, facts)
+    content: dict[str, Any] = {
+        name: {"values": row.values, "mean": row.mean, "published": row.published} for name, row in rows.items()
+    }
+    made_on = [
+        dict(each) for each in sorted({tuple(cell["made_on"].items()) for each in found.values() for cell in each})
+    ]
+    result(
+        plan.folder,
+        {"measure": experiment.measure, "seeds": options.seeds, "rows": content, "agreement": sentence,
+         "order": facts, "made_on": made_on},
+    )  # fmt: skip
+    return True
+
+
+def table_of(
+    plan: Plan, options: Options, cells: Mapping[str, list[dict[str, Any]]], rows: Mapping[str, Row], sentence: str
+) -> tuple[list[str], str]:
+    """The lines of table.md, which the terminal shows as well, and the figure's title."""
+    experiment = plan.experiment
+    first = next(iter(rows))
+    sizes = {name: each[0]["models"][experiment.student]["parameters"] for name, each in cells.items()}
+    teacher = next(iter(cells.values()))[0]["models"][TEACHER]
     title = f"{experiment.measure.replace('.', ', ').replace('_', ' ')}; {len(options.seeds)} seeds"
-    columns = ("variant", "mean [least, largest]", "published")
-    cells = [
-        (name, f"{row.mean:.4f} [{row.low:.4f}, {row.high:.4f}]", "" if row.published is None else f"{row.published:g}")
-        for name, row in rows.items()
-    ]
-    table(title, columns, cells)
+    columns = ["variant", "mean [least, largest]", f"less {first}"]
+    different, known = len(set(sizes.values())) > 1, any(row.published is not None for row in rows.values())
+    columns += ["parameters"] * different + ["published"] * known
+    body = []
+    for name, row in rows.items():
+        line = [name, row.spread, "" if name == first else spread(row.less(rows[first]), "+")]
+        line += [f"{sizes[name]:,}"] * different
+        line += ["" if row.published is None else f"{row.published:g}"] * known
+        body.append(line)
+    say(experiment.question)
+    table(title, columns, body)
     say(f"{sentence} ({experiment.source})")
+    words = [f"Seeds {', '.join(map(str, options.seeds))}"]
+    if experiment.student == DISTILLED:
+        tokens = sorted({cell["curve"][-1]["tokens"] for each in cells.values() for cell in each if cell["curve"]})
+        words.append(f"{' to '.join(f'{count:,}' for count in dict.fromkeys((tokens[0], tokens[-1])))} tokens")
+    if experiment.figure in ("cross_entropy", "bits_per_byte"):
+        words.append(f"the teacher's is {teacher[experiment.figure]['value']:.4f}")
+    if options.also:
+        words.append(f"with `{options.also}`")
+    made_on = sorted({", ".join(f"{key} {value}" for key, value in cell["made_on"].items())
+                      for each in cells.values() for cell in each})  # fmt: skip
+    lines = [f"**{experiment.question}** {title[0].upper()}{title[1:]}.", "", f"| {' | '.join(columns)} |"]
+    lines += ["|---" * len(columns) + "|", *(f"| {' | '.join(line)} |" for line in body), ""]
+    lines += [f"Published: {experiment.source}. {sentence} {', '.join(words)}; {'; '.join(made_on)}."]
+    return lines, title
+
+
+def order_of(rows: Mapping[str, Row], cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """How well the variants' order at the end is foretold (Spearman's correlation, one a seed): by their parameters, by
+    the loss as they were pruned, and by the held-out KL after so many tokens."""
+    foretold: dict[str, list[float]] = {}
+    for seed in range(len(next(iter(rows.values())).values)):
+        end = [row.values[seed] for row in rows.values()]
+        found = [each[seed] for each in cells.values()]
+        by: dict[str, list[float]] = {
+            "parameters": [-float(cell["models"][DISTILLED]["parameters"]) for cell in found],
+            "loss as pruned": [cell["models"][PRUNED]["cross_entropy"]["value"] for cell in found],
+        }
+        for number, point in enumerate(found[0]["curve"]):
+            by[f"{point['tokens']:,} tokens"] = [cell["curve"][number]["kl"] for cell in found]
+        for name, values in by.items():
+            foretold.setdefault(name, []).append(rank_correlation(values, end))
+    return foretold
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's, with mean ranks for equals; 0 where all of one side are equal."""
+    first, second = (ranks(values) for values in (a, b))
+    return statistics.correlation(first, second) if len(set(first)) > 1 and len(set(second)) > 1 else 0.0
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    return [
+        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
+    ]
+
+
+def order_lines(facts: Mapping[str, Sequence[float]]) -> list[str]:
+    if not facts:
+        return []
+    body = [(name, spread(values)) for name, values in facts.items()]
+    table("How well it foretells the order at the end (Spearman)", ("by", "correlation"), body)
     lines = [
-        f"**{experiment.question}** {title[0].upper()}{title[1:]}.",
         "",
-        f"| {' | '.join(columns)} |",
-        "|---|---|---|",
-    ]
-    lines += [f"| {' | '.join(cell)} |" for cell in cells]
-    facts = provenance()
-    where = ", ".join(f"{name} {value}" for name, value in facts.items())
-    asked = f" with `{options.also}`" if options.also else ""
-    lines += [
+        "How well the order at the end is foretold, Spearman's correlation:",
         "",
-        f"Published: {experiment.source}. {sentence} Seeds {', '.join(map(str, options.seeds))}{asked}; {where}.",
+        "| by | correlation |",
+        "|---|---|",
     ]
-    (options.output / "table.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    draw_experiment(
-        options.output, experiment.question, title, {name: (row.low, row.mean, row.high) for name, row in rows.items()}
-    )
-    content = {name: dataclasses.asdict(row) for name, row in rows.items()}
-    result(options.output, {"measure": experiment.measure, "rows": content, "agreement": sentence, "made_on": facts})
+    return lines + [f"| {name} | {value} |" for name, value in body]
+
+
+def draw(
+    plan: Plan,
+    cells: Mapping[str, list[dict[str, Any]]],
+    rows: Mapping[str, Row],
+    title: str,
+    order: Mapping[str, Sequence[float]],
+) -> None:
+    experiment = plan.experiment
+    if experiment.picture == "sizes":
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for name, each in cells.items():
+            groups.setdefault(experiment.variants[name].start, []).extend(each)
+        teacher = next(iter(cells.values()))[0]["models"][TEACHER]
+        draw_sizes(plan.folder, experiment.question, groups, teacher)
+    elif experiment.picture == "order":
+        draw_order(plan.folder, experiment.question, order)
+    else:
+        draw_rows(plan.folder, experiment.question, title, {name: row.values for name, row in rows.items()})
+
+
+def gather(plans: Sequence[Plan], options: Options) -> None:
+    """experiments.md: the tables and pictures of all, one below the other."""
+    parts = ["# Experiments", ""]
+    for plan in plans:
+        text = (plan.folder / "table.md").read_text(encoding="utf-8")
+        name = plan.folder.name
+        parts += [f"## {name}", "", text, f"![{plan.experiment.question}]({name}/plots/experiment.svg)", ""]
+    (options.output / "experiments.md").write_text("\n".join(parts), encoding="utf-8")
+    say(f"tables: {options.output / 'experiments.md'}")

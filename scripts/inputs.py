@@ -122,7 +122,8 @@ def documents(data: str, split: str) -> Iterator[Document]:
 
 def read(source: Source, on_progress: OnProgress | None = None) -> Iterator[Document]:
     path = content(source.path) if source.path.startswith(HUB) else source.path
-    return read_documents(path, source.columns, on_progress, streaming=source.streaming, limit=source.limit)
+    found = read_documents(path, source.columns, on_progress, streaming=source.streaming, limit=source.limit)
+    return (document for document in found if source.takes(document.name))
 
 
 def corpus(data: str, split: str, model: Path) -> Text:
@@ -171,6 +172,7 @@ def tokenized(source: Source, split: str, tokens: Tokens) -> Corpus:
     tokenizer = load_tokenizer(tokens.folder)
     facts = {
         "content": content(source.path), "columns": source.columns, "limit": source.limit, "split": split,
+        "include": source.include, "exclude": source.exclude,
         "tokenizer": tokens.digest, "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
     }  # fmt: skip
 

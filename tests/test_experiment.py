@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from limbeck.scripts import compress, experiment
+from limbeck.scripts import cells
 from limbeck.scripts.compose import CONF, build, compose_config
-from limbeck.scripts.experiment import Options, Row, agreement, chain_of
+from limbeck.scripts.experiment import Options, Row, agreement, order_of, plans_of, rank_correlation
 from limbeck.tests.helpers import limbeck
 
-NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "all")
 SMALL = (  # asyncio's sources have files of every split
     f"also=data={Path(asyncio.__file__).parent} evaluate_tokens=1024 repair.tokens=512"
     " importance.tokens=512 importance.depth_tokens=512"
@@ -20,13 +21,19 @@ SMALL = (  # asyncio's sources have files of every split
 )
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_variant_composes(name: str) -> None:
-    options = build(Options, compose_config("experiment", [f"experiment={name}", "output=x"]))
-    found = [chain_of(options, variant, 1) for variant in options.experiment.variants.values()]
-    assert all(isinstance(chain, compress.Options) and chain.seed == 1 for chain in found)
-    starts = [variant.start for variant in options.experiment.variants.values()]
-    assert len({(str(chain), start) for chain, start in zip(found, starts, strict=True)}) == len(found) > 1
+def options_of(*words: str) -> Options:
+    return build(Options, compose_config("experiment", [*words, "output=x"]))
+
+
+def test_every_variant_composes_and_is_another() -> None:
+    plans = plans_of(options_of("experiment=all", "seeds=[1]"))
+    assert [plan.folder.name for plan in plans] == list(options_of("experiment=all").experiment.members)
+    assert sorted(plan.folder.name for plan in plans) == NAMES
+    for plan in plans:
+        names = [cell.name for found in plan.cells.values() for cell in found]
+        assert len(set(names)) == len(names) == len(plan.cells) > 1, plan.folder
+    shared = [cell.name for plan in plans for found in plan.cells.values() for cell in found]
+    assert len(set(shared)) < len(shared)  # "KL" of one experiment is "at once" of another
 
 
 def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,31 +41,62 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     code, out, err = limbeck(*words)
     assert code == 0, err
     found = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert found["rows"]["x"]["mean"] != found["rows"]["z"]["mean"] and "2 pairs" not in out
+    assert found["rows"]["x"]["mean"] != found["rows"]["z"]["mean"] and "of 1 pairs" in out
     assert "| x |" in (tmp_path / "out" / "table.md").read_text()
     assert {path.suffix for path in (tmp_path / "out" / "plots").iterdir()} == {".png", ".svg"}
-    assert not list((tmp_path / "out" / "work").iterdir())
-    monkeypatch.setattr(experiment, "measured", None)  # nothing is left to do
+    assert not (tmp_path / "out" / "work").exists()
+    monkeypatch.setattr(cells, "figures", None)  # nothing is left to do
     assert limbeck(*words)[0] == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == found
 
 
 @pytest.mark.slow
-def test_random_start(tmp_path: Path) -> None:
-    words = ("experiment=start", f"output={tmp_path / 'out'}", "seeds=[0]", SMALL, "keep=true",
-             "only=[pruned by activations,random weights]")  # fmt: skip
+def test_random_start_and_top_k_in_two_processes(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    words = (f"output={folder}", "seeds=[0]", SMALL)
+    code, _, err = limbeck("experiment=start", "jobs=2", "only=[pruned by activations,random weights]", *words)
+    assert code == 0, err
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    assert rows["random weights"]["mean"] > 2 * rows["pruned by activations"]["mean"]
+    code, _, err = limbeck("experiment=top-k", "only=[all,'10','10, bucket']", *words)
+    assert code == 0, err
+    rows = json.loads((folder / "result.json").read_text())["rows"]
+    assert len({rows[name]["mean"] for name in ("all", "10", "10, bucket")}) == 3
+    for cell in (folder / "cells").glob("*.json"):
+        content = json.loads(cell.read_text())
+        assert content["curve"][-1]["tokens"] == 128 and content["models"]["distilled"]["parameters"] == 5_230_260
+
+
+@pytest.mark.slow
+def test_a_set_of_experiments(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    words = ("experiment=all", "only=[order,sizes,correction]", f"output={folder}", "seeds=[0]", SMALL)
     code, _, err = limbeck(*words)
     assert code == 0, err
-    rows = json.loads((tmp_path / "out" / "result.json").read_text())["rows"]
-    assert rows["random weights"]["mean"] > 2 * rows["pruned by activations"]["mean"]
+    text = (folder / "experiments.md").read_text()
+    for name in ("order", "sizes", "correction"):
+        assert f"]({name}/plots/experiment.svg)" in text and (folder / name / "plots" / "experiment.svg").is_file()
+    assert "Spearman" in text and "| loss as pruned |" in text
+
+
+def test_the_order_foretold() -> None:
+    def cell(parameters: int, pruned: float, early: float, late: float) -> dict[str, Any]:
+        models = {"distilled": {"parameters": parameters}, "pruned": {"cross_entropy": {"value": pruned}}}
+        return {"models": models, "curve": [{"tokens": 10, "kl": early}, {"tokens": 20, "kl": late}]}
+
+    cells_of = {"a": [cell(3, 9.0, 0.3, 0.1)], "b": [cell(2, 8.0, 0.2, 0.2)], "c": [cell(1, 7.0, 0.4, 0.3)]}
+    found = order_of({"a": Row((1.0,)), "b": Row((2.0,)), "c": Row((3.0,))}, cells_of)
+    assert found == {"parameters": [1.0], "loss as pruned": [-1.0], "10 tokens": [0.5], "20 tokens": [1.0]}
+    assert rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(0.866, abs=1e-3)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
 
 
 def test_the_sentence() -> None:
-    rows = {"a": Row(1.0, 0.9, 1.1, 2.0), "b": Row(2.0, 1.9, 2.1, 3.0), "c": Row(2.05, 2.0, 2.1, 4.0),
-            "d": Row(0.5, 0.5, 0.5, 5.0), "e": Row(9, 9, 9, None)}  # fmt: skip
+    rows = {"a": Row((0.9, 1.1), 2.0), "b": Row((1.9, 2.2), 3.0), "c": Row((2.0, 2.1), 4.0),
+            "d": Row((0.5, 0.5), 5.0), "e": Row((9.0, 9.0))}  # fmt: skip
     text = agreement(rows, more_is_better=False)
     assert text.startswith("2 of 6 pairs are in the published order")
-    assert "other way round: a and d; b and d; c and d" in text and "spread: b and c" in text
+    assert "other way round: a and d; b and d; c and d" in text and "every seed: b and c" in text
     assert agreement({"e": rows["e"]}, False).startswith("The source gives no figures")
 
 
@@ -70,6 +108,10 @@ def test_the_sentence() -> None:
         (("experiment=loss", "seeds=[]"), "seeds is empty"),
         (("experiment=loss", "also=target.hiddensize=3"), "hiddensize"),
         (("experiment=loss", "experiment.measure=distilled.speed"), "experiment.measure"),
+        (("experiment=loss", "experiment.picture=pie"), "experiment.picture"),
+        (("experiment=loss", "jobs=0"), "jobs is 0"),
+        (("experiment=all", "only=[los]"), "did you mean 'loss'"),
+        (("experiment=loss", "+experiment.members=[loss]"), "members"),
     ),
 )
 def test_wrong_input(words: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
