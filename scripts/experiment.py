@@ -8,10 +8,7 @@ wants it, evaluate (see cells.py). Its figures stand in `cells/`, so that a kill
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from ..models.errors import InputError
 from . import compress
 from .cells import DISTILLED, MEASURES, PRUNED, STARTS, TEACHER, Cell, load_cell, make_all
 from .compose import build, compose_config, guess
+from .experiment_figures import Row, agreement, order_of, spread
 from .show import result, say, table
 
 STUDENTS = (PRUNED, DISTILLED)
@@ -114,7 +112,9 @@ class Plan:
 
 def run(options: Options) -> None:
     plans = plans_of(options)  # all are composed before the first one runs: what is wrong with one is said at once
-    cells = list({cell.name: cell for plan in plans for found in plan.cells.values() for cell in found}.values())
+    cells: dict[str, Cell] = {}
+    for cell in (cell for plan in plans for found in plan.cells.values() for cell in found):
+        cells.setdefault(cell.name, cell)
     say(f"{len(cells)} cells; figures in {options.output / 'cells'}")
     shown: set[Path] = set()
 
@@ -123,7 +123,7 @@ def run(options: Options) -> None:
             if plan.folder not in shown and show(plan, options):
                 shown.add(plan.folder)
 
-    make_all(cells, options.output, jobs=options.jobs, keep=options.keep, ready=ready)
+    make_all(list(cells.values()), options.output, jobs=options.jobs, keep=options.keep, ready=ready)
     ready()
     if options.experiment.members:
         gather(plans, options)
@@ -142,79 +142,23 @@ def plans_of(options: Options) -> list[Plan]:
 
 
 def plan_of(options: Options, experiment: Experiment, name: str, folder: Path, only: Sequence[str]) -> Plan:
-    cells: dict[str, list[Cell]] = {}
+    cells = {}
     for variant in only or experiment.variants:
         title = f"{name}: {variant}" if name else variant
-        cells[variant] = [
-            cell_of(options, experiment, experiment.variants[variant], seed, title) for seed in options.seeds
-        ]
+        cells[variant] = cells_of(options, experiment, experiment.variants[variant], title)
     return Plan(experiment, folder, cells)
 
 
-def cell_of(options: Options, experiment: Experiment, variant: Variant, seed: int, title: str = "") -> Cell:
-    words = [
-        *experiment.base,
-        *variant.overrides,
-        *shlex.split(options.also),
-        f"seed={seed}",
-        f"device={options.device}",
-        f"output={options.output / 'work'}",
-    ]
-    chain = build(compress.Options, compose_config("compress", words))
+def cells_of(options: Options, experiment: Experiment, variant: Variant, title: str) -> list[Cell]:
+    """A variant's cells, one a seed."""
+    words = [*experiment.base, *variant.overrides, *shlex.split(options.also), f"device={options.device}"]
+    chain = build(compress.Options, compose_config("compress", [*words, f"output={options.output / 'work'}"]))
     assert chain.data is not None
-    trained = experiment.student == DISTILLED
-    return Cell(chain, variant.start, variant.top_k, trained, experiment.held_out or chain.data, title)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A variant's figure for each seed, and what was published."""
-
-    values: tuple[float, ...]
-    published: float | None = None
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> str:
-        return spread(self.values)
-
-    def less(self, other: Row) -> tuple[float, ...]:
-        """The difference to another variant, seed by seed."""
-        return tuple(a - b for a, b in zip(self.values, other.values, strict=True))
-
-
-def spread(values: Sequence[float], sign: str = "") -> str:
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:{sign}.4f}"
-    return f"{mean:{sign}.4f} [{min(values):{sign}.4f}, {max(values):{sign}.4f}]"
-
-
-def agreement(rows: Mapping[str, Row], more_is_better: bool) -> str:
-    """A sentence on whether the order is the published one; a pair counts where all seeds say the same of it."""
-    known = {name: row for name, row in rows.items() if row.published is not None}
-    if len(known) < 2:
-        return "The source gives no figures to compare the order with."
-    same, other, open_ = [], [], []
-    for first, second in itertools.combinations(known, 2):
-        a, b = known[first], known[second]
-        assert a.published is not None and b.published is not None
-        pair, signs = f"{first} and {second}", {math.copysign(1, value) for value in a.less(b)}
-        if len(signs) > 1 or a.mean == b.mean:
-            open_.append(pair)
-        elif ((a.mean > b.mean) == more_is_better) == (a.published < b.published):
-            same.append(pair)
-        else:
-            other.append(pair)
-    parts = [f"{len(same)} of {len(same) + len(other) + len(open_)} pairs are in the published order"]
-    if other:
-        parts.append(f"the other way round: {'; '.join(other)}")
-    if open_:
-        parts.append(f"not the same with every seed: {'; '.join(open_)}")
-    return ", ".join(parts) + "."
+    trained, held_out = experiment.student == DISTILLED, experiment.held_out or chain.data
+    return [
+        Cell(dataclasses.replace(chain, seed=seed), variant.start, variant.top_k, trained, held_out, title)
+        for seed in options.seeds
+    ]
 
 
 def show(plan: Plan, options: Options) -> bool:
@@ -287,36 +231,6 @@ def table_of(
     lines += ["|---" * len(columns) + "|", *(f"| {' | '.join(line)} |" for line in body), ""]
     lines += [f"Published: {experiment.source}. {sentence} {', '.join(words)}; {'; '.join(made_on)}."]
     return lines, title
-
-
-def order_of(rows: Mapping[str, Row], cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
-    """How well the variants' order at the end is foretold (Spearman's correlation, one a seed): by their parameters, by
-    the loss as they were pruned, and by the held-out KL after so many tokens."""
-    foretold: dict[str, list[float]] = {}
-    for seed in range(len(next(iter(rows.values())).values)):
-        end = [row.values[seed] for row in rows.values()]
-        found = [each[seed] for each in cells.values()]
-        by: dict[str, list[float]] = {
-            "parameters": [-float(cell["models"][DISTILLED]["parameters"]) for cell in found],
-            "loss as pruned": [cell["models"][PRUNED]["cross_entropy"]["value"] for cell in found],
-        }
-        for number, point in enumerate(found[0]["curve"]):
-            by[f"{point['tokens']:,} tokens"] = [cell["curve"][number]["kl"] for cell in found]
-        for name, values in by.items():
-            foretold.setdefault(name, []).append(rank_correlation(values, end))
-    return foretold
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's, with mean ranks for equals; 0 where all of one side are equal."""
-    first, second = (ranks(values) for values in (a, b))
-    return statistics.correlation(first, second) if len(set(first)) > 1 and len(set(second)) > 1 else 0.0
-
-
-def ranks(values: Sequence[float]) -> list[float]:
-    return [
-        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
-    ]
 
 
 def order_lines(facts: Mapping[str, Sequence[float]]) -> list[str]:

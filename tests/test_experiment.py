@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from limbeck.scripts import cells
 from limbeck.scripts.compose import CONF, build, compose_config
-from limbeck.scripts.experiment import Options, Row, agreement, order_of, plans_of, rank_correlation
+from limbeck.scripts.experiment import Options, plans_of
+from limbeck.scripts.experiment_figures import Row, agreement, order_of, rank_correlation
 from limbeck.tests.helpers import limbeck
 
 NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "all")

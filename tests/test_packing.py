@@ -10,7 +10,6 @@ from limbeck.distill.data import Batch, Document, Packing, tokenize
 from limbeck.kernels.causal_conv1d import causal_conv1d
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.kernels.ssd import ssd_scan
-from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import Tokenizer, train_tokenizer
 from limbeck.tests.helpers import assert_close, dense_config, random_model, tiny_config
@@ -49,6 +48,14 @@ def pieces(batch: Batch) -> list[tuple[int, slice]]:
     return found
 
 
+def model_of(kind: str, dtype: torch.dtype, again: bool) -> HybridLM:
+    """A model in training; `again`: with activation checkpointing, so that each layer runs twice."""
+    model = random_model(MODELS[kind], 1, dtype)
+    for block in model.layers:
+        block.recompute = again
+    return model
+
+
 def losses(model: HybridLM, ids: Tensor, labels: Tensor, seq_idx: Tensor | None) -> Tensor:
     """Cross-entropy of each token [B, T], 0 where it has no label."""
     hidden = model.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
@@ -56,9 +63,10 @@ def losses(model: HybridLM, ids: Tensor, labels: Tensor, seq_idx: Tensor | None)
     return found.cross_entropy.view(ids.shape)
 
 
+@pytest.mark.parametrize("again", (False, True))
 @pytest.mark.parametrize("kind", MODELS)
-def test_packed_losses_are_those_of_documents_alone(kind: str, packed: Batch) -> None:
-    model = random_model(MODELS[kind], 1, torch.float32)
+def test_packed_losses_are_those_of_documents_alone(kind: str, again: bool, packed: Batch) -> None:
+    model = model_of(kind, torch.float32, again)
     together = losses(model, packed.input_ids, packed.labels, packed.seq_idx)
     assert len(pieces(packed)) > 2 * len(packed.input_ids)
     for row, columns in pieces(packed):
@@ -83,11 +91,11 @@ def test_no_document_moves_the_loss_of_another(kind: str, packed: Batch) -> None
         assert not torch.equal(before[own], after[own]) or columns.stop - columns.start == 1
 
 
+@pytest.mark.parametrize("again", (False, True))
 @pytest.mark.parametrize("kind", ("SSM and convolution", "attention with positions", "all together"))
-def test_no_gradient_crosses_a_boundary(kind: str, packed: Batch) -> None:
+def test_no_gradient_crosses_a_boundary(kind: str, again: bool, packed: Batch) -> None:
     """The gradients of all weights from packed rows are the sums over the documents alone."""
-    config: HybridConfig = MODELS[kind]
-    model = random_model(config, 1, torch.float64)
+    model = model_of(kind, torch.float64, again)
     hidden = model.hidden_states(packed.input_ids, seq_idx=packed.seq_idx).flatten(0, 1)
     labels = packed.labels.flatten()
     linear_cross_entropy(hidden, model.head_weight, labels, normalizer=1.0).loss.backward()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill.data import Batch
+from limbeck.distill.hidden import HiddenLoss, make_pairing
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Trained, load_sharded, prepare
@@ -53,20 +54,30 @@ def write_models(folder: Path) -> None:
         save_model(random_model(tiny_config(**changes), seed, torch.float32), folder / name)
 
 
-def pair(folder: Path, split: bool, student: str = "student", dtype: torch.dtype | None = None) -> tuple[Trained, Any]:
-    """A student in training and its loss; `split` among the processes, or whole in each."""
+def pair(
+    folder: Path, split: bool, student: str = "student", dtype: torch.dtype | None = None, hidden: bool = False
+) -> tuple[Trained, Any]:
+    """A student in training and its loss, `hidden` states of two streams in it; `split` among the processes, or whole
+    in each."""
     if split:
         place = (torch.float32, torch.device("cpu"))
         teacher: HybridLM = load_sharded(folder / "teacher", *place, frozen=True)
         trained = prepare(load_sharded(folder / student, *place, dtype=dtype))
     else:
         teacher, trained = load_model(folder / "teacher"), prepare(load_model(folder / student), dtype)
-    return trained, distillation_loss(teacher, DistillLoss(ce_weight=0.3))
+    if not hidden:
+        return trained, distillation_loss(teacher, DistillLoss(ce_weight=0.3))
+    loss = DistillLoss(ce_weight=0.3, hidden=HiddenLoss(0.5, streams=2))
+    return trained, distillation_loss(
+        teacher, loss, make_pairing(teacher, trained.model, loss.hidden, None, [ragged(1)])
+    )
 
 
-def gradients(folder: Path, split: bool, micro: int, student: str, **options: Any) -> dict[str, Tensor]:
+def gradients(
+    folder: Path, split: bool, micro: int, student: str, hidden: bool = False, **options: Any
+) -> dict[str, Tensor]:
     """The whole gradients of one batch, and the loss and the norm."""
-    trained, loss_of = pair(folder, split, student)
+    trained, loss_of = pair(folder, split, student, hidden=hidden)
     how = TrainOptions(steps=1, learning_rate=1.0, micro_batch=micro, **options)
     run = Run(trained, loss_of, how, folder / "run", Stopper(), None, None, None)
     loss, norm, _ = run.gradients(ragged(7))
@@ -97,13 +108,13 @@ def worker(function: Callable[..., None], *arguments: str) -> None:
         distributed.destroy_process_group()
 
 
-def save_gradients(folder: str, student: str, thorough: str) -> None:
+def save_gradients(folder: str, student: str, hidden: str, thorough: str) -> None:
     place = Path(folder)
     for micro in (4, 2):
         for split in (True, False):
-            found = gradients(place, split, micro, student)
+            found = gradients(place, split, micro, student, hidden == "True")
             if thorough == "True":
-                again = gradients(place, split, micro, student, activation_checkpointing=True)
+                again = gradients(place, split, micro, student, hidden == "True", activation_checkpointing=True)
                 for name, value in found.items():
                     assert_close(name, value, again[name], 1e-6)
             if processes.rank() == 0:
@@ -111,15 +122,23 @@ def save_gradients(folder: str, student: str, thorough: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "thorough"),
-    [("student", False), *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("student", "tied"))],
+    ("student", "hidden", "thorough"),
+    [
+        ("student", False, False),
+        *(
+            pytest.param(name, hidden, True, marks=pytest.mark.slow)
+            for name in ("student", "tied")
+            for hidden in (False, True)
+        ),
+    ],
 )
-def test_gradient_of_every_split(student: str, thorough: bool, tmp_path: Path) -> None:
-    """micro-batch x accumulation x processes: 16x1x1, 4x4x1, 1x16x1, and 4x2x2, 2x4x2 with matrices split and whole."""
+def test_gradient_of_every_split(student: str, hidden: bool, thorough: bool, tmp_path: Path) -> None:
+    """micro-batch x accumulation x processes: 16x1x1, 4x4x1, 1x16x1, and 4x2x2, 2x4x2 with matrices split and whole;
+    with and without hidden states in the loss, and with every layer run twice."""
     write_models(tmp_path)
-    run_workers("save_gradients", tmp_path, student, thorough)
-    expected = gradients(tmp_path, False, 16, student)
-    found = {f"{micro}x{16 // micro}x1": gradients(tmp_path, False, micro, student) for micro in (4, 1)}
+    run_workers("save_gradients", tmp_path, student, hidden, thorough)
+    expected = gradients(tmp_path, False, 16, student, hidden)
+    found = {f"{micro}x{16 // micro}x1": gradients(tmp_path, False, micro, student, hidden) for micro in (4, 1)}
     for micro in (4, 2):
         for split in (True, False):
             found[f"{micro}x{8 // micro}x2 {split}"] = load_file(tmp_path / f"{split}-{micro}.safetensors")
