@@ -16,13 +16,15 @@ from ..models.axes import HIDDEN, Axis, axis_sizes
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from .scores import WidthScores, check_width_scores
+from .sizing import goal_of, widths_for
 from .slice import GROUPS_OF_AXIS, WIDTH_OF_AXIS, Selection
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
     """The size to prune to: a number of layers and widths, named as in the config; None keeps the source's.
-    `keep_layers` names the source layers that stay, whatever the order of the scores."""
+    `keep_layers` names the source layers that stay, whatever the order of the scores. `parameters`, a share below 1 of
+    the source's or a count, stands for hidden_size and intermediate_size, or for the one not given (see sizing.py)."""
 
     layers: int | None = None
     hidden_size: int | None = None
@@ -31,6 +33,7 @@ class Target:
     mamba_num_heads: int | None = None
     mamba_head_dim: int | None = None
     keep_layers: tuple[int, ...] | None = None
+    parameters: float | None = None
 
 
 def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int], target: Target) -> Selection:
@@ -46,6 +49,7 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
         layers = kept_layers(config, layer_order, target.layers)
     else:
         layers = named_layers(config, target.keep_layers, target.layers)
+    target = with_widths(config, layers, target)
     sizes = {axis: size for axis, size in axis_sizes(config).items() if axis.layer is None or axis.layer in layers}
     counts = {kind: check_width(config, sizes, kind, getattr(target, width)) for kind, width in WIDTH_OF_AXIS.items()}
     kept: dict[Axis, tuple[int, ...]] = {}
@@ -64,6 +68,18 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
             groups = getattr(config, GROUPS_OF_AXIS[axis.kind]) if axis.kind in GROUPS_OF_AXIS else 1
             kept[axis] = best(widths[axis], count, groups)
     return Selection(layers, kept)
+
+
+def with_widths(config: HybridConfig, layers: Sequence[int], target: Target) -> Target:
+    """The target with the widths that its `parameters` stand for. Raises InputError."""
+    if target.parameters is None:
+        return target
+    asked = {name: getattr(target, name) for name in WIDTH_OF_AXIS.values() if getattr(target, name) is not None}
+    smaller = config.replace(pattern="".join(config.pattern[layer] for layer in layers), **asked)
+    goal = goal_of(config, target.parameters)
+    hidden, intermediate = widths_for(smaller, goal, target.hidden_size, target.intermediate_size)
+    found = {"hidden_size": hidden, "intermediate_size": intermediate}
+    return dataclasses.replace(target, parameters=None, **{n: v for n, v in found.items() if v != getattr(config, n)})
 
 
 def kept_layers(config: HybridConfig, layer_order: Sequence[int], count: int | None) -> tuple[int, ...]:

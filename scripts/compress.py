@@ -50,6 +50,8 @@ class Options:
         for name in ("data", "output"):
             if getattr(self, name) is None and not self.dry_run:
                 raise InputError(f"{name} is missing; give {name}=VALUE (limbeck compress --help)")
+        if not self.rounds and self.target == Target():
+            raise InputError("target is empty; give a size, such as target.parameters=0.75 (limbeck compress --help)")
         self.plan()
 
     def plan(self) -> tuple[Round, ...]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 from limbeck.models.axes import HIDDEN, Axis, axis_sizes
+from limbeck.models.cost import count_parameters
 from limbeck.models.errors import InputError
-from limbeck.prune.choose import Target, best, select
+from limbeck.prune.choose import Target, best, select, with_widths
 from limbeck.prune.importance import score_random
 from limbeck.prune.slice import WIDTH_OF_AXIS, slice_config
+from limbeck.scripts.inputs import model_config
 from limbeck.tests.helpers import random_config, tiny_config
 
 
@@ -51,6 +56,59 @@ def test_layers_go_in_their_order() -> None:
     assert selection.layers == (0, 1, 2, 5)
     selection = select(config, score_random(config, 0), (4, 0, 2), Target(layers=4, intermediate_size=10))
     assert list(selection.kept) == [Axis("ffn", 1)]
+
+
+@pytest.mark.parametrize("share", (0.9, 0.75, 0.5))
+@pytest.mark.parametrize("name", ("zoo", "nemotron-nano-12b-v2", "qwen3-8b", "smollm2-135m"))
+def test_widths_for_a_share_of_the_parameters(name: str, share: float) -> None:
+    config = model_config(name)
+    found = with_widths(config, range(config.num_layers), Target(parameters=share))
+    asked = {key: getattr(found, key) or getattr(config, key) for key in ("hidden_size", "intermediate_size")}
+    smaller = config.replace(**asked)
+    smaller.to_hf()
+    least = 0.87 if name == "smollm2-135m" else 0.98  # llama's hidden is a multiple of its 9 heads
+    assert least * share <= count_parameters(smaller) / count_parameters(config) <= share
+    assert found == dataclasses.replace(Target(), **{k: v for k, v in asked.items() if v != getattr(config, k)})
+
+
+def test_the_published_widths_follow_from_the_published_number_of_parameters() -> None:
+    config, student = (model_config(f"nemotron-nano-{size}-v2") for size in ("12b", "9b"))
+    layers = [layer for layer in range(62) if layer not in (7, 8, 17, 18, 48, 52)]
+    for asked in ({}, {"hidden_size": 4480}, {"intermediate_size": 15680}):
+        found = with_widths(config, layers, Target(parameters=8_888_227_328, **asked))
+        assert (found.hidden_size, found.intermediate_size) == (student.hidden_size, student.intermediate_size)
+
+
+def test_parameters_in_a_target() -> None:
+    config = tiny_config()
+    own = count_parameters(config)
+    for target in (
+        Target(parameters=0.6),
+        Target(parameters=0.8 * own, hidden_size=24),
+        Target(layers=4, parameters=0.5),
+    ):
+        smaller = slice_config(config, select(config, score_random(config, 0), (4, 1), target))
+        assert target.parameters is not None
+        goal = target.parameters * (own if target.parameters < 1 else 1)
+        assert 0.75 * goal < count_parameters(smaller) <= goal
+        assert smaller.hidden_size in (target.hidden_size, *range(8, 32, 8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    (
+        ({"parameters": 0.0}, "parameters is 0"),
+        ({"parameters": -1}, "parameters is -1"),
+        ({"parameters": 1e9}, "a share of the model's"),
+        ({"parameters": 0.01}, "no widths leave as few"),
+        ({"parameters": 0.5, "hidden_size": 16, "intermediate_size": 8}, "leave one of them out"),
+        ({"parameters": 0.5, "hidden_size": 16, "keep_layers": (0, 2)}, "leave one of them out"),
+    ),
+)
+def test_parameters_that_cannot_be(changes: dict[str, Any], complaint: str) -> None:
+    config = tiny_config()
+    with pytest.raises(InputError, match=complaint):
+        select(config, score_random(config, 0), (), Target(**changes))
 
 
 def test_named_layers_stay_whatever_the_order() -> None:
