@@ -316,3 +316,40 @@ def test_what_breaks_on_the_way_is_said() -> None:
     assert next(rows) == {"text": "a"}
     with pytest.raises(InputError, match=r"hf:a/b cannot be read at row 1: gone$"):
         next(rows)
+
+
+def test_documents_by_patterns_of_their_names(tmp_path: Path) -> None:
+    for name in ("a.py", "test/b.py", "deep/test/c.py", "deep/d.py", "deep/test_e.py"):
+        (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "text" / name).write_text(f"name = {name!r}\n")
+    tests = ["test/*", "*/test/*"]
+
+    def names(**patterns: list[str]) -> set[str]:
+        path = tmp_path / "mix.yaml"
+        path.write_text(json.dumps({"sources": [{"path": "text", **patterns}]}))
+        (source,) = inputs.sources_of(str(path))
+        return {document.name for document in inputs.read(source)}
+
+    assert names() == {"a.py", "test/b.py", "deep/test/c.py", "deep/d.py", "deep/test_e.py"}
+    assert names(include=tests) == {"test/b.py", "deep/test/c.py"}
+    assert names(exclude=tests) == {"a.py", "deep/d.py", "deep/test_e.py"}
+    assert names(include=["deep/*"], exclude=tests) == {"deep/d.py", "deep/test_e.py"}
+    plain, kept = (json.dumps({"sources": [{"path": "text", **more}]}) for more in ({}, {"include": tests}))
+    digests = []
+    for text in (plain, kept):
+        (tmp_path / "mix.yaml").write_text(text)
+        digests.append(str(inputs.data_input(str(tmp_path / "mix.yaml"))))
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("name", ("stdlib-90-10", "stdlib-70-30", "stdlib-50-50"))
+def test_the_shipped_mixtures_split_the_standard_library(name: str) -> None:
+    sources = inputs.sources_of(name)
+    assert [source.weight for source in sources] == [float(part) for part in name.split("-")[1:]]
+    for file in (
+        "json/decoder.py",
+        "test/test_json.py",
+        "unittest/test/testmock/testmock.py",
+        "idlelib/idle_test/x.py",
+    ):
+        assert sum(source.takes(file) for source in sources) == 1
