@@ -96,7 +96,7 @@ def shared(options: Options) -> dict[str, Any]:
 def score_round(options: Options, model: str, found: Round, folder: Path) -> None:
     length, batch = found.distill.seq_len, found.distill.rows
     score.run(score.Options(model, output=folder, seq_len=length, batch=batch, seed=found.seed,
-                            importance=found.importance, **shared(options)))  # fmt: skip
+                            importance=found.scored(load_config(model_folder(model))), **shared(options)))  # fmt: skip
 
 
 def prune_round(options: Options, model: str, found: Round, scores: Path, folder: Path) -> None:

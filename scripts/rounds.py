@@ -37,6 +37,11 @@ class Round:
     repair: prune.Mending
     distill: distill.Distill
 
+    def scored(self, config: HybridConfig) -> score.Importance:
+        """How a model of this config is scored: as many layers as the target removes are put in order."""
+        layers = self.target.layers
+        return self.importance.settled(config, 0 if layers is None else max(config.num_layers - layers, 0))
+
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
         """Says in which round an input was wrong."""
@@ -115,7 +120,8 @@ def walk(config: HybridConfig, rounds: Sequence[Round], orders: Sequence[Sequenc
 
 def some_layers(config: HybridConfig, found: Round) -> tuple[int, ...]:
     """Layers that might be removed: drawn, and drawn again where one leaves no room for the next."""
-    how = found.importance
+    how = found.scored(config)
+    assert how.remove_layers is not None
     check_removal(config, how.remove_layers, step_size(config, how.pairs), how.min_layers)
     limits: dict[str, Any] = {"remove": how.remove_layers, "pairs": how.pairs, "min_layers": how.min_layers}
     for seed in range(9):

@@ -17,9 +17,10 @@ from ..distill.data import Batch
 from ..distill.report import DEPTH_METRICS
 from ..models import processes
 from ..models.checkpoint import open_checkpoint
+from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.layers import OFFLOADS, Layers, open_layers
-from ..prune.depth import METRICS, TABLES, random_layers, score_layers
+from ..prune.depth import METRICS, TABLES, random_layers, score_layers, step_size
 from ..prune.importance import score_magnitude, score_random, score_widths
 from ..prune.scores import LayerScores, Scores, WidthScores, load_scores, write_scores
 from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
@@ -34,7 +35,7 @@ class Importance:
     """How to score; see conf/importance/, where each method has only what it reads."""
 
     method: str
-    remove_layers: int
+    remove_layers: int | None
     pairs: bool
     min_layers: dict[str, int]
     depth_tokens: int = 8192
@@ -56,6 +57,13 @@ class Importance:
         for name in ("tokens", "depth_tokens", "depth_batch"):
             if getattr(self, name) < 1:
                 raise InputError(f"importance.{name} is {getattr(self, name)}; expected at least 1")
+
+    def settled(self, config: HybridConfig, removed: int | None = None) -> Importance:
+        """With the number of layers to put in order: where none is given as many as are `removed`, or one step's."""
+        if self.remove_layers is not None:
+            return self
+        count = step_size(config, self.pairs) if removed is None else removed
+        return dataclasses.replace(self, remove_layers=count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,15 +128,17 @@ def fill(folder: Path, source: Path, options: Options) -> None:
     """Scores the model into an existing folder: scores.safetensors and scores.json."""
     with processes.together():
         checkpoint = open_checkpoint(source)
-        config, how = checkpoint.config, options.importance
+        config = checkpoint.config
+        how = options.importance.settled(config)
         layers = None if how.method == "random" else opened(source, options)
+    assert how.remove_layers is not None
     if layers is None:
         order = random_layers(
             config, remove=how.remove_layers, seed=options.seed, pairs=how.pairs, min_layers=how.min_layers
         )
         widths = score_random(config, options.seed)
     else:
-        order = depth(layers, source, options)
+        order = depth(layers, source, options, how.remove_layers)
         if how.method == "magnitude":
             widths = score_magnitude(config, checkpoint.tensor)
         else:
@@ -177,14 +187,14 @@ def activations(layers: Layers, source: Path, options: Options) -> WidthScores:
         )
 
 
-def depth(layers: Layers, source: Path, options: Options) -> LayerScores:
+def depth(layers: Layers, source: Path, options: Options, remove: int) -> LayerScores:
     how = options.importance
     batches = calibration(source, options, how.depth_tokens, how.depth_batch)
     with progress("scoring layers") as bar:
         return score_layers(
             layers,
             batches,
-            remove=how.remove_layers,
+            remove=remove,
             pairs=how.pairs,
             min_layers=how.min_layers,
             metric=how.depth_metric,

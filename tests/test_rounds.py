@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -239,6 +240,41 @@ def test_leftovers_are_every_mix_of_kinds() -> None:
     assert leftovers(step, {in_kinds(config)}) == expected and len(expected) > 3
     counts = {count_parameters(step.after.replace(pattern=pattern)) for pattern in expected}
     assert count_parameters(step.after) in counts
+
+
+@pytest.mark.parametrize(
+    ("target", "removed"),
+    (
+        ({"layers": 4}, 2),
+        ({"hidden_size": 24}, 0),
+        ({"parameters": 0.8}, 0),
+        ({"keep_layers": (0, 1)}, 0),
+        ({"layers": 9}, 0),
+    ),
+)
+def test_as_many_layers_are_put_in_order_as_the_target_removes(target: dict[str, Any], removed: int) -> None:
+    words = [f"target.{key}={list(value) if isinstance(value, tuple) else value!s}" for key, value in target.items()]
+    (found,) = build(Options, compose_config("compress", ["model=x", "dry_run=true", *words])).plan()
+    assert found.importance.remove_layers is None and found.scored(tiny_config()).remove_layers == removed
+    assert found.importance.settled(tiny_config()).remove_layers == 1
+    asked = dataclasses.replace(found, importance=dataclasses.replace(found.importance, remove_layers=3))
+    assert asked.scored(tiny_config()).remove_layers == 3
+
+
+def test_compress_asks_for_a_size(workshop: Path, tmp_path: Path) -> None:
+    words = [word for word in command(workshop, tmp_path / "out") if not word.startswith("target.")]
+    code, _, err = limbeck(*words)
+    assert code == 2 and "target.parameters=0.75" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_compress_to_a_share_of_the_parameters(workshop: Path, tmp_path: Path) -> None:
+    code, _, err = limbeck(*command(workshop, tmp_path / "out", "target.parameters=0.8"))
+    assert code == 0, err
+    before, after = (
+        count_parameters(load_config(path)) for path in (workshop / "model", tmp_path / "out" / "exported")
+    )
+    assert 0.7 * before < after <= 0.8 * before
 
 
 def test_a_target_beside_rounds_is_refused() -> None:
