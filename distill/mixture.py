@@ -31,8 +31,8 @@ class Source:
     """Where text comes from, and its share. `path` is `stdlib`, a file, a folder or hf:OWNER/NAME[...]; `columns` are
     those of a record that make its text; `epochs` is how often it may be read at most (0: any number). Of its documents
     those count whose name (a path below the folder) is like one of `include`, where there are any, and like none of
-    `exclude`, as patterns of a shell. Of the hub, `streaming` downloads only what is read, and `limit` rows are (0:
-    all)."""
+    `exclude`; `*` in a pattern stands for any text, with slashes in it or not. Of the hub, `streaming`
+    downloads only what is read, and `limit` rows are (0: all)."""
 
     path: str
     weight: float = 1.0

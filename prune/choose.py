@@ -78,8 +78,12 @@ def with_widths(config: HybridConfig, layers: Sequence[int], target: Target) -> 
     smaller = config.replace(pattern="".join(config.pattern[layer] for layer in layers), **asked)
     goal = goal_of(config, target.parameters)
     hidden, intermediate = widths_for(smaller, goal, target.hidden_size, target.intermediate_size)
-    found = {"hidden_size": hidden, "intermediate_size": intermediate}
-    return dataclasses.replace(target, parameters=None, **{n: v for n, v in found.items() if v != getattr(config, n)})
+    return dataclasses.replace(
+        target,
+        parameters=None,
+        hidden_size=None if hidden == config.hidden_size else hidden,
+        intermediate_size=None if intermediate == config.intermediate_size else intermediate,
+    )
 
 
 def kept_layers(config: HybridConfig, layer_order: Sequence[int], count: int | None) -> tuple[int, ...]:

@@ -24,9 +24,9 @@ def alignment(config: HybridConfig) -> int:
 
 
 def goal_of(config: HybridConfig, parameters: float) -> float:
-    """Parameters asked for: a share below 1 of the config's, or a count. Raises InputError."""
+    """Parameters asked for: a share of the config's up to 1, or a count. Raises InputError."""
     own = count_parameters(config)
-    goal = parameters * own if parameters < 1 else parameters
+    goal = parameters * own if parameters <= 1 else parameters
     if not 0 < goal <= own:
         raise InputError(
             f"target: parameters is {parameters:g}; expected a share of the model's, such as 0.75, or a count of at"
@@ -41,6 +41,9 @@ def widths_for(config: HybridConfig, goal: float, hidden: int | None, intermedia
     has_mlp, align = "-" in config.pattern, alignment(config)
     if hidden is not None and (intermediate is not None or not has_mlp):
         raise InputError("target: parameters stands beside the widths that it is to find; leave one of them out")
+
+    if hidden is not None:
+        config.replace(hidden_size=hidden).to_hf()  # says what is wrong with it
 
     def fits(hidden: int, intermediate: int) -> bool:
         smaller = config.replace(hidden_size=hidden, intermediate_size=intermediate)

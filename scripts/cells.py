@@ -2,47 +2,51 @@
 
 A cell is known by all that its figures come from, so that variants of several experiments which are the same share
 it. What several cells begin with, scores and pruned students, is made once. Any number of processes may work through
-the same cells: each takes those that no other has, and a cell of a process that died is free again.
+the same cells (see sharing.py).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
+from .. import __version__
 from ..distill.gap import measure_gap
 from ..distill.teacher import CacheOptions
 from ..models.checkpoint import load_config, load_model, save_model
 from ..models.cost import count_parameters
+from ..models.errors import CheckFailed, DiskError, InputError
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM, initialize
 from ..models.provenance import provenance
 from . import cache_teacher, compress
 from .inputs import content, data_input, model_folder, sample, torch_device, torch_dtype
-from .main import set_up
-from .show import console, progress, read_json
-from .stage import digest, fingerprint_of, plain
+from .rounds import Round
+from .sharing import Shared, in_processes
+from .show import console, progress, read_json, say
+from .stage import digest, fingerprint_of, look_of, plain
 
 MEASURES = ("cross_entropy", "bits_per_byte", "kl", "agreement")
 STARTS = ("pruned", "random")
 TEACHER, PRUNED, DISTILLED = "teacher", "pruned", "distilled"
+WORK, CELLS = "work", "cells"
+# Of a chain what a cell depends on, and of its training what it does not.
+CHOSEN = ("dtype", "importance", "target", "repair", "rounds", "seed", "evaluate_tokens")
+IDLE = ("save_every", "log_every", "data_timeout")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """chain: the compress command; start: the student's first weights, "pruned" or "random"; top_k: so many of the
     teacher's likeliest tokens teach (0: all); trained: distilled, or measured as it was pruned; held_out: the data of
-    the figures; titles: experiment and variant, for the eye alone."""
+    the figures; title: experiment and variant, for the eye alone."""
 
     chain: compress.Options
     start: str
@@ -53,22 +57,36 @@ class Cell:
 
     @functools.cached_property
     def facts(self) -> dict[str, Any]:
-        """All that the figures come from."""
-        chain = plain(self.chain)
-        names = ("dtype", "importance", "target", "repair", "rounds", "seed", "evaluate_tokens")
-        how = chain["distill"] if self.trained else {name: chain["distill"][name] for name in ("seq_len", "batch")}
-        return {
-            **{name: chain[name] for name in names},
-            "distill": how,
-            "model": fingerprint_of(model_folder(self.chain.model)),
+        """All that the figures come from. Raises InputError where model or data do not exist."""
+        how = self.chain.distill
+        found = {
+            **{name: said(getattr(self.chain, name)) for name in CHOSEN},
+            "distill": said({"seq_len": how.seq_len, "rows": how.rows}),
+            "model": model_sum(model_folder(self.chain.model)),
             "data": text_sum(self.chain.data or ""),
             "held_out": text_sum(self.held_out),
-            **({"start": self.start, "top_k": self.top_k} if self.trained else {}),
+            "versions": {"limbeck": __version__, "torch": torch.__version__.partition("+")[0]},
         }
+        if self.trained or self.chain.rounds:
+            found["distill"] = said(how.chosen)
+            for name in IDLE:
+                found["distill"]["train"].pop(name, None)
+        return found | ({"start": self.start, "top_k": self.top_k} if self.trained else {})
 
     @property
     def name(self) -> str:
         return digest(self.facts)[:16]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of distillation, of all rounds; 0 where nothing is trained."""
+        return sum(found.distill.tokens for found in self.chain.plan()) if self.trained else 0
+
+
+def said(value: Any) -> Any:
+    """Options as JSON knows them, without those that say nothing, so that a new one changes no name."""
+    value = plain(value)
+    return {key: said(item) for key, item in value.items() if item is not None} if isinstance(value, dict) else value
 
 
 @functools.cache
@@ -78,147 +96,144 @@ def made_on() -> dict[str, Any]:
 
 
 @functools.cache
+def model_sum(folder: Path) -> str:
+    return fingerprint_of(folder)
+
+
+@functools.cache
 def text_sum(data: str) -> str:
-    """What stands for the text of data=, the standard library's included."""
+    """What stands for the text of data=, the standard library's included. Raises InputError where it is not there."""
     found = data_input(data)
-    return fingerprint_of(found) if found != data else content(data)
+    look_of(found)
+    return content(data) if found == data else fingerprint_of(found)
 
 
-def make_all(cells: Sequence[Cell], folder: Path, *, jobs: int, keep: bool, ready: Callable[[], None]) -> None:
-    """Makes all cells that `folder/cells` lacks, in `jobs` processes; `ready` is called behind each of this one's."""
-    folder.joinpath("cells").mkdir(parents=True, exist_ok=True)
-    work = folder / "work"
-    work.mkdir(exist_ok=True)
-    threads = max(1, torch.get_num_threads() // jobs)
-    context = multiprocessing.get_context("spawn")
-    others = [
-        context.Process(target=assist, args=(list(cells), folder, threads, keep, number)) for number in range(1, jobs)
-    ]
-    for other in others:
-        other.start()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def make_all(cells: Sequence[Cell], output: Path, *, jobs: int, keep: bool, ready: Callable[[], None]) -> None:
+    """Makes all cells that `output/cells` lacks, in `jobs` processes; `ready` is called behind each of this one's.
+
+    Raises InputError where cells could not be made, once the others are.
+    """
+    (output / CELLS).mkdir(parents=True, exist_ok=True)
+    with Shared(output / WORK) as shared:
+        with in_processes(jobs, shared.folder, assist, cells, output, keep):
+            made_on()
+            failed = work_through(cells, shared, keep, lambda: True, ready)
+        if not failed and not keep:
+            shared.clear()
+    if failed:
+        raise InputError(f"{len(failed)} of {len(cells)} cells could not be made; the first is {failed[0]}")
+
+
+def assist(cells: Sequence[Cell], output: Path, keep: bool, alive: Callable[[], bool]) -> None:
+    """A further process's part."""
     made_on()
-    try:
-        work_through(cells, folder, keep, ready)
-        for other in others:
-            other.join()
-    finally:
-        torch.set_num_threads(before)
-        for other in others:
-            other.terminate()
-    if not keep:
-        shutil.rmtree(work, ignore_errors=True)
+    with Shared(output / WORK) as shared:
+        work_through(cells, shared, keep, alive, lambda: None)
 
 
-def assist(cells: Sequence[Cell], folder: Path, threads: int, keep: bool, number: int) -> None:
-    """A further process's part; what it says is in work/process-N.log."""
-    set_up()
-    torch.set_num_threads(threads)
-    made_on()
-    with (
-        (folder / "work" / f"process-{number}.log").open("a", encoding="utf-8") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):
-        work_through(cells, folder, keep, lambda: None)
-
-
-def work_through(cells: Sequence[Cell], folder: Path, keep: bool, ready: Callable[[], None]) -> None:
-    """Makes the cells that nobody else makes, and then waits for those that others do."""
+def work_through(
+    cells: Sequence[Cell], shared: Shared, keep: bool, alive: Callable[[], bool], ready: Callable[[], None]
+) -> list[str]:
+    """Makes the cells that nobody else makes, and then waits for those that others do. What was wrong with those that
+    could not be made, a line each."""
+    failed: dict[str, str] = {}
     for patient in (False, True):
         for number, cell in enumerate(cells, 1):
-            file = folder / "cells" / f"{cell.name}.json"
-            if file.is_file():
+            file = file_of(shared.folder.parent, cell)
+            if file.is_file() or cell.name in failed:
                 continue
-            with contextlib.suppress(Timeout), alone(folder / "work", cell.name, patient):
-                if not file.is_file():
-                    console.rule(f"{cell.title}, seed {cell.chain.seed}: cell {number} of {len(cells)}", align="left")
-                    write_json(file, figures(cell, folder / "work", keep))
+            with shared.alone(cell.name, patient=patient) as free:
+                if not alive():
+                    return list(failed.values())
+                if free and not file.is_file():
+                    title = f"{cell.title}, seed {cell.chain.seed}"
+                    console.rule(f"{title}: cell {number} of {len(cells)}", align="left")
+                    try:
+                        make(cell, file, shared, keep)
+                    except DiskError:
+                        raise
+                    except (InputError, CheckFailed) as error:
+                        failed[cell.name] = f"{title}: {error}"
+                        say(failed[cell.name])
             ready()
+    return list(failed.values())
 
 
-@contextlib.contextmanager
-def alone(work: Path, name: str, patient: bool = True) -> Iterator[None]:
-    """No other process is in the block of that name. Raises Timeout where one is, unless `patient`."""
-    with FileLock(work / f".{name}.lock", timeout=-1 if patient else 0):
-        yield
-
-
-def figures(cell: Cell, work: Path, keep: bool) -> dict[str, Any]:
-    """A cell's content: facts, the models' figures, the held-out curve, and what it was made on."""
-    assert cell.chain.data is not None
+def make(cell: Cell, file: Path, shared: Shared, keep: bool) -> None:
+    """Writes a cell's file: facts, the models' figures, the held-out curve, and what it was made on."""
     begin = str(model_folder(cell.chain.model))
-    students, own = students_of(cell, begin, work)
+    students, own = students_of(cell, begin, shared)
     found = {
         "title": cell.title,
         "seed": cell.chain.seed,
+        "tokens": cell.tokens,
         "models": measured(cell, begin, students),
         "curve": curve(students[DISTILLED] / "metrics.jsonl") if cell.trained else [],
         "made_on": made_on(),
         "facts": cell.facts,
     }
+    write_json(file, found)
     if not keep:
         for folder in own:
             shutil.rmtree(folder, ignore_errors=True)
-    return found
 
 
-def students_of(cell: Cell, begin: str, work: Path) -> tuple[dict[str, Path], list[Path]]:
+def students_of(cell: Cell, begin: str, shared: Shared) -> tuple[dict[str, Path], list[Path]]:
     """Makes the students of a cell: their folders by name, and those folders that are of no use to other cells."""
     chain, before = cell.chain, begin
     known: Any = [cell.facts[name] for name in ("model", "data", "dtype")]
     own: list[Path] = []
     rounds = chain.plan()
-    for found in rounds:
-        last = found is rounds[-1]
-        shape = [found.distill.seq_len, found.distill.rows, found.seed]
-
-        def scored(folder: Path, before: str = before, found: Any = found) -> None:
-            compress.score_round(chain, before, found, folder)
-
-        known = [known, plain(found.importance), shape]
-        scores = once(work, "scores", known, scored)
-
-        def pruned(folder: Path, before: str = before, found: Any = found, scores: Path = scores) -> None:
-            compress.prune_round(chain, before, found, scores, folder)
-
-        known = [known, plain(found.target), plain(found.repair)]
-        start = student = once(work, "pruned", known, pruned)
-        if last and not cell.trained:
-            return {PRUNED: student}, own
-        if last and cell.start == "random":
-            start = once(work, "random", known, functools.partial(random_like, student, found.seed))
-        known = [known, found.distill.chosen, cell.start, cell.top_k]
-        cache = None
-        if cell.top_k:
-            cache = once(work, "cache", known, functools.partial(answers, cell, begin, found))
-            own.append(cache)
-        distilled = work / f"distilled-{digest(known)[:12]}"
+    for number, found in enumerate(rounds, 1):
+        how = found.scored(load_config(model_folder(before)))
+        known = [known, plain(how), found.distill.seq_len, found.distill.rows, found.seed]
+        scores = once(shared, "scores", known, functools.partial(compress.score_round, chain, before, found))
+        known = [known, said(found.target), plain(found.repair)]
+        prune = functools.partial(compress.prune_round, chain, before, found, scores)
+        start = student = once(shared, "pruned", known, prune)
+        if found is rounds[-1]:
+            if not cell.trained:
+                return {PRUNED: student}, own
+            if cell.start == "random":
+                start = once(shared, "random", known, functools.partial(random_like, student, found.seed))
+        distilled = shared.folder / f"distilled-{cell.name}-{number}"
         own += [distilled, distilled.with_name(f"{distilled.name}-corrected-teacher")]
+        cache = answers(cell, begin, found, shared) if cell.top_k else None
         compress.distill_round(chain, begin, start, found, distilled, cache)
-        before = str(distilled)
+        known, before = [known, cell.name], str(distilled)
     return {PRUNED: student, DISTILLED: distilled}, own
 
 
-def once(work: Path, name: str, known: Any, make: Callable[[Path], None]) -> Path:
+def once(shared: Shared, name: str, known: Any, make: Callable[[Path], None]) -> Path:
     """The folder that `make` makes of what is known, by the first process that asks for it."""
-    folder = work / f"{name}-{digest(known)[:12]}"
-    with alone(work, folder.name):
+    folder = shared.folder / f"{name}-{digest(known)[:12]}"
+    with shared.alone(folder.name):
         if not folder.is_dir():
             make(folder)
     return folder
 
 
-def answers(cell: Cell, teacher: str, found: Any, folder: Path) -> None:
-    """The teacher's `top_k` likeliest tokens at all that the student will read."""
+def answers(cell: Cell, teacher: str, found: Round, shared: Shared) -> Path:
+    """The teacher's `top_k` likeliest tokens at all that a student of this round will read."""
     chain = cell.chain
     assert chain.data is not None
-    cache_teacher.run(
-        cache_teacher.Options(
-            teacher, chain.data, folder, found.seed, chain.device, chain.dtype, CacheOptions(cell.top_k), found.distill
-        )
+    options = cache_teacher.Options(
+        teacher,
+        chain.data,
+        shared.folder,
+        found.seed,
+        chain.device,
+        chain.dtype,
+        CacheOptions(cell.top_k),
+        found.distill,
     )
+    read = [[part.train.steps, part.batch, part.seq_len, part.evaluate_tokens] for part in found.distill.plan()]
+    known = [cell.facts["model"], cell.facts["data"], chain.dtype, found.seed, cell.top_k, read, found.distill.repack]
+
+    def write(folder: Path) -> None:
+        cache_teacher.run(dataclasses.replace(options, output=folder))
+
+    return once(shared, "answers", known, write)
 
 
 def random_like(student: Path, seed: int, folder: Path) -> None:
@@ -256,8 +271,12 @@ def curve(metrics: Path) -> list[dict[str, float]]:
     ]
 
 
-def load_cell(folder: Path, cell: Cell) -> dict[str, Any] | None:
+def file_of(output: Path, cell: Cell) -> Path:
+    return output / CELLS / f"{cell.name}.json"
+
+
+def load_cell(output: Path, cell: Cell) -> dict[str, Any] | None:
     """A cell's content where it is there."""
-    file = folder / "cells" / f"{cell.name}.json"
+    file = file_of(output, cell)
     found: dict[str, Any] | None = read_json(file) if file.is_file() else None
     return found

@@ -7,22 +7,28 @@ wants it, evaluate (see cells.py). Its figures stand in `cells/`, so that a kill
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ..distill.experiment_plot import draw_order, draw_rows, draw_sizes
 from ..models.errors import InputError
 from . import compress
-from .cells import DISTILLED, MEASURES, PRUNED, STARTS, TEACHER, Cell, load_cell, make_all
+from .cells import CELLS, DISTILLED, MEASURES, PRUNED, STARTS, TEACHER, WORK, Cell, load_cell, make_all
 from .compose import build, compose_config, guess
 from .experiment_figures import Row, agreement, order_of, spread
-from .show import result, say, table
+from .inputs import model_folder, torch_device
+from .show import read_json, result, say, table
+from .stage import RESULT
 
 STUDENTS = (PRUNED, DISTILLED)
 PICTURES = ("rows", "sizes", "order")
+UNREAD = ("seed", "device", "output", "dry_run", "export_dtype", "hardware", "fit")  # of compress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Experiment:
             )
         if self.picture not in PICTURES:
             raise InputError(f"experiment.picture is {self.picture!r}; known: {', '.join(PICTURES)}")
+        if self.picture != "rows" and self.student != DISTILLED:
+            raise InputError(f"experiment.picture {self.picture} is of distilled students; measure is {self.measure}")
         if bool(self.members) == bool(self.variants):
             raise InputError("experiment: expected variants, or members of a set of experiments")
         for name, variant in self.variants.items():
@@ -90,8 +98,8 @@ class Options:
     experiment: Experiment
 
     def __post_init__(self) -> None:
-        if not self.seeds:
-            raise InputError("seeds is empty; give one at least, as seeds=[0]")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds is {list(self.seeds)}; give one at least, as seeds=[0], and each once")
         if self.jobs < 1:
             raise InputError(f"jobs is {self.jobs}; expected at least 1")
         known = list(self.experiment.members or self.experiment.variants)
@@ -111,11 +119,13 @@ class Plan:
 
 
 def run(options: Options) -> None:
-    plans = plans_of(options)  # all are composed before the first one runs: what is wrong with one is said at once
+    claim(options)
+    plans = plans_of(options)
     cells: dict[str, Cell] = {}
     for cell in (cell for plan in plans for found in plan.cells.values() for cell in found):
         cells.setdefault(cell.name, cell)
-    say(f"{len(cells)} cells; figures in {options.output / 'cells'}")
+    check(options, plans)
+    say(f"{len(cells)} cells; figures in {options.output / CELLS}")
     shown: set[Path] = set()
 
     def ready() -> None:
@@ -123,10 +133,48 @@ def run(options: Options) -> None:
             if plan.folder not in shown and show(plan, options):
                 shown.add(plan.folder)
 
-    make_all(list(cells.values()), options.output, jobs=options.jobs, keep=options.keep, ready=ready)
-    ready()
-    if options.experiment.members:
-        gather(plans, options)
+    try:
+        make_all(list(cells.values()), options.output, jobs=options.jobs, keep=options.keep, ready=ready)
+    finally:
+        ready()
+        if options.experiment.members:
+            gather(options)
+
+
+def claim(options: Options) -> None:
+    """Raises InputError where the output is of something else, or of another experiment."""
+    output = options.output
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / CELLS).is_dir())):
+        raise InputError(f"{output} exists already and is not of limbeck experiment; give an output that does not")
+    if (output / RESULT).is_file():
+        question = read_json(output / RESULT).get("question")
+        if question != options.experiment.question:
+            raise InputError(f"{output} holds another experiment ({question}); give another output")
+
+
+def check(options: Options, plans: Sequence[Plan]) -> None:
+    """Finds what is wrong with a variant's model, target or data before the first cell is made. Raises InputError."""
+    torch_device(options.device)
+    for plan in plans:
+        names = {cell.name for found in plan.cells.values() for cell in found}
+        if len(names) < len(plan.cells) * len(options.seeds):
+            raise InputError(
+                f"also={options.also} makes variants of {plan.experiment.question!r} the same; leave it out"
+            )
+        for found in plan.cells.values():
+            chain = found[0].chain
+            assert chain.data is not None
+            with said_of(found[0]):
+                compress.check_feasible(chain.data, model_folder(chain.model), chain.plan())
+
+
+@contextlib.contextmanager
+def said_of(cell: Cell) -> Iterator[None]:
+    """Says of which variant an input was wrong."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{cell.title}: {error}") from None
 
 
 def plans_of(options: Options) -> list[Plan]:
@@ -151,14 +199,27 @@ def plan_of(options: Options, experiment: Experiment, name: str, folder: Path, o
 
 def cells_of(options: Options, experiment: Experiment, variant: Variant, title: str) -> list[Cell]:
     """A variant's cells, one a seed."""
-    words = [*experiment.base, *variant.overrides, *shlex.split(options.also), f"device={options.device}"]
-    chain = build(compress.Options, compose_config("compress", [*words, f"output={options.output / 'work'}"]))
+    words = [*experiment.base, *variant.overrides, *also_of(options), f"device={options.device}"]
+    chain = build(compress.Options, compose_config("compress", [*words, f"output={options.output / WORK}"]))
     assert chain.data is not None
     trained, held_out = experiment.student == DISTILLED, experiment.held_out or chain.data
     return [
         Cell(dataclasses.replace(chain, seed=seed), variant.start, variant.top_k, trained, held_out, title)
         for seed in options.seeds
     ]
+
+
+def also_of(options: Options) -> list[str]:
+    """The overrides of `also`. Raises InputError where they cannot be read, or are of what no cell reads."""
+    try:
+        words = shlex.split(options.also)
+    except ValueError as error:
+        raise InputError(f"also={options.also!r} cannot be read: {error}") from None
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] in UNREAD:
+            raise InputError(f"also: no cell of an experiment reads {key}; leave it out")
+    return words
 
 
 def show(plan: Plan, options: Options) -> bool:
@@ -175,6 +236,15 @@ def show(plan: Plan, options: Options) -> bool:
         )
         for name, each in found.items()
     }
+    with FileLock(options.output / CELLS / ".tables.lock"):  # commands that share the cells end together
+        write_tables(plan, options, found, rows)
+    return True
+
+
+def write_tables(
+    plan: Plan, options: Options, found: Mapping[str, list[dict[str, Any]]], rows: Mapping[str, Row]
+) -> None:
+    experiment = plan.experiment
     plan.folder.mkdir(parents=True, exist_ok=True)
     sentence = agreement(rows, experiment.figure == "agreement")
     lines, title = table_of(plan, options, found, rows, sentence)
@@ -188,12 +258,8 @@ def show(plan: Plan, options: Options) -> bool:
     made_on = [
         dict(each) for each in sorted({tuple(cell["made_on"].items()) for each in found.values() for cell in each})
     ]
-    result(
-        plan.folder,
-        {"measure": experiment.measure, "seeds": options.seeds, "rows": content, "agreement": sentence,
-         "order": facts, "made_on": made_on},
-    )  # fmt: skip
-    return True
+    said = {"question": experiment.question, "measure": experiment.measure, "seeds": options.seeds}
+    result(plan.folder, said | {"rows": content, "agreement": sentence, "order": facts, "made_on": made_on})
 
 
 def table_of(
@@ -202,7 +268,13 @@ def table_of(
     """The lines of table.md, which the terminal shows as well, and the figure's title."""
     experiment = plan.experiment
     first = next(iter(rows))
-    sizes = {name: each[0]["models"][experiment.student]["parameters"] for name, each in cells.items()}
+    counts = {
+        name: sorted({cell["models"][experiment.student]["parameters"] for cell in each})
+        for name, each in cells.items()
+    }
+    sizes = {
+        name: " to ".join(f"{count:,}" for count in dict.fromkeys((each[0], each[-1]))) for name, each in counts.items()
+    }
     teacher = next(iter(cells.values()))[0]["models"][TEACHER]
     title = f"{experiment.measure.replace('.', ', ').replace('_', ' ')}; {len(options.seeds)} seeds"
     columns = ["variant", "mean [least, largest]", f"less {first}"]
@@ -211,7 +283,7 @@ def table_of(
     body = []
     for name, row in rows.items():
         line = [name, row.spread, "" if name == first else spread(row.less(rows[first]), "+")]
-        line += [f"{sizes[name]:,}"] * different
+        line += [sizes[name]] * different
         line += ["" if row.published is None else f"{row.published:g}"] * known
         body.append(line)
     say(experiment.question)
@@ -219,7 +291,7 @@ def table_of(
     say(f"{sentence} ({experiment.source})")
     words = [f"Seeds {', '.join(map(str, options.seeds))}"]
     if experiment.student == DISTILLED:
-        tokens = sorted({cell["curve"][-1]["tokens"] for each in cells.values() for cell in each if cell["curve"]})
+        tokens = sorted({cell["tokens"] for each in cells.values() for cell in each})
         words.append(f"{' to '.join(f'{count:,}' for count in dict.fromkeys((tokens[0], tokens[-1])))} tokens")
     if experiment.figure in ("cross_entropy", "bits_per_byte"):
         words.append(f"the teacher's is {teacher[experiment.figure]['value']:.4f}")
@@ -268,12 +340,13 @@ def draw(
         draw_rows(plan.folder, experiment.question, title, {name: row.values for name, row in rows.items()})
 
 
-def gather(plans: Sequence[Plan], options: Options) -> None:
-    """experiments.md: the tables and pictures of all, one below the other."""
+def gather(options: Options) -> None:
+    """experiments.md: the tables and pictures of all members that are finished, one below the other."""
     parts = ["# Experiments", ""]
-    for plan in plans:
-        text = (plan.folder / "table.md").read_text(encoding="utf-8")
-        name = plan.folder.name
-        parts += [f"## {name}", "", text, f"![{plan.experiment.question}]({name}/plots/experiment.svg)", ""]
+    for name in options.experiment.members:
+        if (options.output / name / "table.md").is_file():
+            question = read_json(options.output / name / RESULT)["question"]
+            text = (options.output / name / "table.md").read_text(encoding="utf-8")
+            parts += [f"## {name}", "", text, f"![{question}]({name}/plots/experiment.svg)", ""]
     (options.output / "experiments.md").write_text("\n".join(parts), encoding="utf-8")
     say(f"tables: {options.output / 'experiments.md'}")

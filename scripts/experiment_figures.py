@@ -66,7 +66,7 @@ def agreement(rows: Mapping[str, Row], more_is_better: bool) -> str:
 
 def order_of(rows: Mapping[str, Row], cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
     """How well the variants' order at the end is foretold (Spearman's correlation, one a seed): by their parameters, by
-    the loss as they were pruned, and by the held-out KL after so many tokens."""
+    the loss as they were pruned, and by the held-out KL after so many tokens. Of the figure less is better."""
     foretold: dict[str, list[float]] = {}
     for seed in range(len(next(iter(rows.values())).values)):
         end = [row.values[seed] for row in rows.values()]
@@ -75,8 +75,9 @@ def order_of(rows: Mapping[str, Row], cells: Mapping[str, list[dict[str, Any]]])
             "parameters": [-float(cell["models"][DISTILLED]["parameters"]) for cell in found],
             "loss as pruned": [cell["models"][PRUNED]["cross_entropy"]["value"] for cell in found],
         }
-        for number, point in enumerate(found[0]["curve"]):
-            by[f"{point['tokens']:,} tokens"] = [cell["curve"][number]["kl"] for cell in found]
+        curves = [{point["tokens"]: point["kl"] for point in cell["curve"]} for cell in found]
+        for tokens in sorted(set.intersection(*map(set, curves))):
+            by[f"{tokens:,} tokens"] = [curve[tokens] for curve in curves]
         for name, values in by.items():
             foretold.setdefault(name, []).append(rank_correlation(values, end))
     return foretold

@@ -205,4 +205,9 @@ def torch_device(name: str) -> torch.device:
         raise InputError(f"device {name!r} is unknown; expected auto, cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use device=cpu")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=device).fill_(0)
+        except (RuntimeError, NotImplementedError, AssertionError):
+            raise InputError(f"device {name!r}: torch {torch.__version__} has none here; use device=cpu") from None
     return device

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck.models.errors import CheckFailed
 from limbeck.scripts import cells
 from limbeck.scripts.compose import CONF, build, compose_config
 from limbeck.scripts.experiment import Options, plans_of
 from limbeck.scripts.experiment_figures import Row, agreement, order_of, rank_correlation
+from limbeck.scripts.sharing import Shared
 from limbeck.tests.helpers import limbeck
 
 NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "all")
@@ -46,7 +53,7 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "| x |" in (tmp_path / "out" / "table.md").read_text()
     assert {path.suffix for path in (tmp_path / "out" / "plots").iterdir()} == {".png", ".svg"}
     assert not (tmp_path / "out" / "work").exists()
-    monkeypatch.setattr(cells, "figures", None)  # nothing is left to do
+    monkeypatch.setattr(cells, "make", None)  # nothing is left to do
     assert limbeck(*words)[0] == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == found
 
@@ -106,15 +113,95 @@ def test_the_sentence() -> None:
     (
         (("experiment=lose",), "did you mean 'loss'"),
         (("experiment=loss", "only=[KLL]"), "did you mean 'KL'"),
-        (("experiment=loss", "seeds=[]"), "seeds is empty"),
+        (("experiment=loss", "seeds=[]"), "seeds is []"),
         (("experiment=loss", "also=target.hiddensize=3"), "hiddensize"),
         (("experiment=loss", "experiment.measure=distilled.speed"), "experiment.measure"),
-        (("experiment=loss", "experiment.picture=pie"), "experiment.picture"),
+        (("experiment=loss", "+experiment.picture=pie"), "picture is 'pie'"),
         (("experiment=loss", "jobs=0"), "jobs is 0"),
         (("experiment=all", "only=[los]"), "did you mean 'loss'"),
         (("experiment=loss", "+experiment.members=[loss]"), "members"),
+        (("experiment=loss", "seeds=[0,0]"), "each once"),
+        (("experiment=score-source", "+experiment.picture=order"), "of distilled students"),
+        (("experiment=loss", "also=data=/nowhere/it"), "/nowhere/it"),
+        (("experiment=loss", "also=data=it's"), "cannot be read"),
+        (("experiment=loss", "also=fit.context=9"), "reads fit.context"),
+        (("experiment=loss", "also=target.layers=40"), "layers is 40"),
+        (("experiment=loss", "device=mps:9"), "device"),
     ),
 )
 def test_wrong_input(words: tuple[str, ...], complaint: str, tmp_path: Path) -> None:
     code, _, err = limbeck(*words, f"output={tmp_path / 'out'}")
     assert code == 2 and complaint in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_variants_that_also_makes_the_same(tmp_path: Path) -> None:
+    words = ("experiment=temperature", "also=distill.loss.temperature=2", f"output={tmp_path / 'out'}")
+    code, _, err = limbeck(*words)
+    assert code == 2 and "the same; leave it out" in err and not (tmp_path / "out").exists()
+
+
+def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    (mine / "work").mkdir(parents=True)
+    (mine / "work" / "thesis").write_text("mine")
+    code, _, err = limbeck("experiment=loss", f"output={mine}")
+    assert code == 2 and "not of limbeck experiment" in err and (mine / "work" / "thesis").read_text() == "mine"
+    code, _, err = limbeck("experiment=loss", f"output={mine / 'work' / 'thesis'}")
+    assert code == 2 and err.count("\n") == 1
+    (other / "cells").mkdir(parents=True)
+    (other / "result.json").write_text('{"question": "Why?"}')
+    code, _, err = limbeck("experiment=loss", f"output={other}")
+    assert code == 2 and "another experiment (Why?)" in err
+
+
+def test_a_shared_folder_goes_with_the_last_one(tmp_path: Path) -> None:
+    with Shared(tmp_path / "work") as first:
+        with Shared(tmp_path / "work") as second:
+            with first.alone("a") as free, second.alone("a", patient=False) as other, second.alone("b") as apart:
+                assert (free, other, apart) == (True, False, True)
+            with second.alone("a", patient=False) as other:
+                assert other
+            first.clear()
+            assert (tmp_path / "work").is_dir()
+        first.clear()
+        assert not (tmp_path / "work").exists()
+
+
+def test_a_cell_that_cannot_be_made_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = cells.make
+
+    def make(cell: cells.Cell, *arguments: Any) -> None:
+        if cell.title == "3":
+            raise CheckFailed("the loss is not finite")
+        real(cell, *arguments)
+
+    monkeypatch.setattr(cells, "make", make)
+    monkeypatch.setattr(cells, "measured", lambda cell, teacher, students: {})
+    words = ("experiment=temperature", f"output={tmp_path / 'out'}", "seeds=[0]", SMALL)
+    code, _, err = limbeck(*words, "only=['1','3']")
+    assert code == 2 and "1 of 2 cells" in err and "3, seed 0: the loss is not finite" in err
+    assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 1 and (tmp_path / "out" / "work").is_dir()
+
+
+@pytest.mark.slow
+def test_killed_and_gone_on_with_by_two_commands(tmp_path: Path) -> None:
+    """The figures are those of a run that nobody disturbed."""
+    words = ("experiment=repair", "only=[slices,norms by count,rotation]", "seeds=[0,1]", SMALL)
+    assert limbeck(*words, f"output={tmp_path / 'plain'}")[0] == 0
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "limbeck.scripts.main", *words, f"output={killed}"]
+    for _ in range(2):
+        begun = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        before = len(list((killed / "cells").glob("*.json")))
+        while len(list((killed / "cells").glob("*.json"))) == before and begun.poll() is None:
+            time.sleep(0.05)
+        os.killpg(begun.pid, signal.SIGKILL)
+        begun.wait()
+    both = [subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL) for more in ((), ("jobs=2",))]
+    assert [process.wait() for process in both] == [0, 0]
+    plain, gone_on = (
+        json.loads((folder / "result.json").read_text())["rows"] for folder in (tmp_path / "plain", killed)
+    )
+    for name, row in plain.items():
+        assert gone_on[name]["values"] == pytest.approx(row["values"], rel=1e-4)
+    assert not (killed / "work").exists()
