@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .linear import linear
+
 CACHED = 2**19  # elements of the logits that a CPU works through at a time, so that they stay in its cache
 VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
 
@@ -36,7 +38,7 @@ class ChunkedLoss(torch.autograd.Function):
         size = max(1, CACHED // head.shape[0])
         for start in range(0, tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, tokens))
-            logits = (hidden[rows] @ head.T).to(work)
+            logits = linear(hidden[rows], head).to(work)
             piece: Piece = open_chunk(rows)
             for begin in range(0, logits.shape[0], size):
                 inner = slice(begin, min(begin + size, logits.shape[0]))
