@@ -271,7 +271,7 @@ def write_checkpoint(
             counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
     main_dtype = max(counts, key=lambda key: counts[key])
     write_json(folder / "config.json", content | {"torch_dtype": str(main_dtype).removeprefix("torch.")})
-    for name in COMPANIONS if tokenizer_from is not None else ():
+    for name in COMPANIONS if tokenizer_from not in (None, folder) else ():  # the folder may have its own already
         if (Path(tokenizer_from) / name).is_file():  # type: ignore[arg-type]
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)  # type: ignore[arg-type]
     if provenance is not None:

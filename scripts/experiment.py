@@ -277,7 +277,7 @@ def table_of(
     }
     teacher = next(iter(cells.values()))[0]["models"][TEACHER]
     title = f"{experiment.measure.replace('.', ', ').replace('_', ' ')}; {len(options.seeds)} seeds"
-    columns = ["variant", "mean [least, largest]", f"less {first}"]
+    columns = ["variant", "mean [least, largest]", f"minus {first}"]
     different, known = len(set(sizes.values())) > 1, any(row.published is not None for row in rows.values())
     columns += ["parameters"] * different + ["published"] * known
     body = []
@@ -297,8 +297,11 @@ def table_of(
         words.append(f"the teacher's is {teacher[experiment.figure]['value']:.4f}")
     if options.also:
         words.append(f"with `{options.also}`")
-    made_on = sorted({", ".join(f"{key} {value}" for key, value in cell["made_on"].items())
-                      for each in cells.values() for cell in each})  # fmt: skip
+    machines: dict[str, set[str]] = {}
+    for cell in (cell for each in cells.values() for cell in each):
+        machine = ", ".join(f"{key} {value}" for key, value in cell["made_on"].items() if key != "commit")
+        machines.setdefault(machine, set()).add(cell["made_on"]["commit"])
+    made_on = [f"{machine}, commit {', '.join(sorted(commits))}" for machine, commits in machines.items()]
     lines = [f"**{experiment.question}** {title[0].upper()}{title[1:]}.", "", f"| {' | '.join(columns)} |"]
     lines += ["|---" * len(columns) + "|", *(f"| {' | '.join(line)} |" for line in body), ""]
     lines += [f"Published: {experiment.source}. {sentence} {', '.join(words)}; {'; '.join(made_on)}."]

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from limbeck.models.checkpoint import load_config, load_model, open_checkpoint, save_model
+from limbeck.models.tokenizer import load_tokenizer
+from limbeck.scripts import pretrain
 from limbeck.scripts.main import COMMANDS
-from limbeck.tests.helpers import limbeck, make_workshop, random_model
+from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -315,6 +317,14 @@ def test_pretrain_and_go_on(workshop: Path, tmp_path: Path) -> None:
     assert code == 0, err
     assert json.loads((more / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"] < losses[1]
     refused("pretrain", *few, init, f"output={more}", "train.steps=3", says="init has changed")
+
+
+def test_pretrain_from_nothing(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain, "model_config", lambda name: tiny_config(vocab_size=320, pad_token_id=0))
+    words = [f"data={workshop / 'text'}", "seq_len=32", "batch=2", "evaluate_tokens=256", f"output={tmp_path / 'out'}"]
+    code, _, err = limbeck("pretrain", *words, "train.steps=3", "train.warmup_steps=1")
+    assert code == 0, err
+    assert load_tokenizer(tmp_path / "out").vocab_size == load_model(tmp_path / "out").config.vocab_size == 320
 
 
 ROUNDS = (
