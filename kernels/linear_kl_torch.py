@@ -74,7 +74,7 @@ def chunk_loss(
     gradient = None
     if need_gradient and ce_weight:
         assert labels is not None
-        gradient = student.exp()
+        gradient = torch.exp(student, out=logits) if teacher is None else student.exp()
         gradient.scatter_add_(1, labels, -torch.ones_like(values[1])[:, None])
         gradient *= ce_weight * factors
     if taught is not None and teacher is not None:
@@ -85,7 +85,7 @@ def chunk_loss(
         if need_gradient:
             student *= kl_weight * temperature * factors  # T^2, and 1 / T from the logits' division
             gradient = student if gradient is None else gradient.add_(student)
-    if gradient is not None:
+    if gradient is not None and gradient is not logits:
         logits.copy_(gradient)
     return agree
 

@@ -254,8 +254,9 @@ def loss_forward(student: HybridConfig, teacher: HybridConfig | None, training: 
         return given + head * 4 + max(logits, head * b if b < 4 else 0)
     chunk = min(n, max(256, 2**22 // vocabulary))
     logits = chunk * vocabulary * (w * sides + (b if training.copies else 0))
-    parts = 2 * min(chunk * vocabulary, LOGITS) * w if sides == 2 else 0
-    return given + head * w + logits + parts
+    # Log-probabilities of the tokens at work; with a teacher of both sides, with its probabilities and their product.
+    parts = {"online": 4, "cached": 0, "none": 1}[training.teacher]
+    return given + head * w + logits + parts * min(chunk * vocabulary, LOGITS) * w
 
 
 def loss_backward(config: HybridConfig, training: Training) -> int:

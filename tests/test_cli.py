@@ -269,7 +269,8 @@ def test_compress_refuses_before_it_writes(workshop: Path, tmp_path: Path) -> No
     (tmp_path / "nothing").mkdir()
     for change, says in (
         ("target.hidden_size=999", "999"),
-        ("target.layers=2", "remove"),
+        ("target.layers=99", "layers is 99"),
+        ("importance.remove_layers=0", "remove"),
         ("target.mamba_num_heads=5", "multiple"),
         (f"data={tmp_path / 'nothing'}", "no text"),
         (f"model={tmp_path / 'nothing'}", "config.json"),
