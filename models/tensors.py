@@ -98,9 +98,13 @@ class Silence(Exception):
     """A thread that is to make something gives no sign."""
 
 
+PATIENCE = 10.0  # seconds for the item that a thread is at when nobody wants more
+
+
 def ahead(items: Iterable[Item], most: int = 1, timeout: float | None = None) -> Generator[Item, None, None]:
     """The same items; a thread of its own makes the next ones, `most` in advance. Its errors come out here; with a
-    `timeout` in seconds Silence does where they bring nothing, and the thread is not waited for at the end."""
+    `timeout` in seconds Silence does where they bring nothing. The thread is waited for at the end, unless it is silent:
+    one that is left within torch when the interpreter goes takes the process down with it."""
     line: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(most)
     left = threading.Event()
 
@@ -121,11 +125,13 @@ def ahead(items: Iterable[Item], most: int = 1, timeout: float | None = None) ->
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
+    patience = None if timeout is None else min(timeout, PATIENCE)
     try:
         while True:
             try:
                 found = line.get(timeout=timeout)
             except queue.Empty:
+                patience = 0.0
                 raise Silence from None
             if found is None:
                 return
@@ -134,8 +140,7 @@ def ahead(items: Iterable[Item], most: int = 1, timeout: float | None = None) ->
             yield found[0]
     finally:
         left.set()
-        if timeout is None:
-            thread.join()
+        thread.join(patience)
 
 
 @contextlib.contextmanager

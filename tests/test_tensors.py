@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import random
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import pytest
 import torch
 from limbeck.models.checkpoint import finished_shards, open_checkpoint, plan_shards, write_checkpoint
 from limbeck.models.errors import DiskError
-from limbeck.models.tensors import TensorFile, is_finite, save_tensors, take
+from limbeck.models.tensors import Silence, TensorFile, ahead, is_finite, save_tensors, take
 from limbeck.tests.helpers import random_model, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -125,3 +130,27 @@ def test_take_is_index_select(dtype: torch.dtype) -> None:
         for dimension in range(3):
             index = torch.randperm(candidate.shape[dimension])[:2]
             assert torch.equal(take(candidate, dimension, index), candidate.index_select(dimension, index))
+
+
+def test_no_thread_is_left_behind() -> None:
+    """A thread within torch when the interpreter goes would abort the process."""
+    before = set(threading.enumerate())
+
+    def endless() -> Iterator[int]:
+        for number in itertools.count():
+            time.sleep(0.05)
+            yield number
+
+    for timeout in (None, 5.0):
+        with contextlib.closing(ahead(endless(), 2, timeout)) as source:
+            assert [next(source), next(source)] == [0, 1]
+        assert set(threading.enumerate()) <= before
+
+    def hung() -> Iterator[int]:
+        time.sleep(1.0)
+        yield 0
+
+    begun = time.monotonic()
+    with pytest.raises(Silence), contextlib.closing(ahead(hung(), 2, 0.1)) as source:
+        next(source)
+    assert time.monotonic() - begun < 0.9  # nor is a silent one waited for
