@@ -103,8 +103,8 @@ PATIENCE = 10.0  # seconds for the item that a thread is at when nobody wants mo
 
 def ahead(items: Iterable[Item], most: int = 1, timeout: float | None = None) -> Generator[Item, None, None]:
     """The same items; a thread of its own makes the next ones, `most` in advance. Its errors come out here; with a
-    `timeout` in seconds Silence does where they bring nothing. The thread is waited for at the end, unless it is silent:
-    one that is left within torch when the interpreter goes takes the process down with it."""
+    `timeout` in seconds Silence does where they bring nothing. The thread is waited for at the end, unless it is
+    silent: one that is left within torch when the interpreter goes takes the process down with it."""
     line: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(most)
     left = threading.Event()
 
