@@ -23,8 +23,8 @@ from .slice import GROUPS_OF_AXIS, WIDTH_OF_AXIS, Selection
 @dataclasses.dataclass(frozen=True)
 class Target:
     """The size to prune to: a number of layers and widths, named as in the config; None keeps the source's.
-    `keep_layers` names the source layers that stay, whatever the order of the scores. `parameters`, a share below 1 of
-    the source's or a count, stands for hidden_size and intermediate_size, or for the one not given (see sizing.py)."""
+    `keep_layers` names the source layers that stay, whatever the order of the scores. `parameters`, a share of the
+    source's or a count, stands for hidden_size and intermediate_size, or for the one not given (see sizing.py)."""
 
     layers: int | None = None
     hidden_size: int | None = None
@@ -49,7 +49,7 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
         layers = kept_layers(config, layer_order, target.layers)
     else:
         layers = named_layers(config, target.keep_layers, target.layers)
-    target = with_widths(config, layers, target)
+    target = with_widths(config, "".join(config.pattern[layer] for layer in layers), target)
     sizes = {axis: size for axis, size in axis_sizes(config).items() if axis.layer is None or axis.layer in layers}
     counts = {kind: check_width(config, sizes, kind, getattr(target, width)) for kind, width in WIDTH_OF_AXIS.items()}
     kept: dict[Axis, tuple[int, ...]] = {}
@@ -70,12 +70,13 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
     return Selection(layers, kept)
 
 
-def with_widths(config: HybridConfig, layers: Sequence[int], target: Target) -> Target:
-    """The target with the widths that its `parameters` stand for. Raises InputError."""
+def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
+    """The target with the widths that its `parameters` stand for where layers of that pattern stay. Raises
+    InputError."""
     if target.parameters is None:
         return target
     asked = {name: getattr(target, name) for name in WIDTH_OF_AXIS.values() if getattr(target, name) is not None}
-    smaller = config.replace(pattern="".join(config.pattern[layer] for layer in layers), **asked)
+    smaller = config.replace(pattern=pattern, **asked)
     goal = goal_of(config, target.parameters)
     hidden, intermediate = widths_for(smaller, goal, target.hidden_size, target.intermediate_size)
     return dataclasses.replace(

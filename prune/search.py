@@ -25,6 +25,7 @@ from .compensate import Repair, repair_model
 from .importance import TokenBatch
 from .patterns import Rules, broken_rule, embed, odd_gap
 from .scores import LayerScores, WidthScores
+from .sizing import unwritable
 from .slice import WIDTH_OF_AXIS, Selection
 
 RANKS = ("memory", "importance", "loss")
@@ -184,15 +185,6 @@ def find_depths(config: HybridConfig, space: Space, rules: Rules, scores: LayerS
     if not depths:
         raise InputError(f"space: the rules allow no number of layers: {'; '.join(broken)}")
     return tuple(depths)
-
-
-def unwritable(config: HybridConfig) -> str | None:
-    """Why no checkpoint folder can hold a model of this config; None where one can."""
-    try:
-        config.to_hf()
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def embedded(config: HybridConfig, pattern: str, rules: Rules, scores: LayerScores | None) -> tuple[int, ...]:

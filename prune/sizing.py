@@ -7,8 +7,8 @@ stay as they are, as they did there.
 
 from __future__ import annotations
 
+import bisect
 import functools
-from collections.abc import Callable, Sequence
 
 from ..models.config import HybridConfig
 from ..models.cost import count_parameters
@@ -47,7 +47,7 @@ def widths_for(config: HybridConfig, goal: float, hidden: int | None, intermedia
 
     def fits(hidden: int, intermediate: int) -> bool:
         smaller = config.replace(hidden_size=hidden, intermediate_size=intermediate)
-        return count_parameters(smaller) <= goal and writable(smaller)
+        return count_parameters(smaller) <= goal and unwritable(smaller) is None
 
     for width in [hidden] if hidden is not None else downwards(config.hidden_size, align):
         if intermediate is not None or not has_mlp:
@@ -56,7 +56,7 @@ def widths_for(config: HybridConfig, goal: float, hidden: int | None, intermedia
             least = 0 if hidden is not None else (width / config.hidden_size) ** 2 * config.intermediate_size
             inner = [size for size in downwards(config.intermediate_size, align) if size >= least - align / 2]
         if inner and fits(width, inner[-1]):
-            return width, first_that(inner, functools.partial(fits, width))
+            return width, inner[bisect.bisect_left(inner, True, key=functools.partial(fits, width))]
     raise InputError(
         f"target: no widths leave as few as {goal:,.0f} parameters; ask for more, or for fewer layers, too"
     )
@@ -67,19 +67,10 @@ def downwards(size: int, align: int) -> list[int]:
     return [size, *range((size - 1) // align * align, 0, -align)]
 
 
-def first_that(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """The first of descending sizes that fits, where all behind it do; the last one is known to."""
-    low, high = 0, len(sizes) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(sizes[middle]) else (middle + 1, high)
-    return sizes[low]
-
-
-def writable(config: HybridConfig) -> bool:
-    """Whether a checkpoint folder can hold a model of this config."""
+def unwritable(config: HybridConfig) -> str | None:
+    """Why no checkpoint folder can hold a model of this config; None where one can."""
     try:
         config.to_hf()
-    except InputError:
-        return False
-    return True
+    except InputError as error:
+        return str(error)
+    return None

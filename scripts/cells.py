@@ -36,7 +36,7 @@ from .stage import digest, fingerprint_of, look_of, plain
 MEASURES = ("cross_entropy", "bits_per_byte", "kl", "agreement")
 STARTS = ("pruned", "random")
 TEACHER, PRUNED, DISTILLED = "teacher", "pruned", "distilled"
-WORK, CELLS = "work", "cells"
+WORK, CELLS = "making", "cells"
 # Of a chain what a cell depends on, and of its training what it does not.
 CHOSEN = ("dtype", "importance", "target", "repair", "rounds", "seed", "evaluate_tokens")
 IDLE = ("save_every", "log_every", "data_timeout")

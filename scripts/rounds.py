@@ -16,10 +16,10 @@ from typing import Any
 from ..models.config import HybridConfig
 from ..models.cost import Hardware, count_parameters
 from ..models.errors import InputError
-from ..prune.choose import Target, select
+from ..prune.choose import Target, select, with_widths
 from ..prune.depth import check_removal, random_layers, step_size
 from ..prune.importance import score_random
-from ..prune.slice import Selection, slice_config
+from ..prune.slice import WIDTH_OF_AXIS, Selection, slice_config
 from . import distill, memory_fit, prune, score
 from .compose import build, guess
 from .show import gib, say, table
@@ -59,6 +59,12 @@ class Step:
     before: HybridConfig
     selection: Selection
     after: HybridConfig
+
+    def left(self, pattern: str) -> HybridConfig:
+        """What is left where layers of that pattern stay. Raises InputError where the target cannot be met so."""
+        target = with_widths(self.before, pattern, self.round.target)
+        widths = {name: getattr(target, name) for name in WIDTH_OF_AXIS.values()}
+        return self.after.replace(pattern=pattern, **{name: size for name, size in widths.items() if size is not None})
 
 
 def make_rounds(base: Round, changes: Sequence[Mapping[str, Any]]) -> tuple[Round, ...]:
@@ -160,7 +166,7 @@ def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, 
     names, columns, patterns = ["model"], [column([config], hardware, fit, "-")], {in_kinds(config)}
     for step in walk(config, rounds):
         patterns = leftovers(step, patterns)
-        outcomes = [step.after.replace(pattern=pattern) for pattern in sorted(patterns)]
+        outcomes = [step.left(pattern) for pattern in sorted(patterns)]
         names.append(step.round.name or "student")
         columns.append(column(outcomes, hardware, fit, f"{step.round.distill.tokens:,}"))
     budget = gib(hardware.budget(fit.framework_share, fit.reserve_gib, fit.overhead_gib))

@@ -62,7 +62,7 @@ def test_layers_go_in_their_order() -> None:
 @pytest.mark.parametrize("name", ("zoo", "nemotron-nano-12b-v2", "qwen3-8b", "smollm2-135m"))
 def test_widths_for_a_share_of_the_parameters(name: str, share: float) -> None:
     config = model_config(name)
-    found = with_widths(config, range(config.num_layers), Target(parameters=share))
+    found = with_widths(config, config.pattern, Target(parameters=share))
     asked = {key: getattr(found, key) or getattr(config, key) for key in ("hidden_size", "intermediate_size")}
     smaller = config.replace(**asked)
     smaller.to_hf()
@@ -73,9 +73,10 @@ def test_widths_for_a_share_of_the_parameters(name: str, share: float) -> None:
 
 def test_the_published_widths_follow_from_the_published_number_of_parameters() -> None:
     config, student = (model_config(f"nemotron-nano-{size}-v2") for size in ("12b", "9b"))
-    layers = [layer for layer in range(62) if layer not in (7, 8, 17, 18, 48, 52)]
+    pattern = "".join(config.pattern[layer] for layer in range(62) if layer not in (7, 8, 17, 18, 48, 52))
+    assert pattern == student.pattern
     for asked in ({}, {"hidden_size": 4480}, {"intermediate_size": 15680}):
-        found = with_widths(config, layers, Target(parameters=8_888_227_328, **asked))
+        found = with_widths(config, pattern, Target(parameters=8_888_227_328, **asked))
         assert (found.hidden_size, found.intermediate_size) == (student.hidden_size, student.intermediate_size)
 
 

@@ -52,7 +52,7 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found["rows"]["x"]["mean"] != found["rows"]["z"]["mean"] and "of 1 pairs" in out
     assert "| x |" in (tmp_path / "out" / "table.md").read_text()
     assert {path.suffix for path in (tmp_path / "out" / "plots").iterdir()} == {".png", ".svg"}
-    assert not (tmp_path / "out" / "work").exists()
+    assert not (tmp_path / "out" / "making").exists()
     monkeypatch.setattr(cells, "make", None)  # nothing is left to do
     assert limbeck(*words)[0] == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == found
@@ -144,11 +144,11 @@ def test_variants_that_also_makes_the_same(tmp_path: Path) -> None:
 
 def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
     mine, other = tmp_path / "mine", tmp_path / "other"
-    (mine / "work").mkdir(parents=True)
-    (mine / "work" / "thesis").write_text("mine")
+    (mine / "making").mkdir(parents=True)
+    (mine / "making" / "thesis").write_text("mine")
     code, _, err = limbeck("experiment=loss", f"output={mine}")
-    assert code == 2 and "not of limbeck experiment" in err and (mine / "work" / "thesis").read_text() == "mine"
-    code, _, err = limbeck("experiment=loss", f"output={mine / 'work' / 'thesis'}")
+    assert code == 2 and "not of limbeck experiment" in err and (mine / "making" / "thesis").read_text() == "mine"
+    code, _, err = limbeck("experiment=loss", f"output={mine / 'making' / 'thesis'}")
     assert code == 2 and err.count("\n") == 1
     (other / "cells").mkdir(parents=True)
     (other / "result.json").write_text('{"question": "Why?"}')
@@ -182,7 +182,7 @@ def test_a_cell_that_cannot_be_made_does_not_stop_the_others(tmp_path: Path, mon
     words = ("experiment=temperature", f"output={tmp_path / 'out'}", "seeds=[0]", SMALL)
     code, _, err = limbeck(*words, "only=['1','3']")
     assert code == 2 and "1 of 2 cells" in err and "3, seed 0: the loss is not finite" in err
-    assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 1 and (tmp_path / "out" / "work").is_dir()
+    assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 1 and (tmp_path / "out" / "making").is_dir()
 
 
 @pytest.mark.slow
@@ -206,4 +206,4 @@ def test_killed_and_gone_on_with_by_two_commands(tmp_path: Path) -> None:
     )
     for name, row in plain.items():
         assert gone_on[name]["values"] == pytest.approx(row["values"], rel=1e-4)
-    assert not (killed / "work").exists()
+    assert not (killed / "making").exists()
