@@ -331,7 +331,7 @@ def with_importance(
     as much as hidden, and the order was worse than that by bytes (docs/LOG.md).
     """
     known: dict[tuple[Any, ...], float] = {}
-    weights = {kind: weight for kind, weight in axis_weights(config).items() if any(a.kind == kind for a in widths)}
+    weights = scored_weights(config, widths)
 
     def share(candidate: Candidate, kind: str) -> float:
         names = [WIDTH_OF_AXIS[kind]] + (["mamba_head_dim"] if kind == "mamba_heads" else [])
@@ -349,6 +349,18 @@ def with_importance(
         )
         for candidate in candidates
     )
+
+
+def importance_kept(config: HybridConfig, widths: WidthScores, selection: Selection) -> float:
+    """The share of importance that a selection keeps, of 1 for the source; see `with_importance`."""
+    weights = scored_weights(config, widths)
+    kept = {kind: kept_share(config, widths, selection, kind) for kind in weights}
+    return sum(kept[kind] * weight for kind, weight in weights.items()) / sum(weights.values())
+
+
+def scored_weights(config: HybridConfig, widths: WidthScores) -> dict[str, int]:
+    """`axis_weights` of the kinds of axes that have scores."""
+    return {kind: weight for kind, weight in axis_weights(config).items() if any(a.kind == kind for a in widths)}
 
 
 def axis_weights(config: HybridConfig) -> dict[str, int]:

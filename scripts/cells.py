@@ -21,11 +21,15 @@ from .. import __version__
 from ..distill.gap import measure_gap
 from ..distill.teacher import CacheOptions
 from ..models.checkpoint import load_config, load_model, save_model
+from ..models.config import HybridConfig
 from ..models.cost import count_parameters
 from ..models.errors import CheckFailed, DiskError, InputError
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM, initialize
 from ..models.provenance import provenance
+from ..prune.choose import Target, select
+from ..prune.scores import Scores, load_scores
+from ..prune.search import importance_kept
 from . import cache_teacher, compress
 from .inputs import content, data_input, model_folder, sample, torch_device, torch_dtype
 from .rounds import Round
@@ -160,14 +164,16 @@ def work_through(
 
 
 def make(cell: Cell, file: Path, shared: Shared, keep: bool) -> None:
-    """Writes a cell's file: facts, the models' figures, the held-out curve, and what it was made on."""
+    """Writes a cell's file: facts, the models' figures, the share of importance that its last cut kept, the held-out
+    curve, and what it was made on."""
     begin = str(model_folder(cell.chain.model))
-    students, own = students_of(cell, begin, shared)
+    students, own, kept = students_of(cell, begin, shared)
     found = {
         "title": cell.title,
         "seed": cell.chain.seed,
         "tokens": cell.tokens,
         "models": measured(cell, begin, students),
+        "importance_kept": kept,
         "curve": curve(students[DISTILLED] / "metrics.jsonl") if cell.trained else [],
         "made_on": made_on(),
         "facts": cell.facts,
@@ -178,8 +184,9 @@ def make(cell: Cell, file: Path, shared: Shared, keep: bool) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def students_of(cell: Cell, begin: str, shared: Shared) -> tuple[dict[str, Path], list[Path]]:
-    """Makes the students of a cell: their folders by name, and those folders that are of no use to other cells."""
+def students_of(cell: Cell, begin: str, shared: Shared) -> tuple[dict[str, Path], list[Path], float]:
+    """Makes the students of a cell: their folders by name, those folders that are of no use to other cells, and the
+    share of importance that the last cut kept."""
     chain, before = cell.chain, begin
     known: Any = [cell.facts[name] for name in ("model", "data", "dtype")]
     own: list[Path] = []
@@ -192,8 +199,9 @@ def students_of(cell: Cell, begin: str, shared: Shared) -> tuple[dict[str, Path]
         prune = functools.partial(compress.prune_round, chain, before, found, scores)
         start = student = once(shared, "pruned", known, prune)
         if found is rounds[-1]:
+            kept = kept_by(load_config(model_folder(before)), load_scores(scores), found.target)
             if not cell.trained:
-                return {PRUNED: student}, own
+                return {PRUNED: student}, own, kept
             if cell.start == "random":
                 start = once(shared, "random", known, functools.partial(random_like, student, found.seed))
         distilled = shared.folder / f"distilled-{cell.name}-{number}"
@@ -201,7 +209,11 @@ def students_of(cell: Cell, begin: str, shared: Shared) -> tuple[dict[str, Path]
         cache = answers(cell, begin, found, shared) if cell.top_k else None
         compress.distill_round(chain, begin, start, found, distilled, cache)
         known, before = [known, cell.name], str(distilled)
-    return {PRUNED: student, DISTILLED: distilled}, own
+    return {PRUNED: student, DISTILLED: distilled}, own, kept
+
+
+def kept_by(config: HybridConfig, scores: Scores, target: Target) -> float:
+    return importance_kept(config, scores.widths, select(config, scores.widths, scores.layers.order, target))
 
 
 def once(shared: Shared, name: str, known: Any, make: Callable[[Path], None]) -> Path:

@@ -21,7 +21,7 @@ from ..models.errors import InputError
 from . import compress
 from .cells import CELLS, DISTILLED, MEASURES, PRUNED, STARTS, TEACHER, WORK, Cell, load_cell, make_all
 from .compose import build, compose_config, guess
-from .experiment_figures import Row, agreement, order_of, spread
+from .experiment_figures import Row, agreement, order_of, published_pairs, spread, stable_from
 from .inputs import model_folder, torch_device
 from .show import read_json, result, say, table
 from .stage import RESULT
@@ -46,9 +46,10 @@ class Variant:
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """measure: STUDENT.FIGURE of the gap; base: overrides of limbeck compress that all variants share; held_out: the
-    data of the figures where it is not what a variant is trained on; picture: "rows", a variant a line; "sizes",
-    against parameters and against tokens; "order", when the order of the variants is that of the end; members: of a
-    set of experiments the names, and nothing else."""
+    data of the figures where it is not what a variant is trained on; published_more: of the published figures more is
+    better; orders: variants from the best to the worst, as the source says it without figures; picture: "rows", a
+    variant a line; "sizes", against parameters and against tokens; "order", when the order of the variants is that of
+    the end; members: of a set of experiments the names, and nothing else."""
 
     question: str = ""
     source: str = ""
@@ -56,6 +57,8 @@ class Experiment:
     base: tuple[str, ...] = ()
     variants: dict[str, Variant] = dataclasses.field(default_factory=dict)
     held_out: str | None = None
+    published_more: bool = False
+    orders: tuple[tuple[str, ...], ...] = ()
     picture: str = "rows"
     members: tuple[str, ...] = ()
 
@@ -76,6 +79,13 @@ class Experiment:
                 raise InputError(f"experiment.variants.{name}.start is {variant.start!r}; known: {', '.join(STARTS)}")
             if variant.top_k < 0:
                 raise InputError(f"experiment.variants.{name}.top_k is {variant.top_k}; expected 0 (all) or more")
+
+        for name in (name for order in self.orders for name in order):
+            if name not in self.variants:
+                known = list(self.variants)
+                raise InputError(
+                    f"experiment.orders: {name!r} is no variant; known: {', '.join(known)}{guess(name, known)}"
+                )
 
     @property
     def student(self) -> str:
@@ -246,7 +256,8 @@ def write_tables(
 ) -> None:
     experiment = plan.experiment
     plan.folder.mkdir(parents=True, exist_ok=True)
-    sentence = agreement(rows, experiment.figure == "agreement")
+    pairs = published_pairs(rows, experiment.published_more, experiment.orders)
+    sentence = agreement(rows, experiment.figure == "agreement", pairs)
     lines, title = table_of(plan, options, found, rows, sentence)
     facts = order_of(rows, found) if experiment.picture == "order" else {}
     lines += order_lines(facts)
@@ -320,7 +331,8 @@ def order_lines(facts: Mapping[str, Sequence[float]]) -> list[str]:
         "| by | correlation |",
         "|---|---|",
     ]
-    return lines + [f"| {name} | {value} |" for name, value in body]
+    say(stable_from(facts))
+    return [*lines, *(f"| {name} | {value} |" for name, value in body), "", stable_from(facts)]
 
 
 def draw(

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .cells import DISTILLED, PRUNED
+from .cells import PRUNED
+
+TOKENS = " tokens"
+STABLE = 0.9  # the correlation from which on an order counts as that of the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,23 +42,35 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{mean:{sign}.4f} [{min(values):{sign}.4f}, {max(values):{sign}.4f}]"
 
 
-def agreement(rows: Mapping[str, Row], more_is_better: bool) -> str:
+def published_pairs(
+    rows: Mapping[str, Row], published_more: bool, orders: Sequence[Sequence[str]]
+) -> list[tuple[str, str]]:
+    """Pairs of variants of which the source holds the first for the better one: by its figures, of which more is better
+    or less, and by what it says, in `orders` from the best to the worst."""
+    found = [pair for order in orders for pair in itertools.combinations([name for name in order if name in rows], 2)]
+    for first, second in itertools.combinations(rows, 2):
+        a, b = rows[first].published, rows[second].published
+        if a is not None and b is not None and a != b:
+            found.append((first, second) if (a > b) == published_more else (second, first))
+    return list(dict.fromkeys(found))
+
+
+def agreement(rows: Mapping[str, Row], more_is_better: bool, pairs: Sequence[tuple[str, str]]) -> str:
     """A sentence on whether the order is the published one; a pair counts where all seeds say the same of it."""
-    known = {name: row for name, row in rows.items() if row.published is not None}
-    if len(known) < 2:
-        return "The source gives no figures to compare the order with."
+    if not pairs:
+        return "The source compares none of these."
     same, other, open_ = [], [], []
-    for first, second in itertools.combinations(known, 2):
-        a, b = known[first], known[second]
-        assert a.published is not None and b.published is not None
-        pair, signs = f"{first} and {second}", {math.copysign(1, value) for value in a.less(b)}
-        if len(signs) > 1 or a.mean == b.mean:
+    for better, worse in pairs:
+        differences = rows[better].less(rows[worse])
+        pair = f"{better} and {worse}"
+        if min(differences) <= 0 <= max(differences):
             open_.append(pair)
-        elif ((a.mean > b.mean) == more_is_better) == (a.published < b.published):
+        elif (differences[0] > 0) == more_is_better:
             same.append(pair)
         else:
             other.append(pair)
-    parts = [f"{len(same)} of {len(same) + len(other) + len(open_)} pairs are in the published order"]
+    count = f"{len(same)} of {len(pairs)} pairs are" if len(pairs) > 1 else f"The pair is{'' if same else ' not'}"
+    parts = [f"{count} in the published order"]
     if other:
         parts.append(f"the other way round: {'; '.join(other)}")
     if open_:
@@ -65,22 +79,32 @@ def agreement(rows: Mapping[str, Row], more_is_better: bool) -> str:
 
 
 def order_of(rows: Mapping[str, Row], cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
-    """How well the variants' order at the end is foretold (Spearman's correlation, one a seed): by their parameters, by
-    the loss as they were pruned, and by the held-out KL after so many tokens. Of the figure less is better."""
+    """How well the variants' order at the end is foretold (Spearman's correlation, one a seed): by the share of
+    importance kept, by the loss as they were pruned, and by the held-out KL after so many tokens. Of the figure less is
+    better."""
     foretold: dict[str, list[float]] = {}
     for seed in range(len(next(iter(rows.values())).values)):
         end = [row.values[seed] for row in rows.values()]
         found = [each[seed] for each in cells.values()]
         by: dict[str, list[float]] = {
-            "parameters": [-float(cell["models"][DISTILLED]["parameters"]) for cell in found],
+            "importance kept": [-float(cell["importance_kept"]) for cell in found],
             "loss as pruned": [cell["models"][PRUNED]["cross_entropy"]["value"] for cell in found],
         }
         curves = [{point["tokens"]: point["kl"] for point in cell["curve"]} for cell in found]
         for tokens in sorted(set.intersection(*map(set, curves))):
-            by[f"{tokens:,} tokens"] = [curve[tokens] for curve in curves]
+            by[f"{tokens:,}{TOKENS}"] = [curve[tokens] for curve in curves]
         for name, values in by.items():
             foretold.setdefault(name, []).append(rank_correlation(values, end))
     return foretold
+
+
+def stable_from(foretold: Mapping[str, Sequence[float]]) -> str:
+    """A sentence on when the order is that of the end. foretold: as of `order_of`."""
+    means = {name: statistics.fmean(values) for name, values in foretold.items() if name.endswith(TOKENS)}
+    stable = list(itertools.takewhile(lambda name: means[name] >= STABLE, reversed(means)))
+    if not stable:
+        return f"At no time before the end is the mean correlation {STABLE:g} or more to stay."
+    return f"The mean correlation is {STABLE:g} or more from {stable[-1]} on."
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:

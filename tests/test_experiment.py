@@ -17,7 +17,7 @@ from limbeck.models.errors import CheckFailed
 from limbeck.scripts import cells
 from limbeck.scripts.compose import CONF, build, compose_config
 from limbeck.scripts.experiment import Options, plans_of
-from limbeck.scripts.experiment_figures import Row, agreement, order_of, rank_correlation
+from limbeck.scripts.experiment_figures import Row, agreement, order_of, published_pairs, rank_correlation, stable_from
 from limbeck.scripts.sharing import Shared
 from limbeck.tests.helpers import limbeck
 
@@ -90,13 +90,17 @@ def test_a_set_of_experiments(tmp_path: Path) -> None:
 
 
 def test_the_order_foretold() -> None:
-    def cell(parameters: int, pruned: float, early: float, late: float) -> dict[str, Any]:
-        models = {"distilled": {"parameters": parameters}, "pruned": {"cross_entropy": {"value": pruned}}}
-        return {"models": models, "curve": [{"tokens": 10, "kl": early}, {"tokens": 20, "kl": late}]}
+    def cell(kept: float, pruned: float, early: float, late: float) -> dict[str, Any]:
+        curve = [{"tokens": 10, "kl": early}, {"tokens": 20, "kl": late}]
+        return {"models": {"pruned": {"cross_entropy": {"value": pruned}}}, "importance_kept": kept, "curve": curve}
 
-    cells_of = {"a": [cell(3, 9.0, 0.3, 0.1)], "b": [cell(2, 8.0, 0.2, 0.2)], "c": [cell(1, 7.0, 0.4, 0.3)]}
+    cells_of = {"a": [cell(0.9, 9.0, 0.3, 0.1)], "b": [cell(0.8, 8.0, 0.2, 0.2)], "c": [cell(0.7, 7.0, 0.4, 0.3)]}
     found = order_of({"a": Row((1.0,)), "b": Row((2.0,)), "c": Row((3.0,))}, cells_of)
-    assert found == {"parameters": [1.0], "loss as pruned": [-1.0], "10 tokens": [0.5], "20 tokens": [1.0]}
+    assert found == {"importance kept": [1.0], "loss as pruned": [-1.0], "10 tokens": [0.5], "20 tokens": [1.0]}
+    assert stable_from(found) == "The mean correlation is 0.9 or more from 20 tokens on."
+    assert stable_from({**found, "30 tokens": [0.8]}).startswith("At no time")
+    early = {"importance kept": [1.0], "10 tokens": [0.8, 1.0], "20 tokens": [1.0, 1.0]}
+    assert stable_from(early).endswith("from 10 tokens on.")
     assert rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(0.866, abs=1e-3)
     assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0.0
 
@@ -104,10 +108,15 @@ def test_the_order_foretold() -> None:
 def test_the_sentence() -> None:
     rows = {"a": Row((0.9, 1.1), 2.0), "b": Row((1.9, 2.2), 3.0), "c": Row((2.0, 2.1), 4.0),
             "d": Row((0.5, 0.5), 5.0), "e": Row((9.0, 9.0))}  # fmt: skip
-    text = agreement(rows, more_is_better=False)
+    text = agreement(rows, False, published_pairs(rows, False, []))
     assert text.startswith("2 of 6 pairs are in the published order")
     assert "other way round: a and d; b and d; c and d" in text and "every seed: b and c" in text
-    assert agreement({"e": rows["e"]}, False).startswith("The source gives no figures")
+    assert agreement(rows, False, []) == "The source compares none of these."
+    more = published_pairs(rows, True, [["e", "a", "b"]])  # the source's figures are of a kind of which more is better
+    assert more[:3] == [("e", "a"), ("e", "b"), ("a", "b")] and ("b", "a") in more
+    assert agreement(rows, False, [("a", "e")]) == "The pair is in the published order."
+    text = agreement(rows, True, [("a", "e")])
+    assert text == "The pair is not in the published order, the other way round: a and e."
 
 
 @pytest.mark.parametrize(
@@ -120,6 +129,7 @@ def test_the_sentence() -> None:
         (("experiment=loss", "experiment.measure=distilled.speed"), "experiment.measure"),
         (("experiment=loss", "+experiment.picture=pie"), "picture is 'pie'"),
         (("experiment=loss", "jobs=0"), "jobs is 0"),
+        (("experiment=loss", "+experiment.orders=[[KL,CEE]]"), "did you mean 'CE'"),
         (("experiment=all", "only=[los]"), "did you mean 'loss'"),
         (("experiment=loss", "+experiment.members=[loss]"), "members"),
         (("experiment=loss", "seeds=[0,0]"), "each once"),
