@@ -15,6 +15,7 @@ import jinja2
 from ..models.config import HybridConfig
 from ..models.cost import count_parameters
 
+Table = tuple[list[str], list[list[str]]]  # columns, rows
 KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
 TERMS = re.compile(r"(licen[cs]e|notice|copying)([-._].*)?", re.IGNORECASE)
 COLUMNS = {
@@ -22,6 +23,15 @@ COLUMNS = {
     "kl": "KL to teacher",
     "agreement": "top-1 agreement",
     "mass_kept": "mass kept",
+}
+FURTHER = {
+    "cross_entropy": "cross-entropy",
+    "perplexity": "perplexity",
+    "reverse_kl": "KL from teacher",
+    "top5_agreement": "top-5 agreement",
+    "mean_rank": "mean rank",
+    "ece": "ECE",
+    "length": "same greedy text",
 }
 
 
@@ -87,17 +97,55 @@ def write_card(
         config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
         parameters=f"{count_parameters(config):,}", hybrid="M" in config.pattern,
         layers=", ".join(f"{count} {kind}" for kind, count in layers.items()),
-        columns=list(COLUMNS.values()), rows=[] if gap is None else list(rows(gap)), quoted=json.dumps,
+        tables=[] if gap is None else [near(gap), further(gap)], tasks=None if gap is None else tasks(gap),
+        quoted=json.dumps,
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def rows(gap: Mapping[str, Any]) -> list[list[str]]:
-    """Each model's figures with their intervals, a pipe in a name masked."""
-    return [
-        [model.replace("|", "\\|"), f"{gap['parameters'][model]:,}", *(figure(found[key]) for key in COLUMNS)]
+def near(gap: Mapping[str, Any]) -> Table:
+    """Each model's parameters and main figures, with their intervals."""
+    return ["model", "parameters", *COLUMNS.values()], [
+        [masked(model), f"{gap['parameters'][model]:,}", *(figure(found[key]) for key in COLUMNS)]
         for model, found in gap["models"].items()
     ]
+
+
+def further(gap: Mapping[str, Any]) -> Table:
+    """Each model's other figures, as far as they were measured."""
+    written = gap.get("continuation") or {}
+    models = {
+        name: {
+            **found,
+            "ece": found.get("calibration", {}).get("ece"),
+            "length": written.get(name, {}).get("length"),
+        }
+        for name, found in gap["models"].items()
+    }
+    keys = [key for key in FURTHER if any(found.get(key) for found in models.values())]
+    columns = [FURTHER[key] for key in keys]
+    if written:
+        columns[-1] += f", of {next(iter(written.values()))['new_tokens']} tokens"
+    return ["model", *columns], [
+        [masked(name), *(figure(found[key]) if found.get(key) else "" for key in keys)]
+        for name, found in models.items()
+    ]
+
+
+def tasks(gap: Mapping[str, Any]) -> Table | None:
+    """Answers to task suites; None where none was asked."""
+    found = gap.get("tasks") or {}
+    if not found:
+        return None
+    from .report_gap import task_rows  # brings matplotlib
+
+    rows = [[masked(label), *cells] for label, *cells in task_rows(found)]
+    return ["task, metric", *map(masked, found)], rows
+
+
+def masked(name: str) -> str:
+    """A name whose pipes do not end a cell."""
+    return name.replace("|", "\\|")
 
 
 def figure(found: Mapping[str, float]) -> str:

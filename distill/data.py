@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,17 +20,22 @@ from ..models.tokenizer import Tokenizer
 from .documents import Document, distinct, folder_documents, keep_split, split_of, stdlib_documents
 
 __all__ = [  # what a reader of text needs, in one place
+    "ArrayCorpus",
     "Batch",
     "Corpus",
     "Document",
+    "Ids",
     "Packing",
+    "Sample",
     "batches_per_epoch",
     "distinct",
     "encoded",
     "epoch_rows",
     "folder_documents",
+    "joined",
     "keep_split",
     "sample_batches",
+    "sampled_rows",
     "split_of",
     "stdlib_documents",
     "tokenize",
@@ -60,12 +66,25 @@ class Batch:
         return Batch(*(getattr(self, field.name)[start:stop] for field in dataclasses.fields(self)))
 
 
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Batches one below the other."""
+    return Batch(*(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Batch)))
+
+
+class Ids(Protocol):
+    """Tokens laid end to end, read by slices without a step: an array, mapped memory, or several of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice, /) -> np.ndarray: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Tokenised documents: ids laid end to end, and where each begins (one more entry than documents). In batches they
     are numbered from `first_document` on, so that those of several corpora stay apart."""
 
-    ids: np.ndarray
+    ids: Ids
     starts: np.ndarray
     names: Sequence[str]
     token_bytes: Tensor
@@ -79,6 +98,12 @@ class Corpus:
     def tokens(self) -> int:
         return len(self.ids)
 
+    def sample(
+        self, *, batch_size: int, seq_len: int, seed: int | None = None, max_tokens: int | None = None
+    ) -> Sample:
+        """Rows for measuring; see `sampled_rows`."""
+        return Sample([sampled_rows(self, seq_len, seed, max_tokens)], batch_size)
+
     def batch(self, ids: np.ndarray, owner: np.ndarray) -> Batch:
         """Windows [rows, T + 1] as a batch [rows, T]."""
         tokens, labels = torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
@@ -89,6 +114,13 @@ class Corpus:
         change = torch.zeros_like(documents)
         change[:, 1:] = documents[:, 1:] != documents[:, :-1]
         return Batch(tokens, labels, change.cumsum(1).to(torch.int32), n_bytes.to(torch.int32), documents)
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayCorpus(Corpus):
+    """A corpus whose ids are one array."""
+
+    ids: np.ndarray
 
 
 class Packing:
@@ -124,6 +156,28 @@ class Packing:
         return self.corpus.batch(ids, owner)
 
 
+class Sample(Sequence[Batch]):
+    """Picked rows as batches, each put together when it is asked for; rows of several packings follow one another."""
+
+    def __init__(self, parts: Sequence[tuple[Packing, np.ndarray]], batch_size: int) -> None:
+        self.parts, self.batch_size = parts, batch_size
+        self.rows = sum(len(picked) for _, picked in parts)
+
+    def __len__(self) -> int:
+        return (self.rows + self.batch_size - 1) // self.batch_size
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        start = range(len(self))[index] * self.batch_size
+        stop, found = start + self.batch_size, []
+        for rows, picked in self.parts:
+            if len(wanted := picked[max(start, 0) : max(stop, 0)]):
+                found.append(rows.batch(wanted))
+            start, stop = start - len(picked), stop - len(picked)
+        return joined(found)
+
+
 def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
     """Each document with its tokens, `<s> ... </s>`. Some hundred go to the tokenizer at once, which works on all
     processors (RAYON_NUM_THREADS)."""
@@ -143,12 +197,12 @@ def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tup
     yield from work()
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> Corpus:
+def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> ArrayCorpus:
     """Documents in memory to tokens in memory; see `corpus_cache` for those on disk."""
     parts = [ids for _, ids in encoded(documents, tokenizer)]
     starts = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
     names = tuple(document.name for document in documents)
-    return Corpus(np.concatenate(parts), starts, names, tokenizer.token_bytes, tokenizer.pad_token_id)
+    return ArrayCorpus(np.concatenate(parts), starts, names, tokenizer.token_bytes, tokenizer.pad_token_id)
 
 
 def batches_per_epoch(corpus: Corpus, batch_size: int, seq_len: int) -> int:
@@ -195,7 +249,13 @@ def epoch_rows(corpus: Corpus, seq_len: int, seed: int, epoch: int, repack: bool
 def sample_batches(
     corpus: Corpus, *, batch_size: int, seq_len: int, seed: int | None = None, max_tokens: int | None = None
 ) -> list[Batch]:
-    """Rows for measuring, the last one padded: every token once, or up to `max_tokens` of them.
+    """Rows for measuring, all of them in memory; see `sampled_rows`."""
+    return list(corpus.sample(batch_size=batch_size, seq_len=seq_len, seed=seed, max_tokens=max_tokens))
+
+
+def sampled_rows(corpus: Corpus, seq_len: int, seed: int | None, max_tokens: int | None) -> tuple[Packing, np.ndarray]:
+    """Rows for measuring and the numbers of those to take: every token once, or up to `max_tokens` of them. The last
+    row is padded.
 
     The seed permutes the documents; of more tokens than wanted it picks rows here and there, so that many documents
     are among them (without a seed: evenly spaced rows). At least one row.
@@ -211,4 +271,4 @@ def sample_batches(
         picked = (
             spread if generator is None else torch.randperm(len(rows), generator=generator)[:wanted].sort()[0].numpy()
         )
-    return [rows.batch(picked[start : start + batch_size]) for start in range(0, wanted, batch_size)]
+    return rows, picked

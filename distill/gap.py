@@ -28,6 +28,7 @@ from .losses import check_vocabularies
 from .token_groups import CLASSES, CONTEXTS, TokenGroups, context_name, contexts
 
 BUCKETS = 16
+PAGE = 4096  # documents whose bits lie together
 TEACHER = "teacher"
 
 
@@ -155,13 +156,13 @@ def measure_gap(
     sums = {name: Sums() for name in (TEACHER, *students)}
     windows = {name: Worst(worst) for name in students}
     sizes: dict[int, np.ndarray] = {}  # tokens and bytes a document
-    seen: set[int] = set()
+    seen = Seen()
     width = 0
     for done, batch in enumerate(batches, 1):
         width = max(width, batch.input_ids.shape[1])
         labels, doc_id = batch.labels.cpu(), batch.doc_id.cpu()
         counted = labels >= 0
-        seen.update(torch.unique(doc_id[counted]).tolist())
+        seen.add(torch.unique(doc_id[counted]).tolist())
         add_sizes(sizes, doc_id[counted], batch.n_bytes.cpu()[counted])
         found = figures(teacher, students, batch, device)
         grouping = groupings(batch, groups)
@@ -176,6 +177,21 @@ def measure_gap(
     report = summarise(sums, sizes, width, resamples, seed, () if groups is None else groups.domains)
     kept = {name: tuple(worst.windows) for name, worst in windows.items()}
     return dataclasses.replace(report, documents=len(seen), worst=kept)
+
+
+class Seen:
+    """Which documents have come, in any order: a bit for each."""
+
+    def __init__(self) -> None:
+        self.pages: dict[int, int] = {}
+
+    def add(self, documents: Iterable[int]) -> None:
+        for document in documents:
+            page, place = divmod(document, PAGE)
+            self.pages[page] = self.pages.get(page, 0) | 1 << place
+
+    def __len__(self) -> int:
+        return sum(page.bit_count() for page in self.pages.values())
 
 
 def figures(

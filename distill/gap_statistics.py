@@ -16,7 +16,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-LEVEL = 0.95
+ALPHA = 0.05  # what an interval leaves out, both ends together
+NORMAL = NormalDist()
 DRAWN = 64  # resamples at a time: [R, D] would not do for many documents
 
 
@@ -54,20 +55,46 @@ class Totals:
         return Estimate(float(self.all), float(low), float(high))
 
     def p_value(self) -> float:
-        """Two-sided, of the hypothesis that a difference is 0: twice the smaller share of resamples on a side of it,
-        each side counted with one resample more, so that no p is below 1 / (R + 1)."""
-        below, above = (int(side.sum()) for side in (self.drawn <= 0, self.drawn >= 0))
-        return min(1.0, 2 * (min(below, above) + 1) / (len(self.drawn) + 1))
+        """Two-sided, of the hypothesis that a difference is 0: the smaller share of resamples on a side of it, with one
+        resample more counted there, turned into p as an interval's tail is. Below 0.05 exactly where the interval of
+        `estimate` leaves 0 out; but no p is below 2 / (R + 1), so that it takes 40 resamples."""
+        drawn = self.drawn[~np.isnan(self.drawn)]
+        least = 1 / (len(drawn) + 1)
+        share = least * (1 + min(int(side.sum()) for side in (drawn <= 0, drawn >= 0)))
+        p, interval = min(1.0, 2 * plain_tail(share, self.documents)), self.estimate()
+        if interval.low <= 0 <= interval.high:
+            return max(p, ALPHA)
+        return min(1.0, max(2 * least, min(p, math.nextafter(ALPHA, 0))))
 
 
 def tail(documents: int) -> float:
     """The share of resamples that an interval leaves out at each end."""
     if documents < 2:
-        return (1 - LEVEL) / 2
-    normal = NormalDist()
-    return normal.cdf(
-        -math.sqrt(documents / (documents - 1)) * student_t(normal.inv_cdf(0.5 + LEVEL / 2), documents - 1)
-    )
+        return ALPHA / 2
+    return normal_tail(expanded(-NORMAL.inv_cdf(ALPHA / 2), documents))
+
+
+def normal_tail(z: float) -> float:
+    """The share of a normal distribution beyond z."""
+    return math.erfc(z / math.sqrt(2)) / 2
+
+
+def plain_tail(share: float, documents: int) -> float:
+    """The tail of a normal distribution for which an interval leaves out `share` at each end: what `tail` turns round,
+    by bisection."""
+    if documents < 2 or share >= 0.5:
+        return share
+    reached = -NORMAL.inv_cdf(share)
+    low, high = 0.0, reached
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if expanded(middle, documents) < reached else (low, middle)
+    return normal_tail(high)
+
+
+def expanded(z: float, documents: int) -> float:
+    """Where the end of an interval is, in standard deviations of the resamples, for a normal one's z."""
+    return math.sqrt(documents / (documents - 1)) * student_t(z, documents - 1)
 
 
 def student_t(z: float, degrees: int) -> float:

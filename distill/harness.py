@@ -2,11 +2,14 @@
 
 The harness makes the requests and the metrics, this adapter the answers; tokens, truncation and stopping are as its
 own transformers model has them, so that both give the same tables. Log-likelihoods of many requests are packed as
-documents into one row: no padding, and a row is as long as memory takes. Needs `pip install 'limbeck[eval]'`.
+documents into one row: no padding. How long a row is, and how many sequences decode at once, follows from the memory
+that is free; where it runs out all the same, from half as many on. Needs `pip install 'limbeck[eval]'`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,18 +18,77 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ..kernels.linear_kl import linear_cross_entropy
+from ..kernels.fused_loss import CACHED
+from ..kernels.linear_kl import default_chunk, linear_cross_entropy
+from ..models.config import HybridConfig
+from ..models.cost import memory, most
 from ..models.engine import Completion, Engine, Request
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.layers import free_memory
 from ..models.sampling import Sampling
 from ..models.tokenizer import Tokenizer
+from ..models.transient import Place
 
-ROW_TOKENS = {"cuda": 32768, "cpu": 2048}  # of a packed row, to begin with; attention's mask on a CPU is its square
-Scored = tuple[float, bool]  # log-likelihood of a continuation, and whether it is the greedy one
-MOST_SLOTS = {"cuda": 64, "cpu": 8}  # sequences that decode at once, to begin with
+# Tokens of a packed row. A CPU's attention works on all pairs of them, so that longer rows cost it more a token; on a
+# GPU 65,536 keep the widest tensor of the 9B's layers below 2^31 elements.
+MOST_ROW_TOKENS = {"cuda": 65536, "cpu": 2048}
+# Sequences that decode at once: on a CPU as many as `Engine` takes by itself; a GPU keeps a graph for each number.
+MOST_SLOTS = {"cuda": 128, "cpu": 8}
+SHARE = 0.8  # of the free memory; what the allocator splits off, and what is not counted here, has the rest
+PAIR_BYTES = 5  # of two tokens of a row on a CPU: the mask of packed documents, and SDPA's copy of it in float32
 MOST_NEW_TOKENS = 256  # where a task says nothing, as the harness's own model has it
+Scored = tuple[float, bool]  # log-likelihood of a continuation, and whether it is the greedy one
 OnStep = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What rows and batches of a model take where it runs: `chunk` tokens have their logits in one piece."""
+
+    config: HybridConfig
+    dtype: torch.dtype
+    place: Place
+    chunk: int
+
+    @classmethod
+    def of(cls, model: HybridLM) -> Room:
+        config, head = model.config, model.head_weight
+        place = Place("cpu", torch.get_num_threads())
+        if head.is_cuda:
+            found = torch.cuda.get_device_properties(head.device)
+            place = Place("cuda", found.multi_processor_count, f"{found.major}.{found.minor}")
+        return cls(config, head.dtype, place, default_chunk(config.vocab_size, head))
+
+    def row_tokens(self, free: int | None) -> int:
+        """Tokens of the longest row that `free` bytes take (None: unknown), at least 1."""
+        bound = MOST_ROW_TOKENS[self.place.device]
+        return bound if free is None else max(1, most(lambda tokens: self.row_bytes(tokens) <= SHARE * free, bound))
+
+    def slots(self, length: int, free: int | None) -> int:
+        """Sequences of up to `length` tokens that decode at once in `free` bytes (None: unknown), at least 1."""
+        bound = MOST_SLOTS[self.place.device]
+        return bound if free is None else max(1, most(lambda n: self.slot_bytes(n, length) <= SHARE * free, bound))
+
+    def row_bytes(self, tokens: int) -> int:
+        """Of scoring a row: the highest moment of the layers, or of the head behind them, with a chunk's logits in
+        float32 and (on a CPU) up to three tensors of a piece of them."""
+        layers = memory(self.config, tokens + 1, 1, chunk=tokens, weight_dtype=self.dtype, place=self.place).activations
+        if self.place.device == "cpu" and "*" in self.config.pattern:
+            layers += PAIR_BYTES * tokens**2
+        hidden = 2 * tokens * self.config.hidden_size * self.dtype.itemsize
+        head = 4 * min(self.chunk, tokens) * self.config.vocab_size + 12 * max(CACHED, self.config.vocab_size)
+        return max(layers, hidden + head)
+
+    def slot_bytes(self, slots: int, length: int) -> int:
+        """Of decoding: caches, and the prefill of one prompt or a step of all. A GPU's graphs, one for each number of
+        sequences, keep their logits."""
+        one, batch = (
+            memory(self.config, length, count, weight_dtype=self.dtype, place=self.place) for count in (1, slots)
+        )
+        caches = batch.kv + batch.ssm + batch.conv
+        graphs = batch.logits * (slots + 1) // 4 if self.place.device == "cuda" else 0  # .logits: two sets of them
+        return caches + max(one.activations, batch.decode + batch.logits) + batch.workspace + graphs
 
 
 class HarnessModel(TemplateLM):
@@ -37,10 +99,15 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.tokens, self.on_step = model, tokenizer, on_step
-        device = model.head_weight.device
-        self.row_tokens = row_tokens or ROW_TOKENS.get(device.type, ROW_TOKENS["cpu"])
+        self.room = Room.of(model)
+        let_go()
+        self.row_tokens = row_tokens or self.room.row_tokens(free_memory(self.device))
         self.max_length = model.config.max_position_embeddings
         self.prefix = tokenizer.backend.decode([tokenizer.bos_token_id], skip_special_tokens=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head_weight.device
 
     @property
     def eot_token_id(self) -> int:
@@ -61,17 +128,20 @@ class HarnessModel(TemplateLM):
         sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         wanted = [len(continuation) for _, _, continuation in requests]
         found: list[Scored] = [(0.0, True)] * len(requests)
-        order = sorted(range(len(sequences)), key=lambda number: -len(sequences[number]))
+        lengths = [len(sequence) - 1 for sequence in sequences]
+        order = sorted(range(len(sequences)), key=lambda number: -lengths[number])
         done = 0
         while order:
-            row = first_row(order, [len(sequence) - 1 for sequence in sequences], self.row_tokens)
+            row = first_row(order, lengths, self.row_tokens)
+            scores = None
             try:
                 scores = self.score_row([sequences[number] for number in row], [wanted[number] for number in row])
             except torch.OutOfMemoryError:
                 if len(row) == 1:
                     raise
-                self.row_tokens //= 2
-                torch.cuda.empty_cache()
+            if scores is None:
+                self.row_tokens = sum(lengths[number] for number in row) // 2
+                let_go()
                 continue
             for number, score in zip(row, scores, strict=True):
                 found[number] = score
@@ -84,7 +154,7 @@ class HarnessModel(TemplateLM):
     @torch.inference_mode()
     def score_row(self, sequences: Sequence[list[int]], wanted: Sequence[int]) -> list[Scored]:
         """Log-likelihoods of the last `wanted` tokens of each sequence, all of them packed into one row."""
-        device = self.model.head_weight.device
+        device = self.device
         inputs = torch.tensor([token for sequence in sequences for token in sequence[:-1]])[None]
         numbers = torch.repeat_interleave(torch.tensor([len(sequence) - 1 for sequence in sequences]))
         hidden = self.model.hidden_states(inputs.to(device), seq_idx=numbers.to(torch.int32)[None].to(device))[0]
@@ -118,45 +188,55 @@ class HarnessModel(TemplateLM):
         for request in requests:
             options = normalize_gen_kwargs(request.args[1], MOST_NEW_TOKENS)
             stops.append(handle_stop_sequences(options["until"], eos=end))
-            most = options["max_gen_toks"]
-            if most >= self.max_length:
-                raise InputError(f"tasks: {most} new tokens leave no room for a prompt within {self.max_length} tokens")
+            new = options["max_gen_toks"]
+            if new >= self.max_length:
+                raise InputError(f"tasks: {new} new tokens leave no room for a prompt within {self.max_length} tokens")
             sampling = Sampling(options.get("temperature") or 0.0, *map(options.get, ("top_k", "top_p", "min_p")))
-            prompt = self.tok_encode(request.args[0])[most - self.max_length :] or [self.prefix_token_id]
+            prompt = self.tok_encode(request.args[0])[new - self.max_length :] or [self.prefix_token_id]
             ends = (self.eot_token_id,)
             asked.append(
                 Request(
                     prompt,
-                    most,
+                    new,
                     sampling,
                     stop=tuple(each for each in stops[-1] if each not in ("", end)),
                     stop_tokens=ends,
                 )
             )
-        engine = self.engine(asked)
+        found = [self.tokens.decode(text.tokens) for text in self.complete(asked)]
+        return [postprocess_generated_text(text, stop, None) for text, stop in zip(found, stops, strict=True)]
+
+    def complete(self, asked: Sequence[Request]) -> list[Completion]:
+        """Runs requests to their ends. Where memory runs out, those that have not ended begin anew, at most half as
+        many at once."""
         texts = [Completion() for _ in asked]
-        numbers = {engine.add(request): place for place, request in enumerate(asked)}
-        done = 0
+        length = max([2, *(len(request.prompt) + request.max_new_tokens for request in asked)])
+        slots = len(asked)
+        while left := [place for place, text in enumerate(texts) if text.finished is None]:
+            let_go()
+            slots = min(slots, len(left), self.room.slots(length, free_memory(self.device)))
+            try:
+                self.decode(asked, texts, left, length, slots)
+            except torch.OutOfMemoryError:
+                if slots == 1:
+                    raise
+                slots //= 2
+        return texts
+
+    def decode(
+        self, asked: Sequence[Request], texts: list[Completion], left: Sequence[int], length: int, slots: int
+    ) -> None:
+        """Writes the texts of the requests that are `left`, `slots` at once."""
+        engine = Engine(self.model, max_length=length, slots=slots, tokenizer=self.tokens)
+        numbers = {engine.add(asked[place]): place for place in left}
+        for place in left:
+            texts[place] = Completion()
+        done = len(asked) - len(left)
         for event in engine.stream():
             texts[numbers[event.request]].add(event)
             if event.finished:
                 done += 1
                 self.told(done, len(asked))
-        found = [self.tokens.decode(text.tokens) for text in texts]
-        return [postprocess_generated_text(text, stop, None) for text, stop in zip(found, stops, strict=True)]
-
-    def engine(self, asked: Sequence[Request]) -> Engine:
-        """As many sequences at once as memory and `MOST_SLOTS` let."""
-        longest = max(len(request.prompt) + request.max_new_tokens for request in asked)
-        device = self.model.head_weight.device
-        slots = min(len(asked), MOST_SLOTS.get(device.type, MOST_SLOTS["cpu"]))
-        while True:
-            try:
-                return Engine(self.model, max_length=max(longest, 2), slots=slots, tokenizer=self.tokens)
-            except (InputError, torch.OutOfMemoryError):
-                if slots == 1:
-                    raise
-                slots //= 2
 
     def told(self, done: int, total: int) -> None:
         if self.on_step is not None:
@@ -171,3 +251,9 @@ def first_row(order: Sequence[int], lengths: Sequence[int], capacity: int) -> li
             row.append(number)
             room -= lengths[number]
     return row
+
+
+def let_go() -> None:
+    """Gives back what is allocated and no longer used; while an error is handled, its frames still use theirs."""
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -9,19 +9,23 @@ row. All rows have the same number of tokens, so shares of rows are shares of to
 
 from __future__ import annotations
 
+import bisect
+import collections
 import dataclasses
 import fnmatch
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..models.errors import InputError
 from . import data
-from .data import Batch, Corpus, Packing, epoch_rows
+from .data import Batch, Corpus, Ids, Packing, Sample, epoch_rows, joined, sampled_rows
 
 BLOCK = 1000
 
@@ -153,32 +157,76 @@ class Mixture:
                 place, read[source] = place + 1, read[source] + 1
             yield joined(parts)
 
-    def sample(self, *, batch_size: int, seq_len: int, seed: int | None, max_tokens: int | None) -> list[Batch]:
+    def sample(
+        self, *, batch_size: int, seq_len: int, seed: int | None = None, max_tokens: int | None = None
+    ) -> Sample:
         """Rows for measuring, of each source its share of `max_tokens` (at least a row)."""
-        parts: list[Batch] = []
-        for corpus, share in zip(self.corpora, self.shares(), strict=True):
-            most = None if max_tokens is None else max_tokens * share // BLOCK
-            parts += data.sample_batches(corpus, batch_size=1, seq_len=seq_len, seed=seed, max_tokens=most)
-        return [joined(parts[start : start + batch_size]) for start in range(0, len(parts), batch_size)]
+        most = [None if max_tokens is None else max_tokens * share // BLOCK for share in self.shares()]
+        parts = [sampled_rows(corpus, seq_len, seed, own) for corpus, own in zip(self.corpora, most, strict=True)]
+        return Sample(parts, batch_size)
 
 
 Text = Corpus | Mixture
 
 
 def whole(text: Text) -> Corpus:
-    """All documents as one corpus, in memory; those of a mixture are named by their source, too."""
+    """All documents as one corpus; those of a mixture are named by their source, too, and read where they lie."""
     if not isinstance(text, Mixture):
         return text
     ends = np.cumsum([0, *(corpus.tokens for corpus in text.corpora)])
     starts = [corpus.starts[:-1] + end for corpus, end in zip(text.corpora, ends, strict=False)]
-    names = [
-        f"{PurePath(source.path).name}/{name}"
-        for source, corpus in zip(text.sources, text.corpora, strict=True)
-        for name in corpus.names
-    ]
-    first = text.corpora[0]
-    ids = np.concatenate([corpus.ids for corpus in text.corpora])
+    names = SourceNames(labels(text.sources), [corpus.names for corpus in text.corpora])
+    first, ids = text.corpora[0], SourceIds([corpus.ids for corpus in text.corpora])
     return Corpus(ids, np.concatenate([*starts, ends[-1:]]), names, first.token_bytes, first.pad_token_id)
+
+
+def labels(sources: Sequence[Source]) -> list[str]:
+    """What each source is called: the last part of its path; where that of others is the same, with the folder above
+    if this differs, and with its number in the mixture if nothing does."""
+    paths = [PurePath(source.path) for source in sources]
+    above: dict[str, set[str]] = collections.defaultdict(set)
+    for path in paths:
+        above[path.name].add(path.parent.name)
+    found = [
+        f"{path.name} ({path.parent.name})" if len(above[path.name]) > 1 and path.parent.name else path.name
+        for path in paths
+    ]
+    times = collections.Counter(found)
+    return [f"{label}#{number}" if times[label] > 1 else label for number, label in enumerate(found, 1)]
+
+
+class SourceIds:
+    """The tokens of several corpora as those of one."""
+
+    def __init__(self, parts: Sequence[Ids]) -> None:
+        self.parts, self.starts = parts, [0, *itertools.accumulate(map(len, parts))]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, places: slice, /) -> np.ndarray:
+        start, stop, step = places.indices(len(self))
+        if step != 1:
+            raise IndexError(f"tokens are read without a step, not by {step}")
+        pairs = zip(self.parts, self.starts, strict=False)
+        return np.concatenate([part[max(start - begin, 0) : max(stop - begin, 0)] for part, begin in pairs])
+
+
+class SourceNames(Sequence[str]):
+    """The documents' names of several corpora as those of one, each behind its source's."""
+
+    def __init__(self, sources: Sequence[str], parts: Sequence[Sequence[str]]) -> None:
+        self.sources, self.parts, self.ends = sources, parts, list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        source = bisect.bisect_right(self.ends, number)
+        return f"{self.sources[source]}/{self.parts[source][number - self.ends[source]]}"
 
 
 def train_batches(
@@ -193,10 +241,8 @@ def train_batches(
 def sample_batches(
     text: Text, *, batch_size: int, seq_len: int, seed: int | None = None, max_tokens: int | None = None
 ) -> list[Batch]:
-    """`data.sample_batches` of a corpus or a mixture."""
-    if isinstance(text, Mixture):
-        return text.sample(batch_size=batch_size, seq_len=seq_len, seed=seed, max_tokens=max_tokens)
-    return data.sample_batches(text, batch_size=batch_size, seq_len=seq_len, seed=seed, max_tokens=max_tokens)
+    """Rows of a corpus or a mixture for measuring, all of them in memory."""
+    return list(text.sample(batch_size=batch_size, seq_len=seq_len, seed=seed, max_tokens=max_tokens))
 
 
 def batches_per_epoch(text: Text, batch_size: int, seq_len: int) -> int:
@@ -215,8 +261,3 @@ def rows_of(source: Source, corpus: Corpus, seq_len: int) -> int:
             f"data: source {source.path}: {corpus.tokens} tokens do not fill one row of {seq_len}; give more text"
         )
     return found
-
-
-def joined(parts: Sequence[Batch]) -> Batch:
-    """Batches one below the other."""
-    return Batch(*(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Batch)))

@@ -52,7 +52,7 @@ def check_probes(kinds: Sequence[str], lengths: Sequence[int], longest: int) -> 
 
 
 def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, draw: np.random.Generator) -> Probe:
-    """A probe of exactly `length` tokens; the text between the facts is the corpus's, from a drawn place on.
+    """A probe of exactly `length` tokens; the text between the facts is the corpus's, from a drawn token on.
 
     Raises InputError where the facts alone are longer, or the corpus is too short to fill in."""
     count = {"needle": 1, "multi-key": KEYS, "variables": CHAIN}[kind]
@@ -65,14 +65,14 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
     question = tokenizer.encode(f"\n{names[asked]} =")
     answer = tokenizer.encode(f" {values[0] if kind == 'variables' else values[asked]}")
     room = length - sum(map(len, lines)) - len(question) - len(answer)
-    text = corpus.ids[(corpus.ids != tokenizer.bos_token_id) & (corpus.ids != tokenizer.eos_token_id)]
-    if not 0 <= room <= len(text):
+    if room < 0:
+        raise InputError(f"probes: {kind} of {length} tokens leaves {room} for other text; give another length")
+    filler = text_from(corpus, int(draw.integers(corpus.tokens)), room, tokenizer)
+    if len(filler) < room:
         raise InputError(
-            f"probes: {kind} of {length} tokens leaves {room} for other text, of which the data has {len(text)};"
+            f"probes: {kind} of {length} tokens leaves {room} for other text, of which the data has {len(filler)};"
             " give another length, or more data"
         )
-    begin = int(draw.integers(len(text) - room + 1))
-    filler = text[begin : begin + room].tolist()
     ids: list[int] = []
     before = 0
     for place, line in zip(sorted(draw.integers(0, room + 1, count).tolist()), lines, strict=True):
@@ -81,6 +81,18 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
     ids += filler[before:] + question + answer
     assert len(ids) == length
     return Probe(torch.tensor(ids), len(answer))
+
+
+def text_from(corpus: Corpus, begin: int, size: int, tokenizer: Tokenizer) -> list[int]:
+    """`size` tokens from one on, documents' beginnings and ends left out; the first document follows on the last. All
+    there are where they are fewer. No more is read at a time than is wanted."""
+    found: list[int] = []
+    left = corpus.tokens
+    while left and len(found) < size:
+        part = corpus.ids[begin : begin + min(left, size)]
+        found += part[(part != tokenizer.bos_token_id) & (part != tokenizer.eos_token_id)].tolist()
+        left, begin = left - len(part), (begin + len(part)) % corpus.tokens
+    return found[:size]
 
 
 def name(draw: np.random.Generator) -> str:

@@ -92,6 +92,9 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     found = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
     units = unit_scores(scores, found["pattern"], selection)
     kept = {} if selection is None else kept_units(units, selection)
+    turned = "" if selection is None else directions(units, selection)
+    if turned:
+        del units["hidden"]
     pictures = []
     for kind, title in KINDS.items():
         names = [name for name in units if name.partition("(")[0] == kind]
@@ -104,7 +107,8 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
             name = f"importance-{kind.replace('_', '-')}"
             pictures.append(drawn(folder, figure, name, f"Sorted importance of {title.lower()}", wide=True))
     note = "Sorted within each layer, relative to its largest; pale: removed. "
-    yield Section("Importance of units", note + "Channels are summed over the norms of the layers kept.", pictures)
+    note += turned or "Channels are summed over the norms of the layers kept."
+    yield Section("Importance of units", note, pictures)
     order, values, candidates = (found["layers"][key] for key in ("order", "values", "candidates"))
     name = DEPTH_METRICS[found["layers"]["metric"]]
     if not order:
@@ -191,6 +195,14 @@ def unit_scores(folder: Path, pattern: str, selection: Mapping[str, Any] | None)
         else:
             found[axis] = values
     return found
+
+
+def directions(units: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
+    """What stands for the picture of the channels where none of them was removed but what a rotation made of them."""
+    count = selection.get("principal_directions")
+    if count is None:
+        return ""
+    return f"Of the residual stream {count:,} of {len(units['hidden']):,} principal directions stay, by their variance."
 
 
 def kept_units(units: Mapping[str, Any], selection: Mapping[str, Any]) -> dict[str, Sequence[int]]:

@@ -6,7 +6,8 @@ Sums are float64, gathered and added in the order of the ranks, so that every pr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import datetime
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor, distributed
 
 from .errors import InputError
 
+PATIENCE = datetime.timedelta(days=7)  # a backend's own time to wait is minutes
+_alone = False
+
 
 def active() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+    return not _alone and distributed.is_available() and distributed.is_initialized()
 
 
 def rank() -> int:
@@ -79,3 +83,24 @@ def together() -> Iterator[None]:
         raise error
     number, expected, text = failed[0]
     raise InputError("" if rank() else text if expected else f"process {number} failed: {text}")
+
+
+def in_first(work: Callable[[], None]) -> None:
+    """Runs `work` in the first process, for which it is alone meanwhile, while the others wait, however long it takes.
+    Where it fails, it fails in all, as in `together`."""
+    global _alone
+    if count() == 1:
+        return work()
+    done = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    try:
+        with together():
+            first = rank() == 0
+            try:
+                if first:
+                    _alone = True
+                    work()
+            finally:
+                _alone = False
+                distributed.barrier(group=done)
+    finally:
+        distributed.destroy_process_group(done)

@@ -2,19 +2,22 @@
 
 model --score--> scores --prune--> pruned --distill--> distilled --evaluate--> gap --export--> exported
 
-The first three make a round; of several, each begins with what the one before it distilled.
+The first three make a round; of several, each begins with what the one before it distilled. Of many processes all
+score and distil, and the first does the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..distill.mixture import batches_per_epoch
 from ..distill.report import write_page
+from ..models import processes
 from ..models.checkpoint import load_config, open_checkpoint
 from ..models.cost import Hardware, count_parameters
 from ..models.errors import InputError
@@ -23,6 +26,7 @@ from ..prune.choose import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .inputs import corpus, data_input, model_config, model_folder
 from .rounds import Round, make_rounds, rehearse, walk
+from .score import many_processes
 from .show import console, gib, read_json, result, say, table
 from .stage import PROVENANCE, Facts, plain, run_stage
 
@@ -60,30 +64,53 @@ class Options:
 
 
 def run(options: Options) -> None:
-    rounds = options.plan()
+    with many_processes(options.device), processes.together():
+        for how in (how for found in options.plan() for how in found.distill.plan()):
+            distill.check_share(how.batch)
+        processes.in_first(lambda: begin(options))
+        if not options.dry_run:
+            compress(options)
+
+
+def begin(options: Options) -> None:
+    """Claims the output, once what is asked for is seen to be possible; or says what it will come to."""
     if options.dry_run:
-        return rehearse(model_config(options.model), rounds, options.hardware, options.fit)
+        return rehearse(model_config(options.model), options.plan(), options.hardware, options.fit)
     assert options.data is not None and options.output is not None
-    out, begin = options.output, claim(options, options.data, options.output)
-    number, before = itertools.count(1), begin
+    claim(options, options.data, options.output)
+
+
+def compress(options: Options) -> None:
+    """The chain, or what is left of it to do."""
+    assert options.output is not None
+    rounds, out, source = options.plan(), options.output, str(model_folder(options.model))
+    number, before = itertools.count(1), source
     for found in rounds:
         which = f" ({found.name})" if found.name else ""
-        stage(f"{next(number)}. score: what matters{which}")
         folder = out / found.name
+        stage(f"{next(number)}. score: what matters{which}")
         score_round(options, before, found, folder / "scores")
         stage(f"{next(number)}. prune: layers, widths and SSM heads{which}")
-        prune_round(options, before, found, folder / "scores", folder / "pruned")
+        pruned = functools.partial(prune_round, options, before, found, folder / "scores", folder / "pruned")
+        processes.in_first(pruned)
         stage(f"{next(number)}. distill: the teacher's logits back in{which}")
-        distill_round(options, begin, folder / "pruned", found, folder / "distilled")
+        distill_round(options, source, folder / "pruned", found, folder / "distilled")
         before = str(folder / "distilled")
+    processes.in_first(lambda: prove(options, source, before, number))
+
+
+def prove(options: Options, source: str, distilled: str, number: Iterator[int]) -> None:
+    """Behind the rounds: the gap, the folder for others, whether it fits, and the page of all that."""
+    assert options.output is not None
+    out = options.output
     stage(f"{next(number)}. evaluate: the gap on held-out files")
-    measure_gap(options, begin, student_folders(out, rounds), out)
+    measure_gap(options, source, student_folders(out, options.plan()), out)
     stage(f"{next(number)}. export: a folder for others")
-    export.run(export.Options(before, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
-                              base=begin, gap=str(out / "gap")))  # fmt: skip
+    export.run(export.Options(distilled, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
+                              base=source, gap=str(out / "gap")))  # fmt: skip
     stage(f"{next(number)}. memory-fit: does it fit the card")
     fits = {name: memory_fit.measure(model_config(str(folder)), options.hardware, options.fit)
-            for name, folder in {"teacher": model_folder(begin), "student": out / "exported"}.items()}  # fmt: skip
+            for name, folder in {"teacher": model_folder(source), "student": out / "exported"}.items()}  # fmt: skip
     memory_fit.show(load_config(out / "exported"), *fits["student"], options.hardware)
     finish(out, options, {name: memory_fit.as_json(*fit, options.hardware) for name, fit in fits.items()})
 
@@ -130,8 +157,9 @@ def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:
     return found
 
 
-def claim(options: Options, data: str, root: Path) -> str:
-    """The model's folder as text, once the output folder is seen to be new, or this very run's."""
+def claim(options: Options, data: str, root: Path) -> None:
+    """Makes the output folder this run's. Raises InputError where it is not new or this very run's, and, of a new one,
+    where a stage could not do what is asked of it."""
     source, rounds = model_folder(options.model), options.plan()
     content = plain(options) | {"distill": options.distill.chosen}
     for name in ("output", "device", "data", "dry_run", *(() if options.rounds else ("rounds",))):
@@ -151,7 +179,6 @@ def claim(options: Options, data: str, root: Path) -> str:
         options=content,
         make=lambda folder, facts: None,
     )
-    return str(source)
 
 
 def check_feasible(data: str, source: Path, rounds: Sequence[Round]) -> None:
@@ -192,7 +219,7 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
             provenance={name: read_json(path / PROVENANCE) for name, path in folders.items()},
             scores=last / "scores",
             metrics=last / "distilled" / "metrics.jsonl",
-            memory=fits,
+            memory=gap["memory"],
             selection=read_json(last / "pruned" / "selection.json"),
         )
 

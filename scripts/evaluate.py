@@ -25,7 +25,7 @@ from ..models.folder import write_json
 from ..models.hybrid import HybridLM
 from ..models.tokenizer import Tokenizer, load_tokenizer
 from . import memory_fit
-from .inputs import corpus, data_input, model_folder, sample, torch_device, torch_dtype
+from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
 from .show import progress, read_json, result, say, table
 from .stage import PROVENANCE, Facts, run_stage
 from .tasks import Tasks, answer, show_tasks
@@ -112,11 +112,11 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: Facts)
     fits = {name: fitted(load_config(path), options.hardware, options.fit) for name, path in folders.items()}
     models = {name: load_model(path, dtype, device) for name, path in folders.items()}
     teacher = models.pop(TEACHER)
-    text = whole(corpus(options.data, options.split, folders[TEACHER]))
-    batches = sample(
-        options.data, options.split, folders[TEACHER],
-        tokens=options.tokens, seq_len=options.seq_len, batch=options.batch, seed=options.seed,
-    )  # fmt: skip
+    read = corpus(options.data, options.split, folders[TEACHER])
+    batches = read.sample(
+        batch_size=options.batch, seq_len=options.seq_len, seed=options.seed, max_tokens=options.tokens
+    )
+    text = whole(read)
     tokenizer = load_tokenizer(folders[TEACHER])
     groups = TokenGroups(
         *group_documents(text.names, np.diff(text.starts).tolist()),

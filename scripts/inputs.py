@@ -165,10 +165,19 @@ class Tokens:
     digest: str
 
 
-@functools.lru_cache(maxsize=16)
 def tokenized(source: Source, split: str, tokens: Tokens) -> Corpus:
-    """A split of a source in tokens, from the cache or made now. Of many processes the first makes it, the others where
-    they do not find it then (on a disk of their own)."""
+    """A split of a source in tokens. Of many processes the first makes it, the others where they do not find it then
+    (on a disk of their own)."""
+    for turn in (processes.rank() == 0, processes.rank() != 0):
+        with processes.together():
+            if turn:
+                made = tokenized_here(source, split, tokens)
+    return made
+
+
+@functools.lru_cache(maxsize=16)
+def tokenized_here(source: Source, split: str, tokens: Tokens) -> Corpus:
+    """A split of a source in tokens, from the cache or made now."""
     tokenizer = load_tokenizer(tokens.folder)
     facts = {
         "content": content(source.path), "columns": source.columns, "limit": source.limit, "split": split,
@@ -182,11 +191,7 @@ def tokenized(source: Source, split: str, tokens: Tokens) -> Corpus:
             show = lambda done, total: bar.set(done, total or None)  # noqa: E731
             yield from of_split(read(source, show), split, f"data={source.path}")
 
-    for turn in (processes.rank() == 0, processes.rank() != 0):
-        with processes.together():
-            if turn:
-                made = cached_corpus(facts, found, tokenizer)
-    return made
+    return cached_corpus(facts, found, tokenizer)
 
 
 def torch_dtype(name: str) -> torch.dtype:

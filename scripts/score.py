@@ -109,8 +109,9 @@ def run(options: Options) -> None:
 
 @contextlib.contextmanager
 def many_processes(device: str) -> Iterator[None]:
-    """Joins the processes that a launcher started, on GPUs by nccl, else by gloo; only the first speaks."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    """Joins the processes that a launcher started, unless they are, on GPUs by nccl, else by gloo; only the first
+    speaks."""
+    if processes.active() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield
         return
     from accelerate import PartialState

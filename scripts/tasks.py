@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 
+from .. import __version__
 from ..distill.corpus_cache import cache_folder
 from ..distill.report_gap import task_rows
 from ..models.checkpoint import load_model
@@ -21,6 +23,8 @@ from ..models.tokenizer import load_tokenizer
 from .compose import guess
 from .show import progress, read_json, table
 from .stage import digest, fingerprint_of
+
+FORMAT = 1  # of kept answers; another number wherever a change of ours may change what a model answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +51,21 @@ class Tasks:
         return found
 
     def content(self) -> dict[str, Any]:
-        """What the answers depend on besides the model: names, the task files and the local files that they name."""
-        read: dict[str, str] = {}
-        for path in self.files.values():
-            read[path.name] = sha256_file(path)
-            for text in texts_of(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)):
-                for place in (Path(text), path.parent / text):
-                    if place.is_file():
-                        read[text] = sha256_file(place)
-        return {"names": [Path(name).name for name in self.names], "files": read, "shots": self.shots,
+        """What the answers depend on besides the model: names, the task files, the local files that they name, and the
+        code beside them, which `!function` takes functions from."""
+        return {"names": [Path(name).name for name in self.names],
+                "files": [read_by(path) for path in self.files.values()], "shots": self.shots,
                 "limit": self.limit}  # fmt: skip
+
+
+def read_by(path: Path) -> dict[str, str]:
+    """The sha256 of a task file, of the local files that it names, and of the code beside it."""
+    read = {path.name: sha256_file(path)}
+    for text in texts_of(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)):
+        for place in (Path(text), path.parent / text):
+            if os.path.isfile(place):  # where Path.is_file raises for a text too long for a name
+                read[text] = sha256_file(place)
+    return read | {code.name: sha256_file(code) for code in sorted(path.parent.glob("*.py"))}
 
 
 def texts_of(content: Any) -> Iterator[str]:
@@ -77,13 +86,16 @@ def answer(
     """{model: {task: {metric: value}}}, the harness's standard errors among the metrics.
 
     Answers are kept in the folder that LIMBECK_CACHE names (else ~/.cache/limbeck), by the contents of the model and of
-    the tasks. Raises InputError where the harness is missing, or a task is unknown or cannot be loaded.
+    the tasks, and by the versions of what asks. Raises InputError where the harness is missing, or a task is unknown or
+    cannot be loaded.
     """
     try:
         version = importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
         raise InputError("tasks need lm-evaluation-harness: pip install 'limbeck[eval]'") from None
     facts = {
+        "limbeck": __version__,
+        "format": FORMAT,
         "tasks": tasks.content(),
         "lm_eval": version,
         "dtype": str(dtype),

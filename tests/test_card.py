@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from limbeck.distill.card import front_matter, read_licence, write_card
@@ -51,8 +52,15 @@ def test_a_folders_terms(tmp_path: Path) -> None:
     assert "Not compared." in text and "How near" not in text
 
 
+def measured(*names: str) -> dict[str, Any]:
+    """A gap as export gives it to the card."""
+    gap = gap_of(*names) | {"data": {"data": "text", "split": "test", "dtype": "float32"}}
+    gap["continuation"] = {name: found | {"new_tokens": 16} for name, found in gap["continuation"].items()}
+    return gap
+
+
 def test_figures_of_the_gap(tmp_path: Path) -> None:
-    gap = gap_of("pruned", "distilled") | {"data": {"data": "text", "split": "test", "dtype": "float32"}}
+    gap = measured("pruned", "distilled")
     write_card(tmp_path, tiny_config(), "float16", "", read_licence(tmp_path), gap, "distilled")
     text = (tmp_path / "README.md").read_text()
     for name, model in gap["models"].items():
@@ -61,8 +69,48 @@ def test_figures_of_the_gap(tmp_path: Path) -> None:
         assert cells[1] == f"{gap['parameters'][name]:,}" and len(cells) == 6
         for cell, key in zip(cells[2:], ("bits_per_byte", "kl", "agreement", "mass_kept"), strict=True):
             assert cell == "{value:.4f} [{low:.4f}, {high:.4f}]".format(**model[key])
+    assert text.count("| teacher |") == 2 and "Answers to" not in text
     assert f"recovered {100 * gap['recovery']['value']:.1f}% [" in text and 'This model is "distilled"' in text
     assert "does not name them" in text
+
+
+def rows_of(text: str, title: str) -> dict[str, dict[str, str]]:
+    """The cells of a card's table by row and column, of which the first columns are as the title says."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(title))
+    end = lines.index("", start)
+    columns, _, *rows = ([cell.strip() for cell in line[1:-1].split(" | ")] for line in lines[start:end])
+    assert all(len(row) == len(columns) for row in rows)
+    return {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
+
+
+def test_further_figures_and_tasks(tmp_path: Path) -> None:
+    """A second table has what else gap.json tells of the models, a third their answers to task suites."""
+    gap = measured("pru|ned", "distilled")
+    answers = {"acc,none": 0.5, "acc_stderr,none": 0.0125, "acc_norm,none": 0.25, "acc_norm_stderr,none": 0.01}
+    gap["tasks"] = {name: {"next|line": answers} for name in gap["models"]}
+    write_card(tmp_path, tiny_config(), "float16", "", read_licence(tmp_path), gap, "distilled")
+    text = (tmp_path / "README.md").read_text()
+    found = rows_of(text, "| model | cross-entropy |")
+    assert list(found) == ["teacher", "pru\\|ned", "distilled"]
+    for name, model in gap["models"].items():
+        figures = {
+            "cross-entropy": model["cross_entropy"], "perplexity": model["perplexity"],
+            "KL from teacher": model["reverse_kl"], "top-5 agreement": model["top5_agreement"],
+            "mean rank": model["mean_rank"], "ECE": model["calibration"]["ece"],
+            "same greedy text, of 16 tokens": gap["continuation"].get(name, {}).get("length"),
+        }  # fmt: skip
+        cells = {key: "" if value is None else "{value:.4f} [{low:.4f}, {high:.4f}]".format(**value)
+                 for key, value in figures.items()}  # fmt: skip
+        assert found[name.replace("|", "\\|")] == cells
+    assert rows_of(text, "| task, metric |") == {
+        "next\\|line, acc": dict.fromkeys(found, "0.5000 \N{PLUS-MINUS SIGN} 0.0125"),
+        "next\\|line, acc_norm": dict.fromkeys(found, "0.2500 \N{PLUS-MINUS SIGN} 0.0100"),
+    }
+    gap["continuation"] = {}
+    write_card(tmp_path, tiny_config(), "float16", "", read_licence(tmp_path), gap, "distilled")
+    text = (tmp_path / "README.md").read_text()
+    assert list(rows_of(text, "| model | cross-entropy |")["teacher"])[-1] == "ECE" and "greedy" not in text
 
 
 def test_export_carries_figures_and_terms(workshop: Path, tmp_path: Path) -> None:
@@ -90,6 +138,7 @@ def test_export_carries_figures_and_terms(workshop: Path, tmp_path: Path) -> Non
     text = (out / "README.md").read_text()
     assert "house-terms" in text and (out / "LICENSE").read_text() == "terms" and 'This model is "mine"' in text
     assert f"{found['models']['mine']['bits_per_byte']['value']:.4f} [" in text and "measured in float32" in text
+    assert rows_of(text, "| model | cross-entropy |")["mine"]["same greedy text, of 4 tokens"].startswith("4.0000 [")
     for arguments, says in (((f"model={out}", f"gap={gap}"), "measured other models"),
                             ((f"model={model}", f"gap={model}"), "no folder of limbeck evaluate"),
                             ((f"model={model}", f"base={tmp_path / 'none'}"), "neither a folder")):  # fmt: skip

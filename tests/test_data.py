@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from limbeck.distill.data import (
     Batch,
     Corpus,
     Document,
+    Packing,
     distinct,
     folder_documents,
     keep_split,
@@ -86,6 +88,27 @@ def test_measuring_sees_every_token_once(corpus: Corpus) -> None:
     assert int((rows.labels >= 0).sum()) == corpus.tokens - len(corpus)
     assert int(rows.n_bytes.sum()) == sum(len(text.encode()) for text in TEXTS)
     assert joined(sample_batches(corpus, batch_size=4, seq_len=32, seed=1, max_tokens=100)).input_ids.shape == (3, 32)
+
+
+@pytest.mark.parametrize(("seed", "max_tokens"), ((None, None), (3, None), (None, 500), (3, 500)))
+def test_a_sample_is_made_as_it_is_read(
+    seed: int | None, max_tokens: int | None, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches of the list, and none before it is asked for."""
+    how: dict[str, Any] = {"batch_size": 4, "seq_len": 32, "seed": seed, "max_tokens": max_tokens}
+    expected = sample_batches(corpus, **how)
+    made: list[int] = []
+    put = Packing.batch
+    monkeypatch.setattr(Packing, "batch", lambda rows, numbers: made.append(len(numbers)) or put(rows, numbers))
+    sample = corpus.sample(**how)
+    assert len(sample) == len(expected) > 3 and made == []
+    for found, wanted in ((sample[1], expected[1]), (sample[-1], expected[-1])):
+        assert all(torch.equal(getattr(found, f.name), getattr(wanted, f.name)) for f in dataclasses.fields(Batch))
+    assert made == [4, len(expected[-1].labels)]
+    for some, part in ((sample, expected), (sample[:2], expected[:2]), (sample[1::2], expected[1::2])):
+        assert torch.equal(joined(list(some)).doc_id, joined(part).doc_id)
+    with pytest.raises(IndexError):
+        sample[len(sample)]
 
 
 def test_labels_stay_in_their_document(corpus: Corpus) -> None:

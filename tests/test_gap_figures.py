@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
+import tracemalloc
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from limbeck.distill import gap, gap_sums
 from limbeck.distill.continuation import continuations, draw_prompts
 from limbeck.distill.data import Corpus, Document, sample_batches, tokenize
 from limbeck.distill.examples import WINDOW, Worst, as_text
-from limbeck.distill.gap import GapReport, figures, measure_gap
-from limbeck.distill.gap_statistics import resampled, student_t, tail
-from limbeck.distill.gap_sums import BLOCKS
+from limbeck.distill.gap import GapReport, figures, measure_gap, summarise
+from limbeck.distill.gap_statistics import Totals, plain_tail, resampled, student_t, tail
 from limbeck.distill.token_groups import (
     CLASSES,
     TokenGroups,
@@ -118,7 +123,7 @@ def test_intervals_cover_the_true_mean(documents: int) -> None:
     chance = tokens * (level + draw.normal(0, 0.1, level.shape))  # a model as good as the first
     third = resampled({f"c{i}": chance[i] - first[i] for i in range(draws)}, 1000, 0)
     p = np.array([found.p_value() for found in third.values()])
-    assert 0.03 <= np.mean(p <= 0.05) <= 0.10 and 0.4 <= np.median(p) <= 0.6
+    assert 0.03 <= np.mean(p < 0.05) <= 0.07 and 0.4 <= np.median(p) <= 0.6
 
 
 def test_the_tails_are_students() -> None:
@@ -127,6 +132,41 @@ def test_the_tails_are_students() -> None:
     for degrees, expected in ((5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)):
         assert student_t(z, degrees) == pytest.approx(expected, abs=1e-3)
     assert tail(10**7) == pytest.approx(0.025, abs=1e-6) and tail(10) < 0.01 and tail(1) == pytest.approx(0.025)
+
+
+@pytest.mark.parametrize("documents", (1, 2, 3, 5, 15, 150, 10**6))
+def test_p_says_what_the_interval_says(documents: int) -> None:
+    """p < 0.05 exactly where 0 is outside of the interval, also with ties and nan; never below 2 / (R + 1)."""
+    draw = np.random.default_rng(documents)
+    for resamples in (41, 200, 1000):
+        seen = set()
+        for shift in np.linspace(-4, 4, 161):
+            for drawn in (draw.normal(shift, 1, resamples), draw.integers(-6, 7, resamples) + np.round(2 * shift)):
+                drawn[: int(draw.integers(0, 2))] = np.nan
+                found = Totals(float(shift), drawn, documents)
+                interval, p = found.estimate(), found.p_value()
+                outside = interval.low > 0 or interval.high < 0
+                assert (p < 0.05) == outside, (shift, resamples, p, interval)
+                assert 2 / (resamples + 1) <= p <= 1
+                if documents > 2:  # whose ends are the least and the most, to rounding
+                    assert p == Totals(-float(shift), -drawn, documents).p_value()
+                seen.add(outside)
+        assert seen == {False, True}
+    assert Totals(0.0, np.zeros(200), documents).p_value() == 1
+    assert Totals(1.0, np.ones(10), documents).p_value() == pytest.approx(2 / 11)
+
+
+def test_p_is_the_interval_turned_round() -> None:
+    """The level of the tail that leaves 0 out is p; with many documents it is twice the share, at least 2 / (R + 1)."""
+    for documents in (2, 3, 5, 15, 150):
+        assert plain_tail(tail(documents), documents) == pytest.approx(0.025, rel=1e-9)
+        shares = [plain_tail(share, documents) for share in (1e-9, 1e-4, 0.01, 0.2, 0.5, 0.7)]
+        assert shares == sorted(shares)
+    for share in (0.001, 0.02, 0.3):
+        assert plain_tail(share, 10**7) == pytest.approx(share, rel=1e-5)
+    assert Totals(1.0, np.ones(999), 10**7).p_value() == pytest.approx(0.002, rel=1e-5)
+    assert Totals(1.0, np.linspace(-0.1, 0.9, 999), 10**7).p_value() == pytest.approx(0.2, rel=0.02)
+    assert Totals(1.0, np.ones(999), 15).p_value() == pytest.approx(0.0098, rel=0.01)  # of Student's t with 14 degrees
 
 
 def dense(found: dict[str, HybridLM], batches: list) -> dict[str, torch.Tensor]:
@@ -231,26 +271,66 @@ def test_parts_of_a_character_are_shown_together(tokenizer: Tokenizer) -> None:
     assert len(shown["pieces"]) < count
 
 
-def test_memory_does_not_grow_with_the_text() -> None:
-    """Documents beyond BLOCKS share places, and the count of worst windows stays."""
+def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times the documents, all beyond BLOCKS: as many places, no batch kept, and as much held at the end."""
     model = random_model(tiny_config(), 0, torch.float32)
     other = random_model(tiny_config(), 1, torch.float32)
-    ids = torch.randint(3, 97, (4, 33))
-    corpus = [(ids[:, :-1], ids[:, 1:], start) for start in (0, BLOCKS, 5 * BLOCKS + 1)]
+    places: list[int] = []
+    held: list[int] = []
 
-    def batches():
-        from limbeck.distill.data import Batch
+    def counted(sums: dict[str, gap_sums.Sums], sizes: dict[int, np.ndarray], *rest: Any) -> GapReport:
+        tables = [sizes, *(table for found in sums.values()
+                           for table in (found.documents, found.bins, *found.groups.values()))]  # fmt: skip
+        places.append(max(map(len, tables)))
+        gc.collect()
+        held.append(tracemalloc.get_traced_memory()[0])
+        return summarise(sums, sizes, *rest)
 
-        for inputs, labels, start in corpus:
-            owner = (start + torch.arange(4))[:, None].expand(4, 32)
-            yield Batch(
-                inputs, labels, torch.zeros(4, 32, dtype=torch.int32), torch.ones(4, 32, dtype=torch.int32), owner
-            )
+    def measured(documents: int) -> GapReport:
+        ids = np.random.default_rng(0).integers(3, 97, 20 * documents, dtype=np.int32)
+        starts = np.arange(0, len(ids) + 1, 20)
+        names = [str(number) for number in range(documents)]
+        sample = Corpus(ids, starts, names, torch.ones(97, dtype=torch.int64), 0).sample(
+            batch_size=16, seq_len=32, seed=0
+        )
+        alive: list[weakref.ref[Any]] = []
 
-    report = measure_gap(model, {"other": other}, batches(), worst=2, resamples=20)
-    assert report.documents == 12 and report.tokens == 3 * 128 and len(report.worst["other"]) == 2
-    single = measure_gap(model, {"other": other}, [next(batches())], resamples=20)
-    assert report.models["other"].kl.value == pytest.approx(single.models["other"].kl.value, rel=1e-9)
+        def batches() -> Iterator[Any]:
+            for batch in sample:
+                alive[:] = [found for found in alive if found() is not None]
+                assert len(alive) <= 1, "no more than the one before"
+                alive.append(weakref.ref(batch))
+                yield batch
+
+        with monkeypatch.context() as patched:
+            patched.setattr("limbeck.distill.gap.summarise", counted)
+            tracemalloc.start()
+            try:
+                report = measure_gap(model, {"other": other}, batches(), worst=2, resamples=20)
+            finally:
+                tracemalloc.stop()
+        assert report.documents == documents and report.tokens == 19 * documents
+        assert len(report.worst["other"]) == 2
+        return report
+
+    plain = measured(150)
+    monkeypatch.setattr(gap_sums, "BLOCKS", 32)
+    shared = measured(150)
+    measured(600)
+    assert places == [150, 32, 32] and held[2] < 1.25 * held[1], held
+    assert shared.models["other"].kl.value == pytest.approx(plain.models["other"].kl.value, rel=1e-9)
+
+
+def test_documents_are_counted_in_a_bit_each() -> None:
+    documents = np.random.default_rng(0).permutation(50_000).tolist()
+    tracemalloc.start()
+    seen = gap.Seen()
+    seen.add(documents)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    seen.add(documents[:1000])
+    seen.add([10**12, 10**12])
+    assert len(seen) == 50_001 and size < 50_000 / 4
 
 
 @pytest.mark.parametrize(

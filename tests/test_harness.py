@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.harness import HarnessModel, first_row
+from limbeck.distill import harness
+from limbeck.distill.harness import SHARE, HarnessModel, Room, first_row
 from limbeck.models.checkpoint import load_model
+from limbeck.models.decode import Decoder
 from limbeck.models.errors import InputError
+from limbeck.models.live_bytes import LiveBytes
 from limbeck.models.tokenizer import load_tokenizer
+from limbeck.models.transient import Place
 from limbeck.scripts import tasks as task_script
-from limbeck.scripts.inputs import ZOO
+from limbeck.scripts.inputs import ZOO, model_config
 from limbeck.scripts.tasks import Tasks, answer, show_tasks
 from limbeck.tests.helpers import limbeck
 
@@ -85,6 +91,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / f"{name}.yaml") for name in written}
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model as `limbeck export` gives it to other tools."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    code, _, err = limbeck("export", "model=zoo", f"output={folder}", "dtype=float32")
+    assert code == 0, err
+    return folder
+
+
 def asked(model: Any, tasks: list[str]) -> Any:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -93,11 +108,11 @@ def asked(model: Any, tasks: list[str]) -> Any:
     return simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True)
 
 
-def test_the_same_as_the_harness_s_own_model(tasks: dict[str, str]) -> None:
+def test_the_same_as_the_harness_s_own_model(tasks: dict[str, str], exported: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    ours = HarnessModel(load_model(ZOO), load_tokenizer(ZOO), row_tokens=400)
-    theirs = HFLM(pretrained=str(ZOO), device="cpu", dtype="float32", batch_size=4)
+    ours = HarnessModel(load_model(exported), load_tokenizer(exported), row_tokens=400)
+    theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=4)
     found, expected = (asked(model, list(tasks.values())) for model in (ours, theirs))
     for name in tasks:
         numbers = [
@@ -117,6 +132,133 @@ def test_the_same_as_the_harness_s_own_model(tasks: dict[str, str]) -> None:
 def test_rows_are_filled_longest_first() -> None:
     assert first_row([3, 0, 2, 1], [5, 2, 4, 9], 13) == [3, 2]
     assert first_row([3, 0, 2, 1], [5, 2, 4, 9], 3) == [3]
+
+
+class Tight:
+    """Lets a model have memory for so many tokens of a row, and so many sequences at once, and counts refusals."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Any, tokens: int, slots: int, steps: int = 0) -> None:
+        self.refused, self.left = 0, steps
+        hidden_states, step = model.hidden_states, Decoder.step
+
+        def few_tokens(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+            self.refuse(ids.shape[1] > tokens)
+            return hidden_states(ids, **options)
+
+        def few_rows(decoder: Decoder, ids: Any) -> torch.Tensor:
+            self.left -= 1
+            self.refuse(len(ids) > slots and self.left < 0)
+            return step(decoder, ids)
+
+        monkeypatch.setattr(model, "hidden_states", few_tokens)
+        monkeypatch.setattr(Decoder, "step", few_rows)
+
+    def refuse(self, beyond: bool) -> None:
+        if beyond:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.fixture(scope="module")
+def asking(exported: Path) -> tuple[list[tuple[Any, list[int], list[int]]], list[SimpleNamespace]]:
+    """Continuations to be scored, up to 60 tokens with their contexts, and prompts to go on with, one of them drawn."""
+    ids = load_tokenizer(exported).encode(Path(json.__file__).with_name("encoder.py").read_text())
+    scored = [(None, ids[9 * i : 9 * i + 10 + 4 * i], ids[9 * i + 10 + 4 * i : 9 * i + 12 + 5 * i]) for i in range(10)]
+    options: list[dict[str, Any]] = [{"until": ["\n\n"], "max_gen_toks": 8 + 2 * i} for i in range(5)]
+    options[3] |= {"do_sample": True, "temperature": 0.7}
+    texts = (row["context"] for row in records(5))
+    return scored, [SimpleNamespace(args=pair) for pair in zip(texts, options, strict=True)]
+
+
+def test_scores_where_memory_runs_out(exported: Path, asking: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are halved until they fit, and stay so; a request that does not fit alone is the error that torch gave."""
+    scored, _ = asking
+    model, tokenizer = load_model(exported), load_tokenizer(exported)
+    expected = HarnessModel(model, tokenizer)._loglikelihood_tokens(scored)
+    most = max(len(context) + len(continuation) for _, context, continuation in scored) - 1
+    tight = Tight(monkeypatch, model, tokens=most, slots=8)
+    steps: list[int] = []
+    ours = HarnessModel(model, tokenizer, on_step=lambda done, total: steps.append(done))
+    assert ours.row_tokens == 2048
+    found = ours._loglikelihood_tokens(scored)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], rel=1e-5)
+    assert tight.refused >= 2 and ours.row_tokens <= most and steps == sorted(steps) and steps[-1] == len(scored)
+    refused = tight.refused
+    assert ours._loglikelihood_tokens(scored) == found and tight.refused == refused
+    Tight(monkeypatch, model, tokens=most - 1, slots=8)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        ours._loglikelihood_tokens(scored)
+
+
+def test_texts_where_memory_runs_out(exported: Path, asking: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of writing: what has ended stays, the others begin anew, fewer at once, and write the same."""
+    _, prompts = asking
+    model, tokenizer = load_model(exported), load_tokenizer(exported)
+    expected = HarnessModel(model, tokenizer).generate_until(prompts)
+    tight = Tight(monkeypatch, model, tokens=512, slots=2, steps=8)
+    steps: list[int] = []
+    ours = HarnessModel(model, tokenizer, on_step=lambda done, total: steps.append(done))
+    runs: list[tuple[int, int]] = []  # texts, at once
+    decode = ours.decode
+    monkeypatch.setattr(ours, "decode", lambda *given: runs.append((len(given[2]), given[4])) or decode(*given))
+    assert ours.generate_until(prompts) == expected and all(expected) and tight.refused == 1
+    assert steps == [1, 2, 3, 4, 5] and runs == [(5, 5), (3, 2)]
+    tight = Tight(monkeypatch, model, tokens=512, slots=1)
+    assert ours.generate_until(prompts) == expected and tight.refused >= 1
+    tight = Tight(monkeypatch, model, tokens=512, slots=0)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        ours.generate_until(prompts)
+    assert tight.refused == 3  # of five, two and one
+
+
+def test_rows_and_slots_follow_free_memory() -> None:
+    """The most that fits, between one and the device's bound; a CPU's bound is what it has always been."""
+    config = model_config("nemotron-nano-9b-v2")
+    card = Room(config, torch.bfloat16, Place("cuda", 132, "9.0"), 2048)
+    computer = Room(config, torch.float32, Place("cpu", 2), 256)
+    for room, most_tokens, most_slots in ((card, 65536, 128), (computer, 2048, 8)):
+        assert room.row_tokens(None) == room.row_tokens(2**45) == most_tokens
+        assert room.slots(8192, None) == room.slots(8192, 2**45) == most_slots
+        assert room.row_tokens(0) == room.slots(8192, 0) == 1
+        tokens, slots = [], []
+        for free in (int(2**power) for power in (24, 28, 30, 31.5, 33, 34, 35, 36)):
+            tokens.append(room.row_tokens(free))
+            slots.append(room.slots(8192, free))
+            slot_bytes = functools.partial(room.slot_bytes, length=8192)
+            for found, most, size in ((tokens[-1], most_tokens, room.row_bytes), (slots[-1], most_slots, slot_bytes)):
+                assert found == 1 or size(found) <= SHARE * free
+                assert found == most or size(found + 1) > SHARE * free
+        assert tokens == sorted(tokens) and slots == sorted(slots) and tokens[0] < 16 and slots[0] == 1
+        assert len(set(tokens)) >= 3 and len(set(slots)) >= 3
+        assert room.slots(1024, 2**33) >= room.slots(65536, 2**33)
+
+
+def test_a_row_takes_what_is_foretold(exported: Path, asking: tuple) -> None:
+    """Bytes alive while a row is scored."""
+    ours = HarnessModel(load_model(exported), load_tokenizer(exported))
+    ids = (asking[0][-1][1] + asking[0][-1][2]) * 24
+    for tokens, parts in ((256, 1), (256, 8), (1024, 16)):
+        with LiveBytes(ours.model.parameters()) as live:
+            weights = live.now
+            ours.score_row([ids[: tokens // parts + 1]] * parts, [tokens // parts] * parts)
+        found = (live.peak - weights) / ours.room.row_bytes(tokens)
+        assert 0.5 <= found <= 1.02, (tokens, parts, found)
+
+
+def test_slots_by_the_memory_that_is_free(exported: Path, asking: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = HarnessModel(load_model(exported), load_tokenizer(exported))
+    found: list[int] = []
+    monkeypatch.setattr(ours, "decode", lambda asked, texts, left, length, slots: found.append(slots) or end(texts))
+    for count in (1, 2, 3):
+        monkeypatch.setattr(harness, "free_memory", lambda device, n=count: ours.room.slot_bytes(n, 200) / SHARE + 1)
+        ours.complete([harness.Request([5] * 180, 20)] * 4)
+    assert found == [1, 2, 3]
+
+
+def end(texts: list[Any]) -> None:
+    for text in texts:
+        text.finished = "length"
 
 
 def test_answers_are_kept_by_contents(
@@ -140,6 +282,31 @@ def test_answers_are_kept_by_contents(
     data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
     answer({"longer": ZOO}, wanted, **place)
     assert calls == ["more", "longer"]
+    for name, value in (("__version__", "0.0.0"), ("FORMAT", 0)):
+        with monkeypatch.context() as other:
+            other.setattr(task_script, name, value)
+            answer({name: ZOO}, wanted, **place)
+    answer({"as before": ZOO}, wanted, **place)
+    assert calls == ["more", "longer", "__version__", "FORMAT"]
+
+
+def test_what_a_task_is_told_by(tmp_path: Path) -> None:
+    """Its file, the data that it names, and the code beside it; of two folders with files of the same names, both."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "records.jsonl").write_text("{}")
+        (folder / "utils.py").write_text("def text(row):\n    return row\n")
+        (folder / "task.yaml").write_text(CHOICE.format(path="records.jsonl") + "description: " + 99 * "long " + "\n"
+                                          "process_docs: !function utils.text\n")  # fmt: skip
+    wanted = Tasks(tuple(str(folder / "task.yaml") for folder in folders))
+    seen = [wanted.content()]
+    assert seen[0] == Tasks(wanted.names).content()
+    for folder in folders:
+        for name in ("records.jsonl", "utils.py", "task.yaml"):
+            (folder / name).write_text((folder / name).read_text() + "\n")
+            assert wanted.content() not in seen, (folder, name)
+            seen.append(wanted.content())
 
 
 @pytest.mark.parametrize(

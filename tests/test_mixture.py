@@ -14,15 +14,25 @@ import pytest
 import torch
 from limbeck.distill import corpus_cache
 from limbeck.distill.corpus_cache import cached_corpus, content_digest, corpus_folder
-from limbeck.distill.data import Batch, Corpus, epoch_rows, tokenize, train_batches
+from limbeck.distill.data import (
+    Batch,
+    Corpus,
+    Packing,
+    epoch_rows,
+    joined,
+    sample_batches,
+    tokenize,
+    train_batches,
+)
 from limbeck.distill.documents import Document, Hub, folder_documents, read_documents, rows_of
-from limbeck.distill.mixture import BLOCK, Mixture, Source
+from limbeck.distill.mixture import BLOCK, Mixture, Source, labels, whole
+from limbeck.distill.mixture import sample_batches as any_sample_batches
 from limbeck.distill.mixture import train_batches as any_train_batches
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, train_tokenizer
 from limbeck.scripts import inputs
 from limbeck.scripts.compose import build
-from limbeck.tests.helpers import make_workshop
+from limbeck.tests.helpers import limbeck, make_workshop
 from safetensors import safe_open
 
 TEXTS = [f"# {i}\nvalue = {'x' * (i % 17)} + {i}\n" for i in range(90)]
@@ -120,9 +130,9 @@ def test_content_and_nothing_else_names_a_text(tmp_path: Path) -> None:
 
 def test_tokens_of_data_are_made_once(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(workshop / "cache"))
-    inputs.tokenized.cache_clear(), inputs.content.cache_clear()
+    inputs.tokenized_here.cache_clear(), inputs.content.cache_clear()
     first = inputs.corpus(str(workshop / "text"), "train", workshop / "model")
-    inputs.tokenized.cache_clear(), inputs.content.cache_clear()
+    inputs.tokenized_here.cache_clear(), inputs.content.cache_clear()
     monkeypatch.setattr(inputs, "read_documents", None)  # not to be asked again
     second = inputs.corpus(str(workshop / "text"), "train", workshop / "model")
     assert isinstance(first, Corpus) and isinstance(second, Corpus) and np.array_equal(first.ids, second.ids)
@@ -222,6 +232,66 @@ def test_any_row_of_a_mixture_can_be_sought(mixture: Mixture, start: int) -> Non
         assert same(expected, found)
         for row in range(4):
             assert same(expected.rows(row, row + 1), next(singles))
+
+
+@pytest.mark.parametrize("max_tokens", (None, 2000))
+def test_a_sample_has_each_source_s_share(max_tokens: int | None, mixture: Mixture) -> None:
+    """Row by row what each corpus alone gives of its share, source after source, over the ends of batches."""
+    sample = mixture.sample(batch_size=7, seq_len=20, seed=5, max_tokens=max_tokens)
+    rows = []
+    for corpus, share in zip(mixture.corpora, (0.7, 0.2, 0.1), strict=True):
+        most = None if max_tokens is None else round(max_tokens * share)
+        rows += sample_batches(corpus, batch_size=1, seq_len=20, seed=5, max_tokens=most)
+    assert len(sample) == -(-len(rows) // 7) and len(sample[-1].labels) == len(rows) - 7 * (len(sample) - 1)
+    for number, batch in enumerate(sample):
+        assert same(batch, joined(rows[7 * number : 7 * number + 7]))
+    assert all(map(same, any_sample_batches(mixture, batch_size=7, seq_len=20, seed=5, max_tokens=max_tokens), sample))
+
+
+def test_a_mixture_is_one_corpus_without_a_copy(mixture: Mixture) -> None:
+    one = whole(mixture)
+    ids = np.concatenate([np.asarray(corpus.ids) for corpus in mixture.corpora])
+    assert not isinstance(one.ids, np.ndarray) and one.tokens == len(ids) == mixture.tokens and len(one) == 90
+    ends = np.cumsum([corpus.tokens for corpus in mixture.corpora]).tolist()
+    for begin, end in ((0, 5), (ends[0] - 3, ends[0] + 3), (ends[0], ends[1]), (5, ends[2] + 9), (-4, None), (9, 4)):
+        assert np.array_equal(one.ids[begin:end], ids[begin:end])
+    with pytest.raises(IndexError):
+        one.ids[::2]
+    names = [f"{source}/text {i}" for i, source in enumerate("0" * 60 + "1" * 20 + "2" * 10)]
+    assert list(one.names) == names and one.names[-1] == names[-1] and one.names[58:62] == names[58:62]
+    with pytest.raises(IndexError):
+        one.names[90]
+    order = np.arange(90)[::-1].copy()
+    for number in (0, 3):
+        rows = [Packing(corpus, order, 20).batch([number])
+                for corpus in (one, dataclasses.replace(one, ids=ids))]  # fmt: skip
+        assert same(*rows)
+
+
+def test_sources_of_one_name_are_told_apart() -> None:
+    def found(*paths: str) -> list[str]:
+        return labels([Source(path) for path in paths])
+
+    assert found("stdlib", "stdlib") == ["stdlib#1", "stdlib#2"]
+    assert found("a/train", "a/test", "a/train") == ["train#1", "test", "train#3"]
+    assert found("stdlib", "a/stdlib") == ["stdlib", "stdlib (a)"]
+    assert found("a/train", "b/train", "c/test") == ["train (a)", "train (b)", "test"]
+    assert found("x/a/train", "y/a/train", "b/train") == ["train (a)#1", "train (a)#2", "train (b)"]
+    assert found("hf:one/set:a", "hf:two/set:a") == ["set:a (hf:one)", "set:a (hf:two)"]
+
+
+def test_evaluate_tells_sources_of_one_name_apart(workshop: Path, tmp_path: Path) -> None:
+    mix = workshop / "mix.yaml"
+    mix.write_text("sources:\n- {path: text, exclude: ['1*']}\n- {path: text, include: ['1*']}\n")
+    code, _, err = limbeck("evaluate", f"teacher={workshop / 'model'}", f"data={mix}", f"output={tmp_path / 'gap'}",
+                           "seq_len=32", "batch=4", "split=all", "tokens=512", "details.resamples=20",
+                           "details.prompts=0", "probes=[needle]", "details.probe_lengths=[128]",
+                           "details.probe_count=2")  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "gap" / "gap.json").read_text())
+    domains = found["models"]["teacher"]["by_domain"]
+    assert set(domains) == {"text#1/", "text#2/"} and found["probes"]["needle"]["128"]["teacher"]
+    assert sum(domain["tokens"] for domain in domains.values()) == found["tokens"]
 
 
 def test_an_epoch_of_a_source_has_each_of_its_rows_once(mixture: Mixture) -> None:

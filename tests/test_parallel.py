@@ -88,9 +88,12 @@ def gradients(
     return found | {"loss": torch.tensor(loss), "norm": torch.tensor(norm)}
 
 
-def run_workers(function: str, *arguments: Any, count: int = 2, **environment: str) -> None:
-    """Calls a function of this module in every one of some processes."""
-    code = f"import limbeck.tests.test_parallel as t; t.worker(t.{function}, *{[str(a) for a in arguments]!r})"
+def run_workers(
+    function: str, *arguments: Any, count: int = 2, module: str = "limbeck.tests.test_parallel", **environment: str
+) -> None:
+    """Calls a function of this module, or of another, in every one of some processes."""
+    code = f"import {module} as m; from limbeck.tests.test_parallel import worker\n"
+    code += f"worker(m.{function}, *{[str(a) for a in arguments]!r})"
     script = Path(arguments[0]) / f"{function}.py"
     script.write_text(code)
     done = launch([str(script)], processes=count, **environment)

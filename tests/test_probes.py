@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 import torch
 from limbeck.distill.data import Corpus, Document, tokenize
-from limbeck.distill.probes import KINDS, Probe, check_probes, make_probe, retrieve
+from limbeck.distill.probes import KINDS, Probe, check_probes, make_probe, retrieve, text_from
 from limbeck.models.checkpoint import load_model
 from limbeck.models.errors import InputError
 from limbeck.models.generate import generate
@@ -48,6 +49,28 @@ def test_the_answer_follows_from_the_text(kind: str, length: int, corpus: Corpus
     assert len(set(texts)) == 8
     again = np.random.default_rng(0)
     assert tokenizer.decode(make_probe(kind, length, corpus, tokenizer, again).ids.tolist()) == texts[0]
+
+
+def test_no_more_is_read_than_a_probe_takes(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """From any token on, round over the last document to the first; and of much text a window alone."""
+    ids = np.asarray(corpus.ids)
+    text = [token for token in ids.tolist() if token not in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+    for begin, before in ((0, 0), (7, 6), (corpus.tokens - 1, len(text))):  # `before`: the text ahead of it
+        for size in (0, 1, 50, len(text)):
+            assert text_from(corpus, begin, size, tokenizer) == (text[before:] + text)[:size]
+        assert len(text_from(corpus, begin, len(text) + 1, tokenizer)) == len(text)
+    read: list[int] = []
+
+    class Long:
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, places: slice, /) -> np.ndarray:
+            read.append(places.stop - places.start)
+            return ids[np.arange(places.start, min(places.stop, len(self))) % len(ids)]
+
+    make_probe("needle", 160, dataclasses.replace(corpus, ids=Long()), tokenizer, np.random.default_rng(0))
+    assert 0 < sum(read) < 500
 
 
 def test_answered_is_what_greedy_text_gives(corpus: Corpus, tokenizer: Tokenizer) -> None:

@@ -185,6 +185,15 @@ def test_units_are_added_up_as_in_choosing(everything: dict[str, Any]) -> None:
     assert kept["ffn(1)"] == [0, 5, 7] and kept["ffn(3)"] == [] and kept["attn_heads(4)"] == [0, 1, 2, 3]
 
 
+def test_a_turned_stream_has_directions_and_no_channels(everything: dict[str, Any], tmp_path: Path) -> None:
+    kept = {name: units for name, units in SELECTION["kept"].items() if name != "hidden"}
+    selection = {"layers": SELECTION["layers"], "kept": kept, "principal_directions": 20}
+    path = page(tmp_path / "out", **(everything | {"selection": selection}))
+    text = " ".join(outline(path).text)
+    assert "20 of 32 principal directions stay" in text and "Residual channels" not in text
+    assert "Residual channels" in " ".join(outline(page(tmp_path / "channels", **everything)).text)
+
+
 def test_a_large_model_makes_no_large_page(everything: dict[str, Any], tmp_path: Path) -> None:
     pattern = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
     scores = scores_folder(tmp_path / "large", pattern, hidden=5120, ffn=20480, heads=40, mamba=128)
