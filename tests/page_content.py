@@ -44,6 +44,8 @@ def gap_of(*names: str) -> dict[str, Any]:
     part = {"answered": {"value": 0.75, "low": 0.5, "high": 0.95}, "nats": {"value": 3.25, "low": 3.0, "high": 3.5}}
     content["probes"] = {"multi-key": {"2048": dict.fromkeys(sums, part)}}
     content["continuation"] = dict.fromkeys(names, written)
+    answers = {"acc,none": 0.25, "acc_stderr,none": 0.02}
+    content["tasks"] = {name: {"arc_easy": answers} for name in sums}
     return content | {"parameters": {name: 7_130_096 - 1_899_836 * (i > 0) for i, name in enumerate(sums)}}
 
 

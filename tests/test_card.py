@@ -54,7 +54,7 @@ def test_a_folders_terms(tmp_path: Path) -> None:
 
 def measured(*names: str) -> dict[str, Any]:
     """A gap as export gives it to the card."""
-    gap = gap_of(*names) | {"data": {"data": "text", "split": "test", "dtype": "float32"}}
+    gap = gap_of(*names) | {"data": {"data": "text", "split": "test", "dtype": "float32"}, "tasks": {}}
     gap["continuation"] = {name: found | {"new_tokens": 16} for name, found in gap["continuation"].items()}
     return gap
 

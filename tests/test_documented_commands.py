@@ -17,7 +17,7 @@ from limbeck.tests.test_scoring_size import launch
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/recipes.md")
-ELSEWHERE = ("make demo", "make test", ". .venv/bin/activate")  # run by CI, and by whoever reads on
+ELSEWHERE = ("make demo", "make test", ". .venv/bin/activate")  # the installation, and what `recipe=tiny` is run for
 FEWER = "distill.evaluate_tokens=1024 distill.batch=2 distill.seq_len=256"
 SHORT = {  # what makes a command short, where it does not say so itself
     "compress": f"{FEWER} evaluate_tokens=2048 repair.tokens=2048 importance.tokens=2048 importance.depth_tokens=1024",
@@ -25,7 +25,7 @@ SHORT = {  # what makes a command short, where it does not say so itself
     "prune": "repair.tokens=2048",
     "distill": FEWER,
     "cache-teacher": FEWER,
-    "evaluate": "tokens=2048 details.prompts=2 details.new_tokens=8",
+    "evaluate": "tokens=2048 details.prompts=2 details.new_tokens=8 details.probe_count=1",
     "generate": "max_new_tokens=4",
     "pretrain": "evaluate_tokens=1024 batch=2 seq_len=256",
 }
@@ -64,10 +64,20 @@ def test_lines_are_of_a_kind_that_is_known() -> None:
             assert line.words[0] in ("limbeck", "torchrun", "accelerate", "vllm"), line
             if not line.needs:
                 assert line.words[0] != "vllm" and not any("=/" in word for word in line.words), line
-            elif line.words[0] == "limbeck" and "--multirun" not in line.words:
-                command, overrides = by_mode(line.command, list(line.words[2:]))
+            elif line.words[0] != "vllm":
+                command, overrides = by_mode(*asked_of(line.words))
                 module = importlib.import_module(f"limbeck.scripts.{command.replace('-', '_')}")
                 build(module.Options, compose_config(command, overrides))
+
+
+def asked_of(words: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The command and its options, also where a launcher starts it or several jobs are asked for."""
+    rest = [word for word in words[1:] if word != "--multirun" and not word.startswith("hydra")]
+    if "-m" in rest:
+        module, *rest = rest[rest.index("-m") + 1 :]
+        if not module.endswith(".main"):
+            return module.rpartition(".")[2], rest
+    return rest[0], rest[1:]
 
 
 def shortened(line: Line) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from limbeck.distill.report import write_page
 from limbeck.tests.browser import Browser, browser, find_browser
+from limbeck.tests.helpers import limbeck, make_workshop
 from limbeck.tests.page_content import fit, page_content
 
 PROGRAM = find_browser()
@@ -38,19 +39,39 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(folder, "gap.html", **content)
 
 
-@pytest.mark.parametrize("scheme", ("light", "dark"))
-@pytest.mark.parametrize("width", (1280, 390))
-def test_it_stands_alone_and_fits(width: int, scheme: str, page: Path, chromium: Browser) -> None:
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of `limbeck evaluate` itself."""
+    root = make_workshop(tmp_path_factory.mktemp("workshop"))
+    words = ["evaluate", f"teacher={root / 'model'}", f"+student.same={root / 'model'}", f"data={root / 'text'}"]
+    code, _, err = limbeck(*words, f"output={root / 'gap'}", "tokens=512", "seq_len=64", "details.new_tokens=4")
+    assert code == 0, err
+    return root / "gap" / "gap.html"
+
+
+def look_at(page: Path, width: int, scheme: str, chromium: Browser) -> None:
+    """Shows a page with all that folds open. Nothing overflows, complains, or asks the network."""
     chromium.show(page, width, scheme=scheme)
     assert chromium.evaluate("innerWidth") == width
     chromium.evaluate("document.querySelectorAll('details').forEach(found => found.open = true)")
     assert chromium.evaluate("document.documentElement.scrollWidth") <= width
     assert chromium.evaluate(OVERFLOW) == [] and chromium.evaluate(CLIPPED) == []
+    assert chromium.complaints() == [] and chromium.requests() == [page.as_uri()]
+
+
+@pytest.mark.parametrize("width", (1280, 390))
+def test_a_page_as_the_command_writes_it(width: int, measured: Path, chromium: Browser) -> None:
+    look_at(measured, width, "light", chromium)
+
+
+@pytest.mark.parametrize("scheme", ("light", "dark"))
+@pytest.mark.parametrize("width", (1280, 390))
+def test_it_stands_alone_and_fits(width: int, scheme: str, page: Path, chromium: Browser) -> None:
+    look_at(page, width, scheme, chromium)
     sizes = chromium.evaluate("[...document.querySelectorAll('svg')].map(found => found.getBoundingClientRect().width)")
     assert len(sizes) > 10 and min(sizes) > width / 4
     paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(244, 246, 248)") is (scheme == "light")
-    assert chromium.complaints() == [] and chromium.requests() == [page.as_uri()]
     assert chromium.screenshot().startswith(b"\x89PNG")
 
 
