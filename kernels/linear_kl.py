@@ -65,7 +65,8 @@ def linear_kl(
     loss = sum_t w_t (kl_weight T^2 divergence_t + ce_weight cross_entropy_t) / normalizer, with the temperature T
     and w the token weights [T] (default 1). Tokens whose label [T] is `ignore_index` count for nothing. The
     normalizer is by default the sum of the weights that count; give the whole batch's when this is a part of it.
-    "forward" is KL(teacher || student), "reverse" the other way round, "jsd" the Jensen-Shannon divergence.
+    "forward" is KL(teacher || student), "reverse" the other way round, "jsd" the Jensen-Shannon divergence, and "mse"
+    the mean over the vocabulary of the squared difference of the logits, which T divides, too.
     Gradients reach the student's hidden states and head; the teacher gets none. Buffers are [chunk_tokens, V].
 
     Raises ValueError where shapes disagree or an option is unknown.

@@ -78,7 +78,9 @@ def chunk_loss(
         gradient.scatter_add_(1, labels, -torch.ones_like(values[1])[:, None])
         gradient *= ce_weight * factors
     if taught is not None and teacher is not None:
-        if temperature != 1:
+        if divergence == "mse":
+            student, taught = logits / temperature, teacher / temperature
+        elif temperature != 1:
             student, taught = (torch.log_softmax(each / temperature, -1) for each in (logits, teacher))
         values[0] = DIVERGENCE[divergence](student, taught)
         values[3] += kl_weight * temperature**2 * values[0]
@@ -90,8 +92,8 @@ def chunk_loss(
     return agree
 
 
-# From log-probabilities [t, V]: the divergence [t]. Its gradient by the student's logits takes the place of the
-# student's, and the teacher's are used up.
+# From log-probabilities [t, V], or logits for mean_squared: the divergence [t]. Its gradient by the student's logits
+# takes the place of the student's, and the teacher's are used up.
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student)"""
     p_teacher = teacher.exp()
@@ -118,4 +120,12 @@ def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
     return (kl_student + kl_teacher) / 2
 
 
-DIVERGENCE = {"forward": forward_kl, "reverse": reverse_kl, "jsd": jensen_shannon}
+def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """sum_v (student_v - teacher_v)^2 / V of the logits"""
+    difference, size = student.sub_(teacher), student.shape[-1]
+    found = torch.linalg.vecdot(difference, difference) / size
+    difference *= 2 / size
+    return found
+
+
+DIVERGENCE = {"forward": forward_kl, "mse": mean_squared, "reverse": reverse_kl, "jsd": jensen_shannon}

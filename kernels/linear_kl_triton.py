@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NOTHING, FORWARD, REVERSE, JSD = (tl.constexpr(number) for number in range(4))
+NOTHING, FORWARD, MSE, REVERSE, JSD = (tl.constexpr(number) for number in range(5))
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -122,8 +122,8 @@ def chunk_loss(
         else:
             tl.store(kl + row, (own + tl.sum(other_part, 0)) / 2)
 
-    # 3. The gradient, and the forward divergence along with it.
-    if GRADIENT or DIVERGENCE == FORWARD:
+    # 3. The gradient, and the forward divergence or the squared difference along with it.
+    if GRADIENT or (DIVERGENCE != NOTHING and DIVERGENCE < REVERSE):
         if GRADIENT:
             weight = tl.load(weights + row)
         kl_part = tl.zeros([BLOCK], tl.float32)
@@ -141,6 +141,10 @@ def chunk_loss(
                     kl_part += tl.where(mask, p_teacher * (t - s), 0.0)
                     if GRADIENT:
                         gradient = (tl.exp(s) - p_teacher) * kl_factor
+                elif DIVERGENCE == MSE:
+                    difference = tl.where(mask, (x - y) * inverse_temperature, 0.0)
+                    kl_part += difference * difference
+                    gradient = difference * (2 * kl_factor / vocabulary)
                 elif DIVERGENCE == REVERSE:
                     gradient = tl.exp(s) * (s - t - own) * kl_factor
                 else:
@@ -151,3 +155,5 @@ def chunk_loss(
                 tl.store(student + column, (gradient * weight).to(student.dtype.element_ty), mask=mask)
         if DIVERGENCE == FORWARD:
             tl.store(kl + row, tl.sum(kl_part, 0))
+        elif DIVERGENCE == MSE:
+            tl.store(kl + row, tl.sum(kl_part, 0) / vocabulary)

@@ -138,6 +138,7 @@ def linear_kl_reference(
         "forward": (p.exp() * (p - q)).sum(-1),
         "reverse": (q.exp() * (q - p)).sum(-1),
         "jsd": ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2,
+        "mse": ((logits - target) / temperature).square().mean(-1),
     }[divergence]
     weights = torch.ones_like(kl) if token_weights is None else token_weights.to(kl.dtype)
     cross_entropy = torch.zeros_like(kl)

@@ -60,7 +60,7 @@ def losses() -> Iterator[tuple[str, Launch]]:
     for dtype, need in ((BF16, True), (FP32, True), (FP32, False)):
         student = logits[dtype]
         for divergence, temperature, mixes, target in itertools.product(
-            ("forward", "reverse", "jsd", None), (1.0, 2.0), (0.0, 0.5), (None, labels)
+            ("forward", "reverse", "jsd", "mse", None), (1.0, 2.0), (0.0, 0.5), (None, labels)
         ):
             if (target is None and (mixes or divergence is None)) or (divergence is None and temperature != 1):
                 continue

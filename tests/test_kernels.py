@@ -302,7 +302,7 @@ def test_rotary_refuses_wrong_shapes() -> None:
         rotary_angles(torch.arange(5)[None], 7, 1e4, torch.float32)
 
 
-@pytest.mark.parametrize("divergence", ("forward", "reverse", "jsd"))
+@pytest.mark.parametrize("divergence", ("forward", "reverse", "jsd", "mse"))
 @pytest.mark.parametrize("temperature", (1.0, 2.5))
 @pytest.mark.parametrize("mix", (0.0, 0.4))
 def test_linear_kl(divergence: str, temperature: float, mix: float) -> None:
