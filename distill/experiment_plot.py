@@ -36,32 +36,37 @@ def draw_sizes(
     folder: Path, title: str, groups: Mapping[str, Sequence[Mapping[str, Any]]], teacher: Mapping[str, Any]
 ) -> None:
     """Bits per byte at the end against parameters, on the test split, and against the tokens read, on the validation
-    split, where the palest line is the smallest model. groups: cells (see scripts/cells.py) by their start."""
-    figure = Figure(figsize=(WIDE, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    split, where the palest line is the smallest model. groups: cells (see scripts/cells.py) by their start, each of
+    which has a row with a scale of its own, since they can be far apart."""
+    order = sorted(groups, reverse=True)  # random above pruned, as the figures are
+    figure = Figure(figsize=(WIDE, 1.6 + 1.6 * len(order)), layout="constrained")
+    grid = figure.subplots(len(order), 2, sharex="col", squeeze=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     at_teacher = teacher["bits_per_byte"]["value"]
-    for start, cells in groups.items():
-        name, shade = STARTS[start]
-        models = sorted((cell["models"]["distilled"] for cell in cells), key=lambda model: model["parameters"])
-        left.plot(
-            [model["parameters"] for model in models],
-            [model["bits_per_byte"]["value"] for model in models],
-            "o-", color=shade, label=name,
-        )  # fmt: skip
-        smallest = min(cell["models"]["distilled"]["parameters"] for cell in cells)
-        span = max(cell["models"]["distilled"]["parameters"] for cell in cells) - smallest
+    for row, (left, right) in zip(order, grid, strict=True):
+        name, shade = STARTS[row]
+        cells = groups[row]
+        sizes = sorted({cell["models"]["distilled"]["parameters"] for cell in cells})
+        ends = [[c["models"]["distilled"] for c in cells if c["models"]["distilled"]["parameters"] == s] for s in sizes]
+        values = [[model["bits_per_byte"]["value"] for model in models] for models in ends]
+        left.plot(sizes, [statistics.fmean(each) for each in values], "o-", color=shade, label=name)
+        for size, each in zip(sizes, values, strict=True):
+            left.plot([size] * len(each), each, "_", color=shade, markersize=9)
         for cell in cells:
-            place = (cell["models"]["distilled"]["parameters"] - smallest) / max(span, 1)
+            place = sizes.index(cell["models"]["distilled"]["parameters"]) / max(len(sizes) - 1, 1)
             tokens, bits = ([point[key] for point in cell["curve"]] for key in ("tokens", "bits_per_byte"))
             right.plot(tokens, bits, ".-", color=shade, alpha=0.35 + 0.65 * place, linewidth=1.4)
-    left.axhline(at_teacher, color=THEME["blue"], linewidth=1, linestyle="--")
-    left.plot([teacher["parameters"]], [at_teacher], "o", color=THEME["blue"], label="teacher")
-    left.legend(frameon=False)
-    left.set(xlabel="Parameters", ylabel="Bits per byte, test split")
-    right.set(xlabel="Tokens of distillation", ylabel="Bits per byte, validation split")
-    for axes in (left, right):
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if row == "pruned":
+            left.axhline(at_teacher, color=THEME["blue"], linewidth=1, linestyle="--")
+            left.plot([teacher["parameters"]], [at_teacher], "o", color=THEME["blue"], label="teacher")
+        left.legend(frameon=False, loc="best")
+        for axes in (left, right):
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    grid[0][0].set(title="At the end, test split")
+    grid[0][1].set(title="On the way, validation split")
+    grid[-1][0].set(xlabel="Parameters")
+    grid[-1][1].set(xlabel="Tokens of training")
+    figure.supylabel("Bits per byte", fontsize=10)
     save(figure, folder)
 
 
