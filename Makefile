@@ -23,7 +23,7 @@ demo: install
 	$(BIN)/limbeck compress recipe=tiny output=demo-out
 
 test: lint
-	$(BIN)/python -m pytest -q $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile $(TESTS)
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow $(TESTS)
