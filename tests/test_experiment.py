@@ -18,6 +18,8 @@ from limbeck.scripts import cells
 from limbeck.scripts.compose import CONF, build, compose_config
 from limbeck.scripts.experiment import Options, plans_of
 from limbeck.scripts.experiment_figures import Row, agreement, order_of, published_pairs, rank_correlation, stable_from
+from limbeck.scripts.inputs import model_config
+from limbeck.scripts.rounds import walk
 from limbeck.scripts.sharing import Shared
 from limbeck.tests.helpers import limbeck
 
@@ -40,6 +42,9 @@ def test_every_variant_composes_and_is_another() -> None:
     for plan in plans:
         names = [cell.name for found in plan.cells.values() for cell in found]
         assert len(set(names)) == len(names) == len(plan.cells) > 1, plan.folder
+        for found in plan.cells.values():
+            for step in walk(model_config("zoo"), found[0].chain.plan()):
+                assert step.after != step.before
     shared = [cell.name for plan in plans for found in plan.cells.values() for cell in found]
     assert len(set(shared)) < len(shared)  # "KL" of one experiment is "at once" of another
 
