@@ -82,12 +82,16 @@ def write_card(
     licence: Licence,
     gap: Mapping[str, Any] | None = None,
     name: str | None = None,
+    picture: Path | None = None,
 ) -> None:
     """Writes README.md into the folder, and copies the files with the base model's terms beside it.
 
-    `checked` says how the folder was compared; `gap` is gap.json's content, and `name` what it calls this model."""
+    `checked` says how the folder was compared; `gap` is gap.json's content, `name` what it calls this model, and
+    `picture` a PNG of its figures, which is copied as gap.png."""
     for path in licence.files:
         shutil.copyfile(path, folder / path.name)
+    if picture is not None:
+        shutil.copyfile(picture, folder / "gap.png")
     layers = {kind: len(config.layers_of(letter)) for letter, kind in KINDS.items() if letter in config.pattern}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
@@ -97,8 +101,8 @@ def write_card(
         config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
         parameters=f"{count_parameters(config):,}", hybrid="M" in config.pattern,
         layers=", ".join(f"{count} {kind}" for kind, count in layers.items()),
-        tables=[] if gap is None else [near(gap), further(gap)], tasks=None if gap is None else tasks(gap),
-        quoted=json.dumps,
+        tables=[] if gap is None else [near(gap), further(gap)], others=[] if gap is None else others(gap),
+        picture=picture is not None, quoted=json.dumps,
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -132,15 +136,61 @@ def further(gap: Mapping[str, Any]) -> Table:
     ]
 
 
-def tasks(gap: Mapping[str, Any]) -> Table | None:
-    """Answers to task suites; None where none was asked."""
+def others(gap: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """What else was measured, each with a sentence of what it is; what was not is left out."""
+    found = {
+        "How two students differ, paired by document; p is how likely such a difference would be if there were none:":
+            differences(gap),
+        "Retrieval from long text: the share of probes that were answered, and the nats of an answer:": retrieval(gap),
+        "Answers to lm-evaluation-harness, with its standard errors:": tasks(gap),
+        "Memory, and tokens a second as the roofline allows them:": fits(gap),
+    }  # fmt: skip
+    return [(words, table) for words, table in found.items() if table[1]]
+
+
+def differences(gap: Mapping[str, Any]) -> Table:
+    """Of every two students the second minus the first, in the main figures."""
+    rows = [
+        [f"{masked(pair['second'])} - {masked(pair['first'])}",
+         *(f"{figure(pair[key], '+')}, p {pair['p'][key]:.3f}" for key in COLUMNS)]
+        for pair in gap.get("differences", ())
+        if "teacher" not in (pair["first"], pair["second"])
+    ]  # fmt: skip
+    return ["models", *COLUMNS.values()], rows
+
+
+def retrieval(gap: Mapping[str, Any]) -> Table:
+    """A line for each kind and length of probe."""
+    names = list(gap["models"])
+    rows = [
+        [f"{kind}, {int(length):,} tokens",
+         *(f"{figure(found[name]['answered'], digits=2)}; {found[name]['nats']['value']:.1f}" for name in names)]
+        for kind, lengths in (gap.get("probes") or {}).items()
+        for length, found in lengths.items()
+    ]  # fmt: skip
+    return ["probe", *map(masked, names)], rows
+
+
+def tasks(gap: Mapping[str, Any]) -> Table:
+    """A line for each task and metric."""
     found = gap.get("tasks") or {}
     if not found:
-        return None
+        return [], []
     from .report_gap import task_rows  # brings matplotlib
 
-    rows = [[masked(label), *cells] for label, *cells in task_rows(found)]
-    return ["task, metric", *map(masked, found)], rows
+    return ["task, metric", *map(masked, found)], [[masked(label), *cells] for label, *cells in task_rows(found)]
+
+
+def fits(gap: Mapping[str, Any]) -> Table:
+    """A line for each model: its bytes and whether they fit, for the card and the context that were asked for."""
+    rows = []
+    for name, found in (gap.get("memory") or {}).items():
+        held, verdict, speed = found["memory"], found["verdict"], found.get("throughput")
+        place = f"{found['hardware']['name']}, {held['context']:,} tokens x {held['batch']}"
+        sizes = [f"{bytes_ / 2**30:.3f} GiB" for bytes_ in (held["weights"], held["total"], verdict["budget"])]
+        rate = f"{speed['tokens_per_second']:,.0f} at a batch of {speed['batch']:,}" if speed else ""
+        rows.append([masked(name), place, *sizes, "yes" if verdict["fits"] else "no", rate])
+    return ["model", "for", "weights", "together", "budget", "fits", "tokens a second"], rows
 
 
 def masked(name: str) -> str:
@@ -148,5 +198,5 @@ def masked(name: str) -> str:
     return name.replace("|", "\\|")
 
 
-def figure(found: Mapping[str, float]) -> str:
-    return f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+def figure(found: Mapping[str, float], sign: str = "", digits: int = 4) -> str:
+    return f"{found['value']:{sign}.{digits}f} [{found['low']:{sign}.{digits}f}, {found['high']:{sign}.{digits}f}]"

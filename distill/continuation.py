@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.generate import generate
 from ..models.hybrid import HybridLM
+from ..models.placement import placed
 from .data import Corpus
 from .gap_statistics import Estimate, resampled
 
@@ -34,14 +35,17 @@ def continuations(
     eos_token_id: int | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> dict[str, Continuation]:
-    """Each student's agreement with the teacher over prompts [N, T], one of a document each; intervals over prompts.
+    """Each student's agreement with the teacher over prompts [N, T], one of a document each; intervals over prompts. On
+    a `device` where one is given.
 
     What comes behind an end of text that both wrote is not looked at: it counts as agreement to the end.
     """
 
     def written(model: HybridLM) -> Tensor:
-        found = generate(model, prompts, new_tokens, eos_token_id=eos_token_id)[:, prompts.shape[1] :].cpu()
+        with placed(model, device):
+            found = generate(model, prompts, new_tokens, eos_token_id=eos_token_id)[:, prompts.shape[1] :].cpu()
         missing = new_tokens - found.shape[1]  # every sequence ended before
         return torch.nn.functional.pad(found, (0, missing), value=-1 if eos_token_id is None else eos_token_id)
 

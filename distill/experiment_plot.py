@@ -36,8 +36,9 @@ def draw_sizes(
     folder: Path, title: str, groups: Mapping[str, Sequence[Mapping[str, Any]]], teacher: Mapping[str, Any]
 ) -> None:
     """Bits per byte at the end against parameters, on the test split, and against the tokens read, on the validation
-    split, where the palest line is the smallest model. groups: cells (see scripts/cells.py) by their start, each of
-    which has a row with a scale of its own, since they can be far apart."""
+    split, where the palest line is the smallest model: the mean of the seeds, each of which has other validation text.
+    groups: cells (see scripts/cells.py) by their start, each of which has a row with a scale of its own, since they can
+    be far apart."""
     order = sorted(groups, reverse=True)  # random above pruned, as the figures are
     figure = Figure(figsize=(WIDE, 1.6 + 1.6 * len(order)), layout="constrained")
     grid = figure.subplots(len(order), 2, sharex="col", squeeze=False)
@@ -52,9 +53,15 @@ def draw_sizes(
         left.plot(sizes, [statistics.fmean(each) for each in values], "o-", color=shade, label=name)
         for size, each in zip(sizes, values, strict=True):
             left.plot([size] * len(each), each, "_", color=shade, markersize=9)
-        for cell in cells:
-            place = sizes.index(cell["models"]["distilled"]["parameters"]) / max(len(sizes) - 1, 1)
-            tokens, bits = ([point[key] for point in cell["curve"]] for key in ("tokens", "bits_per_byte"))
+        for number, size in enumerate(sizes):
+            curves = [
+                {point["tokens"]: point["bits_per_byte"] for point in cell["curve"]}
+                for cell in cells
+                if cell["models"]["distilled"]["parameters"] == size
+            ]
+            tokens = sorted(set.intersection(*map(set, curves)))
+            bits = [statistics.fmean(curve[count] for curve in curves) for count in tokens]
+            place = number / max(len(sizes) - 1, 1)
             right.plot(tokens, bits, ".-", color=shade, alpha=0.35 + 0.65 * place, linewidth=1.4)
         if row == "pruned":
             left.axhline(at_teacher, color=THEME["blue"], linewidth=1, linestyle="--")
@@ -63,7 +70,7 @@ def draw_sizes(
         for axes in (left, right):
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     grid[0][0].set(title="At the end, test split")
-    grid[0][1].set(title="On the way, validation split")
+    grid[0][1].set(title="On the way, validation split, mean of the seeds")
     grid[-1][0].set(xlabel="Parameters")
     grid[-1][1].set(xlabel="Tokens of training")
     figure.supylabel("Bits per byte", fontsize=10)

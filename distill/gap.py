@@ -21,6 +21,7 @@ from torch import Tensor
 from ..kernels.linear_figures import LinearFigures, linear_figures
 from ..models.errors import CheckFailed, InputError
 from ..models.hybrid import HybridLM
+from ..models.placement import placed
 from .examples import Window, Worst
 from .gap_statistics import Estimate, Totals, calibration_error, resampled
 from .gap_sums import BINNED, BINS, GROUPED, QUANTITIES, Sums, add_sizes, widened
@@ -136,9 +137,12 @@ def measure_gap(
     seed: int = 0,
     groups: TokenGroups | None = None,
     worst: int = 0,
+    device: torch.device | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> GapReport:
     """Figures of the teacher and its students over `batches` (see `distill.data.Batch`; moved to the models' device).
+
+    With a `device` models that wait elsewhere come to it one at a time, for each batch anew.
 
     Bits per byte is the cross-entropy of every label, end of document included, over the labels' UTF-8 bytes.
     Where students are named "pruned" and "distilled", `recovery` is (CE pruned - CE distilled) / (CE pruned - CE
@@ -152,7 +156,6 @@ def measure_gap(
         raise InputError(f"gap: {resamples} resamples (at least 1), {worst} worst windows (at least 0)")
     for student in students.values():
         check_vocabularies(teacher, student)
-    device = teacher.head_weight.device
     sums = {name: Sums() for name in (TEACHER, *students)}
     windows = {name: Worst(worst) for name in students}
     sizes: dict[int, np.ndarray] = {}  # tokens and bytes a document
@@ -195,13 +198,17 @@ class Seen:
 
 
 def figures(
-    teacher: HybridLM, students: Mapping[str, HybridLM], batch: Any, device: torch.device
+    teacher: HybridLM, students: Mapping[str, HybridLM], batch: Any, device: torch.device | None
 ) -> list[LinearFigures]:
     """Each model's per-token figures on a batch, on the CPU, the teacher's first."""
-    ids, seq_idx, labels = batch.input_ids.to(device), batch.seq_idx.to(device), batch.labels.flatten().to(device)
-    hidden = [model.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1) for model in (teacher, *students.values())]
-    models = list(zip(hidden[1:], (student.head_weight for student in students.values()), strict=True))
-    found = linear_figures(models, hidden[0], teacher.head_weight, labels)
+    where = device or teacher.head_weight.device
+    ids, seq_idx, labels = batch.input_ids.to(where), batch.seq_idx.to(where), batch.labels.flatten().to(where)
+    sides = []
+    for model in (teacher, *students.values()):
+        with placed(model, device):  # the head stays for the figures, which need all of them
+            hidden = model.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
+            sides.append((hidden, model.head_weight))
+    found = linear_figures(sides[1:], *sides[0], labels)
     return [LinearFigures(*(column.cpu() for column in model)) for model in found]
 
 
@@ -211,7 +218,7 @@ def groupings(batch: Any, groups: TokenGroups | None) -> dict[str, tuple[Tensor,
     if groups is not None:
         labels, doc_id = batch.labels.flatten().cpu().clamp_min(0), batch.doc_id.flatten().cpu().clamp_min(0)
         found["class"] = (groups.class_of[labels], len(CLASSES))
-        found["domain"] = (groups.domain_of[doc_id], len(groups.domains))
+        found["domain"] = (groups.domain_of[doc_id].long(), len(groups.domains))
     return found
 
 

@@ -9,7 +9,6 @@ that is free; where it runs out all the same, from half as many on. Needs `pip i
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..models.engine import Completion, Engine, Request
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.layers import free_memory
+from ..models.placement import let_go
 from ..models.sampling import Sampling
 from ..models.tokenizer import Tokenizer
 from ..models.transient import Place
@@ -251,9 +251,3 @@ def first_row(order: Sequence[int], lengths: Sequence[int], capacity: int) -> li
             row.append(number)
             room -= lengths[number]
     return row
-
-
-def let_go() -> None:
-    """Gives back what is allocated and no longer used; while an error is handled, its frames still use theirs."""
-    gc.collect()
-    torch.cuda.empty_cache()

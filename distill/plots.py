@@ -243,21 +243,25 @@ def importance(title: str, scores: Mapping[str, np.ndarray], kept: Mapping[str, 
 
 
 @styled
-def layers(pattern: str, removed: Sequence[int], first: Mapping[int, float], metric: str) -> Figure:
-    """How much each layer is missed at the first step, in the metric named; the removed ones are marked."""
+def layers(pattern: str, removed: Sequence[int], first: Mapping[int, float], metric: str, together: int = 1) -> Figure:
+    """How much each layer, or so many `together` from each on, are missed at the first step, in the metric named; the
+    removed ones are marked."""
     figure = Figure(figsize=(WIDE, 2.4), layout="constrained")
     axes = figure.subplots()
     places = sorted(first)
     shades = [THEME["orange"] if layer in removed else THEME["blue"] for layer in places]
     axes.bar(range(len(places)), [first[layer] for layer in places], color=shades, width=0.72)
     axes.set_xticks(
-        range(len(places)), [f"{layer}\n{pattern[layer]}" for layer in places], fontsize=10 if len(places) < 40 else 7
+        range(len(places)),
+        [f"{layer}\n{pattern[layer : layer + together]}" for layer in places],
+        fontsize=10 if len(places) < 40 else 7,
     )
     if max(first.values()) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    axes.set(title=f"Without one layer: {metric}", xlabel="layer and its kind")
+    without = "one layer" if together == 1 else f"{together} layers"
+    axes.set(title=f"Without {without}: {metric}", xlabel="layer and its kind")
     axes.margins(x=0.01)
     axes.grid(axis="x", visible=False)
     return figure

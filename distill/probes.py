@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.placement import placed
 from ..models.tokenizer import Tokenizer
 from .data import Corpus
 from .gap_statistics import Estimate, resampled
@@ -102,19 +103,26 @@ def name(draw: np.random.Generator) -> str:
 
 @torch.no_grad()
 def retrieve(
-    models: Mapping[str, HybridLM], probes: Sequence[Probe], *, resamples: int, seed: int
+    models: Mapping[str, HybridLM],
+    probes: Sequence[Probe],
+    *,
+    resamples: int,
+    seed: int,
+    device: torch.device | None = None,
 ) -> dict[str, Retrieved]:
-    """How every model answers the probes; intervals over probes. Only the answer's places meet the head."""
+    """How every model answers the probes, on a `device` where one is given; intervals over probes. Only the answer's
+    places meet the head."""
     found = {}
     for name, model in models.items():
         answered, nats = np.zeros(len(probes)), np.zeros(len(probes))
-        for number, probe in enumerate(probes):
-            ids = probe.ids.to(model.head_weight.device)
-            hidden = model.hidden_states(ids[None, :-1])[0, -probe.answer :]
-            logs = torch.log_softmax((hidden @ model.head_weight.T).float(), -1)
-            wanted = ids[-probe.answer :]
-            answered[number] = bool((logs.argmax(-1) == wanted).all())
-            nats[number] = -float(logs.gather(1, wanted[:, None]).sum())
+        with placed(model, device):
+            for number, probe in enumerate(probes):
+                ids = probe.ids.to(model.head_weight.device)
+                hidden = model.hidden_states(ids[None, :-1])[0, -probe.answer :]
+                logs = torch.log_softmax((hidden @ model.head_weight.T).float(), -1)
+                wanted = ids[-probe.answer :]
+                answered[number] = bool((logs.argmax(-1) == wanted).all())
+                nats[number] = -float(logs.gather(1, wanted[:, None]).sum())
         drawn = resampled({"answered": answered, "nats": nats, "probes": np.ones(len(probes))}, resamples, seed)
         found[name] = Retrieved(*(drawn[key].over(drawn["probes"]).estimate() for key in ("answered", "nats")))
     return found

@@ -106,28 +106,38 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
             figure = plots.importance(title, above, stays)
             name = f"importance-{kind.replace('_', '-')}"
             pictures.append(drawn(folder, figure, name, f"Sorted importance of {title.lower()}", wide=True))
-    note = "Sorted within each layer, relative to its largest; pale: removed. "
+    note = f"Sorted within each layer, relative to its largest{'' if selection is None else '; pale: removed'}. "
     note += turned or "Channels are summed over the norms of the layers kept."
     yield Section("Importance of units", note, pictures)
     order, values, candidates = (found["layers"][key] for key in ("order", "values", "candidates"))
     name = DEPTH_METRICS[found["layers"]["metric"]]
     if not order:
         return
-    removed = order if selection is None else [layer for layer in order if layer not in selection["layers"]]
+    removed = [] if selection is None else [layer for layer in order if layer not in selection["layers"]]
     pictures, tables = [], []
     if candidates:
         first = {int(layer): value for layer, value in candidates[0].items()}
-        figure = plots.layers(found["pattern"], removed, first, name)
-        pictures = [drawn(folder, figure, "layers", f"Bars: {name} without each layer", wide=True)]
+        figure = plots.layers(found["pattern"], removed, first, name, len(order) // max(len(values), 1))
+        pictures = [drawn(folder, figure, "layers", f"Bars: {name} without each of them", wide=True)]
     if values:
-        rows = [
-            (str(step), [Cell(f"{layer} ({LETTERS[found['pattern'][layer]]})"), Cell(f"{value:.4g}"),
-                         Cell("removed" if layer in removed else "kept")])
-            for step, (layer, value) in enumerate(zip(order, values, strict=False), 1)
-        ]  # fmt: skip
-        tables = [Table("In the order of removal", ["step", "layer", name, ""], rows)]
-    note = f"Each step removes the layer that is missed least; measured by the {name}. Orange: removed."
+        rows = []
+        for step, (layers, value) in enumerate(removal_steps(order, values), 1):
+            kinds = ", ".join(f"{layer} ({LETTERS[found['pattern'][layer]]})" for layer in layers)
+            state = [] if selection is None else [Cell("removed" if set(layers) <= set(removed) else "kept")]
+            rows.append((str(step), [Cell(kinds), Cell(f"{value:.4g}"), *state]))
+        layer = "layer" if len(order) == len(values) else "layers"
+        columns = ["step", layer, name, *([] if selection is None else [""])]
+        tables = [Table("In the order of removal", columns, rows)]
+    each = "layer that is" if len(order) == len(values) else "layers that are"
+    note = f"Each step removes the {each} missed least; measured by the {name}."
+    note += " Orange: removed." if removed else ""
     yield Section("Importance of layers", note, pictures, tables)
+
+
+def removal_steps(order: Sequence[int], values: Sequence[float]) -> list[tuple[tuple[int, ...], float]]:
+    """The layers that go in each step, one or (of pairs) several, and what the step costs."""
+    size = len(order) // len(values) if values else 1
+    return [(tuple(order[place * size : (place + 1) * size]), value) for place, value in enumerate(values)]
 
 
 def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:

@@ -7,6 +7,7 @@ import keyword
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,17 +64,18 @@ def domain_of(name: str) -> str:
     return f"*.{suffix}" if dot else REST
 
 
-def group_documents(names: Sequence[str], lengths: Sequence[int]) -> tuple[tuple[str, ...], Tensor]:
-    """The largest domains by tokens, the others together, and the number of each document's."""
-    found = [domain_of(name) for name in names]
+def group_documents(names: Sequence[str], starts: np.ndarray) -> tuple[tuple[str, ...], Tensor]:
+    """The largest domains by tokens, the others together, and the number of each document's [D] (a byte each): of
+    documents that begin at `starts` [D + 1]. Names are read twice and not kept."""
     sizes: collections.Counter[str] = collections.Counter()
-    for domain, length in zip(found, lengths, strict=True):
-        sizes[domain] += length
+    for number, name in enumerate(names):
+        sizes[domain_of(name)] += int(starts[number + 1] - starts[number])
     largest = [domain for domain, _ in sizes.most_common(DOMAINS + 1) if domain != REST]
     kept = largest if len(sizes) == len(largest) else largest[: DOMAINS - 1]
     domains = (*kept, *([REST] if len(sizes) > len(kept) else []))
     place = {domain: number for number, domain in enumerate(domains)}
-    return domains, torch.tensor([place.get(domain, len(domains) - 1) for domain in found])
+    numbers = (place.get(domain_of(name), len(domains) - 1) for name in names)
+    return domains, torch.from_numpy(np.fromiter(numbers, np.uint8, len(names)))
 
 
 def contexts(seq_idx: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from ..kernels.linear_kl import linear_cross_entropy
-from ..models.axes import HIDDEN, Axis, tensor_table
 from ..models.config import HybridConfig
 from ..models.cost import GIB, Hardware, MemoryReport, Throughput, count_parameters, memory, throughput
 from ..models.errors import CheckFailed, InputError
@@ -23,6 +22,7 @@ from ..models.hybrid import HybridLM
 from .choose import Target, kept_layers, select
 from .compensate import Repair, repair_model
 from .importance import TokenBatch
+from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, embed, odd_gap
 from .scores import LayerScores, WidthScores
 from .sizing import unwritable
@@ -322,14 +322,7 @@ def name_of(config: HybridConfig, depth: Depth) -> str:
 def with_importance(
     config: HybridConfig, widths: WidthScores, candidates: Sequence[Candidate]
 ) -> tuple[Candidate, ...]:
-    """The candidates with the share of importance that they keep, of 1 for the source.
-
-    Of an axis the share is the sum of the scores that stay over the sum of all (a Mamba layer's heads and channels
-    together); a layer that is gone keeps nothing, and hidden counts the norms of the layers that stay. Shares are
-    averaged over the source's layers of a kind, then over the kinds of axes (hidden, FFN, attention heads, Mamba
-    heads), each with the weight of `axis_weights`: with equal weights the FFN, which costs little to lose, counted
-    as much as hidden, and the order was worse than that by bytes (docs/LOG.md).
-    """
+    """The candidates with the share of importance that they keep, of 1 for the source. See `kept.importance_kept`."""
     known: dict[tuple[Any, ...], float] = {}
     weights = scored_weights(config, widths)
 
@@ -349,53 +342,6 @@ def with_importance(
         )
         for candidate in candidates
     )
-
-
-def importance_kept(config: HybridConfig, widths: WidthScores, selection: Selection) -> float:
-    """The share of importance that a selection keeps, of 1 for the source; see `with_importance`."""
-    weights = scored_weights(config, widths)
-    kept = {kind: kept_share(config, widths, selection, kind) for kind in weights}
-    return sum(kept[kind] * weight for kind, weight in weights.items()) / sum(weights.values())
-
-
-def scored_weights(config: HybridConfig, widths: WidthScores) -> dict[str, int]:
-    """`axis_weights` of the kinds of axes that have scores."""
-    return {kind: weight for kind, weight in axis_weights(config).items() if any(a.kind == kind for a in widths)}
-
-
-def axis_weights(config: HybridConfig) -> dict[str, int]:
-    """Of each kind of axis, the parameters of the tensors that lie on it; one that lies on two counts for both."""
-    weights: dict[str, int] = {}
-    for tensor in tensor_table(config).values():
-        factors = [factor for dimension in tensor.dimensions for segment in dimension for factor in segment]
-        for kind in {factor.axis.kind for factor in factors if factor.axis is not None}:
-            weights[kind] = weights.get(kind, 0) + tensor.numel
-    return dict(sorted(weights.items()))
-
-
-def kept_share(config: HybridConfig, widths: WidthScores, selection: Selection, kind: str) -> float:
-    """The share of one kind of axis; see `with_importance`."""
-    if kind == HIDDEN.kind:
-        scores = widths[HIDDEN][[*selection.layers, config.num_layers]].sum(0)
-        return fraction(scores[list(selection.kept.get(HIDDEN, range(len(scores))))], scores)
-    axes = [axis for axis in widths if axis.kind == kind]
-    shares = []
-    for axis in axes:
-        if axis.layer in selection.layers:
-            kept = scores = widths[axis]
-            if axis in selection.kept:
-                kept = kept[list(selection.kept[axis])]
-            channels = Axis("mamba_head_dim", axis.layer)
-            if kind == "mamba_heads" and channels in selection.kept:
-                kept = kept[:, list(selection.kept[channels])]
-            shares.append(fraction(kept, scores))
-    return sum(shares) / len(axes)
-
-
-def fraction(kept: torch.Tensor, scores: torch.Tensor) -> float:
-    """The sum of what is kept over the sum of all; the share of units where all scores are 0."""
-    total = float(scores.sum())
-    return float(kept.sum()) / total if total > 0 else kept.numel() / scores.numel()
 
 
 def ranked(candidates: Iterable[Candidate], by: str) -> tuple[Candidate, ...]:

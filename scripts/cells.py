@@ -28,8 +28,8 @@ from ..models.folder import write_json
 from ..models.hybrid import HybridLM, initialize
 from ..models.provenance import provenance
 from ..prune.choose import Target, select
+from ..prune.kept import importance_kept
 from ..prune.scores import Scores, load_scores
-from ..prune.search import importance_kept
 from . import cache_teacher, compress
 from .inputs import content, data_input, model_folder, sample, torch_device, torch_dtype
 from .rounds import Round

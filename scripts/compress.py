@@ -24,7 +24,7 @@ from ..models.errors import InputError
 from ..models.tokenizer import check_vocabulary, load_tokenizer
 from ..prune.choose import Target
 from . import distill, evaluate, export, memory_fit, prune, score
-from .inputs import corpus, data_input, model_config, model_folder
+from .inputs import check_counts, corpus, data_input, model_config, model_folder
 from .rounds import Round, make_rounds, rehearse, walk
 from .score import many_processes
 from .show import console, gib, read_json, result, say, table
@@ -56,6 +56,7 @@ class Options:
                 raise InputError(f"{name} is missing; give {name}=VALUE (limbeck compress --help)")
         if not self.rounds and self.target == Target():
             raise InputError("target is empty; give a size, such as target.parameters=0.75 (limbeck compress --help)")
+        check_counts(self, "evaluate_tokens")
         self.plan()
 
     def plan(self) -> tuple[Round, ...]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..distill.agreement import check_agreement
 from ..distill.continuation import continuations, draw_prompts
 from ..distill.data import Corpus
 from ..distill.examples import as_text
 from ..distill.gap import TEACHER, measure_gap
 from ..distill.mixture import whole
-from ..distill.probes import check_probes, make_probe, retrieve
+from ..distill.probes import Probe, check_probes, make_probe, retrieve
 from ..distill.report import write_page
 from ..distill.token_groups import TokenGroups, group_documents, token_classes
 from ..models.checkpoint import load_config, load_model
@@ -23,12 +25,17 @@ from ..models.cost import Hardware, count_parameters, throughput
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM
+from ..models.layers import free_memory
+from ..models.placement import let_go
 from ..models.tokenizer import Tokenizer, load_tokenizer
+from ..prune.scores import check_width_scores, load_scores
 from . import memory_fit
-from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
-from .show import progress, read_json, result, say, table
+from .inputs import check_counts, corpus, data_input, model_folder, torch_device, torch_dtype
+from .show import gib, progress, read_json, result, say, table
 from .stage import PROVENANCE, Facts, run_stage
-from .tasks import Tasks, answer, show_tasks
+from .tasks import Asked, Tasks, answer, show_tasks
+
+SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,9 @@ class Options:
     probes: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_counts(self, "tokens", "seq_len", "batch")
+
     def asked(self) -> Tasks:
         """The task suites. Raises InputError."""
         return Tasks(self.tasks, self.details.task_shots, self.details.task_limit)
@@ -84,9 +94,11 @@ def run(options: Options) -> None:
     folders |= {name: model_folder(folder) for name, folder in options.student.items()}
     inputs: dict[str, Path | str] = {**folders, "data": data_input(options.data)}
     if options.scores is not None:
-        inputs["scores"] = scores_folder(options.scores)
+        inputs["scores"] = scores_folder(options.scores, folders[TEACHER])
     longest = min(load_config(folder).max_position_embeddings for folder in folders.values())
     check_probes(options.probes, options.details.probe_lengths, longest)
+    check_continuations(options, longest)
+    check_tokenizers(folders)
     kept = ("split", "tokens", "seq_len", "batch", "seed", "dtype", "details", "hardware", "fit", "probes")
     run_stage(
         options.output,
@@ -99,33 +111,66 @@ def run(options: Options) -> None:
     result(options.output, {"gap": str(options.output / "gap.json"), "page": str(options.output / "gap.html")})
 
 
-def scores_folder(name: str) -> Path:
+def scores_folder(name: str, teacher: Path) -> Path:
+    """A folder of `limbeck score`. Raises InputError where it is none, or of another model than the teacher."""
     folder = Path(name).expanduser()
     if not (folder / "scores.json").is_file():
         raise InputError(f"scores={name} is no folder of limbeck score; expected scores.json in it")
+    found, config = load_scores(folder), load_config(teacher)
+    if found.metadata.get("pattern") != config.pattern:
+        raise InputError(f"scores={name} are of another model than the teacher, {teacher}; expected its own")
+    check_width_scores(config, found.widths, f"scores={name}")
     return folder
+
+
+def own_scores(options: Options, facts: Facts) -> Path | None:
+    """The scores folder, unless what it was made from is not the teacher."""
+    if options.scores is None:
+        return None
+    folder = Path(options.scores).expanduser()
+    made_by = provenance({"scores": folder}).get("scores", {}).get("inputs", {})
+    if made_by.get("model", facts.content()["inputs"][TEACHER]) == facts.content()["inputs"][TEACHER]:
+        return folder
+    say(f"scores={options.scores} are of another model of the teacher's shape: the page leaves them out")
+    return None
+
+
+def check_continuations(options: Options, longest: int) -> None:
+    """Raises InputError where the texts that students go on with are longer than what the models are made for."""
+    details = options.details
+    asked = details.prompt_tokens + details.new_tokens
+    if details.prompts and options.student and asked > longest:
+        raise InputError(f"details.prompt_tokens + new_tokens is {asked:,}; the models take {longest:,}, give less")
+
+
+def check_tokenizers(folders: Mapping[str, Path]) -> None:
+    """Raises InputError where a student's tokens are others than the teacher's. One without a tokenizer of its own is
+    taken at its word."""
+    for name, folder in folders.items():
+        if name != TEACHER and (folder / "tokenizer.json").is_file():
+            check_agreement(folders[TEACHER], folder)
 
 
 def fill(folder: Path, folders: dict[str, Path], options: Options, facts: Facts) -> None:
     """Measures into an existing folder: gap.json, gap.html and its plots."""
     dtype, device = torch_dtype(options.dtype), torch_device(options.device)
     fits = {name: fitted(load_config(path), options.hardware, options.fit) for name, path in folders.items()}
-    models = {name: load_model(path, dtype, device) for name, path in folders.items()}
-    teacher = models.pop(TEACHER)
     read = corpus(options.data, options.split, folders[TEACHER])
     batches = read.sample(
         batch_size=options.batch, seq_len=options.seq_len, seed=options.seed, max_tokens=options.tokens
     )
     text = whole(read)
     tokenizer = load_tokenizer(folders[TEACHER])
-    groups = TokenGroups(
-        *group_documents(text.names, np.diff(text.starts).tolist()),
-        token_classes(tokenizer, teacher.config.vocab_size),
-    )
+    # What may be wrong with them shows before anything is measured.
+    probes = drawn_probes(text, tokenizer, options)
+    tasks = Asked.of(folders, options.asked(), dtype=dtype, seed=options.seed) if options.tasks else None
+    models, away = load_models(folders, dtype, device)
+    teacher = models.pop(TEACHER)
+    groups = TokenGroups(*group_documents(text.names, text.starts), token_classes(tokenizer, teacher.config.vocab_size))
     with progress("evaluating", len(batches)) as bar:
         report = measure_gap(
             teacher, models, batches, resamples=options.details.resamples, seed=options.seed, groups=groups,
-            worst=options.details.worst, on_step=lambda done: bar.set(done),
+            worst=options.details.worst, device=away, on_step=lambda done: bar.set(done),
         )  # fmt: skip
     content = report.to_json()
     content["parameters"] = {name: count_parameters(load_config(path)) for name, path in folders.items()}
@@ -133,11 +178,9 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: Facts)
     content["worst"] = {
         name: [as_text(window, text.names, tokenizer) for window in windows] for name, windows in report.worst.items()
     }
-    content["continuation"] = written(teacher, models, text, tokenizer.eos_token_id, options)
-    content["probes"] = probed({TEACHER: teacher, **models}, text, tokenizer, options)
-    content["tasks"] = (
-        answer(folders, options.asked(), dtype=dtype, device=device, seed=options.seed) if options.tasks else {}
-    )
+    content["continuation"] = written(teacher, models, text, tokenizer.eos_token_id, options, away)
+    content["probes"] = probed({TEACHER: teacher, **models}, probes, options, away)
+    content["tasks"] = {} if tasks is None else answer({TEACHER: teacher, **models}, folders, tasks, device=away)
     content["memory"] = fits
     write_json(folder / "gap.json", content)
     made_by = provenance(folders)
@@ -149,14 +192,40 @@ def fill(folder: Path, folders: dict[str, Path], options: Options, facts: Facts)
         gap=content,
         provenance={"evaluate": facts.content(), **made_by},
         memory=fits,
-        scores=None if options.scores is None else scores_folder(options.scores),
+        scores=own_scores(options, facts),
         metrics=next((path for path in curves if path.is_file()), None),
         selection=selection(folders, made_by, facts.content()["inputs"].get("scores")),
     )
 
 
+def load_models(
+    folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, HybridLM], torch.device | None]:
+    """The models on the device; where a GPU has no room for all of them, in main memory, and the device that each is to
+    come to when its turn comes. Raises InputError where one alone is too large."""
+    let_go()
+    free = free_memory(device) if device.type == "cuda" else None
+    sizes = {name: count_parameters(load_config(path)) * dtype.itemsize for name, path in folders.items()}
+    away = None if free is None or sum(sizes.values()) <= SHARE * free else device
+    if free is not None and away is not None:
+        largest = max(sizes, key=lambda name: sizes[name])
+        if sizes[largest] > SHARE * free:
+            raise InputError(
+                f"{largest} takes {gib(sizes[largest])} in {dtype}, {device} has {gib(free)} free; expected a narrower"
+                f" dtype, or at most {SHARE:.0%} of what is free"
+            )
+        say(f"the models take {gib(sum(sizes.values()))} together, of {gib(free)} free: they wait in main memory")
+    home = device if away is None else torch.device("cpu")
+    return {name: load_model(path, dtype, home) for name, path in folders.items()}, away
+
+
 def written(
-    teacher: HybridLM, students: Mapping[str, HybridLM], text: Corpus, eos_token_id: int, options: Options
+    teacher: HybridLM,
+    students: Mapping[str, HybridLM],
+    text: Corpus,
+    eos_token_id: int,
+    options: Options,
+    device: torch.device | None,
 ) -> dict[str, Any]:
     """How long each student's greedy text is the teacher's; nothing where no prompt was asked for or found."""
     details = options.details
@@ -165,23 +234,33 @@ def written(
         return {}
     say(f"continuing {len(prompts)} texts by {details.new_tokens} tokens")
     found = continuations(teacher, students, prompts, details.new_tokens, eos_token_id=eos_token_id,
-                          resamples=details.resamples, seed=options.seed)  # fmt: skip
+                          resamples=details.resamples, seed=options.seed, device=device)  # fmt: skip
     return {name: dataclasses.asdict(each) | {"prompts": len(prompts), "new_tokens": details.new_tokens}
             for name, each in found.items()}  # fmt: skip
 
 
+def drawn_probes(text: Corpus, tokenizer: Tokenizer, options: Options) -> dict[tuple[str, int], list[Probe]]:
+    """The probes of each kind and length. Raises InputError where a length or the text is too short for one."""
+    details, draw = options.details, np.random.default_rng(options.seed)
+    return {
+        (kind, length): [make_probe(kind, length, text, tokenizer, draw) for _ in range(details.probe_count)]
+        for kind in options.probes
+        for length in details.probe_lengths
+    }
+
+
 def probed(
-    models: Mapping[str, HybridLM], text: Corpus, tokenizer: Tokenizer, options: Options
+    models: Mapping[str, HybridLM],
+    probes: Mapping[tuple[str, int], Sequence[Probe]],
+    options: Options,
+    device: torch.device | None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """How the models answer each kind of probe at each length; the same probes for all."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    details, draw = options.details, np.random.default_rng(options.seed)
-    for kind in options.probes:
-        for length in details.probe_lengths:
-            say(f"probing: {kind}, {length:,} tokens")
-            probes = [make_probe(kind, length, text, tokenizer, draw) for _ in range(details.probe_count)]
-            answers = retrieve(models, probes, resamples=details.resamples, seed=options.seed)
-            found.setdefault(kind, {})[str(length)] = {name: dataclasses.asdict(each) for name, each in answers.items()}
+    for (kind, length), drawn in probes.items():
+        say(f"probing: {kind}, {length:,} tokens")
+        answers = retrieve(models, drawn, resamples=options.details.resamples, seed=options.seed, device=device)
+        found.setdefault(kind, {})[str(length)] = {name: dataclasses.asdict(each) for name, each in answers.items()}
     return found
 
 

@@ -257,9 +257,9 @@ def write_tables(
     experiment = plan.experiment
     plan.folder.mkdir(parents=True, exist_ok=True)
     pairs = published_pairs(rows, experiment.published_more, experiment.orders)
-    sentence = agreement(rows, experiment.figure == "agreement", pairs)
-    lines, title = table_of(plan, options, found, rows, sentence)
     facts = order_of(rows, found) if experiment.picture == "order" else {}
+    sentence = stable_from(facts) if facts else agreement(rows, experiment.figure == "agreement", pairs)
+    lines, title = table_of(plan, options, found, rows, sentence)
     lines += order_lines(facts)
     (plan.folder / "table.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     draw(plan, found, rows, title, facts)
@@ -331,8 +331,7 @@ def order_lines(facts: Mapping[str, Sequence[float]]) -> list[str]:
         "| by | correlation |",
         "|---|---|",
     ]
-    say(stable_from(facts))
-    return [*lines, *(f"| {name} | {value} |" for name, value in body), "", stable_from(facts)]
+    return [*lines, *(f"| {name} | {value} |" for name, value in body)]
 
 
 def draw(

@@ -119,7 +119,10 @@ def fill(folder: Path, source: Path, options: Options, facts: Facts) -> None:
         )
     write_json(folder / "export.json", {"dtype": options.dtype, "read_back": "identical", "transformers": parity})
     licence = read_licence(source if options.base is None else model_folder(options.base))
-    write_card(folder, checkpoint.config, options.dtype, said(parity), licence, gap, name)
+    picture = None if options.gap is None else gap_folder(options.gap) / "plots" / "gap.png"
+    if picture is not None and not picture.is_file():
+        picture = None
+    write_card(folder, checkpoint.config, options.dtype, said(parity), licence, gap, name, picture)
 
 
 def rounded(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,13 @@ from .show import progress, table
 
 ZOO = Path(__file__).parents[1] / "models" / "zoo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def check_counts(options: Any, *names: str) -> None:
+    """Raises InputError where one of these options is less than 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise InputError(f"{name} is {getattr(options, name)}; expected at least 1")
 
 
 def model_names() -> list[str]:

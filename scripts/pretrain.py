@@ -18,7 +18,7 @@ from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 from .distill import check_share, train_with_bar
-from .inputs import data_input, documents, model_config, model_folder, text_in_tokens
+from .inputs import check_counts, data_input, documents, model_config, model_folder, text_in_tokens
 from .journal import check_mode, journal
 from .score import many_processes
 from .show import progress, result, say
@@ -44,6 +44,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_mode(self.wandb)
+        check_counts(self, "seq_len", "batch", "evaluate_tokens")
 
 
 def run(options: Options) -> None:

@@ -28,7 +28,7 @@ from ..prune.choose import Target, select
 from ..prune.compensate import Repair, repair_tensors
 from ..prune.scores import load_scores
 from ..prune.slice import Selection, slice_config, slice_rows, source_name
-from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
+from .inputs import check_counts, data_input, model_folder, sample, torch_device, torch_dtype
 from .show import Bar, progress, result, table
 from .stage import plain, run_stage
 
@@ -82,6 +82,7 @@ class Options:
             raise InputError("prune: repair.rotate, repair.least_squares and repair.norms=measured need data=")
         if self.max_shard_bytes < 1:
             raise InputError(f"prune: max_shard_bytes is {self.max_shard_bytes}; expected at least 1")
+        check_counts(self, "seq_len", "batch")
 
     @property
     def mend(self) -> Repair:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..distill.data import Batch
-from ..distill.report import DEPTH_METRICS
+from ..distill.report import DEPTH_METRICS, removal_steps
 from ..models import processes
 from ..models.checkpoint import open_checkpoint
 from ..models.config import HybridConfig
@@ -23,7 +23,7 @@ from ..models.layers import OFFLOADS, Layers, open_layers
 from ..prune.depth import METRICS, TABLES, random_layers, score_layers, step_size
 from ..prune.importance import score_magnitude, score_random, score_widths
 from ..prune.scores import LayerScores, Scores, WidthScores, load_scores, write_scores
-from .inputs import data_input, model_folder, sample, torch_device, torch_dtype
+from .inputs import check_counts, data_input, model_folder, sample, torch_device, torch_dtype
 from .show import console, progress, result, table
 from .stage import run_stage
 
@@ -85,6 +85,7 @@ class Options:
             raise InputError(f"offload is {self.offload!r}; known: {', '.join(OFFLOADS)}")
         if not 0 < self.streams_gib < float("inf"):
             raise InputError(f"streams_gib is {self.streams_gib}; expected more than 0")
+        check_counts(self, "seq_len", "batch")
 
     @property
     def stream_bytes(self) -> int:
@@ -210,8 +211,8 @@ def show(folder: Path) -> None:
     scores = load_scores(folder)
     pattern = scores.metadata.get("pattern", "")
     rows = [
-        (number, f"{layer} ({pattern[layer]})", f"{value:.4g}")
-        for number, (layer, value) in enumerate(zip(scores.layers.order, scores.layers.values, strict=False), 1)
+        (number, ", ".join(f"{layer} ({pattern[layer]})" for layer in layers), f"{value:.4g}")
+        for number, (layers, value) in enumerate(removal_steps(scores.layers.order, scores.layers.values), 1)
     ]
     if rows:
         name = DEPTH_METRICS[scores.layers.metric]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import glob
 import importlib.metadata
 import logging
 import os
@@ -15,15 +17,19 @@ import yaml
 
 from .. import __version__
 from ..distill.corpus_cache import cache_folder
+from ..distill.documents import first_line
 from ..distill.report_gap import task_rows
-from ..models.checkpoint import load_model
 from ..models.errors import InputError
 from ..models.folder import sha256_file, write_json
-from ..models.tokenizer import load_tokenizer
+from ..models.hybrid import HybridLM
+from ..models.placement import placed
+from ..models.tokenizer import Tokenizer, load_tokenizer
 from .compose import guess
 from .show import progress, read_json, table
 from .stage import digest, fingerprint_of
 
+SUFFIXES = (".yaml", ".yml")  # of task files
+DATA_KEYS = ("dataset_path", "dataset_kwargs")  # of a task file
 FORMAT = 1  # of kept answers; another number wherever a change of ours may change what a model answers
 
 
@@ -44,11 +50,16 @@ class Tasks:
     @property
     def files(self) -> dict[str, Path]:
         """The names that are files. Raises InputError where one does not exist."""
-        found = {name: Path(name).expanduser() for name in self.names if name.endswith((".yaml", ".yml"))}
+        found = {name: Path(name).expanduser() for name in self.names if name.endswith(SUFFIXES)}
         for name, path in found.items():
             if not path.is_file():
                 raise InputError(f"tasks: {name} does not exist; give a task's .yaml file, or a name of the harness")
         return found
+
+    @property
+    def asked(self) -> list[str]:
+        """The names as the harness takes them."""
+        return [str(self.files.get(name, name)) for name in self.names]
 
     def content(self) -> dict[str, Any]:
         """What the answers depend on besides the model: names, the task files, the local files that they name, and the
@@ -59,64 +70,110 @@ class Tasks:
 
 
 def read_by(path: Path) -> dict[str, str]:
-    """The sha256 of a task file, of the local files that it names, and of the code beside it."""
-    read = {path.name: sha256_file(path)}
-    for text in texts_of(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)):
-        for place in (Path(text), path.parent / text):
-            if os.path.isfile(place):  # where Path.is_file raises for a text too long for a name
-                read[text] = sha256_file(place)
-    return read | {code.name: sha256_file(code) for code in sorted(path.parent.glob("*.py"))}
+    """The sha256 of a task file, of the local files and folders that it names, of what the task files that it includes
+    name, and of the code beside it. Raises InputError where a task file cannot be read."""
+    read: dict[str, str] = {}
+    waiting = [path]
+    while waiting:
+        file = waiting.pop()
+        if str(file) in read:
+            continue
+        read[str(file)] = sha256_file(file)
+        for text, is_data in texts_of(parsed(file)):
+            for found in places_of(text, file.parent, is_data):
+                if found.suffix in SUFFIXES and found.is_file():
+                    waiting.append(found)
+                else:
+                    read[str(found)] = fingerprint_of(found)
+        read |= {str(code): sha256_file(code) for code in sorted(file.parent.glob("*.py"))}
+    return {os.path.relpath(place, path.parent): value for place, value in sorted(read.items())}
 
 
-def texts_of(content: Any) -> Iterator[str]:
-    """All texts within a YAML file's content."""
+def parsed(path: Path) -> Any:
+    """A YAML file's content, every scalar a text. Raises InputError."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"tasks: {path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def places_of(text: str, beside: Path, is_data: bool) -> Iterator[Path]:
+    """The files of this machine that a text names, as it stands or from a task file's folder; where data are named,
+    also folders, and the files of a pattern."""
+    for place in (text, os.path.join(beside, text)):
+        if os.path.isfile(place) or (is_data and text and os.path.isdir(place)):  # Path's raise for a text too long
+            yield Path(place)
+        elif is_data and "*" in text:
+            yield from (Path(found) for found in sorted(glob.glob(place, recursive=True)) if os.path.isfile(found))
+
+
+def texts_of(content: Any, is_data: bool = False) -> Iterator[tuple[str, bool]]:
+    """All texts within a YAML file's content, and whether each stands where a task says what its data are."""
     if isinstance(content, str):
-        yield content
+        yield content, is_data
     elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from texts_of(value)
+        for key, value in content.items():
+            yield from texts_of(value, is_data or key in DATA_KEYS)
     elif isinstance(content, Sequence):
         for value in content:
-            yield from texts_of(value)
+            yield from texts_of(value, is_data)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Tasks that are known to be there: the file of each model's kept answers, what they depend on besides the model,
+    and the harness's task manager where any are missing."""
+
+    tasks: Tasks
+    kept: Mapping[str, Path]
+    facts: Mapping[str, Any]
+    seed: int
+    manager: Any
+
+    @classmethod
+    def of(cls, folders: Mapping[str, Path], tasks: Tasks, *, dtype: torch.dtype, seed: int) -> Asked:
+        """Answers are kept in the folder that LIMBECK_CACHE names (else ~/.cache/limbeck), by the contents of the model
+        and of the tasks, and by the versions of what asks. Raises InputError where the harness is missing, or a task is
+        unknown or cannot be loaded."""
+        try:
+            version = importlib.metadata.version("lm_eval")
+        except importlib.metadata.PackageNotFoundError:
+            raise InputError("tasks need lm-evaluation-harness: pip install 'limbeck[eval]'") from None
+        facts = {
+            "limbeck": __version__,
+            "format": FORMAT,
+            "tasks": tasks.content(),
+            "lm_eval": version,
+            "dtype": str(dtype),
+            "seed": seed,
+            "torch": torch.__version__,
+        }
+        kept = {
+            name: cache_folder() / "tasks" / f"{digest(facts | {'model': fingerprint_of(folder)})}.json"
+            for name, folder in folders.items()
+        }
+        known = all(path.is_file() for path in kept.values())
+        return cls(tasks, kept, facts, seed, None if known else load_tasks(tasks))
 
 
 def answer(
-    folders: Mapping[str, Path], tasks: Tasks, *, dtype: torch.dtype, device: torch.device, seed: int
+    models: Mapping[str, HybridLM], folders: Mapping[str, Path], asked: Asked, *, device: torch.device | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{model: {task: {metric: value}}}, the harness's standard errors among the metrics.
-
-    Answers are kept in the folder that LIMBECK_CACHE names (else ~/.cache/limbeck), by the contents of the model and of
-    the tasks, and by the versions of what asks. Raises InputError where the harness is missing, or a task is unknown or
-    cannot be loaded.
-    """
-    try:
-        version = importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        raise InputError("tasks need lm-evaluation-harness: pip install 'limbeck[eval]'") from None
-    facts = {
-        "limbeck": __version__,
-        "format": FORMAT,
-        "tasks": tasks.content(),
-        "lm_eval": version,
-        "dtype": str(dtype),
-        "seed": seed,
-        "torch": torch.__version__,
-    }
+    """{model: {task: {metric: value}}}, the harness's standard errors among the metrics; each model answers on a
+    `device` where one is given. Raises InputError where a task cannot be asked."""
     found = {}
-    loaded: Any = None
-    for name, folder in folders.items():
-        kept = cache_folder() / "tasks" / f"{digest(facts | {'model': fingerprint_of(folder)})}.json"
+    for name, kept in asked.kept.items():
         if not kept.is_file():
-            loaded = loaded or load_tasks(tasks)
-            answers = asked(name, folder, loaded, tasks, dtype, device, seed)
+            with placed(models[name], device) as model:
+                answers = answers_of(name, model, load_tokenizer(folders[name]), asked)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, {"results": answers} | facts)
+            write_json(kept, {"results": answers, **asked.facts})
         found[name] = read_json(kept)["results"]
     return found
 
 
 def load_tasks(tasks: Tasks) -> Any:
-    """(the harness's task manager, the tasks' names in it). Raises InputError."""
+    """The harness's task manager, once it has loaded each task. Raises InputError."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -124,34 +181,37 @@ def load_tasks(tasks: Tasks) -> Any:
     for name in tasks.names:
         if name not in tasks.files and name not in manager.all_tasks:
             raise InputError(f"tasks: {name!r} is no task of the harness{guess(name, list(manager.all_tasks))}")
+    with of_tasks(tasks):
+        manager.load(tasks.asked)
     return manager
 
 
-def asked(
-    name: str, folder: Path, manager: Any, tasks: Tasks, dtype: torch.dtype, device: torch.device, seed: int
-) -> dict[str, dict[str, float]]:
+@contextlib.contextmanager
+def of_tasks(tasks: Tasks) -> Iterator[None]:
+    """Turns what the harness raises of a wrong task, or of data that cannot be had, into InputError; it has no errors
+    of its own, and raises many."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"tasks: {', '.join(tasks.asked)}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def answers_of(name: str, model: HybridLM, tokenizer: Tokenizer, asked: Asked) -> dict[str, dict[str, float]]:
     """One model's results."""
     from lm_eval.evaluator import simple_evaluate
 
     from ..distill.harness import HarnessModel  # needs lm_eval
 
-    names = [str(tasks.files.get(each, each)) for each in tasks.names]
-    with progress(f"tasks: {name}", 1) as bar:
-        model = HarnessModel(
-            load_model(folder, dtype, device), load_tokenizer(folder), on_step=lambda done, total: bar.set(done, total)
-        )
-        try:
-            found: Any = simple_evaluate(
-                model=model, tasks=names, task_manager=manager, num_fewshot=tasks.shots, limit=tasks.limit,
-                random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-                bootstrap_iters=1000, log_samples=False,
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:  # a task file that is wrong, a data set that cannot be had
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"tasks: {', '.join(names)}: {type(error).__name__}: {str(error).splitlines()[0]}"
-            ) from None
+    tasks, seed = asked.tasks, asked.seed
+    with progress(f"tasks: {name}", 1) as bar, of_tasks(tasks):
+        found: Any = simple_evaluate(
+            model=HarnessModel(model, tokenizer, on_step=lambda done, total: bar.set(done, total)),
+            tasks=tasks.asked, task_manager=asked.manager, num_fewshot=tasks.shots, limit=tasks.limit,
+            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
+            bootstrap_iters=1000, log_samples=False,
+        )  # fmt: skip
     return {
         task: {key: value for key, value in metrics.items() if isinstance(value, float)}
         for task, metrics in found["results"].items()

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from limbeck.distill.card import front_matter, read_licence, write_card
+from limbeck.models.checkpoint import load_config
+from limbeck.models.config import HybridConfig
+from limbeck.prune.importance import score_random
+from limbeck.prune.scores import LayerScores, Scores, save_scores
+from limbeck.scripts.stage import fingerprint_of
 from limbeck.tests.helpers import limbeck, make_workshop, tiny_config
 from limbeck.tests.page_content import gap_of
 
@@ -69,7 +75,7 @@ def test_figures_of_the_gap(tmp_path: Path) -> None:
         assert cells[1] == f"{gap['parameters'][name]:,}" and len(cells) == 6
         for cell, key in zip(cells[2:], ("bits_per_byte", "kl", "agreement", "mass_kept"), strict=True):
             assert cell == "{value:.4f} [{low:.4f}, {high:.4f}]".format(**model[key])
-    assert text.count("| teacher |") == 2 and "Answers to" not in text
+    assert sum(line.startswith("| teacher |") for line in text.splitlines()) == 2 and "Answers to" not in text
     assert f"recovered {100 * gap['recovery']['value']:.1f}% [" in text and 'This model is "distilled"' in text
     assert "does not name them" in text
 
@@ -89,6 +95,7 @@ def test_further_figures_and_tasks(tmp_path: Path) -> None:
     gap = measured("pru|ned", "distilled")
     answers = {"acc,none": 0.5, "acc_stderr,none": 0.0125, "acc_norm,none": 0.25, "acc_norm_stderr,none": 0.01}
     gap["tasks"] = {name: {"next|line": answers} for name in gap["models"]}
+    (pair,) = (pair for pair in gap["differences"] if pair["first"] != "teacher")
     write_card(tmp_path, tiny_config(), "float16", "", read_licence(tmp_path), gap, "distilled")
     text = (tmp_path / "README.md").read_text()
     found = rows_of(text, "| model | cross-entropy |")
@@ -103,6 +110,8 @@ def test_further_figures_and_tasks(tmp_path: Path) -> None:
         cells = {key: "" if value is None else "{value:.4f} [{low:.4f}, {high:.4f}]".format(**value)
                  for key, value in figures.items()}  # fmt: skip
         assert found[name.replace("|", "\\|")] == cells
+    apart = rows_of(text, "| models |")["distilled - pru\\|ned"]["KL to teacher"]
+    assert apart == "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**pair["kl"]) + f", p {pair['p']['kl']:.3f}"
     assert rows_of(text, "| task, metric |") == {
         "next\\|line, acc": dict.fromkeys(found, "0.5000 \N{PLUS-MINUS SIGN} 0.0125"),
         "next\\|line, acc_norm": dict.fromkeys(found, "0.2500 \N{PLUS-MINUS SIGN} 0.0100"),
@@ -139,15 +148,71 @@ def test_export_carries_figures_and_terms(workshop: Path, tmp_path: Path) -> Non
     assert "house-terms" in text and (out / "LICENSE").read_text() == "terms" and 'This model is "mine"' in text
     assert f"{found['models']['mine']['bits_per_byte']['value']:.4f} [" in text and "measured in float32" in text
     assert rows_of(text, "| model | cross-entropy |")["mine"]["same greedy text, of 4 tokens"].startswith("4.0000 [")
+    needle = found["probes"]["needle"]["128"]["mine"]
+    assert rows_of(text, "| probe |")["needle, 128 tokens"]["mine"].endswith(f"; {needle['nats']['value']:.1f}")
+    fits = rows_of(text, "| model | for |")["mine"]
+    assert fits["together"] == f"{found['memory']['mine']['memory']['total'] / 2**30:.3f} GiB" and fits["fits"] == "yes"
+    assert (out / "gap.png").read_bytes() == (gap / "plots" / "gap.png").read_bytes() and "](gap.png)" in text
     for arguments, says in (((f"model={out}", f"gap={gap}"), "measured other models"),
                             ((f"model={model}", f"gap={model}"), "no folder of limbeck evaluate"),
                             ((f"model={model}", f"base={tmp_path / 'none'}"), "neither a folder")):  # fmt: skip
         code, _, err = limbeck("export", *arguments, f"output={tmp_path / 'no'}")
         assert code == 2 and says in err and err.count("\n") == 1, err
         assert not (tmp_path / "no").exists()
-    code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", "details.resamples=0")
-    assert code == 2 and "resamples" in err
-    code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", "probes=[noodle]")
-    assert code == 2 and "noodle" in err
-    code, _, err = limbeck("evaluate", f"teacher={model}", data, f"output={tmp_path / 'no'}", f"scores={model}")
-    assert code == 2 and "limbeck score" in err
+
+
+def random_scores(folder: Path, config: HybridConfig) -> None:
+    save_scores(folder, Scores(score_random(config, 0), LayerScores(), {"pattern": config.pattern}))
+
+
+def test_scores_of_a_model_of_the_same_shape_make_no_map(workshop: Path, tmp_path: Path) -> None:
+    model, scores = workshop / "model", tmp_path / "scores"
+    random_scores(scores, load_config(model))
+    for number, made_from in enumerate((fingerprint_of(model), "00" * 32)):
+        (scores / "limbeck.json").write_text(json.dumps({"inputs": {"model": made_from}}))
+        gap = tmp_path / str(number)
+        code, text, err = limbeck(
+            "evaluate", f"teacher={model}", f"data={workshop / 'text'}", f"output={gap}", "split=all", "seq_len=32",
+            "tokens=64", f"scores={scores}", "details.resamples=10",
+        )  # fmt: skip
+        assert code == 0, err
+        assert ("of another model" in text) == bool(number)
+        assert ("Importance of units" in (gap / "gap.html").read_text()) != bool(number)
+
+
+def test_what_evaluate_refuses(workshop: Path, tmp_path: Path) -> None:
+    """One line and exit code 2 before anything is measured, and no folder."""
+    model, out = workshop / "model", tmp_path / "no"
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    scores, shorter = tmp_path / "scores", tmp_path / "shorter"
+    config = load_config(model)
+    random_scores(scores, config.replace(intermediate_size=8))
+    random_scores(shorter, config.replace(pattern=config.pattern[1:]))
+    (tmp_path / "task.yaml").write_text("task: [\n")
+    for word, says in (
+        ("details.resamples=0", "details.resamples is 0"),
+        ("probes=[noodle]", "'noodle' is unknown"),
+        (f"scores={model}", "limbeck score"),
+        (f"scores={scores}", "has scores of shape (8,)"),
+        (f"scores={shorter}", "are of another model than the teacher"),
+        ("batch=0", "batch is 0; expected at least 1"),
+        ("seq_len=0", "seq_len is 0; expected at least 1"),
+        ("tokens=-1", "tokens is -1; expected at least 1"),
+        (f"+student.other={other}", "token"),
+        ("details.new_tokens=1000000", "details.prompt_tokens + new_tokens is 1,000,064"),
+        ("probes=[multi-key] details.probe_lengths=[20]", "multi-key of 20 tokens leaves"),
+        (f"tasks=[{tmp_path / 'task.yaml'}]", "task.yaml cannot be read"),
+    ):
+        words = word.split(" ") if "probes" in word else [word]
+        student = [] if "student" in word else [f"+student.same={model}"]
+        code, text, err = limbeck(
+            "evaluate", f"teacher={model}", *student, f"data={workshop / 'text'}", f"output={out}", "split=all", *words
+        )
+        assert code == 2 and says in err and err.count("\n") == 1, (word, err)
+        assert "evaluating" not in text and not out.exists(), word

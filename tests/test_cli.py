@@ -156,6 +156,17 @@ def test_wrong_data(workshop: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_counts_of_nothing(workshop: Path, tmp_path: Path) -> None:
+    """Rows of no token, and the like: known before anything is read."""
+    model, data, out = f"model={workshop / 'model'}", f"data={workshop / 'text'}", f"output={tmp_path / 'out'}"
+    refused("score", model, data, out, "batch=0", says="batch is 0; expected at least 1")
+    refused("score", model, data, out, "seq_len=-4", says="seq_len is -4")
+    refused("prune", model, data, out, "scores=none", "seq_len=0", says="seq_len is 0")
+    refused("pretrain", f"init={workshop / 'model'}", data, out, "evaluate_tokens=0", says="evaluate_tokens is 0")
+    refused("compress", model, data, out, "target.layers=5", "evaluate_tokens=0", says="evaluate_tokens is 0")
+    assert not (tmp_path / "out").exists()
+
+
 def test_stages_one_by_one(workshop: Path, tmp_path: Path) -> None:
     """score, prune, distill, evaluate, export, memory-fit and generate, each on its own, on a folder of text."""
     model, data = f"model={workshop / 'model'}", f"data={workshop / 'text'}"

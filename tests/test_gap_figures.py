@@ -15,7 +15,7 @@ import torch
 from limbeck.distill import gap, gap_sums
 from limbeck.distill.continuation import continuations, draw_prompts
 from limbeck.distill.data import Corpus, Document, sample_batches, tokenize
-from limbeck.distill.examples import WINDOW, Worst, as_text
+from limbeck.distill.examples import WINDOW, as_text
 from limbeck.distill.gap import GapReport, figures, measure_gap, summarise
 from limbeck.distill.gap_statistics import Totals, plain_tail, resampled, student_t, tail
 from limbeck.distill.token_groups import (
@@ -184,7 +184,7 @@ def measured(corpus: Corpus, tokenizer: Tokenizer) -> tuple[GapReport, dict[str,
     teacher = load_model(ZOO)
     batches = sample_batches(corpus, batch_size=3, seq_len=64, seed=1)
     models = {"teacher": teacher, "student": perturbed(teacher, 4)}
-    domains, domain = group_documents(corpus.names, np.diff(corpus.starts).tolist())
+    domains, domain = group_documents(corpus.names, corpus.starts)
     groups = TokenGroups(domains, domain, token_classes(tokenizer, 4096))
     report = measure_gap(teacher, {"student": models["student"]}, batches, groups=groups, worst=3, resamples=60)
     return report, dense(models, batches), batches, groups
@@ -347,10 +347,11 @@ def test_domains() -> None:
     assert [domain_of(name) for name in ("json/decoder.py", "abc.py", "web.jsonl:17", "a/b.jsonl:3", "README")] == [
         "json/", "*.py", "web.jsonl", "a/", "the rest"]  # fmt: skip
     names = [f"{letter}/x.py" for letter in "abcdefghijk"] + ["README"]
-    domains, numbers = group_documents(names, [100 - i for i in range(11)] + [1])
+    domains, numbers = group_documents(names, np.cumsum([0, *(100 - i for i in range(11)), 1]))
     assert domains == ("a/", "b/", "c/", "d/", "e/", "f/", "g/", "the rest")
     assert numbers.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 7, 7]
-    assert group_documents(["a.py", "b.md"], [1, 2]) == (("*.md", "*.py"), pytest.approx([1, 0]))
+    domains, numbers = group_documents(["a.py", "b.md"], np.array([0, 1, 3]))
+    assert domains == ("*.md", "*.py") and numbers.tolist() == [1, 0] and numbers.dtype == torch.uint8
 
 
 def test_contexts_begin_anew_with_a_document() -> None:
@@ -385,5 +386,8 @@ def test_continuations(corpus: Corpus, tokenizer: Tokenizer) -> None:
     assert found["other"].length.low <= found["other"].length.value <= found["other"].length.high
 
 
-def test_no_worst_windows_unless_asked() -> None:
-    assert Worst(0).windows == []
+def test_no_worst_windows_unless_asked(measured: tuple[GapReport, dict[str, torch.Tensor], list, TokenGroups]) -> None:
+    report, _, batches, _ = measured
+    teacher = load_model(ZOO)
+    found = measure_gap(teacher, {"student": perturbed(teacher, 4)}, batches[:1], resamples=2)
+    assert len(report.worst["student"]) == 3 and found.worst == {"student": ()}

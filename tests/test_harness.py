@@ -22,7 +22,7 @@ from limbeck.models.tokenizer import load_tokenizer
 from limbeck.models.transient import Place
 from limbeck.scripts import tasks as task_script
 from limbeck.scripts.inputs import ZOO, model_config
-from limbeck.scripts.tasks import Tasks, answer, show_tasks
+from limbeck.scripts.tasks import Asked, Tasks, answer, show_tasks
 from limbeck.tests.helpers import limbeck
 
 CHOICE = """
@@ -256,6 +256,12 @@ def test_slots_by_the_memory_that_is_free(exported: Path, asking: tuple, monkeyp
     assert found == [1, 2, 3]
 
 
+def answers(name: str, tasks: Tasks) -> Any:
+    """The shipped model's answers, under a name."""
+    asked = Asked.of({name: ZOO}, tasks, dtype=torch.float32, seed=0)
+    return answer({name: load_model(ZOO)}, {name: ZOO}, asked)
+
+
 def end(texts: list[Any]) -> None:
     for text in texts:
         text.finished = "length"
@@ -266,27 +272,26 @@ def test_answers_are_kept_by_contents(
 ) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     wanted = Tasks((tasks["next_line"],), limit=3)
-    place: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "seed": 0}
-    found = answer({"teacher": ZOO}, wanted, **place)
+    found = answers("teacher", wanted)
     assert 0 <= found["teacher"]["next_line"]["acc,none"] <= 1
     capsys.readouterr()
     show_tasks(found | {"student": found["teacher"]})
     assert "next_line" in capsys.readouterr().out
     calls = []
     monkeypatch.setattr(
-        task_script, "asked", lambda name, *rest: calls.append(name) or {"next_line": {"acc,none": 1.0}}
+        task_script, "answers_of", lambda name, *rest: calls.append(name) or {"next_line": {"acc,none": 1.0}}
     )
-    assert answer({"again": ZOO}, wanted, **place)["again"] == found["teacher"] and not calls
-    answer({"more": ZOO}, Tasks(wanted.names, limit=4), **place)
+    assert answers("again", wanted)["again"] == found["teacher"] and not calls
+    answers("more", Tasks(wanted.names, limit=4))
     data = Path(tasks["next_line"]).with_name("records.jsonl")
     data.write_text(data.read_text() + data.read_text().splitlines()[0] + "\n")
-    answer({"longer": ZOO}, wanted, **place)
+    answers("longer", wanted)
     assert calls == ["more", "longer"]
     for name, value in (("__version__", "0.0.0"), ("FORMAT", 0)):
         with monkeypatch.context() as other:
             other.setattr(task_script, name, value)
-            answer({name: ZOO}, wanted, **place)
-    answer({"as before": ZOO}, wanted, **place)
+            answers(name, wanted)
+    answers("as before", wanted)
     assert calls == ["more", "longer", "__version__", "FORMAT"]
 
 
@@ -309,22 +314,43 @@ def test_what_a_task_is_told_by(tmp_path: Path) -> None:
             seen.append(wanted.content())
 
 
+@pytest.mark.parametrize("named", ("dataset_path: rows", "dataset_kwargs: {data_files: 'rows/*.jsonl'}"))
+def test_data_may_be_a_folder_or_a_pattern_and_a_task_in_pieces(named: str, tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "one.jsonl").write_text("{}")
+    (tmp_path / "base.yaml").write_text(f"{named}\n")
+    (tmp_path / "task.yaml").write_text("include: base.yaml\ntask: rows\ndescription: '*'\n")
+    wanted = Tasks((str(tmp_path / "task.yaml"),))
+    seen = [wanted.content()]
+    for name in ("rows/one.jsonl", "rows/two.jsonl", "base.yaml"):
+        with (tmp_path / name).open("a") as file:
+            file.write("\n")
+        assert wanted.content() not in seen, name
+        seen.append(wanted.content())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     (
         ({"names": ("nowhere/task.yaml",)}, "nowhere/task.yaml does not exist"),
         pytest.param({"names": ("arc_eesy",)}, "did you mean", marks=pytest.mark.slow),  # reads 10,000 task files
-        ({"names": ("BROKEN",)}, "tasks:"),
+        ({"names": ("missing.yaml",)}, "tasks: .*missing.yaml: "),
+        ({"names": ("column.yaml",)}, "tasks: .*column.yaml: .*context"),
+        ({"names": ("syntax.yaml",)}, "tasks: .*syntax.yaml cannot be read: .*line"),
+        ({"names": ("latin.yaml",)}, "tasks: .*latin.yaml cannot be read: .*utf-8"),
         ({"limit": 0}, "details.task_limit is 0"),
     ),
 )
 def test_wrong_tasks(options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path))
-    (tmp_path / "broken.yaml").write_text(CHOICE.format(path=tmp_path / "missing.jsonl"))
-    if options.get("names") == ("BROKEN",):
-        options = {"names": (str(tmp_path / "broken.yaml"),)}
+    (tmp_path / "missing.yaml").write_text(CHOICE.format(path=tmp_path / "missing.jsonl"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "column.yaml").write_text(CHOICE.format(path=tmp_path / "rows.jsonl"))
+    (tmp_path / "syntax.yaml").write_text("task: [\n")
+    (tmp_path / "latin.yaml").write_bytes(b"task: \xe9\n")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=words):
-        answer({"teacher": ZOO}, Tasks(**options), dtype=torch.float32, device=torch.device("cpu"), seed=0)
+        answers("teacher", Tasks(**options))
 
 
 def test_evaluate_asks_tasks(tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

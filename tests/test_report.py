@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from limbeck.distill import plots
-from limbeck.distill.report import kept_units, unit_scores, write_page
+from limbeck.distill.report import kept_units, removal_steps, unit_scores, write_page
 from limbeck.tests.page_content import SELECTION, facts, fit, gap_of, page_content, scores_folder
 from safetensors.numpy import load_file
 
@@ -202,3 +202,27 @@ def test_a_large_model_makes_no_large_page(everything: dict[str, Any], tmp_path:
     path = page(tmp_path / "out", **(everything | changes))
     assert path.stat().st_size < 2**20
     outline(path)
+
+
+def test_layers_that_go_by_pairs_stand_together(everything: dict[str, Any], tmp_path: Path) -> None:
+    scores = scores_folder(tmp_path / "pairs", "*-*-*-", hidden=8, ffn=8, heads=2, mamba=1)
+    content = json.loads((scores / "scores.json").read_text())
+    content["layers"] |= {"order": [2, 3, 0, 1], "values": [0.0375, 0.0625], "candidates": [{"0": 0.5, "2": 0.0375}]}
+    (scores / "scores.json").write_text(json.dumps(content))
+    selection = {"layers": [0, 1, 4, 5], "kept": {}}
+    text = " ".join(outline(page(tmp_path / "out", **(everything | {"scores": scores, "selection": selection}))).text)
+    assert re.search(r"1\s+2 \(attention\), 3 \(MLP\)\s+0.0375\s+removed", text), text
+    assert re.search(r"2\s+0 \(attention\), 1 \(MLP\)\s+0.0625\s+kept", text)
+    assert "the layers that are missed least" in text
+
+
+def test_nothing_is_called_removed_where_no_student_was_pruned(everything: dict[str, Any], tmp_path: Path) -> None:
+    text = " ".join(outline(page(tmp_path / "out", **(everything | {"selection": None}))).text)
+    assert "In the order of removal" in text and "0.0625" in text
+    assert "removed." not in text.partition("Importance of layers")[2] and "kept" not in text.partition("3 (MLP)")[2]
+
+
+def test_steps_of_one_layer_of_two_and_without_values() -> None:
+    assert removal_steps([3, 1], [0.5, 0.25]) == [((3,), 0.5), ((1,), 0.25)]
+    assert removal_steps([8, 9, 20, 21], [0.5, 0.25]) == [((8, 9), 0.5), ((20, 21), 0.25)]
+    assert removal_steps([8, 9], []) == []
