@@ -53,10 +53,8 @@ class Details:
     task_limit: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("resamples", "prompt_tokens", "new_tokens", "probe_count", "worst", "prompts"):
-            least = 0 if name in ("worst", "prompts") else 1
-            if getattr(self, name) < least:
-                raise InputError(f"details.{name} is {getattr(self, name)}; expected at least {least}")
+        check_counts(self, "resamples", "prompt_tokens", "new_tokens", "probe_count", group="details.")
+        check_counts(self, "worst", "prompts", least=0, group="details.")
 
 
 @dataclasses.dataclass(frozen=True)

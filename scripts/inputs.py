@@ -28,11 +28,11 @@ ZOO = Path(__file__).parents[1] / "models" / "zoo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-def check_counts(options: Any, *names: str) -> None:
-    """Raises InputError where one of these options is less than 1."""
+def check_counts(options: Any, *names: str, least: int = 1, group: str = "") -> None:
+    """Raises InputError where one of these options (of a `group`, as "details.") is less than `least`."""
     for name in names:
-        if getattr(options, name) < 1:
-            raise InputError(f"{name} is {getattr(options, name)}; expected at least 1")
+        if getattr(options, name) < least:
+            raise InputError(f"{group}{name} is {getattr(options, name)}; expected at least {least}")
 
 
 def model_names() -> list[str]:

@@ -54,8 +54,7 @@ class Mending:
 
     def __post_init__(self) -> None:
         self.repair(None)
-        if self.tokens < 1:
-            raise InputError(f"repair.tokens is {self.tokens}; expected at least 1")
+        check_counts(self, "tokens", group="repair.")
 
     def repair(self, data: str | None) -> Repair:
         rotate, fit = (data is not None if wish is None else wish for wish in (self.rotate, self.least_squares))

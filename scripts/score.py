@@ -54,9 +54,7 @@ class Importance:
         for name, known in (("method", METHODS), ("depth_metric", METRICS), ("depth_table", TABLES)):
             if getattr(self, name) not in known:
                 raise InputError(f"importance.{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name in ("tokens", "depth_tokens", "depth_batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"importance.{name} is {getattr(self, name)}; expected at least 1")
+        check_counts(self, "tokens", "depth_tokens", "depth_batch", group="importance.")
 
     def settled(self, config: HybridConfig, removed: int | None = None) -> Importance:
         """With the number of layers to put in order: where none is given as many as are `removed`, or one step's."""
