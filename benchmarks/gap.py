@@ -30,7 +30,8 @@ def disturbed(model: HybridLM) -> HybridLM:
     other = copy.deepcopy(model)
     with torch.no_grad():
         for weight in other.layers[5].parameters():
-            weight += 0.3 * weight.std() * torch.randn_like(weight) if weight.numel() > 1 else 0
+            if weight.numel() > 1:
+                weight.add_(0.3 * weight.std() * torch.randn_like(weight))
     return other
 
 
