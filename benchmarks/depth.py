@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from limbeck.benchmarks.surgery import BEFORE
 from limbeck.benchmarks.zoo_card import ZOO
-from limbeck.distill.data import IGNORED, Batch, keep_split, sample_batches, stdlib_documents, tokenize
+from limbeck.distill.text.packing import IGNORED, Batch, keep_split, sample_batches, stdlib_documents, tokenize
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM, initialize
-from limbeck.models.layers import open_layers
+from limbeck.models.offload import open_layers
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.depth import score_layers

@@ -8,7 +8,7 @@ packed text of the standard library, progress bar, metrics.jsonl. The peer has r
 models' logits, log_softmax, kl_div, backward, clipping, the same AdamW. The two take turns; a figure is the median of
 the steps but each turn's first. Memory is of a fresh process of its own: its highest above what it held before the
 models were there, behind a small step that wakes everything, by the system's account, and by that of tensors alive
-(models/live_bytes.py).
+(models/cost/live_bytes.py).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from typing import Any
 import torch
 from limbeck.benchmarks.cpu_vs_transformers import resident
 from limbeck.benchmarks.train_memory import random_rows
-from limbeck.distill.data import Batch, Corpus, keep_split, stdlib_documents, tokenize, train_batches
 from limbeck.distill.losses import DistillLoss, distillation_loss
+from limbeck.distill.text.packing import Batch, Corpus, keep_split, stdlib_documents, tokenize, train_batches
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost import count_parameters
+from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.live_bytes import LiveBytes
 from limbeck.models.hybrid import HybridLM, initialize
-from limbeck.models.live_bytes import LiveBytes
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
 from limbeck.prune.importance import score_magnitude
 from limbeck.prune.slice import slice_model
-from limbeck.scripts.inputs import ZOO
-from limbeck.scripts.main import keep_memory
-from limbeck.scripts.show import progress
+from limbeck.scripts.run.main import keep_memory
+from limbeck.scripts.run.resolve import ZOO
+from limbeck.scripts.run.show import progress
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from limbeck.distill.data import Batch
-from limbeck.distill.gap import figures, measure_gap
-from limbeck.distill.gap_statistics import resampled
+from limbeck.distill.gap.measure import figures, measure_gap
+from limbeck.distill.gap.statistics import resampled
+from limbeck.distill.text.packing import Batch
 from limbeck.models.checkpoint import load_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.provenance import provenance
-from limbeck.scripts.inputs import ZOO, sample
+from limbeck.scripts.run.resolve import ZOO, sample
 
 DRAWS, RESAMPLES = 1000, 1000
 CPU = torch.device("cpu")

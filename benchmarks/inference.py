@@ -27,16 +27,16 @@ from typing import Any
 
 import torch
 from limbeck.benchmarks.published import PUBLISHED
-from limbeck.models.cache import Cache
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import GIB, memory, verdict
-from limbeck.models.decode import Decoder
+from limbeck.models.cost.inference import GIB, memory, verdict
+from limbeck.models.cost.peak import check_room, measure, random_model
+from limbeck.models.cost.transient import Place
 from limbeck.models.errors import CheckFailed
-from limbeck.models.generate import prefill
+from limbeck.models.generate.cache import Cache
+from limbeck.models.generate.decode import Decoder
+from limbeck.models.generate.generate import prefill
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.peak import check_room, measure, random_model
 from limbeck.models.provenance import provenance
-from limbeck.models.transient import Place
 from torch import Tensor
 
 SMALL = HybridConfig(

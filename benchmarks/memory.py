@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost import GIB, memory
-from limbeck.models.peak import measure
+from limbeck.models.cost.inference import GIB, memory
+from limbeck.models.cost.peak import measure
+from limbeck.models.cost.simulate import simulate
+from limbeck.models.cost.transient import Place
 from limbeck.models.provenance import provenance
-from limbeck.models.simulate import simulate
-from limbeck.models.transient import Place
 
 A10G = Place("cuda", 80, "8.6")
 MODELS = ("nemotron-nano-9b-v2", "nemotron-nano-12b-v2")

@@ -23,23 +23,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.distill.data import Batch, Corpus, keep_split, sample_batches, stdlib_documents, tokenize, train_batches
 from limbeck.distill.losses import DistillLoss, distillation_loss
+from limbeck.distill.text.packing import (
+    Batch,
+    Corpus,
+    keep_split,
+    sample_batches,
+    stdlib_documents,
+    tokenize,
+    train_batches,
+)
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost import count_parameters
+from limbeck.models.cost.inference import count_parameters
 from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
-from limbeck.prune.compensate import Repair, repair_model
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import AGGREGATES, MAMBA_SOURCES, score_magnitude, score_random, score_widths
+from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
-from limbeck.scripts.inputs import ZOO
+from limbeck.scripts.run.resolve import ZOO
 
 PLAIN = Repair(norms="none")
 REPAIRS = {

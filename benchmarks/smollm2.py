@@ -24,7 +24,7 @@ from typing import Any
 
 import tokenizers
 import torch
-from limbeck.distill.data import keep_split, stdlib_documents, tokenize
+from limbeck.distill.text.packing import keep_split, stdlib_documents, tokenize
 from limbeck.models.axes import tensor_table
 from limbeck.models.checkpoint import load_model, open_checkpoint, write_checkpoint
 from limbeck.models.config import HybridConfig

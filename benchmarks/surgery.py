@@ -27,7 +27,7 @@ import torch
 from limbeck.models.axes import tensor_table
 from limbeck.models.checkpoint import open_checkpoint, row_blocks, write_checkpoint
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import count_parameters, num_tensors
+from limbeck.models.cost.inference import count_parameters, num_tensors
 from limbeck.models.folder import atomic_folder
 from limbeck.models.provenance import provenance
 from limbeck.prune.importance import score_random
@@ -100,7 +100,7 @@ def prune(folder: Path, target: dict[str, int], shard: int) -> tuple[float, dict
     words += [f"target.{name}={value}" for name, value in target.items()] + [f"max_shard_bytes={shard}"]
     peaks: dict[str, int] = {}
     clock = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "limbeck.scripts.main", "prune", *words], stdout=sys.stderr)
+    process = subprocess.Popen([sys.executable, "-m", "limbeck.scripts.run.main", "prune", *words], stdout=sys.stderr)
     while process.poll() is None:
         try:
             status = Path(f"/proc/{process.pid}/status").read_text()

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 from limbeck.benchmarks.pruning import print_table
-from limbeck.distill.data import Batch, keep_split, sample_batches, stdlib_documents, tokenize
 from limbeck.distill.losses import Distillation, DistillLoss, distillation_loss
 from limbeck.distill.teacher import CachedTeacher, CacheOptions, finish_cache, write_cache
+from limbeck.distill.text.packing import Batch, keep_split, sample_batches, stdlib_documents, tokenize
 from limbeck.kernels.linear_kl import linear_kl
 from limbeck.kernels.linear_topk_kl import TopK, linear_topk_kl
 from limbeck.models.checkpoint import load_model
@@ -34,7 +34,7 @@ from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
 from limbeck.prune.importance import score_widths
 from limbeck.prune.slice import slice_model
-from limbeck.scripts.inputs import ZOO
+from limbeck.scripts.run.resolve import ZOO
 from torch import Tensor
 
 ROWS, SEQ_LEN = 4, 512

@@ -2,7 +2,7 @@
 
     python -m limbeck.benchmarks.train_memory [--json FILE]
 
-On a CPU in float32. Every tensor's storage counts while it lives (models/live_bytes.py), models and optimizer state
+On a CPU in float32. Every storage counts while it lives (models/cost/live_bytes.py), models and optimizer state
 among them; the peak is that of the second step, when all of that state is there.
 """
 
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.distill.data import Batch
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.parallel import Trained, prepare
+from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models import processes
-from limbeck.models.activations import Training
 from limbeck.models.config import HybridConfig
+from limbeck.models.cost.activations import Training
+from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.models.cost.training import TrainReport, train_memory
 from limbeck.models.hybrid import HybridLM, initialize
-from limbeck.models.live_bytes import LiveBytes
 from limbeck.models.provenance import provenance
-from limbeck.models.train_cost import TrainReport, train_memory
 from torch import Tensor
 
 FORWARD = ("teacher forward", "loss")  # moments until the loss is known
@@ -128,7 +128,7 @@ def peaks_of(trained: Trained, oracle: HybridLM | None, training: Training) -> P
 
 
 def main() -> None:
-    from limbeck.scripts.inputs import model_config
+    from limbeck.scripts.run.resolve import model_config
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)

@@ -17,11 +17,11 @@ import math
 from pathlib import Path
 
 import numpy as np
-from limbeck.distill.data import Document, keep_split, sample_batches, stdlib_documents, tokenize
-from limbeck.distill.gap import Estimate, measure_gap
+from limbeck.distill.gap.measure import Estimate, measure_gap
+from limbeck.distill.text.packing import Document, keep_split, sample_batches, stdlib_documents, tokenize
 from limbeck.models.checkpoint import load_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import count_parameters
+from limbeck.models.cost.inference import count_parameters
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 

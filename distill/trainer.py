@@ -25,12 +25,12 @@ from ..models import processes
 from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.hybrid import HybridLM
 from .average import averaged
-from .feed import feed, placed
 from .muon import Muon
 from .options import TrainOptions
 from .parallel import Trained, prepare, reshard, share, squares
 from .state import Optimizers, append_line, load_state, save_best, save_state, states, trim_metrics
 from .stop import SIGNALS, Stopper
+from .text.prefetch import feed, placed
 
 __all__ = ["TrainOptions", "make_optimizers", "states", "train"]
 

@@ -20,8 +20,8 @@ from ..kernels.linear_step import prepared_linear
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotary, rotary_angles
 from ..kernels.ssd import document_numbers
-from .cache import KeyValues
 from .config import HybridConfig
+from .generate.cache import KeyValues
 from .mamba2 import NormWeight, Stored, as_it_is
 
 Observe = Callable[[str, int, Tensor], None]

@@ -17,8 +17,8 @@ from ..kernels.linear import linear
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotary_angles
 from .attention import Angles, Attention, attention_mask, token_positions
-from .cache import Cache, KeyValues, MambaState
 from .config import HybridConfig
+from .generate.cache import Cache, KeyValues, MambaState
 from .mamba2 import Mamba2Mixer, NormWeight
 from .mlp import MLP
 

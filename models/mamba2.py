@@ -20,8 +20,8 @@ from ..kernels.mamba_step import PreparedStep, takes_prepared
 from ..kernels.norm import gated_rms_norm
 from ..kernels.ssd import ssd_scan
 from ..kernels.state_update import state_update
-from .cache import MambaState
 from .config import HybridConfig
+from .generate.cache import MambaState
 
 Observe = Callable[[str, int, Tensor], None]
 Stored = Callable[[Tensor], Tensor]

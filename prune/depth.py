@@ -23,8 +23,8 @@ from ..models import processes
 from ..models.config import LAYER_KINDS, HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from ..models.layers import STREAM_BYTES, Layer, Layers, layers_of
-from .distance import Reading, cross_entropies, divergences, head_gram, squared_errors
+from ..models.offload import STREAM_BYTES, Layer, Layers, layers_of
+from .depth_metrics import Reading, cross_entropies, divergences, head_gram, squared_errors
 from .importance import IGNORED_LABEL, TokenBatch
 from .scores import LayerScores
 

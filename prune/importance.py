@@ -20,7 +20,7 @@ from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, Observe
-from ..models.layers import STREAM_BYTES, Layers, layers_of
+from ..models.offload import STREAM_BYTES, Layers, layers_of
 from .scores import WidthScores, check_width_scores, width_score_shapes
 
 AGGREGATES = ("mean", "l2", "var")

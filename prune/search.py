@@ -16,14 +16,14 @@ import torch
 
 from ..kernels.linear_kl import linear_cross_entropy
 from ..models.config import HybridConfig
-from ..models.cost import GIB, Hardware, MemoryReport, Throughput, count_parameters, memory, throughput
+from ..models.cost.inference import GIB, Hardware, MemoryReport, Throughput, count_parameters, memory, throughput
 from ..models.errors import CheckFailed, InputError
 from ..models.hybrid import HybridLM
 from .choose import Target, kept_layers, select
-from .compensate import Repair, repair_model
 from .importance import TokenBatch
 from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, embed, odd_gap
+from .repair import Repair, repair_model
 from .scores import LayerScores, WidthScores
 from .sizing import unwritable
 from .slice import WIDTH_OF_AXIS, Selection

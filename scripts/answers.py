@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..models.engine import Completion, Request
 from ..models.errors import InputError
 from ..models.folder import sync
-from .show import progress, say
+from ..models.generate.engine import Completion, Request
+from .run.show import progress, say
 
 if TYPE_CHECKING:
     from .generate import Writer

@@ -12,16 +12,16 @@ import torch
 
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
-from ..models.cost import Hardware, count_parameters, memory, verdict
-from ..models.decode import lay_out
+from ..models.cost.inference import Hardware, count_parameters, memory, verdict
+from ..models.cost.timing import Load, Speed, check_weights_fit, measure, predicted, roofline, this_cpu
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
+from ..models.generate.decode import lay_out
 from ..models.hybrid import HybridLM, initialize
-from ..models.layers import free_memory
-from ..models.measure import Load, Speed, check_weights_fit, measure, predicted, roofline, this_cpu
-from .compose import CONF, guess
-from .inputs import model_config, model_folder, model_names, torch_device, torch_dtype
-from .show import progress, say, table
+from ..models.offload import free_memory
+from .run.compose import CONF, guess
+from .run.resolve import model_config, model_folder, model_names, torch_device, torch_dtype
+from .run.show import progress, say, table
 
 # Shares of a card's rates that are assumed where nothing is measured; `cost.throughput` says why these.
 ASSUMED: dict[str, Any] = {"compute_efficiency": 0.5, "bandwidth_efficiency": 0.7}

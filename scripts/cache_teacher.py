@@ -7,16 +7,16 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..distill.data import Batch
-from ..distill.mixture import Text
 from ..distill.teacher import CacheOptions, finish_cache, write_cache
+from ..distill.text.mixture import Text
+from ..distill.text.packing import Batch
 from ..models import processes
 from ..models.checkpoint import load_model
 from ..models.folder import sha256_file
 from .distill import Distill, held_out, stage_batches
-from .inputs import corpus, data_input, model_folder, torch_device, torch_dtype
-from .show import progress, read_json, result, table
-from .stage import run_stage
+from .run.resolve import corpus, data_input, model_folder, torch_device, torch_dtype
+from .run.show import progress, read_json, result, table
+from .run.stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)

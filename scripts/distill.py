@@ -15,22 +15,22 @@ from typing import Any
 
 from ..distill.agreement import check_agreement
 from ..distill.average import kept_weights
-from ..distill.data import Batch
 from ..distill.losses import DistillLoss, cross_entropy_loss
-from ..distill.mixture import Text, batches_per_epoch, train_batches
 from ..distill.options import TrainOptions
 from ..distill.parallel import Trained
 from ..distill.state import fill_weights, states
+from ..distill.text.mixture import Text, batches_per_epoch, train_batches
+from ..distill.text.packing import Batch
 from ..distill.trainer import Evaluate, OnStep, train
 from ..models import processes
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from .compose import build, convert, guess
-from .inputs import corpus, data_input, model_folder, sample, say_epochs, torch_dtype
-from .journal import check_mode, journal
+from .run.compose import build, convert, guess
+from .run.resolve import corpus, data_input, model_folder, sample, say_epochs, torch_dtype
+from .run.show import progress, result, say
+from .run.stage import Facts, plain, run_stage
+from .run.tracking import check_mode, journal
 from .score import many_processes
-from .show import progress, result, say
-from .stage import Facts, plain, run_stage
 from .teaching import cache_sum, open_teaching
 from .training import figures, finish_training, load_frozen, load_trained, process_device
 
@@ -373,6 +373,6 @@ def note_of(record: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":  # accelerate launch -m limbeck.scripts.distill KEY=VALUE ...
-    from .main import main
+    from .run.main import main
 
     sys.exit(main(["distill", *sys.argv[1:]]))

@@ -11,28 +11,28 @@ import numpy as np
 import torch
 
 from ..distill.agreement import check_agreement
-from ..distill.continuation import continuations, draw_prompts
-from ..distill.data import Corpus
-from ..distill.examples import as_text
-from ..distill.gap import TEACHER, measure_gap
-from ..distill.mixture import whole
-from ..distill.probes import Probe, check_probes, make_probe, retrieve
-from ..distill.report import write_page
-from ..distill.token_groups import TokenGroups, group_documents, token_classes
+from ..distill.gap.continuation import continuations, draw_prompts
+from ..distill.gap.examples import as_text
+from ..distill.gap.measure import TEACHER, measure_gap
+from ..distill.gap.probes import Probe, check_probes, make_probe, retrieve
+from ..distill.gap.token_groups import TokenGroups, group_documents, token_classes
+from ..distill.report.report import write_page
+from ..distill.text.mixture import whole
+from ..distill.text.packing import Corpus
 from ..models.checkpoint import load_config, load_model
 from ..models.config import HybridConfig
-from ..models.cost import Hardware, count_parameters, throughput
+from ..models.cost.inference import Hardware, count_parameters, throughput
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM
-from ..models.layers import free_memory
+from ..models.offload import free_memory
 from ..models.placement import let_go
 from ..models.tokenizer import Tokenizer, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
 from . import memory_fit
-from .inputs import check_counts, corpus, data_input, model_folder, torch_device, torch_dtype
-from .show import gib, progress, read_json, result, say, table
-from .stage import PROVENANCE, Facts, run_stage
+from .run.resolve import check_counts, corpus, data_input, model_folder, torch_device, torch_dtype
+from .run.show import gib, progress, read_json, result, say, table
+from .run.stage import PROVENANCE, Facts, run_stage
 from .tasks import Asked, Tasks, answer, show_tasks
 
 SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch

@@ -16,15 +16,15 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..distill.experiment_plot import draw_order, draw_rows, draw_sizes
+from ..distill.report.experiment_plot import draw_order, draw_rows, draw_sizes
 from ..models.errors import InputError
 from . import compress
-from .cells import CELLS, DISTILLED, MEASURES, PRUNED, STARTS, TEACHER, WORK, Cell, load_cell, make_all
-from .compose import build, compose_config, guess
-from .experiment_figures import Row, agreement, order_of, published_pairs, spread, stable_from
-from .inputs import model_folder, torch_device
-from .show import read_json, result, say, table
-from .stage import RESULT
+from .experiments.cells import CELLS, DISTILLED, MEASURES, PRUNED, STARTS, TEACHER, WORK, Cell, load_cell, make_all
+from .experiments.figures import Row, agreement, order_of, published_pairs, spread, stable_from
+from .run.compose import build, compose_config, guess
+from .run.resolve import model_folder, torch_device
+from .run.show import read_json, result, say, table
+from .run.stage import RESULT
 
 STUDENTS = (PRUNED, DISTILLED)
 PICTURES = ("rows", "sizes", "order")

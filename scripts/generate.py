@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..models.chat import ChatTemplate, Message
 from ..models.checkpoint import load_config, load_model
 from ..models.config import HybridConfig
-from ..models.engine import Engine, Request
 from ..models.errors import InputError
-from ..models.sampling import Sampling
-from ..models.streaming import BROKEN
+from ..models.generate.chat import ChatTemplate, Message
+from ..models.generate.detokenize import BROKEN
+from ..models.generate.engine import Engine, Request
+from ..models.generate.sampling import Sampling
 from ..models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .answers import answer_file
-from .inputs import model_folder, torch_device, torch_dtype
-from .show import console, say
+from .run.resolve import model_folder, torch_device, torch_dtype
+from .run.show import console, say
 
 SWITCH = {"on": True, "off": False, "true": True, "false": False}
 

@@ -12,16 +12,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.config import HybridConfig
-from ..models.cost import GIB, Change, Hardware, MemoryReport, Verdict, changes, count_parameters, memory, verdict
+from ..models.cost.inference import (
+    GIB,
+    Change,
+    Hardware,
+    MemoryReport,
+    Verdict,
+    changes,
+    count_parameters,
+    memory,
+    verdict,
+)
+from ..models.cost.vllm import flags
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
-from ..models.vllm import flags
-from .inputs import DTYPES, model_config, model_folder, model_names, torch_dtype
-from .show import gib, progress, say, table
+from .run.resolve import DTYPES, model_config, model_folder, model_names, torch_dtype
+from .run.show import gib, progress, say, table
 
 if TYPE_CHECKING:
-    from ..models.peak import Measured
-    from ..models.simulate import Simulation
+    from ..models.cost.peak import Measured
+    from ..models.cost.simulate import Simulation
 
 KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
 LONGEST = 131072  # tokens of a context that nobody has chosen
@@ -93,7 +103,7 @@ class Options:
     mode: str = "inference"
 
     def __post_init__(self) -> None:
-        if self.mode != "inference":  # train is a command of its own (scripts/main.py)
+        if self.mode != "inference":  # train is a command of its own (scripts/run/main.py)
             raise InputError(f"mode is {self.mode!r}; known: inference, train")
 
 
@@ -172,7 +182,7 @@ def measure(config: HybridConfig, hardware: Hardware, fit: Fit) -> tuple[MemoryR
 
 
 def simulated(config: HybridConfig, hardware: Hardware, fit: Fit) -> Simulation:
-    from ..models.simulate import simulate
+    from ..models.cost.simulate import simulate
 
     with progress("simulating the inference path", 1) as bar:
         found = simulate(
@@ -186,8 +196,8 @@ def simulated(config: HybridConfig, hardware: Hardware, fit: Fit) -> Simulation:
 def measured_run(options: Options, config: HybridConfig, fit: Fit, report: MemoryReport) -> Measured:
     """The run under a cap of the card's usable memory; of a named config with drawn weights."""
     from ..models.checkpoint import load_model
-    from ..models.peak import check_room, random_model
-    from ..models.peak import measure as measure_run
+    from ..models.cost.peak import check_room, random_model
+    from ..models.cost.peak import measure as measure_run
 
     device = torch.device(options.hardware.device)
     cap = options.hardware.usable_gib * GIB
@@ -291,8 +301,8 @@ def compare(report: MemoryReport, simulation: Simulation | None, measured: Measu
 def draw(
     folder: Path, name: str, config: HybridConfig, report: MemoryReport, answer: Verdict, hardware: Hardware
 ) -> None:
-    from ..distill.plots import save_png, save_svg
-    from .memory_plot import memory_plot
+    from ..distill.report.memory_plot import memory_plot
+    from ..distill.report.plots import save_png, save_svg
 
     figure = memory_plot(name, config, report, answer.budget, hardware.name)
     save_png(figure, folder, "memory")

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..distill.agreement import check_agreement
 from ..distill.average import merged_rows
 from ..models.checkpoint import open_checkpoint, write_checkpoint
-from ..models.cost import count_parameters
+from ..models.cost.inference import count_parameters
 from ..models.errors import InputError
-from .inputs import model_folder
-from .show import progress, result, say
-from .stage import run_stage
+from .run.resolve import model_folder
+from .run.show import progress, result, say
+from .run.stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)

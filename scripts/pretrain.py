@@ -7,22 +7,22 @@ from pathlib import Path
 
 import torch
 
-from ..distill.gap import measure_gap
+from ..distill.gap.measure import measure_gap
 from ..distill.losses import cross_entropy_loss
-from ..distill.mixture import sample_batches
 from ..distill.options import TrainOptions
 from ..distill.parallel import Trained
+from ..distill.text.mixture import sample_batches
 from ..models import processes
-from ..models.cost import count_parameters
+from ..models.cost.inference import count_parameters
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 from .distill import check_share, train_with_bar
-from .inputs import check_counts, data_input, documents, model_config, model_folder, text_in_tokens
-from .journal import check_mode, journal
+from .run.resolve import check_counts, data_input, documents, model_config, model_folder, text_in_tokens
+from .run.show import progress, result, say
+from .run.stage import Facts, run_stage
+from .run.tracking import check_mode, journal
 from .score import many_processes
-from .show import progress, result, say
-from .stage import Facts, run_stage
 from .training import finish_training, load_trained, placed_model, process_device
 
 

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import torch
 
-from ..distill.data import Batch
-from ..distill.report import DEPTH_METRICS, removal_steps
+from ..distill.report.report import DEPTH_METRICS, removal_steps
+from ..distill.text.packing import Batch
 from ..models import processes
 from ..models.checkpoint import open_checkpoint
 from ..models.config import HybridConfig
 from ..models.errors import InputError
-from ..models.layers import OFFLOADS, Layers, open_layers
+from ..models.offload import OFFLOADS, Layers, open_layers
 from ..prune.depth import METRICS, TABLES, random_layers, score_layers, step_size
 from ..prune.importance import score_magnitude, score_random, score_widths
 from ..prune.scores import LayerScores, Scores, WidthScores, load_scores, write_scores
-from .inputs import check_counts, data_input, model_folder, sample, torch_device, torch_dtype
-from .show import console, progress, result, table
-from .stage import run_stage
+from .run.resolve import check_counts, data_input, model_folder, sample, torch_device, torch_dtype
+from .run.show import console, progress, result, table
+from .run.stage import run_stage
 
 METHODS = ("activation", "magnitude", "random")
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..distill.plots import save_png, save_svg, tradeoff
+from ..distill.report.plots import save_png, save_svg, tradeoff
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
-from ..models.cost import GIB, Hardware
+from ..models.cost.inference import GIB, Hardware
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..prune.patterns import Rules, count_patterns
@@ -32,9 +32,9 @@ from ..prune.search import (
     with_importance,
 )
 from . import distill, prune
-from .inputs import data_input, model_config, model_folder, sample, torch_device, torch_dtype
-from .show import gib, progress, read_json, result, say, table
-from .stage import run_stage
+from .run.resolve import data_input, model_config, model_folder, sample, torch_device, torch_dtype
+from .run.show import gib, progress, read_json, result, say, table
+from .run.stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,17 +16,17 @@ import torch
 import yaml
 
 from .. import __version__
-from ..distill.corpus_cache import cache_folder
-from ..distill.documents import first_line
-from ..distill.report_gap import task_rows
+from ..distill.report.gap_sections import task_rows
+from ..distill.text.corpus_cache import cache_folder
+from ..distill.text.documents import first_line
 from ..models.errors import InputError
 from ..models.folder import sha256_file, write_json
 from ..models.hybrid import HybridLM
 from ..models.placement import placed
 from ..models.tokenizer import Tokenizer, load_tokenizer
-from .compose import guess
-from .show import progress, read_json, table
-from .stage import digest, fingerprint_of
+from .run.compose import guess
+from .run.show import progress, read_json, table
+from .run.stage import digest, fingerprint_of
 
 SUFFIXES = (".yaml", ".yml")  # of task files
 DATA_KEYS = ("dataset_path", "dataset_kwargs")  # of a task file
@@ -202,7 +202,7 @@ def answers_of(name: str, model: HybridLM, tokenizer: Tokenizer, asked: Asked) -
     """One model's results."""
     from lm_eval.evaluator import simple_evaluate
 
-    from ..distill.harness import HarnessModel  # needs lm_eval
+    from ..distill.gap.harness import HarnessModel  # needs lm_eval
 
     tasks, seed = asked.tasks, asked.seed
     with progress(f"tasks: {name}", 1) as bar, of_tasks(tasks):

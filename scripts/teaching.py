@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..distill.data import Batch
-from ..distill.gap import measure_gap
+from ..distill.gap.measure import measure_gap
 from ..distill.hidden import Kept, Pairing, make_pairing
 from ..distill.losses import Distillation, DistillLoss, check_vocabularies
 from ..distill.teacher import CachedTeacher, cached_gap
+from ..distill.text.packing import Batch
 from ..distill.weights import greatest
 from ..models import processes
 from ..models.checkpoint import load_config
 from ..models.errors import InputError
 from ..models.folder import sha256_file
 from ..models.hybrid import HybridLM
-from .stage import PROVENANCE
+from .run.stage import PROVENANCE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,18 +8,18 @@ from typing import Any
 
 from ..distill.losses import DistillLoss
 from ..distill.weights import greatest
-from ..models.activations import Training
 from ..models.config import HybridConfig
-from ..models.cost import GIB, count_parameters
+from ..models.cost.activations import Training
+from ..models.cost.inference import GIB, count_parameters
+from ..models.cost.training import LINES, Knob, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
-from ..models.train_cost import LINES, Knob, TrainReport, knobs, train_memory
 from ..prune.choose import Target
 from . import compress
 from .distill import Distill
-from .inputs import model_config, torch_dtype
 from .rounds import in_kinds, leftovers, walk
-from .show import gib, say, table
+from .run.resolve import model_config, torch_dtype
+from .run.show import gib, say, table
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,11 +19,11 @@ from ..models import processes
 from ..models.axes import tensor_table
 from ..models.checkpoint import load_model, write_checkpoint
 from ..models.config import HybridConfig
-from ..models.cost import flops_per_token
+from ..models.cost.inference import flops_per_token
 from ..models.hybrid import HybridLM
-from .compose import CONF
-from .inputs import torch_device
-from .stage import Facts
+from .run.compose import CONF
+from .run.resolve import torch_device
+from .run.stage import Facts
 
 
 def process_device(name: str) -> torch.device:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.models.cache import Cache
 from limbeck.models.checkpoint import save_model
 from limbeck.models.config import HybridConfig
+from limbeck.models.generate.cache import Cache
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.tokenizer import train_tokenizer
-from limbeck.scripts.main import main
+from limbeck.scripts.run.main import main
 from torch import Tensor
 
 

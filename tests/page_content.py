@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from limbeck.distill.gap import summarise
-from limbeck.distill.gap_sums import Sums
-from limbeck.distill.token_groups import CLASSES
-from limbeck.models.cost import Hardware, memory, verdict
+from limbeck.distill.gap.measure import summarise
+from limbeck.distill.gap.sums import Sums
+from limbeck.distill.gap.token_groups import CLASSES
+from limbeck.models.cost.inference import Hardware, memory, verdict
 from limbeck.tests.helpers import tiny_config
 from safetensors.numpy import save_file
 

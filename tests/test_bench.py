@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from limbeck.models.cost import Hardware
+from limbeck.models.cost.inference import Hardware
+from limbeck.models.cost.timing import Load, Speed, measure, predicted, roofline
 from limbeck.models.errors import InputError
-from limbeck.models.measure import Load, Speed, measure, predicted, roofline
 from limbeck.scripts import bench
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import limbeck, random_model, tiny_config
 
 A10G = Hardware("a10g", 22.49, 22.06, 600, 70)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.axes import HIDDEN, Axis, axis_sizes
-from limbeck.models.cost import count_parameters
+from limbeck.models.cost.inference import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.prune.choose import Target, best, select, with_widths
 from limbeck.prune.importance import score_random
 from limbeck.prune.slice import WIDTH_OF_AXIS, slice_config
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import random_config, tiny_config
 
 

@@ -17,7 +17,7 @@ import torch
 from limbeck.models.checkpoint import load_config, load_model, open_checkpoint, save_model
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.scripts import pretrain
-from limbeck.scripts.main import COMMANDS
+from limbeck.scripts.run.main import COMMANDS
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
@@ -44,10 +44,10 @@ def refused(*arguments: str, says: str) -> None:
 
 def test_help_is_quick_and_complete() -> None:
     clock = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "limbeck.scripts.main", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "limbeck.scripts.run.main", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and time.perf_counter() - clock < 1.0
     assert all(command in done.stdout for command in COMMANDS)
-    code = "import sys, limbeck.scripts.main; sys.exit(any(m in sys.modules for m in ('torch', 'hydra', 'numpy')))"
+    code = "import sys, limbeck.scripts.run.main; sys.exit(any(m in sys.modules for m in ('torch', 'hydra', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     for command in COMMANDS:
         code, out, _ = limbeck(command, "--help")
@@ -354,7 +354,7 @@ def test_killed_at_random_points(rounds: str, checkpoints: int, kills: int, work
     def command(out: Path) -> list[str]:
         words = compress_command(workshop, out)
         words = [*(word for word in words if not word.startswith("target.")), rounds] if rounds else words
-        return [sys.executable, "-m", "limbeck.scripts.main", *words]
+        return [sys.executable, "-m", "limbeck.scripts.run.main", *words]
 
     clock = time.perf_counter()
     subprocess.run(command(calm), check=True, capture_output=True)

@@ -13,7 +13,7 @@ from limbeck.models.axes import HIDDEN, tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.compensate import Repair, repair_model, repair_tensors, rms_ratios
+from limbeck.prune.repair import Repair, repair_model, repair_tensors, rms_ratios
 from limbeck.prune.rotation import principal_directions, rotated
 from limbeck.prune.slice import Selection, filled, slice_config, slice_model
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config

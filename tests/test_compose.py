@@ -19,17 +19,17 @@ import pytest
 import torch
 from limbeck.models.axes import tensor_table
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import GIB, count_parameters, num_tensors
+from limbeck.models.cost.inference import GIB, count_parameters, num_tensors
 from limbeck.models.errors import InputError
 from limbeck.prune.importance import score_random
 from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
 from limbeck.scripts import compress, memory_fit, search
-from limbeck.scripts.compose import BASES, build, compose_config, groups, known_keys, recipes
-from limbeck.scripts.inputs import model_config, model_names
-from limbeck.scripts.main import COMMANDS, EXAMPLES
 from limbeck.scripts.rounds import walk
-from limbeck.scripts.stage import fingerprint_of, run_stage
+from limbeck.scripts.run.compose import BASES, build, compose_config, groups, known_keys, recipes
+from limbeck.scripts.run.main import COMMANDS, EXAMPLES
+from limbeck.scripts.run.resolve import model_config, model_names
+from limbeck.scripts.run.stage import fingerprint_of, run_stage
 from limbeck.tests.helpers import limbeck
 
 ROOT = Path(__file__).parents[1]

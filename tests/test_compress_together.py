@@ -8,14 +8,14 @@ import pytest
 import torch
 from limbeck.models import processes
 from limbeck.models.errors import InputError
-from limbeck.scripts.show import read_json
+from limbeck.scripts.run.show import read_json
 from limbeck.tests.helpers import limbeck, make_workshop
 from limbeck.tests.test_cli import compress_command
 from limbeck.tests.test_parallel import run_workers
 from limbeck.tests.test_scoring_size import launch
 from safetensors.torch import load_file
 
-MAIN = ("-m", "limbeck.scripts.main")
+MAIN = ("-m", "limbeck.scripts.run.main")
 
 
 @pytest.fixture(scope="module")

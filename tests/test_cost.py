@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from limbeck.models.axes import tensor_table
-from limbeck.models.cost import Hardware, count_parameters, flops_per_token, memory, throughput
+from limbeck.models.cost.inference import Hardware, count_parameters, flops_per_token, memory, throughput
 from limbeck.models.errors import InputError
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import random_config, tiny_config
 
 A10G = Hardware("a10g", 22.49, 22.06, 600, 70)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.data import (
+from limbeck.distill.text.packing import (
     Batch,
     Corpus,
     Document,

@@ -10,8 +10,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from limbeck.scripts.compose import build, compose_config
-from limbeck.scripts.main import COMMANDS, by_mode
+from limbeck.scripts.run.compose import build, compose_config
+from limbeck.scripts.run.main import COMMANDS, by_mode
 from limbeck.tests.helpers import limbeck
 from limbeck.tests.test_scoring_size import launch
 

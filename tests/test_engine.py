@@ -13,14 +13,14 @@ from limbeck.kernels.linear import laid_out, linear, packed
 from limbeck.kernels.mamba_step import PreparedStep
 from limbeck.kernels.norm import gated_rms_norm
 from limbeck.kernels.state_update import state_update
-from limbeck.models.cache import Cache, KeyValues, MambaState
 from limbeck.models.checkpoint import load_model
-from limbeck.models.decode import Decoder, Step, lay_out
-from limbeck.models.engine import Completion, Engine, Event, Request
 from limbeck.models.errors import InputError
+from limbeck.models.generate.cache import Cache, KeyValues, MambaState
+from limbeck.models.generate.decode import Decoder, Step, lay_out
+from limbeck.models.generate.engine import Completion, Engine, Event, Request
+from limbeck.models.generate.sampling import Sampling
 from limbeck.models.hybrid import HybridLM, initialize
-from limbeck.models.sampling import Sampling
-from limbeck.scripts.inputs import ZOO, model_config
+from limbeck.scripts.run.resolve import ZOO, model_config
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode

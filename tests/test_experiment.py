@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from limbeck.models.errors import CheckFailed
-from limbeck.scripts import cells
-from limbeck.scripts.compose import CONF, build, compose_config
 from limbeck.scripts.experiment import Options, plans_of
-from limbeck.scripts.experiment_figures import Row, agreement, order_of, published_pairs, rank_correlation, stable_from
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.experiments import cells
+from limbeck.scripts.experiments.figures import Row, agreement, order_of, published_pairs, rank_correlation, stable_from
 from limbeck.scripts.rounds import walk
-from limbeck.scripts.sharing import Shared
+from limbeck.scripts.run.compose import CONF, build, compose_config
+from limbeck.scripts.run.resolve import model_config
+from limbeck.scripts.run.sharing import Shared
 from limbeck.tests.helpers import limbeck
 
 NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "all")
@@ -206,7 +206,7 @@ def test_killed_and_gone_on_with_by_two_commands(tmp_path: Path) -> None:
     words = ("experiment=repair", "only=[slices,norms by count,rotation]", "seeds=[0,1]", SMALL)
     assert limbeck(*words, f"output={tmp_path / 'plain'}")[0] == 0
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "limbeck.scripts.main", *words, f"output={killed}"]
+    command = [sys.executable, "-m", "limbeck.scripts.run.main", *words, f"output={killed}"]
     for _ in range(2):
         begun = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
         before = len(list((killed / "cells").glob("*.json")))

@@ -12,17 +12,17 @@ import torch
 from limbeck.kernels.rotary import rotary, rotary_angles
 from limbeck.models.attention import token_positions
 from limbeck.models.axes import Axis
-from limbeck.models.cache import Cache
 from limbeck.models.checkpoint import load_config, load_model, open_checkpoint, save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
 from limbeck.models.families import FAMILIES, from_checkpoint_name, to_checkpoint_name
-from limbeck.models.generate import generate
+from limbeck.models.generate.cache import Cache
+from limbeck.models.generate.generate import generate
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.prune.choose import Target, kept_layers, select
-from limbeck.prune.compensate import Repair, repair_model
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_random, score_widths
+from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.slice import slice_config
 from limbeck.tests.helpers import (
     assert_close,

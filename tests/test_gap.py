@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from limbeck.distill.data import Batch
-from limbeck.distill.gap import GapReport, measure_gap, summarise
-from limbeck.distill.gap_statistics import resampled
-from limbeck.distill.gap_sums import QUANTITIES, Sums
+from limbeck.distill.gap.measure import GapReport, measure_gap, summarise
+from limbeck.distill.gap.statistics import resampled
+from limbeck.distill.gap.sums import QUANTITIES, Sums
+from limbeck.distill.text.packing import Batch
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.helpers import random_model, tiny_config

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from limbeck.distill import gap, gap_sums
-from limbeck.distill.continuation import continuations, draw_prompts
-from limbeck.distill.data import Corpus, Document, sample_batches, tokenize
-from limbeck.distill.examples import WINDOW, as_text
-from limbeck.distill.gap import GapReport, figures, measure_gap, summarise
-from limbeck.distill.gap_statistics import Totals, plain_tail, resampled, student_t, tail
-from limbeck.distill.token_groups import (
+from limbeck.distill.gap import measure as gap
+from limbeck.distill.gap import sums as gap_sums
+from limbeck.distill.gap.continuation import continuations, draw_prompts
+from limbeck.distill.gap.examples import WINDOW, as_text
+from limbeck.distill.gap.measure import GapReport, figures, measure_gap, summarise
+from limbeck.distill.gap.statistics import Totals, plain_tail, resampled, student_t, tail
+from limbeck.distill.gap.token_groups import (
     CLASSES,
     TokenGroups,
     class_of,
@@ -28,10 +28,11 @@ from limbeck.distill.token_groups import (
     group_documents,
     token_classes,
 )
+from limbeck.distill.text.packing import Corpus, Document, sample_batches, tokenize
 from limbeck.models.checkpoint import load_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
-from limbeck.scripts.inputs import ZOO
+from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import random_model, tiny_config
 from torch.nn import functional as F
 
@@ -260,7 +261,7 @@ def test_worst_windows(measured: tuple, corpus: Corpus, tokenizer: Tokenizer) ->
 
 
 def test_parts_of_a_character_are_shown_together(tokenizer: Tokenizer) -> None:
-    from limbeck.distill.examples import Window
+    from limbeck.distill.gap.examples import Window
 
     ids = tokenizer.encode("x = '\N{SNOWMAN}'")
     count = len(ids)
@@ -303,7 +304,7 @@ def test_memory_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> 
                 yield batch
 
         with monkeypatch.context() as patched:
-            patched.setattr("limbeck.distill.gap.summarise", counted)
+            patched.setattr("limbeck.distill.gap.measure.summarise", counted)
             tracemalloc.start()
             try:
                 report = measure_gap(model, {"other": other}, batches(), worst=2, resamples=20)

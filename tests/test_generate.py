@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.models.chat import ChatTemplate
-from limbeck.models.engine import Engine, Request, Thought
 from limbeck.models.errors import InputError
-from limbeck.models.sampling import Sampling
-from limbeck.models.streaming import TextStream
+from limbeck.models.generate.chat import ChatTemplate
+from limbeck.models.generate.detokenize import TextStream
+from limbeck.models.generate.engine import Engine, Request, Thought
+from limbeck.models.generate.sampling import Sampling
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 from limbeck.scripts import answers, generate
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
@@ -244,7 +244,7 @@ def test_wrong_input(arguments: list[str], says: str, aligned: Path) -> None:
 
 
 def test_a_prompt_beyond_the_memory(aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("limbeck.models.engine.free_memory", lambda device: 1000)
+    monkeypatch.setattr("limbeck.models.generate.engine.free_memory", lambda device: 1000)
     code, _, err = limbeck("generate", f"model={aligned}", "prompt=x")
     assert code == 2 and "GiB of memory are free" in err and err.count("\n") == 1
 
@@ -336,7 +336,7 @@ class Terminal:
 
     def __init__(self, *arguments: str) -> None:
         self.master, slave = pty.openpty()
-        command = [sys.executable, "-m", "limbeck.scripts.main", *arguments]
+        command = [sys.executable, "-m", "limbeck.scripts.run.main", *arguments]
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=take_terminal
         )

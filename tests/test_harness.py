@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill import harness
-from limbeck.distill.harness import SHARE, HarnessModel, Room, first_row
+from limbeck.distill.gap import harness
+from limbeck.distill.gap.harness import SHARE, HarnessModel, Room, first_row
 from limbeck.models.checkpoint import load_model
-from limbeck.models.decode import Decoder
+from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.models.cost.transient import Place
 from limbeck.models.errors import InputError
-from limbeck.models.live_bytes import LiveBytes
+from limbeck.models.generate.decode import Decoder
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.models.transient import Place
 from limbeck.scripts import tasks as task_script
-from limbeck.scripts.inputs import ZOO, model_config
+from limbeck.scripts.run.resolve import ZOO, model_config
 from limbeck.scripts.tasks import Asked, Tasks, answer, show_tasks
 from limbeck.tests.helpers import limbeck
 

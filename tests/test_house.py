@@ -8,8 +8,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from limbeck.scripts.compose import build, compose_config
-from limbeck.scripts.main import COMMANDS, importlib
+from limbeck.scripts.run.compose import build, compose_config
+from limbeck.scripts.run.main import COMMANDS, importlib
 from limbeck.tests.helpers import limbeck
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def sources() -> list[Path]:
-    return [path for folder in CODE for path in sorted((ROOT / folder).glob("*.py"))]
+    return [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def imports(path: Path) -> set[str]:
@@ -36,17 +36,16 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            if node.level == 1:
-                module = f"limbeck.{path.parent.name}.{module}"
-            elif node.level == 2:
-                module = f"limbeck.{module}"
+            if node.level:
+                package = ("limbeck", *path.relative_to(ROOT).parent.parts)
+                module = ".".join((*package[: len(package) - node.level + 1], *filter(None, [module])))
             found.add(module)
     return {".".join(name.split(".")[: 2 if name.startswith("limbeck.") else 1]) for name in found}
 
 
 def test_direction_of_imports() -> None:
     for path in sources():
-        folder = path.parent.name
+        folder = path.relative_to(ROOT).parts[0]
         if folder in ALLOWED:
             ours = {name.split(".")[1] for name in imports(path) if name.startswith("limbeck.")}
             assert ours <= ALLOWED[folder] | {""}, f"{path} imports {ours - ALLOWED[folder]}"
@@ -55,9 +54,10 @@ def test_direction_of_imports() -> None:
 
 
 def test_packages_name_every_code_folder() -> None:
-    folders = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith((".", "build"))}
+    folders = {".".join(path.relative_to(ROOT).parent.parts) for path in sources()}
+    tops = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith((".", "build"))}
     named = set(PROJECT["tool"]["setuptools"]["packages"])
-    assert named == {"limbeck", *(f"limbeck.{folder}" for folder in folders)} and folders == set(CODE)
+    assert named == {"limbeck", *(f"limbeck.{folder}" for folder in folders)} and tops == set(CODE)
 
 
 def test_only_conf_is_a_regular_package() -> None:

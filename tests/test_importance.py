@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from limbeck.models import layers
+from limbeck.models import offload as layers
 from limbeck.models.axes import HIDDEN, Axis
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from limbeck.benchmarks import inference
-from limbeck.models.cost import GIB, Hardware, changes, memory, verdict
+from limbeck.models.cost.inference import GIB, Hardware, changes, memory, verdict
+from limbeck.models.cost.vllm import flags
 from limbeck.models.errors import InputError
-from limbeck.models.vllm import flags
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import any_config, limbeck, tiny_config
 
 LARGE, SMALL, DENSE = (model_config(name) for name in ("nemotron-nano-12b-v2", "nemotron-nano-9b-v2", "qwen3-8b"))

@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from limbeck.distill import corpus_cache
-from limbeck.distill.corpus_cache import cached_corpus, content_digest, corpus_folder
-from limbeck.distill.data import (
+from limbeck.distill.text import corpus_cache
+from limbeck.distill.text.corpus_cache import cached_corpus, content_digest, corpus_folder
+from limbeck.distill.text.documents import Document, Hub, folder_documents, read_documents, rows_of
+from limbeck.distill.text.mixture import BLOCK, Mixture, Source, labels, whole
+from limbeck.distill.text.mixture import sample_batches as any_sample_batches
+from limbeck.distill.text.mixture import train_batches as any_train_batches
+from limbeck.distill.text.packing import (
     Batch,
     Corpus,
     Packing,
@@ -24,14 +28,10 @@ from limbeck.distill.data import (
     tokenize,
     train_batches,
 )
-from limbeck.distill.documents import Document, Hub, folder_documents, read_documents, rows_of
-from limbeck.distill.mixture import BLOCK, Mixture, Source, labels, whole
-from limbeck.distill.mixture import sample_batches as any_sample_batches
-from limbeck.distill.mixture import train_batches as any_train_batches
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, train_tokenizer
-from limbeck.scripts import inputs
-from limbeck.scripts.compose import build
+from limbeck.scripts.run import resolve as inputs
+from limbeck.scripts.run.compose import build
 from limbeck.tests.helpers import limbeck, make_workshop
 from safetensors import safe_open
 
@@ -72,7 +72,7 @@ def test_corpus_on_disk_is_the_one_in_memory(tokenizer: Tokenizer, monkeypatch: 
         calls.append(1)
         yield from documents()
 
-    monkeypatch.setattr("limbeck.distill.data.AT_ONCE", 7)
+    monkeypatch.setattr("limbeck.distill.text.packing.AT_ONCE", 7)
     first, second = (cached_corpus(facts, source, tokenizer) for _ in range(2))
     assert len(calls) == 1
     for found in (first, second):

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.axes import axis_sizes, tensor_table
-from limbeck.models.cache import Cache
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import GIB, Hardware, count_parameters, memory, num_tensors, verdict
+from limbeck.models.cost.inference import GIB, Hardware, count_parameters, memory, num_tensors, verdict
 from limbeck.models.errors import InputError
-from limbeck.models.generate import generate
+from limbeck.models.generate.cache import Cache
+from limbeck.models.generate.generate import generate
 from limbeck.models.hybrid import HybridLM
-from limbeck.scripts.inputs import model_config, model_names
+from limbeck.scripts.run.resolve import model_config, model_names
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
 
 PUBLISHED = {"nemotron-nano-12b-v2": (12_310_001_152, 369), "nemotron-nano-9b-v2": (8_888_227_328, 341),

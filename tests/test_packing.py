@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from limbeck.distill.data import Batch, Document, Packing, tokenize
+from limbeck.distill.text.packing import Batch, Document, Packing, tokenize
 from limbeck.kernels.causal_conv1d import causal_conv1d
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.kernels.ssd import ssd_scan

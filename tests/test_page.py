@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from limbeck.distill.report import write_page
+from limbeck.distill.report.report import write_page
 from limbeck.tests.browser import Browser, browser, find_browser
 from limbeck.tests.helpers import limbeck, make_workshop
 from limbeck.tests.page_content import fit, page_content

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from limbeck.prune.patterns import Rules, broken_rule, count_patterns, embed, odd_gap, patterns
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.run.resolve import model_config
 
 LARGE, SMALL = model_config("nemotron-nano-12b-v2"), model_config("nemotron-nano-9b-v2")
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill import continuation, gap, probes
-from limbeck.distill.gap import measure_gap
+from limbeck.distill.gap import continuation, probes
+from limbeck.distill.gap import measure as gap
+from limbeck.distill.gap.measure import measure_gap
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.placement import is_on, placed
 from limbeck.scripts import evaluate
-from limbeck.scripts.inputs import ZOO
+from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import random_model, tiny_config
 from limbeck.tests.test_gap import rows
 

@@ -8,13 +8,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from limbeck.distill.data import Corpus, Document, tokenize
-from limbeck.distill.probes import KINDS, Probe, check_probes, make_probe, retrieve, text_from
+from limbeck.distill.gap.probes import KINDS, Probe, check_probes, make_probe, retrieve, text_from
+from limbeck.distill.text.packing import Corpus, Document, tokenize
 from limbeck.models.checkpoint import load_model
 from limbeck.models.errors import InputError
-from limbeck.models.generate import generate
+from limbeck.models.generate.generate import generate
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
-from limbeck.scripts.inputs import ZOO
+from limbeck.scripts.run.resolve import ZOO
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ import torch
 from limbeck.models import checkpoint
 from limbeck.models.checkpoint import open_checkpoint
 from limbeck.models.tensors import TensorFile
-from limbeck.scripts.inputs import corpus
+from limbeck.scripts.run.resolve import corpus
 from limbeck.tests.helpers import limbeck, make_workshop
 
 SHARD = 16_000
 MODES = {"plain": [], "repaired": ["seq_len=32", "batch=2", "repair.tokens=1024"]}
-RUN = [sys.executable, "-m", "limbeck.scripts.main"]
+RUN = [sys.executable, "-m", "limbeck.scripts.run.main"]
 
 
 @pytest.fixture(scope="module")

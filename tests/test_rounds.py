@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from limbeck.distill import plots
+from limbeck.distill.report import plots
 from limbeck.models.checkpoint import load_config
-from limbeck.models.cost import count_parameters
+from limbeck.models.cost.inference import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.prune.choose import Target
 from limbeck.scripts import distill, evaluate, prune
-from limbeck.scripts.compose import build, compose_config
 from limbeck.scripts.compress import Options
 from limbeck.scripts.rounds import in_kinds, leftovers, make_rounds, walk
+from limbeck.scripts.run.compose import build, compose_config
 from limbeck.tests.helpers import limbeck, make_workshop, tiny_config
 
 

@@ -19,19 +19,19 @@ import pytest
 import torch
 from limbeck.distill.agreement import check_agreement
 from limbeck.distill.average import kept_weights, merged_rows
-from limbeck.distill.data import Batch
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Trained, prepare
 from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
+from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import Run, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
-from limbeck.models.cost import flops_per_token
+from limbeck.models.cost.inference import flops_per_token
 from limbeck.models.errors import InputError, Stopped
 from limbeck.scripts import training
 from limbeck.scripts.distill import hand_on, note_of
-from limbeck.scripts.stage import fingerprint_of
+from limbeck.scripts.run.stage import fingerprint_of
 from limbeck.scripts.training import card_tflops, figures
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.test_training import batches_from, model_of, rows, weights

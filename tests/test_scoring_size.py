@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.models import layers as source_of_layers
+from limbeck.models import offload as source_of_layers
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
-from limbeck.models.cost import count_parameters
+from limbeck.models.cost.inference import count_parameters
 from limbeck.models.errors import InputError
-from limbeck.models.layers import StreamedLayers, free_memory, open_layers
+from limbeck.models.offload import StreamedLayers, free_memory, open_layers
 from limbeck.prune.choose import Target, select
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_magnitude, score_widths
 from limbeck.prune.scores import WidthScores, load_scores
-from limbeck.scripts.inputs import ZOO
+from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import assert_close, dense_config, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.test_importance import Rows, draw_rows
 
@@ -169,7 +169,7 @@ import torch
 from torch import distributed
 from limbeck.models import processes
 from limbeck.models.checkpoint import load_model, open_checkpoint
-from limbeck.models.layers import open_layers
+from limbeck.models.offload import open_layers
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
 from limbeck.prune.scores import LayerScores, Scores, save_scores
@@ -247,7 +247,7 @@ def score_words(work: Path, output: str, **options: Any) -> list[str]:
 def test_the_command_on_two_processes(tmp_path: Path) -> None:
     """The folder is made once, by the first, which alone speaks; streamed and on one process it says the same."""
     work = make_workshop(tmp_path)
-    words = ["-m", "limbeck.scripts.main"]
+    words = ["-m", "limbeck.scripts.run.main"]
     done = launch([*words, *score_words(work, "two")])
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("result: ") == 1 and "warn" not in done.stderr.lower().replace("warnings.warn", "")
@@ -272,7 +272,7 @@ def test_the_command_on_two_processes(tmp_path: Path) -> None:
 PEAKS = """
 import re, sys
 import torch
-from limbeck.models.layers import open_layers
+from limbeck.models.offload import open_layers
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
 from limbeck.tests.test_scoring_size import split, draw_rows

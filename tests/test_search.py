@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.data import Corpus, sample_batches
+from limbeck.distill.text.packing import Corpus, sample_batches
 from limbeck.models.axes import HIDDEN, tensor_table
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import GIB, Hardware, memory
+from limbeck.models.cost.inference import GIB, Hardware, memory
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.choose import Target, select
-from limbeck.prune.compensate import Repair, repair_model
 from limbeck.prune.importance import score_random
 from limbeck.prune.patterns import Rules
+from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores
 from limbeck.prune.search import (
     Budget,
@@ -37,7 +37,7 @@ from limbeck.prune.search import (
     with_importance,
 )
 from limbeck.prune.slice import slice_config
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import dense_config, limbeck, random_config, random_model, tiny_config
 
 A10G = Hardware("a10g", 22.49, 22.06, 600, 70)

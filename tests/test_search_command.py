@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from limbeck.models.checkpoint import load_config
-from limbeck.models.cost import count_parameters
+from limbeck.models.cost.inference import count_parameters
 from limbeck.prune.search import (
     Candidate,
     sliced_loss,
@@ -190,7 +190,7 @@ def test_wrong_words_write_nothing(change: str, says: str, workshop: Path, tmp_p
 @pytest.mark.slow
 def test_killed_at_random_points(workshop: Path, calm: Path, tmp_path: Path) -> None:
     """SIGKILL at ten moments of a search: the same candidates, picks and students as undisturbed."""
-    run = [sys.executable, "-m", "limbeck.scripts.main"]
+    run = [sys.executable, "-m", "limbeck.scripts.run.main"]
     clock = time.perf_counter()
     subprocess.run([*run, *arguments(workshop, tmp_path / "timed")], check=True, capture_output=True)
     length = time.perf_counter() - clock

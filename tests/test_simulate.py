@@ -11,17 +11,17 @@ import torch
 from limbeck.benchmarks import memory as benchmark
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.kernels.attention import cpu_workspace, decode_workspace, flash_workspace
-from limbeck.models.cache import Cache, MambaState
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import memory
-from limbeck.models.decode import Step
+from limbeck.models.cost.inference import memory
+from limbeck.models.cost.peak import check_room, measure, random_model
+from limbeck.models.cost.simulate import Simulation, Stand, Tracker, picked, simulate
+from limbeck.models.cost.transient import Place, libraries, round_up
 from limbeck.models.errors import CheckFailed, InputError
-from limbeck.models.generate import prefill
+from limbeck.models.generate.cache import Cache, MambaState
+from limbeck.models.generate.decode import Step
+from limbeck.models.generate.generate import prefill
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.peak import check_room, measure, random_model
-from limbeck.models.simulate import Simulation, Stand, Tracker, picked, simulate
-from limbeck.models.transient import Place, libraries, round_up
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import any_config, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -134,7 +134,7 @@ def test_formula_at_full_size(name: str, context: int) -> None:
 
 def shipped() -> HybridLM:
     from limbeck.models.checkpoint import load_model
-    from limbeck.scripts.inputs import ZOO
+    from limbeck.scripts.run.resolve import ZOO
 
     return load_model(ZOO, torch.float32, torch.device("cpu"))
 

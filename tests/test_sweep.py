@@ -71,7 +71,7 @@ def test_two_tasks_of_a_submitted_job_are_two_processes(workshop: Path, tmp_path
     command = [
         sys.executable,
         "-m",
-        "limbeck.scripts.main",
+        "limbeck.scripts.run.main",
         "distill",
         "--multirun",
         *words(workshop, tmp_path / "out"),

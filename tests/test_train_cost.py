@@ -11,15 +11,16 @@ import pytest
 import torch
 from limbeck.benchmarks.train_memory import measured, on_cpu, planned
 from limbeck.kernels import causal_conv1d, fused_loss, ssd
-from limbeck.models import activations, mamba2
-from limbeck.models.activations import Training, kept, kept_once, layer_input, norm_kept
+from limbeck.models import mamba2
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost import GIB, count_parameters
+from limbeck.models.cost import activations
+from limbeck.models.cost.activations import Training, kept, kept_once, layer_input, norm_kept
+from limbeck.models.cost.inference import GIB, count_parameters
+from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.models.cost.training import LINES, TURNS, knobs, train_memory
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.live_bytes import LiveBytes
-from limbeck.models.train_cost import LINES, TURNS, knobs, train_memory
-from limbeck.scripts.inputs import model_config
+from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import dense_config, limbeck, tiny_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 

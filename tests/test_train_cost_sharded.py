@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import distributed
 from limbeck.benchmarks.train_memory import on_cpu, peaks_of, planned, model_of
 from limbeck.distill.parallel import prepare, shard
-from limbeck.models.train_cost import train_memory
+from limbeck.models.cost.training import train_memory
 from limbeck.tests.test_train_cost import wide
 
 distributed.init_process_group("gloo")

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from limbeck.distill.data import Batch
-from limbeck.distill.gap import measure_gap, summarise
-from limbeck.distill.gap_sums import QUANTITIES, Sums
+from limbeck.distill.gap.measure import measure_gap, summarise
+from limbeck.distill.gap.sums import QUANTITIES, Sums
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.muon import Muon, orthogonalize
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Weight
+from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import make_optimizers, train
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM

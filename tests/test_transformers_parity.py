@@ -17,7 +17,7 @@ import pytest
 import torch
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.engine import Engine, Request
+from limbeck.models.generate.engine import Engine, Request
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.tests.helpers import cached_logits, limbeck

@@ -1,0 +1,72 @@
+"""How long a student writes what its teacher writes: greedy continuations of held-out prompts, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...models.generate.generate import generate
+from ...models.hybrid import HybridLM
+from ...models.placement import placed
+from ..text.packing import Corpus
+from .statistics import Estimate, resampled
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """Tokens from the start on which student and teacher agree (of `new_tokens` at most, so that identical
+    continuations are counted short), and the share of prompts that both continue alike to the end."""
+
+    length: Estimate
+    identical: Estimate
+
+
+@torch.no_grad()
+def continuations(
+    teacher: HybridLM,
+    students: Mapping[str, HybridLM],
+    prompts: Tensor,
+    new_tokens: int,
+    *,
+    eos_token_id: int | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> dict[str, Continuation]:
+    """Each student's agreement with the teacher over prompts [N, T], one of a document each; intervals over prompts. On
+    a `device` where one is given.
+
+    What comes behind an end of text that both wrote is not looked at: it counts as agreement to the end.
+    """
+
+    def written(model: HybridLM) -> Tensor:
+        with placed(model, device):
+            found = generate(model, prompts, new_tokens, eos_token_id=eos_token_id)[:, prompts.shape[1] :].cpu()
+        missing = new_tokens - found.shape[1]  # every sequence ended before
+        return torch.nn.functional.pad(found, (0, missing), value=-1 if eos_token_id is None else eos_token_id)
+
+    wanted = written(teacher)
+    found = {}
+    for name, student in students.items():
+        same = (written(student) == wanted).long().cumprod(1).sum(1).double().numpy()
+        drawn = resampled({"length": same, "identical": same == new_tokens, "prompts": np.ones(len(same))},
+                          resamples, seed)  # fmt: skip
+        found[name] = Continuation(*(drawn[key].over(drawn["prompts"]).estimate() for key in ("length", "identical")))
+    return found
+
+
+def draw_prompts(corpus: Corpus, count: int, length: int, seed: int) -> Tensor | None:
+    """Prompts [count, length] from as many documents, at drawn places; fewer where fewer documents have that many
+    tokens, None where none has."""
+    lengths = np.diff(corpus.starts) - 1  # not the end of text
+    long = np.flatnonzero(lengths >= length)
+    if not len(long):
+        return None
+    generator = np.random.default_rng(seed)
+    chosen = generator.permutation(long)[:count]
+    begins = corpus.starts[chosen] + generator.integers(0, lengths[chosen] - length + 1)
+    return torch.from_numpy(np.stack([corpus.ids[begin : begin + length] for begin in begins]).astype(np.int64))

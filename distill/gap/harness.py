@@ -1,0 +1,253 @@
+"""Task suites of lm-evaluation-harness (EleutherAI), asked of our models through our own inference path.
+
+The harness makes the requests and the metrics, this adapter the answers; tokens, truncation and stopping are as its
+own transformers model has them, so that both give the same tables. Log-likelihoods of many requests are packed as
+documents into one row: no padding. How long a row is, and how many sequences decode at once, follows from the memory
+that is free; where it runs out all the same, from half as many on. Needs `pip install 'limbeck[eval]'`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ...kernels.fused_loss import CACHED
+from ...kernels.linear_kl import default_chunk, linear_cross_entropy
+from ...models.config import HybridConfig
+from ...models.cost.inference import memory, most
+from ...models.cost.transient import Place
+from ...models.errors import InputError
+from ...models.generate.engine import Completion, Engine, Request
+from ...models.generate.sampling import Sampling
+from ...models.hybrid import HybridLM
+from ...models.offload import free_memory
+from ...models.placement import let_go
+from ...models.tokenizer import Tokenizer
+
+# Tokens of a packed row. A CPU's attention works on all pairs of them, so that longer rows cost it more a token; on a
+# GPU 65,536 keep the widest tensor of the 9B's layers below 2^31 elements.
+MOST_ROW_TOKENS = {"cuda": 65536, "cpu": 2048}
+# Sequences that decode at once: on a CPU as many as `Engine` takes by itself; a GPU keeps a graph for each number.
+MOST_SLOTS = {"cuda": 128, "cpu": 8}
+SHARE = 0.8  # of the free memory; what the allocator splits off, and what is not counted here, has the rest
+PAIR_BYTES = 5  # of two tokens of a row on a CPU: the mask of packed documents, and SDPA's copy of it in float32
+MOST_NEW_TOKENS = 256  # where a task says nothing, as the harness's own model has it
+Scored = tuple[float, bool]  # log-likelihood of a continuation, and whether it is the greedy one
+OnStep = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What rows and batches of a model take where it runs: `chunk` tokens have their logits in one piece."""
+
+    config: HybridConfig
+    dtype: torch.dtype
+    place: Place
+    chunk: int
+
+    @classmethod
+    def of(cls, model: HybridLM) -> Room:
+        config, head = model.config, model.head_weight
+        place = Place("cpu", torch.get_num_threads())
+        if head.is_cuda:
+            found = torch.cuda.get_device_properties(head.device)
+            place = Place("cuda", found.multi_processor_count, f"{found.major}.{found.minor}")
+        return cls(config, head.dtype, place, default_chunk(config.vocab_size, head))
+
+    def row_tokens(self, free: int | None) -> int:
+        """Tokens of the longest row that `free` bytes take (None: unknown), at least 1."""
+        bound = MOST_ROW_TOKENS[self.place.device]
+        return bound if free is None else max(1, most(lambda tokens: self.row_bytes(tokens) <= SHARE * free, bound))
+
+    def slots(self, length: int, free: int | None) -> int:
+        """Sequences of up to `length` tokens that decode at once in `free` bytes (None: unknown), at least 1."""
+        bound = MOST_SLOTS[self.place.device]
+        return bound if free is None else max(1, most(lambda n: self.slot_bytes(n, length) <= SHARE * free, bound))
+
+    def row_bytes(self, tokens: int) -> int:
+        """Of scoring a row: the highest moment of the layers, or of the head behind them, with a chunk's logits in
+        float32 and (on a CPU) up to three tensors of a piece of them."""
+        layers = memory(self.config, tokens + 1, 1, chunk=tokens, weight_dtype=self.dtype, place=self.place).activations
+        if self.place.device == "cpu" and "*" in self.config.pattern:
+            layers += PAIR_BYTES * tokens**2
+        hidden = 2 * tokens * self.config.hidden_size * self.dtype.itemsize
+        head = 4 * min(self.chunk, tokens) * self.config.vocab_size + 12 * max(CACHED, self.config.vocab_size)
+        return max(layers, hidden + head)
+
+    def slot_bytes(self, slots: int, length: int) -> int:
+        """Of decoding: caches, and the prefill of one prompt or a step of all. A GPU's graphs, one for each number of
+        sequences, keep their logits."""
+        one, batch = (
+            memory(self.config, length, count, weight_dtype=self.dtype, place=self.place) for count in (1, slots)
+        )
+        caches = batch.kv + batch.ssm + batch.conv
+        graphs = batch.logits * (slots + 1) // 4 if self.place.device == "cuda" else 0  # .logits: two sets of them
+        return caches + max(one.activations, batch.decode + batch.logits) + batch.workspace + graphs
+
+
+class HarnessModel(TemplateLM):
+    """A model and its tokenizer, as the harness wants them. `on_step(done, total)` counts requests of one kind."""
+
+    def __init__(
+        self, model: HybridLM, tokenizer: Tokenizer, *, row_tokens: int | None = None, on_step: OnStep | None = None
+    ) -> None:
+        super().__init__()
+        self.model, self.tokens, self.on_step = model, tokenizer, on_step
+        self.room = Room.of(model)
+        let_go()
+        self.row_tokens = row_tokens or self.room.row_tokens(free_memory(self.device))
+        self.max_length = model.config.max_position_embeddings
+        self.prefix = tokenizer.backend.decode([tokenizer.bos_token_id], skip_special_tokens=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head_weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokens.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.tokens.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; special tokens as tokenizer.json adds them, unless the text begins with the first one already."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.prefix)
+        return self.tokens.backend.encode(string, add_special_tokens=add_special_tokens).ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[Scored]:
+        """Of each (name, context, continuation): too long ones lose tokens on the left."""
+        sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
+        wanted = [len(continuation) for _, _, continuation in requests]
+        found: list[Scored] = [(0.0, True)] * len(requests)
+        lengths = [len(sequence) - 1 for sequence in sequences]
+        order = sorted(range(len(sequences)), key=lambda number: -lengths[number])
+        done = 0
+        while order:
+            row = first_row(order, lengths, self.row_tokens)
+            scores = None
+            try:
+                scores = self.score_row([sequences[number] for number in row], [wanted[number] for number in row])
+            except torch.OutOfMemoryError:
+                if len(row) == 1:
+                    raise
+            if scores is None:
+                self.row_tokens = sum(lengths[number] for number in row) // 2
+                let_go()
+                continue
+            for number, score in zip(row, scores, strict=True):
+                found[number] = score
+            taken = set(row)
+            order = [number for number in order if number not in taken]
+            done += len(row)
+            self.told(done, len(requests))
+        return found
+
+    @torch.inference_mode()
+    def score_row(self, sequences: Sequence[list[int]], wanted: Sequence[int]) -> list[Scored]:
+        """Log-likelihoods of the last `wanted` tokens of each sequence, all of them packed into one row."""
+        device = self.device
+        inputs = torch.tensor([token for sequence in sequences for token in sequence[:-1]])[None]
+        numbers = torch.repeat_interleave(torch.tensor([len(sequence) - 1 for sequence in sequences]))
+        hidden = self.model.hidden_states(inputs.to(device), seq_idx=numbers.to(torch.int32)[None].to(device))[0]
+        ends = torch.tensor([len(sequence) - 1 for sequence in sequences]).cumsum(0)
+        places = torch.cat([torch.arange(end - count, end) for end, count in zip(ends.tolist(), wanted, strict=True)])
+        labels = torch.tensor([t for seq, count in zip(sequences, wanted, strict=True) for t in seq[-count:]])
+        found = linear_cross_entropy(hidden[places.to(device)], self.model.head_weight, labels.to(device))
+        parts = zip(*(values.cpu().split(list(wanted)) for values in (found.cross_entropy, found.top1)), strict=True)
+        return [(-float(lost.double().sum()), bool(likeliest.all())) for lost, likeliest in parts]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of whole texts: windows of the model's length that share no token, one token of context before the first."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        counts = []
+        for request in requests:
+            (text,) = request.args
+            ids = self.tok_encode(text)
+            rolled = get_rolling_token_windows(
+                token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            own = [(None, *make_disjoint_window(window)) for window in rolled]
+            windows += own
+            counts.append(len(own))
+        scores = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Texts that go on from prompts (too long ones lose tokens on the left), up to a stop string or the end."""
+        end = self.tokens.backend.decode([self.eot_token_id], skip_special_tokens=False)
+        asked, stops = [], []
+        for request in requests:
+            options = normalize_gen_kwargs(request.args[1], MOST_NEW_TOKENS)
+            stops.append(handle_stop_sequences(options["until"], eos=end))
+            new = options["max_gen_toks"]
+            if new >= self.max_length:
+                raise InputError(f"tasks: {new} new tokens leave no room for a prompt within {self.max_length} tokens")
+            sampling = Sampling(options.get("temperature") or 0.0, *map(options.get, ("top_k", "top_p", "min_p")))
+            prompt = self.tok_encode(request.args[0])[new - self.max_length :] or [self.prefix_token_id]
+            ends = (self.eot_token_id,)
+            asked.append(
+                Request(
+                    prompt,
+                    new,
+                    sampling,
+                    stop=tuple(each for each in stops[-1] if each not in ("", end)),
+                    stop_tokens=ends,
+                )
+            )
+        found = [self.tokens.decode(text.tokens) for text in self.complete(asked)]
+        return [postprocess_generated_text(text, stop, None) for text, stop in zip(found, stops, strict=True)]
+
+    def complete(self, asked: Sequence[Request]) -> list[Completion]:
+        """Runs requests to their ends. Where memory runs out, those that have not ended begin anew, at most half as
+        many at once."""
+        texts = [Completion() for _ in asked]
+        length = max([2, *(len(request.prompt) + request.max_new_tokens for request in asked)])
+        slots = len(asked)
+        while left := [place for place, text in enumerate(texts) if text.finished is None]:
+            let_go()
+            slots = min(slots, len(left), self.room.slots(length, free_memory(self.device)))
+            try:
+                self.decode(asked, texts, left, length, slots)
+            except torch.OutOfMemoryError:
+                if slots == 1:
+                    raise
+                slots //= 2
+        return texts
+
+    def decode(
+        self, asked: Sequence[Request], texts: list[Completion], left: Sequence[int], length: int, slots: int
+    ) -> None:
+        """Writes the texts of the requests that are `left`, `slots` at once."""
+        engine = Engine(self.model, max_length=length, slots=slots, tokenizer=self.tokens)
+        numbers = {engine.add(asked[place]): place for place in left}
+        for place in left:
+            texts[place] = Completion()
+        done = len(asked) - len(left)
+        for event in engine.stream():
+            texts[numbers[event.request]].add(event)
+            if event.finished:
+                done += 1
+                self.told(done, len(asked))
+
+    def told(self, done: int, total: int) -> None:
+        if self.on_step is not None:
+            self.on_step(done, total)
+
+
+def first_row(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[int]:
+    """The next requests, longest first, that fit into a row together; one at least."""
+    row, room = [order[0]], capacity - lengths[order[0]]
+    for number in order[1:]:
+        if lengths[number] <= room:
+            row.append(number)
+            room -= lengths[number]
+    return row

@@ -1,0 +1,202 @@
+"""The model card of an exported folder: what it is, how near its teacher, how to open it, and whose terms apply."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ...models.config import HybridConfig
+from ...models.cost.inference import count_parameters
+
+Table = tuple[list[str], list[list[str]]]  # columns, rows
+KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+TERMS = re.compile(r"(licen[cs]e|notice|copying)([-._].*)?", re.IGNORECASE)
+COLUMNS = {
+    "bits_per_byte": "bits per byte",
+    "kl": "KL to teacher",
+    "agreement": "top-1 agreement",
+    "mass_kept": "mass kept",
+}
+FURTHER = {
+    "cross_entropy": "cross-entropy",
+    "perplexity": "perplexity",
+    "reverse_kl": "KL from teacher",
+    "top5_agreement": "top-5 agreement",
+    "mean_rank": "mean rank",
+    "ece": "ECE",
+    "length": "same greedy text",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Licence:
+    """What a model folder says of its terms: the keys license, license_name and license_link of its card (or license of
+    its config), and files with the terms."""
+
+    keys: Mapping[str, str]
+    files: tuple[Path, ...]
+
+
+def read_licence(folder: Path) -> Licence:
+    """The terms of a base model's folder, as far as it tells any."""
+    keys: dict[str, str] = {}
+    if (folder / "README.md").is_file():
+        keys = front_matter(folder / "README.md")
+    if not keys and (folder / "config.json").is_file():
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
+        keys = {"license": found} if isinstance(found, str) else {}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and TERMS.fullmatch(path.name))
+    return Licence(keys, tuple(files))
+
+
+def front_matter(card: Path) -> dict[str, str]:
+    """The licence keys of a card's YAML head: plain or quoted on one line, or folded onto the next."""
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    found: dict[str, str] = {}
+    for number, line in enumerate(lines[1:], 1):
+        if line.strip() == "---":
+            return found
+        key, colon, value = line.partition(":")
+        if colon and key in ("license", "license_name", "license_link"):
+            value = value.strip()
+            if value in (">", ">-", "|", "|-") and number + 1 < len(lines):
+                value = lines[number + 1].strip()
+            found[key] = value.strip("'\"")
+    return {}
+
+
+def write_card(
+    folder: Path,
+    config: HybridConfig,
+    dtype: str,
+    checked: str,
+    licence: Licence,
+    gap: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Writes README.md into the folder, and copies the files with the base model's terms beside it.
+
+    `checked` says how the folder was compared; `gap` is gap.json's content, `name` what it calls this model, and
+    `picture` a PNG of its figures, which is copied as gap.png."""
+    for path in licence.files:
+        shutil.copyfile(path, folder / path.name)
+    if picture is not None:
+        shutil.copyfile(picture, folder / "gap.png")
+    layers = {kind: len(config.layers_of(letter)) for letter, kind in KINDS.items() if letter in config.pattern}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    text = environment.get_template("card.md.jinja").render(
+        config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
+        parameters=f"{count_parameters(config):,}", hybrid="M" in config.pattern,
+        layers=", ".join(f"{count} {kind}" for kind, count in layers.items()),
+        tables=[] if gap is None else [near(gap), further(gap)], others=[] if gap is None else others(gap),
+        picture=picture is not None, quoted=json.dumps,
+    )  # fmt: skip
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def near(gap: Mapping[str, Any]) -> Table:
+    """Each model's parameters and main figures, with their intervals."""
+    return ["model", "parameters", *COLUMNS.values()], [
+        [masked(model), f"{gap['parameters'][model]:,}", *(figure(found[key]) for key in COLUMNS)]
+        for model, found in gap["models"].items()
+    ]
+
+
+def further(gap: Mapping[str, Any]) -> Table:
+    """Each model's other figures, as far as they were measured."""
+    written = gap.get("continuation") or {}
+    models = {
+        name: {
+            **found,
+            "ece": found.get("calibration", {}).get("ece"),
+            "length": written.get(name, {}).get("length"),
+        }
+        for name, found in gap["models"].items()
+    }
+    keys = [key for key in FURTHER if any(found.get(key) for found in models.values())]
+    columns = [FURTHER[key] for key in keys]
+    if written:
+        columns[-1] += f", of {next(iter(written.values()))['new_tokens']} tokens"
+    return ["model", *columns], [
+        [masked(name), *(figure(found[key]) if found.get(key) else "" for key in keys)]
+        for name, found in models.items()
+    ]
+
+
+def others(gap: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """What else was measured, each with a sentence of what it is; what was not is left out."""
+    found = {
+        "How two students differ, paired by document; p is how likely such a difference would be if there were none:":
+            differences(gap),
+        "Retrieval from long text: the share of probes that were answered, and the nats of an answer:": retrieval(gap),
+        "Answers to lm-evaluation-harness, with its standard errors:": tasks(gap),
+        "Memory, and tokens a second as the roofline allows them:": fits(gap),
+    }  # fmt: skip
+    return [(words, table) for words, table in found.items() if table[1]]
+
+
+def differences(gap: Mapping[str, Any]) -> Table:
+    """Of every two students the second minus the first, in the main figures."""
+    rows = [
+        [f"{masked(pair['second'])} - {masked(pair['first'])}",
+         *(f"{figure(pair[key], '+')}, p {pair['p'][key]:.3f}" for key in COLUMNS)]
+        for pair in gap.get("differences", ())
+        if "teacher" not in (pair["first"], pair["second"])
+    ]  # fmt: skip
+    return ["models", *COLUMNS.values()], rows
+
+
+def retrieval(gap: Mapping[str, Any]) -> Table:
+    """A line for each kind and length of probe."""
+    names = list(gap["models"])
+    rows = [
+        [f"{kind}, {int(length):,} tokens",
+         *(f"{figure(found[name]['answered'], digits=2)}; {found[name]['nats']['value']:.1f}" for name in names)]
+        for kind, lengths in (gap.get("probes") or {}).items()
+        for length, found in lengths.items()
+    ]  # fmt: skip
+    return ["probe", *map(masked, names)], rows
+
+
+def tasks(gap: Mapping[str, Any]) -> Table:
+    """A line for each task and metric."""
+    found = gap.get("tasks") or {}
+    if not found:
+        return [], []
+    from .gap_sections import task_rows  # brings matplotlib
+
+    return ["task, metric", *map(masked, found)], [[masked(label), *cells] for label, *cells in task_rows(found)]
+
+
+def fits(gap: Mapping[str, Any]) -> Table:
+    """A line for each model: its bytes and whether they fit, for the card and the context that were asked for."""
+    rows = []
+    for name, found in (gap.get("memory") or {}).items():
+        held, verdict, speed = found["memory"], found["verdict"], found.get("throughput")
+        place = f"{found['hardware']['name']}, {held['context']:,} tokens x {held['batch']}"
+        sizes = [f"{bytes_ / 2**30:.3f} GiB" for bytes_ in (held["weights"], held["total"], verdict["budget"])]
+        rate = f"{speed['tokens_per_second']:,.0f} at a batch of {speed['batch']:,}" if speed else ""
+        rows.append([masked(name), place, *sizes, "yes" if verdict["fits"] else "no", rate])
+    return ["model", "for", "weights", "together", "budget", "fits", "tokens a second"], rows
+
+
+def masked(name: str) -> str:
+    """A name whose pipes do not end a cell."""
+    return name.replace("|", "\\|")
+
+
+def figure(found: Mapping[str, float], sign: str = "", digits: int = 4) -> str:
+    return f"{found['value']:{sign}.{digits}f} [{found['low']:{sign}.{digits}f}, {found['high']:{sign}.{digits}f}]"

@@ -1,0 +1,225 @@
+"""The page that shows a compression: it stands alone, without network, and is made from the stages' files alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from safetensors.numpy import load_file
+
+from . import plots
+from .gap_sections import cards, gap_sections
+from .page import Cell, Section, Table, drawn, size
+
+KINDS = {
+    "hidden": "Residual channels",
+    "ffn": "FFN neurons",
+    "mamba_heads": "Mamba heads",
+    "mamba_head_dim": "Mamba head channels",
+    "attn_heads": "Attention heads",
+}
+LETTERS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
+# What scores.json may say of layers: the smaller, the sooner one may go.
+DEPTH_METRICS = {
+    "mse": "MSE of the logits",
+    "kl": "KL of the logits (nats)",
+    "perplexity": "cross-entropy (nats)",
+    "block_influence": "block influence",
+}
+
+
+def write_page(
+    folder: Path,
+    name: str,
+    *,
+    title: str,
+    gap: Mapping[str, Any],
+    provenance: Mapping[str, Mapping[str, Any]],
+    scores: Path | None = None,
+    metrics: Path | None = None,
+    memory: Mapping[str, Any] | None = None,
+    selection: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes `folder/name`, and its plots as PNG in `folder/plots`; returns the page's path.
+
+    `gap` is gap.json's content with "parameters", `provenance` limbeck.json's content of each stage; `scores` a
+    scores folder, `metrics` a metrics.jsonl, `memory` the memory-fit results by model, `selection` selection.json's
+    content: what is not given is left out of the page.
+    """
+    sections = list(gap_sections(folder, gap))
+    if metrics is not None:
+        sections += training_section(folder, metrics)
+    if scores is not None:
+        sections += importance_sections(folder, scores, selection)
+    if memory is not None:
+        sections.append(memory_section(folder, memory))
+    sections.append(Section("Provenance", "What made each folder, from what. Files are known by their sha256."))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    text = environment.get_template("report.html.jinja").render(
+        title=title,
+        lead=f"{gap['tokens']:,} held-out tokens of {gap['documents']:,} documents. Intervals are 95%, over documents.",
+        cards=list(cards(gap, memory)),
+        sections=sections,
+        stages=[(stage, made(facts), json.dumps(facts, indent=1)) for stage, facts in provenance.items()],
+    )
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def training_section(folder: Path, metrics: Path) -> Iterator[Section]:
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    curves = {"loss": "Training loss", "validation_kl": "KL on validation files (nats)"}
+    pictures = [
+        drawn(folder, plots.training_curve(records, key, title), f"training-{key.replace('_', '-')}", f"Curve: {title}")
+        for key, title in curves.items()
+        if any(key in record for record in records)
+    ]
+    if pictures:
+        last = records[-1]
+        yield Section("Distillation", f"{last['step']:,} steps, {last['tokens']:,} tokens.", pictures)
+
+
+def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any] | None) -> Iterator[Section]:
+    """Units by axis, and layers in the order of their removal."""
+    found = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
+    units = unit_scores(scores, found["pattern"], selection)
+    kept = {} if selection is None else kept_units(units, selection)
+    turned = "" if selection is None else directions(units, selection)
+    if turned:
+        del units["hidden"]
+    pictures = []
+    for kind, title in KINDS.items():
+        names = [name for name in units if name.partition("(")[0] == kind]
+        labels = {name: f"layer {name.partition('(')[2][:-1]}" if len(names) < 9 else name.partition("(")[2][:-1]
+                  for name in names}  # fmt: skip
+        if names:
+            above = {"" if kind == "hidden" else labels[name]: units[name] for name in names}
+            stays = {"" if kind == "hidden" else labels[name]: kept[name] for name in names if name in kept}
+            figure = plots.importance(title, above, stays)
+            name = f"importance-{kind.replace('_', '-')}"
+            pictures.append(drawn(folder, figure, name, f"Sorted importance of {title.lower()}", wide=True))
+    note = f"Sorted within each layer, relative to its largest{'' if selection is None else '; pale: removed'}. "
+    note += turned or "Channels are summed over the norms of the layers kept."
+    yield Section("Importance of units", note, pictures)
+    order, values, candidates = (found["layers"][key] for key in ("order", "values", "candidates"))
+    name = DEPTH_METRICS[found["layers"]["metric"]]
+    if not order:
+        return
+    removed = [] if selection is None else [layer for layer in order if layer not in selection["layers"]]
+    pictures, tables = [], []
+    if candidates:
+        first = {int(layer): value for layer, value in candidates[0].items()}
+        figure = plots.layers(found["pattern"], removed, first, name, len(order) // max(len(values), 1))
+        pictures = [drawn(folder, figure, "layers", f"Bars: {name} without each of them", wide=True)]
+    if values:
+        rows = []
+        for step, (layers, value) in enumerate(removal_steps(order, values), 1):
+            kinds = ", ".join(f"{layer} ({LETTERS[found['pattern'][layer]]})" for layer in layers)
+            state = [] if selection is None else [Cell("removed" if set(layers) <= set(removed) else "kept")]
+            rows.append((str(step), [Cell(kinds), Cell(f"{value:.4g}"), *state]))
+        layer = "layer" if len(order) == len(values) else "layers"
+        columns = ["step", layer, name, *([] if selection is None else [""])]
+        tables = [Table("In the order of removal", columns, rows)]
+    each = "layer that is" if len(order) == len(values) else "layers that are"
+    note = f"Each step removes the {each} missed least; measured by the {name}."
+    note += " Orange: removed." if removed else ""
+    yield Section("Importance of layers", note, pictures, tables)
+
+
+def removal_steps(order: Sequence[int], values: Sequence[float]) -> list[tuple[tuple[int, ...], float]]:
+    """The layers that go in each step, one or (of pairs) several, and what the step costs."""
+    size = len(order) // len(values) if values else 1
+    return [(tuple(order[place * size : (place + 1) * size]), value) for place, value in enumerate(values)]
+
+
+def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
+    fit = next(iter(memory.values()))
+    lines = {
+        "weights": lambda fit: size(fit["memory"]["weights"]),
+        "key-value cache": lambda fit: size(fit["memory"]["kv"]),
+        "SSM states": lambda fit: size(fit["memory"]["ssm"]),
+        "convolution states": lambda fit: size(fit["memory"]["conv"]),
+        "together": lambda fit: size(fit["memory"]["total"]),
+        "budget": lambda fit: size(fit["verdict"]["budget"]),
+        "margin": lambda fit: size(fit["verdict"]["margin"]),
+        "largest context": lambda fit: "any" if (found := fit["verdict"]["largest_context"]) < 0 else f"{found:,}",
+        "largest batch": lambda fit: f"{fit['verdict']['largest_batch']:,}",
+        "vLLM: tokens a block": lambda fit: f"{fit['memory']['vllm']['block_size']:,}",
+        "vLLM: cache of one request": lambda fit: size(fit["memory"]["vllm"]["bytes_per_request"]),
+        "vLLM: requests at once": lambda fit: f"{fit['memory']['vllm']['max_num_seqs']:,}",
+    }
+    if any(fit.get("throughput") for fit in memory.values()):
+        lines["estimated tokens a second"] = lambda fit: estimated(fit, "tokens_per_second")
+        lines["at a batch of"] = lambda fit: estimated(fit, "batch")
+    rows = [(line, [Cell(text(fit)) for fit in memory.values()]) for line, text in lines.items()]
+    hardware, bytes_ = fit["hardware"], fit["memory"]
+    share = max(fit["memory"]["total"] for fit in memory.values()) / max(fit["verdict"]["budget"], 1)
+    return Section(
+        "Memory",
+        f"{bytes_['context']:,} tokens \N{MULTIPLICATION SIGN} {bytes_['batch']} on {hardware['name']}: of"
+        f" {hardware['usable_gib']:g} GiB usable a budget of {size(fit['verdict']['budget'])}; the largest model takes"
+        f" {share:.1%} of it.",
+        [drawn(folder, plots.memory_bars(memory), "memory", "Stacked bars: memory of each model")],
+        [Table("", ["", *memory], rows)],
+    )
+
+
+def estimated(fit: Mapping[str, Any], what: str) -> str:
+    """A figure of the throughput estimate, nothing where there is none."""
+    found = fit.get("throughput")
+    return f"{found[what]:,.0f}" if found else ""
+
+
+def made(facts: Mapping[str, Any]) -> list[str]:
+    """What a stage's row says: what made it, its seed, versions, and its fingerprint."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    return [facts["made_by"], str(facts["options"].get("seed", "")), versions, facts["fingerprint"]]
+
+
+def unit_scores(folder: Path, pattern: str, selection: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    """One score a unit, by axis, added up as in choosing: channels over the norms that stay, Mamba heads over the
+    head channels that stay; head channels, where any was cut, over the heads."""
+    tensors = load_file(folder / "scores.safetensors")
+    kept = {} if selection is None else selection["kept"]
+    found: dict[str, np.ndarray] = {}
+    for name in sorted(tensors, key=lambda name: int(name.partition(".")[2] or -1)):
+        values = tensors[name]
+        kind, _, layer = name.partition(".")
+        axis = f"{kind}({layer})" if layer else kind
+        if kind == "hidden":
+            stay = range(len(pattern)) if selection is None else selection["layers"]
+            found[axis] = values[[*stay, len(pattern)]].sum(0)
+        elif kind == "mamba_heads":
+            channels = kept.get(f"mamba_head_dim({layer})")
+            if channels is not None:
+                found[f"mamba_head_dim({layer})"] = np.linalg.norm(values, axis=0)
+            found[axis] = np.linalg.norm(values if channels is None else values[:, channels], axis=1)
+        else:
+            found[axis] = values
+    return found
+
+
+def directions(units: Mapping[str, Any], selection: Mapping[str, Any]) -> str:
+    """What stands for the picture of the channels where none of them was removed but what a rotation made of them."""
+    count = selection.get("principal_directions")
+    if count is None:
+        return ""
+    return f"Of the residual stream {count:,} of {len(units['hidden']):,} principal directions stay, by their variance."
+
+
+def kept_units(units: Mapping[str, Any], selection: Mapping[str, Any]) -> dict[str, Sequence[int]]:
+    """The units of each axis that stay: none of a removed layer, all of an axis that was not cut."""
+    kept = {}
+    for name, values in units.items():
+        layer = name.partition("(")[2].rstrip(")")
+        gone = layer != "" and int(layer) not in selection["layers"]
+        kept[name] = [] if gone else selection["kept"].get(name, list(range(len(values))))
+    return kept

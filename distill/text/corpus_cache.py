@@ -1,0 +1,156 @@
+"""Tokenised text on disk: made once, read as mapped memory, known by what it was made of.
+
+A corpus lies in CACHE/tokens/DIGEST, the digest being that of the text's own (a sha256 of the files, a commit of the
+hub), the tokenizer's, the split and the columns. The folder appears whole or not at all; processes that make it at the
+same time each make their own, and the first one's stays. CACHE is $LIMBECK_CACHE, or ~/.cache/limbeck.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from ...models.errors import DiskError, InputError
+from ...models.folder import finish_folder, sha256_file, write_json
+from ...models.tensors import refusal, save_tensors
+from ...models.tokenizer import Tokenizer
+from .documents import Document
+from .packing import Corpus, encoded
+
+FORMAT = 1  # to be raised when what is written for the same facts changes
+HEADER = 248  # bytes of the header of ids.safetensors, whose length is known before the number of tokens is
+STALE = 2 * 86400  # seconds after which an unfinished folder is nobody's
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept."""
+    given = os.environ.get("LIMBECK_CACHE")
+    return Path(given).expanduser() if given else Path.home() / ".cache" / "limbeck"
+
+
+def content_digest(base: Path, names: Sequence[str]) -> str:
+    """The sha256 of files' names and contents. It is taken once: while size and time of change of all of them stay as
+    they are, the sum that CACHE/sums has is theirs. Raises InputError where one cannot be read."""
+    try:
+        looks = [(name, *look(base / name)) for name in names]
+        mark = hashlib.sha256(json.dumps([str(base.resolve()), looks]).encode()).hexdigest()[:32]
+        known = cache_folder() / "sums" / f"{mark}.json"
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads(known.read_text(encoding="utf-8"))["content"]
+        sums = {name: sha256_file(base / name) for name in names}
+    except OSError as error:
+        raise InputError(f"data: {error.filename or base} cannot be read: {error.strerror}") from None
+    found = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    with contextlib.suppress(OSError):  # it is only taken again
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, {"content": found})
+    return found
+
+
+def look(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def corpus_folder(facts: Mapping[str, Any]) -> Path:
+    content = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
+    return cache_folder() / "tokens" / hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def write_corpus(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+    """Tokenises documents into a folder. Raises DiskError where the disk refuses."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    except OSError as error:
+        raise DiskError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
+    try:
+        fill(temporary, facts, documents, tokenizer)
+        try:
+            finish_folder(temporary, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+    except OSError as error:
+        raise DiskError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fill(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+    lengths: list[int] = []
+    names: list[bytes] = []
+    with (folder / "ids.safetensors").open("wb") as stream:
+        stream.write(bytes(8 + HEADER))
+        for document, ids in encoded(documents, tokenizer):
+            stream.write(ids.astype("<i4").tobytes())
+            lengths.append(len(ids))
+            names.append(document.name.encode("utf-8", "surrogateescape"))
+        form = {"dtype": "I32", "shape": [sum(lengths)], "data_offsets": [0, 4 * sum(lengths)]}
+        stream.seek(0)
+        stream.write(HEADER.to_bytes(8, "little") + json.dumps({"ids": form}).encode().ljust(HEADER))
+    ends = torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0)
+    tensors = {
+        "starts": torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0),
+        "name_ends": ends,
+        "names": torch.frombuffer(bytearray(b"".join(names) or b"\0"), dtype=torch.uint8),
+    }
+    save_tensors(folder / "documents.safetensors", tensors)
+    write_json(folder / "corpus.json", {**facts, "documents": len(names), "tokens": sum(lengths)})
+
+
+def open_corpus(folder: Path, tokenizer: Tokenizer) -> Corpus:
+    """The corpus in a folder; its tokens are read when they are asked for."""
+    with safe_open(folder / "documents.safetensors", "np") as file:
+        starts, ends, names = (file.get_tensor(name) for name in ("starts", "name_ends", "names"))
+    ids = np.memmap(folder / "ids.safetensors", "<i4", "r", 8 + HEADER, (int(starts[-1]),))
+    return Corpus(ids, starts, Names(names, ends), tokenizer.token_bytes, tokenizer.pad_token_id)
+
+
+def cached_corpus(
+    facts: Mapping[str, Any], documents: Callable[[], Iterator[Document]], tokenizer: Tokenizer
+) -> Corpus:
+    """The corpus that was made of these facts, or is made now of the documents."""
+    folder = corpus_folder(facts)
+    if not folder.exists():
+        write_corpus(folder, facts, documents(), tokenizer)
+    return open_corpus(folder, tokenizer)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left."""
+    for path in folder.glob(".making-*"):
+        if time.time() - path.stat().st_mtime > STALE:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class Names(Sequence[str]):
+    """The documents' names, decoded when they are asked for."""
+
+    def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
+        self.text, self.ends = text, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        begin = self.ends[index - 1] if index else 0
+        return self.text[begin : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")

@@ -1,0 +1,191 @@
+"""How fast a model reads prompts and writes tokens, on the path that generates, and how that compares with a card's
+limits. Shapes: [B] sequences."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..config import HybridConfig
+from ..errors import InputError
+from ..generate.cache import Cache
+from ..generate.decode import Decoder
+from ..generate.engine import check_room
+from ..generate.generate import prefill
+from ..hybrid import HybridLM
+from .inference import GIB, Hardware, throughput
+
+WARM_UP_STEPS = 3
+PROBE_SIDE = 1024  # of the matrices that a CPU's rate is probed with
+PROBE_BYTES = 2**28  # read to probe its bandwidth: more than a cache holds
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """`batch` requests at once, each of `input_tokens`, each writing `output_tokens`."""
+
+    input_tokens: int
+    output_tokens: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.input_tokens < 1 or self.output_tokens < 1 or self.batch < 1:
+            raise InputError(
+                f"bench: input ({self.input_tokens}), output ({self.output_tokens}) and batch ({self.batch}) must be at"
+                " least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Seconds of one prompt's prefill up to its first token, and of a decoding step of the batch on average."""
+
+    first_token_seconds: float
+    step_seconds: float
+
+    def tokens_per_second(self, load: Load) -> float:
+        """New tokens of all sequences over all of the time: the prompts are read one after the other."""
+        seconds = load.batch * self.first_token_seconds + load.output_tokens * self.step_seconds
+        return load.batch * load.output_tokens / seconds
+
+
+@torch.inference_mode()
+def measure(
+    model: HybridLM,
+    load: Load,
+    *,
+    prefill_chunk: int = 512,
+    steps: int = 32,
+    ssm_dtype: torch.dtype = torch.float32,
+) -> Speed:
+    """Reads one prompt of random tokens, copies its state to the other rows (their prefill takes as long), and decodes
+    greedily: every token where `steps` do not fit three times into the output, else `steps` at its start, middle and
+    end, weighted by Simpson's rule. A short run before is not counted.
+
+    Raises InputError where the load is beyond the model's positions or the memory that is free.
+    """
+    config, head = model.config, model.head_weight
+    total = load.input_tokens + load.output_tokens
+    if total > config.max_position_embeddings:
+        raise InputError(
+            f"bench: {load.input_tokens} + {load.output_tokens} tokens, the model's maximum is"
+            f" {config.max_position_embeddings}"
+        )
+    check_room(model, load.batch, total, ssm_dtype)
+    cache = Cache(config, load.batch, total, dtype=head.dtype, device=head.device, ssm_dtype=ssm_dtype)
+    decoder = Decoder(model, cache)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(config.vocab_size, (1, load.input_tokens), generator=generator).to(head.device)
+
+    def decode(count: int) -> float:
+        tokens = [1] * load.batch
+        begin = clock(head)
+        for _ in range(count):
+            tokens = decoder.step(tokens).argmax(-1).tolist()
+        return (clock(head) - begin) / count
+
+    read(model, cache, prompt[:, :prefill_chunk], prefill_chunk)
+    decode(min(WARM_UP_STEPS, load.output_tokens))
+    for row in range(load.batch):
+        cache.clear(row)
+    begin = clock(head)
+    read(model, cache, prompt, prefill_chunk)
+    first = clock(head) - begin
+    for row in range(1, load.batch):
+        cache.move(0, row)
+    if load.output_tokens <= 3 * steps:
+        return Speed(first, decode(load.output_tokens))
+    spots = (0, (load.output_tokens - steps) // 2, load.output_tokens - steps)
+    found = []
+    for spot in spots:
+        cache.lengths = [load.input_tokens + spot] * load.batch  # what the caches hold does not change the speed
+        found.append(decode(steps))
+    return Speed(first, (found[0] + 4 * found[1] + found[2]) / 6)
+
+
+def read(model: HybridLM, cache: Cache, prompt: Tensor, chunk: int) -> int:
+    """A prompt [1, T] into row 0, chunk by chunk; the likeliest token after it."""
+    logits = prefill(model, prompt, cache.row(0), chunk)
+    cache.lengths[0] = prompt.shape[1]
+    return int(logits.argmax())
+
+
+def clock(on: Tensor) -> float:
+    """Seconds, once what a device was told to do is done."""
+    if on.is_cuda:
+        torch.cuda.synchronize(on.device)
+    return time.perf_counter()
+
+
+def roofline(
+    config: HybridConfig,
+    hardware: Hardware,
+    load: Load,
+    dtype: torch.dtype,
+    ssm_dtype: torch.dtype,
+    *,
+    compute_efficiency: float = 1.0,
+    bandwidth_efficiency: float = 1.0,
+) -> Speed | None:
+    """The least time that a card's rates allow, or shares of them: whichever is longer, all FLOPs at its bf16 rate or
+    all bytes at its bandwidth. None where the profile has no rates."""
+    limit = throughput(
+        config,
+        hardware,
+        input_tokens=load.input_tokens,
+        output_tokens=load.output_tokens,
+        batch=load.batch,
+        compute_efficiency=compute_efficiency,
+        bandwidth_efficiency=bandwidth_efficiency,
+        weight_dtype=dtype,
+        ssm_dtype=ssm_dtype,
+    )
+    return None if limit is None else Speed(limit.prefill_seconds / load.batch, limit.step_seconds)
+
+
+def predicted(measured: Speed, here: Speed, there: Speed) -> Speed:
+    """What a measurement says of another card, assuming that each phase reaches the same share of both rooflines."""
+    return Speed(
+        measured.first_token_seconds * there.first_token_seconds / here.first_token_seconds,
+        measured.step_seconds * there.step_seconds / here.step_seconds,
+    )
+
+
+def this_cpu(now: Callable[[], float] = time.perf_counter) -> Hardware:
+    """A profile of the CPU as it is now: bytes a second that a sum over memory reads, and FLOP/s of a float32 matrix
+    product, the best of five each, with torch's threads, by a clock."""
+    memory = torch.ones(PROBE_BYTES // 4)
+    square = torch.randn(PROBE_SIDE, PROBE_SIDE)
+    reading = best(lambda: memory.sum(), now)
+    product = best(lambda: square @ square, now)
+    return Hardware(
+        "this CPU",
+        total_gib=0.0,
+        usable_gib=0.0,
+        bandwidth_gb_s=PROBE_BYTES / reading / 1e9,
+        bf16_tflops=2 * PROBE_SIDE**3 / product / 1e12,
+    )
+
+
+def best(work: Callable[[], object], now: Callable[[], float]) -> float:
+    """The least seconds of five runs."""
+    times = []
+    for _ in range(5):
+        begin = now()
+        work()
+        times.append(now() - begin)
+    return min(times)
+
+
+def check_weights_fit(parameters: int, dtype: torch.dtype, free: int | None, name: str) -> None:
+    """Raises InputError where a model's weights take more memory than is free."""
+    needed = parameters * dtype.itemsize
+    if free is not None and needed > free:
+        raise InputError(
+            f"{name}: the weights take {needed / GIB:,.2f} GiB, {free / GIB:,.2f} GiB are free; measure=false estimates"
+            " from the config alone"
+        )

@@ -1,0 +1,260 @@
+"""Whether a training step fits a card, from configs alone: what a process holds, line by line, at the fullest moment.
+
+Between steps: the student's weights; where they have less than four bytes, float32 copies that the optimizer moves;
+AdamW's two moments a weight or Muon's one for the layers' matrices, and an average of the weights, all in the dtype
+that the optimizer moves, as gradients are; the teacher's weights. Processes share them (FSDP2), and then keep no narrow
+copy. During a step, in turn: the teacher's forward pass, the loss, its backward, that of every layer from last to
+first, the embedding's, the optimizer. Gradients are all there from the second micro-batch on, else they come layer
+after layer. FSDP2 has two blocks at a time in one piece, and the head for the whole pass; in the backward their
+gradients as well, and a block's once more in the dtype in which it is summed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..axes import tensor_table
+from ..config import HybridConfig
+from ..errors import InputError
+from .activations import (
+    Training,
+    backward,
+    forward_alone,
+    fresh,
+    kept,
+    kept_once,
+    layer_input,
+    loss_backward,
+    loss_forward,
+    norm_kept,
+)
+from .inference import count_parameters, kind_sizes
+
+LINES = (
+    "student weights",
+    "master copies",
+    "gradients",
+    "optimizer state",
+    "weight average",
+    "teacher weights",
+    "gathered layers",
+    "kept for the backward",
+    "loss",
+    "layer at work",
+)
+MOST_PROCESSES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainReport:
+    """The moments of a step, each with its lines in bytes (those of `LINES` that it has)."""
+
+    moments: dict[str, dict[str, int]]
+
+    @property
+    def fullest(self) -> str:
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def lines(self) -> dict[str, int]:
+        """All lines at the fullest moment."""
+        return {line: self.moments[self.fullest].get(line, 0) for line in LINES}
+
+    @property
+    def total(self) -> int:
+        return sum(self.lines.values())
+
+
+def train_memory(student: HybridConfig, teacher: HybridConfig | None, training: Training) -> TrainReport:
+    """Bytes of one process at the moments of a step. Raises InputError where an online teacher's config is missing."""
+    if training.teacher == "online" and teacher is None:
+        raise InputError("train: an online teacher needs a config; give teacher=, or training.teacher=cached")
+    teacher = teacher if training.teacher == "online" else None
+    always, moments = standing(student, teacher, training), {}
+    for name, lines in moments_of(student, teacher, training):
+        assert set(lines) <= set(LINES), lines
+        moments[name] = always | lines
+    return TrainReport(moments)
+
+
+def standing(student: HybridConfig, teacher: HybridConfig | None, training: Training) -> dict[str, int]:
+    """What is there between the steps."""
+    size, single, stored = count_parameters(student), 0, training.stored
+    if training.optimizer == "muon":
+        single = sum(kind_sizes(student)[letter][1] for letter in student.pattern)
+    narrow = training.width < stored
+    held = 0 if teacher is None or training.teacher_offload else count_parameters(teacher)
+    return {
+        "student weights": 0 if narrow and training.processes > 1 else shard(size * training.width, training),
+        "master copies": shard(size * stored, training) if narrow else 0,
+        "optimizer state": shard((2 * size - single) * stored, training),
+        "weight average": shard(size * stored, training) if training.average else 0,
+        "teacher weights": shard(held * training.teacher_dtype.itemsize, training),
+    }
+
+
+def shard(size: int, training: Training) -> int:
+    """A process's share."""
+    return -(-size // training.processes)
+
+
+def moments_of(
+    student: HybridConfig, teacher: HybridConfig | None, training: Training
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """The moments of a step with what they hold beside `standing`."""
+    b, stored, stream = training.width, training.stored, layer_input(student, training)
+    head, sizes = student.vocab_size * student.hidden_size, kind_sizes(student)
+    gradients = shard(count_parameters(student) * stored, training)
+    before = gradients if training.accumulates else 0
+    apart, target = training.processes > 1, 0
+    whole = pieces(student, b) if apart else 0
+    turned = 2 * whole + max(sizes[letter][0] for letter in student.pattern) * stored * apart
+    if teacher is not None:
+        c, away = training.teacher_dtype.itemsize, apart or training.teacher_offload
+        target = teacher.vocab_size * teacher.hidden_size * c * away
+        yield (
+            "teacher forward",
+            {
+                "gradients": before,
+                "gathered layers": pieces(teacher, c) * away,
+                "layer at work": forward_alone(teacher, dataclasses.replace(training, dtype=training.teacher_dtype)),
+            },
+        )
+    layers = [kept(letter, student, training) for letter in student.pattern]
+    stay = [stream] * len(layers) if training.checkpointing else layers
+    shared = kept_once(student, training)
+    after = sum(stay) + norm_kept(student, training) + shared
+    loss = {"gradients": before, "gathered layers": whole + target, "kept for the backward": after}
+    yield "loss", loss | {"loss": loss_forward(student, teacher, training)}
+    yield "loss backward", loss | {"gathered layers": whole, "loss": loss_backward(student, training)}
+    done = 0 if student.tie_word_embeddings else head * stored
+    for layer in reversed(range(student.num_layers)):
+        letter = student.pattern[layer]
+        done += sizes[letter][0] * stored
+        yield (
+            f"layer {layer} ({letter}) backward",
+            {
+                "gradients": before or shard(done, training),
+                "gathered layers": turned,
+                "kept for the backward": sum(stay[:layer]) + layers[layer] + shared,
+                "layer at work": backward(letter, student, training) - layers[layer],
+            },
+        )
+    # A tied matrix has two gradients here, the head's and this one; of several processes each has it whole.
+    again = (
+        head * b if student.tie_word_embeddings or apart else fresh(student.vocab_size, student.hidden_size, training)
+    )
+    yield (
+        "embedding backward",
+        {
+            "gradients": gradients,
+            "gathered layers": head * (3 * b + stored) * apart,
+            "layer at work": stream + again,
+        },
+    )
+    yield "optimizer", {"gradients": gradients, "layer at work": muon_work(student, training)}
+
+
+def pieces(config: HybridConfig, width: int) -> int:
+    """The two largest blocks and the head, in one piece."""
+    sizes = sorted(kind_sizes(config)[letter][0] for letter in config.pattern)
+    return width * (config.vocab_size * config.hidden_size + sum(sizes[-2:]))
+
+
+def muon_work(config: HybridConfig, training: Training) -> int:
+    """What Muon holds for its largest matrix: the update, two iterates, and two products of rows (distill/muon.py)."""
+    if training.optimizer != "muon":
+        return 0
+    alike = config.replace(pattern="".join(sorted(set(config.pattern))))
+    shapes = [tensor.shape for tensor in tensor_table(alike).values() if tensor.layer is not None]
+    matrices = [shape for shape in shapes if len(shape) == 2]
+    width = 2 if training.on_gpu else 4
+    return max(math.prod(shape) * (2 * width + training.width) + 2 * min(shape) ** 2 * width for shape in matrices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """Something to turn: what it saves alone and whether that is enough; what is held with all above it turned as well
+    (None once those are enough), and whether that is."""
+
+    name: str
+    saves: int
+    fits_alone: bool
+    together: int | None
+    fits: bool
+
+
+def knobs(student: HybridConfig, teacher: HybridConfig | None, training: Training, budget: float) -> list[Knob]:
+    """What to turn so that a step fits `budget` bytes, cheapest first; what changes nothing is left out."""
+
+    def held(how: Training) -> int:
+        return train_memory(student, teacher, how).total
+
+    def fits(how: Training) -> bool:
+        return held(how) <= budget
+
+    found, above = [], training
+    for turn in TURNS:
+        alone, name = turn(training, fits)
+        enough = fits(above)
+        before, (above, name) = above, (above, name) if enough else turn(above, fits)
+        if alone != training or above != before:
+            together = None if enough else held(above)
+            found.append(Knob(name, held(training) - held(alone), fits(alone), together, fits(above)))
+    return found
+
+
+Turned = tuple[Training, str]
+Fits = Callable[[Training], bool]
+
+
+def checkpoint_blocks(how: Training, fits: Fits) -> Turned:
+    return dataclasses.replace(how, checkpointing=True), "activation checkpointing"
+
+
+def single_rows(how: Training, fits: Fits) -> Turned:
+    return dataclasses.replace(how, micro_batch=1), "micro_batch 1"
+
+
+def half_width(how: Training, fits: Fits) -> Turned:
+    narrow = {name: min(getattr(how, name), torch.bfloat16, key=lambda dtype: dtype.itemsize) for name in DTYPES}
+    return dataclasses.replace(how, **narrow), "bfloat16 weights, of the teacher too"
+
+
+def cache_teacher(how: Training, fits: Fits) -> Turned:
+    return dataclasses.replace(how, teacher="cached" if how.teacher == "online" else how.teacher), "cached teacher"
+
+
+def more_processes(how: Training, fits: Fits) -> Turned:
+    """The least number that fits, of those that share the batch evenly; none other helps."""
+    for count in range(how.processes, MOST_PROCESSES + 1):
+        if how.batch is None or how.batch % count == 0:
+            rows = how.micro_batch if how.batch is None else min(how.micro_batch, how.batch // count)
+            more = dataclasses.replace(how, processes=count, micro_batch=rows)
+            if fits(more):
+                return more, f"{count:,} GPUs"
+    return how, f"more than {MOST_PROCESSES:,} GPUs"
+
+
+def offload_teacher(how: Training, fits: Fits) -> Turned:
+    return dataclasses.replace(how, teacher_offload=how.teacher_offload or how.teacher == "online"), "teacher offload"
+
+
+def shorter_rows(how: Training, fits: Fits) -> Turned:
+    """The longest row that fits, of a multiple of 256 tokens; 256 if none does."""
+    low, high = 1, max(1, how.seq_len // 256)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(dataclasses.replace(how, seq_len=256 * middle)) else (low, middle - 1)
+    length = min(how.seq_len, 256 * low)
+    return dataclasses.replace(how, seq_len=length), f"seq_len {length:,}"
+
+
+DTYPES = ("dtype", "teacher_dtype")
+TURNS = (
+    checkpoint_blocks, single_rows, half_width, cache_teacher, more_processes, offload_teacher, shorter_rows
+)  # fmt: skip

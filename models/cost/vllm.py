@@ -1,0 +1,94 @@
+"""What vLLM's hybrid allocator makes of a config: blocks, pages, requests, and the flags to start it with.
+
+Source: vllm-project/vllm, vllm/v1/core/kv_cache_utils.py and vllm/platforms/interface.py; flags: vllm/config/cache.py.
+Attention and Mamba layers share one pool of blocks. An attention block is made so many tokens long that a Mamba state
+fits a page of it, the page of a Mamba layer is padded up to that, and layers are put in groups of equal size: a block
+is one page of each layer of one group. Letters: g layers a group, t bytes of a token's keys and values in a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from ..errors import InputError
+
+MODES = ("none", "align", "all")  # which Mamba states are kept for a common beginning of prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class VllmReport:
+    """What the allocator does with the cache: tokens a block, blocks and bytes of a request of the asked length, and
+    (0 where no budget was given) of the budget: all blocks, requests of that length at once, and the largest
+    --max-num-seqs and --max-model-len with which it starts."""
+
+    block_size: int
+    bytes_per_request: int
+    max_num_seqs: int = 0
+    mode: str = "none"
+    blocks_per_request: int = 0
+    bytes_per_block: int = 0
+    blocks: int = 0
+    largest_max_num_seqs: int = 0
+    largest_max_model_len: int = 0
+
+
+def allocate(
+    attention: int, mamba: int, context: int, kv_token: int, mamba_layer: int, room: float | None, mode: str, chunk: int
+) -> VllmReport:
+    """For `attention` and `mamba` layers, t = `kv_token`, bytes of a Mamba layer's state, and `room` bytes for caches.
+
+    Modes (--mamba-cache-mode): "none" keeps one state a request, "align" two, "all" one for every block, whose length
+    is then a multiple of the scan's `chunk` as well. Raises InputError for another mode.
+    """
+    if mode not in MODES:
+        raise InputError(f"vLLM: Mamba cache mode {mode!r} is unknown; known: {', '.join(MODES)}")
+    room = max(room or 0, 0)
+    if not attention:
+        per_request = mamba * mamba_layer
+        requests = int(room // per_request) if per_request else 0
+        return VllmReport(0, per_request, requests, mode, 1, per_request, requests, requests)
+    unit = math.lcm(chunk, 16) if mode == "all" and mamba else 16
+    block = unit * max(1, math.ceil(math.ceil(mamba_layer / kv_token) / unit))
+    small, large = sorted((attention, mamba or attention))
+    group = large if large < 1.5 * small else small
+    per_block = group * block * kv_token
+    blocks = int(room // per_block)
+
+    def needed(tokens: int) -> int:
+        states = {"none": 1, "align": 2, "all": math.ceil(tokens / block)}[mode]
+        return math.ceil(attention / group) * math.ceil(tokens / block) + math.ceil(mamba / group) * states
+
+    per_request = per_block * needed(context)
+    longest = 0  # in whole blocks of tokens, each of which costs at least one of the pool's
+    low, high = 0, blocks
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needed(middle * block) <= blocks else (low, middle - 1)
+    longest = low * block
+    # Every sequence that decodes needs a Mamba block, or vLLM refuses to capture its CUDA graphs.
+    at_most = blocks if mamba and longest else 0
+    return VllmReport(
+        block, per_request, int(room // per_request), mode, needed(context), per_block, blocks, at_most, longest
+    )
+
+
+def flags(
+    report: VllmReport, *, context: int, utilization: float, ssm_dtype: str, kv_dtype: str, dtype: str, mamba: bool
+) -> list[str]:
+    """The arguments of `vllm serve` for requests of `context` tokens. Prefix caching, and with it the Mamba cache mode,
+    is given always: its default has changed between versions."""
+    found = [
+        f"--dtype {dtype}",
+        f"--max-model-len {context}",
+        f"--max-num-seqs {max(report.max_num_seqs, 1)}",
+        f"--gpu-memory-utilization {math.floor(utilization * 1000) / 1000:g}",
+        "--no-enable-prefix-caching" if report.mode == "none" else "--enable-prefix-caching",
+    ]
+    if kv_dtype != dtype:
+        found.append(f"--kv-cache-dtype {'fp8' if kv_dtype.startswith('float8') else kv_dtype}")
+    if mamba:
+        found.append(f"--mamba-ssm-cache-dtype {ssm_dtype}")
+        if report.mode != "none":
+            found.append(f"--mamba-cache-mode {report.mode}")
+    return found

@@ -1,0 +1,204 @@
+"""The `limbeck` command: finds the subcommand, composes its options, runs it, and turns errors into exit codes.
+
+Heavy imports wait until a command runs: `limbeck --help` reads nothing but this file.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...models.errors import CheckFailed, InputError, Stopped
+
+COMMANDS = {
+    "compress": "the whole chain below, resumable: score, prune, distil, evaluate, export, memory-fit, report",
+    "score": "importance of layers and widths of a model on data",
+    "search": "the sizes that fit a card, ranked by memory, importance or loss; the best ones distilled briefly",
+    "prune": "a smaller checkpoint from a model, its scores and a target size",
+    "distill": "recover a student's accuracy from its teacher's logits",
+    "cache-teacher": "a teacher's likeliest tokens, kept for distill with teacher_cache=",
+    "merge": "the weighted mean of two checkpoints of one config",
+    "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
+    "export": "a checkpoint in the dtype and shards asked for, read back and compared",
+    "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
+    "train-fit": "does its distillation fit the GPUs? (memory-fit mode=train)",
+    "generate": "text from a prompt, answers to a file of prompts, a chat at the terminal",
+    "bench": "time to first token and tokens a second, beside the roofline; two models side by side",
+    "experiment": "an ablation re-run: variants times seeds of the chain, a table and a plot (limbeck experiment=NAME)",
+    "pretrain": "cross-entropy on text, from nothing or from a checkpoint (how the shipped model was made)",
+}
+EXAMPLES = {
+    "compress": "recipe=tiny output=first",
+    "score": "model=zoo data=stdlib output=scores",
+    "search": "model=nemotron-nano-12b-v2 output=sizes 'space.hidden_size=[4480,4800]' budget.context=65536",
+    "prune": "model=zoo scores=scores output=pruned target.layers=11 target.mamba_num_heads=12",
+    "distill": "teacher=zoo student=pruned data=stdlib output=distilled distill.train.steps=100",
+    "cache-teacher": "teacher=zoo data=stdlib output=answers cache.k=64 distill.train.steps=100",
+    "merge": "model=distilled other=tuned weight=0.5 output=merged",
+    "evaluate": "teacher=zoo +student.pruned=pruned +student.distilled=distilled data=stdlib output=gap",
+    "export": "model=distilled output=exported dtype=bfloat16",
+    "memory-fit": "model=nemotron-nano-9b-v2 hardware=a10g fit.context=131072",
+    "train-fit": "recipe=nemotron-nano-9b-v2 hardware=h100 processes=8",
+    "generate": "prompt='def mean(values):' max_new_tokens=64",
+    "bench": "model=nemotron-nano-9b-v2 against=qwen3-8b batch=fit measure=false",
+    "experiment": "experiment=loss output=loss",
+    "pretrain": "recipe=zoo output=zoo",
+}
+EPILOGUE = """
+Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME sets many at once, and with
+--multirun KEY=A,B every combination of such values is a job of its own.
+model=, teacher= and student= take a checkpoint folder, `zoo` (the small trained model that ships), or a named
+config; data= takes a folder, a file, a mixture's .yaml or its name in conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT],
+or `stdlib` (the running Python's own sources).
+
+First run:   limbeck compress recipe=tiny output=first
+Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
+"""
+# What a disk says when it is full, over quota, at a limit, read-only, broken or another's.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+CONF = Path(__file__).parents[2] / "conf"
+MULTIRUN = "--multirun"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `limbeck ARGUMENTS` and returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from ... import __version__
+
+        print(f"limbeck {__version__}")
+        return 0
+    try:
+        if words[0].startswith("experiment="):
+            words.insert(0, "experiment")
+        command, overrides = by_mode(words[0], words[1:])
+        if command not in COMMANDS:
+            from .compose import guess
+
+            raise InputError(
+                f"{command!r} is no command; known: {', '.join(COMMANDS)}" + guess(command, list(COMMANDS))
+            )
+        if any(word in ("-h", "--help") for word in overrides):
+            print(describe(command))
+            return 0
+        return run(command, overrides)
+    except InputError as error:
+        return finish(2, str(error))
+    except CheckFailed as error:
+        return finish(3, str(error))
+    except Stopped as error:
+        return finish(128 + error.signal, str(error))
+    except OSError as error:
+        from ...models.tensors import refusal
+
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if error.errno not in DISK:
+            raise
+        return finish(2, refusal(error))
+    except KeyboardInterrupt:
+        return finish(130, "interrupted; the same command goes on where this one stopped, where work can be resumed")
+
+
+def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """`memory-fit mode=train` is the command train-fit, whose teacher is what compress calls the model."""
+    if command == "memory-fit" and "mode=train" in overrides:
+        command, overrides = "train-fit", [word for word in overrides if word != "mode=train"]
+    if command == "train-fit":
+        overrides = ["model=" + word.partition("=")[2] if word.startswith("teacher=") else word for word in overrides]
+    return command, overrides
+
+
+def run(command: str, overrides: Sequence[str]) -> int:
+    """Composes the options of a command and runs it, or a sweep of it."""
+    if MULTIRUN in overrides:
+        from .sweep import sweep
+
+        sweep(command, [word for word in overrides if word != MULTIRUN])
+        return 0
+    from .compose import build, compose_config
+
+    set_up()
+    module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
+    module.run(build(module.Options, compose_config(command, overrides)))
+    return 0
+
+
+def set_up() -> None:
+    """How this process computes, whichever command it runs."""
+    import torch
+
+    # Decays underflow, and arithmetic on denormal numbers is many times slower on CPUs: they count as zero, in this
+    # thread and in those that torch starts from it.
+    torch.set_flush_denormal(True)
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory for the next step: by default buffers of some megabytes go back to the system
+    and are fetched again page by page, in every operator. Elsewhere nothing happens."""
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)
+
+
+def finish(code: int, message: str) -> int:
+    sys.stdout.flush()
+    if message:  # of many processes one says what is wrong
+        print(f"limbeck: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def overview() -> str:
+    rows = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
+    return f"limbeck COMMAND [recipe=NAME] [KEY=VALUE ...]\n\nCommands\n{rows}\n{EPILOGUE.rstrip()}"
+
+
+def describe(command: str) -> str:
+    """A command's options, as its configs explain them, the recipes that set them, and an example."""
+    from .compose import BASES, groups, recipes
+
+    lines = []
+    for name in [command, *([BASES[command]] if command in BASES else [])]:
+        text = (CONF / f"{name}.yaml").read_text(encoding="utf-8").partition("# Options\n")[2]
+        lines += [f"Options{'' if name == command else f' of {name}'} (KEY: default)"]
+        lines += ["  " + line for line in text.strip().splitlines()]
+    for group, (default, *others) in groups(command).items():
+        also = f"; also {', '.join(others)}" if others else ""
+        lines.append(f"  {group}:  # {group}={default}{also}")
+        lines += ["    " + line for line in group_lines(group, default)]
+    found = recipes(command)
+    if found:
+        lines += ["", "Recipes", *(f"  recipe={name:10} {purpose}" for name, purpose in found.items())]
+    lines += ["", f"Example: limbeck {command} {EXAMPLES[command]}"]
+    return f"limbeck {command}: {COMMANDS[command]}\n\n" + "\n".join(lines)
+
+
+def group_lines(group: str, name: str) -> list[str]:
+    """The options of a choice of a group; of one that builds on others theirs first, and then what it changes."""
+    text = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8")
+    above, itself, below = text.partition("  - _self_\n")
+    parents = re.findall(r"^  - (\S+)$", above, re.M) if itself else []
+    lines = [line for parent in parents for line in group_lines(group, parent)]
+    lines += [f"# {group}={name} has"] if parents else []
+    return lines + [line for line in (below if itself else text).splitlines() if not line.startswith("#")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

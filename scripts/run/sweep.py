@@ -1,0 +1,136 @@
+"""`limbeck COMMAND --multirun`: a job for each combination of comma-separated values, by Hydra's sweeper and launchers.
+
+Jobs run here one after the other, or where `hydra/launcher=` says: `slurm` (conf/hydra/launcher/) and submitit's own.
+Job N makes OUTPUT/N; what Hydra and submitit write for themselves is in OUTPUT/hydra.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...models.errors import InputError, Stopped
+from ...models.folder import write_json
+from .compose import VERBATIM, build, explain, split
+from .main import finish, set_up
+from .show import result, say, table
+
+FIGURES = ("loss", "validation_loss", "validation_kl", "validation_agreement")
+
+
+class Job:
+    """One combination: options composed by Hydra, beside the texts that it does not read."""
+
+    def __init__(self, command: str, texts: dict[str, str]) -> None:
+        self.command, self.texts = command, texts
+
+    def __call__(self, config: Any) -> str:
+        """Runs the command, and answers with its folder."""
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
+
+        join_tasks()
+        set_up()
+        content = OmegaConf.to_container(config, resolve=True)
+        assert isinstance(content, dict)
+        content.pop("recipe", None)
+        folder = str(Path(self.texts["output"]) / str(HydraConfig.get().job.num))
+        given = {str(key): value for key, value in content.items()} | self.texts | {"output": folder}
+        for key, value in given.items():
+            if value == "???":
+                raise InputError(f"{key} is missing; give {key}=VALUE (limbeck {self.command} --help)")
+        module = importlib.import_module(f"..{self.command.replace('-', '_')}", __package__)
+        try:
+            module.run(build(module.Options, given))
+        except Stopped as error:  # not this job alone
+            raise SystemExit(finish(128 + error.signal, str(error))) from None
+        return folder
+
+
+def join_tasks() -> None:
+    """Tells torch.distributed of the tasks that submitit has started for one job, as torchrun would."""
+    if "WORLD_SIZE" in os.environ or "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    import submitit
+
+    if submitit.JobEnvironment().num_tasks > 1:
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+
+
+def sweep(command: str, overrides: Sequence[str]) -> None:
+    """Runs every job, and lists their folders in OUTPUT/sweep.json. Raises InputError, also where a job did."""
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_automatic_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    texts: dict[str, str] = {}
+    words: list[str] = []
+    for override in overrides:
+        key, value = split(command, override, sweeping=True)
+        if key in VERBATIM and not (key == "student" and value.startswith("{")):
+            texts[key] = value
+        elif override != "recipe=null":
+            words.append(override)
+    if "output" not in texts:
+        raise InputError(f"output is missing; give output=FOLDER, in which each job of --multirun has its own"
+                         f" (limbeck {command} --help)")  # fmt: skip
+    out = Path(texts["output"])
+    own = {
+        "hydra/job_logging": "none", "hydra/hydra_logging": "none", "hydra.output_subdir": "null",
+        "hydra.job.name": f"limbeck-{command}", "hydra.job.chdir": "false",
+        "hydra.sweep.dir": f"'{out / 'hydra'}'", "hydra.sweep.subdir": "${hydra.job.num}",
+    }  # fmt: skip
+    version.setbase("1.3")
+    failed: Exception | None = None
+    try:
+        search = create_automatic_config_search_path(None, None, "pkg://limbeck.conf")
+        hydra = Hydra.create_main_hydra2(task_name=f"limbeck-{command}", config_search_path=search)
+        hidden = [f"{key}={value}" for key, value in own.items()]
+        batches = hydra.multirun(command, Job(command, texts), [*words, *hidden], with_log_configuration=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        failed = error
+    finally:
+        GlobalHydra.instance().clear()
+    if failed is not None:
+        ours = [word for word in words if not word.lstrip("+~").startswith("hydra")]
+        raise InputError(explain(command, ours, failed))
+    tell(out, [found for batch in batches for found in batch])
+
+
+def tell(out: Path, jobs: Sequence[Any]) -> None:
+    """What each job was given, and the last figures that it logged."""
+    rows = []
+    for found in jobs:
+        chosen = [word for word in found.overrides if word in varied(jobs)]
+        rows.append({"folder": found.return_value, "overrides": chosen, **figures_of(Path(found.return_value))})
+        say(f"{found.return_value}: {' '.join(chosen)}")
+    shown = [name for name in FIGURES if any(name in row for row in rows)]
+    if shown:
+        lines = [(Path(row["folder"]).name, *(f"{row.get(name, math.nan):.4f}" for name in shown)) for row in rows]
+        table(f"{len(rows)} jobs", ("job", *shown), lines)
+    write_json(out / "sweep.json", rows)
+    result(out, {"jobs": rows})
+
+
+def varied(jobs: Sequence[Any]) -> set[str]:
+    """The overrides that not all jobs have."""
+    sets = [set(found.overrides) for found in jobs]
+    return set.union(*sets) - set.intersection(*sets) if len(sets) > 1 else set.union(*sets)
+
+
+def figures_of(folder: Path) -> dict[str, float]:
+    """The last figures of a training."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    record = json.loads(lines[-1]) if lines else {}
+    return {name: record[name] for name in FIGURES if name in record}
