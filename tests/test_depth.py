@@ -16,7 +16,7 @@ from limbeck.prune import depth_metrics as distance
 from limbeck.prune.depth import Race, score_layers
 from limbeck.prune.depth_metrics import Reading, cross_entropies, divergences
 from limbeck.tests.helpers import dense_config, random_model, tiny_config
-from limbeck.tests.test_importance import Rows, draw_rows
+from limbeck.tests.pruning_helpers import Rows, draw_rows
 from torch import Tensor
 from torch.nn import functional as F
 
