@@ -4,8 +4,8 @@ A figure is a sum over documents divided by another (nats by tokens); a resample
 replacement, the same draws for every figure, so that differences pair. The ends of an interval are percentiles of the
 resampled figures, somewhat outside of 2.5 and 97.5 for few documents: the plain ones are those of a normal
 distribution with the variance divided by n, and too narrow by sqrt(n / (n - 1)) t / z (Hesterberg, arXiv 1411.5279,
-"expanded percentile interval"). The resampling is ours, since scipy.stats.bootstrap draws for one figure at a time: its
-differences would not pair, and hundreds of figures would each hold [R, D] indices. Shapes: [D] documents, [R] resamples, [B] bins.
+"expanded percentile interval"). The resampling is ours: scipy.stats.bootstrap draws anew for each figure, so that
+differences would not pair, and holds [R, D] numbers for each. Shapes: [D] documents, [R] resamples, [B] bins.
 """
 
 from __future__ import annotations
