@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...models.config import HybridConfig
-from ...models.cost.inference import GIB, MemoryReport, at
+from ...models.cost.hardware import GIB
+from ...models.cost.inference import MemoryReport, at
 from .plots import PANEL, THEME, WIDE, styled
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

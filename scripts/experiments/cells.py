@@ -22,7 +22,7 @@ from ...distill.gap.measure import measure_gap
 from ...distill.teacher import CacheOptions
 from ...models.checkpoint import load_config, load_model, save_model
 from ...models.config import HybridConfig
-from ...models.cost.inference import count_parameters
+from ...models.cost.parameters import count_parameters
 from ...models.errors import CheckFailed, DiskError, InputError
 from ...models.folder import write_json
 from ...models.hybrid import HybridLM, initialize
