@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.report.report import DEPTH_METRICS
+from limbeck.distill.report.words import DEPTH_METRICS
 from limbeck.models import offload as layers
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM

@@ -27,11 +27,11 @@ from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import Run, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
-from limbeck.models.cost.inference import flops_per_token
+from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.errors import InputError, Stopped
+from limbeck.models.fingerprint import fingerprint_of
 from limbeck.scripts import training
 from limbeck.scripts.distill import hand_on, note_of
-from limbeck.scripts.run.stage import fingerprint_of
 from limbeck.scripts.training import card_tflops, figures
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, weights
