@@ -14,7 +14,7 @@ import jinja2
 from yaml import YAMLError
 
 from ...models.config import HybridConfig
-from ...models.cost.inference import count_parameters
+from ...models.cost.parameters import count_parameters
 from .gap_sections import task_rows
 from .words import layer_counts
 
