@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.report.report import write_page
+from ..distill.stages import DistillOptions, check_share
 from ..distill.text.mixture import batches_per_epoch
 from ..models import processes
 from ..models.checkpoint import load_config, open_checkpoint
@@ -44,7 +45,7 @@ class Options:
     target: Target
     rounds: tuple[dict[str, Any], ...]
     repair: prune.Mending
-    distill: distill.Distill
+    distill: DistillOptions
     evaluate_tokens: int
     export_dtype: str
     hardware: Hardware
@@ -67,7 +68,7 @@ class Options:
 def run(options: Options) -> None:
     with many_processes(options.device), processes.together():
         for how in (how for found in options.plan() for how in found.distill.plan()):
-            distill.check_share(how.batch)
+            check_share(how.batch)
         processes.in_first(lambda: begin(options))
         if not options.dry_run:
             compress(options)

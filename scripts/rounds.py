@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations_with_replacement
 from typing import Any
 
+from ..distill.stages import DistillOptions
 from ..models.config import HybridConfig
 from ..models.cost.inference import Hardware, count_parameters
 from ..models.errors import InputError
@@ -20,7 +21,7 @@ from ..prune.choose import Target, select, with_widths
 from ..prune.depth import check_removal, random_layers, step_size
 from ..prune.importance import score_random
 from ..prune.slice import WIDTH_OF_AXIS, Selection, slice_config
-from . import distill, memory_fit, prune, score
+from . import memory_fit, prune, score
 from .run.compose import build, guess
 from .run.show import gib, say, table
 from .run.stage import plain
@@ -35,7 +36,7 @@ class Round:
     importance: score.Importance
     target: Target
     repair: prune.Mending
-    distill: distill.Distill
+    distill: DistillOptions
 
     def scored(self, config: HybridConfig) -> score.Importance:
         """How a model of this config is scored: as many layers as the target removes are put in order."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..distill.losses import DistillLoss
+from ..distill.stages import DistillOptions
 from ..distill.weights import greatest
 from ..models.config import HybridConfig
 from ..models.cost.activations import Training
@@ -16,7 +17,6 @@ from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
 from ..prune.choose import Target
 from . import compress
-from .distill import Distill
 from .rounds import in_kinds, leftovers, walk
 from .run.resolve import model_config, torch_dtype
 from .run.show import gib, say, table
@@ -100,7 +100,7 @@ def planned(options: Options, teacher: HybridConfig) -> Iterator[Stage]:
 
 
 def stages_of(
-    name: str, how: Distill, students: list[HybridConfig], options: Options, teacher: HybridConfig
+    name: str, how: DistillOptions, students: list[HybridConfig], options: Options, teacher: HybridConfig
 ) -> Iterator[Stage]:
     plan = how.plan()
     for number, stage in enumerate(plan, 1):
@@ -111,7 +111,7 @@ def stages_of(
         yield Stage(label, student, training, report)
 
 
-def training_of(stage: Distill, options: Options) -> Training:
+def training_of(stage: DistillOptions, options: Options) -> Training:
     """A stage's step on one of the processes."""
     how, rows = options.training, max(1, stage.batch // max(1, options.processes))
     return Training(
