@@ -123,9 +123,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
         for number in range(current_stage(folders), len(plan)):
             how = plan[number]
             measured = held_out(options.data, student_folder, how, seed)
-            speed = speed_figures(
-                student.model.config, teacher, how.seq_len, student.device, card_tflops(student.device)
-            )
+            speed = speed_figures(student.model.config, teacher, how.seq_len, student.device, peak)
             title = f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling"
             with training_bar(title, how.train.steps, note_down) as on_step:
                 train(

@@ -17,6 +17,7 @@ from ..distill.stages import DistillOptions
 from ..models.config import HybridConfig
 from ..models.cost.inference import Hardware, count_parameters
 from ..models.errors import InputError
+from ..models.fingerprint import plain
 from ..prune.choose import Target, select, with_widths
 from ..prune.depth import check_removal, random_layers, step_size
 from ..prune.importance import score_random
@@ -24,7 +25,6 @@ from ..prune.slice import WIDTH_OF_AXIS, Selection, slice_config
 from . import memory_fit, prune, score
 from .run.compose import build, guess
 from .run.show import gib, say, table
-from .run.stage import plain
 
 
 @dataclasses.dataclass(frozen=True)

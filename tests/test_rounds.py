@@ -173,7 +173,7 @@ def test_refused_before_anything_is_written(workshop: Path, tmp_path: Path) -> N
         ("rounds=[{name: a, target: 3}]", "round 1-a: target is 3"),
         ("rounds=[{target: {layers: 4}}]", "rounds[0].name is None"),
         ("rounds=[{name: a/b, target: {layers: 4}}]", "rounds[0].name is 'a/b'"),
-        ("rounds=[3]", "rounds is 3; expected a mapping"),
+        ("rounds=[3]", "rounds[0] is 3; expected a mapping"),
         (f"rounds=[{DEPTH}, {{name: b, target: {{layers: 5}}}}]", "round 2-b: target: layers is 5; expected 1..4"),
         (f"rounds=[{DEPTH}, {{name: b, target: {{hidden_size: 40}}}}]", "round 2-b: target: hidden_size is 40"),
         (f"rounds=[{DEPTH}] target.layers=5", "target is given beside rounds"),

@@ -22,6 +22,8 @@ from limbeck.distill.average import kept_weights, merged_rows
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Trained, prepare
+from limbeck.distill.speed import speed_figures
+from limbeck.distill.stages import hand_on
 from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch
@@ -29,12 +31,10 @@ from limbeck.distill.trainer import Run, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.cost.inference import flops_per_token
 from limbeck.models.errors import InputError, Stopped
-from limbeck.scripts import training
-from limbeck.scripts.distill import hand_on, note_of
-from limbeck.scripts.run.stage import fingerprint_of
-from limbeck.scripts.training import card_tflops, figures
+from limbeck.models.fingerprint import fingerprint_of
+from limbeck.scripts.run.tracking import card_tflops, note_of
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
-from limbeck.tests.test_training import batches_from, model_of, rows, weights
+from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, weights
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -116,7 +116,7 @@ def test_a_step_that_is_not_finite_is_passed_over(infinite_gradient: bool, tmp_p
     skipped = {record["step"]: record for record in records(tmp_path / "a") if "skipped" in record}
     assert sorted(skipped) == [3, 4, 7] and "loss" not in skipped[3]
     assert skipped[3]["skipped"]["batch"] == 2
-    counted = rows(2)
+    counted = draw_batch(2)
     assert skipped[3]["skipped"]["documents"] == sorted(set(counted.doc_id[counted.labels >= 0].tolist()))
     assert "nan" in skipped[3]["skipped"]["loss"] or infinite_gradient
     state = json.loads((states(tmp_path / "a")[-1] / "state.json").read_text())
@@ -131,15 +131,15 @@ def test_a_step_that_is_not_finite_is_passed_over(infinite_gradient: bool, tmp_p
 
 def test_data_that_does_not_come(tmp_path: Path) -> None:
     def stuck(start: int) -> Iterator[Batch]:
-        yield rows(start)
-        yield rows(start + 1)
+        yield draw_batch(start)
+        yield draw_batch(start + 1)
         time.sleep(30)
 
     with pytest.raises(InputError, match=r"waited 0.5 seconds for batch 2.*data_timeout"):
         train(model_of(1), teach(), stuck, options(data_timeout=0.5), tmp_path / "stuck")
 
     def broken(start: int) -> Iterator[Batch]:
-        yield rows(start)
+        yield draw_batch(start)
         raise InputError("data: a line is no JSON")
 
     with pytest.raises(InputError, match="a line is no JSON"):
@@ -165,9 +165,9 @@ def test_activation_checkpointing_changes_nothing(changes: dict[str, Any], tmp_p
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, given_back):
-            trained.model.hidden_states(rows(5).input_ids, seq_idx=rows(5).seq_idx)
+            trained.model.hidden_states(draw_batch(5).input_ids, seq_idx=draw_batch(5).seq_idx)
         kept.append(sum(held))
-        run.gradients(rows(5))
+        run.gradients(draw_batch(5))
         found.append([weight.local.grad for weight in trained.weights])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < 0.5 * kept[0]
@@ -358,18 +358,18 @@ def test_peak_of_the_cards(card: str, tflops: float | None, monkeypatch: pytest.
     assert card_tflops(torch.device("cuda")) == tflops
 
 
-def test_figures_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_the_log() -> None:
     student, teacher = tiny_config(hidden_size=24), tiny_config()
     flops = 3 * flops_per_token(student, 512) + flops_per_token(teacher, 512)
-    found = figures(student, teacher, 512, torch.device("cpu"))(1000.0)
+    found = speed_figures(student, teacher, 512, torch.device("cpu"))(1000.0)
     assert found["model_tflops"] == pytest.approx(1e-9 * flops) and "mfu" not in found
     assert 0.05 < found["memory_gib"] < 100
-    monkeypatch.setattr(training, "card_tflops", lambda device: 2e-9 * flops)
-    assert figures(student, teacher, 512, torch.device("cpu"))(1000.0)["mfu"] == pytest.approx(0.5)
+    half = speed_figures(student, teacher, 512, torch.device("cpu"), peak=2e-9 * flops)
+    assert half(1000.0)["mfu"] == pytest.approx(0.5)
     record = {"step": 1, "loss": 1.5, "tokens_per_second": 1000.0, **found}
     assert note_of(record).startswith("loss 1.500  1,000 tokens/s  ") and "TFLOP/s" in note_of(record)
     assert "50.0% of peak" in note_of(record | {"mfu": 0.5})
-    assert note_of({key: value for key, value in record.items() if key != "loss"}).startswith("passed over")
+    assert note_of({key: value for key, value in record.items() if key != "loss"}).startswith("skipped")
 
 
 @pytest.mark.slow

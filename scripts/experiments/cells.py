@@ -24,6 +24,7 @@ from ...models.checkpoint import load_config, load_model, save_model
 from ...models.config import HybridConfig
 from ...models.cost.inference import count_parameters
 from ...models.errors import CheckFailed, DiskError, InputError
+from ...models.fingerprint import digest, fingerprint_of, look_of, plain
 from ...models.folder import write_json
 from ...models.hybrid import HybridLM, initialize
 from ...models.provenance import provenance
@@ -35,7 +36,6 @@ from ..rounds import Round
 from ..run.resolve import content, data_input, model_folder, sample, torch_device, torch_dtype
 from ..run.sharing import Shared, in_processes
 from ..run.show import console, progress, read_json, say
-from ..run.stage import digest, fingerprint_of, look_of, plain
 
 MEASURES = ("cross_entropy", "bits_per_byte", "kl", "agreement")
 STARTS = ("pruned", "random")

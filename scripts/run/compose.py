@@ -185,7 +185,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where} is {value!r}; expected a list, such as {where}=[1,2]")
-        return tuple(convert(arguments[0], item, where) for item in value)
+        return tuple(convert(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {value!r}; expected a mapping")
