@@ -16,8 +16,8 @@ from ..models.cost.training import LINES, Knob, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
 from ..prune.choose import Target
+from ..prune.rounds import in_kinds, leftovers, plan_cuts
 from . import compress
-from .rounds import in_kinds, leftovers, walk
 from .run.resolve import model_config, torch_dtype
 from .run.show import gib, say, table
 
@@ -92,11 +92,11 @@ def planned(options: Options, teacher: HybridConfig) -> Iterator[Stage]:
         return
     if not options.rounds and options.target == Target():
         raise InputError("student is missing; give student=VALUE, a recipe, or a target (limbeck train-fit --help)")
-    patterns = {in_kinds(teacher)}
-    for step in walk(teacher, options.plan()):
+    patterns, rounds = {in_kinds(teacher)}, options.plan()
+    for one, step in zip(rounds, plan_cuts(teacher, [one.cut for one in rounds]), strict=True):
         patterns = leftovers(step, patterns)
         students = [step.after.replace(pattern=pattern) for pattern in sorted(patterns)]
-        yield from stages_of(step.round.name, step.round.distill, students, options, teacher)
+        yield from stages_of(one.name, one.distill, students, options, teacher)
 
 
 def stages_of(

@@ -6,7 +6,6 @@ Hydra's Compose API reads the tree: no change of directory, no output folder of 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...models.errors import InputError
+from ...models.errors import guess as guess
 
 CONF = Path(__file__).parents[2] / "conf"
 # Paths, names and prompts are meant as the shell passes them, parentheses, quotes and all: Hydra's grammar does not
@@ -129,11 +129,6 @@ def explain(command: str, overrides: Sequence[str], error: Exception) -> str:
 def no_option(command: str, key: str, known: Sequence[str] = ()) -> str:
     near = guess(key, known or known_keys(command))
     return f"{key!r} is no option of limbeck {command}{near} (limbeck {command} --help)"
-
-
-def guess(word: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def known_keys(command: str) -> list[str]:

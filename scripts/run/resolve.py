@@ -7,7 +7,6 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from ...models import processes
 from ...models.checkpoint import load_config
 from ...models.config import HybridConfig
 from ...models.errors import InputError
+from ...models.errors import check_counts as check_counts
 from ...models.folder import sha256_file
 from ...models.tokenizer import check_vocabulary, load_tokenizer
 from .compose import CONF, build, guess
@@ -26,13 +26,6 @@ from .show import progress, table
 
 ZOO = Path(__file__).parents[2] / "models" / "zoo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def check_counts(options: Any, *names: str, least: int = 1, group: str = "") -> None:
-    """Raises InputError where one of these options (of a `group`, as "details.") is less than `least`."""
-    for name in names:
-        if getattr(options, name) < least:
-            raise InputError(f"{group}{name} is {getattr(options, name)}; expected at least {least}")
 
 
 def model_names() -> list[str]:
