@@ -20,6 +20,7 @@ import torch
 from ... import __version__
 from ...distill.gap.measure import measure_gap
 from ...distill.teacher import CacheOptions
+from ...distill.text.resolve import content
 from ...models.checkpoint import load_config, load_model, save_model
 from ...models.config import HybridConfig
 from ...models.cost.inference import count_parameters
@@ -32,7 +33,7 @@ from ...prune.choose import Target, select
 from ...prune.kept import importance_kept
 from ...prune.scores import Scores, load_scores
 from .. import cache_teacher, compress
-from ..run.resolve import content, data_input, model_folder, sample, torch_device, torch_dtype
+from ..run.resolve import data_input, model_folder, sample, torch_device, torch_dtype
 from ..run.rounds import Round
 from ..run.sharing import Shared, in_processes
 from ..run.show import console, progress, read_json, say
