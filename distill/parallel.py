@@ -1,7 +1,7 @@
 """A model in training, on one process or many: what the optimizer moves, and which part of it lies in this process.
 
 Many processes share a batch's rows. Their models are whole, or every matrix is split by rows among them (FSDP2,
-`torch.distributed.fsdp.fully_shard`: a layer's matrices are put together when its turn comes, and dropped behind it).
+`torch.distributed.fsdp.fully_shard`: a layer's matrices are put together when its turn comes, and dropped after it).
 Vectors (A_log, D, dt_bias, norms, biases) are whole everywhere, in float32: they are small, and a group of FSDP's has
 one dtype. Gradients are sums over all rows of the batch, never means of parts.
 """
@@ -151,7 +151,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
         assert isinstance(group, FSDPModule)
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo knows sums, but not sums of what is scaled first
-    register_fsdp_forward_method(model, "hidden_states")  # behind it the head is whole, as the losses read it
+    register_fsdp_forward_method(model, "hidden_states")  # after it the head is whole, as the losses read it
 
 
 def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:

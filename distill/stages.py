@@ -67,7 +67,7 @@ class StageOptions(TrainChanges):  # type: ignore[misc, valid-type]
 @dataclasses.dataclass(frozen=True)
 class DistillOptions:
     """What conf/distill/ sets: the loss, the schedule, and the tokens; `repack` cuts an epoch's rows anew. Each of
-    `stages` goes on from the weights that the one before it left; none is one stage as it stands."""
+    `stages` starts from the weights that the one before it left; none is one stage as it stands."""
 
     loss: DistillLoss
     train: TrainOptions

@@ -19,7 +19,7 @@ from .depth import check_removal, random_layers, step_size
 from .importance import score_random
 from .slice import WIDTH_OF_AXIS, Selection, slice_config
 
-DRAWS = 10  # of layers, where a draw may leave no room for the next
+DRAWS = 10  # of layers, where a draw may leave nothing that the next can take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cut:
         return 0 if self.target.layers is None else max(config.num_layers - self.target.layers, 0)
 
     def some_layers(self, config: HybridConfig) -> tuple[int, ...]:
-        """Layers that might be removed: drawn, and drawn again where one leaves no room for the next."""
+        """Layers that might be removed: drawn, and drawn again where one leaves nothing that the next can take."""
         remove = self.removed(config)
         check_removal(config, remove, step_size(config, self.pairs), self.min_layers)
         limits: dict[str, Any] = {"remove": remove, "pairs": self.pairs, "min_layers": self.min_layers}

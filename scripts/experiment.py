@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..models.errors import InputError, guess
+from ..models.fingerprint import RESULT
 from .experiments.cells import CELLS, complete_cells, load_cell
 from .experiments.plans import Experiment, Plan, plan_of
 from .experiments.tables import gather_tables, write_tables
@@ -19,7 +20,6 @@ from .run.compose import build, compose_config
 from .run.resolve import model_folder, torch_device
 from .run.rounds import check_feasible
 from .run.show import read_json, say
-from .run.stage import RESULT
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,5 @@
-"""What is measured of a teacher and its students beside the figures of every token: greedy text, probes, and where they
-have room."""
+"""What is measured of a teacher and its students beside the figures of every token: greedy text and probes;
+and where they lie in memory."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ class Details:
 def load_models(
     folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device, say: Say
 ) -> tuple[dict[str, HybridLM], torch.device | None]:
-    """The models on the device; where a GPU has no room for all of them, in main memory, and the device that each is to
+    """The models on the device; where a GPU does not hold all of them, in main memory, and the device that each is to
     come to when its turn comes. Raises InputError where one alone is too large."""
     let_go()
-    away = without_room(folders, dtype, device, say) if device.type == "cuda" else None
+    away = held_elsewhere(folders, dtype, device, say) if device.type == "cuda" else None
     home = device if away is None else torch.device("cpu")
     return {name: load_model(path, dtype, home) for name, path in folders.items()}, away
 
 
-def without_room(
+def held_elsewhere(
     folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device, say: Say
 ) -> torch.device | None:
-    """The device, where it has no room for all models together. Raises InputError where it has none for one alone."""
+    """The device, where it cannot hold all models together. Raises InputError where it cannot hold one alone."""
     free = free_memory(device)
     sizes = {name: count_parameters(load_config(path)) * dtype.itemsize for name, path in folders.items()}
     if free is None or sum(sizes.values()) <= SHARE * free:

@@ -50,7 +50,7 @@ IDLE = ("save_every", "log_every", "data_timeout")
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """chain: the compress command; start: the student's first weights, "pruned" or "random"; top_k: so many of the
-    teacher's likeliest tokens teach (0: all); trained: distilled, or measured as it was pruned; held_out: the data of
+    teacher's top tokens teach (0: all); trained: distilled, or measured as it was pruned; held_out: the data of
     the figures; title: experiment and variant, for the eye alone."""
 
     chain: compress.Options

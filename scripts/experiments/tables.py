@@ -9,8 +9,8 @@ from typing import Any
 from filelock import FileLock
 
 from ...distill.report.experiment_plot import draw_order, draw_rows, draw_sizes
+from ...models.fingerprint import RESULT
 from ..run.show import read_json, result, say, table
-from ..run.stage import RESULT
 from .cells import DISTILLED, TEACHER
 from .figures import Row, agreement, order_of, published_pairs, spread, stable_from
 from .plans import Experiment, Plan

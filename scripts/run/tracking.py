@@ -93,7 +93,7 @@ def journal(mode: str, folder: Path, name: str, options: Mapping[str, Any]) -> I
 
 
 def keep(mode: str, settings: Mapping[str, Any], line: queue.SimpleQueue[Record | None]) -> None:
-    """Hands records over until a None comes. What goes wrong is said once, and training goes on."""
+    """Hands records over until a None comes. What goes wrong is said once, and training continues."""
     try:
         import wandb
 
