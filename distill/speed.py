@@ -10,7 +10,7 @@ import torch
 
 from ..models import processes
 from ..models.config import HybridConfig
-from ..models.cost.inference import flops_per_token
+from ..models.cost.speed import flops_per_token
 
 
 def speed_figures(

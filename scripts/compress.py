@@ -19,7 +19,8 @@ from ..distill.report.report import write_page
 from ..distill.stages import DistillOptions, check_share
 from ..models import processes
 from ..models.checkpoint import load_config
-from ..models.cost.inference import Hardware, count_parameters
+from ..models.cost.hardware import Hardware
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError, check_counts
 from ..models.fingerprint import PROVENANCE, plain
 from ..prune.choose import Target

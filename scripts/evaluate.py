@@ -19,7 +19,9 @@ from ..distill.report.report import write_page
 from ..distill.text.mixture import whole
 from ..models.checkpoint import load_config
 from ..models.config import HybridConfig
-from ..models.cost.inference import Hardware, count_parameters, throughput
+from ..models.cost.hardware import Hardware
+from ..models.cost.parameters import count_parameters
+from ..models.cost.speed import throughput
 from ..models.errors import InputError, check_counts
 from ..models.fingerprint import read_provenance
 from ..models.folder import write_json

@@ -18,7 +18,7 @@ from ..distill.stages import check_share
 from ..distill.text.mixture import sample_batches, train_batches
 from ..distill.trainer import train
 from ..models import processes
-from ..models.cost.inference import count_parameters
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer

@@ -13,7 +13,7 @@ from ..distill.report.plots import save_png, save_svg, tradeoff
 from ..distill.stages import DistillOptions
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
-from ..models.cost.inference import GIB, Hardware
+from ..models.cost.hardware import GIB, Hardware
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..prune.patterns import Rules, count_patterns

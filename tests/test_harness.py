@@ -18,8 +18,8 @@ from limbeck.distill.gap.harness import SHARE, HarnessModel, Room, first_row
 from limbeck.distill.gap.tasks import Tasks, answer_tasks, plan_tasks
 from limbeck.distill.report.gap_tables import task_table
 from limbeck.models.checkpoint import load_model
+from limbeck.models.cost.hardware import Place
 from limbeck.models.cost.live_bytes import LiveBytes
-from limbeck.models.cost.transient import Place
 from limbeck.models.errors import InputError
 from limbeck.models.generate.decode import Decoder
 from limbeck.models.tokenizer import load_tokenizer

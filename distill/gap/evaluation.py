@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ...models.checkpoint import load_config, load_model
-from ...models.cost.inference import count_parameters
+from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError, check_counts, gib
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory

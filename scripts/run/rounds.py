@@ -12,7 +12,8 @@ from ...distill.stages import DistillOptions
 from ...distill.text.mixture import batches_per_epoch
 from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
-from ...models.cost.inference import Hardware, count_parameters
+from ...models.cost.hardware import Hardware
+from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError, guess
 from ...models.fingerprint import plain
 from ...models.tokenizer import check_vocabulary, load_tokenizer
