@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.report.report import write_page
-from ..distill.text.mixture import batches_per_epoch
 from ..models import processes
 from ..models.checkpoint import load_config, open_checkpoint
 from ..models.cost.inference import Hardware, count_parameters
@@ -193,7 +192,7 @@ def check_feasible(data: str, source: Path, rounds: Sequence[Round]) -> None:
     for found in rounds:
         with found.named():
             for how in found.distill.plan():
-                batches_per_epoch(text, how.batch, how.seq_len)
+                text.batches_per_epoch(how.batch, how.seq_len)
 
 
 def stage(title: str) -> None:

@@ -19,7 +19,7 @@ from ..distill.losses import DistillLoss, cross_entropy_loss
 from ..distill.options import TrainOptions
 from ..distill.parallel import Trained
 from ..distill.state import fill_weights, states
-from ..distill.text.mixture import Text, batches_per_epoch, train_batches
+from ..distill.text.mixture import Text
 from ..distill.text.packing import Batch
 from ..distill.trainer import Evaluate, OnStep, train
 from ..models import processes
@@ -179,7 +179,7 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
     def make(temporary: Path, facts: Facts) -> None:
         with processes.together():
             text = corpus(options.data, "train", teacher)
-            batches_per_epoch(text, how.batch, how.seq_len)
+            text.batches_per_epoch(how.batch, how.seq_len)
             check_share(how.batch)
         dtype, device = torch_dtype(options.dtype), process_device(options.device)
         model = load_trained(teacher, dtype, device, options.shard)
@@ -215,7 +215,7 @@ def fill(folder: Path, facts: Facts, teacher_folder: Path, student_folder: Path,
             say(f"note: {note}")
         text = corpus(options.data, "train", student_folder)
         for how in plan:
-            batches_per_epoch(text, how.batch, how.seq_len)
+            text.batches_per_epoch(how.batch, how.seq_len)
             check_share(how.batch)
     student = load_trained(student_folder, dtype, device, options.shard)
     teaching = open_teaching(
@@ -300,8 +300,12 @@ def held_out(data: str, folder: Path, how: Distill, seed: int) -> list[Batch]:
 
 def stage_batches(text: Text, how: Distill, stage: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """What a stage is trained on, from the step `start` to its last."""
-    source = train_batches(
-        text, batch_size=how.batch, seq_len=how.seq_len, seed=stage_seed(seed, stage), start=start, repack=how.repack
+    source = text.train_batches(
+        batch_size=how.batch,
+        seq_len=how.seq_len,
+        seed=stage_seed(seed, stage),
+        start=start,
+        repack=how.repack,
     )
     return itertools.islice(source, how.train.steps - start)
 
@@ -349,7 +353,7 @@ def train_with_bar(
     note_down: OnStep | None = None,
 ) -> None:
     """`trainer.train` on a corpus, under a progress bar; `note_down` takes every record."""
-    batches: Any = functools.partial(train_batches, text, batch_size=batch, seq_len=seq_len, seed=seed, repack=repack)
+    batches: Any = functools.partial(text.train_batches, batch_size=batch, seq_len=seq_len, seed=seed, repack=repack)
     teacher_config = None if teacher is None else teacher.config
     describe = figures(student.model.config, teacher_config, seq_len, student.device)
     with progress(what, options.steps) as bar:

@@ -11,7 +11,6 @@ from ..distill.gap.measure import measure_gap
 from ..distill.losses import cross_entropy_loss
 from ..distill.options import TrainOptions
 from ..distill.parallel import Trained
-from ..distill.text.mixture import sample_batches
 from ..models import processes
 from ..models.cost.inference import count_parameters
 from ..models.errors import InputError
@@ -83,12 +82,13 @@ def fill(folder: Path, facts: Facts, options: Options) -> None:
     tokenizer = load_tokenizer(tokenizer_from)
     check_vocabulary(tokenizer, model.config)
     text = text_in_tokens(options.data, "train", tokenizer_from)
-    held_out = sample_batches(
-        text_in_tokens(options.data, "validation", tokenizer_from),
-        batch_size=options.batch,
-        seq_len=options.seq_len,
-        seed=options.data_seed,
-        max_tokens=options.evaluate_tokens,
+    held_out = list(
+        text_in_tokens(options.data, "validation", tokenizer_from).sample(
+            batch_size=options.batch,
+            seq_len=options.seq_len,
+            seed=options.data_seed,
+            max_tokens=options.evaluate_tokens,
+        )
     )
     say(f"{count_parameters(model.config):,} parameters, {text.tokens:,} tokens of text")
 
