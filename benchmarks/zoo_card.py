@@ -23,7 +23,7 @@ from limbeck.distill.text.packing import tokenize
 from limbeck.distill.text.resolve import documents
 from limbeck.models.checkpoint import load_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 
