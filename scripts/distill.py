@@ -17,7 +17,6 @@ from ..distill.parallel import Trained, check_share, load_frozen, load_trained, 
 from ..distill.stages import current_stage, hand_on, join_metrics, stage_batches
 from ..distill.teacher import CachedTeacher
 from ..distill.teaching import cache_fingerprint, held_out_figures, kept_of, open_cache
-from ..distill.text.mixture import batches_per_epoch
 from ..distill.text.packing import Batch
 from ..distill.trainer import train
 from ..models import processes
@@ -83,7 +82,7 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
         if not work.finished:
             with processes.together():
                 text = corpus(options.data, "train", teacher)
-                batches_per_epoch(text, how.batch, how.seq_len)
+                text.batches_per_epoch(how.batch, how.seq_len)
                 check_share(how.batch)
             model = load_trained(teacher, dtype, process_device(torch_device(options.device)), options.shard)
             batches, training = functools.partial(stage_batches, text, how, 0, options.seed), work.folder / "training"
@@ -113,7 +112,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     with processes.together():
         text = corpus(options.data, "train", student_folder)
         for number, how in enumerate(plan):
-            batches_per_epoch(text, how.batch, how.seq_len)
+            text.batches_per_epoch(how.batch, how.seq_len)
             if isinstance(teacher, CachedTeacher):  # what one that was made for something else is most likely to lack
                 last = stage_batches(text, how, number, seed, how.train.steps - 1)
                 teacher.check_holds([*last, *held_out(options.data, student_folder, how, seed)])
