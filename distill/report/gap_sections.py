@@ -154,8 +154,8 @@ def where_section(folder: Path, gap: Mapping[str, Any]) -> Iterator[Section]:
         yield Section(
             "Where the gap is",
             "Context: tokens of its document that a token has before it in its row. Calibration: of the tokens"
-            " predicted with a confidence, the share that came; ECE is the mean distance from the diagonal. Kinds are told"
-            " from a token's text alone.",
+            " predicted with a confidence, the share that came; ECE is the mean distance from the diagonal. Kinds are"
+            " told from a token's text alone.",
             pictures,
             tables,
         )
