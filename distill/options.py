@@ -29,7 +29,7 @@ class TrainOptions:
     What is left in the end: `keep` the "last" weights or the "best" by held-out figures; with `ema_decay` above 0
     their exponential moving average; with `average_states` above 1 the mean of so many last states.
     `activation_checkpointing` keeps a layer's input alone and runs the layer twice; `compile` goes through
-    torch.compile. A step whose loss or gradient is not finite is passed over; `max_skipped` of them in a row end the
+    torch.compile. A step whose loss or gradient is not finite is skipped; `max_skipped` of them in a row end the
     run, as do `data_timeout` seconds without a batch.
     """
 
@@ -113,10 +113,10 @@ class Ramp:
             raise InputError(f"loss: a weight's shape {self.shape!r} is unknown; known: {', '.join(SHAPES)}")
 
 
-Weight = float | Ramp
+LossWeight = float | Ramp
 
 
-def weight_at(weight: Weight, step: int) -> float:
+def weight_at(weight: LossWeight, step: int) -> float:
     """The weight of a step, counted from 0."""
     if not isinstance(weight, Ramp):
         return weight
@@ -126,11 +126,11 @@ def weight_at(weight: Weight, step: int) -> float:
     return weight.start + (weight.end - weight.start) * share
 
 
-def greatest(weight: Weight) -> float:
+def greatest(weight: LossWeight) -> float:
     return max(weight.start, weight.end) if isinstance(weight, Ramp) else weight
 
 
-def check_weight(name: str, weight: Weight) -> None:
+def check_weight(name: str, weight: LossWeight) -> None:
     """Raises InputError where a weight is negative at some step."""
     least = min(weight.start, weight.end) if isinstance(weight, Ramp) else weight
     if not 0 <= least <= greatest(weight) < math.inf:
@@ -142,7 +142,7 @@ class HiddenLoss:
     """`streams` pairs of streams, evenly spread over the layers, or the `pairs` (student, teacher) given; `compare` on
     the kept channels, by a fitted map, or "auto": kept where they are known. The map is fitted on `fit_tokens`."""
 
-    weight: Weight = 0.0
+    weight: LossWeight = 0.0
     streams: int = 4
     pairs: tuple[tuple[int, ...], ...] = ()
     compare: str = "auto"
@@ -169,8 +169,8 @@ class DistillLoss:
 
     divergence: str = Divergence.FORWARD.option
     temperature: float = 1.0
-    kl_weight: Weight = 1.0
-    ce_weight: Weight = 0.0
+    kl_weight: LossWeight = 1.0
+    ce_weight: LossWeight = 0.0
     hidden: HiddenLoss = dataclasses.field(default_factory=HiddenLoss)
     tail: bool = True
 

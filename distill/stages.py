@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import processes
-from .average import kept_weights
+from .average import final_weights
 from .options import DistillOptions, TrainOptions
 from .parallel import Trained
 from .state import fill_weights, states
@@ -40,7 +40,7 @@ def current_stage(folders: Sequence[Path]) -> int:
 
 def hand_on(student: Trained, folders: Sequence[Path], number: int, options: TrainOptions) -> None:
     """After stage `number`: the student has the weights that it leaves, and earlier stages' states are gone."""
-    kept = kept_weights(folders[number], options)
+    kept = final_weights(folders[number], options)
     if number + 1 < len(folders) and kept.said["kept"] != "last":
         fill_weights(student, kept.tensors())
     with processes.together():

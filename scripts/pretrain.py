@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,7 +72,7 @@ def pretrain(work: Work, options: Options) -> None:
     tokenizer_from = work.folder if options.init is None else model_folder(options.init)
     check_vocabulary(load_tokenizer(tokenizer_from), config)
     text = text_in_tokens(options.data, "train", tokenizer_from)
-    size = {"batch_size": options.batch, "seq_len": options.seq_len, "seed": options.data_seed}
+    size: dict[str, Any] = {"batch_size": options.batch, "seq_len": options.seq_len, "seed": options.data_seed}
     held_out = list(
         text_in_tokens(options.data, "validation", tokenizer_from).sample(**size, max_tokens=options.evaluate_tokens)
     )
