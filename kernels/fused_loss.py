@@ -18,7 +18,7 @@ CACHED = 2**19  # elements of the logits that a CPU works through at a time, so 
 VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
 
 # Works through a piece's logits [t, V] in place: they give way to their gradient times the factors [t, 1] where that is
-# needed, `values` [F, t] receives the figures, and the answer is whether the first ranks agree [t]. The slices are the
+# needed, `values` [F, t] receives the figures, and returns whether the argmaxes agree [t]. The slices are the
 # piece's place in its chunk and among all tokens.
 Piece = Callable[[Tensor, slice, slice, Tensor, Tensor, bool], Tensor]
 

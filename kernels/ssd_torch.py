@@ -1,4 +1,4 @@
-"""The SSD scan in torch operators: the CPU's path and the second witness. Source: arXiv 2405.21060, sections 6-7.
+"""The SSD scan in torch operators: the CPU's path. Source: arXiv 2405.21060, sections 6-7.
 
 Chunk by chunk; inside a chunk the masked matrix product of the paper's equation 16. Groups stay groups: B and C are
 never repeated for the heads that share them.
