@@ -200,6 +200,8 @@ def linear_kl_op(
     options = (temperature, Divergence(divergence), kl_weight, ce_weight, chunk_tokens)
     for start in range(0, tokens, chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, tokens))
+        # The kernel overwrites logits with their gradient, which the next products want in the weights' dtype. With no
+        # gradient wanted nothing is multiplied again, and the values get the products' float32 sums.
         logits = product(hidden[rows], head.T, full=not need)
         teacher = None
         if teacher_hidden is not None and teacher_head is not None:
@@ -208,6 +210,7 @@ def linear_kl_op(
         target = None if labels is None else labels[rows]
         chunk_launch(logits, teacher, target, weights[rows], per_token, options, need).run(hidden)
         del teacher
+        # The factor 1 / normalizer comes last: a bfloat16 or float16 gradient divided by a batch's tokens may underflow.
         if need_hidden:
             dhidden[rows] = product(logits, head, full=True) * scale
         if need_head:
