@@ -210,7 +210,7 @@ def linear_kl_op(
         target = None if labels is None else labels[rows]
         chunk_launch(logits, teacher, target, weights[rows], per_token, options, need).run(hidden)
         del teacher
-        # The factor 1 / normalizer comes last: a bfloat16 or float16 gradient divided by a batch's tokens may underflow.
+        # 1 / normalizer comes last: a float16 or bfloat16 gradient divided by all of a batch's tokens may underflow.
         if need_hidden:
             dhidden[rows] = product(logits, head, full=True) * scale
         if need_head:
