@@ -10,7 +10,7 @@ Shapes: [T] tokens, [V] vocabulary, [Hs] and [Ht] the hidden widths of student a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,27 +174,13 @@ def clean(labels: Tensor | None, ignore_index: int) -> Tensor | None:
 
 @torch.library.custom_op("limbeck::linear_kl", mutates_args=())
 def linear_kl_op(
-    hidden: Tensor,
-    head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    labels: Tensor | None,
-    weights: Tensor,
-    scale: Tensor,
-    temperature: float,
-    divergence: int,
-    kl_weight: float,
-    ce_weight: float,
-    chunk_tokens: int,
-    need_hidden: bool,
-    need_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None, labels: Tensor | None,
+    weights: Tensor, scale: Tensor, temperature: float, divergence: int, kl_weight: float, ce_weight: float,
+    chunk_tokens: int, need_hidden: bool, need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """By cuBLAS and Triton: what `fused_loss` gives, and gradients of hidden states and head (empty if not needed)."""
     tokens, need = hidden.shape[0], need_hidden or need_head
-    _, _, _, _, first, dhidden, _ = linear_kl_shapes(
-        hidden, head, teacher_hidden, teacher_head, labels, weights, scale, temperature, divergence, kl_weight,
-        ce_weight, chunk_tokens, need_hidden, need_head,
-    )  # fmt: skip
+    _, _, _, _, first, dhidden, _ = linear_kl_shapes(hidden, head, need_hidden, need_head)
     kl, cross_entropy, teacher_cross_entropy = torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device)
     total = torch.zeros(head.shape if need_head else 0, dtype=torch.float32, device=head.device)
     options = (temperature, Divergence(divergence), kl_weight, ce_weight, chunk_tokens)
@@ -224,28 +210,11 @@ def linear_kl_op(
 
 
 @linear_kl_op.register_fake
-def linear_kl_shapes(
-    hidden: Tensor,
-    head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    labels: Tensor | None,
-    weights: Tensor,
-    scale: Tensor,
-    temperature: float,
-    divergence: int,
-    kl_weight: float,
-    ce_weight: float,
-    chunk_tokens: int,
-    need_hidden: bool,
-    need_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = hidden.shape[0]
+def linear_kl_shapes(hidden: Tensor, head: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    tokens, (need_hidden, need_head) = hidden.shape[0], options[-2:]
     return (
         hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty(tokens, dtype=torch.float32),
-        hidden.new_empty(tokens, dtype=torch.float32),
-        hidden.new_empty(tokens, dtype=torch.float32),
+        *(hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3)),
         hidden.new_empty(tokens, dtype=torch.bool),
         hidden.new_empty(hidden.shape if need_hidden else 0),
         head.new_empty(head.shape if need_head else 0),
