@@ -6,6 +6,7 @@ import pytest
 import torch
 from limbeck.kernels.linear_figures import linear_figures
 from limbeck.kernels.linear_kl import linear_kl
+from limbeck.tests.helpers import Largest
 from torch import Tensor
 
 
