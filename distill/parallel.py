@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from ..models import processes
 from ..models.checkpoint import load_model, open_checkpoint
+from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
@@ -257,6 +258,15 @@ def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
         found[-1].append(tensor)
         filled += tensor.numel()
     return found
+
+
+def check_share(batch: int) -> None:
+    """Raises InputError where the processes cannot share a batch's rows evenly."""
+    if batch % processes.count():
+        raise InputError(
+            f"distill.batch is {batch} rows, which {processes.count()} processes cannot share evenly; give a multiple"
+            f" of {processes.count()}"
+        )
 
 
 def share(rows: int) -> range:

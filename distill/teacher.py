@@ -207,6 +207,14 @@ class CachedTeacher:
     def holds(self, rows: Any) -> bool:
         return all(key in self.places for key in row_keys(rows.input_ids, rows.seq_idx))
 
+    def check_holds(self, batches: Iterable[Any]) -> None:
+        """Raises InputError where there is no answer to one of these batches, which will be read."""
+        if not all(self.holds(batch) for batch in batches):
+            raise InputError(
+                f"teacher_cache={self.folder} lacks rows that will be read: it holds {len(self)}, made for fewer"
+                " steps or with another seed, seq_len, batch, repack or evaluate_tokens; make it with distill's options"
+            )
+
     def targets(self, rows: Any) -> TopK:
         """The answers to rows [B, T], as [B * T, k]. Raises InputError where a row is not there."""
         parts: dict[str, list[Tensor]] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .launch import takes_operator, takes_triton, triton_module
+from .rows import iterations
 from .ssd_torch import document_numbers
 
 
@@ -187,8 +188,8 @@ class Blocks:
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """(row, start, stop) of every block."""
-        for row in range(self.x.shape[0]):
-            for start in range(0, self.x.shape[1], self.tokens):
+        for row in iterations(range(self.x.shape[0])):
+            for start in iterations(range(0, self.x.shape[1], self.tokens)):
                 yield row, start, min(start + self.tokens, self.x.shape[1])
 
     def window(self, row: int, start: int, stop: int) -> Tensor:

@@ -21,7 +21,7 @@ from ...kernels.fused_loss import CACHED
 from ...kernels.linear_kl import default_chunk, linear_cross_entropy
 from ...models.config import HybridConfig
 from ...models.cost.hardware import Place
-from ...models.cost.inference import memory, most
+from ...models.cost.inference import largest, memory
 from ...models.errors import InputError
 from ...models.generate.engine import Completion, Engine, Request
 from ...models.generate.sampling import Sampling
@@ -63,12 +63,14 @@ class Headroom:
     def row_tokens(self, free: int | None) -> int:
         """Tokens of the longest row that `free` bytes take (None: unknown), at least 1."""
         bound = MOST_ROW_TOKENS[self.place.device]
-        return bound if free is None else max(1, most(lambda tokens: self.row_bytes(tokens) <= SHARE * free, bound))
+        return bound if free is None else max(1, largest(self.row_bytes, SHARE * free, bound, bound))
 
     def slots(self, length: int, free: int | None) -> int:
         """Sequences of up to `length` tokens that decode at once in `free` bytes (None: unknown), at least 1."""
         bound = MOST_SLOTS[self.place.device]
-        return bound if free is None else max(1, most(lambda n: self.slot_bytes(n, length) <= SHARE * free, bound))
+        return (
+            bound if free is None else max(1, largest(lambda n: self.slot_bytes(n, length), SHARE * free, bound, bound))
+        )
 
     def row_bytes(self, tokens: int) -> int:
         """Of scoring a row: the highest moment of the layers, or of the head after them, with a chunk's logits in

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...models.config import HybridConfig
 from ...models.cost.hardware import GIB
-from ...models.cost.inference import MemoryReport, at
+from ...models.cost.inference import MemoryReport, sketch
 from .plots import PANEL, THEME, WIDE, blank, styled
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def memory_plot(name: str, config: HybridConfig, report: MemoryReport, budget: f
     figure = blank(WIDE * 1.15, PANEL * 0.95)
     figure.suptitle(f"{name} on {card}", x=0.01, ha="left", fontsize=12.5, color=THEME["ink"])
     left, right = figure.subplots(1, 2, sharey=True)
-    draw_parts(left, [at(config, report, context, report.batch) for context in contexts])
-    lines = sorted({*BATCHES, report.batch})
-    peaks = {batch: [at(config, report, context, batch).peak / GIB for context in contexts] for batch in lines}
+    lines = sketch(config, report, contexts, sorted({*BATCHES, report.batch}))
+    draw_parts(left, lines[report.batch])
+    peaks = {batch: [each.peak / GIB for each in line] for batch, line in lines.items()}
     height = min(max(1.35 * budget, 1.1 * report.peak), 4 * max(budget, report.weights)) / GIB
     draw_batches(right, contexts, {batch: line for batch, line in peaks.items() if line[0] < height}, report.batch)
     left.set_title(f"What it is made of, batch {report.batch}")

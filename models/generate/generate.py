@@ -81,6 +81,11 @@ def prefill(model: HybridLM, input_ids: Tensor, cache: Cache, chunk: int) -> Ten
     """Runs the prompt [B, T] into the cache, and gives the logits [B, V] after its last token."""
     for start in range(0, input_ids.shape[1], chunk):
         hidden = model.hidden_states(input_ids[:, start : start + chunk], cache=cache)
+    return last_logits(model, hidden)
+
+
+def last_logits(model: HybridLM, hidden: Tensor) -> Tensor:
+    """Logits [B, V] after the last of tokens that gave hidden [B, T, hidden]."""
     return linear(hidden[:, -1], model.head_weight)
 
 
