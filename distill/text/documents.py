@@ -185,7 +185,7 @@ def whole_file(path: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[
 
 def json_lines(path: Path, name: str, columns: Sequence[str]) -> Iterator[tuple[Document, int]]:
     """A document for each line with a record, numbered by the records, and the bytes read so far. (The reader of
-    `datasets` takes 7 times as long, makes dates of texts that look like one, and names no line.)"""
+    `datasets` takes 8 times as long, makes dates of texts that look like one, and names no line.)"""
     with readable(path), path.open("rb") as stream:
         done = count = 0
         for number, line in enumerate(stream, 1):
