@@ -36,7 +36,7 @@ from limbeck.distill.text.packing import (
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.provenance import provenance

@@ -6,6 +6,8 @@ import ast
 import importlib
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -159,9 +161,21 @@ def test_packages_name_every_code_folder() -> None:
 
 
 def test_only_conf_is_a_regular_package() -> None:
-    """A package called `kernels` at the root would shadow Hugging Face's, which transformers imports."""
-    found = {path.parent.name for path in ROOT.glob("*/__init__.py") if not path.parent.name.startswith(".")}
-    assert found == {"conf"} and (ROOT / "conf" / "__init__.py").read_text() == ""
+    """A package called `kernels` at the root would shadow Hugging Face's, which transformers imports. Below the top
+    folders only models/cost is one, for the two public names that it re-exports."""
+    found = {str(path.parent.relative_to(ROOT)) for folder in CODE for path in (ROOT / folder).rglob("__init__.py")}
+    assert found == {"conf", "models/cost"} and (ROOT / "conf" / "__init__.py").read_text() == ""
+
+
+def test_public_names_of_cost_import_nothing_else() -> None:
+    """`limbeck.models.cost` alone imports no torch; its two names are those of their files."""
+    code = (
+        "import sys, limbeck.models.cost as cost; assert 'torch' not in sys.modules;"
+        "from limbeck.models.cost import count_parameters, memory;"
+        "from limbeck.models.cost.inference import memory as same;"
+        "assert memory is same and callable(count_parameters) and not hasattr(cost, 'simulate')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_dependency_is_pinned() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from limbeck.models import offload as source_of_layers
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.offload import StreamedLayers, free_memory, open_layers
 from limbeck.prune.choose import Target, select
