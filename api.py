@@ -28,7 +28,9 @@ from .distill.text.packing import Batch
 from .distill.trainer import train
 from .models.checkpoint import load_model, save_model
 from .models.config import HybridConfig
-from .models.cost.inference import Hardware, MemoryReport, Verdict, count_parameters, memory, verdict
+from .models.cost.hardware import Hardware, Reserve
+from .models.cost.inference import MemoryReport, Verdict, memory, verdict
+from .models.cost.parameters import count_parameters
 from .models.errors import InputError
 from .models.generate.engine import Engine, Request
 from .models.generate.sampling import Sampling
@@ -321,9 +323,7 @@ def memory_fit(
     *,
     batch: int = 1,
     weight_dtype: torch.dtype = torch.bfloat16,
-    framework_share: float = 0.05,
-    reserve_gib: float = 0.0,
-    overhead_gib: float = 0.0,
+    reserve: Reserve = Reserve(),  # noqa: B008 (frozen)
     **options: Any,
 ) -> MemoryFit:
     """Whether a model fits a card, a name in conf/hardware/, at a context (None: the model's own, 131,072 at most).
@@ -335,9 +335,9 @@ def memory_fit(
     longest = config.max_position_embeddings
     if context is not None and context > longest:
         raise InputError(f"memory_fit: context {context:,} is beyond the {longest:,} tokens that the model is made for")
-    budget = card.budget(framework_share, reserve_gib, overhead_gib)
+    budget = reserve.budget(card)
     length = min(131072, longest) if context is None else context
-    place = {"weight_dtype": weight_dtype, "place": card.place}
+    place: dict[str, Any] = {"weight_dtype": weight_dtype, "place": card.place}
     report = memory(config, length, batch, budget=budget, **(place | options))
     return MemoryFit(report, verdict(config, report, budget), card)
 

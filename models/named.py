@@ -9,7 +9,7 @@ from typing import Any
 
 from .checkpoint import load_config
 from .config import HybridConfig
-from .cost.inference import Hardware
+from .cost.hardware import Hardware
 from .errors import InputError
 
 CONF = Path(__file__).parents[1] / "conf"
