@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from .distill.gap.measure import TEACHER, GapReport, measure_gap
-from .distill.losses import DistillLoss, distillation_loss
-from .distill.options import TrainOptions
+from .distill.losses import distillation_loss
+from .distill.options import DistillLoss, TrainOptions
 from .distill.parallel import prepare
 from .distill.text import resolve
 from .distill.text.documents import EmptySplit
-from .distill.text.mixture import Mixture, Text, sample_batches, train_batches, whole
+from .distill.text.mixture import Mixture, Text, whole
 from .distill.text.packing import Batch
 from .distill.trainer import train
 from .models.checkpoint import load_model, save_model
@@ -123,7 +123,7 @@ def read_sample(
 ) -> list[Batch]:
     text = read_text(model, data, split)
     seq_len, batch = fitted(model, text, seq_len, batch)
-    return sample_batches(text, batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+    return list(text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens))
 
 
 def score(
@@ -144,8 +144,8 @@ def score(
     read = read_text(model, data, "train")
     seq_len, batch = fitted(model, read, seq_len, batch)
     texts = {"seq_len": seq_len, "seed": seed}
-    widths = score_widths(model, sample_batches(read, batch_size=batch, max_tokens=tokens, **texts), **options)
-    alone = sample_batches(read, batch_size=1, max_tokens=depth_tokens, **texts)
+    widths = score_widths(model, list(read.sample(batch_size=batch, max_tokens=tokens, **texts)), **options)
+    alone = list(read.sample(batch_size=1, max_tokens=depth_tokens, **texts))
     count = step_size(model.config, False) if remove_layers is None else remove_layers
     layers = score_layers(model, alone, remove=count)
     return Scores(widths, layers, {"method": "activation", "seed": seed, "pattern": model.config.pattern})
@@ -228,7 +228,7 @@ def distill(
             train(
                 trained,
                 distillation_loss(teacher, loss or DistillLoss()),
-                lambda start: train_batches(text, batch_size=batch, seq_len=seq_len, seed=seed, start=start),
+                lambda start: text.train_batches(batch_size=batch, seq_len=seq_len, seed=seed, start=start),
                 how,
                 Path(folder),
                 on_step=lambda record: records.append(dict(record)),
@@ -292,7 +292,7 @@ def evaluate(
     text, tokenizer = whole(read), teacher.tokenizer
     assert tokenizer is not None
     groups = TokenGroups(*group_documents(text.names, text.starts), token_classes(tokenizer, teacher.config.vocab_size))
-    batches = sample_batches(read, batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+    batches = read.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
     report = measure_gap(teacher, models, batches, resamples=resamples, seed=seed, groups=groups, worst=worst)
     content = report.to_json() | {
         "parameters": {name: count_parameters(model.config) for name, model in {TEACHER: teacher, **models}.items()},

@@ -1,7 +1,7 @@
 """A model in training, on one process or many: what the optimizer moves, and which part of it lies in this process.
 
 Many processes share a batch's rows. Their models are whole, or every matrix is split by rows among them (FSDP2,
-`torch.distributed.fsdp.fully_shard`: a layer's matrices are put together when its turn comes, and dropped behind it).
+`torch.distributed.fsdp.fully_shard`: a layer's matrices are put together when its turn comes, and dropped after it).
 Vectors (A_log, D, dt_bias, norms, biases) are whole everywhere, in float32: they are small, and a group of FSDP's has
 one dtype. Gradients are sums over all rows of the batch, never means of parts.
 """
@@ -11,20 +11,22 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from ..models import processes
-from ..models.checkpoint import open_checkpoint
+from ..models.checkpoint import load_model, open_checkpoint
+from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Weight:
+class TrainedWeight:
     """A parameter in training. `local` is what the optimizer moves here: the parameter, its rows that are this
     process's (`split`), or a float32 copy where the model keeps it in fewer bits."""
 
@@ -60,7 +62,7 @@ class Trained:
     """A model and what its optimizer moves, made by `prepare`."""
 
     model: HybridLM
-    weights: tuple[Weight, ...]
+    weights: tuple[TrainedWeight, ...]
 
     @property
     def device(self) -> torch.device:
@@ -99,11 +101,11 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
         shape = tuple(parameter.shape)
         mine: Any = parameter.detach()
         if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
-            weights.append(Weight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
+            weights.append(TrainedWeight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
         elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and parameter.dim() > 1:
-            weights.append(Weight(name, shape, lowered(model, name, parameter, dtype), parameter))
+            weights.append(TrainedWeight(name, shape, lowered(model, name, parameter, dtype), parameter))
         else:
-            weights.append(Weight(name, shape, parameter, parameter))
+            weights.append(TrainedWeight(name, shape, parameter, parameter))
     return Trained(model, tuple(weights))
 
 
@@ -141,7 +143,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
     names = {module: name for name, module in model.named_modules()}
     for group in groups:
         if read is not None:
-            fill(group, names[group], read)
+            materialize(group, names[group], read)
         device = next(group.parameters()).device
         mesh = init_device_mesh(device.type, (processes.count(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
@@ -150,16 +152,69 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
         assert isinstance(group, FSDPModule)
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo knows sums, but not sums of what is scaled first
-    register_fsdp_forward_method(model, "hidden_states")  # behind it the head is whole, as the losses read it
+    register_fsdp_forward_method(model, "hidden_states")  # after it the head is whole, as the losses read it
 
 
-def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
+def materialize(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
     """Gives every parameter on the meta device its values."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta:
             place, _, field = name.rpartition(".")
             values = read(f"{prefix}.{name}" if prefix else name)
             setattr(module.get_submodule(place), field, nn.Parameter(values, requires_grad=parameter.requires_grad))
+
+
+def process_device(device: torch.device) -> torch.device:
+    """The device of this process: of several GPUs its own."""
+    if device.type == "cuda" and device.index is None and processes.count() > 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What weights in training are kept in: float32 at least."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def narrower(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype, if matrices are used in it and not kept in it."""
+    return None if dtype == stored_dtype(dtype) else dtype
+
+
+def load_trained(path: Path, dtype: torch.dtype, device: torch.device, split: bool) -> Trained:
+    """A checkpoint to be trained: matrices in `dtype` where they are used, and what the optimizer moves in float32;
+    with `split` divided among the processes. Raises InputError."""
+    stored = stored_dtype(dtype)
+    if split and processes.count() > 1:
+        return prepare(load_sharded(path, stored, device, dtype=narrower(dtype)).train())
+    return prepare(load_model(path, stored, device).train(), dtype)
+
+
+def placed_model(model: HybridLM, dtype: torch.dtype, split: bool) -> Trained:
+    """A model that is whole in every process, to be trained; with `split` divided among them."""
+    if split and processes.count() > 1:
+        shard(model, narrower(dtype))
+        return prepare(model)
+    return prepare(model, dtype)
+
+
+def load_frozen(path: Path, dtype: torch.dtype, device: torch.device, split: bool, offload: bool = False) -> HybridLM:
+    """A checkpoint to learn from, in `dtype`, without gradients; with `offload` its layers stay in main memory (each
+    process's own), and each comes to the device when its turn comes. Raises InputError."""
+    if offload:
+        from accelerate import cpu_offload
+
+        model = load_model(path, dtype, torch.device("cpu")).requires_grad_(False)
+        layers = model.layers
+        model.layers = nn.ModuleList()
+        model.to(device)
+        model.layers = layers
+        for layer in layers:
+            cpu_offload(layer, execution_device=device, preload_module_classes=[type(layer).__name__])
+        return model
+    if split and processes.count() > 1:
+        return load_sharded(path, dtype, device, frozen=True)
+    return load_model(path, dtype, device).requires_grad_(False)
 
 
 def load_sharded(
@@ -203,6 +258,15 @@ def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
         found[-1].append(tensor)
         filled += tensor.numel()
     return found
+
+
+def check_share(batch: int) -> None:
+    """Raises InputError where the processes cannot share a batch's rows evenly."""
+    if batch % processes.count():
+        raise InputError(
+            f"distill.batch is {batch} rows, which {processes.count()} processes cannot share evenly; give a multiple"
+            f" of {processes.count()}"
+        )
 
 
 def share(rows: int) -> range:

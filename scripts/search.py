@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..distill.options import DistillOptions
 from ..distill.report.plots import save_png, save_svg, tradeoff
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
@@ -91,7 +92,7 @@ class Options:
     budget: Limits
     requests: Requests
     hardware: Hardware
-    distill: distill.Distill
+    distill: DistillOptions
 
     def __post_init__(self) -> None:
         if self.rank not in RANKS:

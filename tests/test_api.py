@@ -14,7 +14,7 @@ from typing import Any
 import limbeck
 import pytest
 import torch
-from limbeck.distill.losses import DistillLoss
+from limbeck.distill.options import DistillLoss
 from limbeck.models.checkpoint import load_model
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM

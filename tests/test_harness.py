@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill.gap import harness
-from limbeck.distill.gap.harness import SHARE, HarnessModel, Room, first_row
+from limbeck.distill.gap import tasks as module
+from limbeck.distill.gap.harness import SHARE, HarnessModel, Headroom, first_row
+from limbeck.distill.gap.tasks import Tasks, answer_tasks, plan_tasks
+from limbeck.distill.report.gap_tables import task_table
 from limbeck.models.checkpoint import load_model
 from limbeck.models.cost.hardware import Place
 from limbeck.models.cost.live_bytes import LiveBytes
 from limbeck.models.errors import InputError
 from limbeck.models.generate.decode import Decoder
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.scripts import tasks as task_script
 from limbeck.scripts.run.resolve import ZOO, model_config
-from limbeck.scripts.tasks import Asked, Tasks, answer, show_tasks
 from limbeck.tests.helpers import limbeck
 
 CHOICE = """
@@ -215,23 +216,26 @@ def test_texts_where_memory_runs_out(exported: Path, asking: tuple, monkeypatch:
 def test_rows_and_slots_follow_free_memory() -> None:
     """The most that fits, between one and the device's bound; a CPU's bound is what it has always been."""
     config = model_config("nemotron-nano-9b-v2")
-    card = Room(config, torch.bfloat16, Place("cuda", 132, "9.0"), 2048)
-    computer = Room(config, torch.float32, Place("cpu", 2), 256)
-    for room, most_tokens, most_slots in ((card, 65536, 128), (computer, 2048, 8)):
-        assert room.row_tokens(None) == room.row_tokens(2**45) == most_tokens
-        assert room.slots(8192, None) == room.slots(8192, 2**45) == most_slots
-        assert room.row_tokens(0) == room.slots(8192, 0) == 1
+    card = Headroom(config, torch.bfloat16, Place("cuda", 132, "9.0"), 2048)
+    computer = Headroom(config, torch.float32, Place("cpu", 2), 256)
+    for headroom, most_tokens, most_slots in ((card, 65536, 128), (computer, 2048, 8)):
+        assert headroom.row_tokens(None) == headroom.row_tokens(2**45) == most_tokens
+        assert headroom.slots(8192, None) == headroom.slots(8192, 2**45) == most_slots
+        assert headroom.row_tokens(0) == headroom.slots(8192, 0) == 1
         tokens, slots = [], []
         for free in (int(2**power) for power in (24, 28, 30, 31.5, 33, 34, 35, 36)):
-            tokens.append(room.row_tokens(free))
-            slots.append(room.slots(8192, free))
-            slot_bytes = functools.partial(room.slot_bytes, length=8192)
-            for found, most, size in ((tokens[-1], most_tokens, room.row_bytes), (slots[-1], most_slots, slot_bytes)):
+            tokens.append(headroom.row_tokens(free))
+            slots.append(headroom.slots(8192, free))
+            slot_bytes = functools.partial(headroom.slot_bytes, length=8192)
+            for found, most, size in (
+                (tokens[-1], most_tokens, headroom.row_bytes),
+                (slots[-1], most_slots, slot_bytes),
+            ):
                 assert found == 1 or size(found) <= SHARE * free
                 assert found == most or size(found + 1) > SHARE * free
         assert tokens == sorted(tokens) and slots == sorted(slots) and tokens[0] < 16 and slots[0] == 1
         assert len(set(tokens)) >= 3 and len(set(slots)) >= 3
-        assert room.slots(1024, 2**33) >= room.slots(65536, 2**33)
+        assert headroom.slots(1024, 2**33) >= headroom.slots(65536, 2**33)
 
 
 def test_a_row_takes_what_is_foretold(exported: Path, asking: tuple) -> None:
@@ -242,7 +246,7 @@ def test_a_row_takes_what_is_foretold(exported: Path, asking: tuple) -> None:
         with LiveBytes(ours.model.parameters()) as live:
             weights = live.now
             ours.score_row([ids[: tokens // parts + 1]] * parts, [tokens // parts] * parts)
-        found = (live.peak - weights) / ours.room.row_bytes(tokens)
+        found = (live.peak - weights) / ours.headroom.row_bytes(tokens)
         assert 0.5 <= found <= 1.02, (tokens, parts, found)
 
 
@@ -251,15 +255,17 @@ def test_slots_by_the_memory_that_is_free(exported: Path, asking: tuple, monkeyp
     found: list[int] = []
     monkeypatch.setattr(ours, "decode", lambda asked, texts, left, length, slots: found.append(slots) or end(texts))
     for count in (1, 2, 3):
-        monkeypatch.setattr(harness, "free_memory", lambda device, n=count: ours.room.slot_bytes(n, 200) / SHARE + 1)
+        monkeypatch.setattr(
+            harness, "free_memory", lambda device, n=count: ours.headroom.slot_bytes(n, 200) / SHARE + 1
+        )
         ours.complete([harness.Request([5] * 180, 20)] * 4)
     assert found == [1, 2, 3]
 
 
 def answers(name: str, tasks: Tasks) -> Any:
     """The shipped model's answers, under a name."""
-    asked = Asked.of({name: ZOO}, tasks, dtype=torch.float32, seed=0)
-    return answer({name: load_model(ZOO)}, {name: ZOO}, asked)
+    plan = plan_tasks({name: ZOO}, tasks, dtype=torch.float32, seed=0)
+    return answer_tasks({name: load_model(ZOO)}, {name: ZOO}, plan)
 
 
 def end(texts: list[Any]) -> None:
@@ -267,19 +273,16 @@ def end(texts: list[Any]) -> None:
         text.finished = "length"
 
 
-def test_answers_are_kept_by_contents(
-    tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_are_kept_by_contents(tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     wanted = Tasks((tasks["next_line"],), limit=3)
     found = answers("teacher", wanted)
     assert 0 <= found["teacher"]["next_line"]["acc,none"] <= 1
-    capsys.readouterr()
-    show_tasks(found | {"student": found["teacher"]})
-    assert "next_line" in capsys.readouterr().out
+    _, columns, rows = task_table(found | {"student": found["teacher"]})
+    assert columns[1:] == ("teacher", "student") and "next_line" in rows[0][0] and rows[0][1] == rows[0][2]
     calls = []
     monkeypatch.setattr(
-        task_script, "answers_of", lambda name, *rest: calls.append(name) or {"next_line": {"acc,none": 1.0}}
+        module, "answers_of", lambda name, *rest: calls.append(name) or {"next_line": {"acc,none": 1.0}}
     )
     assert answers("again", wanted)["again"] == found["teacher"] and not calls
     answers("more", Tasks(wanted.names, limit=4))
@@ -289,7 +292,7 @@ def test_answers_are_kept_by_contents(
     assert calls == ["more", "longer"]
     for name, value in (("__version__", "0.0.0"), ("FORMAT", 0)):
         with monkeypatch.context() as other:
-            other.setattr(task_script, name, value)
+            other.setattr(module, name, value)
             answers(name, wanted)
     answers("as before", wanted)
     assert calls == ["more", "longer", "__version__", "FORMAT"]

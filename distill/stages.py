@@ -1,0 +1,62 @@
+"""A distillation's stages one after another: the text that each reads, and what it hands on to the next."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..models import processes
+from .average import final_weights
+from .options import DistillOptions, TrainOptions
+from .parallel import Trained
+from .state import fill_weights, states
+from .text.mixture import Text
+from .text.packing import Batch
+
+SEEDS_APART = 1000  # the seeds of two stages, so that the second does not begin with the first one's text
+
+
+def stage_seed(seed: int, stage: int) -> int:
+    return seed + SEEDS_APART * stage
+
+
+def stage_batches(text: Text, how: DistillOptions, stage: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """What a stage is trained on, from the step `start` to its last."""
+    source = text.train_batches(
+        batch_size=how.batch, seq_len=how.seq_len, seed=stage_seed(seed, stage), start=start, repack=how.repack
+    )
+    return itertools.islice(source, how.train.steps - start)
+
+
+def current_stage(folders: Sequence[Path]) -> int:
+    """The number of the last stage that has begun, by the states in its folder; every process has to call it."""
+    begun = (number for number, folder in enumerate(folders) if states(folder))
+    return int(processes.from_first(max(begun, default=0)))
+
+
+def hand_on(student: Trained, folders: Sequence[Path], number: int, options: TrainOptions) -> None:
+    """After stage `number`: the student has the weights that it leaves, and earlier stages' states are gone."""
+    kept = final_weights(folders[number], options)
+    if number + 1 < len(folders) and kept.said["kept"] != "last":
+        fill_weights(student, kept.tensors())
+    with processes.together():
+        if processes.rank() == 0:
+            for folder in folders[:number]:
+                for state in (*states(folder), *folder.glob("best-*")):
+                    shutil.rmtree(state)
+
+
+def join_metrics(folders: Sequence[Path], target: Path) -> None:
+    """The stages' records as one file: each with the number of its stage, steps and tokens counted from the first."""
+    records: list[dict[str, Any]] = []
+    for stage, folder in enumerate(folders, 1):
+        before: Mapping[str, int] = records[-1] if records else {"step": 0, "tokens": 0}
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            counted = {name: record[name] + before[name] for name in ("step", "tokens")}
+            records.append({"stage": stage} | record | counted)
+    target.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
