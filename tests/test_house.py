@@ -35,7 +35,7 @@ ALLOWED = {
     "prune": {"kernels", "models", "prune"},
     "distill": {"kernels", "models", "distill"},
     "scripts": {"kernels", "models", "prune", "distill", "scripts"},
-    "__init__.py": {"api"},
+    "__init__.py": {"api", "distill", "prune"},
     "api.py": {"kernels", "models", "prune", "distill"},
 }
 KIND_FILES = tuple(f"models/{name}.py" for name in ("layer", "kinds", "mamba2", "attention", "mlp", "moe", "parallel"))
