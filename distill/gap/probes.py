@@ -57,7 +57,7 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
 
     Raises InputError where the facts alone are longer, or the corpus is too short to fill in."""
     count = {"needle": 1, "multi-key": KEYS, "variables": CHAIN}[kind]
-    names = [name(draw) for _ in range(count)]
+    names = [made_up_word(draw) for _ in range(count)]
     values = [str(draw.integers(10_000, 100_000)) for _ in names]
     question_of = int(draw.integers(count)) if kind == "multi-key" else count - 1
     if kind == "variables":
@@ -87,16 +87,16 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
 def text_from(corpus: Corpus, begin: int, size: int, tokenizer: Tokenizer) -> list[int]:
     """`size` tokens from one on, documents' beginnings and ends left out; the first document follows on the last. All
     there are where they are fewer. No more is read at a time than is wanted."""
-    found: list[int] = []
+    ids: list[int] = []
     left = corpus.tokens
-    while left and len(found) < size:
+    while left and len(ids) < size:
         part = corpus.ids[begin : begin + min(left, size)]
-        found += part[(part != tokenizer.bos_token_id) & (part != tokenizer.eos_token_id)].tolist()
+        ids += part[(part != tokenizer.bos_token_id) & (part != tokenizer.eos_token_id)].tolist()
         left, begin = left - len(part), (begin + len(part)) % corpus.tokens
-    return found[:size]
+    return ids[:size]
 
 
-def name(draw: np.random.Generator) -> str:
+def made_up_word(draw: np.random.Generator) -> str:
     """A made-up word of three syllables."""
     return "".join("bdfgklmnprstvz"[draw.integers(14)] + "aeiou"[draw.integers(5)] for _ in range(3))
 
@@ -112,7 +112,7 @@ def retrieve(
 ) -> dict[str, Retrieved]:
     """How every model answers the probes, on a `device` where one is given; intervals over probes. Only the answer's
     places meet the head."""
-    found = {}
+    results = {}
     for name, model in models.items():
         answered, nats = np.zeros(len(probes)), np.zeros(len(probes))
         with placed(model, device):
@@ -124,5 +124,5 @@ def retrieve(
                 answered[number] = bool((logs.argmax(-1) == wanted).all())
                 nats[number] = -float(logs.gather(1, wanted[:, None]).sum())
         drawn = resampled({"answered": answered, "nats": nats, "probes": np.ones(len(probes))}, resamples, seed)
-        found[name] = Retrieved(*(drawn[key].over(drawn["probes"]).estimate() for key in ("answered", "nats")))
-    return found
+        results[name] = Retrieved(*(drawn[key].over(drawn["probes"]).estimate() for key in ("answered", "nats")))
+    return results
