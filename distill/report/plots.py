@@ -40,7 +40,8 @@ STYLE: Any = {
 }  # fmt: skip
 PANEL, WIDE = 4.9, 9.6  # inches
 METRICS = {"bits_per_byte": "Bits per byte", "kl": "KL to the teacher (nats)", "agreement": "Top-1 agreement"}
-Given, Drawn = ParamSpec("Given"), TypeVar("Drawn")
+Given = ParamSpec("Given")
+Drawn = TypeVar("Drawn")
 
 
 def styled(draw: Callable[Given, Drawn]) -> Callable[Given, Drawn]:
