@@ -72,15 +72,15 @@ class StreamObserver:
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self.numbers = tuple(numbers)
-        self.found: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
 
     def __call__(self, kind: str, layer: int, tensor: Tensor) -> None:
         if kind == "residual" and layer in self.numbers:
-            self.found[layer] = tensor
+            self.kept[layer] = tensor
 
     def take(self) -> list[Tensor]:
-        found, self.found = self.found, {}
-        return [found[number] for number in self.numbers]
+        kept, self.kept = self.kept, {}
+        return [kept[number] for number in self.numbers]
 
 
 def make_pairing(

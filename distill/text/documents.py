@@ -25,6 +25,10 @@ COLUMNS = ("text",)
 OnProgress = Callable[[int, int], None]  # how much is read, of how much in all (0: not known); bytes of files, or rows
 
 
+class EmptySplit(InputError):
+    """A split that no document falls in."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     name: str
@@ -50,7 +54,7 @@ def of_split(documents: Iterable[Document], split: str, where: str) -> Iterator[
             kept += 1
             yield document
     if not kept:
-        raise InputError(
+        raise EmptySplit(
             f"{where}: no document falls in the split {split!r} ({seen} in all); give more text or split=all"
         )
 
