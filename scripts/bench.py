@@ -14,12 +14,12 @@ from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
 from ..models.cost.inference import Hardware, count_parameters, memory, verdict
 from ..models.cost.timing import Load, Speed, check_weights_fit, measure, predicted, roofline, this_cpu
-from ..models.errors import InputError
+from ..models.errors import InputError, guess
 from ..models.folder import atomic_folder, write_json
 from ..models.generate.decode import lay_out
 from ..models.hybrid import HybridLM, initialize
 from ..models.offload import free_memory
-from .run.compose import CONF, guess
+from .run.compose import CONF
 from .run.resolve import model_config, model_folder, model_names, torch_device, torch_dtype
 from .run.show import progress, say, table
 

@@ -1,6 +1,6 @@
 """`limbeck memory-fit`: does a model fit a card at a context and batch? Exit code 0 yes, 3 no.
 
-Three witnesses: the formula (always), the simulation of the inference path without memory, and a measured run.
+Three methods: the formula (always), the simulation of the inference path without memory, and a measured run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
 LONGEST = 131072  # tokens of a context that nobody has chosen
-WITNESSES = {
+METHODS = {
     "formula": (), "simulation": ("simulation",), "measurement": ("measurement",), "all": ("simulation", "measurement"),
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ class Options:
     context: int | None
     batch: int | None
     fit: Fit
-    witness: str
+    method: str
     steps: int
     output: Path | None
     mode: str = "inference"
@@ -116,9 +116,9 @@ def run(options: Options) -> None:
     ways = [] if answer.fits else changes(config, report, answer.budget, **fit.asked(hardware))
     show(config, report, answer, hardware)
     show_vllm(config, report, answer, hardware, fit)
-    simulation = simulated(config, hardware, fit) if "simulation" in WITNESSES[options.witness] else None
+    simulation = simulated(config, hardware, fit) if "simulation" in METHODS[options.method] else None
     measured = None
-    if "measurement" in WITNESSES[options.witness] and answer.fits:
+    if "measurement" in METHODS[options.method] and answer.fits:
         measured = measured_run(options, config, fit, report)
     compare(report, simulation, measured)
     if ways:
@@ -144,25 +144,25 @@ def run(options: Options) -> None:
 
 def check(options: Options, config: HybridConfig, fit: Fit) -> None:
     """Raises InputError for what `measure` lets pass, since a chain of stages asks for it too."""
-    if options.witness not in WITNESSES:
-        raise InputError(f"witness is {options.witness!r}; known: {', '.join(WITNESSES)}")
+    if options.method not in METHODS:
+        raise InputError(f"method is {options.method!r}; known: {', '.join(METHODS)}")
     if fit.length > config.max_position_embeddings:
         raise InputError(
             f"context {fit.length:,} is beyond the {config.max_position_embeddings:,} tokens that {options.model} is"
             f" made for; give context={config.max_position_embeddings} or less"
         )
-    if WITNESSES[options.witness] and fit.kv_dtype != fit.weight_dtype:
+    if METHODS[options.method] and fit.kv_dtype != fit.weight_dtype:
         raise InputError(
-            f"witness={options.witness} runs the inference path, which keeps keys and values in the weights' dtype:"
+            f"method={options.method} runs the inference path, which keeps keys and values in the weights' dtype:"
             f" fit.kv_dtype is {fit.kv_dtype}, fit.weight_dtype {fit.weight_dtype}"
         )
     if options.steps < 1:
         raise InputError(f"steps is {options.steps}; expected at least 1 token to decode")
-    measures = "measurement" in WITNESSES[options.witness]
+    measures = "measurement" in METHODS[options.method]
     if measures and options.hardware.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            f"witness={options.witness}: {options.hardware.name} is a GPU, and torch {torch.__version__} sees none"
-            " here; use witness=simulation, or hardware=cpu"
+            f"method={options.method}: {options.hardware.name} is a GPU, and torch {torch.__version__} sees none"
+            " here; use method=simulation, or hardware=cpu"
         )
 
 
@@ -281,14 +281,14 @@ def arguments(config: HybridConfig, report: MemoryReport, answer: Verdict, hardw
 
 
 def compare(report: MemoryReport, simulation: Simulation | None, measured: Measured | None) -> None:
-    """The witnesses side by side, and where the simulation's peak is."""
+    """The methods side by side, and where the simulation's peak is."""
     rows = [("formula", gib(report.peak), "")]
     if simulation is not None:
         rows.append(("simulation", gib(simulation.peak), f"{simulation.peak / report.peak - 1:+.3%}"))
     if measured is not None:
         rows.append((f"measurement ({measured.device})", gib(measured.peak), f"{measured.peak / report.peak - 1:+.3%}"))
     if len(rows) > 1:
-        table("Peak by witness", ("", "peak", "against the formula"), rows)
+        table("Peak by method", ("", "peak", "against the formula"), rows)
     if simulation is not None:
         where = (
             "outside of the layers" if simulation.layer is None else f"layer {simulation.layer} ({simulation.letter})"

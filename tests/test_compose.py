@@ -27,8 +27,9 @@ from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
 from limbeck.scripts import compress, memory_fit, search
 from limbeck.scripts.rounds import walk
-from limbeck.scripts.run.compose import BASES, build, compose_config, groups, known_keys, recipes
+from limbeck.scripts.run.compose import BASES, build, compose_config, groups, recipes
 from limbeck.scripts.run.main import COMMANDS, EXAMPLES
+from limbeck.scripts.run.mistakes import known_keys
 from limbeck.scripts.run.resolve import model_config, model_names
 from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import limbeck

@@ -14,8 +14,8 @@ from ...distill.text.mixture import Mixture, Text
 from ...distill.text.packing import Batch
 from ...models.checkpoint import load_config
 from ...models.config import HybridConfig
-from ...models.errors import InputError
-from .compose import CONF, guess
+from ...models.errors import InputError, guess
+from .compose import CONF
 from .show import progress, table
 
 ZOO = Path(__file__).parents[2] / "models" / "zoo"
