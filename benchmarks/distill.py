@@ -38,8 +38,8 @@ from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.text.packing import Batch, Corpus, keep_split, stdlib_documents, tokenize, train_batches
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost.inference import count_parameters
 from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer

@@ -36,17 +36,18 @@ from limbeck.distill.text.packing import (
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
 from limbeck.prune.depth import random_layers, score_layers
-from limbeck.prune.importance import AGGREGATES, MAMBA_SOURCES, score_magnitude, score_random, score_widths
+from limbeck.prune.importance import score_magnitude, score_random, score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
+from limbeck.prune.width_metrics import AGGREGATES, MAMBA_SOURCES, ActivationScores, TaylorScores
 from limbeck.scripts.run.resolve import ZOO
 
 PLAIN = Repair(norms="none")
@@ -59,7 +60,7 @@ REPAIRS = {
     "rotation, least squares": Repair(rotate=True, least_squares=True),
     "rotation, measured, least squares": Repair(rotate=True, norms="measured", least_squares=True),
 }
-METHODS = ("random", "magnitude", "activation")
+METHODS = ("random", "magnitude", "activation", "taylor")
 DEPTHS = ("random", "single shot", "iterative")
 
 
@@ -170,7 +171,7 @@ class Bench:
             return score_random(self.model.config, seed)
         if method == "magnitude":
             return score_magnitude(self.model.config, self.model.state_dict().__getitem__)
-        return score_widths(self.model, self.calibration(seed))
+        return score_widths(self.model, self.calibration(seed), TaylorScores() if method == "taylor" else None)
 
     def order(self, kind: str, seed: int) -> tuple[int, ...]:
         """Layers in the order of their removal: as many as any cut of the model asks for."""
@@ -337,7 +338,7 @@ def source_table(bench: Bench, seeds: Sequence[int]) -> None:
 
 def loss_of_scores(bench: Bench, name: str, target: Target, seed: int, options: dict[str, Any]) -> float:
     def make() -> dict[str, Any]:
-        widths = score_widths(bench.model, bench.calibration(seed), **options)
+        widths = score_widths(bench.model, bench.calibration(seed), ActivationScores(**options))
         selection = select(bench.model.config, widths, (), target)
         return {"loss": bench.loss(bench.pruned(selection, seed, PLAIN))}
 

@@ -21,7 +21,7 @@ from limbeck.distill.gap.measure import Estimate, measure_gap
 from limbeck.distill.text.packing import Document, keep_split, sample_batches, stdlib_documents, tokenize
 from limbeck.models.checkpoint import load_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 

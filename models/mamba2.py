@@ -107,7 +107,9 @@ class Mamba2Mixer(nn.Module):
             state.ssm.copy_(last)
         normed = gated_rms_norm(y.flatten(-2), z, self.norm.weight, config.norm_eps, config.n_groups)
         if observe is not None:
-            observe("mamba_out", self.layer, normed.unflatten(-1, heads))
+            normed = normed.unflatten(-1, heads)  # what is shown is what goes on, so that gradients reach it
+            observe("mamba_out", self.layer, normed)
+            normed = normed.flatten(-2)
         return linear(normed, self.out_proj.weight)
 
     def step(self, u: Tensor, state: MambaState) -> Tensor:

@@ -11,7 +11,7 @@ import bisect
 import functools
 
 from ..models.config import HybridConfig
-from ..models.cost.inference import count_parameters
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 
 WIDE = 2048  # from this hidden size on

@@ -19,7 +19,8 @@ from ..distill.report.report import write_page
 from ..distill.text.mixture import batches_per_epoch
 from ..models import processes
 from ..models.checkpoint import load_config, open_checkpoint
-from ..models.cost.inference import Hardware, count_parameters
+from ..models.cost.hardware import Hardware
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.fingerprint import PROVENANCE, plain
 from ..models.tokenizer import check_vocabulary, load_tokenizer

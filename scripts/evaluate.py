@@ -21,7 +21,9 @@ from ..distill.text.mixture import whole
 from ..distill.text.packing import Corpus
 from ..models.checkpoint import load_config, load_model
 from ..models.config import HybridConfig
-from ..models.cost.inference import Hardware, count_parameters, throughput
+from ..models.cost.hardware import Hardware
+from ..models.cost.parameters import count_parameters
+from ..models.cost.speed import throughput
 from ..models.errors import InputError
 from ..models.fingerprint import PROVENANCE
 from ..models.folder import write_json

@@ -13,7 +13,7 @@ from ..distill.options import TrainOptions
 from ..distill.parallel import Trained
 from ..distill.text.mixture import sample_batches
 from ..models import processes
-from ..models.cost.inference import count_parameters
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer

@@ -14,7 +14,8 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 from ..models.config import HybridConfig
-from ..models.cost.inference import Hardware, count_parameters
+from ..models.cost.hardware import Hardware
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.fingerprint import plain
 from ..prune.choose import Target, select, with_widths

@@ -12,7 +12,7 @@ from typing import Any
 from ..distill.report.plots import save_png, save_svg, tradeoff
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
-from ..models.cost.inference import GIB, Hardware
+from ..models.cost.hardware import GIB, Hardware
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..prune.patterns import Rules, count_patterns

@@ -10,7 +10,8 @@ from ..distill.losses import DistillLoss
 from ..distill.weights import greatest
 from ..models.config import HybridConfig
 from ..models.cost.activations import Training
-from ..models.cost.inference import GIB, count_parameters
+from ..models.cost.hardware import GIB
+from ..models.cost.parameters import count_parameters
 from ..models.cost.training import LINES, Knob, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json

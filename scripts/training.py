@@ -19,7 +19,7 @@ from ..models import processes
 from ..models.axes import tensor_table
 from ..models.checkpoint import load_model, write_checkpoint
 from ..models.config import HybridConfig
-from ..models.cost.inference import flops_per_token
+from ..models.cost.speed import flops_per_token
 from ..models.hybrid import HybridLM
 from .run.compose import CONF
 from .run.resolve import torch_device

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from limbeck.kernels import attention
 from limbeck.kernels.activation import flat_launch
+from limbeck.kernels.divergence import Divergence
 from limbeck.kernels.launch import CAPABILITIES, Launch
 from limbeck.kernels.linear_kl import chunk_launch
 from limbeck.kernels.norm import backward_launch, forward_launch, norm_backward_shapes, norm_shapes
@@ -60,13 +61,14 @@ def losses() -> Iterator[tuple[str, Launch]]:
     for dtype, need in ((BF16, True), (FP32, True), (FP32, False)):
         student = logits[dtype]
         for divergence, temperature, mixes, target in itertools.product(
-            ("forward", "reverse", "jsd", "mse", None), (1.0, 2.0), (0.0, 0.5), (None, labels)
+            (*Divergence, None), (1.0, 2.0), (0.0, 0.5), (None, labels)
         ):
             if (target is None and (mixes or divergence is None)) or (divergence is None and temperature != 1):
                 continue
-            options = (temperature, divergence or "forward", 1.0, mixes, 2048)
+            options = (temperature, divergence or Divergence.FORWARD, 1.0, mixes, 2048)
             teacher = None if divergence is None else student
-            name = f"loss {divergence} {dtype} T={temperature} ce={mixes} labels={target is not None} gradient={need}"
+            kind = divergence and divergence.option
+            name = f"loss {kind} {dtype} T={temperature} ce={mixes} labels={target is not None} gradient={need}"
             yield name, chunk_launch(student, teacher, target, weights, per_token, options, need)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.axes import HIDDEN, Axis, axis_sizes
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.prune.choose import Target, best, select, with_widths
 from limbeck.prune.importance import score_random

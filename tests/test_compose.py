@@ -19,7 +19,8 @@ import pytest
 import torch
 from limbeck.models.axes import tensor_table
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import GIB, count_parameters, num_tensors
+from limbeck.models.cost.hardware import GIB
+from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.errors import InputError
 from limbeck.models.fingerprint import fingerprint_of
 from limbeck.prune.importance import score_random

@@ -15,8 +15,8 @@ import torch
 from limbeck.distill.gap import harness
 from limbeck.distill.gap.harness import SHARE, HarnessModel, Room, first_row
 from limbeck.models.checkpoint import load_model
+from limbeck.models.cost.hardware import Place
 from limbeck.models.cost.live_bytes import LiveBytes
-from limbeck.models.cost.transient import Place
 from limbeck.models.errors import InputError
 from limbeck.models.generate.decode import Decoder
 from limbeck.models.tokenizer import load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from limbeck.distill.report import plots
 from limbeck.models.checkpoint import load_config
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.prune.choose import Target
 from limbeck.scripts import distill, evaluate, prune

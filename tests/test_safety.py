@@ -27,7 +27,7 @@ from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import Run, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
-from limbeck.models.cost.inference import flops_per_token
+from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.errors import InputError, Stopped
 from limbeck.models.fingerprint import fingerprint_of
 from limbeck.scripts import training

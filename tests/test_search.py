@@ -15,7 +15,8 @@ import torch
 from limbeck.distill.text.packing import Corpus, sample_batches
 from limbeck.models.axes import HIDDEN, tensor_table
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import GIB, Hardware, memory
+from limbeck.models.cost.hardware import GIB, Hardware
+from limbeck.models.cost.inference import memory
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.choose import Target, select

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ...models.config import HybridConfig
-from ...models.cost.inference import count_parameters
+from ...models.cost.parameters import count_parameters
 from .gap_sections import task_rows
 from .words import layer_counts
 

@@ -23,7 +23,7 @@ from ...distill.teacher import CacheOptions
 from ...distill.text.resolve import content
 from ...models.checkpoint import load_config, load_model, save_model
 from ...models.config import HybridConfig
-from ...models.cost.inference import count_parameters
+from ...models.cost.parameters import count_parameters
 from ...models.errors import CheckFailed, DiskError, InputError
 from ...models.fingerprint import digest, fingerprint_of, look_of, plain
 from ...models.folder import write_json
