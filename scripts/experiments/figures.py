@@ -109,11 +109,6 @@ def stable_from(foretold: Mapping[str, Sequence[float]]) -> str:
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's, with mean ranks for equals; 0 where all of one side are equal."""
-    first, second = (ranks(values) for values in (a, b))
-    return statistics.correlation(first, second) if len(set(first)) > 1 and len(set(second)) > 1 else 0.0
+    from scipy.stats import spearmanr  # takes a second, which only an experiment's end waits for
 
-
-def ranks(values: Sequence[float]) -> list[float]:
-    return [
-        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
-    ]
+    return float(spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0
