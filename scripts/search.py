@@ -12,7 +12,7 @@ from typing import Any
 from ..distill.report.plots import save_png, save_svg, tradeoff
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
-from ..models.cost.hardware import GIB, Hardware
+from ..models.cost.hardware import GIB, Hardware, Reserve
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..prune.patterns import Rules, count_patterns
@@ -38,31 +38,20 @@ from .run.stage import run_stage
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class Limits(Reserve):
     """What has to fit: `gib`, or what the card has less framework, reserve and overhead."""
 
-    gib: float | None
-    framework_share: float
-    reserve_gib: float
-    overhead_gib: float
-    context: int
-    batch: int
-    weight_dtype: str
-    kv_dtype: str
-    ssm_dtype: str
-    conv_dtype: str
+    gib: float | None = None
+    context: int = 131072
+    batch: int = 1
+    weight_dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    ssm_dtype: str = "float32"
+    conv_dtype: str = "bfloat16"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.framework_share < 1 or self.reserve_gib < 0 or self.overhead_gib < 0:
-            raise InputError(
-                "budget: framework_share must be in [0, 1), reserve_gib and overhead_gib at least 0; found"
-                f" {self.framework_share:g}, {self.reserve_gib:g}, {self.overhead_gib:g}"
-            )
-
-    def budget(self, hardware: Hardware) -> Budget:
+    def limit(self, hardware: Hardware) -> Budget:
         """In bytes. Raises InputError where nothing is left."""
-        room = hardware.budget(self.framework_share, self.reserve_gib, self.overhead_gib)
-        room = room if self.gib is None else self.gib * GIB
+        room = self.budget(hardware) if self.gib is None else self.gib * GIB
         if not room > 0:
             raise InputError(
                 f"budget: {room / GIB:g} GiB are left on {hardware.name}; expected more than 0 (budget.gib=NUMBER)"
@@ -127,7 +116,7 @@ def run(options: Options) -> None:
         scores = load_scores(options.scores)
         check_width_scores(config, scores.widths, f"scores={options.scores}")
     depths = find_depths(config, options.space, options.rules, scores.layers if scores else None)
-    budget = options.budget.budget(options.hardware)
+    budget = options.budget.limit(options.hardware)
     found = find_candidates(config, options.space, depths, budget, options.hardware, options.requests)
     chosen = {
         field.name: getattr(options, field.name)

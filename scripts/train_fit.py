@@ -10,7 +10,7 @@ from ..distill.losses import DistillLoss
 from ..distill.weights import greatest
 from ..models.config import HybridConfig
 from ..models.cost.activations import Training
-from ..models.cost.hardware import GIB
+from ..models.cost.hardware import GIB, Reserve
 from ..models.cost.parameters import count_parameters
 from ..models.cost.training import LINES, Knob, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
@@ -24,17 +24,10 @@ from .run.show import gib, say, table
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class Setup(Reserve):
     """How a step is done, beside what distill says; and what of the card is not ours."""
 
-    teacher: str
-    framework_share: float
-    reserve_gib: float
-    overhead_gib: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.framework_share < 1 or self.reserve_gib < 0 or self.overhead_gib < 0:
-            raise InputError("framework_share must be in [0, 1), reserve_gib and overhead_gib at least 0")
+    teacher: str = "online"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +54,8 @@ class Stage:
 
 def run(options: Options) -> None:
     teacher, how = model_config(options.model), options.training
-    if not options.hardware.usable_gib > 0:
-        raise InputError(f"hardware.usable_gib is {options.hardware.usable_gib:g}; expected the card's memory in GiB")
-    budget = options.hardware.budget(how.framework_share, how.reserve_gib, how.overhead_gib)
+    options.hardware.check()
+    budget = how.budget(options.hardware)
     stages = list(planned(options, teacher))
     show(options, teacher, stages, budget)
     turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in stages

@@ -5,28 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
 from ...distill.text.packing import Batch
 from ...models.checkpoint import load_config
 from ...models.config import HybridConfig
+from ...models.device import DTYPES as DTYPES
+from ...models.device import torch_device as torch_device
+from ...models.device import torch_dtype as torch_dtype
 from ...models.errors import InputError, guess
+from ...models.errors import check_counts as check_counts
 from .compose import CONF
 from .show import progress, table
 
 ZOO = Path(__file__).parents[2] / "models" / "zoo"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def check_counts(options: Any, *names: str, least: int = 1, group: str = "") -> None:
-    """Raises InputError where one of these options (of a `group`, as "details.") is less than `least`."""
-    for name in names:
-        if getattr(options, name) < least:
-            raise InputError(f"{group}{name} is {getattr(options, name)}; expected at least {least}")
 
 
 def model_names() -> list[str]:
@@ -99,27 +92,3 @@ def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
     more than the source's `epochs`."""
     if isinstance(text, Mixture):
         table("The mixture", ("source", "share", "documents", "tokens", "epochs"), text.reading(plan))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; known: {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def torch_device(name: str) -> torch.device:
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name!r} is unknown; expected auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use device=cpu")
-    if device.type not in ("cpu", "cuda"):
-        try:
-            torch.empty(1, device=device).fill_(0)
-        except (RuntimeError, NotImplementedError, AssertionError):
-            raise InputError(f"device {name!r}: torch {torch.__version__} has none here; use device=cpu") from None
-    return device
