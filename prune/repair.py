@@ -27,7 +27,7 @@ from torch import Tensor
 from ..kernels.norm import rms_norm
 from ..models.axes import HIDDEN, tensor_table
 from ..models.config import HybridConfig
-from ..models.errors import InputError
+from ..models.errors import InputError, check_counts
 from ..models.hybrid import HybridLM
 from .importance import TokenBatch
 from .rotation import hidden_of, principal_directions, reads_stream, rotated, rotated_selection, writes_stream
@@ -56,6 +56,25 @@ class Repair:
     @property
     def needs_data(self) -> bool:
         return self.rotate or self.least_squares or self.norms == "measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairOptions:
+    """`Repair`, and on how many tokens; what is None is done where there is data."""
+
+    rotate: bool | None = None
+    norms: str = "count"
+    least_squares: bool | None = None
+    ridge: float = 0.01
+    tokens: int = 32768
+
+    def __post_init__(self) -> None:
+        self.repair(with_data=False)
+        check_counts(self, "tokens", group="repair.")
+
+    def repair(self, with_data: bool) -> Repair:
+        rotate, fit = (with_data if wish is None else wish for wish in (self.rotate, self.least_squares))
+        return Repair(rotate, self.norms, fit, self.ridge)
 
 
 @torch.no_grad()
