@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.report.plots import save_png, save_svg, tradeoff
+from ..distill.stages import DistillOptions
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
 from ..models.cost.hardware import GIB, Hardware, Reserve
@@ -80,7 +81,7 @@ class Options:
     budget: Limits
     requests: Requests
     hardware: Hardware
-    distill: distill.Distill
+    distill: DistillOptions
 
     def __post_init__(self) -> None:
         if self.rank not in RANKS:

@@ -168,9 +168,3 @@ def with_text(content: Any, place: Sequence[Any]) -> Any:
     if isinstance(content, list) and isinstance(key, int):
         return [*content[:key], with_text(content[key], rest), *content[key + 1 :]]
     return with_text(content, rest)  # the name of a union's member
-
-
-def convert(kind: Any, value: Any, where: str) -> Any:
-    """Goes with its last caller."""
-    found = dataclasses.make_dataclass("One", [("value", kind)])
-    return build(found, {"value": value}, where).value

@@ -63,7 +63,7 @@ def complaint(errors: Sequence[Any], cls: Any, content: Any) -> str:
     names = names_of(error["loc"][1:], content, kind)
     where = ".".join(names)
     if kind == "unexpected_keyword_argument":
-        return f"{where} is no option here" + guess(names[-1], fields_at(cls, names[:-1]))
+        return f"{where} is no option here" + guess(names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]]))
     if kind == "missing":
         return f"{where} is missing; give {where}=VALUE"
     if kind == "dataclass_type":
@@ -89,15 +89,16 @@ def rank(error: Any) -> int:
 
 
 def names_of(place: Sequence[Any], content: Any, kind: str) -> list[str]:
-    """The keys on the way to a place of pydantic's, which has the numbers of items and the names of a union's members
-    beside them."""
-    names = []
+    """The keys on the way to a place of pydantic's, an item's number in brackets; the names of a union's members, which
+    stand there too, are left out."""
+    names: list[str] = []
     for number, key in enumerate(place, 1):
         if isinstance(content, Mapping) and key in content:
             content = content[key]
             names.append(str(key))
         elif isinstance(content, (list, tuple)) and isinstance(key, int):
             content = content[key]
+            names[-1] += f"[{key}]"
         elif kind == "missing" and number == len(place):
             names.append(str(key))
     return names
