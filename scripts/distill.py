@@ -22,11 +22,11 @@ from ..distill.trainer import train
 from ..distill.weights import greatest
 from ..models import processes
 from ..models.errors import InputError
+from .run.launch import many_processes
 from .run.resolve import corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .run.show import result, say
 from .run.stage import Work, stage
 from .run.tracking import card_tflops, check_mode, journal, training_bar
-from .score import many_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +58,22 @@ class Options:
 
 def run(options: Options) -> None:
     with many_processes(options.device), processes.together():
-        teacher, student = model_folder(options.teacher), model_folder(options.student)
-        inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
-        if options.teacher_cache is not None:
-            inputs["teacher_cache"] = cache_fingerprint(options.teacher_cache)
-        if options.distill.teacher_correction is not None:
-            teacher = inputs["teacher"] = correct_teacher(teacher, options)
-        with stage(options.output, "distill", inputs=inputs, options=options.fingerprint, scratch="training") as work:
-            if not work.finished:
-                distill(work, teacher, student, options)
+        train_student(options)
         if processes.rank() == 0:
             result(options.output, {"model": str(options.output), "metrics": str(options.output / "metrics.jsonl")})
+
+
+def train_student(options: Options) -> None:
+    """The stage, without its result.json."""
+    teacher, student = model_folder(options.teacher), model_folder(options.student)
+    inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
+    if options.teacher_cache is not None:
+        inputs["teacher_cache"] = cache_fingerprint(options.teacher_cache)
+    if options.distill.teacher_correction is not None:
+        teacher = inputs["teacher"] = correct_teacher(teacher, options)
+    with stage(options.output, "distill", inputs=inputs, options=options.fingerprint, scratch="training") as work:
+        if not work.finished:
+            distill(work, teacher, student, options)
 
 
 def correct_teacher(teacher: Path, options: Options) -> Path:

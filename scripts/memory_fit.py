@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -47,8 +47,8 @@ def run(options: Options) -> None:
     fit = dataclasses.replace(options.fit, **named).of(config)
     check(options, config, fit)
     estimate = fit.estimate(config, hardware)
-    show(estimate)
-    show_vllm(estimate)
+    print_estimate(estimate)
+    print_vllm(estimate)
     simulation = simulated(estimate) if options.method in ("simulation", "all") else None
     measured = measured_run(options, estimate) if options.method in ("measurement", "all") and estimate.fits else None
     compare(estimate.memory, simulation, measured)
@@ -128,7 +128,7 @@ def measured_run(options: Options, estimate: Estimate) -> Measured:
     return measured
 
 
-def show(estimate: Estimate) -> None:
+def print_estimate(estimate: Estimate) -> None:
     config, hardware, report, answer = estimate.config, estimate.hardware, estimate.memory, estimate.verdict
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
     rows = [
@@ -159,7 +159,7 @@ def show(estimate: Estimate) -> None:
     say("fits" if answer.fits else "does not fit")
 
 
-def show_vllm(estimate: Estimate) -> None:
+def print_vllm(estimate: Estimate) -> None:
     vllm, config = estimate.memory.vllm, estimate.config
     rows = [
         ("tokens a block", f"{vllm.block_size:,}"),
@@ -203,8 +203,3 @@ def draw(folder: Path, name: str, estimate: Estimate) -> None:
     figure = memory_plot(name, estimate.config, estimate.memory, estimate.verdict.budget, estimate.hardware.name)
     save_png(figure, folder, "memory")
     save_svg(figure, folder, "memory")
-
-
-def measure(config: HybridConfig, hardware: Hardware, fit: Fit) -> Any:  # goes with its last callers
-    estimate = fit.estimate(config, hardware)
-    return estimate.memory, estimate.verdict

@@ -22,11 +22,11 @@ from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
+from .run.launch import many_processes
 from .run.resolve import check_counts, data_input, documents, model_config, model_folder, text_in_tokens, torch_device
 from .run.show import progress, result, say
 from .run.stage import Work, stage
 from .run.tracking import card_tflops, check_mode, journal, training_bar
-from .score import many_processes
 
 
 @dataclasses.dataclass(frozen=True)

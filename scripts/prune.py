@@ -127,7 +127,9 @@ def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
     """What stays; after a rotation no channels of the source do, but a number of its principal directions."""
     kept = {str(axis): list(units) for axis, units in selection.kept.items()}
     content = {"layers": list(selection.layers), "kept": kept}
-    return content | {"principal_directions": len(kept.pop("hidden"))} if repair.rotate and "hidden" in kept else content
+    return (
+        content | {"principal_directions": len(kept.pop("hidden"))} if repair.rotate and "hidden" in kept else content
+    )
 
 
 def print_sizes(before: HybridConfig, after: HybridConfig) -> None:

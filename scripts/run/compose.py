@@ -6,7 +6,6 @@ Hydra's Compose API reads the tree: no change of directory, no output folder of 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import re

@@ -63,7 +63,9 @@ def complaint(errors: Sequence[Any], cls: Any, content: Any) -> str:
     names = names_of(error["loc"][1:], content, kind)
     where = ".".join(names)
     if kind == "unexpected_keyword_argument":
-        return f"{where} is no option here" + guess(names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]]))
+        return f"{where} is no option here" + guess(
+            names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]])
+        )
     if kind == "missing":
         return f"{where} is missing; give {where}=VALUE"
     if kind == "dataclass_type":
