@@ -160,7 +160,7 @@ def print_estimate(estimate: Estimate) -> None:
 
 
 def print_vllm(estimate: Estimate) -> None:
-    vllm, config = estimate.memory.vllm, estimate.config
+    vllm = estimate.memory.vllm
     rows = [
         ("tokens a block", f"{vllm.block_size:,}"),
         ("bytes of a block", gib(vllm.bytes_per_block)),
@@ -168,7 +168,7 @@ def print_vllm(estimate: Estimate) -> None:
         ("blocks a request of this length", f"{vllm.blocks_per_request:,}"),
         ("cache of one request", gib(vllm.bytes_per_request)),
         ("requests of this length at once", f"{vllm.max_num_seqs:,}"),
-        ("largest --max-num-seqs that starts", f"{vllm.largest_max_num_seqs:,}" if config.layers_of("M") else "any"),
+        ("largest --max-num-seqs that starts", f"{vllm.largest_max_num_seqs:,}" if estimate.memory.ssm else "any"),
         ("largest --max-model-len that starts", f"{vllm.largest_max_model_len:,}"),
     ]
     table(f"vLLM, Mamba cache mode {vllm.mode}", ("", ""), rows)

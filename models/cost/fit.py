@@ -105,7 +105,7 @@ class Estimate:
             ssm_dtype=self.fit.ssm_dtype,
             kv_dtype=self.fit.kv_dtype,
             dtype=self.fit.weight_dtype,
-            mamba=bool(self.config.layers_of("M")),
+            mamba=self.memory.ssm > 0,
         )
 
     def throughput(self) -> Throughput | None:

@@ -39,6 +39,9 @@ class Bar:
         changes = {} if total is None else {"total": total}
         self.display.update(self.task, completed=done, note=note, **changes)  # type: ignore[arg-type]
 
+    def add(self, count: float) -> None:
+        self.display.advance(self.task, count)
+
 
 @contextlib.contextmanager
 def progress(what: str, total: float | None = None, *, in_bytes: bool = False) -> Iterator[Bar]:
