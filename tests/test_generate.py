@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.errors import InputError
+from limbeck.models.generate import answers
 from limbeck.models.generate.chat import ChatTemplate
 from limbeck.models.generate.detokenize import TextStream
 from limbeck.models.generate.engine import Engine, Request, Thought
 from limbeck.models.generate.sampling import Sampling
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
-from limbeck.scripts import answers, generate
+from limbeck.scripts import generate
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
 from rich.console import Console

@@ -75,6 +75,8 @@ def complaint(errors: Sequence[Any], cls: Any, content: Any) -> str:
     elif kind == "literal_error":
         known = re.findall(r"'([^']*)'", context["expected"])
         return f"{where} is {given!r}; known: {', '.join(known)}" + guess(str(given), known)
+    elif kind == "greater_than":
+        expected = f"at least {context['gt'] + 1}" if isinstance(context["gt"], int) else f"more than {context['gt']:g}"
     elif kind == "greater_than_equal":
         expected = f"at least {context['ge']:g}"
     else:
