@@ -24,15 +24,8 @@ from typing import Any
 
 import torch
 from limbeck.distill.losses import DistillLoss, distillation_loss
-from limbeck.distill.text.packing import (
-    Batch,
-    Corpus,
-    keep_split,
-    sample_batches,
-    stdlib_documents,
-    tokenize,
-    train_batches,
-)
+from limbeck.distill.text.packing import Batch, Corpus, tokenize
+from limbeck.distill.text.resolve import documents
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.models.checkpoint import load_model
@@ -131,12 +124,11 @@ class Bench:
         return load_model(self.subject.folder)
 
     def tokenized(self, split: str) -> Corpus:
-        documents = keep_split(stdlib_documents(), split, "stdlib")
-        return tokenize(documents, load_tokenizer(self.subject.folder))
+        return tokenize(documents("stdlib", split), load_tokenizer(self.subject.folder))
 
     def sample(self, split: str, tokens: int, seed: int) -> list[Batch]:
         text = self.corpus(split)
-        return sample_batches(text, batch_size=4, seq_len=self.subject.seq_len, seed=seed, max_tokens=tokens)
+        return list(text.sample(batch_size=4, seq_len=self.subject.seq_len, seed=seed, max_tokens=tokens))
 
     def calibration(self, seed: int) -> list[Batch]:
         return self.sample("train", self.subject.calibration_tokens, seed)
@@ -198,7 +190,7 @@ class Bench:
 
         def batches(start: int) -> Iterator[Batch]:
             text = self.corpus("train")
-            return train_batches(text, batch_size=subject.batch, seq_len=subject.seq_len, seed=0, start=start)
+            return text.train_batches(batch_size=subject.batch, seq_len=subject.seq_len, seed=0, start=start)
 
         loss_of = distillation_loss(self.model, DistillLoss())
         with tempfile.TemporaryDirectory() as folder:

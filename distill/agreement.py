@@ -1,4 +1,4 @@
-"""Whether teacher, student and tokenizer mean the same tokens, asked before the first step."""
+"""Whether teacher, student and tokenizer mean the same tokens, checked before the first step."""
 
 from __future__ import annotations
 

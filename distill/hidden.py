@@ -25,7 +25,7 @@ from torch import Tensor
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from .weights import Weight, check_weight
+from .weights import LossWeight, check_weight
 
 COMPARISONS = ("auto", "kept", "fitted")
 RIDGE = 1e-4  # of the mean of the second moments
@@ -36,7 +36,7 @@ class HiddenLoss:
     """`streams` pairs of streams, evenly spread over the layers, or the `pairs` (student, teacher) given; `compare` on
     the kept channels, by a fitted map, or "auto": kept where they are known. The map is fitted on `fit_tokens`."""
 
-    weight: Weight = 0.0
+    weight: LossWeight = 0.0
     streams: int = 4
     pairs: tuple[tuple[int, ...], ...] = ()
     compare: str = "auto"
@@ -55,7 +55,7 @@ class HiddenLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class KeptParts:
     """What a student is of its teacher: layers and channels of the residual stream, numbered as in the teacher."""
 
     layers: tuple[int, ...]
@@ -91,7 +91,7 @@ def unit(stream: Tensor) -> Tensor:
     return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
 
 
-class Streams:
+class StreamObserver:
     """An observer of `HybridLM.hidden_states` that keeps the streams of some numbers."""
 
     def __init__(self, numbers: Iterable[int]) -> None:
@@ -108,11 +108,11 @@ class Streams:
 
 
 def make_pairing(
-    teacher: HybridLM, student: HybridLM, options: HiddenLoss, kept: Kept | None, batches: Iterable[Any]
+    teacher: HybridLM, student: HybridLM, options: HiddenLoss, kept: KeptParts | None, batches: Iterable[Any]
 ) -> Pairing:
     """The pairing of a student as it is before its first step; `batches` are read where a map has to be fitted.
 
-    Raises InputError where pairs do not exist, or the kept channels are asked for and not known.
+    Raises InputError where pairs do not exist, or the kept channels are requested and not known.
     """
     device = student.head_weight.device
     pairs = choose_pairs(teacher.config, student.config, options, kept)
@@ -129,7 +129,7 @@ def make_pairing(
 
 
 def choose_pairs(
-    teacher: HybridConfig, student: HybridConfig, options: HiddenLoss, kept: Kept | None
+    teacher: HybridConfig, student: HybridConfig, options: HiddenLoss, kept: KeptParts | None
 ) -> tuple[tuple[int, int], ...]:
     """(student's stream, teacher's stream), the last of both always among them. Raises InputError."""
     ours, theirs = student.num_layers, teacher.num_layers
@@ -153,7 +153,7 @@ def fit_maps(
 ) -> tuple[Tensor, ...]:
     """The matrix [Hs, Ht] of each pair that brings the student's stream nearest to the teacher's, by least squares over
     the batches' tokens; moments are float64, and a small ridge holds channels that hardly move."""
-    ours, theirs = Streams(a for a, _ in pairs), Streams(b for _, b in pairs)
+    ours, theirs = StreamObserver(a for a, _ in pairs), StreamObserver(b for _, b in pairs)
     moments = [[torch.zeros((), dtype=torch.float64)] * 2 for _ in pairs]
     for batch in batches:
         for model, streams in ((student, ours), (teacher, theirs)):

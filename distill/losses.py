@@ -21,9 +21,9 @@ from ..kernels.linear_kl import linear_cross_entropy, linear_kl
 from ..kernels.linear_topk_kl import linear_topk_kl
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from .hidden import HiddenLoss, Pairing, Streams
+from .hidden import HiddenLoss, Pairing, StreamObserver
 from .teacher import CachedTeacher
-from .weights import Weight, check_weight, greatest, weight_at
+from .weights import LossWeight, check_weight, greatest, weight_at
 
 LossOf = Callable[[HybridLM, Any, float], Tensor]
 
@@ -37,8 +37,8 @@ class DistillLoss:
 
     divergence: str = Divergence.FORWARD.option
     temperature: float = 1.0
-    kl_weight: Weight = 1.0
-    ce_weight: Weight = 0.0
+    kl_weight: LossWeight = 1.0
+    ce_weight: LossWeight = 0.0
     hidden: HiddenLoss = dataclasses.field(default_factory=HiddenLoss)
     tail: bool = True
 
@@ -64,7 +64,7 @@ class Distillation:
     teacher is a model, or what one has said about just these rows (`teacher.CachedTeacher`).
 
     Raises InputError where teacher and student do not share a vocabulary, where hidden states are to be compared and
-    `pairing` is not given, and where a cached teacher is asked for what it does not hold.
+    `pairing` is not given, and where a cached teacher does not hold what the loss needs.
     """
 
     def __init__(self, teacher: HybridLM | CachedTeacher, options: DistillLoss, pairing: Pairing | None = None) -> None:
@@ -89,8 +89,8 @@ class Distillation:
         if isinstance(self.teacher, CachedTeacher):
             return self.cached(self.teacher, student, rows, normalizer)
         active = self.pairing if self.hidden_weight > 0 else None
-        ours = None if active is None else Streams(stream for stream, _ in active.pairs)
-        theirs = None if active is None else Streams(stream for _, stream in active.pairs)
+        ours = None if active is None else StreamObserver(stream for stream, _ in active.pairs)
+        theirs = None if active is None else StreamObserver(stream for _, stream in active.pairs)
         with torch.no_grad():
             target = self.teacher.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=theirs).flatten(0, 1)
         hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=ours).flatten(0, 1)
@@ -132,7 +132,7 @@ def distillation_loss(
 
 
 def check_cached(options: DistillLoss) -> None:
-    """Raises InputError for what a teacher's likeliest tokens at temperature 1 do not tell."""
+    """Raises InputError for what a teacher's top-k tokens at temperature 1 do not tell."""
     if options.divergence != Divergence.FORWARD.option or options.temperature != 1:
         raise InputError(
             f"loss: a cached teacher gives forward KL at temperature 1, not divergence={options.divergence} at"

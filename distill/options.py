@@ -23,7 +23,7 @@ class TrainOptions:
     What is left in the end: `keep` the "last" weights or the "best" by held-out figures; with `ema_decay` above 0
     their exponential moving average; with `average_states` above 1 the mean of so many last states.
     `activation_checkpointing` keeps a layer's input alone and runs the layer twice; `compile` goes through
-    torch.compile. A step whose loss or gradient is not finite is passed over; `max_skipped` of them in a row end the
+    torch.compile. A step whose loss or gradient is not finite is skipped; `max_skipped` of them in a row end the
     run, as do `data_timeout` seconds without a batch.
     """
 

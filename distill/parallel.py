@@ -25,7 +25,7 @@ BUCKET = 2**25  # numbers of gradients that are summed over the processes at a t
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Weight:
+class TrainedWeight:
     """A parameter in training. `local` is what the optimizer moves here: the parameter, its rows that are this
     process's (`split`), or a float32 copy where the model keeps it in fewer bits."""
 
@@ -61,7 +61,7 @@ class Trained:
     """A model and what its optimizer moves, made by `prepare`."""
 
     model: HybridLM
-    weights: tuple[Weight, ...]
+    weights: tuple[TrainedWeight, ...]
 
     @property
     def device(self) -> torch.device:
@@ -100,11 +100,11 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
         shape = tuple(parameter.shape)
         mine: Any = parameter.detach()
         if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
-            weights.append(Weight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
+            weights.append(TrainedWeight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
         elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and parameter.dim() > 1:
-            weights.append(Weight(name, shape, lowered(model, name, parameter, dtype), parameter))
+            weights.append(TrainedWeight(name, shape, lowered(model, name, parameter, dtype), parameter))
         else:
-            weights.append(Weight(name, shape, parameter, parameter))
+            weights.append(TrainedWeight(name, shape, parameter, parameter))
     return Trained(model, tuple(weights))
 
 
@@ -142,7 +142,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
     names = {module: name for name, module in model.named_modules()}
     for group in groups:
         if read is not None:
-            fill(group, names[group], read)
+            materialize(group, names[group], read)
         device = next(group.parameters()).device
         mesh = init_device_mesh(device.type, (processes.count(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
@@ -154,7 +154,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
     register_fsdp_forward_method(model, "hidden_states")  # after it the head is whole, as the losses read it
 
 
-def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
+def materialize(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
     """Gives every parameter on the meta device its values."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta:

@@ -14,12 +14,12 @@ from typing import Any
 
 from ..models import processes
 from ..models.errors import InputError
-from .average import kept_weights
+from .average import final_weights
 from .losses import DistillLoss
 from .options import TrainOptions
 from .parallel import Trained
 from .state import fill_weights, states
-from .text.mixture import Text, train_batches
+from .text.mixture import Text
 from .text.packing import Batch
 
 SEEDS_APART = 1000  # the seeds of two stages, so that the second does not begin with the first one's text
@@ -141,8 +141,8 @@ def stage_seed(seed: int, stage: int) -> int:
 
 def stage_batches(text: Text, how: DistillOptions, stage: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """What a stage is trained on, from the step `start` to its last."""
-    source = train_batches(
-        text, batch_size=how.batch, seq_len=how.seq_len, seed=stage_seed(seed, stage), start=start, repack=how.repack
+    source = text.train_batches(
+        batch_size=how.batch, seq_len=how.seq_len, seed=stage_seed(seed, stage), start=start, repack=how.repack
     )
     return itertools.islice(source, how.train.steps - start)
 
@@ -164,7 +164,7 @@ def current_stage(folders: Sequence[Path]) -> int:
 
 def hand_on(student: Trained, folders: Sequence[Path], number: int, options: TrainOptions) -> None:
     """After stage `number`: the student has the weights that it leaves, and earlier stages' states are gone."""
-    kept = kept_weights(folders[number], options)
+    kept = final_weights(folders[number], options)
     if number + 1 < len(folders) and kept.said["kept"] != "last":
         fill_weights(student, kept.tensors())
     with processes.together():

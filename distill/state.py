@@ -1,4 +1,4 @@
-"""What training needs to go on: folders `state-<step>`, whole or not there, in safetensors and JSON.
+"""What training needs to resume: folders `state-<step>`, whole or not there, in safetensors and JSON.
 
 Tensors are written whole, one after the other, whatever part of them each process has: a state is read by any number
 of processes. The first process writes; each reads its rows. An older state goes once the newer one has its name.
@@ -23,7 +23,7 @@ from ..models import processes
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
 from ..models.tensors import TensorFile
-from .parallel import Trained, Weight
+from .parallel import Trained, TrainedWeight
 
 WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
 Optimizers = dict[str, torch.optim.Optimizer]
@@ -31,7 +31,7 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 @dataclasses.dataclass
 class Progress:
-    """How far training is. `skipped` steps were passed over, the last `in_a_row` among them; `best_step` had the best
+    """How far training is. `skipped` steps were not finite, the last `in_a_row` among them; `best_step` had the best
     held-out figure."""
 
     step: int = 0
@@ -100,7 +100,7 @@ def place(folder: Path | None, name: str) -> Path | None:
     return None if folder is None else folder / name
 
 
-def optimizer_tensors(trained: Trained, optimizers: Optimizers) -> Iterator[tuple[str, Weight | None, Tensor]]:
+def optimizer_tensors(trained: Trained, optimizers: Optimizers) -> Iterator[tuple[str, TrainedWeight | None, Tensor]]:
     """Every tensor of the optimizers' states as KIND/WEIGHT/FIELD, with the weight if it is split like it."""
     for kind, optimizer in sorted(optimizers.items()):
         for weight in trained.weights:
@@ -109,7 +109,7 @@ def optimizer_tensors(trained: Trained, optimizers: Optimizers) -> Iterator[tupl
                 yield f"{kind}/{weight.name}/{field}", weight if tensor.dim() else None, tensor
 
 
-def write_whole(path: Path | None, tensors: Iterable[tuple[str, Weight | None, Tensor]]) -> None:
+def write_whole(path: Path | None, tensors: Iterable[tuple[str, TrainedWeight | None, Tensor]]) -> None:
     """A file of tensors, each put together of the processes' parts when its turn comes. Where the path is None, parts
     are handed over and nothing is written.
 
@@ -137,7 +137,7 @@ def write_whole(path: Path | None, tensors: Iterable[tuple[str, Weight | None, T
 
 
 def load_state(trained: Trained, optimizers: Optimizers, average: dict[str, Tensor], folder: Path) -> Progress:
-    """Fills model, optimizers and average from the newest state, and clears what a kill has left behind."""
+    """Fills model, optimizers and average from the newest state, and clears what a killed run has left."""
     if processes.rank() == 0:
         for leftover in folder.glob(".*.partial"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -162,7 +162,7 @@ def load_state(trained: Trained, optimizers: Optimizers, average: dict[str, Tens
 
 
 def remove_bests(folder: Path, step: int) -> None:
-    """Those behind a step go: training has yet to come there."""
+    """Removes those of later steps, which training has yet to reach."""
     if processes.rank() == 0:
         for path in numbered(folder, "best"):
             if int(path.name.removeprefix("best-")) > step:
@@ -185,7 +185,7 @@ def fill_weights(trained: Trained, tensors: Iterable[tuple[str, Tensor]]) -> Non
 
 
 @torch.no_grad()
-def read_parts(path: Path, targets: Mapping[str, tuple[Weight, Tensor]]) -> None:
+def read_parts(path: Path, targets: Mapping[str, tuple[TrainedWeight, Tensor]]) -> None:
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         assert names == targets.keys(), f"{path} is of another model"
@@ -199,7 +199,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drops what was logged beyond the state that training goes on from, and a line cut off by a kill."""
+    """Drops what was logged beyond the state that training resumes from, and a line cut off by a kill."""
     if not path.exists():
         return
     kept = []

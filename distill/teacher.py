@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens, written once, and read in any order, batch size or number of processes.
+"""A teacher's top-k tokens, written once, and read in any order, batch size or number of processes.
 
 What a teacher says at a token follows from the row it stands in: the tokens before it, back to where its document or
 the row began. So a row is known by its content, a 128-bit hash of its token ids and of where documents begin in it, and
@@ -6,9 +6,9 @@ whoever holds the row finds the teacher's answer: no numbering of rows, seeds or
 twice is kept once, and data or a tokenizer that has changed finds nothing instead of the wrong thing. Answers kept by
 document would be of use to more rows, but not true: the teacher would have read what the student has not.
 
-A file `rows-NNNNN.safetensors` holds for each of its rows the key [16], and for each token the ids of the k likeliest
-tokens (the low 16 bits, and bits 16 to 23 in a byte where the vocabulary has more than 65,536), their log-probabilities
-and the logarithm of all others' mass. Shapes: [B] rows, [T] tokens, [k] likeliest tokens.
+A file `rows-NNNNN.safetensors` holds for each of its rows the key [16], and for each token the ids of the top-k tokens
+(the low 16 bits, and bits 16 to 23 in a byte where the vocabulary has more than 65,536), their log-probabilities
+and the logarithm of all others' mass. Shapes: [B] rows, [T] tokens, [k] top-k tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEY = 16
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
-    """`k` likeliest tokens a position, log-probabilities in `dtype`, files of about `shard_bytes`."""
+    """the top `k` tokens of a position, log-probabilities in `dtype`, files of about `shard_bytes`."""
 
     k: int = 64
     dtype: str = "float16"
@@ -94,8 +94,8 @@ def write_cache(
     on_rows: Callable[[int], None] | None = None,
 ) -> None:
     """The teacher's answers to all rows of the batches, given with how many rows of each go through it at once, as
-    files in an existing folder. What stands there already is not asked again; of many processes each asks a whole
-    teacher of its own for its share. `on_rows` is told of every row, asked or not. Raises InputError where k is beyond
+    files in an existing folder. Rows that stand there already are skipped; of many processes each runs a whole
+    teacher of its own on its share. `on_rows` is told of every row, skipped or not. Raises InputError where k is beyond
     the vocabulary.
     """
     vocabulary = teacher.config.vocab_size
@@ -110,7 +110,7 @@ def write_cache(
     number = max(processes.gather(number)) + processes.rank()
     pending: list[dict[str, Tensor]] = []
     size = options.bytes_per_token(vocabulary)
-    asked = 0
+    missing = 0
 
     def flush() -> None:
         nonlocal number, pending
@@ -128,9 +128,9 @@ def write_cache(
         for row, key in enumerate(keys):
             if key not in known:
                 known.add(key)
-                if asked % processes.count() == processes.rank():
+                if missing % processes.count() == processes.rank():
                     mine.append(row)
-                asked += 1
+                missing += 1
         for start in range(0, len(mine), at_once):
             rows = mine[start : start + at_once]
             pending.append(answer(teacher, batch, rows, [keys[row] for row in rows], options))
@@ -231,7 +231,7 @@ class CachedTeacher:
 @torch.no_grad()
 def cached_gap(teacher: CachedTeacher, student: HybridLM, batches: Iterable[Any]) -> dict[str, float]:
     """A student's held-out figures against the answers of a cache: cross-entropy (nats a token), bits per byte, KL over
-    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same likeliest successor.
+    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same argmax.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     tokens = text_bytes = 0

@@ -14,7 +14,7 @@ from ..models.fingerprint import read_provenance
 from ..models.folder import sha256_file
 from ..models.hybrid import HybridLM
 from .gap.measure import measure_gap
-from .hidden import Kept, Pairing
+from .hidden import KeptParts, Pairing
 from .losses import Distillation, DistillLoss, check_vocabularies
 from .teacher import CachedTeacher, cached_gap
 
@@ -84,7 +84,7 @@ def cache_fingerprint(cache: Path) -> str:
     return fingerprint
 
 
-def kept_of(student: Path, teacher: Path, teacher_sum: Callable[[], str]) -> Kept | None:
+def kept_of(student: Path, teacher: Path, teacher_sum: Callable[[], str]) -> KeptParts | None:
     """What a student's folder says it is of its teacher; None unless it was pruned from just this one."""
     try:
         selection = json.loads((student / "selection.json").read_text(encoding="utf-8"))
@@ -98,4 +98,4 @@ def kept_of(student: Path, teacher: Path, teacher_sum: Callable[[], str]) -> Kep
     channels: tuple[int, ...] | None = None
     if "principal_directions" not in selection:
         channels = tuple(selection["kept"].get("hidden", range(load_config(teacher).hidden_size)))
-    return Kept(tuple(selection["layers"]), channels)
+    return KeptParts(tuple(selection["layers"]), channels)

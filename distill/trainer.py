@@ -1,8 +1,8 @@
 """The training loop that pretraining and distillation share: deterministic, and resumable to the bit.
 
 A step takes one batch of rows, split among processes and in micro-batches whose losses share one normalizer, so that
-the gradient does not depend on the split. State goes to `folder/state-<step>/` (see `state`), and the newest one is
-where a later call goes on, with any number of processes.
+the gradient does not depend on the split. State goes to `folder/state-<step>/` (see `state`), and a later
+call resumes from the newest one, with any number of processes.
 """
 
 from __future__ import annotations
@@ -73,24 +73,24 @@ def train(
     stop_after: int | None = None,
     describe: Callable[[float], dict[str, float]] | None = None,
 ) -> int:
-    """Trains a model in place to `options.steps`, going on from the newest state in `folder`; returns the step reached.
+    """Trains a model in place to `options.steps`, resuming from the newest state in `folder`; returns the step reached.
 
     `loss_of(model, rows, normalizer)` is the sum of the rows' token losses over the normalizer (the number of
     labels of the whole batch, in all processes); `batches(start)` yields the whole batches from number `start` on,
     the same in every process. Figures go to `folder/metrics.jsonl`, and to `on_step`; `describe(tokens a second)`
     adds some. `stop_after` ends early, after so many steps of this call.
 
-    Raises Stopped behind a step in which SIGINT or SIGTERM came, with its state saved; InputError where a batch
+    Raises Stopped after a step in which SIGINT or SIGTERM came, with its state saved; InputError where a batch
     does not fit the processes or does not come, and where `max_skipped` steps in a row were not finite.
     """
     trained = model if isinstance(model, Trained) else prepare(model)
     with Stopper() as stopper, ending_all():
-        run = Run(trained, loss_of, options, folder, stopper, evaluate, on_step, describe)
+        run = TrainingRun(trained, loss_of, options, folder, stopper, evaluate, on_step, describe)
         return run.to_the_end(batches, stop_after)
 
 
 @dataclasses.dataclass
-class Run:
+class TrainingRun:
     """One call of `train`: what it was given, and what changes from step to step."""
 
     trained: Trained
@@ -224,7 +224,7 @@ class Run:
         return found
 
     def save(self) -> None:
-        """The state; not behind a step that was passed over, lest one from before things went wrong be lost."""
+        """Writes the state; not after a skipped step, since the newest finite state would go for it."""
         if self.progress.in_a_row and self.progress.step < self.options.steps:
             return
         kept = self.options.average_states
@@ -235,7 +235,7 @@ class Run:
         if processes.rank():
             return ""
         where = f"saved at step {self.saved}" if self.saved is not None else "no state is saved yet"
-        return f"stopped behind step {self.progress.step} of {self.options.steps}, {where}; the same command goes on"
+        return f"stopped after step {self.progress.step} of {self.options.steps}, {where}; the same command resumes"
 
     def complaint(self, loss: float, norm: float, batch: Rows) -> str:
         ids = ids_of(batch, self.progress.step - 1)

@@ -26,10 +26,10 @@ class Ramp:
             raise InputError(f"loss: a weight's shape {self.shape!r} is unknown; known: {', '.join(SHAPES)}")
 
 
-Weight = float | Ramp
+LossWeight = float | Ramp
 
 
-def weight_at(weight: Weight, step: int) -> float:
+def weight_at(weight: LossWeight, step: int) -> float:
     """The weight of a step, counted from 0."""
     if not isinstance(weight, Ramp):
         return weight
@@ -39,11 +39,11 @@ def weight_at(weight: Weight, step: int) -> float:
     return weight.start + (weight.end - weight.start) * share
 
 
-def greatest(weight: Weight) -> float:
+def greatest(weight: LossWeight) -> float:
     return max(weight.start, weight.end) if isinstance(weight, Ramp) else weight
 
 
-def check_weight(name: str, weight: Weight) -> None:
+def check_weight(name: str, weight: LossWeight) -> None:
     """Raises InputError where a weight is negative at some step."""
     least = min(weight.start, weight.end) if isinstance(weight, Ramp) else weight
     if not 0 <= least <= greatest(weight) < math.inf:

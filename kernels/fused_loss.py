@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from .linear import linear
+from .rows import iterations
 
 CACHED = 2**19  # elements of the logits that a CPU works through at a time, so that they stay in its cache
 VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
 
 # Works through a piece's logits [t, V] in place: they give way to their gradient times the factors [t, 1] where that is
-# needed, `values` [F, t] receives the figures, and the answer is whether the first ranks agree [t]. The slices are the
+# needed, `values` [F, t] receives the figures, and returns whether the argmaxes agree [t]. The slices are the
 # piece's place in its chunk and among all tokens.
 Piece = Callable[[Tensor, slice, slice, Tensor, Tensor, bool], Tensor]
 
@@ -36,11 +37,11 @@ class ChunkedLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if need_hidden else None
         dhead = torch.zeros(head.shape, dtype=work, device=head.device) if need_head else None
         size = max(1, CACHED // head.shape[0])
-        for start in range(0, tokens, chunk_tokens):
+        for start in iterations(range(0, tokens, chunk_tokens)):
             rows = slice(start, min(start + chunk_tokens, tokens))
             logits = linear(hidden[rows], head).to(work)
             piece: Piece = open_chunk(rows)
-            for begin in range(0, logits.shape[0], size):
+            for begin in iterations(range(0, logits.shape[0], size)):
                 inner = slice(begin, min(begin + size, logits.shape[0]))
                 outer = slice(start + inner.start, start + inner.stop)
                 factors = weights[outer, None] * scale

@@ -16,7 +16,6 @@ from ..distill.parallel import Trained, load_frozen, load_trained, process_devic
 from ..distill.speed import speed_figures
 from ..distill.stages import DistillOptions, check_share, current_stage, hand_on, join_metrics, stage_batches
 from ..distill.teaching import Teaching, cache_fingerprint, kept_of, open_cache
-from ..distill.text.mixture import batches_per_epoch
 from ..distill.text.packing import Batch
 from ..distill.trainer import train
 from ..distill.weights import greatest
@@ -87,7 +86,7 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
         if not work.finished:
             with processes.together():
                 text = corpus(options.data, "train", teacher)
-                batches_per_epoch(text, how.batch, how.seq_len)
+                text.batches_per_epoch(how.batch, how.seq_len)
                 check_share(how.batch)
             model = load_trained(teacher, dtype, process_device(torch_device(options.device)), options.shard)
             batches, training = functools.partial(stage_batches, text, how, 0, options.seed), work.folder / "training"
@@ -111,7 +110,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
             say(f"note: {note}")
         text = corpus(options.data, "train", student_folder)
         for how in plan:
-            batches_per_epoch(text, how.batch, how.seq_len)
+            text.batches_per_epoch(how.batch, how.seq_len)
             check_share(how.batch)
     student = load_trained(student_folder, dtype, process_device(torch_device(options.device)), options.shard)
     teaching = open_teaching(work, teacher_folder, student_folder, student, options)

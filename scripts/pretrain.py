@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,6 @@ from ..distill.options import TrainOptions
 from ..distill.parallel import Trained, load_trained, placed_model, process_device
 from ..distill.speed import speed_figures
 from ..distill.stages import check_share
-from ..distill.text.mixture import sample_batches, train_batches
 from ..distill.trainer import train
 from ..models import processes
 from ..models.cost.parameters import count_parameters
@@ -75,9 +75,9 @@ def pretrain(work: Work, options: Options) -> None:
     tokenizer_from = work.folder if options.init is None else model_folder(options.init)
     check_vocabulary(load_tokenizer(tokenizer_from), config)
     text = text_in_tokens(options.data, "train", tokenizer_from)
-    size = {"batch_size": options.batch, "seq_len": options.seq_len, "seed": options.data_seed}
-    held_out = sample_batches(
-        text_in_tokens(options.data, "validation", tokenizer_from), **size, max_tokens=options.evaluate_tokens
+    size: dict[str, Any] = {"batch_size": options.batch, "seq_len": options.seq_len, "seed": options.data_seed}
+    held_out = list(
+        text_in_tokens(options.data, "validation", tokenizer_from).sample(**size, max_tokens=options.evaluate_tokens)
     )
     say(f"{count_parameters(config):,} parameters, {text.tokens:,} tokens of text")
 
@@ -85,7 +85,7 @@ def pretrain(work: Work, options: Options) -> None:
         gap = measure_gap(model, {}, held_out, resamples=2).models["teacher"]
         return {"validation_loss": gap.cross_entropy.value, "validation_bits_per_byte": gap.bits_per_byte.value}
 
-    training, batches = work.folder / "training", functools.partial(train_batches, text, **size)
+    training, batches = work.folder / "training", functools.partial(text.train_batches, **size)
     speed = speed_figures(config, None, options.seq_len, student.device, card_tflops(student.device))
     with (
         journal(options.wandb, work.folder, options.output.name, work.options) as note_down,

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill.agreement import check_agreement
-from limbeck.distill.average import kept_weights, merged_rows
+from limbeck.distill.average import final_weights, merged_rows
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Trained, prepare
@@ -27,7 +27,7 @@ from limbeck.distill.stages import hand_on
 from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch
-from limbeck.distill.trainer import Run, train
+from limbeck.distill.trainer import TrainingRun, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.errors import InputError, Stopped
@@ -66,7 +66,7 @@ def test_a_signal_saves_and_ends(number: signal.Signals, tmp_path: Path) -> None
         if record["step"] == 3:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(Stopped, match=r"stopped behind step [34] of 8, saved at step [34]; the same command") as caught:
+    with pytest.raises(Stopped, match=r"stopped after step [34] of 8, saved at step [34]; the same command") as caught:
         train(rough, teach(), batches_from, options(), tmp_path / "rough", on_step=on_step)
     assert caught.value.signal == number and signal.getsignal(number) is before
     train(rough, teach(), batches_from, options(), tmp_path / "rough")
@@ -157,7 +157,7 @@ def test_activation_checkpointing_changes_nothing(changes: dict[str, Any], tmp_p
     for number, again in enumerate((False, True)):
         trained = prepare(model_of(1, **changes))
         how = options(activation_checkpointing=again)
-        run = Run(trained, teach(), how, tmp_path / str(number), Stopper(), None, None, None)
+        run = TrainingRun(trained, teach(), how, tmp_path / str(number), Stopper(), None, None, None)
         held: list[int] = []
 
         def keep(tensor: Tensor, held: list[int] = held) -> Tensor:
@@ -233,7 +233,7 @@ def test_moving_average_mean_and_best(tmp_path: Path) -> None:
 
         train(trained, teach(), batches_from, how, tmp_path / name, evaluate=evaluate, on_step=on_step)
         evaluated[:] = held
-        kept = kept_weights(tmp_path / name, how)
+        kept = final_weights(tmp_path / name, how)
         return trained, dict(kept.tensors()), kept.said
 
     trained, found, said = run("last")

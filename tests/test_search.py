@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.text.packing import Corpus, sample_batches
+from limbeck.distill.text.packing import Corpus
 from limbeck.models.axes import HIDDEN, tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.hardware import GIB, Hardware
@@ -115,7 +115,7 @@ TINY_SPACE = Space(
 def batches_of(config: HybridConfig) -> list[Any]:
     ids = torch.randint(config.vocab_size, (200,), dtype=torch.int32).numpy()
     text = Corpus(ids, torch.tensor([0, 120, 200]).numpy(), ("a", "b"), torch.ones(config.vocab_size), 0)
-    return sample_batches(text, batch_size=2, seq_len=16)
+    return list(text.sample(batch_size=2, seq_len=16))
 
 
 @pytest.mark.parametrize("overhead", (0.5, 0.6, 0.7, 0.8))

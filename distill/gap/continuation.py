@@ -40,7 +40,7 @@ def continuations(
     """Each student's agreement with the teacher over prompts [N, T], one of a document each; intervals over prompts. On
     a `device` where one is given.
 
-    What comes behind an end of text that both wrote is not looked at: it counts as agreement to the end.
+    What comes after an end of text that both wrote is not looked at: it counts as agreement to the end.
     """
 
     def written(model: HybridLM) -> Tensor:

@@ -17,8 +17,7 @@ WINDOW = 48  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A stretch of a document: its mean KL, and for each token the KL of foretelling it, and what teacher and student
-    held for the likeliest instead."""
+    """A stretch of a document: its mean KL, and for each token its KL, and the argmax of teacher and student."""
 
     document: int
     mean_kl: float
@@ -66,7 +65,7 @@ class Worst:
 
 
 def as_text(window: Window, names: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """A window as JSON has it: the document's name, and pieces of text with the KL, and the likeliest tokens of teacher
+    """A window as JSON has it: the document's name, and pieces of text with the KL, and the argmax of teacher
     and student. Tokens that are parts of a character make one piece, with the largest KL."""
     pieces: list[dict[str, Any]] = []
     begin = 0

@@ -46,7 +46,7 @@ class GroupGap:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Expected calibration error of the likeliest token over 15 equal bins of its probability (arXiv 1706.04599), and
+    """Expected calibration error of the argmax over 15 equal bins of its probability (arXiv 1706.04599), and
     of each bin that has any: tokens, mean probability, share that were right."""
 
     ece: Estimate
@@ -56,9 +56,9 @@ class Calibration:
 @dataclasses.dataclass(frozen=True)
 class ModelGap:
     """One model's figures: cross-entropy (nats a token), perplexity, bits per byte of text, and, against the teacher,
-    KL(teacher || model) and KL(model || teacher) in nats a token, the share of tokens whose likeliest successor is the
-    teacher's, how many of the teacher's five likeliest are among its own, the rank of the teacher's likeliest (mean,
-    and median over all tokens), and the probability mass kept: sum_v min(p_v, q_v).
+    KL(teacher || model) and KL(model || teacher) in nats a token, the share of tokens whose argmax is the
+    teacher's, how many of the teacher's top five are among its own, the rank of the teacher's argmax (mean, and
+    median over all tokens), and the probability mass kept: sum_v min(p_v, q_v).
     `kl_by_position`: (first position, mean KL) for each stretch of the row; `by_context`: by the tokens of the
     document seen so far in the row."""
 

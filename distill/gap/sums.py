@@ -85,5 +85,5 @@ def add_sizes(sizes: dict[int, np.ndarray], owners: Tensor, n_bytes: Tensor) -> 
 
 
 def widened(position: np.ndarray, width: int) -> np.ndarray:
-    """Zeros behind the columns, up to `width` of them."""
+    """Zeros after the columns, up to `width` of them."""
     return np.pad(position, ((0, 0), (0, max(width - position.shape[1], 0))))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ...distill.stages import DistillOptions
-from ...distill.text.mixture import batches_per_epoch
 from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
 from ...models.cost.fit import Fit
@@ -97,7 +96,7 @@ def check_feasible(data: str, source: Path, rounds: Sequence[Round]) -> None:
     for one in rounds:
         with named_round(one.name):
             for how in one.distill.plan():
-                batches_per_epoch(text, how.batch, how.seq_len)
+                text.batches_per_epoch(how.batch, how.seq_len)
 
 
 def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:
