@@ -118,7 +118,7 @@ def test_null_only_where_nothing_is_the_default() -> None:
         ("memory-fit model=zoo -m", "'-m' is no override"),
         ("memory-fit model=zoo fit=3", "fit.KEY=VALUE"),
         ("memory-fit model=zoo +foo=3", "foo is no option"),
-        ("memory-fit model=zoo ~fit.batch=1", "fit.batch is missing"),
+        ("memory-fit model=zoo ~steps=64", "steps is missing"),
         ("memory-fit model=zoo fit.batch=[1", "'fit.batch=[1' cannot be read"),
         ("memory-fit model=zoo fit.batch=1,2", "give one value"),
         ("memory-fit model=zoo fit.batch=two", "fit.batch is 'two'; expected a whole number"),
