@@ -57,11 +57,11 @@ def run(options: Options) -> None:
     options.hardware.check()
     budget = how.budget(options.hardware)
     stages = list(planned(options, teacher))
-    show(options, teacher, stages, budget)
+    print_stages(options, teacher, stages, budget)
     turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in stages
              if stage.report.total > budget}  # fmt: skip
     for name, found in turns.items():
-        show_knobs(name, found)
+        print_knobs(name, found)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
             write_json(folder / "result.json", as_json(options, stages, turns, budget))
@@ -127,7 +127,7 @@ def reads_teacher(loss: DistillLoss) -> bool:
     return greatest(loss.kl_weight) > 0 or greatest(loss.hidden.weight) > 0
 
 
-def show(options: Options, teacher: HybridConfig, stages: list[Stage], budget: float) -> None:
+def print_stages(options: Options, teacher: HybridConfig, stages: list[Stage], budget: float) -> None:
     """A column a stage, its fullest moment line by line; then a row a stage."""
     lines = [line for line in LINES if any(stage.report.lines[line] for stage in stages)]
     rows = [
@@ -155,7 +155,7 @@ def show(options: Options, teacher: HybridConfig, stages: list[Stage], budget: f
     say(f"teacher: {count_parameters(teacher):,} parameters")
 
 
-def show_knobs(name: str, found: list[Knob]) -> None:
+def print_knobs(name: str, found: list[Knob]) -> None:
     """What could be turned for a stage that does not fit."""
     rows = [
         (
