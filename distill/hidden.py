@@ -25,33 +25,9 @@ from torch import Tensor
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from .weights import LossWeight, check_weight
+from .options import HiddenLoss
 
-COMPARISONS = ("auto", "kept", "fitted")
 RIDGE = 1e-4  # of the mean of the second moments
-
-
-@dataclasses.dataclass(frozen=True)
-class HiddenLoss:
-    """`streams` pairs of streams, evenly spread over the layers, or the `pairs` (student, teacher) given; `compare` on
-    the kept channels, by a fitted map, or "auto": kept where they are known. The map is fitted on `fit_tokens`."""
-
-    weight: LossWeight = 0.0
-    streams: int = 4
-    pairs: tuple[tuple[int, ...], ...] = ()
-    compare: str = "auto"
-    fit_tokens: int = 16384
-
-    def __post_init__(self) -> None:
-        check_weight("hidden.weight", self.weight)
-        if self.compare not in COMPARISONS:
-            raise InputError(f"loss: hidden.compare {self.compare!r} is unknown; known: {', '.join(COMPARISONS)}")
-        if self.streams < 1 or self.fit_tokens < 1:
-            raise InputError(
-                f"loss: hidden.streams ({self.streams}) and hidden.fit_tokens ({self.fit_tokens}) must be at least 1"
-            )
-        if any(len(pair) != 2 for pair in self.pairs):
-            raise InputError(f"loss: hidden.pairs is {self.pairs}; expected [student, teacher] streams each")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,15 +72,15 @@ class StreamObserver:
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self.numbers = tuple(numbers)
-        self.found: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
 
     def __call__(self, kind: str, layer: int, tensor: Tensor) -> None:
         if kind == "residual" and layer in self.numbers:
-            self.found[layer] = tensor
+            self.kept[layer] = tensor
 
     def take(self) -> list[Tensor]:
-        found, self.found = self.found, {}
-        return [found[number] for number in self.numbers]
+        kept, self.kept = self.kept, {}
+        return [kept[number] for number in self.numbers]
 
 
 def make_pairing(

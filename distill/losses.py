@@ -9,48 +9,23 @@ method `at(step)` beside, which the trainer calls before a step, counted from 0.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.divergence import DIVERGENCES, Divergence
+from ..kernels.divergence import Divergence
 from ..kernels.linear_kl import linear_cross_entropy, linear_kl
 from ..kernels.linear_topk_kl import linear_topk_kl
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from .hidden import HiddenLoss, Pairing, StreamObserver
+from .hidden import Pairing, StreamObserver
+from .options import DistillLoss as DistillLoss
+from .options import greatest, weight_at
 from .teacher import CachedTeacher
-from .weights import LossWeight, check_weight, greatest, weight_at
 
 LossOf = Callable[[HybridLM, Any, float], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillLoss:
-    """kl_weight T^2 divergence + ce_weight cross-entropy + hidden.weight distance, per token, at the temperature T.
-
-    `tail`: of a cached teacher, whether the tokens that it does not name count as one bucket or as impossible.
-    """
-
-    divergence: str = Divergence.FORWARD.option
-    temperature: float = 1.0
-    kl_weight: LossWeight = 1.0
-    ce_weight: LossWeight = 0.0
-    hidden: HiddenLoss = dataclasses.field(default_factory=HiddenLoss)
-    tail: bool = True
-
-    def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise InputError(f"loss: divergence {self.divergence!r} is unknown; known: {', '.join(DIVERGENCES)}")
-        if not self.temperature > 0:
-            raise InputError(f"loss: temperature is {self.temperature}; expected more than 0")
-        check_weight("kl_weight", self.kl_weight)
-        check_weight("ce_weight", self.ce_weight)
-        if not any(greatest(weight) > 0 for weight in (self.kl_weight, self.ce_weight, self.hidden.weight)):
-            raise InputError("loss: kl_weight, ce_weight and hidden.weight are all 0; expected one above 0")
 
 
 def cross_entropy_loss(model: HybridLM, rows: Any, normalizer: float) -> Tensor:

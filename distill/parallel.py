@@ -19,6 +19,7 @@ from torch import Tensor, distributed, nn
 
 from ..models import processes
 from ..models.checkpoint import load_model, open_checkpoint
+from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
@@ -71,8 +72,8 @@ class Trained:
         """The gradients of the locals, summed over the processes. Every process has to call it."""
         for weight in self.weights:
             if weight.split and weight.parameter.grad is not None:
-                found: Any = weight.parameter.grad
-                weight.local.grad = found.to_local()
+                gradient: Any = weight.parameter.grad
+                weight.local.grad = gradient.to_local()
         if processes.count() > 1:
             sum_over_processes([w.local.grad for w in self.weights if not w.split and w.local.grad is not None])
         return [weight.local.grad for weight in self.weights if weight.local.grad is not None]
@@ -114,8 +115,8 @@ def lowered(model: nn.Module, name: str, master: nn.Parameter, dtype: torch.dtyp
 
     def hand_over(copy: Tensor) -> None:
         assert copy.grad is not None
-        found = copy.grad.to(master.dtype)
-        master.grad = found if master.grad is None else master.grad.add_(found)
+        gradient = copy.grad.to(master.dtype)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         copy.grad = None
 
     copy.register_post_accumulate_grad_hook(hand_over)
@@ -248,15 +249,24 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
 
 def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Runs of tensors of one dtype with `BUCKET` numbers at most, one tensor at least."""
-    found: list[list[Tensor]] = []
+    runs: list[list[Tensor]] = []
     filled = 0
     for tensor in tensors:
-        if not found or found[-1][0].dtype != tensor.dtype or filled + tensor.numel() > BUCKET:
-            found.append([])
+        if not runs or runs[-1][0].dtype != tensor.dtype or filled + tensor.numel() > BUCKET:
+            runs.append([])
             filled = 0
-        found[-1].append(tensor)
+        runs[-1].append(tensor)
         filled += tensor.numel()
-    return found
+    return runs
+
+
+def check_share(batch: int) -> None:
+    """Raises InputError where the processes cannot share a batch's rows evenly."""
+    if batch % processes.count():
+        raise InputError(
+            f"distill.batch is {batch} rows, which {processes.count()} processes cannot share evenly; give a multiple"
+            f" of {processes.count()}"
+        )
 
 
 def share(rows: int) -> range:
@@ -269,8 +279,8 @@ def squares(trained: Trained) -> tuple[float, float]:
     """Sums of the squared gradients, in float64: of what lies here alone, and of what every process has."""
     parts = [0.0, 0.0]
     for split in (True, False):
-        found = [w.local.grad for w in trained.weights if w.split == split and w.local.grad is not None]
-        if found:
-            norms = torch.stack(torch._foreach_norm(found))
+        gradients = [w.local.grad for w in trained.weights if w.split == split and w.local.grad is not None]
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients))
             parts[not split] = float(norms.double().square().sum())
     return parts[0], parts[1]

@@ -66,6 +66,8 @@ def save_state(
     target = folder / f"state-{progress.step:08d}"
     if processes.from_first(target.exists()):
         return
+    # The folder has its name once all of it is on the disk. A run that is killed before that leaves a .partial folder
+    # and the older state, from which the same steps come again, to the same bits.
     with processes.together(), written(target) as temporary:
         write_whole(place(temporary, WEIGHTS), ((w.name, w, w.local) for w in trained.weights))
         if average:
@@ -73,7 +75,7 @@ def save_state(
         write_whole(place(temporary, OPTIMIZER), optimizer_tensors(trained, optimizers))
         if temporary is not None:
             write_json(temporary / "state.json", dataclasses.asdict(progress))
-    if processes.rank() == 0:
+    if processes.rank() == 0:  # only now: at every moment one whole state is there
         kept = states(folder)[-states_kept:]
         for old in (*states(folder), *numbered(folder, "best")):
             if old not in kept and old.name != f"best-{progress.best_step or 0:08d}":
@@ -141,21 +143,24 @@ def load_state(trained: Trained, optimizers: Optimizers, average: dict[str, Tens
     if processes.rank() == 0:
         for leftover in folder.glob(".*.partial"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    found = processes.from_first(states(folder))
-    if not found:
+    all_states = processes.from_first(states(folder))
+    if not all_states:
         remove_bests(folder, 0)
         return Progress()
-    newest = found[-1]
+    newest = all_states[-1]  # as the first process sees it: on a shared disk another may not see it yet
     read_weights(trained, newest / WEIGHTS)
-    if average and (newest / AVERAGE).exists():
+    if average and (newest / AVERAGE).exists():  # a run resumed with ema_decay added begins its average here
         read_parts(newest / AVERAGE, {w.name: (w, average[w.name]) for w in trained.weights})
     by_name = {weight.name: weight for weight in trained.weights}
     with safe_open(newest / OPTIMIZER, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
-            kind, name, field = key.split("/")
+            kind, name, field = key.split(
+                "/"
+            )  # AdamW's step is a scalar, whole everywhere; moments are split as weights
             weight, part = by_name[name], file.get_slice(key)
             value = part[weight.rows] if part.get_shape() else file.get_tensor(key)
             optimizers[kind].state[weight.local][field] = value.to(weight.local.device)
+    # A best beyond the state is of steps that come again, and is written again then.
     progress = Progress(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
     remove_bests(folder, progress.step)
     return progress

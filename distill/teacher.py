@@ -104,9 +104,9 @@ def write_cache(
     if processes.rank() == 0:
         for leftover in folder.glob("rows-*.partial"):  # of a kill
             leftover.unlink()
-    found = shards(folder)
-    known = {key for path in found for key in read_keys(path)}
-    number = int(found[-1].stem[5:]) + 1 if found else 0
+    written = shards(folder)
+    known = {key for path in written for key in read_keys(path)}
+    number = int(written[-1].stem[5:]) + 1 if written else 0
     number = max(processes.gather(number)) + processes.rank()
     pending: list[dict[str, Tensor]] = []
     size = options.bytes_per_token(vocabulary)
@@ -148,17 +148,17 @@ def answer(
     device = teacher.head_weight.device
     ids, seq_idx = (tensor[list(rows)].to(device) for tensor in (batch.input_ids, batch.seq_idx))
     hidden = teacher.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
-    found = linear_topk(hidden, teacher.head_weight, options.k)
+    top = linear_topk(hidden, teacher.head_weight, options.k)
     shape = (*ids.shape, options.k)
     dtype = DTYPES[options.dtype]
     kept = {
         "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(len(keys), KEY),
-        "ids": (found.ids % LOW).to(torch.int32).to(torch.int16),  # the same 16 bits
-        "log_probs": found.log_probs.to(dtype),
-        "log_tail": found.log_tail.to(dtype),
+        "ids": (top.ids % LOW).to(torch.int32).to(torch.int16),  # the same 16 bits
+        "log_probs": top.log_probs.to(dtype),
+        "log_tail": top.log_tail.to(dtype),
     }
     if teacher.config.vocab_size > LOW:
-        kept["ids_high"] = (found.ids // LOW).to(torch.uint8)
+        kept["ids_high"] = (top.ids // LOW).to(torch.uint8)
     shapes = {"keys": kept["keys"].shape, "log_tail": shape[:2]}
     return {name: tensor.reshape(shapes.get(name, shape)).cpu() for name, tensor in kept.items()}
 
@@ -207,6 +207,14 @@ class CachedTeacher:
     def holds(self, rows: Any) -> bool:
         return all(key in self.places for key in row_keys(rows.input_ids, rows.seq_idx))
 
+    def check_holds(self, batches: Iterable[Any]) -> None:
+        """Raises InputError where there is no answer to one of these batches, which will be read."""
+        if not all(self.holds(batch) for batch in batches):
+            raise InputError(
+                f"teacher_cache={self.folder} lacks rows that will be read: it holds {len(self)}, made for fewer"
+                " steps or with another seed, seq_len, batch, repack or evaluate_tokens; make it with distill's options"
+            )
+
     def targets(self, rows: Any) -> TopK:
         """The answers to rows [B, T], as [B * T, k]. Raises InputError where a row is not there."""
         parts: dict[str, list[Tensor]] = {}
@@ -221,11 +229,11 @@ class CachedTeacher:
                 if name != "keys":
                     parts.setdefault(name, []).append(self.files[file].get_slice(name)[row : row + 1][0])
         device = rows.input_ids.device
-        found = {name: torch.cat(tensors).to(device) for name, tensors in parts.items()}
-        ids = found["ids"].to(torch.int64) % LOW
-        if "ids_high" in found:
-            ids += found["ids_high"].to(torch.int64) * LOW
-        return TopK(ids, found["log_probs"].float(), found["log_tail"].float())
+        stored = {name: torch.cat(tensors).to(device) for name, tensors in parts.items()}
+        ids = stored["ids"].to(torch.int64) % LOW
+        if "ids_high" in stored:
+            ids += stored["ids_high"].to(torch.int64) * LOW
+        return TopK(ids, stored["log_probs"].float(), stored["log_tail"].float())
 
 
 @torch.no_grad()
@@ -236,13 +244,13 @@ def cached_gap(teacher: CachedTeacher, student: HybridLM, batches: Iterable[Any]
     sums = torch.zeros(3, dtype=torch.float64)
     tokens = text_bytes = 0
     for batch in batches:
-        found = batch.to(student.head_weight.device)
-        hidden = student.hidden_states(found.input_ids, seq_idx=found.seq_idx).flatten(0, 1)
-        labels = found.labels.flatten()
-        loss = linear_topk_kl(hidden, student.head_weight, teacher.targets(found), labels=labels)
+        rows = batch.to(student.head_weight.device)
+        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
+        labels = rows.labels.flatten()
+        loss = linear_topk_kl(hidden, student.head_weight, teacher.targets(rows), labels=labels)
         assert loss.cross_entropy is not None
         sums += torch.stack([part.double().sum() for part in (loss.cross_entropy, loss.kl, loss.agreement)]).cpu()
-        tokens, text_bytes = tokens + int((labels >= 0).sum()), text_bytes + int(found.n_bytes.sum())
+        tokens, text_bytes = tokens + int((labels >= 0).sum()), text_bytes + int(rows.n_bytes.sum())
     nats, kl, agreed = sums.tolist()
     return {
         "validation_loss": nats / tokens,

@@ -259,13 +259,7 @@ def backward_launch(conv: Conv, dy: Tensor, dx: Tensor, dfirst: Tensor | None, s
 
 
 def step_launch(
-    state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    y: Tensor,
-    device: int,
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, y: Tensor, device: int
 ) -> Launch:
     """y [B, C]."""
     sizes = SIZES[device][2]
@@ -305,11 +299,3 @@ def backward(given: Conv, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Te
         None if conv.bias is None else total[width].to(conv.bias.dtype, copy=True),
         None if dfirst is None else dfirst.mT.contiguous(),
     )
-
-
-def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """y [B, C]; the state moves on in place."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    bias = None if bias is None else bias.contiguous()
-    step_launch(state, x, weight, bias, silu, y, capability(x.device)).run(x)
-    return y

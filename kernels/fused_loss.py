@@ -35,12 +35,14 @@ class ChunkedLoss(torch.autograd.Function):
         values = torch.zeros(figures, tokens, dtype=work, device=hidden.device)
         first = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
         dhidden = torch.empty_like(hidden) if need_hidden else None
+        # float32 whatever the head's dtype: a sum over many chunks would stop growing in bfloat16's eight bits.
         dhead = torch.zeros(head.shape, dtype=work, device=head.device) if need_head else None
         size = max(1, CACHED // head.shape[0])
         for start in iterations(range(0, tokens, chunk_tokens)):
             rows = slice(start, min(start + chunk_tokens, tokens))
             logits = linear(hidden[rows], head).to(work)
             piece: Piece = open_chunk(rows)
+            # Products want many rows at once, the softmaxes want their logits in the cache: two sizes of blocks.
             for begin in iterations(range(0, logits.shape[0], size)):
                 inner = slice(begin, min(begin + size, logits.shape[0]))
                 outer = slice(start + inner.start, start + inner.stop)
@@ -53,20 +55,21 @@ class ChunkedLoss(torch.autograd.Function):
                 accumulate(dhead, logits.to(hidden.dtype), hidden[rows])
             del logits, piece  # before the next chunk's
         loss = (values[-1] * weights).sum() * scale
+        # The gradients are kept, and not the logits: [T, H] and [V, H] in place of [T, V].
         ctx.save_for_backward(dhidden, dhead)
         ctx.dtypes = (hidden.dtype, head.dtype)
-        counted = weights != 0
+        counted = weights != 0  # an ignored token's figures are of whatever label 0 would be
         outputs = (*(row * counted for row in values[:-1]), first & counted)
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        found = [
+        scaled = [
             None if gradient is None else (gradient * dloss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *found, *[None] * 5
+        return *scaled, *[None] * 5
 
 
 def product(a: Tensor, b: Tensor, full: bool) -> Tensor:

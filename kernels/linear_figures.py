@@ -81,8 +81,8 @@ def linear_figures(
         logits = [product(hidden[rows], head.T, full=hidden.dtype != torch.float64) for hidden, head in pairs]
         for begin in range(0, logits[0].shape[0], piece):
             inner = slice(begin, begin + piece)
-            found = piece_figures([values[inner] for values in logits], target[rows][inner])
-            for part, figures in zip(parts, found, strict=True):
+            results = piece_figures([values[inner] for values in logits], target[rows][inner])
+            for part, figures in zip(parts, results, strict=True):
                 part.append(figures)
         del logits  # before the next chunk's
     counted = labels != ignore_index

@@ -55,7 +55,7 @@ def linear_topk(hidden: Tensor, head: Tensor, k: int, chunk_tokens: int | None =
         values, ids = logits.topk(k, -1)
         tail = torch.logsumexp(logits.scatter_(1, ids, -torch.inf), -1)
         parts.append(TopK(ids, values - normalizer, tail - normalizer[:, 0]))
-    return TopK(*(torch.cat(found) for found in zip(*parts, strict=True)))
+    return TopK(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def linear_topk_kl(

@@ -13,20 +13,17 @@ from ..distill.average import write_trained
 from ..distill.gap.measure import measure_gap
 from ..distill.losses import cross_entropy_loss
 from ..distill.options import TrainOptions
-from ..distill.parallel import Trained, load_trained, placed_model, process_device
-from ..distill.speed import speed_figures
-from ..distill.stages import check_share
+from ..distill.parallel import Trained, check_share, load_trained, placed_model, process_device
 from ..distill.trainer import train
 from ..models import processes
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
-from .run.launch import many_processes
 from .run.resolve import check_counts, data_input, documents, model_config, model_folder, text_in_tokens, torch_device
 from .run.show import progress, result, say
-from .run.stage import Work, stage
-from .run.tracking import card_tflops, check_mode, journal, training_bar
+from .run.stage import Work, many_processes, stage
+from .run.tracking import check_mode, journal, speed_of, training_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +83,7 @@ def pretrain(work: Work, options: Options) -> None:
         return {"validation_loss": gap.cross_entropy.value, "validation_bits_per_byte": gap.bits_per_byte.value}
 
     training, batches = work.folder / "training", functools.partial(text.train_batches, **size)
-    speed = speed_figures(config, None, options.seq_len, student.device, card_tflops(student.device))
+    speed = speed_of(config, None, options.seq_len, student.device)
     with (
         journal(options.wandb, work.folder, options.output.name, work.options) as note_down,
         training_bar("pretraining", options.train.steps, note_down) as on_step,

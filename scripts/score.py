@@ -23,10 +23,9 @@ from ..prune.depth_metrics import METRICS
 from ..prune.importance import score_widths
 from ..prune.scores import Scores, load_scores, write_scores
 from ..prune.scoring import Importance
-from .run.launch import many_processes
 from .run.resolve import data_input, model_folder, sample
 from .run.show import progress, result, table
-from .run.stage import stage
+from .run.stage import many_processes, stage
 
 
 @dataclasses.dataclass(frozen=True)

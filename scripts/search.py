@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from ..distill.stages import DistillOptions
+from ..distill.options import DistillOptions
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
 from ..models.cost.hardware import Hardware

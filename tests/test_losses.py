@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.hidden import HiddenLoss, KeptParts, Pairing, choose_pairs, make_pairing
+from limbeck.distill.hidden import KeptParts, Pairing, choose_pairs, make_pairing
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
+from limbeck.distill.options import HiddenLoss, Ramp, weight_at
 from limbeck.distill.teacher import CachedTeacher, CacheOptions, finish_cache, read_keys, row_keys, shards, write_cache
 from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import TrainOptions, train
-from limbeck.distill.weights import Ramp, weight_at
 from limbeck.kernels.linear_topk_kl import TopK
 from limbeck.models.axes import Axis
 from limbeck.models.errors import InputError

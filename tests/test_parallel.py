@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.hidden import HiddenLoss, make_pairing
+from limbeck.distill.hidden import make_pairing
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
-from limbeck.distill.options import TrainOptions
+from limbeck.distill.options import HiddenLoss, TrainOptions
 from limbeck.distill.parallel import Trained, load_sharded, prepare
 from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch

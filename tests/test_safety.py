@@ -361,11 +361,11 @@ def test_peak_of_the_cards(card: str, tflops: float | None, monkeypatch: pytest.
 def test_figures_of_the_log() -> None:
     student, teacher = tiny_config(hidden_size=24), tiny_config()
     flops = 3 * flops_per_token(student, 512) + flops_per_token(teacher, 512)
-    found = speed_figures(student, teacher, 512, torch.device("cpu"))(1000.0)
+    found = speed_figures(student, teacher, 512, torch.device("cpu"), None, 1000.0)
     assert found["model_tflops"] == pytest.approx(1e-9 * flops) and "mfu" not in found
     assert 0.05 < found["memory_gib"] < 100
-    half = speed_figures(student, teacher, 512, torch.device("cpu"), peak=2e-9 * flops)
-    assert half(1000.0)["mfu"] == pytest.approx(0.5)
+    half = speed_figures(student, teacher, 512, torch.device("cpu"), 2e-9 * flops, 1000.0)
+    assert half["mfu"] == pytest.approx(0.5)
     record = {"step": 1, "loss": 1.5, "tokens_per_second": 1000.0, **found}
     assert note_of(record).startswith("loss 1.500  1,000 tokens/s  ") and "TFLOP/s" in note_of(record)
     assert "50.0% of peak" in note_of(record | {"mfu": 0.5})

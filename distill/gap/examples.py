@@ -35,12 +35,12 @@ class Worst:
         self.count = count
         self.windows: list[Window] = []
 
-    def add(self, found: LinearFigures, teacher: LinearFigures, labels: Tensor, doc_id: Tensor) -> None:
+    def add(self, figures: LinearFigures, teacher: LinearFigures, labels: Tensor, doc_id: Tensor) -> None:
         """Figures of a batch's rows, labels and documents [B, T]; all on the CPU."""
         if not self.count:
             return
         shape = labels.shape
-        kl, choice, wanted = (column.view(shape) for column in (found.kl, found.choice, teacher.choice))
+        kl, choice, wanted = (column.view(shape) for column in (figures.kl, figures.choice, teacher.choice))
         for start in range(0, shape[1], WINDOW):
             rows = slice(start, start + WINDOW)
             owner = doc_id[:, rows]
@@ -56,12 +56,12 @@ class Worst:
                 self.keep(Window(int(first[row]), float(means[row]), *(tuple(column) for column in columns)))
 
     def keep(self, window: Window) -> None:
-        known = next((number for number, found in enumerate(self.windows) if found.document == window.document), None)
+        known = next((number for number, kept in enumerate(self.windows) if kept.document == window.document), None)
         if known is not None:
             if self.windows[known].mean_kl >= window.mean_kl:
                 return
             del self.windows[known]
-        self.windows = sorted([*self.windows, window], key=lambda found: (-found.mean_kl, found.document))[: self.count]
+        self.windows = sorted([*self.windows, window], key=lambda kept: (-kept.mean_kl, kept.document))[: self.count]
 
 
 def as_text(window: Window, names: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:

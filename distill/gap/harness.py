@@ -27,7 +27,7 @@ from ...models.generate.engine import Completion, Engine, Request
 from ...models.generate.sampling import Sampling
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
-from ...models.placement import let_go
+from ...models.placement import release_memory
 from ...models.tokenizer import Tokenizer
 
 # Tokens of a packed row. A CPU's attention works on all pairs of them, so that longer rows cost it more a token; on a
@@ -56,8 +56,8 @@ class Headroom:
         config, head = model.config, model.head_weight
         place = Place("cpu", torch.get_num_threads())
         if head.is_cuda:
-            found = torch.cuda.get_device_properties(head.device)
-            place = Place("cuda", found.multi_processor_count, f"{found.major}.{found.minor}")
+            card = torch.cuda.get_device_properties(head.device)
+            place = Place("cuda", card.multi_processor_count, f"{card.major}.{card.minor}")
         return cls(config, head.dtype, place, default_chunk(config.vocab_size, head))
 
     def row_tokens(self, free: int | None) -> int:
@@ -102,7 +102,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokens, self.on_step = model, tokenizer, on_step
         self.headroom = Headroom.of(model)
-        let_go()
+        release_memory()
         self.row_tokens = row_tokens or self.headroom.row_tokens(free_memory(self.device))
         self.max_length = model.config.max_position_embeddings
         self.prefix = tokenizer.backend.decode([tokenizer.bos_token_id], skip_special_tokens=False)
@@ -129,7 +129,7 @@ class HarnessModel(TemplateLM):
         """Of each (name, context, continuation): too long ones lose tokens on the left."""
         sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         wanted = [len(continuation) for _, _, continuation in requests]
-        found: list[Scored] = [(0.0, True)] * len(requests)
+        results: list[Scored] = [(0.0, True)] * len(requests)
         lengths = [len(sequence) - 1 for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda number: -lengths[number])
         done = 0
@@ -143,15 +143,15 @@ class HarnessModel(TemplateLM):
                     raise
             if scores is None:
                 self.row_tokens = sum(lengths[number] for number in row) // 2
-                let_go()
+                release_memory()
                 continue
             for number, score in zip(row, scores, strict=True):
-                found[number] = score
+                results[number] = score
             taken = set(row)
             order = [number for number in order if number not in taken]
             done += len(row)
             self.told(done, len(requests))
-        return found
+        return results
 
     @torch.inference_mode()
     def score_row(self, sequences: Sequence[list[int]], wanted: Sequence[int]) -> list[Scored]:
@@ -163,8 +163,10 @@ class HarnessModel(TemplateLM):
         ends = torch.tensor([len(sequence) - 1 for sequence in sequences]).cumsum(0)
         places = torch.cat([torch.arange(end - count, end) for end, count in zip(ends.tolist(), wanted, strict=True)])
         labels = torch.tensor([t for seq, count in zip(sequences, wanted, strict=True) for t in seq[-count:]])
-        found = linear_cross_entropy(hidden[places.to(device)], self.model.head_weight, labels.to(device))
-        parts = zip(*(values.cpu().split(list(wanted)) for values in (found.cross_entropy, found.top1)), strict=True)
+        figures = linear_cross_entropy(hidden[places.to(device)], self.model.head_weight, labels.to(device))
+        parts = zip(
+            *(values.cpu().split(list(wanted)) for values in (figures.cross_entropy, figures.top1)), strict=True
+        )
         return [(-float(lost.double().sum()), bool(first.all())) for lost, first in parts]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -207,7 +209,7 @@ class HarnessModel(TemplateLM):
         length = max([2, *(len(request.prompt) + request.max_new_tokens for request in requests)])
         slots = len(requests)
         while left := [place for place, text in enumerate(texts) if text.finished is None]:
-            let_go()
+            release_memory()
             slots = min(slots, len(left), self.headroom.slots(length, free_memory(self.device)))
             try:
                 self.decode(requests, texts, left, length, slots)

@@ -87,13 +87,13 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
 def text_from(corpus: Corpus, begin: int, size: int, tokenizer: Tokenizer) -> list[int]:
     """`size` tokens from one on, documents' beginnings and ends left out; the first document follows on the last. All
     there are where they are fewer. No more is read at a time than is wanted."""
-    found: list[int] = []
+    ids: list[int] = []
     left = corpus.tokens
-    while left and len(found) < size:
+    while left and len(ids) < size:
         part = corpus.ids[begin : begin + min(left, size)]
-        found += part[(part != tokenizer.bos_token_id) & (part != tokenizer.eos_token_id)].tolist()
+        ids += part[(part != tokenizer.bos_token_id) & (part != tokenizer.eos_token_id)].tolist()
         left, begin = left - len(part), (begin + len(part)) % corpus.tokens
-    return found[:size]
+    return ids[:size]
 
 
 def name(draw: np.random.Generator) -> str:
@@ -112,7 +112,7 @@ def retrieve(
 ) -> dict[str, Retrieved]:
     """How every model answers the probes, on a `device` where one is given; intervals over probes. Only the answer's
     places meet the head."""
-    found = {}
+    results = {}
     for name, model in models.items():
         answered, nats = np.zeros(len(probes)), np.zeros(len(probes))
         with placed(model, device):
@@ -124,5 +124,5 @@ def retrieve(
                 answered[number] = bool((logs.argmax(-1) == wanted).all())
                 nats[number] = -float(logs.gather(1, wanted[:, None]).sum())
         drawn = resampled({"answered": answered, "nats": nats, "probes": np.ones(len(probes))}, resamples, seed)
-        found[name] = Retrieved(*(drawn[key].over(drawn["probes"]).estimate() for key in ("answered", "nats")))
-    return found
+        results[name] = Retrieved(*(drawn[key].over(drawn["probes"]).estimate() for key in ("answered", "nats")))
+    return results
