@@ -147,9 +147,11 @@ def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Op
         return TypeAdapter(list[cls], config=config).validate_json(json.dumps([content]))[0]  # type: ignore[valid-type]
     except ValidationError as error:
         errors = error.errors(include_url=False)
-    places = [
-        each["loc"][1:] for each in errors if each["type"] == "string_type" and type(each["input"]) in (int, float)
-    ]
+    for each in errors:
+        if isinstance(refused := each.get("ctx", {}).get("error"), InputError):  # by a dataclass of ours
+            raise refused from None
+    numbers = [each for each in errors if each["type"] == "string_type" and type(each["input"]) in (int, float)]
+    places = [each["loc"][1:] for each in numbers]
     if places:  # an unquoted name such as 9
         return build(cls, functools.reduce(with_text, places, content), where)
     from .mistakes import complaint
