@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from ..kernels.norm import rms_norm
 from ..models.axes import HIDDEN, tensor_table
 from ..models.config import HybridConfig
-from ..models.errors import InputError, check_counts
+from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .importance import TokenBatch
 from .rotation import hidden_of, principal_directions, reads_stream, rotated, rotated_selection, writes_stream
@@ -66,11 +67,10 @@ class RepairOptions:
     norms: str = "count"
     least_squares: bool | None = None
     ridge: float = 0.01
-    tokens: int = 32768
+    tokens: PositiveInt = 32768
 
     def __post_init__(self) -> None:
-        self.repair(with_data=False)
-        check_counts(self, "tokens", group="repair.")
+        self.repair(with_data=False)  # which checks the rest
 
     def repair(self, with_data: bool) -> Repair:
         rotate, fit = (with_data if wish is None else wish for wish in (self.rotate, self.least_squares))
