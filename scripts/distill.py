@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..distill.agreement import check_agreement
 from ..distill.average import write_trained
 from ..distill.hidden import Pairing, make_pairing
 from ..distill.losses import Distillation, cross_entropy_loss
@@ -23,6 +22,7 @@ from ..models import processes
 from ..models.checkpoint import check_forward
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.tokenizer import check_agreement
 from .run.resolve import corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .run.show import result, say
 from .run.stage import Work, many_processes, stage

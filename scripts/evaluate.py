@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..distill.agreement import check_agreement
 from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, gap_content, load_models
 from ..distill.gap.measure import TEACHER, measure_gap
 from ..distill.gap.probes import check_probes
@@ -24,7 +23,7 @@ from ..models.errors import InputError, check_counts
 from ..models.fingerprint import read_provenance
 from ..models.folder import write_json
 from ..models.placement import placed
-from ..models.tokenizer import load_tokenizer
+from ..models.tokenizer import check_agreement, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
 from . import memory_fit
 from .run.resolve import corpus, data_input, model_folder, torch_device, torch_dtype

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..distill.agreement import check_agreement
 from ..distill.average import merged_rows
 from ..models.checkpoint import open_checkpoint, write_checkpoint
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
+from ..models.tokenizer import check_agreement
 from .run.resolve import model_folder
 from .run.show import progress, result, say
 from .run.stage import run_stage
