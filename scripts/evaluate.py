@@ -109,6 +109,7 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
         with placed(model, away):
             check_forward({name: model})
     # What may be wrong with the rest shows before anything is measured.
+    say(f"estimating memory on {options.hardware.name}")
     fits = {name: fitted(load_config(path), options.hardware, options.fit) for name, path in folders.items()}
     read = corpus(options.data, options.split, folders[TEACHER])
     batches = read.sample(batch_size=options.batch, seq_len=options.seq_len, seed=seed, max_tokens=options.tokens)
