@@ -21,13 +21,14 @@ from ..models import processes
 from ..models.checkpoint import load_config, open_checkpoint
 from ..models.cost.inference import Hardware, count_parameters
 from ..models.errors import InputError
+from ..models.fingerprint import PROVENANCE, plain
 from ..models.tokenizer import check_vocabulary, load_tokenizer
 from ..prune.choose import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .rounds import Round, make_rounds, rehearse, walk
 from .run.resolve import check_counts, corpus, data_input, model_config, model_folder
 from .run.show import console, gib, read_json, result, say, table
-from .run.stage import PROVENANCE, Facts, plain, run_stage
+from .run.stage import Facts, run_stage
 from .score import many_processes
 
 

@@ -24,11 +24,12 @@ from ..distill.text.packing import Batch
 from ..distill.trainer import Evaluate, OnStep, train
 from ..models import processes
 from ..models.errors import InputError
+from ..models.fingerprint import plain
 from ..models.hybrid import HybridLM
 from .run.compose import build, convert, guess
 from .run.resolve import corpus, data_input, model_folder, sample, say_epochs, torch_dtype
 from .run.show import progress, result, say
-from .run.stage import Facts, plain, run_stage
+from .run.stage import Facts, run_stage
 from .run.tracking import check_mode, journal
 from .score import many_processes
 from .teaching import cache_sum, open_teaching

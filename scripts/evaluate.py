@@ -23,6 +23,7 @@ from ..models.checkpoint import load_config, load_model
 from ..models.config import HybridConfig
 from ..models.cost.inference import Hardware, count_parameters, throughput
 from ..models.errors import InputError
+from ..models.fingerprint import PROVENANCE
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM
 from ..models.offload import free_memory
@@ -32,7 +33,7 @@ from ..prune.scores import check_width_scores, load_scores
 from . import memory_fit
 from .run.resolve import check_counts, corpus, data_input, model_folder, torch_device, torch_dtype
 from .run.show import gib, progress, read_json, result, say, table
-from .run.stage import PROVENANCE, Facts, run_stage
+from .run.stage import Facts, run_stage
 from .tasks import Asked, Tasks, answer, show_tasks
 
 SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch

@@ -18,13 +18,13 @@ from filelock import FileLock
 
 from ..distill.report.experiment_plot import draw_order, draw_rows, draw_sizes
 from ..models.errors import InputError
+from ..models.fingerprint import RESULT
 from . import compress
 from .experiments.cells import CELLS, DISTILLED, MEASURES, PRUNED, STARTS, TEACHER, WORK, Cell, load_cell, make_all
 from .experiments.figures import Row, agreement, order_of, published_pairs, spread, stable_from
 from .run.compose import build, compose_config, guess
 from .run.resolve import model_folder, torch_device
 from .run.show import read_json, result, say, table
-from .run.stage import RESULT
 
 STUDENTS = (PRUNED, DISTILLED)
 PICTURES = ("rows", "sizes", "order")

@@ -17,12 +17,13 @@ from ..distill.report.card import read_licence, write_card
 from ..models.checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
 from ..models.errors import CheckFailed, InputError
 from ..models.families import FAMILIES
+from ..models.fingerprint import PROVENANCE
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM
 from ..models.tensors import is_finite
 from .run.resolve import model_folder, torch_dtype
 from .run.show import read_json, result, table
-from .run.stage import PROVENANCE, Facts, run_stage
+from .run.stage import Facts, run_stage
 
 PARITY = 1e-4
 

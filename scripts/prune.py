@@ -23,6 +23,7 @@ from ..models.checkpoint import (
 from ..models.config import HybridConfig
 from ..models.cost.inference import count_parameters
 from ..models.errors import InputError
+from ..models.fingerprint import plain
 from ..models.folder import write_json
 from ..prune.choose import Target, select
 from ..prune.repair import Repair, repair_tensors
@@ -30,7 +31,7 @@ from ..prune.scores import load_scores
 from ..prune.slice import Selection, slice_config, slice_rows, source_name
 from .run.resolve import check_counts, data_input, model_folder, sample, torch_device, torch_dtype
 from .run.show import Bar, progress, result, table
-from .run.stage import plain, run_stage
+from .run.stage import run_stage
 
 WIDTHS = (
     ("layers", "num_layers"),

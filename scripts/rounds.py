@@ -16,6 +16,7 @@ from typing import Any
 from ..models.config import HybridConfig
 from ..models.cost.inference import Hardware, count_parameters
 from ..models.errors import InputError
+from ..models.fingerprint import plain
 from ..prune.choose import Target, select, with_widths
 from ..prune.depth import check_removal, random_layers, step_size
 from ..prune.importance import score_random
@@ -23,7 +24,6 @@ from ..prune.slice import WIDTH_OF_AXIS, Selection, slice_config
 from . import distill, memory_fit, prune, score
 from .run.compose import build, guess
 from .run.show import gib, say, table
-from .run.stage import plain
 
 
 @dataclasses.dataclass(frozen=True)

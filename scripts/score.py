@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..distill.report.report import DEPTH_METRICS, removal_steps
+from ..distill.report.words import DEPTH_METRICS, removal_steps
 from ..distill.text.packing import Batch
 from ..models import processes
 from ..models.checkpoint import open_checkpoint

@@ -20,13 +20,13 @@ from ..distill.report.gap_sections import task_rows
 from ..distill.text.corpus_cache import cache_folder
 from ..distill.text.documents import first_line
 from ..models.errors import InputError
+from ..models.fingerprint import digest, fingerprint_of
 from ..models.folder import sha256_file, write_json
 from ..models.hybrid import HybridLM
 from ..models.placement import placed
 from ..models.tokenizer import Tokenizer, load_tokenizer
 from .run.compose import guess
 from .run.show import progress, read_json, table
-from .run.stage import digest, fingerprint_of
 
 SUFFIXES = (".yaml", ".yml")  # of task files
 DATA_KEYS = ("dataset_path", "dataset_kwargs")  # of a task file

@@ -18,9 +18,9 @@ from ..distill.weights import greatest
 from ..models import processes
 from ..models.checkpoint import load_config
 from ..models.errors import InputError
+from ..models.fingerprint import PROVENANCE
 from ..models.folder import sha256_file
 from ..models.hybrid import HybridLM
-from .run.stage import PROVENANCE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,3 +152,33 @@ def cached_logits(ours: HybridLM, theirs: Any, ids: Tensor, prompt: int) -> tupl
         expected.append(output.logits)
         found.append(ours(token, cache=cache))
     return torch.cat(expected, 1), torch.cat(found, 1)
+
+
+def wide(**changes: Any) -> HybridConfig:
+    """Of the shipped model's proportions, a quarter as wide."""
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "mamba_num_heads": 8, "mamba_head_dim": 16, "chunk_size": 64}
+    return tiny_config(
+        **(sizes | {"pattern": "M-*M"} | {"ssm_state_size": 32, "head_dim": 16, "vocab_size": 512} | changes)
+    )
+
+
+def compress_command(workshop: Path, out: Path) -> list[str]:
+    return [
+        "compress",
+        f"model={workshop / 'model'}",
+        f"data={workshop / 'text'}",
+        f"output={out}",
+        "target.layers=5",
+        "target.hidden_size=24",
+        "target.intermediate_size=40",
+        "target.mamba_num_heads=6",
+        "importance.tokens=256",
+        "importance.depth_tokens=128",
+        "distill.train.steps=12",
+        "distill.train.save_every=3",
+        "distill.train.evaluate_every=6",
+        "distill.seq_len=32",
+        "distill.batch=2",
+        "evaluate_tokens=512",
+        "fit.context=1000",
+    ]

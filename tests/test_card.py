@@ -11,9 +11,9 @@ import pytest
 from limbeck.distill.report.card import front_matter, read_licence, write_card
 from limbeck.models.checkpoint import load_config
 from limbeck.models.config import HybridConfig
+from limbeck.models.fingerprint import fingerprint_of
 from limbeck.prune.importance import score_random
 from limbeck.prune.scores import LayerScores, Scores, save_scores
-from limbeck.scripts.run.stage import fingerprint_of
 from limbeck.tests.helpers import limbeck, make_workshop, tiny_config
 from limbeck.tests.page_content import gap_of
 

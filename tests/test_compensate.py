@@ -17,7 +17,7 @@ from limbeck.prune.repair import Repair, repair_model, repair_tensors, rms_ratio
 from limbeck.prune.rotation import principal_directions, rotated
 from limbeck.prune.slice import Selection, filled, slice_config, slice_model
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
-from limbeck.tests.test_slice import draw_selection
+from limbeck.tests.pruning_helpers import draw_selection
 from torch import Tensor
 
 ALL = [

@@ -21,6 +21,7 @@ from limbeck.models.axes import tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.inference import GIB, count_parameters, num_tensors
 from limbeck.models.errors import InputError
+from limbeck.models.fingerprint import fingerprint_of
 from limbeck.prune.importance import score_random
 from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
@@ -29,7 +30,7 @@ from limbeck.scripts.rounds import walk
 from limbeck.scripts.run.compose import BASES, build, compose_config, groups, known_keys, recipes
 from limbeck.scripts.run.main import COMMANDS, EXAMPLES
 from limbeck.scripts.run.resolve import model_config, model_names
-from limbeck.scripts.run.stage import fingerprint_of, run_stage
+from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import limbeck
 
 ROOT = Path(__file__).parents[1]
@@ -236,20 +237,20 @@ def test_the_command_line_goes_before_a_recipe() -> None:
 
 
 def made(folder: Path, source: Path, seed: int = 0, scratch: str | None = None, fail: Exception | None = None) -> bool:
-    """A stage that counts its runs in the source's neighbour, and leaves one file."""
-
-    def make(temporary: Path, facts: dict[str, Any]) -> None:
+    """A stage that counts its runs in the source's neighbour, and leaves one file; whether it had to be made."""
+    with stage(folder, "test", inputs={"source": source}, options={"seed": seed}, scratch=scratch) as work:
+        if work.finished:
+            return False
         with (source.parent / "runs").open("a") as stream:
             stream.write("x")
         if scratch is not None and not isinstance(fail, InputError):
-            (temporary / scratch).mkdir(exist_ok=True)
-            with (temporary / scratch / "steps").open("a") as stream:
+            (work.folder / scratch).mkdir(exist_ok=True)
+            with (work.folder / scratch / "steps").open("a") as stream:
                 stream.write("s")
         if fail is not None:
             raise fail
-        (temporary / "weights").write_text("w")
-
-    return run_stage(folder, name="test", inputs={"source": source}, options={"seed": seed}, make=make, scratch=scratch)
+        (work.folder / "weights").write_text("w")
+    return True
 
 
 @pytest.fixture

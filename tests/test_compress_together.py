@@ -9,10 +9,8 @@ import torch
 from limbeck.models import processes
 from limbeck.models.errors import InputError
 from limbeck.scripts.run.show import read_json
-from limbeck.tests.helpers import limbeck, make_workshop
-from limbeck.tests.test_cli import compress_command
-from limbeck.tests.test_parallel import run_workers
-from limbeck.tests.test_scoring_size import launch
+from limbeck.tests.helpers import compress_command, limbeck, make_workshop
+from limbeck.tests.processes_helpers import launch, run_workers
 from safetensors.torch import load_file
 
 MAIN = ("-m", "limbeck.scripts.run.main")
@@ -44,7 +42,7 @@ def take_turns(folder: str) -> None:
 
 
 def test_the_first_works_while_the_others_wait(tmp_path: Path) -> None:
-    run_workers("take_turns", tmp_path, module="limbeck.tests.test_compress_together")
+    run_workers(take_turns, tmp_path)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.report.report import DEPTH_METRICS
+from limbeck.distill.report.words import DEPTH_METRICS
 from limbeck.models import offload as layers
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
@@ -16,7 +16,7 @@ from limbeck.prune import depth_metrics as distance
 from limbeck.prune.depth import Race, score_layers
 from limbeck.prune.depth_metrics import Reading, cross_entropies, divergences
 from limbeck.tests.helpers import dense_config, random_model, tiny_config
-from limbeck.tests.test_importance import Rows, draw_rows
+from limbeck.tests.pruning_helpers import Rows, draw_rows
 from torch import Tensor
 from torch.nn import functional as F
 

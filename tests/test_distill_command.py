@@ -11,7 +11,7 @@ import pytest
 import torch
 from limbeck.distill import teacher as module
 from limbeck.models.checkpoint import load_model, save_model
-from limbeck.scripts.run.stage import fingerprint_of
+from limbeck.models.fingerprint import fingerprint_of
 from limbeck.scripts.teaching import kept_of, provenance
 from limbeck.scripts.training import load_frozen
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config

@@ -13,7 +13,7 @@ import pytest
 from limbeck.scripts.run.compose import build, compose_config
 from limbeck.scripts.run.main import COMMANDS, by_mode
 from limbeck.tests.helpers import limbeck
-from limbeck.tests.test_scoring_size import launch
+from limbeck.tests.processes_helpers import launch
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/recipes.md")

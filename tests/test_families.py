@@ -32,7 +32,7 @@ from limbeck.tests.helpers import (
     random_model,
     tiny_config,
 )
-from limbeck.tests.test_importance import draw_rows, naive_mse
+from limbeck.tests.pruning_helpers import draw_rows, naive_mse
 from safetensors.torch import load_file, save_file
 
 DENSE = ("llama", "qwen3")

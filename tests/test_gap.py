@@ -16,19 +16,8 @@ from limbeck.distill.text.packing import Batch
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.helpers import random_model, tiny_config
+from limbeck.tests.training_helpers import draw_long_documents
 from torch.nn import functional as F
-
-
-def rows(seed: int, count: int = 4, length: int = 20, vocabulary: int = 97) -> Batch:
-    """Rows of documents that go on from row to row and from batch to batch, the last tokens padding."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary, (count, length + 1), generator=generator)
-    place = seed * count * length + torch.arange(count)[:, None] * length + torch.arange(length + 1)
-    owner = place // 13
-    labels = ids[:, 1:].masked_fill(owner[:, 1:] != owner[:, :-1], -100)
-    labels[-1, -3:] = -100
-    n_bytes = torch.where(labels >= 0, labels % 4 + 1, 0).to(torch.int32)
-    return Batch(ids[:, :-1], labels, (owner - owner[:, :1])[:, :-1].to(torch.int32), n_bytes, owner[:, :-1])
 
 
 def models() -> dict[str, HybridLM]:
@@ -78,7 +67,7 @@ def report_of(found: dict[str, HybridLM], batches: list[Batch], **options: int) 
 
 
 def test_every_figure_is_the_dense_float64_one() -> None:
-    found, batches = models(), [rows(seed) for seed in range(3)]
+    found, batches = models(), [draw_long_documents(seed) for seed in range(3)]
     for batch in batches:  # what the teacher would say: pruning has to lose something
         said = found["teacher"](batch.input_ids, seq_idx=batch.seq_idx).argmax(-1)
         batch.labels.copy_(torch.where(batch.labels >= 0, said, -100))
@@ -107,7 +96,7 @@ def test_every_figure_is_the_dense_float64_one() -> None:
 
 def test_intervals_are_of_the_resampled_documents_and_differences_pair() -> None:
     """Against a plain bootstrap, document by document, and its paired differences."""
-    found, batches = models(), [rows(seed) for seed in range(3)]
+    found, batches = models(), [draw_long_documents(seed) for seed in range(3)]
     sums, sizes = by_document(batches, found)
     report = report_of(found, batches, resamples=400)
     generator = np.random.default_rng(7)
@@ -137,7 +126,7 @@ def test_intervals_are_of_the_resampled_documents_and_differences_pair() -> None
 
 
 def test_the_same_twice_and_in_any_batches() -> None:
-    found, batches = models(), [rows(seed) for seed in range(2)]
+    found, batches = models(), [draw_long_documents(seed) for seed in range(2)]
     first, again, other = (report_of(found, batches, seed=seed) for seed in (3, 3, 4))
     assert first == again
     assert first.models["pruned"].cross_entropy.value == other.models["pruned"].cross_entropy.value
@@ -161,7 +150,7 @@ def test_parts_of_the_resamples_are_the_whole() -> None:
 @pytest.mark.parametrize("length", (1, 5, 16, 20, 37))
 def test_kl_by_position(length: int) -> None:
     found = models()
-    batches = [rows(seed, length=length, count=9) for seed in range(2)]
+    batches = [draw_long_documents(seed, length=length, count=9) for seed in range(2)]
     for batch in batches:
         batch.labels[-1, -3:] = 5  # the padding of a row of one token would leave none
         batch.n_bytes[-1, -3:] = 1
@@ -182,7 +171,7 @@ def test_kl_by_position(length: int) -> None:
 
 def test_rows_of_several_lengths_share_positions() -> None:
     found = models()
-    short, long = rows(0, length=6), rows(1, length=12)
+    short, long = draw_long_documents(0, length=6), draw_long_documents(1, length=12)
     report = measure_gap(found["teacher"], {"pruned": found["pruned"]}, [long, short])
     assert report == measure_gap(found["teacher"], {"pruned": found["pruned"]}, [short, long])
     assert [start for start, _ in report.models["pruned"].kl_by_position] == list(range(12))
@@ -215,21 +204,23 @@ def test_odd_input_is_refused() -> None:
     found = models()
     teacher = found["teacher"]
     with pytest.raises(InputError, match="named 'teacher'"):
-        measure_gap(teacher, {"teacher": teacher}, [rows(0)])
+        measure_gap(teacher, {"teacher": teacher}, [draw_long_documents(0)])
     with pytest.raises(InputError, match="vocabulary"):
-        measure_gap(teacher, {"x": random_model(tiny_config(vocab_size=50), 1, torch.float32)}, [rows(0)])
+        measure_gap(
+            teacher, {"x": random_model(tiny_config(vocab_size=50), 1, torch.float32)}, [draw_long_documents(0)]
+        )
     with pytest.raises(InputError, match="resamples"):
-        measure_gap(teacher, {}, [rows(0)], resamples=0)
+        measure_gap(teacher, {}, [draw_long_documents(0)], resamples=0)
     with pytest.raises(ValueError, match="no token counts"):
         measure_gap(teacher, {}, [])
-    silent = rows(0)
+    silent = draw_long_documents(0)
     silent.labels.fill_(-100)
     with pytest.raises(ValueError, match="no token counts"):
         measure_gap(teacher, {}, [silent])
     with torch.no_grad():
         found["pruned"].norm_f.weight[0] = float("nan")
     with pytest.raises(CheckFailed, match="'pruned' are not finite"):
-        measure_gap(teacher, {"pruned": found["pruned"]}, [rows(0)])
+        measure_gap(teacher, {"pruned": found["pruned"]}, [draw_long_documents(0)])
 
 
 def test_a_hopeless_model_has_a_perplexity() -> None:

@@ -53,6 +53,13 @@ def test_direction_of_imports() -> None:
             assert not imports(path) & {"hydra", "omegaconf"}, f"{path} knows Hydra"
 
 
+def test_no_test_imports_another() -> None:
+    """What tests share stands in a module that is none; a script that a test writes may import its own test."""
+    for path in (ROOT / "tests").glob("*.py"):
+        others = set(re.findall(r"\btests\.(test_\w+)", path.read_text())) - {path.stem}
+        assert not others, f"{path} imports {others}"
+
+
 def test_packages_name_every_code_folder() -> None:
     folders = {".".join(path.relative_to(ROOT).parent.parts) for path in sources()}
     tops = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith((".", "build"))}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,32 +14,9 @@ from limbeck.prune.choose import Target, select
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_magnitude, score_random, score_widths
 from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores, width_score_shapes
-from limbeck.prune.slice import Selection, slice_model
 from limbeck.tests.helpers import assert_close, random_model, tiny_config
+from limbeck.tests.pruning_helpers import Rows, draw_rows, naive_mse
 from torch import Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What prune/ asks of a batch, and no more."""
-
-    input_ids: Tensor
-    labels: Tensor
-    seq_idx: Tensor
-
-    def take(self, rows: Sequence[int]) -> Rows:
-        return Rows(*(getattr(self, field.name)[list(rows)] for field in dataclasses.fields(self)))
-
-
-def draw_rows(vocabulary: int, rows: int = 8, tokens: int = 21) -> Rows:
-    """Rows of two documents; the tail of each row is padding of its own length (label -100)."""
-    ids = torch.randint(vocabulary, (rows, tokens))
-    labels = torch.cat([ids[:, 1:], torch.full((rows, 1), -100)], 1)
-    labels[:, 8] = -100
-    for row in range(rows):
-        labels[row, tokens - 1 - row :] = -100
-    seq_idx = (torch.arange(tokens) > 8).int().expand(rows, -1)
-    return Rows(ids, labels, seq_idx)
 
 
 def observed(model: HybridLM, batch: Rows, kind: str, layer: int) -> Tensor:
@@ -181,17 +156,6 @@ def test_magnitude_is_the_norm_of_a_units_weights() -> None:
     out = weights["layers.0.mixer.out_proj.weight"].square().sum(0)
     per_head = (rows[:di] + rows[di : 2 * di] + conv + out).unflatten(0, (heads, -1)).sum(1) + rows[-heads:]
     assert_close("mamba", per_head.sqrt(), torch.linalg.vector_norm(scores[Axis("mamba_heads", 0)], dim=1), 1e-6)
-
-
-def naive_mse(model: HybridLM, batches: Sequence[Rows], gone: Sequence[int]) -> float:
-    """The mean over counted positions and vocabulary of the squared difference of the logits."""
-    without = slice_model(model, Selection(tuple(i for i in range(model.config.num_layers) if i not in gone)))
-    errors = []
-    with torch.no_grad():
-        for batch in batches:
-            difference = model(batch.input_ids, seq_idx=batch.seq_idx) - without(batch.input_ids, seq_idx=batch.seq_idx)
-            errors.append(difference[batch.labels != -100])
-    return torch.cat(errors).square().mean().item()
 
 
 @pytest.mark.parametrize("pairs", (False, True))

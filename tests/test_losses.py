@@ -22,7 +22,7 @@ from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.slice import Selection, slice_model
 from limbeck.tests.helpers import assert_close, random_model, tiny_config
-from limbeck.tests.test_training import rows
+from limbeck.tests.training_helpers import draw_batch
 from torch import Tensor
 
 
@@ -45,7 +45,7 @@ def test_weights_move() -> None:
     line, wave = Ramp(1.0, 0.0, 4), Ramp(0.0, 2.0, 4, "cosine")
     assert [weight_at(line, step) for step in (0, 1, 4, 9)] == [1.0, 0.75, 0.0, 0.0]
     assert [round(weight_at(wave, step), 6) for step in (0, 1, 2, 4, 9)] == [0.0, 0.292893, 1.0, 2.0, 2.0]
-    teacher, student, batch = model_of(0), model_of(1), rows(3)
+    teacher, student, batch = model_of(0), model_of(1), draw_batch(3)
     loss = distillation_loss(teacher, DistillLoss(kl_weight=line, ce_weight=Ramp(0.0, 1.0, 4)))
     only = distillation_loss(teacher, DistillLoss())(student, batch, 9.0)
     assert_close("start", only, loss(student, batch, 9.0), 1e-12)
@@ -109,7 +109,7 @@ def streams_of(model: HybridLM, batch: Batch, numbers: list[int]) -> list[Tensor
 def test_hidden_loss_is_the_formula_on_kept_channels() -> None:
     teacher = model_of(0)
     student, kept = cut(teacher)
-    batch = rows(4)
+    batch = draw_batch(4)
     options = DistillLoss(hidden=HiddenLoss(weight=0.5, streams=2))
     pairing = make_pairing(teacher, student, options.hidden, kept, ())
     found = distillation_loss(teacher, options, pairing)(student, batch, 11.0)
@@ -138,7 +138,7 @@ def test_fitted_maps_find_a_rotation() -> None:
                     weight.fill_(1)
                 elif weight.dim() == 2:
                     weight.copy_((theirs * source.get_parameter("norm.weight")) @ turn)
-    batches = [rows(seed) for seed in range(8)]
+    batches = [draw_batch(seed) for seed in range(8)]
     pairing = make_pairing(teacher, student, HiddenLoss(streams=3), None, batches)
     assert pairing.channels is None and pairing.maps is not None and len(pairing.maps) == 3
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_moving_weights_are_resumed(tmp_path: Path) -> None:
         for stop in stops:
             student = model_of(1).float()
             loss = distillation_loss(teacher, DistillLoss(kl_weight=Ramp(1.0, 0.0, 5), ce_weight=Ramp(0.0, 1.0, 5)))
-            source = lambda start: (rows(number) for number in range(start, 6))  # noqa: E731
+            source = lambda start: (draw_batch(number) for number in range(start, 6))  # noqa: E731
             train(student, loss, source, options, tmp_path / name, stop_after=stop)
         assert loss.kl_weight == 0 and loss.ce_weight == 1
         ends.append(torch.cat([weight.detach().flatten() for weight in student.parameters()]))
@@ -174,12 +174,14 @@ def test_gradient_does_not_depend_on_the_split(micro: int, kind: str, tmp_path: 
     teacher = model_of(0)
     student, kept = cut(teacher)
     student.float(), teacher.float()
-    batch = rows(5)
+    batch = draw_batch(5)
     if kind == "cached":
         loss = distillation_loss(cache_of(teacher, [batch], tmp_path, 8), DistillLoss(ce_weight=0.3))
     else:
         options = DistillLoss(ce_weight=0.3, hidden=HiddenLoss(weight=2.0, compare=kind))
-        loss = distillation_loss(teacher, options, make_pairing(teacher, student, options.hidden, kept, [rows(1)]))
+        loss = distillation_loss(
+            teacher, options, make_pairing(teacher, student, options.hidden, kept, [draw_batch(1)])
+        )
     normalizer = float((batch.labels >= 0).sum())
     whole, parts = (gradients(loss, student, batch, size, normalizer) for size in (4, micro))
     assert_close("loss", whole[0], parts[0], 1e-6)
@@ -195,7 +197,7 @@ def cache_of(teacher: HybridLM, batches: list[Batch], folder: Path, k: int, **op
 
 def test_cached_teacher_is_the_dense_one_at_every_token(tmp_path: Path) -> None:
     teacher, student = (model_of(seed).float() for seed in (0, 1))
-    batches = [rows(seed) for seed in range(3)]
+    batches = [draw_batch(seed) for seed in range(3)]
     dense = distillation_loss(teacher, DistillLoss(ce_weight=0.3))
     losses: dict[Any, float] = {}
     for k in (2, 16, 97):
@@ -218,7 +220,7 @@ def made(root: Path, name: Any) -> Path:
 
 def test_cache_is_read_in_any_order_and_written_on(tmp_path: Path) -> None:
     teacher = model_of(0).float()
-    batches = [rows(seed) for seed in range(3)]
+    batches = [draw_batch(seed) for seed in range(3)]
     whole = cache_of(teacher, [*batches, batches[1]], made(tmp_path, "whole"), 5, shard_bytes=2000)
     assert len(whole.places) == 12 and len(shards(whole.folder)) > 2, "a row that comes twice is kept once"
     resumed = made(tmp_path, "resumed")
@@ -236,7 +238,7 @@ def test_cache_is_read_in_any_order_and_written_on(tmp_path: Path) -> None:
             for name, a, b in zip(found._fields, found, alone, strict=True):
                 assert torch.equal(a[place * 20 : place * 20 + 20], b), name
     with pytest.raises(InputError, match="does not hold row 0"):
-        whole.targets(rows(9))
+        whole.targets(draw_batch(9))
     moved = Batch(mixed.input_ids, mixed.labels, mixed.seq_idx * 0, mixed.n_bytes, mixed.doc_id)
     assert row_keys(moved.input_ids, moved.seq_idx) != row_keys(mixed.input_ids, mixed.seq_idx)
 
@@ -247,13 +249,14 @@ from pathlib import Path
 import torch
 from limbeck.distill.teacher import CacheOptions, finish_cache, write_cache
 from limbeck.models import processes
-from limbeck.tests.test_losses import model_of, rows
+from limbeck.tests.helpers import random_model, tiny_config
+from limbeck.tests.training_helpers import draw_batch
 
 torch.distributed.init_process_group("gloo")
 assert processes.count() == 2
 torch.manual_seed(0)
 options, folder = CacheOptions(k=5, dtype="float32", shard_bytes=2000), Path(sys.argv[1])
-write_cache(model_of(0).float(), [(rows(seed), 3) for seed in range(3)], folder, options)
+write_cache(random_model(tiny_config(), 0).float(), [(draw_batch(seed), 3) for seed in range(3)], folder, options)
 processes.gather(None)
 if processes.rank() == 0:
     finish_cache(folder, 97, "", options)
@@ -269,7 +272,7 @@ def test_two_processes_write_one_cache(tmp_path: Path) -> None:
     command += [str(tmp_path / "writer.py"), str(made(tmp_path, "two"))]
     found = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-3000:]
-    batches = [rows(seed) for seed in range(3)]
+    batches = [draw_batch(seed) for seed in range(3)]
     one = cache_of(model_of(0).float(), batches, made(tmp_path, "one"), 5)
     two = CachedTeacher(tmp_path / "two")
     assert len(two) == 12 and sum(len(read_keys(path)) for path in shards(two.folder)) == 12
@@ -280,7 +283,7 @@ def test_two_processes_write_one_cache(tmp_path: Path) -> None:
 
 def test_cache_of_a_large_vocabulary_and_its_size(tmp_path: Path) -> None:
     teacher = model_of(0, vocab_size=70001).float()
-    batch = rows(1, vocabulary=97)
+    batch = draw_batch(1, vocabulary=97)
     cache = cache_of(teacher, [batch], made(tmp_path, "cache"), 70, dtype="float16")
     ids = cache.targets(batch).ids
     with torch.no_grad():
@@ -293,12 +296,12 @@ def test_cache_of_a_large_vocabulary_and_its_size(tmp_path: Path) -> None:
 
 def test_cached_teacher_is_not_asked_for_what_it_does_not_hold(tmp_path: Path) -> None:
     teacher = model_of(0).float()
-    cache = cache_of(teacher, [rows(1)], made(tmp_path, "cache"), 5)
+    cache = cache_of(teacher, [draw_batch(1)], made(tmp_path, "cache"), 5)
     for wrong in (DistillLoss(divergence="reverse"), DistillLoss(temperature=2.0), DistillLoss(hidden=HiddenLoss(1.0))):
         with pytest.raises(InputError, match="cached teacher"):
             distillation_loss(cache, wrong)
     with pytest.raises(InputError, match="vocabulary"):
-        distillation_loss(cache, DistillLoss())(model_of(1, vocab_size=50), rows(1, vocabulary=50), 1.0)
+        distillation_loss(cache, DistillLoss())(model_of(1, vocab_size=50), draw_batch(1, vocabulary=50), 1.0)
     with pytest.raises(InputError, match="no finished cache"):
         CachedTeacher(tmp_path)
     with pytest.raises(InputError, match="beyond the vocabulary"):

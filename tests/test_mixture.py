@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from limbeck.distill.text import corpus_cache
+from limbeck.distill.text import resolve as inputs
 from limbeck.distill.text.corpus_cache import cached_corpus, content_digest, corpus_folder
 from limbeck.distill.text.documents import Document, Hub, folder_documents, read_documents, rows_of
 from limbeck.distill.text.mixture import BLOCK, Mixture, Source, labels, whole
@@ -25,13 +26,13 @@ from limbeck.distill.text.packing import (
     epoch_rows,
     joined,
     sample_batches,
+    split_of,
     tokenize,
     train_batches,
 )
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, train_tokenizer
-from limbeck.scripts.run import resolve as inputs
-from limbeck.scripts.run.compose import build
+from limbeck.scripts.run.resolve import data_path
 from limbeck.tests.helpers import limbeck, make_workshop
 from safetensors import safe_open
 
@@ -130,9 +131,9 @@ def test_content_and_nothing_else_names_a_text(tmp_path: Path) -> None:
 
 def test_tokens_of_data_are_made_once(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(workshop / "cache"))
-    inputs.tokenized_here.cache_clear(), inputs.content.cache_clear()
+    inputs.content.cache_clear()
     first = inputs.corpus(str(workshop / "text"), "train", workshop / "model")
-    inputs.tokenized_here.cache_clear(), inputs.content.cache_clear()
+    inputs.content.cache_clear()
     monkeypatch.setattr(inputs, "read_documents", None)  # not to be asked again
     second = inputs.corpus(str(workshop / "text"), "train", workshop / "model")
     assert isinstance(first, Corpus) and isinstance(second, Corpus) and np.array_equal(first.ids, second.ids)
@@ -343,12 +344,32 @@ def test_epochs_of_sources_are_stated_and_kept(mixture: Mixture) -> None:
         {"epochs": -1},
         {"columns": []},
         {"limit": 5},
-        {"path": "hf:a/b", "streaming": True},
+        {"streaming": True, "path": "hf:a/b"},
+        {"weight": "much"},
+        {"odd": 1},
     ),
 )
-def test_wrong_sources(wrong: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="source"):
-        build(Source, {"path": "x"} | wrong)
+def test_wrong_sources(wrong: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text(json.dumps({"sources": [{"path": "x"} | wrong]}))
+    with pytest.raises(InputError, match="source") as raised:
+        inputs.sources_of(str(tmp_path / "mix.yaml"))
+    assert next(iter(wrong)) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_list_of_texts_is_data(workshop: Path) -> None:
+    """Each text a document, empty and equal ones left out; splits by its name, as for files; nothing on disk."""
+    texts = [*TEXTS, "", TEXTS[0]]
+    named = list(inputs.documents(texts, "all"))
+    assert [document.text for document in named] == list(dict.fromkeys(TEXTS))
+    assert named[3] == Document("text-3", TEXTS[3])
+    train = inputs.corpus(texts, "train", workshop / "model")
+    assert isinstance(train, Corpus) and isinstance(train.ids, np.ndarray) and not isinstance(train.ids, np.memmap)
+    assert list(train.names) == [document.name for document in named if split_of(document.name) == "train"]
+    assert str(inputs.data_input(texts)).startswith("texts:") and inputs.data_input(texts) != inputs.data_input(TEXTS)
+    rows = inputs.sample(texts, "all", workshop / "model", tokens=64, seq_len=16, batch=2, seed=0)
+    assert sum(len(batch.labels) for batch in rows) == 4
+    with pytest.raises(InputError, match="split 'test'"):
+        inputs.corpus(TEXTS[:1], "test", workshop / "model")
 
 
 def test_mixture_of_a_file(workshop: Path) -> None:
@@ -398,7 +419,7 @@ def test_documents_by_patterns_of_their_names(tmp_path: Path) -> None:
         path = tmp_path / "mix.yaml"
         path.write_text(json.dumps({"sources": [{"path": "text", **patterns}]}))
         (source,) = inputs.sources_of(str(path))
-        return {document.name for document in inputs.read(source)}
+        return {document.name for document in inputs.read_source(source)}
 
     assert names() == {"a.py", "test/b.py", "deep/test/c.py", "deep/d.py", "deep/test_e.py"}
     assert names(include=tests) == {"test/b.py", "deep/test/c.py"}
@@ -414,7 +435,7 @@ def test_documents_by_patterns_of_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ("stdlib-90-10", "stdlib-70-30", "stdlib-50-50"))
 def test_the_shipped_mixtures_split_the_standard_library(name: str) -> None:
-    sources = inputs.sources_of(name)
+    sources = inputs.sources_of(data_path(name))
     assert [source.weight for source in sources] == [float(part) for part in name.split("-")[1:]]
     for file in (
         "json/decoder.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from limbeck.models import processes
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.helpers import assert_close, random_model, tiny_config
-from limbeck.tests.test_scoring_size import launch
-from limbeck.tests.test_training import rows
+from limbeck.tests.processes_helpers import run_workers
+from limbeck.tests.training_helpers import draw_batch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +32,7 @@ SEQUENCES = 16
 
 def ragged(seed: int, count: int = SEQUENCES) -> Batch:
     """Rows of documents of unequal length; every fifth token or so does not count, and a whole row does not."""
-    batch = rows(seed, count=count)
+    batch = draw_batch(seed, count=count)
     ignored = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(seed)) < 0.2
     ignored[3] = True
     return dataclasses.replace(batch, labels=batch.labels.masked_fill(ignored, -100))
@@ -88,29 +88,6 @@ def gradients(
     return found | {"loss": torch.tensor(loss), "norm": torch.tensor(norm)}
 
 
-def run_workers(
-    function: str, *arguments: Any, count: int = 2, module: str = "limbeck.tests.test_parallel", **environment: str
-) -> None:
-    """Calls a function of this module, or of another, in every one of some processes."""
-    code = f"import {module} as m; from limbeck.tests.test_parallel import worker\n"
-    code += f"worker(m.{function}, *{[str(a) for a in arguments]!r})"
-    script = Path(arguments[0]) / f"{function}.py"
-    script.write_text(code)
-    done = launch([str(script)], processes=count, **environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-def worker(function: Callable[..., None], *arguments: str) -> None:
-    from torch import distributed
-
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo")
-    try:
-        function(*arguments)
-    finally:
-        distributed.destroy_process_group()
-
-
 def save_gradients(folder: str, student: str, hidden: str, thorough: str) -> None:
     place = Path(folder)
     for micro in (4, 2):
@@ -139,7 +116,7 @@ def test_gradient_of_every_split(student: str, hidden: bool, thorough: bool, tmp
     """micro-batch x accumulation x processes: 16x1x1, 4x4x1, 1x16x1, and 4x2x2, 2x4x2 with matrices split and whole;
     with and without hidden states in the loss, and with every layer run twice."""
     write_models(tmp_path)
-    run_workers("save_gradients", tmp_path, student, hidden, thorough)
+    run_workers(save_gradients, tmp_path, student, hidden, thorough)
     expected = gradients(tmp_path, False, 16, student, hidden)
     found = {f"{micro}x{16 // micro}x1": gradients(tmp_path, False, micro, student, hidden) for micro in (4, 1)}
     for micro in (4, 2):
@@ -171,11 +148,11 @@ def test_two_processes_train_as_one(optimizer: str, tmp_path: Path) -> None:
     """Fifty steps; and begun by two, ended by one, and the other way round."""
     write_models(tmp_path)
     fifty(str(tmp_path), "one", "False", optimizer)
-    run_workers("fifty", tmp_path, "two", True, optimizer)
-    run_workers("fifty", tmp_path, "two-one", True, optimizer, 24)
+    run_workers(fifty, tmp_path, "two", True, optimizer)
+    run_workers(fifty, tmp_path, "two-one", True, optimizer, 24)
     fifty(str(tmp_path), "two-one", "False", optimizer)
     fifty(str(tmp_path), "one-two", "False", optimizer, "24")
-    run_workers("fifty", tmp_path, "one-two", True, optimizer)
+    run_workers(fifty, tmp_path, "one-two", True, optimizer)
     expected = losses(tmp_path / "one")
     assert len(expected) == 50 and expected[-1] < 0.8 * expected[0]
     for name in ("two", "two-one", "one-two"):
@@ -203,7 +180,7 @@ def test_bfloat16_beside_float32_vectors(tmp_path: Path) -> None:
     write_models(tmp_path)
     half_precision(str(tmp_path), "one", "False")
     for name, split in (("split", True), ("whole", False)):
-        run_workers("half_precision", tmp_path, name, split)
+        run_workers(half_precision, tmp_path, name, split)
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=0.01)
 
 
@@ -225,9 +202,9 @@ def peak(folder: str, split: str) -> None:
     how = TrainOptions(steps=3, learning_rate=1e-4, log_every=1, save_every=1000)
     run = Run(trained, cross_entropy_loss, how, path / f"peak-{split}", Stopper(), None, None, None)
     for number in range(2):
-        run.step(rows(number, count=2, length=8))
+        run.step(draw_batch(number, count=2, length=8))
     highest = megabytes("VmHWM") - before
-    run.gradients(rows(2, count=2, length=8))
+    run.gradients(draw_batch(2, count=2, length=8))
     held = [tensor for w in trained.weights for tensor in (w.local, w.local.grad) if tensor is not None]
     held += [tensor for optimizer in run.optimizers.values() for state in optimizer.state.values()
              for tensor in state.values()]  # fmt: skip
@@ -243,8 +220,8 @@ def test_memory_of_each_process_is_half(tmp_path: Path) -> None:
     for name, pattern in (("large", "-" * 24), ("small", "-")):
         save_model(random_model(config.replace(pattern=pattern), dtype=torch.float32), tmp_path / name)
     exact = {"MALLOC_MMAP_THRESHOLD_": "262144"}  # what is freed goes back to the system at once
-    run_workers("peak", tmp_path, False, count=1, **exact)
-    run_workers("peak", tmp_path, True, count=2, **exact)
+    run_workers(peak, tmp_path, False, count=1, **exact)
+    run_workers(peak, tmp_path, True, count=2, **exact)
     read = [json.loads((tmp_path / f"peak-{name}.json").read_text()) for name in ("False-0", "True-0", "True-1")]
     (whole, whole_peak), *parts = read
     print(f"counted and highest, MiB: one process {whole:.0f} {whole_peak:.0f}; two {parts}")

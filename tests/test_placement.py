@@ -17,7 +17,7 @@ from limbeck.models.placement import is_on, placed
 from limbeck.scripts import evaluate
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import random_model, tiny_config
-from limbeck.tests.test_gap import rows
+from limbeck.tests.training_helpers import draw_long_documents
 
 CPU, AWAY = torch.device("cpu"), torch.device("meta")
 
@@ -61,7 +61,9 @@ def test_one_model_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
     for module in (gap, probes, continuation):
         monkeypatch.setattr(module, "placed", watched)
     students = {"student": models["student"]}
-    found = measure_gap(models["teacher"], students, [rows(0), rows(1)], resamples=2, device=CPU)
+    found = measure_gap(
+        models["teacher"], students, [draw_long_documents(0), draw_long_documents(1)], resamples=2, device=CPU
+    )
     assert came == [*models.values()] * 2
     probe = probes.Probe(torch.tensor([5, 6, 7, 8]), 1)
     probes.retrieve(models, [probe], resamples=2, seed=0, device=CPU)
@@ -69,7 +71,9 @@ def test_one_model_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
     continuation.continuations(models["teacher"], students, torch.tensor([[5, 6]]), 2, resamples=2, device=CPU)
     assert came[6:] == [*models.values()]
     monkeypatch.undo()
-    assert found == measure_gap(models["teacher"], students, [rows(0), rows(1)], resamples=2)
+    assert found == measure_gap(
+        models["teacher"], students, [draw_long_documents(0), draw_long_documents(1)], resamples=2
+    )
 
 
 def test_models_wait_in_main_memory_where_a_gpu_has_no_room(
@@ -94,7 +98,7 @@ def test_models_wait_in_main_memory_where_a_gpu_has_no_room(
 @pytest.mark.gpu
 def test_the_figures_of_models_that_wait_are_those_of_models_on_the_device() -> None:
     models = [random_model(tiny_config(), seed, torch.float32) for seed in range(2)]
-    found = measure_gap(models[0], {"x": models[1]}, [rows(0)], resamples=2, device=torch.device("cuda"))
+    found = measure_gap(models[0], {"x": models[1]}, [draw_long_documents(0)], resamples=2, device=torch.device("cuda"))
     assert all(tensor.device == CPU for model in models for tensor in model.parameters())
     there = [model.cuda() for model in models]
-    assert measure_gap(there[0], {"x": there[1]}, [rows(0)], resamples=2) == found
+    assert measure_gap(there[0], {"x": there[1]}, [draw_long_documents(0)], resamples=2) == found

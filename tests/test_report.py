@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from limbeck.distill.report import plots
-from limbeck.distill.report.report import kept_units, removal_steps, unit_scores, write_page
+from limbeck.distill.report.report import kept_units, unit_scores, write_page
+from limbeck.distill.report.words import removal_steps
 from limbeck.tests.page_content import SELECTION, facts, fit, gap_of, page_content, scores_folder
 from safetensors.numpy import load_file
 

@@ -29,12 +29,12 @@ from limbeck.distill.trainer import Run, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.cost.inference import flops_per_token
 from limbeck.models.errors import InputError, Stopped
+from limbeck.models.fingerprint import fingerprint_of
 from limbeck.scripts import training
 from limbeck.scripts.distill import hand_on, note_of
-from limbeck.scripts.run.stage import fingerprint_of
 from limbeck.scripts.training import card_tflops, figures
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
-from limbeck.tests.test_training import batches_from, model_of, rows, weights
+from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, weights
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -116,7 +116,7 @@ def test_a_step_that_is_not_finite_is_passed_over(infinite_gradient: bool, tmp_p
     skipped = {record["step"]: record for record in records(tmp_path / "a") if "skipped" in record}
     assert sorted(skipped) == [3, 4, 7] and "loss" not in skipped[3]
     assert skipped[3]["skipped"]["batch"] == 2
-    counted = rows(2)
+    counted = draw_batch(2)
     assert skipped[3]["skipped"]["documents"] == sorted(set(counted.doc_id[counted.labels >= 0].tolist()))
     assert "nan" in skipped[3]["skipped"]["loss"] or infinite_gradient
     state = json.loads((states(tmp_path / "a")[-1] / "state.json").read_text())
@@ -131,15 +131,15 @@ def test_a_step_that_is_not_finite_is_passed_over(infinite_gradient: bool, tmp_p
 
 def test_data_that_does_not_come(tmp_path: Path) -> None:
     def stuck(start: int) -> Iterator[Batch]:
-        yield rows(start)
-        yield rows(start + 1)
+        yield draw_batch(start)
+        yield draw_batch(start + 1)
         time.sleep(30)
 
     with pytest.raises(InputError, match=r"waited 0.5 seconds for batch 2.*data_timeout"):
         train(model_of(1), teach(), stuck, options(data_timeout=0.5), tmp_path / "stuck")
 
     def broken(start: int) -> Iterator[Batch]:
-        yield rows(start)
+        yield draw_batch(start)
         raise InputError("data: a line is no JSON")
 
     with pytest.raises(InputError, match="a line is no JSON"):
@@ -165,9 +165,9 @@ def test_activation_checkpointing_changes_nothing(changes: dict[str, Any], tmp_p
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, given_back):
-            trained.model.hidden_states(rows(5).input_ids, seq_idx=rows(5).seq_idx)
+            trained.model.hidden_states(draw_batch(5).input_ids, seq_idx=draw_batch(5).seq_idx)
         kept.append(sum(held))
-        run.gradients(rows(5))
+        run.gradients(draw_batch(5))
         found.append([weight.local.grad for weight in trained.weights])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert kept[1] < 0.5 * kept[0]

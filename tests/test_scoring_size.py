@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,11 @@ from limbeck.prune.importance import score_magnitude, score_widths
 from limbeck.prune.scores import WidthScores, load_scores
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import assert_close, dense_config, limbeck, make_workshop, random_model, tiny_config
-from limbeck.tests.test_importance import Rows, draw_rows
+from limbeck.tests.processes_helpers import launch
+from limbeck.tests.pruning_helpers import draw_rows, split
 
 CPU = torch.device("cpu")
 CUT = Target(layers=9, hidden_size=192, intermediate_size=512, num_attention_heads=4, mamba_num_heads=8)
-
-
-def split(batch: Rows, order: Sequence[int], size: int) -> list[Rows]:
-    return [batch.take(order[start : start + size]) for start in range(0, len(order), size)]
 
 
 def same_widths(expected: WidthScores, found: WidthScores, ratio: float) -> None:
@@ -173,7 +169,7 @@ from limbeck.models.offload import open_layers
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
 from limbeck.prune.scores import LayerScores, Scores, save_scores
-from limbeck.tests.test_scoring_size import split, draw_rows
+from limbeck.tests.pruning_helpers import draw_rows, split
 
 folder, out = sys.argv[1:]
 distributed.init_process_group("gloo")
@@ -200,13 +196,6 @@ if rank == 0:
     assert all(value.isfinite().all() for value in lonely.values())
 distributed.destroy_process_group()
 """
-
-
-def launch(words: Sequence[str], processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Several processes of one command, as torchrun starts them."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([*launcher, *words], capture_output=True, text=True, env=variables, timeout=300)
 
 
 def test_two_processes_score_as_one(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -275,7 +264,7 @@ import torch
 from limbeck.models.offload import open_layers
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
-from limbeck.tests.test_scoring_size import split, draw_rows
+from limbeck.tests.pruning_helpers import draw_rows, split
 
 def megabytes(key):
     return int(re.search(key + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024

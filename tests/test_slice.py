@@ -22,27 +22,9 @@ from limbeck.prune.slice import (
     slice_tensors,
 )
 from limbeck.tests.helpers import any_config, assert_close, random_config, random_model, tiny_config
+from limbeck.tests.pruning_helpers import draw_selection
 
 KINDS: tuple[Sequence[str], ...] = (*((kind,) for kind in (*AXIS_KINDS, "layers")), (*AXIS_KINDS, "layers"))
-
-
-def draw_selection(config: HybridConfig, kinds: Sequence[str], draw: random.Random) -> Selection:
-    """Random units of the named axes, equally many in each layer, and in each group."""
-    layers = list(range(config.num_layers))
-    if "layers" in kinds:
-        layers = sorted(draw.sample(layers, draw.randint(1, len(layers))))
-    counts: dict[str, int] = {}
-    kept = {}
-    for axis, size in axis_sizes(config).items():
-        if axis.kind not in kinds or (axis.layer is not None and axis.layer not in layers):
-            continue
-        groups = getattr(config, GROUPS_OF_AXIS[axis.kind]) if axis.kind in GROUPS_OF_AXIS else 1
-        per_group = size // groups
-        count = counts.setdefault(axis.kind, draw.randint(1, per_group))
-        kept[axis] = tuple(
-            group * per_group + unit for group in range(groups) for unit in sorted(draw.sample(range(per_group), count))
-        )
-    return Selection(tuple(layers), kept)
 
 
 @pytest.mark.parametrize("seed", range(62))

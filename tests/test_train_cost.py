@@ -21,18 +21,10 @@ from limbeck.models.cost.training import LINES, TURNS, knobs, train_memory
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.scripts.run.resolve import model_config
-from limbeck.tests.helpers import dense_config, limbeck, tiny_config
+from limbeck.tests.helpers import dense_config, limbeck, wide
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 LARGE, SMALL = model_config("nemotron-nano-12b-v2"), model_config("nemotron-nano-9b-v2")
-
-
-def wide(**changes: Any) -> HybridConfig:
-    """Of the shipped model's proportions, a quarter as wide."""
-    sizes = {"hidden_size": 64, "intermediate_size": 192, "mamba_num_heads": 8, "mamba_head_dim": 16, "chunk_size": 64}
-    return tiny_config(
-        **(sizes | {"pattern": "M-*M"} | {"ssm_state_size": 32, "head_dim": 16, "vocab_size": 512} | changes)
-    )
 
 
 DENSE = {"family": "qwen3", "pattern": "*-*-", "gated_mlp": True, "activation": "silu", "qk_norm": True}

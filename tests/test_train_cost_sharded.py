@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from limbeck.tests.test_scoring_size import launch
+from limbeck.tests.processes_helpers import launch
 
 WORKER = """
 import json, sys, torch
@@ -15,7 +15,7 @@ from torch import distributed
 from limbeck.benchmarks.train_memory import on_cpu, peaks_of, planned, model_of
 from limbeck.distill.parallel import prepare, shard
 from limbeck.models.cost.training import train_memory
-from limbeck.tests.test_train_cost import wide
+from limbeck.tests.helpers import wide
 
 distributed.init_process_group("gloo")
 config = wide(pattern="M-*M-M-*M-M-", hidden_size=128, intermediate_size=512, vocab_size=1500)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +17,18 @@ from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation
 from limbeck.distill.muon import Muon, orthogonalize
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Weight
-from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import make_optimizers, train
 from limbeck.models.errors import InputError
-from limbeck.models.hybrid import HybridLM
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
-from limbeck.tests.helpers import assert_close, random_model, tiny_config
+from limbeck.tests.helpers import assert_close
+from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, weights
 from torch.nn import functional as F
-
-
-def rows(seed: int, count: int = 4, length: int = 20, vocabulary: int = 97) -> Batch:
-    """Rows of several documents, with bytes of 1 to 4 a token."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, vocabulary, (count, length + 1), generator=generator)
-    starts = torch.rand(count, length + 1, generator=generator) < 0.15
-    documents = starts.cumsum(1) + 100 * seed + 10 * torch.arange(count)[:, None]
-    labels = ids[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], -100)
-    n_bytes = torch.where(labels >= 0, labels % 4 + 1, 0).to(torch.int32)
-    documents = documents[:, :-1]
-    return Batch(ids[:, :-1], labels, (documents - documents[:, :1]).to(torch.int32), n_bytes, documents)
-
-
-def model_of(seed: int, **changes: Any) -> HybridLM:
-    return random_model(tiny_config(**changes), seed, torch.float32)
 
 
 def test_gap_is_the_dense_float64_one() -> None:
     teacher, student = model_of(0), model_of(1, hidden_size=24)
-    batches = [rows(seed) for seed in range(3)]
+    batches = [draw_batch(seed) for seed in range(3)]
     report = measure_gap(teacher, {"student": student, "itself": teacher}, batches)
     nats, kl, agree, count, text = 0.0, 0.0, 0, 0, 0
     for batch in batches:
@@ -88,16 +70,6 @@ def test_intervals_cover() -> None:
         found = summarise(sums, sizes, 16, 300, trial).models["teacher"].cross_entropy
         hits += found.low <= 2.0 <= found.high
     assert 0.88 <= hits / 200 <= 0.99
-
-
-def batches_from(start: int) -> Iterator[Batch]:
-    while True:
-        yield rows(start)
-        start += 1
-
-
-def weights(model: HybridLM) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
 @pytest.mark.parametrize("optimizer", ("adamw", "muon"))
@@ -152,7 +124,7 @@ def test_muon_is_torch_s_without_its_bfloat16(shape: tuple[int, int]) -> None:
 def test_distillation_learns_and_nonsense_stops(tmp_path: Path) -> None:
     teacher, student = model_of(0), model_of(1)
     loss = distillation_loss(teacher, DistillLoss())
-    batch = rows(3)
+    batch = draw_batch(3)
     options = TrainOptions(steps=30, learning_rate=0.01, log_every=1)
     train(student, loss, lambda start: iter([batch] * 30), options, tmp_path / "run")
     curve = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -162,7 +134,7 @@ def test_distillation_learns_and_nonsense_stops(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="10 steps in a row were not finite"):
         train(student, cross_entropy_loss, batches_from, options, tmp_path / "broken")
     with pytest.raises(InputError, match="vocabulary"):
-        loss(model_of(2, vocab_size=50), rows(0, vocabulary=50), 1.0)
+        loss(model_of(2, vocab_size=50), draw_batch(0, vocabulary=50), 1.0)
 
 
 @pytest.mark.parametrize("wrong", ({"steps": 0}, {"schedule": "odd"}, {"optimizer": "sgd"}, {"learning_rate": 0.0}))
@@ -173,7 +145,7 @@ def test_wrong_training_options(wrong: dict[str, Any]) -> None:
 
 def test_scores_do_not_depend_on_batches_or_order() -> None:
     model = model_of(0)
-    batch = rows(1, count=8)
+    batch = draw_batch(1, count=8)
     whole = score_widths(model, [batch])
     single = score_widths(model, [batch.rows(i, i + 1) for i in (5, 2, 7, 0, 1, 6, 3, 4)])
     for axis, value in whole.items():
@@ -187,7 +159,7 @@ def test_score_finds_what_matters() -> None:
         model.layers[1].mixer.up_proj.weight[3] = 0
         model.layers[1].mixer.up_proj.weight[5] *= 50
         model.layers[0].mixer.in_proj.weight[64:72] = 0
-    scores = {str(axis): value for axis, value in score_widths(model, [rows(1)]).items()}
+    scores = {str(axis): value for axis, value in score_widths(model, [draw_batch(1)]).items()}
     assert scores["ffn(1)"][3] == 0 and int(scores["ffn(1)"].argmax()) == 5
     assert (scores["mamba_heads(0)"][0] == 0).all() and (scores["mamba_heads(0)"][1:] > 0).all()
 
@@ -196,7 +168,7 @@ def test_depth_finds_the_layer_that_does_nothing_and_agrees_with_plain_removal()
     model = model_of(0)
     with torch.no_grad():
         model.layers[2].mixer.out_proj.weight.zero_()
-    batches = [rows(1), rows(2)]
+    batches = [draw_batch(1), draw_batch(2)]
     found = score_layers(model, batches, remove=3, table="all")
     assert found.order[0] == 2 and found.values[0] < 1e-10
     # The second step, plainly: every other layer away, logits against the original's.
@@ -221,5 +193,5 @@ def test_depth_finds_the_layer_that_does_nothing_and_agrees_with_plain_removal()
 
 
 def test_batches_have_rows() -> None:
-    batch = rows(0)
+    batch = draw_batch(0)
     assert all(getattr(batch.rows(1, 3), field.name).shape[0] == 2 for field in dataclasses.fields(batch))

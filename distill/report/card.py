@@ -14,9 +14,10 @@ import jinja2
 
 from ...models.config import HybridConfig
 from ...models.cost.inference import count_parameters
+from .gap_sections import task_rows
+from .words import layer_counts
 
 Table = tuple[list[str], list[list[str]]]  # columns, rows
-KINDS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
 TERMS = re.compile(r"(licen[cs]e|notice|copying)([-._].*)?", re.IGNORECASE)
 COLUMNS = {
     "bits_per_byte": "bits per byte",
@@ -92,7 +93,6 @@ def write_card(
         shutil.copyfile(path, folder / path.name)
     if picture is not None:
         shutil.copyfile(picture, folder / "gap.png")
-    layers = {kind: len(config.layers_of(letter)) for letter, kind in KINDS.items() if letter in config.pattern}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -100,7 +100,7 @@ def write_card(
     text = environment.get_template("card.md.jinja").render(
         config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
         parameters=f"{count_parameters(config):,}", hybrid="M" in config.pattern,
-        layers=", ".join(f"{count} {kind}" for kind, count in layers.items()),
+        layers=", ".join(f"{count} {kind}" for kind, count in layer_counts(config.pattern).items()),
         tables=[] if gap is None else [near(gap), further(gap)], others=[] if gap is None else others(gap),
         picture=picture is not None, quoted=json.dumps,
     )  # fmt: skip
@@ -176,8 +176,6 @@ def tasks(gap: Mapping[str, Any]) -> Table:
     found = gap.get("tasks") or {}
     if not found:
         return [], []
-    from .gap_sections import task_rows  # brings matplotlib
-
     return ["task, metric", *map(masked, found)], [[masked(label), *cells] for label, *cells in task_rows(found)]
 
 

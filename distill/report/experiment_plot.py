@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from .plots import THEME, WIDE, blank, in_thousands, save_png, save_svg, say, short, styled
 
-from .plots import THEME, WIDE, save_png, save_svg, say, short, styled
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STARTS = {"pruned": ("pruned", THEME["teal"]), "random": ("from scratch", THEME["orange"])}
 
@@ -18,7 +18,7 @@ STARTS = {"pruned": ("pruned", THEME["teal"]), "random": ("from scratch", THEME[
 @styled
 def draw_rows(folder: Path, title: str, label: str, rows: Mapping[str, Sequence[float]]) -> None:
     """A variant a line, its mean over the seeds as a point and their spread as a bar."""
-    figure = Figure(figsize=(WIDE, 1.1 + 0.42 * len(rows)), layout="constrained")
+    figure = blank(WIDE, 1.1 + 0.42 * len(rows))
     axes = figure.subplots()
     for place, values in enumerate(rows.values()):
         low, mean, high = min(values), statistics.fmean(values), max(values)
@@ -40,7 +40,7 @@ def draw_sizes(
     groups: cells (see scripts/experiments/cells.py) by their start, each of which has a row with a scale of its own,
     since they can be far apart."""
     order = sorted(groups, reverse=True)  # random above pruned, as the figures are
-    figure = Figure(figsize=(WIDE, 1.6 + 1.6 * len(order)), layout="constrained")
+    figure = blank(WIDE, 1.6 + 1.6 * len(order))
     grid = figure.subplots(len(order), 2, sharex="col", squeeze=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     at_teacher = teacher["bits_per_byte"]["value"]
@@ -68,7 +68,7 @@ def draw_sizes(
             left.plot([teacher["parameters"]], [at_teacher], "o", color=THEME["blue"], label="teacher")
         left.legend(frameon=False, loc="best")
         for axes in (left, right):
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            in_thousands(axes)
     grid[0][0].set(title="At the end, test split")
     grid[0][1].set(title="On the way, validation split, mean of the seeds")
     grid[-1][0].set(xlabel="Parameters")
@@ -80,7 +80,7 @@ def draw_sizes(
 @styled
 def draw_order(folder: Path, title: str, order: Mapping[str, Sequence[float]]) -> None:
     """How well each thing foretells the order at the end: a point for each seed, a larger one for their mean."""
-    figure = Figure(figsize=(WIDE, 1.1 + 0.42 * len(order)), layout="constrained")
+    figure = blank(WIDE, 1.1 + 0.42 * len(order))
     axes = figure.subplots()
     for place, values in enumerate(order.values()):
         axes.plot(values, [place] * len(values), "o", color=THEME["pale"], markersize=6)

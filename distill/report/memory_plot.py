@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from ...models.config import HybridConfig
 from ...models.cost.inference import GIB, MemoryReport, at
-from .plots import PANEL, THEME, WIDE, styled
+from .plots import PANEL, THEME, WIDE, blank, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHADES = ("#1f9383", "#3a8f9c", "#3f6fb3", "#8465b5", "#b0607f", "#d17a22", "#a98a2c")
@@ -48,7 +50,7 @@ def parts_of(report: MemoryReport) -> dict[str, float]:
 def memory_plot(name: str, config: HybridConfig, report: MemoryReport, budget: float, card: str) -> Figure:
     """Left what it is made of at the asked batch, right the peak for more and fewer sequences."""
     contexts = contexts_of(config, report.context)
-    figure = Figure(figsize=(WIDE * 1.15, PANEL * 0.95), layout="constrained")
+    figure = blank(WIDE * 1.15, PANEL * 0.95)
     figure.suptitle(f"{name} on {card}", x=0.01, ha="left", fontsize=12.5, color=THEME["ink"])
     left, right = figure.subplots(1, 2, sharey=True)
     draw_parts(left, [at(config, report, context, report.batch) for context in contexts])

@@ -1,23 +1,25 @@
 """The report's pictures: matplotlib figures, as SVG for the page and as PNG beside it.
 
-Colours are a theme: in the page's SVG each becomes a CSS variable, so that pictures follow light and dark.
+Colours are a theme: in the page's SVG each becomes a CSS variable, so that pictures follow light and dark. matplotlib
+is imported by the first picture: commands that may draw at their end do not wait for it at their start.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-import matplotlib
 import numpy as np
 from markupsafe import escape
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The page's stylesheet has a variable of each name, for light and dark.
 THEME = {
@@ -38,7 +40,34 @@ STYLE: Any = {
 }  # fmt: skip
 PANEL, WIDE = 4.9, 9.6  # inches
 METRICS = {"bits_per_byte": "Bits per byte", "kl": "KL to the teacher (nats)", "agreement": "Top-1 agreement"}
-styled = matplotlib.rc_context(STYLE)
+Given, Drawn = ParamSpec("Given"), TypeVar("Drawn")
+
+
+def styled(draw: Callable[Given, Drawn]) -> Callable[Given, Drawn]:
+    """A function that draws or saves, in the page's style."""
+
+    @functools.wraps(draw)
+    def draw_in_style(*args: Given.args, **kwargs: Given.kwargs) -> Drawn:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return draw_in_style
+
+
+def blank(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def in_thousands(axes: Axes) -> None:
+    """Writes 5M for 5,000,000 along x."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def colour(name: str, number: int) -> str:
@@ -111,7 +140,7 @@ def draw_bars(axes: Axes, models: Mapping[str, Any], key: str) -> None:
 @styled
 def gap_bars(models: Mapping[str, Any], keys: Sequence[str] = tuple(METRICS)) -> Figure:
     """Models beside each other, a panel for each figure asked for."""
-    figure = Figure(figsize=(PANEL * len(keys), 0.8 + 0.48 * len(models)), layout="constrained")
+    figure = blank(PANEL * len(keys), 0.8 + 0.48 * len(models))
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         draw_bars(axes, models, key)
     return figure
@@ -119,7 +148,7 @@ def gap_bars(models: Mapping[str, Any], keys: Sequence[str] = tuple(METRICS)) ->
 
 @styled
 def kl_by_position(models: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(PANEL, 2.5), layout="constrained")
+    figure = blank(PANEL, 2.5)
     axes = figure.subplots()
     for number, (name, found) in enumerate(models.items()):
         if name != "teacher":
@@ -134,7 +163,7 @@ def kl_by_position(models: Mapping[str, Any]) -> Figure:
 @styled
 def kl_by_context(models: Mapping[str, Any]) -> Figure:
     """Each student's KL by the tokens of the document seen so far, in powers of two, with intervals."""
-    figure = Figure(figsize=(PANEL, 2.7), layout="constrained")
+    figure = blank(PANEL, 2.7)
     axes = figure.subplots()
     names: list[str] = []
     top = 0.0
@@ -155,7 +184,7 @@ def kl_by_context(models: Mapping[str, Any]) -> Figure:
 @styled
 def calibration(models: Mapping[str, Any]) -> Figure:
     """Reliability: of the tokens foretold with a confidence, the share that came; the diagonal is the ideal."""
-    figure = Figure(figsize=(PANEL, 2.7), layout="constrained")
+    figure = blank(PANEL, 2.7)
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color=THEME["soft"], linestyle=":", linewidth=1.2)
     for number, (name, found) in enumerate(models.items()):
@@ -174,7 +203,7 @@ def kl_by_group(models: Mapping[str, Any], key: str, title: str) -> Figure:
     students = [(number, name) for number, name in enumerate(models) if name != "teacher"]
     first = models[students[0][1]][key]
     groups = sorted(first, key=lambda group: -first[group]["tokens"])
-    figure = Figure(figsize=(PANEL, 1.0 + 0.3 * len(groups)), layout="constrained")
+    figure = blank(PANEL, 1.0 + 0.3 * len(groups))
     axes = figure.subplots()
     top = 0.0
     for place, (number, name) in enumerate(students):
@@ -199,7 +228,7 @@ def training_curve(records: Sequence[Mapping[str, float]], key: str, title: str)
     """One column of metrics.jsonl against the tokens seen; few points are marked, and the last says its value."""
     found = [(record["tokens"], record[key]) for record in records if key in record]
     tokens, values = zip(*found, strict=True)
-    figure = Figure(figsize=(PANEL, 2.5), layout="constrained")
+    figure = blank(PANEL, 2.5)
     axes = figure.subplots()
     axes.plot(
         tokens,
@@ -211,7 +240,7 @@ def training_curve(records: Sequence[Mapping[str, float]], key: str, title: str)
         clip_on=False,
     )
     say(axes, tokens[-1], values[-1], f"{values[-1]:.3f}")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    in_thousands(axes)
     axes.set(title=title, xlabel="tokens", ylim=(0, 1.08 * max(values)), xlim=(0, tokens[-1]))
     return figure
 
@@ -222,7 +251,7 @@ def importance(title: str, scores: Mapping[str, np.ndarray], kept: Mapping[str, 
 
     `scores`: the units of each layer, by the text that stands above them. Wide layers are drawn in bins, in the
     colour of most of their units."""
-    figure = Figure(figsize=(WIDE, 1.9), layout="constrained")
+    figure = blank(WIDE, 1.9)
     axes = figure.subplots()
     offset = 0.0
     for name, values in scores.items():
@@ -246,7 +275,7 @@ def importance(title: str, scores: Mapping[str, np.ndarray], kept: Mapping[str, 
 def layers(pattern: str, removed: Sequence[int], first: Mapping[int, float], metric: str, together: int = 1) -> Figure:
     """How much each layer, or so many `together` from each on, are missed at the first step, in the metric named; the
     removed ones are marked."""
-    figure = Figure(figsize=(WIDE, 2.4), layout="constrained")
+    figure = blank(WIDE, 2.4)
     axes = figure.subplots()
     places = sorted(first)
     shades = [THEME["orange"] if layer in removed else THEME["blue"] for layer in places]
@@ -272,7 +301,7 @@ def tradeoff(
     points: Sequence[tuple[float, float]], front: Sequence[int], named: Mapping[str, int], *, title: str, xlabel: str
 ) -> Figure:
     """Candidates as points (cost, value): those on the Pareto front are joined, those in `named` say their names."""
-    figure = Figure(figsize=(WIDE, 4.2), layout="constrained")
+    figure = blank(WIDE, 4.2)
     axes = figure.subplots()
     x, y = zip(*points, strict=True)
     axes.scatter(x, y, s=14, color=THEME["blue"], alpha=0.55, linewidths=0, rasterized=len(points) > 1000)
@@ -300,7 +329,7 @@ PARTS = {"weights": "blue", "kv": "violet", "ssm": "teal", "conv": "gold"}
 @styled
 def memory_bars(fits: Mapping[str, Any]) -> Figure:
     """Stacked bytes of each model against the budget, whose line is drawn where it is near."""
-    figure = Figure(figsize=(PANEL, 1.25 + 0.5 * len(fits)), layout="constrained")
+    figure = blank(PANEL, 1.25 + 0.5 * len(fits))
     axes = figure.subplots()
     largest = max(fit["memory"]["total"] for fit in fits.values())
     unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")

@@ -14,22 +14,7 @@ from safetensors.numpy import load_file
 from . import plots
 from .gap_sections import cards, gap_sections
 from .page import Cell, Section, Table, drawn, size
-
-KINDS = {
-    "hidden": "Residual channels",
-    "ffn": "FFN neurons",
-    "mamba_heads": "Mamba heads",
-    "mamba_head_dim": "Mamba head channels",
-    "attn_heads": "Attention heads",
-}
-LETTERS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
-# What scores.json may say of layers: the smaller, the sooner one may go.
-DEPTH_METRICS = {
-    "mse": "MSE of the logits",
-    "kl": "KL of the logits (nats)",
-    "perplexity": "cross-entropy (nats)",
-    "block_influence": "block influence",
-}
+from .words import AXES, DEPTH_METRICS, LAYERS, removal_steps
 
 
 def write_page(
@@ -96,7 +81,7 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     if turned:
         del units["hidden"]
     pictures = []
-    for kind, title in KINDS.items():
+    for kind, title in AXES.items():
         names = [name for name in units if name.partition("(")[0] == kind]
         labels = {name: f"layer {name.partition('(')[2][:-1]}" if len(names) < 9 else name.partition("(")[2][:-1]
                   for name in names}  # fmt: skip
@@ -122,7 +107,7 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     if values:
         rows = []
         for step, (layers, value) in enumerate(removal_steps(order, values), 1):
-            kinds = ", ".join(f"{layer} ({LETTERS[found['pattern'][layer]]})" for layer in layers)
+            kinds = ", ".join(f"{layer} ({LAYERS[found['pattern'][layer]]})" for layer in layers)
             state = [] if selection is None else [Cell("removed" if set(layers) <= set(removed) else "kept")]
             rows.append((str(step), [Cell(kinds), Cell(f"{value:.4g}"), *state]))
         layer = "layer" if len(order) == len(values) else "layers"
@@ -132,12 +117,6 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     note = f"Each step removes the {each} missed least; measured by the {name}."
     note += " Orange: removed." if removed else ""
     yield Section("Importance of layers", note, pictures, tables)
-
-
-def removal_steps(order: Sequence[int], values: Sequence[float]) -> list[tuple[tuple[int, ...], float]]:
-    """The layers that go in each step, one or (of pairs) several, and what the step costs."""
-    size = len(order) // len(values) if values else 1
-    return [(tuple(order[place * size : (place + 1) * size]), value) for place, value in enumerate(values)]
 
 
 def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:

@@ -130,6 +130,14 @@ class Mixture:
                 )
         return found
 
+    def reading(self, plan: Sequence[tuple[int, int]]) -> list[tuple[str, ...]]:
+        """Of each source: path, share, documents, tokens, and how often a plan reads it; see `check_epochs`."""
+        rows = zip(self.sources, self.shares(), self.corpora, self.check_epochs(plan), strict=True)
+        return [
+            (source.path, f"{share / BLOCK:.1%}", f"{len(corpus):,}", f"{corpus.tokens:,}", f"{epochs:.2f}")
+            for source, share, corpus, epochs in rows
+        ]
+
     def train_batches(
         self, *, batch_size: int, seq_len: int, seed: int, start: int = 0, repack: bool = True
     ) -> Iterator[Batch]:

@@ -20,10 +20,12 @@ import torch
 from ... import __version__
 from ...distill.gap.measure import measure_gap
 from ...distill.teacher import CacheOptions
+from ...distill.text.resolve import content
 from ...models.checkpoint import load_config, load_model, save_model
 from ...models.config import HybridConfig
 from ...models.cost.inference import count_parameters
 from ...models.errors import CheckFailed, DiskError, InputError
+from ...models.fingerprint import digest, fingerprint_of, look_of, plain
 from ...models.folder import write_json
 from ...models.hybrid import HybridLM, initialize
 from ...models.provenance import provenance
@@ -32,10 +34,9 @@ from ...prune.kept import importance_kept
 from ...prune.scores import Scores, load_scores
 from .. import cache_teacher, compress
 from ..rounds import Round
-from ..run.resolve import content, data_input, model_folder, sample, torch_device, torch_dtype
+from ..run.resolve import data_input, model_folder, sample, torch_device, torch_dtype
 from ..run.sharing import Shared, in_processes
 from ..run.show import console, progress, read_json, say
-from ..run.stage import digest, fingerprint_of, look_of, plain
 
 MEASURES = ("cross_entropy", "bits_per_byte", "kl", "agreement")
 STARTS = ("pruned", "random")

@@ -1,0 +1,170 @@
+"""What `data=` may be, and its text in documents and in tokens: `stdlib`, a file, a folder, hf:OWNER/NAME[...], a
+mixture's .yaml, or a list of texts in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from ...models import processes
+from ...models.checkpoint import load_config
+from ...models.errors import InputError
+from ...models.folder import sha256_file
+from ...models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from .corpus_cache import cached_corpus, content_digest
+from .documents import HUB, STDLIB, Document, OnProgress, content_of, first_line, of_split, read_documents, unique
+from .mixture import Mixture, Source, Text, sample_batches
+from .packing import Batch, Corpus, tokenize
+
+Data = str | Sequence[str]
+# Called with what begins and whether it is counted in bytes; gives what is told how far it has come.
+Progress = Callable[[str, bool], AbstractContextManager[OnProgress | None]]
+EXPECTED = "expected sources: [{path: ..., weight: ...}, ...]"
+
+
+def untold(what: str, in_bytes: bool) -> AbstractContextManager[None]:
+    """A Progress that nobody looks at."""
+    return contextlib.nullcontext()
+
+
+def sources_of(data: str) -> tuple[Source, ...]:
+    """The sources of data=: one for `stdlib`, hf:OWNER/NAME, a file or a folder; those of a mixture for a .yaml file,
+    whose relative paths begin at its folder. Raises InputError."""
+    path = Path(data).expanduser()
+    if data == STDLIB or data.startswith(HUB) or path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return (Source(data),)
+    return tuple(
+        source if local_file(source.path) is None
+        else dataclasses.replace(source, path=str(path.parent / Path(source.path).expanduser()))
+        for source in read_mixture(path)
+    )  # fmt: skip
+
+
+def local_file(path: str) -> Path | None:
+    """The file or folder of a source, where it is one."""
+    return None if path == STDLIB or path.startswith(HUB) else Path(path).expanduser()
+
+
+def read_mixture(path: Path) -> tuple[Source, ...]:
+    """The sources that a mixture's .yaml holds, as they are written. Raises InputError."""
+    import pydantic
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"data: {path} is no YAML: {first_line(error)}") from None
+    except OSError as error:
+        raise InputError(f"data: {path} cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"data: {path} holds no mapping; {EXPECTED}")
+    if unknown := [key for key in content if key != "sources"]:
+        raise InputError(f"data: {path}: {unknown[0]} is no option here; {EXPECTED}")
+    if not content.get("sources"):
+        raise InputError(f"data: {path} has no sources; {EXPECTED}")
+    reader = pydantic.TypeAdapter(
+        tuple[Source, ...], config=pydantic.ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+    )
+    try:
+        return reader.validate_python(content["sources"])
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(own := first.get("ctx", {}).get("error"), InputError):
+            raise own from None
+        place = ".".join(map(str, ("sources", *first["loc"])))
+        raise InputError(f"data: {path}: {place}: {first['msg']} ({first['input']!r})") from None
+
+
+@functools.cache
+def content(path: str) -> str:
+    """What stands for a source's text: a digest, or the hub's name with its commit; taken once in a run."""
+    return content_of(path, content_digest)
+
+
+def data_input(data: Data) -> Path | str:
+    """data= as an input of a stage: a path, whose contents count, or a text that says what is read."""
+    if not isinstance(data, str):
+        return "texts:" + hashlib.sha256(json.dumps(list(data)).encode()).hexdigest()
+    sources = sources_of(data)
+    if is_mixture(data, sources):
+        return json.dumps([{**dataclasses.asdict(source), "path": content(source.path)} for source in sources])
+    if data == STDLIB:
+        return data
+    return local_file(data) or content(data)
+
+
+def is_mixture(data: str, sources: Sequence[Source]) -> bool:
+    return sources != (Source(data),)
+
+
+def documents(data: Data, split: str) -> Iterator[Document]:
+    """The documents of a split of data=, source after source; texts in memory are named text-0, text-1, ..."""
+    if not isinstance(data, str):
+        numbered = (Document(f"text-{number}", text) for number, text in enumerate(data))
+        yield from of_split(unique(numbered), split, "data")
+        return
+    for source in sources_of(data):
+        yield from of_split(read_source(source), split, f"data={source.path}")
+
+
+def read_source(source: Source, on_progress: OnProgress | None = None) -> Iterator[Document]:
+    path = content(source.path) if source.path.startswith(HUB) else source.path
+    read = read_documents(path, source.columns, on_progress, streaming=source.streaming, limit=source.limit)
+    return (document for document in read if source.takes(document.name))
+
+
+def corpus(data: Data, split: str, model: Path, progress: Progress = untold) -> Text:
+    """A split of data=, in the tokens of a model folder's tokenizer; made once, and kept on disk."""
+    check_vocabulary(load_tokenizer(model), load_config(model))
+    return text_in_tokens(data, split, model, progress)
+
+
+def text_in_tokens(data: Data, split: str, tokenizer_from: Path, progress: Progress = untold) -> Text:
+    """`corpus` for a tokenizer that has no model yet. Texts in memory stay there."""
+    tokenizer = load_tokenizer(tokenizer_from)
+    if not isinstance(data, str):
+        return tokenize(list(documents(data, split)), tokenizer)
+    sources = sources_of(data)
+    corpora = [tokenized_by_turns(source, split, tokenizer, progress) for source in sources]
+    return Mixture.of(sources, corpora) if is_mixture(data, sources) else corpora[0]
+
+
+def sample(
+    data: Data, split: str, model: Path, *, tokens: int, seq_len: int, batch: int, seed: int,
+    progress: Progress = untold,
+) -> list[Batch]:  # fmt: skip
+    """A sample of `tokens` tokens at most of a split of data=, in the tokens of a model folder's tokenizer."""
+    text = corpus(data, split, model, progress)
+    return sample_batches(text, batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+
+
+def tokenized_by_turns(source: Source, split: str, tokenizer: Tokenizer, progress: Progress) -> Corpus:
+    """A split of a source in tokens. Of many processes the first makes it, the others where they do not find it then
+    (on a disk of their own)."""
+    for turn in (processes.rank() == 0, processes.rank() != 0):
+        with processes.together():
+            if turn:
+                made = tokenized(source, split, tokenizer, progress)
+    return made
+
+
+def tokenized(source: Source, split: str, tokenizer: Tokenizer, progress: Progress) -> Corpus:
+    """A split of a source in tokens, from the cache or made now."""
+    facts = {
+        "content": content(source.path), "columns": source.columns, "limit": source.limit, "split": split,
+        "include": source.include, "exclude": source.exclude,
+        "tokenizer": sha256_file(tokenizer.folder / "tokenizer.json"),
+        "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
+    }  # fmt: skip
+
+    def read() -> Iterator[Document]:
+        with progress(f"tokenising {source.path} ({split})", local_file(source.path) is not None) as on_progress:
+            yield from of_split(read_source(source, on_progress), split, f"data={source.path}")
+
+    return cached_corpus(facts, read, tokenizer)

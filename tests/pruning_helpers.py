@@ -1,0 +1,71 @@
+"""Shared by the tests of prune/: selections and rows that are drawn, and the loss of a layer from whole logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+
+import torch
+from limbeck.models.axes import axis_sizes
+from limbeck.models.config import HybridConfig
+from limbeck.models.hybrid import HybridLM
+from limbeck.prune.slice import GROUPS_OF_AXIS, Selection, slice_model
+from torch import Tensor
+
+
+def draw_selection(config: HybridConfig, kinds: Sequence[str], draw: random.Random) -> Selection:
+    """Random units of the named axes, equally many in each layer, and in each group."""
+    layers = list(range(config.num_layers))
+    if "layers" in kinds:
+        layers = sorted(draw.sample(layers, draw.randint(1, len(layers))))
+    counts: dict[str, int] = {}
+    kept = {}
+    for axis, size in axis_sizes(config).items():
+        if axis.kind not in kinds or (axis.layer is not None and axis.layer not in layers):
+            continue
+        groups = getattr(config, GROUPS_OF_AXIS[axis.kind]) if axis.kind in GROUPS_OF_AXIS else 1
+        per_group = size // groups
+        count = counts.setdefault(axis.kind, draw.randint(1, per_group))
+        kept[axis] = tuple(
+            group * per_group + unit for group in range(groups) for unit in sorted(draw.sample(range(per_group), count))
+        )
+    return Selection(tuple(layers), kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What prune/ asks of a batch, and no more."""
+
+    input_ids: Tensor
+    labels: Tensor
+    seq_idx: Tensor
+
+    def take(self, rows: Sequence[int]) -> Rows:
+        return Rows(*(getattr(self, field.name)[list(rows)] for field in dataclasses.fields(self)))
+
+
+def draw_rows(vocabulary: int, rows: int = 8, tokens: int = 21) -> Rows:
+    """Rows of two documents; the tail of each row is padding of its own length (label -100)."""
+    ids = torch.randint(vocabulary, (rows, tokens))
+    labels = torch.cat([ids[:, 1:], torch.full((rows, 1), -100)], 1)
+    labels[:, 8] = -100
+    for row in range(rows):
+        labels[row, tokens - 1 - row :] = -100
+    seq_idx = (torch.arange(tokens) > 8).int().expand(rows, -1)
+    return Rows(ids, labels, seq_idx)
+
+
+def split(batch: Rows, order: Sequence[int], size: int) -> list[Rows]:
+    return [batch.take(order[start : start + size]) for start in range(0, len(order), size)]
+
+
+def naive_mse(model: HybridLM, batches: Sequence[Rows], gone: Sequence[int]) -> float:
+    """The mean over counted positions and vocabulary of the squared difference of the logits."""
+    without = slice_model(model, Selection(tuple(i for i in range(model.config.num_layers) if i not in gone)))
+    errors = []
+    with torch.no_grad():
+        for batch in batches:
+            difference = model(batch.input_ids, seq_idx=batch.seq_idx) - without(batch.input_ids, seq_idx=batch.seq_idx)
+            errors.append(difference[batch.labels != -100])
+    return torch.cat(errors).square().mean().item()
