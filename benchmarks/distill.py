@@ -43,9 +43,10 @@ from limbeck.models.cost.live_bytes import LiveBytes
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.importance import score_magnitude
 from limbeck.prune.slice import slice_model
+from limbeck.prune.target import Target
 from limbeck.scripts.run.main import keep_memory
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.scripts.run.show import progress

@@ -41,12 +41,13 @@ from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import AGGREGATES, MAMBA_SOURCES, score_magnitude, score_random, score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
+from limbeck.prune.target import Target
 from limbeck.scripts.run.resolve import ZOO
 
 PLAIN = Repair(norms="none")

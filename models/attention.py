@@ -219,4 +219,5 @@ KIND = LayerKind(
     work=score_and_mix,
     writers={"o_proj.weight": "attn_heads"},
     scores={"attn_heads": ScoreSource({"": "attn_heads"}, reduce=True)},
+    size_label=lambda config: f"A{config.num_attention_heads}",
 )

@@ -62,6 +62,10 @@ class Axis(NamedTuple):
     def row(self) -> AxisRow:
         return AXES[self.kind]
 
+    def groups(self, config: HybridConfig) -> int:
+        """How many groups its units live in."""
+        return 1 if self.row.groups is None else getattr(config, self.row.groups)
+
 
 class Factor(NamedTuple):
     axis: Axis | None
@@ -120,6 +124,11 @@ class TensorSpec:
 
 
 Parts = dict[str, tuple[Role, tuple[Dimension, ...]]]  # a layer's tensors by their names below `mixer.`
+
+
+def columns_of(axis: Axis) -> list[Axis]:
+    """The axes that are ranked by the columns of this one's scores."""
+    return [Axis(row.name, axis.layer) for row in AXES.values() if row.within == axis.kind]
 
 
 def segment_size(segment: Segment) -> int:

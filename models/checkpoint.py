@@ -115,7 +115,8 @@ def open_file(path: Path) -> Any:
 
 
 def read_rows(place: Place, begin: int, end: int) -> Tensor:
-    """Rows begin..end-1 of a stored tensor, counted as `families.Piece` does. Raises InputError as `Checkpoint.tensor`."""
+    """Rows begin..end-1 of a stored tensor, counted as by `families.family.Piece`. Raises InputError as
+    `Checkpoint.tensor`."""
     with open_file(place.file) as file:
         part = file.get_slice(place.name)
         shape = part.get_shape()

@@ -125,7 +125,7 @@ class HybridLM(nn.Module):
         Tensors are read where they lie and nothing is asked of the host, so that the call can be captured.
         """
         context = Context(lengths=lengths, max_length=cache.max_length, states=cache.layers, bound=bound)
-        hidden = self.run_layers(self.embed(tokens[:, None]), 0, self.config.num_layers, context)
+        hidden = self.run_layers(self.embed(tokens.unsqueeze(1)), 0, self.config.num_layers, context)
         hidden = rms_norm(hidden, self.norm_f.weight, self.config.norm_eps)
         return context.project(self.head, hidden).squeeze(1)  # type: ignore[arg-type]
 

@@ -65,10 +65,10 @@ class Context:
     """What a layer is given beside the stream.
 
     `seq_idx` [B, T] changes where a new document begins. With states, `past` tokens a row precede these, as many in
-    each; for a decoding step of one token a row `lengths` [B] says how many precede in each, read where it lies, so that
-    the call can be captured and replayed, in caches of `max_length` tokens. `states` are by layer. `shared` holds what
-    the layers of a kind share in this call, by the function that made it (`LayerKind.share`). `bound` is a decoder's:
-    what does not change from step to step, made once.
+    each; for a decoding step of one token a row `lengths` [B] says how many precede in each, read where it lies, so
+    that the call can be captured and replayed, in caches of `max_length` tokens. `states` are by layer. `shared` holds
+    what the layers of a kind share in this call, by the function that made it (`LayerKind.share`). `bound` is a
+    decoder's: what does not change from step to step, made once.
     """
 
     seq_idx: Tensor | None = None
@@ -136,6 +136,10 @@ def no_work(config: HybridConfig, context: int) -> float:
     return 0.0
 
 
+def no_label(config: HybridConfig) -> str:
+    return ""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerKind:
     """One kind of layer. Tensors go by their names below `mixer.`, axes by those of axes.AXES.
@@ -165,6 +169,7 @@ class LayerKind:
     state_bytes: Callable[[HybridConfig, int, int, int], StateBytes] = no_bytes  # (config, bytes of kv, ssm, conv)
     work: Callable[[HybridConfig, int], float] = no_work  # multiply-adds of a token beside its matrices, at a context
     aligned: tuple[tuple[str, ...], ...] = ()  # products of config fields that kernels like to be multiples of 8
+    size_label: Callable[[HybridConfig], str] = no_label  # its widths in a few letters, for the names of candidates
 
     def widths(self) -> tuple[str, ...]:
         """The config fields among `fields` that count the units of an axis."""

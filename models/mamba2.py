@@ -259,4 +259,5 @@ KIND = LayerKind(
         "conv1d.bias": initial_conv,
     },
     aligned=(("mamba_num_heads", "mamba_head_dim"),),
+    size_label=lambda config: f"M{config.mamba_num_heads}x{config.mamba_head_dim}",
 )

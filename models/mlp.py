@@ -61,4 +61,5 @@ KIND = LayerKind(
     # "act" is what down_proj reads: after the activation, and the gate where there is one.
     scores={"ffn": ScoreSource({"pre": "ffn", "act": "ffn_act"}, option="ffn_source")},
     aligned=(("intermediate_size",),),
+    size_label=lambda config: f"F{config.intermediate_size}",
 )

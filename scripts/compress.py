@@ -23,7 +23,7 @@ from ..models.cost.inference import Hardware, count_parameters
 from ..models.errors import InputError
 from ..models.fingerprint import PROVENANCE, plain
 from ..models.tokenizer import check_vocabulary, load_tokenizer
-from ..prune.choose import Target
+from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .rounds import Round, make_rounds, rehearse, walk
 from .run.resolve import check_counts, corpus, data_input, model_config, model_folder

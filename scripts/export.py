@@ -16,7 +16,7 @@ from torch import Tensor
 from ..distill.report.card import read_licence, write_card
 from ..models.checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
 from ..models.errors import CheckFailed, InputError
-from ..models.families import FAMILIES
+from ..models.families.known import FAMILIES
 from ..models.fingerprint import PROVENANCE
 from ..models.folder import write_json
 from ..models.hybrid import HybridLM

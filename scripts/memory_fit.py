@@ -227,8 +227,8 @@ def show(config: HybridConfig, report: MemoryReport, answer: Verdict, hardware: 
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
     rows = [
         (f"weights ({count_parameters(config):,} parameters)", gib(report.weights)),
-        (f"key-value cache ({len(config.layers_of('*'))} attention layers)", gib(report.kv)),
-        (f"SSM states ({len(config.layers_of('M'))} Mamba layers)", gib(report.ssm)),
+        (f"key-value cache ({len([k for k in config.pattern if k == '*'])} attention layers)", gib(report.kv)),
+        (f"SSM states ({len([k for k in config.pattern if k == 'M'])} Mamba layers)", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
         ("weights and caches together", gib(report.total)),
     ]
@@ -262,7 +262,7 @@ def show_vllm(config: HybridConfig, report: MemoryReport, answer: Verdict, hardw
         ("blocks a request of this length", f"{found.blocks_per_request:,}"),
         ("cache of one request", gib(found.bytes_per_request)),
         ("requests of this length at once", f"{found.max_num_seqs:,}"),
-        ("largest --max-num-seqs that starts", f"{found.largest_max_num_seqs:,}" if config.layers_of("M") else "any"),
+        ("largest --max-num-seqs that starts", f"{found.largest_max_num_seqs:,}" if "M" in config.pattern else "any"),
         ("largest --max-model-len that starts", f"{found.largest_max_model_len:,}"),
     ]
     table(f"vLLM, Mamba cache mode {found.mode}", ("", ""), rows)
@@ -276,7 +276,7 @@ def arguments(config: HybridConfig, report: MemoryReport, answer: Verdict, hardw
     """The flags of `vllm serve` for this fit."""
     return flags(
         report.vllm, context=report.context, utilization=max(answer.budget, 0) / (hardware.usable_gib * GIB),
-        ssm_dtype=fit.ssm_dtype, kv_dtype=fit.kv_dtype, dtype=fit.weight_dtype, mamba=bool(config.layers_of("M")),
+        ssm_dtype=fit.ssm_dtype, kv_dtype=fit.kv_dtype, dtype=fit.weight_dtype, mamba=bool("M" in config.pattern),
     )  # fmt: skip
 
 

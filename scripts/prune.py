@@ -25,10 +25,11 @@ from ..models.cost.inference import count_parameters
 from ..models.errors import InputError
 from ..models.fingerprint import plain
 from ..models.folder import write_json
-from ..prune.choose import Target, select
+from ..prune.choose import select
 from ..prune.repair import Repair, repair_tensors
 from ..prune.scores import load_scores
 from ..prune.slice import Selection, slice_config, slice_rows, source_name
+from ..prune.target import Target
 from .run.resolve import check_counts, data_input, model_folder, sample, torch_device, torch_dtype
 from .run.show import Bar, progress, result, table
 from .run.stage import run_stage

@@ -17,10 +17,11 @@ from ..models.config import HybridConfig
 from ..models.cost.inference import Hardware, count_parameters
 from ..models.errors import InputError
 from ..models.fingerprint import plain
-from ..prune.choose import Target, select, with_widths
+from ..prune.choose import select
 from ..prune.depth import check_removal, random_layers, step_size
 from ..prune.importance import score_random
-from ..prune.slice import WIDTH_OF_AXIS, Selection, slice_config
+from ..prune.slice import Selection, slice_config
+from ..prune.target import Target, with_widths
 from . import distill, memory_fit, prune, score
 from .run.compose import build, guess
 from .run.show import gib, say, table
@@ -63,8 +64,7 @@ class Step:
     def left(self, pattern: str) -> HybridConfig:
         """What is left where layers of that pattern stay. Raises InputError where the target cannot be met so."""
         target = with_widths(self.before, pattern, self.round.target)
-        widths = {name: getattr(target, name) for name in WIDTH_OF_AXIS.values()}
-        return self.after.replace(pattern=pattern, **{name: size for name, size in widths.items() if size is not None})
+        return self.after.replace(pattern=pattern, **target.widths)
 
 
 def make_rounds(base: Round, changes: Sequence[Mapping[str, Any]]) -> tuple[Round, ...]:
@@ -143,7 +143,7 @@ def leftovers(step: Step, patterns: set[str]) -> set[str]:
     """
     config, how = step.before, step.round.importance
     named = step.round.target.keep_layers is not None
-    if config.block or (named and len(patterns) == 1):
+    if config.family_record.blocks or (named and len(patterns) == 1):
         return {in_kinds(step.after)}
     least = check_removal(config, 0, 1, {} if named else how.min_layers)
     removed = config.num_layers - step.after.num_layers
@@ -158,7 +158,7 @@ def leftovers(step: Step, patterns: set[str]) -> set[str]:
 
 def in_kinds(config: HybridConfig) -> str:
     """The pattern with like layers side by side, unless they come in blocks."""
-    return config.pattern if config.block else "".join(sorted(config.pattern))
+    return config.pattern if config.family_record.blocks else "".join(sorted(config.pattern))
 
 
 def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, fit: memory_fit.Fit) -> None:

@@ -14,7 +14,7 @@ from ..models.cost.inference import GIB, count_parameters
 from ..models.cost.training import LINES, Knob, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
-from ..prune.choose import Target
+from ..prune.target import Target
 from . import compress
 from .distill import Distill
 from .rounds import in_kinds, leftovers, walk

@@ -10,10 +10,11 @@ from limbeck.models import offload as layers
 from limbeck.models.axes import HIDDEN, Axis
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_magnitude, score_random, score_widths
 from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores, width_score_shapes
+from limbeck.prune.target import Target
 from limbeck.tests.helpers import assert_close, random_model, tiny_config
 from limbeck.tests.pruning_helpers import Rows, draw_rows, naive_mse
 from torch import Tensor

@@ -14,7 +14,7 @@ from limbeck.distill.report import plots
 from limbeck.models.checkpoint import load_config
 from limbeck.models.cost.inference import count_parameters
 from limbeck.models.errors import InputError
-from limbeck.prune.choose import Target
+from limbeck.prune.target import Target
 from limbeck.scripts import distill, evaluate, prune
 from limbeck.scripts.compress import Options
 from limbeck.scripts.rounds import in_kinds, leftovers, make_rounds, walk

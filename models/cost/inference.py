@@ -122,7 +122,7 @@ def memory(
     Raises InputError where context, batch or chunk is below 1.
     """
     check_load(context, batch, 1 if chunk is None else chunk)
-    attention, mamba = len(config.layers_of("*")), len(config.layers_of("M"))
+    attention, mamba = config.pattern.count("*"), config.pattern.count("M")
     kv_type, conv_type = kv_dtype or weight_dtype, conv_dtype or weight_dtype
     kv_token = kv_bytes(config, kv_type)
     ssm_layer = config.d_inner * config.ssm_state_size * ssm_dtype.itemsize if mamba else 0
@@ -241,7 +241,7 @@ class Change:
 
 def changes(config: HybridConfig, report: MemoryReport, budget: float, **asked: Any) -> list[Change]:
     """What would bring a report nearer to a budget, each on its own; `asked` as in `memory`."""
-    attention, mamba = (bool(config.layers_of(letter)) for letter in "*M")
+    attention, mamba = (letter in config.pattern for letter in "*M")
     ways: dict[str, dict[str, Any]] = {}
     if attention and report.load and report.load.kv_bytes > 1:
         ways["8-bit keys and values (vLLM: --kv-cache-dtype fp8)"] = {"kv_dtype": torch.float8_e4m3fn}
@@ -282,9 +282,9 @@ def flops_per_token(config: HybridConfig, context: int) -> float:
     element-wise work do not count."""
     products = config.vocab_size * config.hidden_size
     products += sum(config.pattern.count(kind) * size for kind, (_, size) in kind_sizes(config).items() if kind)
-    attention = len(config.layers_of("*")) * config.num_attention_heads * config.head_dim * 2 * context / 2
+    attention = config.pattern.count("*") * config.num_attention_heads * config.head_dim * 2 * context / 2
     chunk, state = min(config.chunk_size, max(context, 1)), config.ssm_state_size
-    scan = len(config.layers_of("M")) * (
+    scan = config.pattern.count("M") * (
         config.n_groups * state * chunk  # C B^T
         + config.d_inner * chunk  # (L o C B^T) x
         + 2 * config.d_inner * state  # into the state, and out of it

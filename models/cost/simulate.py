@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 from ...kernels.attention import cpu_workspace, decode_workspace, flash_workspace
 from ..config import HybridConfig
 from ..errors import InputError
-from ..generate.cache import Cache, KeyValues
-from ..generate.decode import Step
+from ..generate.cache import Cache
+from ..generate.decode import DecodingStep
 from ..generate.generate import decode_one_token, prefill
 from ..hybrid import HybridLM
 from .transient import Place, check_load, libraries, round_up
@@ -114,21 +114,16 @@ def walk(model: HybridLM, ids: Tensor, cache: Cache, chunk: int, tracker: Tracke
     if ids.is_cpu:
         decode_one_token(model, token, cache)
         return
-    step = Step(model, cache, len(token))  # as `decode.Decoder` binds it, and `GraphedStep` warms up and captures
-    step.layers = [
-        (norm, tracker.told(number, mix), attends) for number, (norm, mix, attends) in enumerate(step.layers)
-    ]
+    step = DecodingStep(model, cache)  # as `decode.Decoder` binds it, and `GraphedStep` warms up and captures
     step.load(token, cache.lengths)
-    step.run(moves=False)
+    with step.unmoved():
+        step.run()
     step.run()
 
 
 def advance(cache: Cache, tokens: int) -> None:
     """Lets a cache believe that it holds `tokens` more."""
     cache.length += tokens
-    for layer in cache.layers:
-        if isinstance(layer, KeyValues):
-            layer.length += tokens
 
 
 def without_memory(model: HybridLM, device: str) -> HybridLM:
@@ -168,17 +163,6 @@ class Tracker(TorchDispatchMode):
             block.mixer.register_forward_pre_hook(lambda *_, number=number: self.enter(number))  # type: ignore[union-attr]
             block.mixer.register_forward_hook(lambda *_: self.enter(None))  # type: ignore[union-attr]
         return model
-
-    def told(self, layer: int, mix: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A mixer that says which layer it is while it runs."""
-
-        def mixed(*inputs: Any) -> Tensor:
-            self.enter(layer)
-            out = mix(*inputs)
-            self.enter(None)
-            return out
-
-        return mixed
 
     def enter(self, layer: int | None) -> None:
         self.layer = layer

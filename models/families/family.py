@@ -166,8 +166,8 @@ def flat_rows(shape: tuple[int, ...]) -> int:
 def assembled(
     config: HybridConfig, name: str, start: int, stop: int, read: Callable[[str, int, int], Tensor]
 ) -> Tensor:
-    """Rows start..stop-1, along its first dimension, of one of our tensors; `read(stored name, begin, end)` gives rows of
-    a stored one, counted as in `Piece`."""
+    """Rows start..stop-1, along its first dimension, of one of our tensors; `read(stored name, begin, end)` gives rows
+    of a stored one, counted as in `Piece`."""
     shape = tensor_table_of(config)[name].shape
     each = flat_rows(shape) // shape[0]
     first, last = start * each, stop * each

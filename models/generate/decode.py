@@ -1,7 +1,7 @@
 """One decoding step of many sequences of unequal lengths, each in its row of a cache.
 
-A step is bound to a batch size once: what does not change from step to step is made ready, and on a GPU the model's call
-is captured in a CUDA graph, so that no Python runs between its kernels. Shapes: [B] sequences, [V] vocabulary.
+A step is bound to a batch size once: what does not change from step to step is made ready, and on a GPU the model's
+call is captured in a CUDA graph, so that no Python runs between its kernels. Shapes: [B] sequences, [V] vocabulary.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class DecodingStep:
 
 
 class GraphedStep:
-    """A loaded step as a CUDA graph: one launch replays all its kernels. The runs before the capture leave the states as
-    they were; the keys and values that they write are those that the first replay writes again."""
+    """A loaded step as a CUDA graph: one launch replays all its kernels. The runs before the capture leave the states
+    as they were; the keys and values that they write are those that the first replay writes again."""
 
     def __init__(self, step: DecodingStep, pool: Any) -> None:
         self.step, self.graph = step, torch.cuda.CUDAGraph()
