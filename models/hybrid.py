@@ -43,7 +43,7 @@ class Block(nn.Module):
         return self.mix(hidden, context)
 
     def mix(self, hidden: Tensor, context: Context) -> Tensor:
-        u = rms_norm(hidden, self.norm.weight, self.norm_eps)
+        u = context.norm(hidden, self.norm.weight, self.norm_eps)
         context.note("hidden", self.layer, u)
         return self.mixer(u, context)
 
@@ -126,7 +126,7 @@ class HybridLM(nn.Module):
         """
         context = Context(lengths=lengths, max_length=cache.max_length, states=cache.layers, bound=bound)
         hidden = self.run_layers(self.embed(tokens.unsqueeze(1)), 0, self.config.num_layers, context)
-        hidden = rms_norm(hidden, self.norm_f.weight, self.config.norm_eps)
+        hidden = context.norm(hidden, self.norm_f.weight, self.config.norm_eps)
         return context.project(self.head, hidden).squeeze(1)  # type: ignore[arg-type]
 
     def embed(self, input_ids: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linear import linear
+from ..kernels.norm import rms_norm
 from .axes import AXES, Dimension, Parts
 
 if TYPE_CHECKING:
@@ -92,6 +93,10 @@ class Context:
         """x [B, T, K] times a module's weight [N, K] transposed."""
         return linear(x, module.weight) if self.bound is None else self.bound.project(module, x)
 
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The RMSNorm of x [B, T, H]."""
+        return rms_norm(x, weight, eps) if self.bound is None else self.bound.norm(x, weight, eps)
+
     def once(self, key: Hashable, make: Callable[[], Once]) -> Once:
         """What `make` gives; a decoder asks for it once, and keeps it for its next steps."""
         return make() if self.bound is None else self.bound.once(key, make)
@@ -101,6 +106,8 @@ class Bound(Protocol):
     """What a decoder makes ready once for many steps (generate/decode.py)."""
 
     def project(self, module: nn.Linear, x: Tensor) -> Tensor: ...
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 
     def once(self, key: Hashable, make: Callable[[], Once]) -> Once: ...
 

@@ -132,7 +132,8 @@ def test_a_prepared_step_is_the_three_kernels(batch: int, bias: bool, limit: tup
         options: dict[str, Any] = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": limit}
         y = state_update(others[1], x.view(batch, heads, head_dim), dt, A, B, C, **options)
         expected = gated_rms_norm(y.flatten(1), z, norm, 1e-5, groups)
-        assert_close("y", expected, step(z, conv_in, dt), 1e-6)
+        found = step(*(part.unsqueeze(1) for part in (z, conv_in, dt)))
+        assert_close("y", expected, found.squeeze(1), 1e-6)
     assert_close("conv", others[0], conv, 0)
     assert_close("ssm", others[1], ssm, 1e-6)
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ...kernels.linear import ONE_OR_TWO, laid_out, packed
 from ...kernels.linear_step import prepared_linear
+from ...kernels.mamba_step import PreparedNorm, takes_prepared
+from ...kernels.norm import rms_norm
 from ..axes import Role, tensor_table
 from ..errors import InputError
 from ..hybrid import HybridLM
@@ -100,7 +102,12 @@ class DecodingStep:
         if product is None:
             weight = module.weight if self.stored is None else self.stored(module.weight)
             product = self.products[module] = prepared_linear(weight, self.batch)
-        return product(x.squeeze(1)).unsqueeze(1)
+        return product(x)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not takes_prepared(x, weight):
+            return rms_norm(x, weight, eps)
+        return self.once("norm", lambda: PreparedNorm(tuple(x.shape), eps))(x, weight)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self.made:
