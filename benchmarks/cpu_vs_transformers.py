@@ -31,8 +31,9 @@ import torch
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.models.checkpoint import load_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import Hardware
-from limbeck.models.cost.timing import Load, roofline, this_cpu
+from limbeck.models.cost.hardware import Hardware
+from limbeck.models.cost.speed import Load, roofline
+from limbeck.models.cost.timing import this_cpu
 from limbeck.models.generate.cache import Cache
 from limbeck.models.generate.decode import Decoder, lay_out
 from limbeck.models.generate.generate import prefill
@@ -202,7 +203,7 @@ def works(side: str, model: torch.nn.Module) -> dict[str, tuple[int, Callable[[]
 
 def flops(tokens: int, training: bool) -> float:
     """Matrix products of forward (x3 with backward) by the cost model, at short context."""
-    from limbeck.models.cost.inference import flops_per_token
+    from limbeck.models.cost.speed import flops_per_token
 
     return flops_per_token(CONFIG, 0) * tokens * (3 if training else 1)
 

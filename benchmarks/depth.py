@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from limbeck.benchmarks.surgery import BEFORE
 from limbeck.benchmarks.zoo_card import ZOO
-from limbeck.distill.text.packing import IGNORED, Batch, keep_split, sample_batches, stdlib_documents, tokenize
+from limbeck.distill.text.packing import IGNORED, Batch, tokenize
+from limbeck.distill.text.resolve import documents
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM, initialize
@@ -50,9 +51,8 @@ SMALL = HybridConfig(
 
 def shipped(rows: int, tokens: int) -> tuple[HybridLM, list[Batch]]:
     """The model in models/zoo, and rows of text, one a batch."""
-    documents = keep_split(stdlib_documents(), "train", "stdlib")[::16]
-    corpus = tokenize(documents, load_tokenizer(ZOO))
-    return load_model(ZOO), sample_batches(corpus, batch_size=1, seq_len=tokens, seed=0, max_tokens=rows * tokens)
+    corpus = tokenize(list(documents("stdlib", "train"))[::16], load_tokenizer(ZOO))
+    return load_model(ZOO), list(corpus.sample(batch_size=1, seq_len=tokens, seed=0, max_tokens=rows * tokens))
 
 
 @torch.no_grad()

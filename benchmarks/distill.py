@@ -35,11 +35,12 @@ import torch
 from limbeck.benchmarks.cpu_vs_transformers import resident
 from limbeck.benchmarks.train_memory import random_rows
 from limbeck.distill.losses import DistillLoss, distillation_loss
-from limbeck.distill.text.packing import Batch, Corpus, keep_split, stdlib_documents, tokenize, train_batches
+from limbeck.distill.text.packing import Batch, Corpus, tokenize
+from limbeck.distill.text.resolve import documents
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost.inference import count_parameters
 from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
@@ -101,8 +102,7 @@ def theirs(model: HybridLM) -> torch.nn.Module:
 
 @functools.cache
 def corpus() -> Corpus:
-    documents = keep_split(stdlib_documents(), "train", "stdlib")[:DOCUMENTS]
-    return tokenize(documents, load_tokenizer(ZOO))
+    return tokenize(itertools.islice(documents("stdlib", "train"), DOCUMENTS), load_tokenizer(ZOO))
 
 
 now: Callable[[], float] = time.perf_counter
@@ -153,7 +153,7 @@ def our_steps(student: HybridLM, teacher: HybridLM, setting: Setting, steps: int
     def batches(start: int) -> Iterator[Batch]:
         if setting.vocabulary:
             return itertools.repeat(random_rows(setting.vocabulary, setting.rows, setting.seq_len))
-        return train_batches(corpus(), batch_size=setting.rows, seq_len=setting.seq_len, seed=0, start=start)
+        return corpus().train_batches(batch_size=setting.rows, seq_len=setting.seq_len, seed=0, start=start)
 
     with contextlib.ExitStack() as stack:
         for model, part in ((student, "student"), (teacher, "teacher")):

@@ -178,11 +178,6 @@ def operators() -> dict[str, Op]:
         "rms_norm": Op(rows_of(HIDDEN, 48, "x weight"), lambda x, weight: rms_norm(x, weight, EPS),
                        lambda x, weight: reference.rms_norm_reference(x, weight, EPS),
                        per_token(4 * HIDDEN, 6 * HIDDEN), peers=gpu_peers.RMS_NORM),
-        "rms_norm + residual": Op(
-            rows_of(HIDDEN, 48, "x residual weight"),
-            lambda x, residual, weight: rms_norm(x, weight, EPS, residual=residual),
-            lambda x, residual, weight: (reference.rms_norm_reference(x + residual, weight, EPS), x + residual),
-            per_token(8 * HIDDEN, 8 * HIDDEN), peers=gpu_peers.ADD_RMS_NORM),
         "gated_rms_norm": Op(
             gated_inputs, lambda x, z, weight: gated_rms_norm(x, z, weight, EPS, GROUPS),
             lambda x, z, weight: reference.gated_rms_norm_reference(x, z, weight, EPS, GROUPS),

@@ -29,11 +29,6 @@ def torch_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, EPS)
 
 
-def torch_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return torch_rms_norm(total, weight), total
-
-
 def torch_gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     u = (x.float() * F.silu(z.float())).unflatten(-1, (GROUPS, -1))
     return (F.rms_norm(u, u.shape[-1:], None, EPS).flatten(-2) * weight).to(x.dtype)
@@ -164,7 +159,6 @@ def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 RMS_NORM = {"torch.compile": compiled(torch_rms_norm), "liger_kernel": liger_rms_norm, "fla": fla_rms_norm}
-ADD_RMS_NORM = {"torch.compile": compiled(torch_add_rms_norm)}
 GATED_RMS_NORM = {"torch.compile": compiled(torch_gated_rms_norm), "mamba_ssm": mamba_ssm_gated}
 RELU2 = {"torch.compile": compiled(reference.relu2_reference)}
 SWIGLU = {"torch.compile": compiled(lambda gate, up: F.silu(gate) * up), "liger_kernel": liger_swiglu}

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import GIB, memory, verdict
+from limbeck.models.cost.hardware import GIB, Place
+from limbeck.models.cost.inference import memory, verdict
 from limbeck.models.cost.peak import check_room, measure, random_model
-from limbeck.models.cost.transient import Place
 from limbeck.models.errors import CheckFailed
 from limbeck.models.generate.cache import Cache
 from limbeck.models.generate.decode import Decoder

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost.inference import GIB, memory
+from limbeck.models.cost.hardware import GIB, Place
+from limbeck.models.cost.inference import memory
 from limbeck.models.cost.peak import measure
 from limbeck.models.cost.simulate import simulate
-from limbeck.models.cost.transient import Place
 from limbeck.models.provenance import provenance
 
 A10G = Place("cuda", 80, "8.6")

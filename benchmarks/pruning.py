@@ -24,30 +24,24 @@ from typing import Any
 
 import torch
 from limbeck.distill.losses import DistillLoss, distillation_loss
-from limbeck.distill.text.packing import (
-    Batch,
-    Corpus,
-    keep_split,
-    sample_batches,
-    stdlib_documents,
-    tokenize,
-    train_batches,
-)
+from limbeck.distill.text.packing import Batch, Corpus, tokenize
+from limbeck.distill.text.resolve import documents
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
-from limbeck.prune.importance import AGGREGATES, MAMBA_SOURCES, score_magnitude, score_random, score_widths
+from limbeck.prune.importance import score_magnitude, score_random, score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
 from limbeck.prune.target import Target
+from limbeck.prune.width_metrics import AGGREGATES, MAMBA_SOURCES, ActivationScores, TaylorScores
 from limbeck.scripts.run.resolve import ZOO
 
 PLAIN = Repair(norms="none")
@@ -60,7 +54,7 @@ REPAIRS = {
     "rotation, least squares": Repair(rotate=True, least_squares=True),
     "rotation, measured, least squares": Repair(rotate=True, norms="measured", least_squares=True),
 }
-METHODS = ("random", "magnitude", "activation")
+METHODS = ("random", "magnitude", "activation", "taylor")
 DEPTHS = ("random", "single shot", "iterative")
 
 
@@ -131,12 +125,11 @@ class Bench:
         return load_model(self.subject.folder)
 
     def tokenized(self, split: str) -> Corpus:
-        documents = keep_split(stdlib_documents(), split, "stdlib")
-        return tokenize(documents, load_tokenizer(self.subject.folder))
+        return tokenize(documents("stdlib", split), load_tokenizer(self.subject.folder))
 
     def sample(self, split: str, tokens: int, seed: int) -> list[Batch]:
         text = self.corpus(split)
-        return sample_batches(text, batch_size=4, seq_len=self.subject.seq_len, seed=seed, max_tokens=tokens)
+        return list(text.sample(batch_size=4, seq_len=self.subject.seq_len, seed=seed, max_tokens=tokens))
 
     def calibration(self, seed: int) -> list[Batch]:
         return self.sample("train", self.subject.calibration_tokens, seed)
@@ -171,7 +164,7 @@ class Bench:
             return score_random(self.model.config, seed)
         if method == "magnitude":
             return score_magnitude(self.model.config, self.model.state_dict().__getitem__)
-        return score_widths(self.model, self.calibration(seed))
+        return score_widths(self.model, self.calibration(seed), TaylorScores() if method == "taylor" else None)
 
     def order(self, kind: str, seed: int) -> tuple[int, ...]:
         """Layers in the order of their removal: as many as any cut of the model asks for."""
@@ -198,7 +191,7 @@ class Bench:
 
         def batches(start: int) -> Iterator[Batch]:
             text = self.corpus("train")
-            return train_batches(text, batch_size=subject.batch, seq_len=subject.seq_len, seed=0, start=start)
+            return text.train_batches(batch_size=subject.batch, seq_len=subject.seq_len, seed=0, start=start)
 
         loss_of = distillation_loss(self.model, DistillLoss())
         with tempfile.TemporaryDirectory() as folder:
@@ -338,7 +331,7 @@ def source_table(bench: Bench, seeds: Sequence[int]) -> None:
 
 def loss_of_scores(bench: Bench, name: str, target: Target, seed: int, options: dict[str, Any]) -> float:
     def make() -> dict[str, Any]:
-        widths = score_widths(bench.model, bench.calibration(seed), **options)
+        widths = score_widths(bench.model, bench.calibration(seed), ActivationScores(**options))
         selection = select(bench.model.config, widths, (), target)
         return {"loss": bench.loss(bench.pruned(selection, seed, PLAIN))}
 

@@ -24,7 +24,8 @@ from typing import Any
 
 import tokenizers
 import torch
-from limbeck.distill.text.packing import keep_split, stdlib_documents, tokenize
+from limbeck.distill.text.packing import tokenize
+from limbeck.distill.text.resolve import documents
 from limbeck.models.axes import tensor_table
 from limbeck.models.checkpoint import load_model, open_checkpoint, write_checkpoint
 from limbeck.models.config import HybridConfig
@@ -165,7 +166,7 @@ def convert(path: Path, output: Path, dtype: torch.dtype) -> None:
 
 def held_out_rows(folder: Path, count: int) -> Tensor:
     """The first tokens [count, ROW + 1] of the first files of the standard library's test split that have so many."""
-    corpus = tokenize(keep_split(stdlib_documents(), "test", "stdlib"), load_tokenizer(folder))
+    corpus = tokenize(documents("stdlib", "test"), load_tokenizer(folder))
     begins = [start for start, stop in itertools.pairwise(corpus.starts) if stop - start > ROW]
     assert len(begins) >= count, f"{len(begins)} files have {ROW} tokens, {count} are wanted"
     return torch.stack([torch.from_numpy(corpus.ids[start : start + ROW + 1]).long() for start in begins[:count]])

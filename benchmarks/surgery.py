@@ -27,7 +27,7 @@ import torch
 from limbeck.models.axes import tensor_table
 from limbeck.models.checkpoint import open_checkpoint, row_blocks, write_checkpoint
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import count_parameters, num_tensors
+from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.folder import atomic_folder
 from limbeck.models.provenance import provenance
 from limbeck.prune.importance import score_random

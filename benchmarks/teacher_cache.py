@@ -23,7 +23,8 @@ import torch
 from limbeck.benchmarks.pruning import print_table
 from limbeck.distill.losses import Distillation, DistillLoss, distillation_loss
 from limbeck.distill.teacher import CachedTeacher, CacheOptions, finish_cache, write_cache
-from limbeck.distill.text.packing import Batch, keep_split, sample_batches, stdlib_documents, tokenize
+from limbeck.distill.text.packing import Batch, tokenize
+from limbeck.distill.text.resolve import documents
 from limbeck.kernels.linear_kl import linear_kl
 from limbeck.kernels.linear_topk_kl import TopK, linear_topk_kl
 from limbeck.models.checkpoint import load_model
@@ -43,8 +44,8 @@ CUT = Target(hidden_size=208, intermediate_size=640, mamba_num_heads=12)
 
 
 def text(split: str, tokens: int) -> list[Batch]:
-    corpus = tokenize(keep_split(stdlib_documents(), split, "stdlib")[::4], load_tokenizer(ZOO))
-    return sample_batches(corpus, batch_size=ROWS, seq_len=SEQ_LEN, seed=0, max_tokens=tokens)
+    corpus = tokenize(list(documents("stdlib", split))[::4], load_tokenizer(ZOO))
+    return list(corpus.sample(batch_size=ROWS, seq_len=SEQ_LEN, seed=0, max_tokens=tokens))
 
 
 def pruned(teacher: HybridLM) -> HybridLM:

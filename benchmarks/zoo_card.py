@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from limbeck.distill.gap.measure import Estimate, measure_gap
-from limbeck.distill.text.packing import Document, keep_split, sample_batches, stdlib_documents, tokenize
+from limbeck.distill.text.documents import Document
+from limbeck.distill.text.packing import tokenize
+from limbeck.distill.text.resolve import documents
 from limbeck.models.checkpoint import load_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,7 +54,7 @@ def unigrams(train: list[Document], test: list[Document], tokenizer: Tokenizer) 
         return np.frombuffer(b"".join(document.text.encode() for document in documents), dtype=np.uint8)
 
     total = len(as_bytes(test))
-    tokens = [tokenize(documents, tokenizer).ids for documents in (train, test)]
+    tokens = [tokenize(documents, tokenizer).ids[:] for documents in (train, test)]
     return {
         "unigram over bytes": bits(as_bytes(train), as_bytes(test), 256) / total,
         "unigram over tokens": bits(tokens[0], tokens[1], tokenizer.vocab_size) / total,
@@ -61,9 +63,8 @@ def unigrams(train: list[Document], test: list[Document], tokenizer: Tokenizer) 
 
 def measure(folder: Path) -> tuple[dict[str, float], Estimate, int]:
     tokenizer = load_tokenizer(folder)
-    documents = stdlib_documents()
-    train, test = (keep_split(documents, split, "stdlib") for split in ("train", "test"))
-    batches = sample_batches(tokenize(test, tokenizer), batch_size=8, seq_len=512)
+    train, test = (list(documents("stdlib", split)) for split in ("train", "test"))
+    batches = tokenize(test, tokenizer).sample(batch_size=8, seq_len=512)
     found = measure_gap(load_model(folder), {}, batches).models["teacher"].bits_per_byte
     rows = {"this model": found.value, **compressors(test), **unigrams(train, test, tokenizer)}
     return rows, found, len(test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..models import processes
 from ..models.axes import tensor_table
-from ..models.checkpoint import Checkpoint, row_blocks
+from ..models.checkpoint import Checkpoint, row_blocks, write_checkpoint
+from ..models.config import HybridConfig
 from ..models.errors import InputError
 from .options import TrainOptions
-from .parallel import Trained
+from .parallel import Trained, stored_dtype
 from .state import AVERAGE, WEIGHTS, numbered, states
 
 
@@ -66,6 +69,24 @@ def kept_weights(folder: Path, options: TrainOptions) -> Kept:
     if options.ema_decay:
         return Kept((found[-1] / AVERAGE,), {"kept": "moving average", "step": last})
     return Kept((found[-1] / WEIGHTS,), {"kept": "last", "step": last})
+
+
+def write_trained(
+    folder: Path, training: Path, options: TrainOptions, config: HybridConfig, dtype: torch.dtype, tokenizer_from: Path
+) -> dict[str, Any]:
+    """What a finished training left in `folder/training` or below it, as a checkpoint in `folder`: weights, tokenizer,
+    metrics.jsonl; returns which weights they are. Matrices have the dtype that they were used in. Every process has to
+    call it; the first writes."""
+    with processes.together():
+        kept = kept_weights(training, options)
+        if processes.rank() == 0:
+            shapes = {name: axes.shape for name, axes in tensor_table(config).items()}
+            dtypes = {name: dtype if len(shape) > 1 else stored_dtype(dtype) for name, shape in shapes.items()}
+            write_checkpoint(folder, config, kept.tensors(), dtypes=dtypes, tokenizer_from=tokenizer_from)
+            metrics = folder / "training" / "metrics.jsonl"
+            if metrics.exists():
+                shutil.copyfile(metrics, folder / "metrics.jsonl")
+    return kept.said
 
 
 def mean_tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:

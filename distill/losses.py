@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.linear_kl import DIVERGENCE, linear_cross_entropy, linear_kl
+from ..kernels.divergence import DIVERGENCES, Divergence
+from ..kernels.linear_kl import linear_cross_entropy, linear_kl
 from ..kernels.linear_topk_kl import linear_topk_kl
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
@@ -34,7 +35,7 @@ class DistillLoss:
     `tail`: of a cached teacher, whether the tokens that it does not name count as one bucket or as impossible.
     """
 
-    divergence: str = "forward"
+    divergence: str = Divergence.FORWARD.option
     temperature: float = 1.0
     kl_weight: Weight = 1.0
     ce_weight: Weight = 0.0
@@ -42,8 +43,8 @@ class DistillLoss:
     tail: bool = True
 
     def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCE:
-            raise InputError(f"loss: divergence {self.divergence!r} is unknown; known: {', '.join(DIVERGENCE)}")
+        if self.divergence not in DIVERGENCES:
+            raise InputError(f"loss: divergence {self.divergence!r} is unknown; known: {', '.join(DIVERGENCES)}")
         if not self.temperature > 0:
             raise InputError(f"loss: temperature is {self.temperature}; expected more than 0")
         check_weight("kl_weight", self.kl_weight)
@@ -132,7 +133,7 @@ def distillation_loss(
 
 def check_cached(options: DistillLoss) -> None:
     """Raises InputError for what a teacher's likeliest tokens at temperature 1 do not tell."""
-    if options.divergence != "forward" or options.temperature != 1:
+    if options.divergence != Divergence.FORWARD.option or options.temperature != 1:
         raise InputError(
             f"loss: a cached teacher gives forward KL at temperature 1, not divergence={options.divergence} at"
             f" temperature={options.temperature}; change these, or take the teacher itself"

@@ -1,7 +1,7 @@
 """A model in training, on one process or many: what the optimizer moves, and which part of it lies in this process.
 
 Many processes share a batch's rows. Their models are whole, or every matrix is split by rows among them (FSDP2,
-`torch.distributed.fsdp.fully_shard`: a layer's matrices are put together when its turn comes, and dropped behind it).
+`torch.distributed.fsdp.fully_shard`: a layer's matrices are put together when its turn comes, and dropped after it).
 Vectors (A_log, D, dt_bias, norms, biases) are whole everywhere, in float32: they are small, and a group of FSDP's has
 one dtype. Gradients are sums over all rows of the batch, never means of parts.
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from ..models import processes
-from ..models.checkpoint import open_checkpoint
+from ..models.checkpoint import load_model, open_checkpoint
 from ..models.hybrid import HybridLM
 
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
@@ -150,7 +151,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
         assert isinstance(group, FSDPModule)
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo knows sums, but not sums of what is scaled first
-    register_fsdp_forward_method(model, "hidden_states")  # behind it the head is whole, as the losses read it
+    register_fsdp_forward_method(model, "hidden_states")  # after it the head is whole, as the losses read it
 
 
 def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
@@ -160,6 +161,59 @@ def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
             place, _, field = name.rpartition(".")
             values = read(f"{prefix}.{name}" if prefix else name)
             setattr(module.get_submodule(place), field, nn.Parameter(values, requires_grad=parameter.requires_grad))
+
+
+def process_device(device: torch.device) -> torch.device:
+    """The device of this process: of several GPUs its own."""
+    if device.type == "cuda" and device.index is None and processes.count() > 1:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What weights in training are kept in: float32 at least."""
+    return dtype if dtype.itemsize >= 4 else torch.float32
+
+
+def narrower(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype, if matrices are used in it and not kept in it."""
+    return None if dtype == stored_dtype(dtype) else dtype
+
+
+def load_trained(path: Path, dtype: torch.dtype, device: torch.device, split: bool) -> Trained:
+    """A checkpoint to be trained: matrices in `dtype` where they are used, and what the optimizer moves in float32;
+    with `split` divided among the processes. Raises InputError."""
+    stored = stored_dtype(dtype)
+    if split and processes.count() > 1:
+        return prepare(load_sharded(path, stored, device, dtype=narrower(dtype)).train())
+    return prepare(load_model(path, stored, device).train(), dtype)
+
+
+def placed_model(model: HybridLM, dtype: torch.dtype, split: bool) -> Trained:
+    """A model that is whole in every process, to be trained; with `split` divided among them."""
+    if split and processes.count() > 1:
+        shard(model, narrower(dtype))
+        return prepare(model)
+    return prepare(model, dtype)
+
+
+def load_frozen(path: Path, dtype: torch.dtype, device: torch.device, split: bool, offload: bool = False) -> HybridLM:
+    """A checkpoint to learn from, in `dtype`, without gradients; with `offload` its layers stay in main memory (each
+    process's own), and each comes to the device when its turn comes. Raises InputError."""
+    if offload:
+        from accelerate import cpu_offload
+
+        model = load_model(path, dtype, torch.device("cpu")).requires_grad_(False)
+        layers = model.layers
+        model.layers = nn.ModuleList()
+        model.to(device)
+        model.layers = layers
+        for layer in layers:
+            cpu_offload(layer, execution_device=device, preload_module_classes=[type(layer).__name__])
+        return model
+    if split and processes.count() > 1:
+        return load_sharded(path, dtype, device, frozen=True)
+    return load_model(path, dtype, device).requires_grad_(False)
 
 
 def load_sharded(

@@ -64,26 +64,19 @@ def causal_conv1d_step(
     bias: Tensor | None = None,
     *,
     activation: str | None = "silu",
-    slots: Tensor | None = None,
 ) -> Tensor:
     """y [B, C] of one token x [B, C]; `state` [B, C, K-1], the inputs before it, is moved on in place. No gradient.
 
-    With `slots` [B] (all different) the state is a pool [S, C, K-1], and sequence b has row slots[b] of it. Raises
-    ValueError where shapes disagree or the activation is neither "silu" nor None.
+    Raises ValueError where shapes disagree or the activation is neither "silu" nor None.
     """
     check_activation(activation)
-    rows = x.shape[0] if slots is None else state.shape[0]
-    expected = (rows, x.shape[1], weight.shape[1] - 1)
+    expected = (x.shape[0], x.shape[1], weight.shape[1] - 1)
     if state.shape != expected:
         raise ValueError(f"causal_conv1d_step: state has shape {tuple(state.shape)}, expected {expected}")
-    if slots is not None and slots.shape != x.shape[:1]:
-        raise ValueError(f"causal_conv1d_step: slots has shape {tuple(slots.shape)}, expected {tuple(x.shape[:1])}")
     if takes_operator(x):
         with torch.no_grad():
-            return step_op(state, x, weight, bias, slots, activation == "silu")
-    if slots is None:
-        return torch_step(state, x, weight, bias, activation)
-    return torch_step_slots(state, slots, x, weight, bias, activation)
+            return step_op(state, x, weight, bias, activation == "silu")
+    return torch_step(state, x, weight, bias, activation)
 
 
 def check_activation(activation: str | None) -> None:
@@ -99,14 +92,6 @@ def torch_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, ac
     if bias is not None:
         y += bias
     return (F.silu(y, inplace=True) if activation else y).to(x.dtype)
-
-
-@torch.no_grad()
-def torch_step_slots(state: Tensor, slots: Tensor, *inputs: Any) -> Tensor:
-    chosen = state[slots]
-    y = torch_step(chosen, *inputs)
-    state[slots] = chosen
-    return y
 
 
 def final_inputs(x: Tensor, before: int, seq_idx: Tensor | None, initial_state: Tensor | None) -> Tensor:
@@ -300,12 +285,11 @@ conv_op.register_autograd(conv_gradient, setup_context=keep_inputs)
 
 
 @torch.library.custom_op("limbeck::causal_conv1d_step", mutates_args=("state",))
-def step_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None, silu: bool) -> Tensor:
+def step_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """CPU tensors go through the Triton kernel in Triton's interpreter, else through torch."""
     if takes_triton(x):
-        return triton_module("conv_triton").step(state, x, weight, bias, slots, silu)
-    inputs = (x, weight, bias, "silu" if silu else None)
-    return torch_step(state, *inputs) if slots is None else torch_step_slots(state, slots, *inputs)
+        return triton_module("conv_triton").step(state, x, weight, bias, silu)
+    return torch_step(state, x, weight, bias, "silu" if silu else None)
 
 
 @step_op.register_fake

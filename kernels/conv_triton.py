@@ -174,7 +174,7 @@ def conv_backward(
 
 @triton.jit
 def conv_step(
-    p_state, p_x, p_weight, p_bias, p_slots, p_y,
+    p_state, p_x, p_weight, p_bias, p_y,
     s_state_b, s_state_c, s_state_k, s_x_b, s_x_c, s_weight_c, s_weight_k,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, SILU: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -182,8 +182,7 @@ def conv_step(
     i_b = tl.program_id(1).to(tl.int64)
     i_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = i_c < CHANNELS
-    row = i_b if p_slots is None else tl.load(p_slots + i_b).to(tl.int64)
-    p_state += row * s_state_b + i_c * s_state_c
+    p_state += i_b * s_state_b + i_c * s_state_c
     x = tl.load(p_x + i_b * s_x_b + i_c * s_x_c, mask=m_c, other=0.0).to(p_state.dtype.element_ty)
     y = x.to(tl.float32) * load_tap(p_weight, i_c, m_c, 0, s_weight_c, s_weight_k, WIDTH)
     for back in tl.static_range(1, WIDTH):
@@ -264,7 +263,6 @@ def step_launch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    slots: Tensor | None,
     silu: bool,
     y: Tensor,
     device: int,
@@ -275,7 +273,7 @@ def step_launch(
     # A narrower tile would lie in several threads at once, which may read what another has written already.
     block_c = sizes.channels
     arguments: dict[str, Any] = {
-        "p_state": state, "p_x": x, "p_weight": weight, "p_bias": bias, "p_slots": slots, "p_y": y,
+        "p_state": state, "p_x": x, "p_weight": weight, "p_bias": bias, "p_y": y,
         **strides("state", "bck", state), **strides("x", "bc", x), **strides("weight", "ck", weight),
         "CHANNELS": channels, "WIDTH": weight.shape[1], "SILU": silu, "BLOCK_C": block_c,
     }  # fmt: skip
@@ -309,9 +307,9 @@ def backward(given: Conv, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Te
     )
 
 
-def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, slots: Tensor | None, silu: bool) -> Tensor:
+def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """y [B, C]; the state moves on in place."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    bias, slots = (None if tensor is None else tensor.contiguous() for tensor in (bias, slots))
-    step_launch(state, x, weight, bias, slots, silu, y, capability(x.device)).run(x)
+    bias = None if bias is None else bias.contiguous()
+    step_launch(state, x, weight, bias, silu, y, capability(x.device)).run(x)
     return y

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .divergence import DIVERGENCES, Divergence
 from .fused_loss import accumulate, product
 from .launch import Launch, takes_triton, triton_module
-from .linear_kl_torch import DIVERGENCE, Options, torch_linear_kl
+from .linear_kl_torch import Options, torch_linear_kl
 
 IGNORED = -100
 # On every device; elements of a row that a program takes at a time, warps, and blocks on their way at once.
@@ -26,8 +27,7 @@ BLOCK, WARPS, STAGES = 2048, 8, 2
 
 class LinearKL(NamedTuple):
     """The loss, and per token [T] (no gradient, 0 where ignored): the divergence at the temperature (without the
-    T^2), cross-entropies of student and teacher in nats (None without labels), and whether their likeliest tokens are
-    the same."""
+    T^2), cross-entropies of student and teacher in nats (None without labels), and whether their argmaxes agree."""
 
     loss: Tensor
     kl: Tensor
@@ -54,7 +54,6 @@ def linear_kl(
     divergence: str = "forward",
     labels: Tensor | None = None,
     ignore_index: int = IGNORED,
-    token_weights: Tensor | None = None,
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     normalizer: Tensor | float | None = None,
@@ -62,11 +61,10 @@ def linear_kl(
 ) -> LinearKL:
     """Distillation loss of student_hidden [T, Hs] under student_head [V, Hs] against the teacher's [T, Ht], [V, Ht].
 
-    loss = sum_t w_t (kl_weight T^2 divergence_t + ce_weight cross_entropy_t) / normalizer, with the temperature T
-    and w the token weights [T] (default 1). Tokens whose label [T] is `ignore_index` count for nothing. The
-    normalizer is by default the sum of the weights that count; give the whole batch's when this is a part of it.
-    "forward" is KL(teacher || student), "reverse" the other way round, "jsd" the Jensen-Shannon divergence, and "mse"
-    the mean over the vocabulary of the squared difference of the logits, which T divides, too.
+    loss = sum_t (kl_weight T^2 divergence_t + ce_weight cross_entropy_t) / normalizer, with the temperature T, over
+    the tokens whose label [T] is not `ignore_index`. The normalizer is by default their number; give the whole batch's
+    when this is a part of it.
+    `divergence` is the option of a `divergence.Divergence`; of "mse" T divides the logits, too.
     Gradients reach the student's hidden states and head; the teacher gets none. Buffers are [chunk_tokens, V].
 
     Raises ValueError where shapes disagree or an option is unknown.
@@ -79,14 +77,15 @@ def linear_kl(
             f"linear_kl: student has {tokens} tokens and a vocabulary of {vocabulary},"
             f" teacher {teacher_hidden.shape[0]} and {teacher_head.shape[0]}"
         )
-    if divergence not in DIVERGENCE:
-        raise ValueError(f"linear_kl: divergence is {divergence!r}, expected one of {', '.join(DIVERGENCE)}")
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"linear_kl: divergence is {divergence!r}, expected one of {', '.join(DIVERGENCES)}")
     if not temperature > 0:
         raise ValueError(f"linear_kl: temperature is {temperature}, expected more than 0")
     if ce_weight and labels is None:
         raise ValueError("linear_kl: ce_weight needs labels")
-    weights, scale = weigh(tokens, labels, ignore_index, token_weights, normalizer, student_hidden)
-    options = (temperature, divergence, kl_weight, ce_weight, chunk_tokens or default_chunk(vocabulary, student_hidden))
+    weights, scale = weigh(tokens, labels, ignore_index, normalizer, student_hidden)
+    chunk_tokens = chunk_tokens or default_chunk(vocabulary, student_hidden)
+    options = (temperature, DIVERGENCES[divergence], kl_weight, ce_weight, chunk_tokens)
     loss, kl, cross_entropy, teacher_cross_entropy, agreement = fused_loss(
         student_hidden, student_head, teacher_hidden, teacher_head, clean(labels, ignore_index), weights, scale, options
     )
@@ -101,14 +100,13 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     ignore_index: int = IGNORED,
-    token_weights: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     chunk_tokens: int | None = None,
 ) -> LinearCrossEntropy:
-    """sum_t w_t cross_entropy_t / normalizer of hidden [T, H] under head [V, H] for labels [T]; see `linear_kl`."""
+    """sum_t cross_entropy_t / normalizer of hidden [T, H] under head [V, H] for labels [T]; see `linear_kl`."""
     check_head("model", hidden, head)
-    weights, scale = weigh(hidden.shape[0], labels, ignore_index, token_weights, normalizer, hidden)
-    options = (1.0, "forward", 0.0, 1.0, chunk_tokens or default_chunk(head.shape[0], hidden))
+    weights, scale = weigh(hidden.shape[0], labels, ignore_index, normalizer, hidden)
+    options = (1.0, Divergence.FORWARD, 0.0, 1.0, chunk_tokens or default_chunk(head.shape[0], hidden))
     loss, _, cross_entropy, _, top1 = fused_loss(
         hidden, head, None, None, clean(labels, ignore_index), weights, scale, options
     )
@@ -133,7 +131,7 @@ def fused_loss(
     scale: Tensor,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, divergence, cross-entropies of student and teacher, and whether the first ranks agree; see `linear_kl`."""
+    """Loss, divergence, cross-entropies of student and teacher, and whether the argmaxes agree; see `linear_kl`."""
     tensors = (hidden, head, teacher_hidden, teacher_head, labels, weights, scale)
     if not takes_triton(hidden):
         return torch_linear_kl(*tensors, options)
@@ -145,7 +143,7 @@ def check_head(whose: str, hidden: Tensor, head: Tensor) -> None:
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
         raise ValueError(
             f"the {whose}'s hidden states and head must be [T, H] and [V, H],"
-            f" found {tuple(hidden.shape)} and {tuple(head.shape)}"
+            f" not {tuple(hidden.shape)} and {tuple(head.shape)}"
         )
 
 
@@ -153,18 +151,14 @@ def weigh(
     tokens: int,
     labels: Tensor | None,
     ignore_index: int,
-    token_weights: Tensor | None,
     normalizer: Tensor | float | None,
     hidden: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [T], 0 where ignored, and one over the normalizer."""
-    for name, tensor in (("labels", labels), ("token_weights", token_weights)):
-        if tensor is not None and tuple(tensor.shape) != (tokens,):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({tokens},)")
+    """Weights [T], 1 or 0 where ignored, and one over the normalizer."""
+    if labels is not None and tuple(labels.shape) != (tokens,):
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, expected ({tokens},)")
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights = torch.ones(tokens, dtype=work, device=hidden.device)
-    if token_weights is not None:
-        weights = weights * token_weights.to(work)
     if labels is not None:
         weights = weights * (labels != ignore_index)
     if normalizer is None:
@@ -188,7 +182,7 @@ def linear_kl_op(
     weights: Tensor,
     scale: Tensor,
     temperature: float,
-    divergence: str,
+    divergence: int,
     kl_weight: float,
     ce_weight: float,
     chunk_tokens: int,
@@ -203,7 +197,7 @@ def linear_kl_op(
     )  # fmt: skip
     kl, cross_entropy, teacher_cross_entropy = torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device)
     total = torch.zeros(head.shape if need_head else 0, dtype=torch.float32, device=head.device)
-    options = (temperature, divergence, kl_weight, ce_weight, chunk_tokens)
+    options = (temperature, Divergence(divergence), kl_weight, ce_weight, chunk_tokens)
     for start in range(0, tokens, chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, tokens))
         logits = product(hidden[rows], head.T, full=not need)
@@ -236,7 +230,7 @@ def linear_kl_shapes(
     weights: Tensor,
     scale: Tensor,
     temperature: float,
-    divergence: str,
+    divergence: int,
     kl_weight: float,
     ce_weight: float,
     chunk_tokens: int,
@@ -273,9 +267,9 @@ def chunk_launch(
         "cross_entropy": cross_entropy, "teacher_cross_entropy": teacher_cross_entropy, "first": first,
         "vocabulary": logits.shape[1], "stride_student": logits.stride(0),
         "stride_teacher": 0 if teacher is None else teacher.stride(0),
-        # T^2, and 1 / T from the logits' division
+        # T^2 of the loss, and 1 / T of the chain rule through logits / T
         "inverse_temperature": 1 / temperature, "kl_factor": kl_weight * temperature, "ce_factor": ce_weight,
-        "DIVERGENCE": 0 if teacher is None else 1 + list(DIVERGENCE).index(divergence),
+        "DIVERGENCE": 0 if teacher is None else int(divergence),
         "LABELS": labels is not None, "CE": ce_weight != 0, "TEMPERED": temperature != 1, "GRADIENT": need_gradient,
         "BLOCK": BLOCK, "STAGES": STAGES,
     }  # fmt: skip
@@ -292,8 +286,8 @@ def keep_gradients(ctx, inputs, output) -> None:
 
 def scale_gradients(ctx, dloss, *_):
     dhidden, dhead = ctx.saved_tensors
-    found = [gradient * dloss if gradient.numel() else None for gradient in (dhidden, dhead)]
-    return *found, *[None] * (ctx.inputs - 2)
+    scaled = [gradient * dloss if gradient.numel() else None for gradient in (dhidden, dhead)]
+    return *scaled, *[None] * (ctx.inputs - 2)
 
 
 linear_kl_op.register_autograd(scale_gradients, setup_context=keep_gradients)

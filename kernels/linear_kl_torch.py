@@ -1,4 +1,4 @@
-"""linear_kl in torch operators: the CPU's path and the second witness. Its chunks are fused_loss's.
+"""linear_kl in torch operators: the CPU's path. Its chunks are fused_loss's, its divergences `divergence`'s.
 
 Shapes: [t] tokens, [V] vocabulary.
 """
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .divergence import FORMULAS, Divergence
 from .fused_loss import ChunkedLoss, Piece
 from .linear import linear
 
-Options = tuple[float, str, float, float, int]  # temperature, divergence, kl_weight, ce_weight, chunk_tokens
+Options = tuple[float, Divergence, float, float, int]  # temperature, divergence, kl_weight, ce_weight, chunk_tokens
 
 
 def torch_linear_kl(
@@ -55,7 +56,7 @@ def chunk_loss(
 ) -> Tensor:
     """Works through the logits [t, V] of a few tokens, in place. `values` [4, t] receives divergence, cross-entropies
     of student and teacher and the loss a token; the student's logits give way to the gradient times `factors` [t, 1],
-    if it is needed, and the answer is whether the first ranks agree [t]."""
+    if it is needed. Returns whether the argmaxes agree [t]."""
     temperature, divergence, kl_weight, ce_weight, _ = options
     ranked_first = logits.argmax(-1)
     if teacher is None:
@@ -63,7 +64,7 @@ def chunk_loss(
         agree = ranked_first == labels[:, 0]
     else:
         agree = ranked_first == teacher.argmax(-1)
-    # One log_softmax takes half the time of a logsumexp and what is to be subtracted, and gives all that is asked for.
+    # One log_softmax takes half the time of a logsumexp and a subtraction, and serves all that follows.
     student = torch.log_softmax(logits, -1)
     taught = None if teacher is None else torch.log_softmax(teacher, -1)
     if labels is not None:
@@ -78,54 +79,19 @@ def chunk_loss(
         gradient.scatter_add_(1, labels, -torch.ones_like(values[1])[:, None])
         gradient *= ce_weight * factors
     if taught is not None and teacher is not None:
-        if divergence == "mse":
+        formula = FORMULAS[divergence]
+        if formula.of_logits:
             student, taught = logits / temperature, teacher / temperature
         elif temperature != 1:
             student, taught = (torch.log_softmax(each / temperature, -1) for each in (logits, teacher))
-        values[0] = DIVERGENCE[divergence](student, taught)
+        values[0] = formula.in_place(student, taught)
         values[3] += kl_weight * temperature**2 * values[0]
         if need_gradient:
-            student *= kl_weight * temperature * factors  # T^2, and 1 / T from the logits' division
+            # T^2 keeps the gradient's size whatever T is (arXiv 1503.02531, section 2); one T goes with the chain rule
+            # through logits / T.
+            student *= kl_weight * temperature * factors
             gradient = student if gradient is None else gradient.add_(student)
+    # The caller multiplies the same logits by the head: what it wants back lies in its own buffer.
     if gradient is not None and gradient is not logits:
         logits.copy_(gradient)
     return agree
-
-
-# From log-probabilities [t, V], or logits for mean_squared: the divergence [t]. Its gradient by the student's logits
-# takes the place of the student's, and the teacher's are used up.
-def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student)"""
-    p_teacher = teacher.exp()
-    kl = torch.linalg.vecdot(p_teacher, teacher.sub_(student))
-    student.exp_().sub_(p_teacher)
-    return kl
-
-
-def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(student || teacher)"""
-    p_student = student.exp()
-    kl = torch.linalg.vecdot(p_student, student.sub_(teacher))
-    student.sub_(kl[:, None]).mul_(p_student)
-    return kl
-
-
-def jensen_shannon(student: Tensor, teacher: Tensor) -> Tensor:
-    """(KL(teacher || m) + KL(student || m)) / 2 with m = (p_teacher + p_student) / 2"""
-    p_student, p_teacher = student.exp(), teacher.exp()
-    log_middle = torch.logaddexp(student, teacher).sub_(0.6931471805599453)
-    kl_student = torch.linalg.vecdot(p_student, student.sub_(log_middle))
-    kl_teacher = torch.linalg.vecdot(p_teacher, teacher.sub_(log_middle))
-    student.sub_(kl_student[:, None]).mul_(p_student).div_(2)
-    return (kl_student + kl_teacher) / 2
-
-
-def mean_squared(student: Tensor, teacher: Tensor) -> Tensor:
-    """sum_v (student_v - teacher_v)^2 / V of the logits"""
-    difference, size = student.sub_(teacher), student.shape[-1]
-    found = torch.linalg.vecdot(difference, difference) / size
-    difference *= 2 / size
-    return found
-
-
-DIVERGENCE = {"forward": forward_kl, "mse": mean_squared, "reverse": reverse_kl, "jsd": jensen_shannon}

@@ -1,8 +1,8 @@
 """Triton kernel of the loss on the logits of one chunk of tokens; see `linear_kl`.
 
-A program works on one token and walks over the vocabulary: once for the sums of the softmaxes (each lane keeps its own
-running maximum, so that nothing crosses lanes inside the loop), once for a divergence that its own gradient needs
-(reverse, jsd), and once for the gradient, which takes the place of the student's logits.
+A program takes one token and reads the vocabulary in blocks: once for the sums of the softmaxes (each lane keeps its
+own running maximum, so that nothing crosses lanes inside the loop), once for a divergence that is part of its own
+gradient (reverse, jsd), and once for the gradient, which takes the place of the student's logits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NOTHING, FORWARD, MSE, REVERSE, JSD = (tl.constexpr(number) for number in range(5))
+from .divergence import Divergence
+
+NOTHING = tl.constexpr(0)  # no teacher: cross-entropy alone
+FORWARD = tl.constexpr(Divergence.FORWARD.value)
+MSE = tl.constexpr(Divergence.MSE.value)
+REVERSE = tl.constexpr(Divergence.REVERSE.value)
+JSD = tl.constexpr(Divergence.JSD.value)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -29,7 +35,7 @@ def add_to_softmax(value, largest, total, raw_total, position, column, inverse_t
 
 @triton.jit
 def close_softmax(largest, total, raw_total, position, inverse_temperature, RAW: tl.constexpr):
-    """The largest logit m, log sum exp((logit - m) / T), the same at T = 1, and the first of the likeliest tokens.
+    """The largest logit m, log sum exp((logit - m) / T), the same at T = 1, and the first argmax.
 
     Kept apart from m, the logarithm of a probability near one is exact."""
     top = tl.max(largest, 0)
@@ -62,7 +68,8 @@ def chunk_loss(
     student += row * stride_student
     if DIVERGENCE != NOTHING:
         teacher += row * stride_teacher
-    RAW: tl.constexpr = TEMPERED and LABELS
+    RAW: tl.constexpr = TEMPERED and LABELS  # cross-entropies are at T = 1, whatever the divergence is at
+    SUMMED_FIRST: tl.constexpr = (DIVERGENCE == REVERSE) | (DIVERGENCE == JSD)
     o_block = tl.arange(0, BLOCK)
     if LABELS:
         label = tl.load(labels + row)
@@ -99,9 +106,9 @@ def chunk_loss(
     if LABELS:
         tl.store(cross_entropy + row, s_raw_log + (s_max - at_label))
 
-    # 2. Divergences that their own gradient needs.
+    # 2. Divergences whose gradient has their own sum in it: one more walk before the gradient's.
     own = 0.0
-    if DIVERGENCE >= REVERSE:
+    if SUMMED_FIRST:
         own_part = tl.zeros([BLOCK], tl.float32)
         other_part = tl.zeros([BLOCK], tl.float32)
         for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
@@ -122,8 +129,9 @@ def chunk_loss(
         else:
             tl.store(kl + row, (own + tl.sum(other_part, 0)) / 2)
 
-    # 3. The gradient, and the forward divergence or the squared difference along with it.
-    if GRADIENT or (DIVERGENCE != NOTHING and DIVERGENCE < REVERSE):
+    # 3. The gradient, and the other divergences along with it. Each row is read before it is overwritten, by the same
+    # program and lane: no other token's program touches it.
+    if GRADIENT or (DIVERGENCE != NOTHING and not SUMMED_FIRST):
         if GRADIENT:
             weight = tl.load(weights + row)
         kl_part = tl.zeros([BLOCK], tl.float32)

@@ -88,7 +88,7 @@ def linear_topk_kl(
         )
     if ce_weight and labels is None:
         raise ValueError("linear_topk_kl: ce_weight needs labels")
-    weights, scale = weigh(tokens, labels, ignore_index, None, normalizer, hidden)
+    weights, scale = weigh(tokens, labels, ignore_index, normalizer, hidden)
     log_probs, log_tail = (part.to(weights.dtype) for part in target[1:])
     if not tail:
         log_tail = torch.full_like(log_tail, -torch.inf)

@@ -7,7 +7,6 @@ number a row, and recomputes the rest. Shapes: [C] channels.
 from __future__ import annotations
 
 import functools
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -22,32 +21,15 @@ from .rows import cdiv, flat_rows, multiprocessors
 TILE, LARGEST, STAGES = 2048, 8192, 2
 
 
-@overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: None = None) -> Tensor: ...
-
-
-@overload
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., C], weight [C].
 
-    With a `residual` of x's shape and dtype the sum of both is normed, and the answer is (normed, sum).
     Raises ValueError where shapes disagree.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"rms_norm: residual is {residual.dtype} {tuple(residual.shape)}, expected {x.dtype} {tuple(x.shape)}"
-        )
     if takes_triton(x) and x.shape[-1] <= LARGEST:
-        y, total, _ = norm_op(x, None, residual, weight, eps, 1)
-        return y if residual is None else (y, total)
-    if residual is not None:
-        total = x + residual
-        return rms_norm(total, weight, eps), total
+        return norm_op(x, None, weight, eps, 1)[0]
     if not torch.is_grad_enabled():
         work = working_dtype(x)
         u = x.to(work)
@@ -65,7 +47,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: i
     if n_groups < 1 or x.shape[-1] % n_groups:
         raise ValueError(f"gated_rms_norm: {x.shape[-1]} channels are not divisible by {n_groups} groups")
     if takes_triton(x) and x.shape[-1] <= LARGEST * n_groups:
-        return norm_op(x, z, None, weight, eps, n_groups)[0]
+        return norm_op(x, z, weight, eps, n_groups)[0]
     if not torch.is_grad_enabled():
         return normalize(x, z, weight, eps, n_groups)[0]
     return TorchNorm.apply(x, z, weight, eps, n_groups)
@@ -135,38 +117,30 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("limbeck::norm", mutates_args=())
-def norm_op(
-    x: Tensor, z: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float, n_groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both norms by Triton: y, x + residual (empty without one), and one over the RMS [rows, n_groups]."""
-    outputs = norm_shapes(x, z, residual, weight, eps, n_groups)
+def norm_op(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
+    """Both norms by Triton: y, and one over the RMS [rows, n_groups]."""
+    outputs = norm_shapes(x, z, weight, eps, n_groups)
     if x.numel():
-        forward_launch(x, z, residual, weight, eps, outputs).run(x)
+        forward_launch(x, z, weight, eps, outputs).run(x)
     return outputs
 
 
 @norm_op.register_fake
-def norm_shapes(
-    x: Tensor, z: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float, n_groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def norm_shapes(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(0 if residual is None else x.shape),
-        x.new_empty((rows, n_groups), dtype=torch.float32),
-    )
+    return x.new_empty(x.shape), x.new_empty((rows, n_groups), dtype=torch.float32)
 
 
 @torch.library.custom_op("limbeck::norm_backward", mutates_args=())
 def norm_backward_op(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, rms: Tensor
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, rms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dz (empty without a gate) and dweight; x is what was normed, `dtotal` the gradient of the sum that it is."""
-    outputs = norm_backward_shapes(dy, dtotal, x, z, weight, rms)
+    """dx, dz (empty without a gate) and dweight."""
+    outputs = norm_backward_shapes(dy, x, z, weight, rms)
     if not x.numel():
         outputs[2].zero_()
         return outputs
-    launch, parts = backward_launch(dy, dtotal, x, z, weight, rms, outputs)
+    launch, parts = backward_launch(dy, x, z, weight, rms, outputs)
     launch.run(x)
     outputs[2].copy_(parts.sum(0))
     return outputs
@@ -174,87 +148,61 @@ def norm_backward_op(
 
 @norm_backward_op.register_fake
 def norm_backward_shapes(
-    dy: Tensor, dtotal: Tensor | None, x: Tensor, z: Tensor | None, weight: Tensor, rms: Tensor
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, rms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(0) if z is None else z.new_empty(z.shape), weight.new_empty(weight.shape)
 
 
 def keep_for_norm_backward(ctx, inputs, output) -> None:
-    x, z, residual, weight, _, _ = inputs
-    _, total, rms = output
-    ctx.save_for_backward(x if residual is None else total, z, weight, rms)
-    ctx.adds = residual is not None
-    ctx.mark_non_differentiable(*((rms,) if ctx.adds else (total, rms)))
-    ctx.set_materialize_grads(False)
+    x, z, weight, _, _ = inputs
+    ctx.save_for_backward(x, z, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for rms, which has no gradient
 
 
-def backward_of_norm(ctx, dy, dtotal, _):
+def backward_of_norm(ctx, dy, _):
     x, z, weight, rms = ctx.saved_tensors
-    if dy is None:
-        return None if dtotal is None else dtotal, None, dtotal, None, None, None
-    dx, dz, dweight = norm_backward_op(dy, dtotal, x, z, weight, rms)
-    return dx, None if z is None else dz, dx if ctx.adds else None, dweight, None, None
+    dx, dz, dweight = norm_backward_op(dy, x, z, weight, rms)
+    return dx, None if z is None else dz, dweight, None, None
 
 
 norm_op.register_autograd(backward_of_norm, setup_context=keep_for_norm_backward)
 
 
-def forward_launch(
-    x: Tensor,
-    z: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor,
-    eps: float,
-    outputs: tuple[Tensor, Tensor, Tensor],
-) -> Launch:
-    y, total, rms = outputs
+def forward_launch(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, outputs: tuple[Tensor, Tensor]) -> Launch:
+    y, rms = outputs
     count, n_groups = rms.shape
-    rows, gate, added = (None if tensor is None else flat_rows(tensor) for tensor in (x, z, residual))
-    assert rows is not None
+    rows, gate = flat_rows(x), None if z is None else flat_rows(z)
     size = rows.shape[1] // n_groups
     tile, block, warps = tile_of(size)
     arguments = {
-        "x": rows, "z": gate, "residual": added, "weight": weight.contiguous(),
-        "y": y, "h": None if residual is None else total, "rms": rms, "rows": count, "eps": eps,
-        "stride_x": rows.stride(0), "stride_z": stride(gate), "stride_residual": stride(added),
-        "SIZE": size, "GROUPS": n_groups, "ROWS": tile, "BLOCK": block,
-        "GATED": z is not None, "ADD": residual is not None,
+        "x": rows, "z": gate, "weight": weight.contiguous(), "y": y, "rms": rms, "rows": count, "eps": eps,
+        "stride_x": rows.stride(0), "stride_z": 0 if gate is None else gate.stride(0),
+        "SIZE": size, "GROUPS": n_groups, "ROWS": tile, "BLOCK": block, "GATED": z is not None,
     }  # fmt: skip
     return Launch(triton_module("norm_triton").norm_forward, (cdiv(count, tile), n_groups), arguments, warps, 1)
 
 
 def backward_launch(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    z: Tensor | None,
-    weight: Tensor,
-    rms: Tensor,
-    outputs: tuple[Tensor, Tensor, Tensor],
+    dy: Tensor, x: Tensor, z: Tensor | None, weight: Tensor, rms: Tensor, outputs: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Launch, Tensor]:
     """The launch, and where each program leaves its part of dweight [programs, C]: a fixed number of parts, added up
     afterwards, gives the same bits every time."""
     dx, dz, _ = outputs
     count, n_groups = rms.shape
-    rows, gate, dout, more = (None if tensor is None else flat_rows(tensor) for tensor in (x, z, dy, dtotal))
-    assert rows is not None
+    rows, dout, gate = flat_rows(x), flat_rows(dy), None if z is None else flat_rows(z)
     size = rows.shape[1] // n_groups
     tile, block, warps = tile_of(size)
     wanted = LARGEST // (tile * block) * multiprocessors(x.device)
     programs = min(cdiv(count, tile), cdiv(wanted, n_groups))
     parts = torch.empty((programs, rows.shape[1]), dtype=torch.float32, device=x.device)
     arguments = {
-        "dy": dout, "dh": more, "x": rows, "z": gate, "weight": weight.contiguous(), "rms": rms,
+        "dy": dout, "x": rows, "z": gate, "weight": weight.contiguous(), "rms": rms,
         "dx": dx, "dz": None if z is None else dz, "dweight": parts, "rows": count,
-        "stride_dy": stride(dout), "stride_dh": stride(more), "stride_x": rows.stride(0), "stride_z": stride(gate),
-        "SIZE": size, "GROUPS": n_groups, "ROWS": tile, "BLOCK": block,
-        "GATED": z is not None, "ADD": dtotal is not None, "STAGES": STAGES,
+        "stride_dy": dout.stride(0), "stride_x": rows.stride(0), "stride_z": 0 if gate is None else gate.stride(0),
+        "SIZE": size, "GROUPS": n_groups, "ROWS": tile, "BLOCK": block, "GATED": z is not None, "STAGES": STAGES,
     }  # fmt: skip
     return Launch(triton_module("norm_triton").norm_backward, (programs, n_groups), arguments, warps, STAGES), parts
-
-
-def stride(rows: Tensor | None) -> int:
-    return 0 if rows is None else rows.stride(0)
 
 
 def tile_of(size: int) -> tuple[int, int, int]:

@@ -8,10 +8,9 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_forward(
-    x, z, residual, weight, y, h, rms,
-    rows, eps, stride_x, stride_z, stride_residual,
+    x, z, weight, y, rms, rows, eps, stride_x, stride_z,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, ADD: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     i_group = tl.program_id(1)
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -22,14 +21,6 @@ def norm_forward(
     # [ROWS, BLOCK]
     u = tl.load(x + o_row[:, None] * stride_x + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
     out = o_row[:, None] * (GROUPS * SIZE) + o_column[None, :]
-    if ADD:
-        u += tl.load(residual + o_row[:, None] * stride_residual + o_column[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-        # What is normed is the residual as it is kept, so that the backward sees the same numbers.
-        kept = u.to(h.dtype.element_ty)
-        tl.store(h + out, kept, mask=mask)
-        u = kept.to(tl.float32)
     if GATED:
         gate = tl.load(z + o_row[:, None] * stride_z + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
         u *= gate * tl.sigmoid(gate)
@@ -41,10 +32,10 @@ def norm_forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward(
-    dy, dh, x, z, weight, rms, dx, dz, dweight,
-    rows, stride_dy, stride_dh, stride_x, stride_z,
+    dy, x, z, weight, rms, dx, dz, dweight,
+    rows, stride_dy, stride_x, stride_z,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A program walks over every num_programs(0)-th tile and leaves its part of dweight [programs, C]."""
     i_part, i_group = tl.program_id(0), tl.program_id(1)
@@ -76,8 +67,6 @@ def norm_backward(
             slope = sigmoid + active * (1 - sigmoid)  # silu'
             tl.store(dz + out, (du * u * slope).to(dz.dtype.element_ty), mask=mask)
             du *= active
-        if ADD:
-            du += tl.load(dh + o_row[:, None] * stride_dh + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(dx + out, du.to(dx.dtype.element_ty), mask=mask)
     part = tl.sum(summed, 0)
     tl.store(dweight + i_part.to(tl.int64) * (GROUPS * SIZE) + o_column, part, mask=m_column)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .divergence import DIVERGENCES, FORMULAS
+
 
 def ssd_scan_reference(
     x: Tensor,
@@ -125,22 +127,18 @@ def linear_kl_reference(
     divergence: str = "forward",
     labels: Tensor | None = None,
     ignore_index: int = -100,
-    token_weights: Tensor | None = None,
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     normalizer: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, divergence of each token [T]) from dense logits; ignored tokens count for nothing."""
     logits, target = student_hidden @ student_head.T, (teacher_hidden @ teacher_head.T).detach()
-    q, p = (F.log_softmax(values / temperature, -1) for values in (logits, target))
-    middle = torch.log((p.exp() + q.exp()) / 2)
-    kl = {
-        "forward": (p.exp() * (p - q)).sum(-1),
-        "reverse": (q.exp() * (q - p)).sum(-1),
-        "jsd": ((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2,
-        "mse": ((logits - target) / temperature).square().mean(-1),
-    }[divergence]
-    weights = torch.ones_like(kl) if token_weights is None else token_weights.to(kl.dtype)
+    formula = FORMULAS[DIVERGENCES[divergence]]
+    student, teacher = (logits / temperature, target / temperature)
+    if not formula.of_logits:
+        student, teacher = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
+    kl = formula.reference(student, teacher)
+    weights = torch.ones_like(kl)
     cross_entropy = torch.zeros_like(kl)
     if labels is not None:
         weights = weights * (labels != ignore_index)

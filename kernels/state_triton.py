@@ -19,7 +19,7 @@ from .ssd_triton import softplus
 
 @triton.jit(do_not_specialize=["limit_low", "limit_high"])
 def update_kernel(
-    p_state, p_x, p_dt, p_A, p_B, p_C, p_D, p_bias, p_slots, p_y, limit_low, limit_high,
+    p_state, p_x, p_dt, p_A, p_B, p_C, p_D, p_bias, p_y, limit_low, limit_high,
     s_state_b, s_state_h, s_state_p, s_state_n, s_x_b, s_x_h, s_x_p, s_dt_b, s_dt_h,
     s_B_b, s_B_g, s_B_n, s_C_b, s_C_g, s_C_n,
     HEADS: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr,
@@ -31,8 +31,7 @@ def update_kernel(
     i_p, i_n = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
     m_p, m_n = i_p < P, i_n < N
     m_state = m_p[:, None] & m_n[None, :]
-    row = i_b if p_slots is None else tl.load(p_slots + i_b).to(tl.int64)
-    p_tile = p_state + row * s_state_b + i_h * s_state_h + i_p[:, None] * s_state_p + i_n[None, :] * s_state_n
+    p_tile = p_state + i_b * s_state_b + i_h * s_state_h + i_p[:, None] * s_state_p + i_n[None, :] * s_state_n
     step = tl.load(p_dt + i_b * s_dt_b + i_h * s_dt_h).to(tl.float32)
     if p_bias is not None:
         step += tl.load(p_bias + i_h).to(tl.float32)
@@ -66,7 +65,6 @@ def update_launch(
     C: Tensor,
     D: Tensor | None,
     dt_bias: Tensor | None,
-    slots: Tensor | None,
     options: tuple[bool, float, float],
     y: Tensor,
     device: int,
@@ -82,7 +80,7 @@ def update_launch(
     block_p = max(block_p, 32 * warps // block_n)
     arguments: dict[str, Any] = {
         "p_state": state, "p_x": x, "p_dt": dt, "p_A": A, "p_B": B, "p_C": C, "p_D": D, "p_bias": dt_bias,
-        "p_slots": slots, "p_y": y, "limit_low": options[1], "limit_high": options[2],
+        "p_y": y, "limit_low": options[1], "limit_high": options[2],
         **strides("state", "bhpn", state), **strides("x", "bhp", x), **strides("dt", "bh", dt),
         **strides("B", "bgn", B), **strides("C", "bgn", C),
         "HEADS": heads, "PER_GROUP": heads // groups, "P": head_dim, "N": width, "SOFTPLUS": options[0],
@@ -100,15 +98,14 @@ def update(
     C: Tensor,
     D: Tensor | None,
     dt_bias: Tensor | None,
-    slots: Tensor | None,
     dt_softplus: bool,
     limit_low: float,
     limit_high: float,
 ) -> Tensor:
     """y [B, H, P]; the state moves on in place."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    small = (None if tensor is None else tensor.contiguous() for tensor in (A, D, dt_bias, slots))
-    A, D, dt_bias, slots = small  # type: ignore[assignment]
+    small = (None if tensor is None else tensor.contiguous() for tensor in (A, D, dt_bias))
+    A, D, dt_bias = small  # type: ignore[assignment]
     options = (dt_softplus, limit_low, limit_high)
-    update_launch(state, x, dt, A, B, C, D, dt_bias, slots, options, y, capability(x.device)).run(x)
+    update_launch(state, x, dt, A, B, C, D, dt_bias, options, y, capability(x.device)).run(x)
     return y

@@ -6,7 +6,6 @@ Shapes: [B] batch, [H] heads, [P] head_dim, [G] groups, [N] state.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,32 +26,25 @@ def state_update(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
-    slots: Tensor | None = None,
 ) -> Tensor:
     """y [B, H, P] of one token; `state` [B, H, P, N] is updated in place.
 
-    x [B, H, P], dt [B, H], A [H] (negative), B and C [B, G, N], D and dt_bias [H]. With `slots` [B] (all different)
-    the state is a pool [S, H, P, N], and sequence b has row slots[b] of it. The arithmetic is float32 (float64 for
-    float64 inputs); the state may be kept narrower. No gradient. Raises ValueError on wrong shapes.
+    x [B, H, P], dt [B, H], A [H] (negative), B and C [B, G, N], D and dt_bias [H]. The arithmetic is float32 (float64
+    for float64 inputs); the state may be kept narrower. No gradient. Raises ValueError on wrong shapes.
     """
     batch, heads, head_dim = x.shape
     groups = B.shape[1]
     if groups < 1 or heads % groups:
         raise ValueError(f"state_update: {heads} heads are not divisible by {groups} groups")
-    rows = batch if slots is None else state.shape[0]
-    if slots is not None and slots.shape != (batch,):
-        raise ValueError(f"state_update: slots has shape {tuple(slots.shape)}, expected {(batch,)}")
-    if state.shape != (rows, heads, head_dim, B.shape[2]) or dt.shape != (batch, heads) or B.shape != C.shape:
+    if state.shape != (batch, heads, head_dim, B.shape[2]) or dt.shape != (batch, heads) or B.shape != C.shape:
         raise ValueError(
             f"state_update: shapes disagree: state {tuple(state.shape)}, x {tuple(x.shape)}, dt {tuple(dt.shape)},"
             f" B {tuple(B.shape)}, C {tuple(C.shape)}"
         )
     if takes_operator(x):
         with torch.no_grad():
-            return update_op(state, x, dt, A, B, C, D, dt_bias, slots, dt_softplus, *dt_limit)
-    if slots is None:
-        return torch_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit)
-    return torch_update_slots(state, slots, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit)
+            return update_op(state, x, dt, A, B, C, D, dt_bias, dt_softplus, *dt_limit)
+    return torch_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit)
 
 
 @torch.no_grad()
@@ -93,14 +85,6 @@ def torch_update(
     return y.to(x.dtype)
 
 
-@torch.no_grad()
-def torch_update_slots(state: Tensor, slots: Tensor, *inputs: Any) -> Tensor:
-    chosen = state[slots]
-    y = torch_update(chosen, *inputs)
-    state[slots] = chosen
-    return y
-
-
 @torch.library.custom_op("limbeck::state_update", mutates_args=("state",))
 def update_op(
     state: Tensor,
@@ -111,7 +95,6 @@ def update_op(
     C: Tensor,
     D: Tensor | None,
     dt_bias: Tensor | None,
-    slots: Tensor | None,
     dt_softplus: bool,
     limit_low: float,
     limit_high: float,
@@ -119,9 +102,8 @@ def update_op(
     """CPU tensors go through the Triton kernel in Triton's interpreter, else through torch."""
     if takes_triton(x):
         update = triton_module("state_triton").update
-        return update(state, x, dt, A, B, C, D, dt_bias, slots, dt_softplus, limit_low, limit_high)
-    inputs = (x, dt, A, B, C, D, dt_bias, dt_softplus, (limit_low, limit_high))
-    return torch_update(state, *inputs) if slots is None else torch_update_slots(state, slots, *inputs)
+        return update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, limit_low, limit_high)
+    return torch_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, (limit_low, limit_high))
 
 
 @update_op.register_fake

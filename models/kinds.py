@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import attention, mamba2, mlp
 from .errors import InputError
-from .layer import LayerKind
+from .layer import LayerKind, ScoreSource
 
 KINDS: dict[str, LayerKind] = {kind.letter: kind for kind in (mamba2.KIND, attention.KIND, mlp.KIND)}
 
@@ -18,6 +18,11 @@ def kinds_of(pattern: str) -> tuple[LayerKind, ...]:
                 f"config: layer {position} of the pattern has the unknown letter {letter!r}; known: {known}"
             )
     return tuple(KINDS[letter] for letter in pattern)
+
+
+def score_sources() -> dict[str, ScoreSource]:
+    """What scores each axis of the layers, whichever kind has it."""
+    return {axis: source for kind in KINDS.values() for axis, source in kind.scores.items()}
 
 
 def kind_by_key(key: str, where: str) -> LayerKind:

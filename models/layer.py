@@ -114,12 +114,17 @@ class Bound(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ScoreSource:
-    """Which activations can score an axis: by the value of `option` among score's options ("" where there is but one),
-    the first by default. With `reduce`, the L2 norm over the last dimension is the activation."""
+    """Which activations can score an axis, by the values of `option` among score's options: the first by default, the
+    last is what the matrix that writes the residual stream reads. With `reduce`, a unit has several numbers, in the
+    last dimension."""
 
     observed: Mapping[str, str]
     option: str | None = None
     reduce: bool = False
+
+    @property
+    def read_last(self) -> str:
+        return list(self.observed.values())[-1]
 
 
 @dataclasses.dataclass(frozen=True)

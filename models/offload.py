@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import processes
 from .checkpoint import Checkpoint, load_model, open_checkpoint, row_blocks
 from .config import HybridConfig
-from .cost.inference import count_parameters
+from .cost.parameters import count_parameters
 from .errors import InputError
 from .hybrid import HybridLM, Observe
 

@@ -1,31 +1,35 @@
-"""How much each unit of each width matters: from activations on calibration data, or from two baselines.
+"""What the units of a model are worth: calibration data goes forward, and back where a metric needs gradients.
 
-Sources: Minitron (arXiv 2407.14679, section 2) for neurons, channels and attention heads; Minitron-SSM
-(2504.11409, section 3) for Mamba heads and head channels; the digest of both in Nemotron Nano 2 (2508.14444).
+width_metrics.py says what becomes of the activations and gradients that pass here.
 Shapes: [B, T] samples and tokens, [U...] the units of an axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Protocol
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..kernels.linear_kl import linear_cross_entropy
 from ..kernels.norm import rms_norm
 from ..models import processes
-from ..models.axes import HIDDEN, Axis, segment_size, tensor_table
-from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, Observe
 from ..models.offload import STREAM_BYTES, Layers, layers_of
-from .scores import WidthScores, check_width_scores, width_score_shapes
+from .scores import WidthScores, check_width_scores
+from .width_metrics import (
+    ActivationScores,
+    GetTensor,
+    MagnitudeScores,
+    RandomScores,
+    UnitMoments,
+    WidthMetric,
+    empty_moments,
+)
 
-AGGREGATES = ("mean", "l2", "var")
-MAMBA_SOURCES = {"x": "mamba_x", "z": "mamba_z", "out": "mamba_out"}
-FFN_SOURCES = {"pre": "ffn", "act": "ffn_act"}
 IGNORED_LABEL = -100
 
 
@@ -40,119 +44,69 @@ class TokenBatch(Protocol):
     def seq_idx(self) -> Tensor: ...
 
 
-class Moments:
-    """Sums of per-sample values [U...] in float64: the order of samples and the size of batches do not matter."""
-
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
-        self.samples = 0
-        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.squares = torch.zeros_like(self.total)
-
-    def add(self, values: Tensor) -> None:
-        """values [samples, U...], float64"""
-        self.samples += values.shape[0]
-        self.total += values.sum(0)
-        self.squares += values.square().sum(0)
-
-    def gather(self) -> None:
-        """Takes in what every other process has summed up."""
-        sums = torch.cat([self.total.flatten(), self.squares.flatten(), self.total.new_tensor([self.samples])])
-        *sums, samples = processes.all_sum(sums).split([self.total.numel(), self.total.numel(), 1])
-        self.total, self.squares = (part.view_as(self.total) for part in sums)
-        self.samples = int(samples)
-
-    def result(self, aggregate: str) -> Tensor:
-        """The aggregate over samples, [U...], on the CPU."""
-        total, squares = self.total.cpu(), self.squares.cpu()
-        if aggregate == "mean":
-            return total / self.samples
-        if aggregate == "l2":
-            return squares.sqrt()
-        return (squares / self.samples - (total / self.samples).square()).clamp(min=0)
-
-
 @torch.no_grad()
 def score_widths(
     model: HybridLM | Layers,
-    batches: Iterable[TokenBatch],
+    batches: Iterable[TokenBatch] = (),
+    metric: WidthMetric | None = None,
     *,
-    aggregate_batch: str = "l2",
-    aggregate_sequence: str = "mean",
-    mamba_source: str = "x",
-    ffn_source: str = "pre",
-    times_output: bool = False,
     stream_bytes: int = STREAM_BYTES,
     on_step: Callable[[int, int | None], None] | None = None,
 ) -> WidthScores:
-    """Scores every width by the size of its activations; see scores.py for the shapes.
+    """Scores every width by a metric (`ActivationScores()` by default); see scores.py for the shapes.
 
     A sample is one row of a batch, and of a row those positions count whose label counts (so neither padding nor
-    the last token of a document); a row without any is skipped. Each activation is aggregated over the positions
-    of its sample, then over samples: "mean" (of absolute values), "l2" or "var". Activations: RMSNorm outputs
-    (hidden), X W_up or what down_proj reads (ffn_source "pre" or "act"; in a gated MLP only "act" sees the gate), the
-    L2 norm over head_dim of the attention output (attn_heads), and the x part of in_proj's output, z, or out_proj's
-    input (mamba_source).
-    With `times_output` the scores of neurons, attention and Mamba heads are multiplied by the L2 norm of the
-    weights that read the unit, so that a unit nobody reads scores zero.
+    the last token of a document); a row without any is skipped.
     Layer after layer runs; where weights are read from a folder, over as many batches as `stream_bytes` of residual
-    streams hold (one at least), so that each group of them reads the weights once. Of many processes each has batches
-    of its own. `on_step(done, total)` counts layers times batches. Raises InputError for an unknown option, when no
-    position counts, and when an activation is not finite.
+    streams hold (one at least), so that each group of them reads the weights once. A backward pass keeps the streams
+    before every layer, and runs each layer again for its gradients: no more than one layer's graph is in memory.
+    Of many processes each has batches of its own. `on_step(done, total)` counts layers times batches. Raises InputError
+    when no position counts, and when an activation is not finite.
     """
-    for value, known in (
-        (aggregate_batch, AGGREGATES),
-        (aggregate_sequence, AGGREGATES),
-        (mamba_source, tuple(MAMBA_SOURCES)),
-        (ffn_source, tuple(FFN_SOURCES)),
-    ):
-        if value not in known:
-            raise InputError(f"importance: {value!r} is unknown; known: {', '.join(known)}")
+    metric = ActivationScores() if metric is None else metric
     source = layers_of(model)
-    config = source.config
-    kinds = {"hidden": "hidden", "attn_heads": "attn_heads"}
-    kinds |= {FFN_SOURCES[ffn_source]: "ffn", MAMBA_SOURCES[mamba_source]: "mamba_heads"}
-    moments = empty_moments(config, source.device)
-    total = len(batches) * config.num_layers if isinstance(batches, Sized) else None
-    done = 0
-    with processes.together():
-        for group in groups_of(batches, source, stream_bytes):
-            observers = [
-                observer(moments, kinds, (batch.labels != IGNORED_LABEL).to(source.device), aggregate_sequence)
-                for batch in group
-            ]
-            for layer_batches in walk(source, group, observers):
-                done += layer_batches
-                if on_step is not None:
-                    on_step(done, total)
-    for moment in moments.values():
-        moment.gather()
-    if not all(moment.samples for moment in moments.values()):
-        raise InputError("importance: the data has no counted token; expected at least one sample of two tokens")
-    results = {key: moment.result(aggregate_batch) for key, moment in moments.items()}
-    norms = [results[("hidden", row)] for row in range(config.num_layers + 1)]
-    scores = {HIDDEN: torch.stack(norms)}
-    scores |= {Axis(kind, layer): value for (kind, layer), value in results.items() if kind != "hidden"}
-    if times_output:
-        readers = unit_weights(config, source.tensor, only_dimension=1)
-        for axis in scores.keys() - {HIDDEN}:
-            scores[axis] = scores[axis] * readers[axis]
-    check_width_scores(config, scores, "importance")
+    moments = empty_moments(source.config, source.device) if metric.observed else {}
+    if metric.observed:
+        observe_batches(source, batches, metric, moments, stream_bytes, on_step)
+        for moment in moments.values():
+            moment.gather()
+        if not all(moment.samples for moment in moments.values()):
+            raise InputError("importance: the data has no counted token; expected at least one sample of two tokens")
+    scores = metric.scores(source.config, source.tensor, moments)
+    check_width_scores(source.config, scores, "importance")
     return scores
 
 
-def empty_moments(config: HybridConfig, device: torch.device) -> dict[tuple[str, int], Moments]:
-    """By axis kind and layer; a row of hidden is a kind of its own for each norm."""
-    moments: dict[tuple[str, int], Moments] = {}
-    for axis, shape in width_score_shapes(config).items():
-        for row in range(shape[0]) if axis == HIDDEN else ():
-            moments[("hidden", row)] = Moments(shape[1:], device)
-        if axis.layer is not None:
-            moments[(axis.kind, axis.layer)] = Moments(shape, device)
-    return moments
+def observe_batches(
+    source: Layers,
+    batches: Iterable[TokenBatch],
+    metric: WidthMetric,
+    moments: UnitMoments,
+    stream_bytes: int,
+    on_step: Callable[[int, int | None], None] | None,
+) -> None:
+    """Adds what the metric makes of this process's batches to the moments."""
+    layers, rounds = source.config.num_layers, 1 + metric.needs_gradients
+    passes, copies = (backward_pass, layers + 1) if metric.needs_gradients else (forward_pass, 1)
+    total = len(batches) * (layers * rounds + 1) if isinstance(batches, Sized) else None  # 1: the final norm
+    done = 0
+    with processes.together():
+        for group in groups_of(batches, source, stream_bytes // copies):
+            counted = [(batch.labels != IGNORED_LABEL).to(source.device) for batch in group]
+            for seen in passes(source, group, metric.observed):
+                mask = counted[seen.number]
+                rows = mask.any(1)
+                for name, activation in seen.activations.items():
+                    kind, gradient = metric.observed[name], seen.gradients.get(name)
+                    own = None if gradient is None else gradient[rows]
+                    moments[(kind, seen.layer)].add(metric.per_sample(kind, activation[rows], own, mask[rows]))
+                done += 1
+                if on_step is not None:
+                    on_step(done, total)
 
 
 def groups_of(batches: Iterable[TokenBatch], source: Layers, stream_bytes: int) -> Iterator[list[TokenBatch]]:
-    """Batches that are walked at once: one where the weights are in memory, else as many as `stream_bytes` hold."""
+    """Batches that run side by side: one where the weights are in memory, else as many as `stream_bytes` hold."""
     group: list[TokenBatch] = []
     held = 0
     for batch in batches:
@@ -166,107 +120,90 @@ def groups_of(batches: Iterable[TokenBatch], source: Layers, stream_bytes: int) 
         yield group
 
 
-def walk(source: Layers, group: list[TokenBatch], observers: list[Observe]) -> Iterator[int]:
-    """Moves the batches' streams through all layers and the final norm, and yields their number after each layer."""
-    hidden = source.embed([batch.input_ids for batch in group])
+class Sight(NamedTuple):
+    """What a layer (num_layers: the final norm) showed of batch `number` of a group, by the activation's name."""
+
+    layer: int
+    number: int
+    activations: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+
+
+def forward_pass(source: Layers, group: list[TokenBatch], names: Container[str]) -> Iterator[Sight]:
+    """Moves the batches' streams through all layers and the final norm; layer after layer, batch after batch."""
+    streams = source.embed([batch.input_ids for batch in group])
     seq_idx = [batch.seq_idx.to(source.device) for batch in group]
     for layer in source.walk(range(source.config.num_layers)):
-        for number, observe in enumerate(observers):
-            hidden[number] = layer.run(hidden[number], seq_idx[number], observe)
-        yield len(group)
+        for number, stream in enumerate(streams):
+            seen: dict[str, Tensor] = {}
+            streams[number] = layer.run(stream, seq_idx[number], keeper(seen, names))
+            yield Sight(layer.number, number, seen, {})
     norm = source.tensor("norm_f.weight")
-    for observe, stream in zip(observers, hidden, strict=True):
-        observe("hidden", source.config.num_layers, rms_norm(stream, norm, source.config.norm_eps))
+    for number, stream in enumerate(streams):
+        yield Sight(source.config.num_layers, number, {"hidden": rms_norm(stream, norm, source.config.norm_eps)}, {})
 
 
-def observer(
-    moments: Mapping[tuple[str, int], Moments], kinds: Mapping[str, str], counted: Tensor, aggregate: str
-) -> Observe:
-    """What adds the activations of one batch, of the kinds named, to the moments of (axis kind, layer)."""
-    rows = counted.any(1)
+def backward_pass(source: Layers, group: list[TokenBatch], names: Container[str]) -> Iterator[Sight]:
+    """Once forward for the streams before every layer, then back from the loss (`loss_gradients`).
 
-    def observe(kind: str, layer: int, tensor: Tensor) -> None:
-        if kind in kinds:
-            values = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float64) if kind == "attn_heads" else tensor
-            moments[(kinds[kind], layer)].add(over_sequence(values[rows], counted[rows], aggregate))
+    Each layer runs again from its stream, this time with a graph, and takes the gradient of what follows it on to what
+    precedes it. Resident or read from a folder, the same code runs on the same numbers.
+    """
+    config, seq_idx = source.config, [batch.seq_idx.to(source.device) for batch in group]
+    before = [source.embed([batch.input_ids for batch in group])]
+    for layer in source.walk(range(config.num_layers)):
+        before.append([])
+        for number, stream in enumerate(before[-2]):
+            before[-1].append(layer.run(stream, seq_idx[number]))
+            yield Sight(layer.number, number, {}, {})
+    norm = source.tensor("norm_f.weight")
+    head = source.tensor("embeddings.weight" if config.tie_word_embeddings else "lm_head.weight")
+    gradients = []
+    for number, stream in enumerate(before.pop()):
+        labels = group[number].labels.to(source.device)
+        normed, own, gradient = loss_gradients(stream, norm, config.norm_eps, head, labels)
+        gradients.append(gradient)
+        yield Sight(config.num_layers, number, {"hidden": normed}, {"hidden": own})
+    for layer in source.walk(range(config.num_layers)[::-1]):
+        for number, stream in enumerate(before.pop()):
+            seen: dict[str, Tensor] = {}
+            with torch.enable_grad():
+                after = layer.run(stream.requires_grad_(), seq_idx[number], keeper(seen, names))
+            gradients[number], *rest = torch.autograd.grad(after, [stream, *seen.values()], gradients[number])
+            yield Sight(layer.number, number, seen, dict(zip(seen, rest, strict=True)))
+
+
+def loss_gradients(
+    stream: Tensor, norm: Tensor, eps: float, head: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head reads [B, T, H], and the gradients with respect to it and to the last stream [B, T, H] of the sum
+    over samples of each one's mean cross-entropy (one loss a sample, whose gradients do not touch the others')."""
+    with torch.enable_grad():
+        normed = rms_norm(stream.requires_grad_(), norm, eps)
+        losses = [
+            linear_cross_entropy(rows, head, own).loss
+            for rows, own in zip(normed, labels, strict=True)
+            if bool((own != IGNORED_LABEL).any())
+        ]
+        if not losses:
+            return normed, torch.zeros_like(normed), torch.zeros_like(stream)
+        own, gradient = torch.autograd.grad(torch.stack(losses).sum(), (normed, stream))
+    return normed, own, gradient
+
+
+def keeper(seen: dict[str, Tensor], names: Container[str]) -> Observe:
+    """What keeps the activations of these names."""
+
+    def observe(name: str, _: int, tensor: Tensor) -> None:
+        if name in names:
+            seen[name] = tensor
 
     return observe
 
 
-def over_sequence(values: Tensor, counted: Tensor, aggregate: str) -> Tensor:
-    """Per-sample aggregates [B, U...] (float64) of values [B, T, U...] over the positions with counted [B, T]."""
-    mask = counted.reshape(counted.shape + (1,) * (values.dim() - 2))
-    values = torch.where(mask, values, 0)
-    tokens = mask.sum(1)
-    if aggregate == "mean":
-        return values.abs().sum(1, dtype=torch.float64) / tokens
-    squares = values.double().square().sum(1)
-    if aggregate == "l2":
-        return squares.sqrt()
-    return (squares / tokens - (values.sum(1, dtype=torch.float64) / tokens).square()).clamp(min=0)
-
-
-@torch.no_grad()
-def score_magnitude(config: HybridConfig, get_tensor: Callable[[str], Tensor]) -> WidthScores:
-    """A baseline that needs no data: the L2 norm of the weight matrices' entries that belong to the unit."""
-    scores = unit_weights(config, get_tensor)
-    check_width_scores(config, scores, "importance")
-    return scores
-
-
-def unit_weights(
-    config: HybridConfig, get_tensor: Callable[[str], Tensor], *, only_dimension: int | None = None
-) -> WidthScores:
-    """The L2 norm of each unit's entries in the tensors of two or more dimensions, shaped as scores.
-
-    With `only_dimension`, in those tensors alone where the axis is that dimension (1: the columns that read it).
-    What belongs to a Mamba head as a whole is spread evenly over its channels.
-    """
-    shapes = width_score_shapes(config)
-    squares = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in shapes.items()}
-    for tensor in tensor_table(config).values():
-        if len(tensor.dimensions) < 2:
-            continue
-        sums = square_sums(get_tensor(tensor.name))
-        for number, dimension in enumerate(tensor.dimensions):
-            if only_dimension not in (None, number):
-                continue
-            segments = sums[number].split([segment_size(segment) for segment in dimension])
-            for segment, values in zip(dimension, segments, strict=True):
-                axis = next((axis for axis, _ in segment if axis is not None), None)
-                if axis is None:
-                    continue
-                target = squares[axis]
-                if axis == HIDDEN:
-                    target = target[config.num_layers if tensor.layer is None else tensor.layer]
-                factors = values.reshape([size for _, size in segment])
-                if factors.dim() > target.dim():  # heads x (fixed) head_dim of attention
-                    factors = factors.sum(-1)
-                elif factors.dim() < target.dim():  # Mamba heads without their channels: dt
-                    factors = factors[:, None] / target.shape[1]
-                target += factors
-    return {axis: value.sqrt() for axis, value in squares.items()}
-
-
-def square_sums(tensor: Tensor) -> list[Tensor]:
-    """For each dimension the sums of squares over all others, float64 on the CPU; a piece of rows at a time."""
-    sums = [torch.zeros(size, dtype=torch.float64) for size in tensor.shape]
-    for start, stop in row_blocks(tuple(tensor.shape), torch.float32):
-        squares = tensor[start:stop].float().square()
-        for number, total in enumerate(sums):
-            others = [other for other in range(tensor.dim()) if other != number]
-            found = squares.sum(others, dtype=torch.float64).cpu()
-            if number == 0:
-                total[start:stop] = found
-            else:
-                total += found
-    return sums
+def score_magnitude(config: HybridConfig, get_tensor: GetTensor) -> WidthScores:
+    return MagnitudeScores().scores(config, get_tensor)
 
 
 def score_random(config: HybridConfig, seed: int) -> WidthScores:
-    """The baseline that everything has to beat: uniform random scores."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        axis: torch.rand(shape, generator=generator, dtype=torch.float64)
-        for axis, shape in width_score_shapes(config).items()
-    }
+    return RandomScores(seed).scores(config)

@@ -18,7 +18,10 @@ import torch
 from ..kernels.linear_kl import linear_cross_entropy
 from ..models.axes import AXES
 from ..models.config import HybridConfig
-from ..models.cost.inference import GIB, Hardware, MemoryReport, Throughput, count_parameters, memory, throughput
+from ..models.cost.hardware import GIB, Hardware
+from ..models.cost.inference import MemoryReport, memory
+from ..models.cost.parameters import count_parameters
+from ..models.cost.speed import Throughput, throughput
 from ..models.errors import CheckFailed, InputError
 from ..models.hybrid import HybridLM
 from ..models.kinds import KINDS

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from ..models.axes import AXES
 from ..models.config import HybridConfig
-from ..models.cost.inference import count_parameters
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 
 WIDE = 2048  # from this hidden size on

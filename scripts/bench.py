@@ -12,8 +12,11 @@ import torch
 
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
-from ..models.cost.inference import Hardware, count_parameters, memory, verdict
-from ..models.cost.timing import Load, Speed, check_weights_fit, measure, predicted, roofline, this_cpu
+from ..models.cost.hardware import Hardware
+from ..models.cost.inference import memory, verdict
+from ..models.cost.parameters import count_parameters
+from ..models.cost.speed import Load, Speed, predicted, roofline
+from ..models.cost.timing import check_weights_fit, measure, this_cpu
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
 from ..models.generate.decode import lay_out

@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..distill.stages import DistillOptions, stage_batches
 from ..distill.teacher import CacheOptions, finish_cache, write_cache
 from ..distill.text.mixture import Text
 from ..distill.text.packing import Batch
 from ..models import processes
 from ..models.checkpoint import load_model
 from ..models.folder import sha256_file
-from .distill import Distill, held_out, stage_batches
+from .distill import held_out
 from .run.resolve import corpus, data_input, model_folder, torch_device, torch_dtype
 from .run.show import progress, read_json, result, table
 from .run.stage import run_stage
@@ -28,7 +29,7 @@ class Options:
     device: str
     dtype: str
     cache: CacheOptions
-    distill: Distill
+    distill: DistillOptions
 
 
 def run(options: Options) -> None:

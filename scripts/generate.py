@@ -14,7 +14,6 @@ from ..models.checkpoint import load_config, load_model
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.generate.chat import ChatTemplate, Message
-from ..models.generate.detokenize import BROKEN
 from ..models.generate.engine import Engine, Request
 from ..models.generate.sampling import Sampling
 from ..models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -176,7 +175,9 @@ def printable(text: str) -> str:
     if not console.is_terminal:
         return text
     steers = (letter not in "\n\t" and unicodedata.category(letter) == "Cc" for letter in text)
-    return "".join(BROKEN if control else letter for letter, control in zip(text, steers, strict=True))
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}" if control else letter for letter, control in zip(text, steers, strict=True)
+    )
 
 
 def talk(writer: Writer, options: Options, read: Callable[[str], str] = input) -> None:

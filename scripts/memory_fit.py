@@ -12,17 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..models.config import HybridConfig
-from ..models.cost.inference import (
-    GIB,
-    Change,
-    Hardware,
-    MemoryReport,
-    Verdict,
-    changes,
-    count_parameters,
-    memory,
-    verdict,
-)
+from ..models.cost.hardware import GIB, Hardware
+from ..models.cost.inference import Change, MemoryReport, Verdict, changes, memory, verdict
+from ..models.cost.parameters import count_parameters
 from ..models.cost.vllm import flags
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json

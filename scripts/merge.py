@@ -14,7 +14,7 @@ from torch import Tensor
 from ..distill.agreement import check_agreement
 from ..distill.average import merged_rows
 from ..models.checkpoint import open_checkpoint, write_checkpoint
-from ..models.cost.inference import count_parameters
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from .run.resolve import model_folder
 from .run.show import progress, result, say

@@ -21,7 +21,7 @@ from ..models.checkpoint import (
     write_checkpoint,
 )
 from ..models.config import HybridConfig
-from ..models.cost.inference import count_parameters
+from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.fingerprint import plain
 from ..models.folder import write_json

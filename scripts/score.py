@@ -23,11 +23,12 @@ from ..models.offload import OFFLOADS, Layers, open_layers
 from ..prune.depth import METRICS, TABLES, random_layers, score_layers, step_size
 from ..prune.importance import score_magnitude, score_random, score_widths
 from ..prune.scores import LayerScores, Scores, WidthScores, load_scores, write_scores
+from ..prune.width_metrics import ActivationScores, TaylorScores, WidthMetric
 from .run.resolve import check_counts, data_input, model_folder, sample, torch_device, torch_dtype
 from .run.show import console, progress, result, table
 from .run.stage import run_stage
 
-METHODS = ("activation", "magnitude", "random")
+METHODS = ("activation", "taylor", "magnitude", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,14 @@ class Importance:
             if getattr(self, name) not in known:
                 raise InputError(f"importance.{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
         check_counts(self, "tokens", "depth_tokens", "depth_batch", group="importance.")
+
+    def width_metric(self) -> WidthMetric:
+        """Where the method needs data, what scores the widths."""
+        if self.method == "taylor":
+            return TaylorScores()
+        return ActivationScores(
+            self.aggregate_batch, self.aggregate_sequence, self.mamba_source, self.ffn_source, self.times_output
+        )
 
     def settled(self, config: HybridConfig, removed: int | None = None) -> Importance:
         """With the number of layers to put in order: where none is given as many as are `removed`, or one step's."""
@@ -142,7 +151,7 @@ def fill(folder: Path, source: Path, options: Options) -> None:
         if how.method == "magnitude":
             widths = score_magnitude(config, checkpoint.tensor)
         else:
-            widths = activations(layers, source, options)
+            widths = calibrated(layers, source, options)
     facts = {"method": how.method, "data": options.data, "seed": options.seed, "pattern": config.pattern}
     if processes.rank() == 0:
         write_scores(folder, Scores(widths, order, facts))
@@ -170,18 +179,14 @@ def joined(rows: list[Batch]) -> Batch:
     return Batch(*(torch.cat([getattr(row, name) for row in rows]) for name in fields))
 
 
-def activations(layers: Layers, source: Path, options: Options) -> WidthScores:
+def calibrated(layers: Layers, source: Path, options: Options) -> WidthScores:
     how = options.importance
     batches = calibration(source, options, how.tokens, options.batch)
     with progress("scoring widths", len(batches)) as bar:
         return score_widths(
             layers,
             batches,
-            aggregate_batch=how.aggregate_batch,
-            aggregate_sequence=how.aggregate_sequence,
-            mamba_source=how.mamba_source,
-            ffn_source=how.ffn_source,
-            times_output=how.times_output,
+            how.width_metric(),
             stream_bytes=options.stream_bytes,
             on_step=lambda done, total: bar.set(done, total),
         )

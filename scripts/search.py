@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.report.plots import save_png, save_svg, tradeoff
+from ..distill.stages import DistillOptions
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
-from ..models.cost.inference import GIB, Hardware
+from ..models.cost.hardware import GIB, Hardware
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..prune.patterns import Rules, count_patterns
@@ -91,7 +92,7 @@ class Options:
     budget: Limits
     requests: Requests
     hardware: Hardware
-    distill: distill.Distill
+    distill: DistillOptions
 
     def __post_init__(self) -> None:
         if self.rank not in RANKS:

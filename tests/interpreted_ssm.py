@@ -205,47 +205,46 @@ def test_conv_many(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_conv_steps_with_slots(seed: int) -> None:
-    """Steps equal the CPU's, in a pool whose other rows stay as they are."""
+def test_conv_steps(seed: int) -> None:
+    """Steps equal the CPU's, in a slice of a wider state whose other rows stay as they are."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     width, channels = draw.choice((2, 3, 4)), 6
     weight, bias = torch.randn(channels, width, generator=generator), torch.randn(channels, generator=generator)
     pool = torch.randn(5, width - 1, channels, generator=generator).mT
-    other, slots = pool.clone(), torch.tensor([3, 0])
+    other = pool.clone()
     for _ in range(3):
         x = torch.randn(2, channels + 2, generator=generator)[:, 1:-1]
-        y = step_op(pool, x, weight, bias, slots, True)
-        assert_close("y", causal_conv1d_step(other, x, weight, bias, slots=slots), y, VALUES)
+        y = step_op(pool[2:4], x, weight, bias, True)
+        assert_close("y", causal_conv1d_step(other[2:4], x, weight, bias), y, VALUES)
     assert torch.equal(pool, other)
     alone = pool[:2].clone()
-    y = step_op(alone, x, weight, None, None, False)
+    y = step_op(alone, x, weight, None, False)
     expected = causal_conv1d(x[:, None], weight, initial_state=pool[:2], activation=None)[:, 0]
-    assert_close("no slots", expected, y, VALUES)
+    assert_close("no bias", expected, y, VALUES)
 
 
 def check_update(seed: int) -> None:
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     groups = draw.choice((1, 2, 4))
     heads, head_dim, width = groups * draw.choice((1, 2)), draw.choice((8, 16, 48, 80)), draw.choice((8, 24, 32))
-    batch, rows = 2, 4
+    batch = 2
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    slots = torch.tensor([2, 0], dtype=draw.choice((torch.int32, torch.int64))) if draw.random() < 0.6 else None
-    pool = normal(batch if slots is None else rows, heads, head_dim, width).to(draw.choice((torch.float32, torch.half)))
+    state = normal(batch, heads, head_dim, width).to(draw.choice((torch.float32, torch.half)))
     x, B, C = normal(batch, heads, head_dim + 2)[..., 1:-1], normal(batch, groups, width), normal(batch, groups, width)
     dt, A = normal(batch, heads) * draw.choice((1, 5)), -torch.rand(heads, generator=generator)
     D, bias = (normal(heads) if draw.random() < 0.7 else None for _ in range(2))
     softplus, limit = draw.random() < 0.7, draw.choice(((0.0, math.inf), (0.01, 0.5)))
-    exact = pool.double()
+    exact = state.double()
     expected = state_update(
         exact, *(v.double() for v in (x, dt, A, B, C)), D=None if D is None else D.double(),
-        dt_bias=None if bias is None else bias.double(), dt_softplus=softplus, dt_limit=limit, slots=slots,
+        dt_bias=None if bias is None else bias.double(), dt_softplus=softplus, dt_limit=limit,
     )  # fmt: skip
-    y = update_op(pool, x, dt, A, B, C, D, bias, slots, softplus, *limit)
+    y = update_op(state, x, dt, A, B, C, D, bias, softplus, *limit)
     assert_close("y", expected, y, VALUES)
-    assert_close("state", exact, pool, VALUES if pool.dtype == torch.float32 else HALF)
+    assert_close("state", exact, state, VALUES if state.dtype == torch.float32 else HALF)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -271,11 +270,11 @@ def test_opcheck() -> None:
     )
     conv = (torch.randn(1, 5, 6, requires_grad=True), torch.randn(6, 4), torch.randn(6), torch.randn(1, 6, 3), None)
     torch.library.opcheck(conv_op, (*conv, True), test_utils=utilities)
-    step = (torch.randn(2, 6, 3), torch.randn(2, 6), torch.randn(6, 4), None, None, True)
+    step = (torch.randn(2, 6, 3), torch.randn(2, 6), torch.randn(6, 4), None, True)
     torch.library.opcheck(step_op, step, test_utils=utilities)
     update = (torch.randn(2, 2, 16, 8), x.detach()[0, :2], dt.detach()[0, :2], A.detach(), torch.randn(2, 1, 8))
     torch.library.opcheck(
-        update_op, (*update, torch.randn(2, 1, 8), None, None, None, True, 0.0, math.inf), test_utils=utilities
+        update_op, (*update, torch.randn(2, 1, 8), None, None, True, 0.0, math.inf), test_utils=utilities
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from limbeck.kernels import attention
 from limbeck.kernels.activation import flat_launch
+from limbeck.kernels.divergence import Divergence
 from limbeck.kernels.launch import CAPABILITIES, Launch
 from limbeck.kernels.linear_kl import chunk_launch
 from limbeck.kernels.norm import backward_launch, forward_launch, norm_backward_shapes, norm_shapes
@@ -36,12 +37,11 @@ def norms() -> Iterator[tuple[str, Launch]]:
     ):
         x, weight = empty(512, width, dtype=dtype), empty(width, dtype=dtype)
         z = empty(512, 2 * width + 2 * 1024 + 128, dtype=dtype)[:, :width] if groups > 1 or width == 512 else None
-        for residual in (None,) if z is not None else (None, x):
-            outputs = norm_shapes(x, z, residual, weight, 1e-5, groups)
-            name = f"norm {width} / {groups} {dtype}{' + residual' if residual is not None else ''}"
-            yield name, forward_launch(x, z, residual, weight, 1e-5, outputs)
-            shapes = norm_backward_shapes(x, residual, x, z, weight, outputs[2])
-            yield name + " backward", backward_launch(x, residual, x, z, weight, outputs[2], shapes)[0]
+        outputs = norm_shapes(x, z, weight, 1e-5, groups)
+        name = f"norm {width} / {groups} {dtype}"
+        yield name, forward_launch(x, z, weight, 1e-5, outputs)
+        shapes = norm_backward_shapes(x, x, z, weight, outputs[1])
+        yield name + " backward", backward_launch(x, x, z, weight, outputs[1], shapes)[0]
 
 
 def activations() -> Iterator[tuple[str, Launch]]:
@@ -60,13 +60,14 @@ def losses() -> Iterator[tuple[str, Launch]]:
     for dtype, need in ((BF16, True), (FP32, True), (FP32, False)):
         student = logits[dtype]
         for divergence, temperature, mixes, target in itertools.product(
-            ("forward", "reverse", "jsd", "mse", None), (1.0, 2.0), (0.0, 0.5), (None, labels)
+            (*Divergence, None), (1.0, 2.0), (0.0, 0.5), (None, labels)
         ):
             if (target is None and (mixes or divergence is None)) or (divergence is None and temperature != 1):
                 continue
-            options = (temperature, divergence or "forward", 1.0, mixes, 2048)
+            options = (temperature, divergence or Divergence.FORWARD, 1.0, mixes, 2048)
             teacher = None if divergence is None else student
-            name = f"loss {divergence} {dtype} T={temperature} ce={mixes} labels={target is not None} gradient={need}"
+            kind = divergence and divergence.option
+            name = f"loss {kind} {dtype} T={temperature} ce={mixes} labels={target is not None} gradient={need}"
             yield name, chunk_launch(student, teacher, target, weights, per_token, options, need)
 
 
@@ -82,7 +83,7 @@ def decoding(stages: int) -> Iterator[tuple[str, Launch]]:
 
 SAMPLE = (
     "decode 40 / 8 x 128 torch.bfloat16",
-    "norm 4480 / 1 torch.bfloat16", "norm 4480 / 1 torch.bfloat16 + residual backward",
+    "norm 4480 / 1 torch.bfloat16", "norm 4480 / 1 torch.bfloat16 backward",
     "norm 10240 / 8 torch.bfloat16", "norm 10240 / 8 torch.bfloat16 backward", "relu2 torch.bfloat16 backward",
     "loss forward torch.bfloat16 T=1.0 ce=0.0 labels=True gradient=True",
 )  # fmt: skip

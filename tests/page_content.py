@@ -11,7 +11,8 @@ import numpy as np
 from limbeck.distill.gap.measure import summarise
 from limbeck.distill.gap.sums import Sums
 from limbeck.distill.gap.token_groups import CLASSES
-from limbeck.models.cost.inference import Hardware, memory, verdict
+from limbeck.models.cost.hardware import Hardware
+from limbeck.models.cost.inference import memory, verdict
 from limbeck.tests.helpers import tiny_config
 from safetensors.numpy import save_file
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from limbeck.models.cost.inference import Hardware
-from limbeck.models.cost.timing import Load, Speed, measure, predicted, roofline
+from limbeck.models.cost.hardware import Hardware
+from limbeck.models.cost.speed import Load, Speed, predicted, roofline
+from limbeck.models.cost.timing import measure
 from limbeck.models.errors import InputError
 from limbeck.scripts import bench
 from limbeck.scripts.run.resolve import model_config

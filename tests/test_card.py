@@ -52,9 +52,7 @@ def test_a_folders_terms(tmp_path: Path) -> None:
     write_card(tmp_path / "out", tiny_config(), "bfloat16", "Not compared.", found)
     text = (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "Notice.txt").read_text() == "Notice.txt"
-    assert (
-        '\nlicense: "other"\n' in text.split("---")[1] and "[LICENSE](LICENSE)" in text and "`license: other`." in text
-    )
+    assert "\nlicense: other\n" in text.split("---")[1] and "[LICENSE](LICENSE)" in text and "`license: other`." in text
     assert "Not compared." in text and "How near" not in text
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.axes import AXES, HIDDEN, Axis, axis_sizes
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.prune.choose import best, select
 from limbeck.prune.importance import score_random

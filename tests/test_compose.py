@@ -19,14 +19,15 @@ import pytest
 import torch
 from limbeck.models.axes import tensor_table
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import GIB, count_parameters, num_tensors
+from limbeck.models.cost.hardware import GIB
+from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.errors import InputError
 from limbeck.models.fingerprint import fingerprint_of
 from limbeck.prune.importance import score_random
+from limbeck.prune.rounds import plan_cuts
 from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
 from limbeck.scripts import compress, memory_fit, search
-from limbeck.scripts.rounds import walk
 from limbeck.scripts.run.compose import BASES, build, compose_config, groups, known_keys, recipes
 from limbeck.scripts.run.main import COMMANDS, EXAMPLES
 from limbeck.scripts.run.resolve import model_config, model_names
@@ -77,7 +78,7 @@ def test_build_makes_nested_frozen_dataclasses() -> None:
         ({"inner": {"rtae": 1}}, "inner.rtae is no option here; did you mean 'rate'?"),
         ({"inner": {}}, "inner.rate is missing"),
         ({"sizes": 3}, "expected a list"),
-        ({"sizes": [1, "x"]}, "sizes is 'x'"),
+        ({"sizes": [1, "x"]}, "sizes[1] is 'x'"),
         ({"names": "a"}, "expected a mapping"),
         ({"either": 3}, "either is 3; expected a list"),
         ({"either": {"flag": True}}, "either.rate is missing"),
@@ -176,7 +177,7 @@ def test_the_model_half_of_a_recipe_at_real_size(name: str) -> None:
     """Every round on tensors of the model's size that have no memory: shapes, counts, and whether it fits the card."""
     options = build(compress.Options, compose_config("compress", [f"recipe={name}", "dry_run=true"]))
     config = model_config(options.model)
-    for step in walk(config, options.plan(), REMOVED.get(name, ())):
+    for step in plan_cuts(config, [one.cut for one in options.plan()], REMOVED.get(name, ())):
         check_slices(step.before, step.selection, step.after)
         config = step.after
     report, answer = memory_fit.measure(config, options.hardware, options.fit)

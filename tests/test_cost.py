@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 from limbeck.models.axes import tensor_table
-from limbeck.models.cost.inference import Hardware, count_parameters, flops_per_token, memory, throughput
+from limbeck.models.cost.hardware import Hardware
+from limbeck.models.cost.inference import memory
+from limbeck.models.cost.parameters import count_parameters
+from limbeck.models.cost.speed import flops_per_token, throughput
 from limbeck.models.errors import InputError
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import random_config, tiny_config

@@ -8,20 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.text.packing import (
-    Batch,
-    Corpus,
-    Document,
-    Packing,
-    distinct,
-    folder_documents,
-    keep_split,
-    sample_batches,
-    split_of,
-    stdlib_documents,
-    tokenize,
-    train_batches,
-)
+from limbeck.distill.text.documents import Document, of_split, read_documents, split_of, unique
+from limbeck.distill.text.packing import Batch, Corpus, Packing, tokenize
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -63,15 +51,17 @@ def test_splits_are_apart_and_contents_distinct() -> None:
     shares = [sum(split_of(name) == split for name in names) / 2000 for split in ("train", "validation", "test")]
     assert sum(shares) == 1 and abs(shares[0] - 0.9) < 0.03 and min(shares) > 0.02
     twice = [Document("a", "same"), Document("b", "same"), Document("c", "other"), Document("d", "")]
-    assert [document.name for document in distinct(twice)] == ["a", "c"]
+    assert [document.name for document in unique(twice)] == ["a", "c"]
     with pytest.raises(InputError, match="no document falls"):
-        keep_split(
-            [Document("folder/0.py", "x")], "validation" if split_of("folder/0.py") != "validation" else "test", ""
+        list(
+            of_split(
+                [Document("folder/0.py", "x")], "validation" if split_of("folder/0.py") != "validation" else "test", ""
+            )
         )
 
 
 def test_stdlib_is_a_real_corpus() -> None:
-    documents = stdlib_documents()
+    documents = list(read_documents("stdlib"))
     assert sum(len(document.text) for document in documents) > 5_000_000
     assert len({document.text for document in documents}) == len(documents)
     assert not any("site-packages" in document.name for document in documents)
@@ -82,12 +72,12 @@ def joined(batches: list[Batch]) -> Batch:
 
 
 def test_measuring_sees_every_token_once(corpus: Corpus) -> None:
-    rows = joined(sample_batches(corpus, batch_size=4, seq_len=32))
+    rows = joined(list(corpus.sample(batch_size=4, seq_len=32)))
     kept = rows.doc_id >= 0
     assert torch.equal(rows.input_ids[kept], torch.from_numpy(corpus.ids).long())
     assert int((rows.labels >= 0).sum()) == corpus.tokens - len(corpus)
     assert int(rows.n_bytes.sum()) == sum(len(text.encode()) for text in TEXTS)
-    assert joined(sample_batches(corpus, batch_size=4, seq_len=32, seed=1, max_tokens=100)).input_ids.shape == (3, 32)
+    assert joined(list(corpus.sample(batch_size=4, seq_len=32, seed=1, max_tokens=100))).input_ids.shape == (3, 32)
 
 
 @pytest.mark.parametrize(("seed", "max_tokens"), ((None, None), (3, None), (None, 500), (3, 500)))
@@ -96,7 +86,7 @@ def test_a_sample_is_made_as_it_is_read(
 ) -> None:
     """The batches of the list, and none before it is asked for."""
     how: dict[str, Any] = {"batch_size": 4, "seq_len": 32, "seed": seed, "max_tokens": max_tokens}
-    expected = sample_batches(corpus, **how)
+    expected = list(corpus.sample(**how))
     made: list[int] = []
     put = Packing.batch
     monkeypatch.setattr(Packing, "batch", lambda rows, numbers: made.append(len(numbers)) or put(rows, numbers))
@@ -113,8 +103,8 @@ def test_a_sample_is_made_as_it_is_read(
 
 def test_labels_stay_in_their_document(corpus: Corpus) -> None:
     for batch in (
-        next(train_batches(corpus, batch_size=8, seq_len=40, seed=3)),
-        sample_batches(corpus, batch_size=9, seq_len=40)[0],
+        next(corpus.train_batches(batch_size=8, seq_len=40, seed=3)),
+        corpus.sample(batch_size=9, seq_len=40)[0],
     ):
         inside = batch.labels >= 0
         assert torch.equal(batch.labels[:, :-1][inside[:, :-1]], batch.input_ids[:, 1:][inside[:, :-1]])
@@ -126,10 +116,10 @@ def test_labels_stay_in_their_document(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("start", (0, 1, 4, 5, 11, 23))
 def test_any_batch_can_be_sought(corpus: Corpus, start: int) -> None:
-    whole = train_batches(corpus, batch_size=3, seq_len=50, seed=5)
+    whole = corpus.train_batches(batch_size=3, seq_len=50, seed=5)
     for _ in range(start):
         next(whole)
-    sought = train_batches(corpus, batch_size=3, seq_len=50, seed=5, start=start)
+    sought = corpus.train_batches(batch_size=3, seq_len=50, seed=5, start=start)
     for _ in range(9):
         a, b = next(whole), next(sought)
         assert all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Batch))
@@ -137,11 +127,11 @@ def test_any_batch_can_be_sought(corpus: Corpus, start: int) -> None:
 
 def test_epochs_differ_and_seeds_too(corpus: Corpus) -> None:
     per_epoch = (corpus.tokens - 1) // 50 // 3
-    first, second = (next(train_batches(corpus, batch_size=3, seq_len=50, seed=5, start=s)) for s in (0, per_epoch))
-    other = next(train_batches(corpus, batch_size=3, seq_len=50, seed=9))
+    first, second = (next(corpus.train_batches(batch_size=3, seq_len=50, seed=5, start=s)) for s in (0, per_epoch))
+    other = next(corpus.train_batches(batch_size=3, seq_len=50, seed=9))
     assert not torch.equal(first.input_ids, second.input_ids) and not torch.equal(first.input_ids, other.input_ids)
     with pytest.raises(InputError, match="do not fill"):
-        next(train_batches(corpus, batch_size=10**6, seq_len=50, seed=0))
+        next(corpus.train_batches(batch_size=10**6, seq_len=50, seed=0))
 
 
 def test_files_records_and_tables(tmp_path: Path) -> None:
@@ -149,6 +139,6 @@ def test_files_records_and_tables(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "two"}\n\n{"text": "three"}\n')
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"text": ["four", "one"]}).to_parquet(str(tmp_path / "c.parquet"))
-    assert [document.text for document in folder_documents(tmp_path)] == ["one", "two", "three", "four"]
+    assert [document.text for document in read_documents(str(tmp_path))] == ["one", "two", "three", "four"]
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)

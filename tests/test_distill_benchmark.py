@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from limbeck.benchmarks.distill import PARTS, Setting, compare, models, three_steps
-from limbeck.models.cost.inference import count_parameters
 from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.models.cost.parameters import count_parameters
 
 pytest.importorskip("transformers")
 

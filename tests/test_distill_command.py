@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill import teacher as module
+from limbeck.distill.parallel import load_frozen
+from limbeck.distill.teaching import kept_of
 from limbeck.models.checkpoint import load_model, save_model
-from limbeck.models.fingerprint import fingerprint_of
-from limbeck.scripts.teaching import kept_of, provenance
-from limbeck.scripts.training import load_frozen
+from limbeck.models.fingerprint import fingerprint_of, read_provenance
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
 from safetensors.torch import load_file
 
@@ -59,7 +59,7 @@ def test_cached_teacher_trains_as_the_model_does(workshop: Path, tmp_path: Path)
     assert code == 0 and "bytes a token" in out
     facts = json.loads((tmp_path / "cache" / "result.json").read_text())
     assert facts["bytes_per_token"] == pytest.approx(320 * 6 + 4, rel=0.02) and facts["k"] == 320
-    assert provenance(tmp_path / "cache")["made_by"] == "limbeck cache-teacher"
+    assert read_provenance(tmp_path / "cache")["made_by"] == "limbeck cache-teacher"
     online = distil(workshop, tmp_path / "online")
     cached = distil(workshop, tmp_path / "cached", f"teacher_cache={tmp_path / 'cache'}")
     assert online[0] == cached[0] == 0
@@ -163,7 +163,7 @@ def test_corrected_teacher(workshop: Path, tmp_path: Path) -> None:
     curve = [json.loads(line)["loss"] for line in (corrected / "metrics.jsonl").read_text().splitlines()]
     assert curve[-1] < curve[0] - 0.2
     assert (
-        provenance(tmp_path / "out")["inputs"]["teacher"]
+        read_provenance(tmp_path / "out")["inputs"]["teacher"]
         == fingerprint_of(corrected)
         != fingerprint_of(workshop / "model")
     )
@@ -184,7 +184,7 @@ def test_moving_weights_and_a_mixture(workshop: Path, tmp_path: Path) -> None:
     code, out, err = limbeck("distill", *places, f"data={mix}", *SMALL, ramp)
     assert code == 0, err
     assert "The mixture" in out and "90.0%" in out and "epochs" in out
-    inputs = provenance(tmp_path / "out")["inputs"]
+    inputs = read_provenance(tmp_path / "out")["inputs"]
     assert json.loads(inputs["data"])[0]["weight"] == 9
     mix.write_text(mix.read_text().replace("weight: 1}", "weight: 1, epochs: 0.001}"))
     code, _, err = limbeck("distill", *places[:2], f"output={tmp_path / 'two'}", f"data={mix}", *SMALL)

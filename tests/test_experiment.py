@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from limbeck.models.errors import CheckFailed
+from limbeck.prune.rounds import plan_cuts
 from limbeck.scripts.experiment import Options, plans_of
 from limbeck.scripts.experiments import cells
 from limbeck.scripts.experiments.figures import Row, agreement, order_of, published_pairs, rank_correlation, stable_from
-from limbeck.scripts.rounds import walk
 from limbeck.scripts.run.compose import CONF, build, compose_config
 from limbeck.scripts.run.resolve import model_config
 from limbeck.scripts.run.sharing import Shared
@@ -43,7 +43,7 @@ def test_every_variant_composes_and_is_another() -> None:
         names = [cell.name for found in plan.cells.values() for cell in found]
         assert len(set(names)) == len(names) == len(plan.cells) > 1, plan.folder
         for found in plan.cells.values():
-            for step in walk(model_config("zoo"), found[0].chain.plan()):
+            for step in plan_cuts(model_config("zoo"), [one.cut for one in found[0].chain.plan()]):
                 assert step.after != step.before
     shared = [cell.name for plan in plans for found in plan.cells.values() for cell in found]
     assert len(set(shared)) < len(shared)  # "KL" of one experiment is "at once" of another
@@ -58,7 +58,7 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "| x |" in (tmp_path / "out" / "table.md").read_text()
     assert {path.suffix for path in (tmp_path / "out" / "plots").iterdir()} == {".png", ".svg"}
     assert not (tmp_path / "out" / "making").exists()
-    monkeypatch.setattr(cells, "make", None)  # nothing is left to do
+    monkeypatch.setattr(cells, "write_cell", None)  # nothing is left to do
     assert limbeck(*words)[0] == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == found
 

@@ -26,6 +26,7 @@ from limbeck.prune.importance import score_random, score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.slice import slice_config
 from limbeck.prune.target import Target
+from limbeck.prune.width_metrics import ActivationScores
 from limbeck.tests.helpers import (
     assert_close,
     cached_logits,
@@ -374,7 +375,10 @@ def test_neurons_are_scored_by_what_down_proj_reads(family: str) -> None:
     neuron = 3
     model.state_dict()["layers.1.mixer.gate_proj.weight"][neuron] = 0
     batch = draw_rows(config.vocab_size)
-    scores = {source: score_widths(model, [batch], ffn_source=source)[Axis("ffn", 1)] for source in ("pre", "act")}
+    scores = {
+        source: score_widths(model, [batch], ActivationScores(ffn_source=source))[Axis("ffn", 1)]
+        for source in ("pre", "act")
+    }
     assert scores["act"][neuron] == 0 < scores["pre"][neuron]
     up = model.state_dict()["layers.1.mixer.up_proj.weight"]
     seen: dict[str, torch.Tensor] = {}

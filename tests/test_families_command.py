@@ -66,7 +66,7 @@ def test_the_command_line_prunes_and_exports(source: Path, tmp_path: Path) -> No
     family = load_config(source).family
     assert found["class"] == FAMILIES[family].architecture and found["relative_rms"] < 1e-5
     card = (out / "README.md").read_text()
-    assert f"tags: [limbeck, pruned, {family}]" in card and "A compressed Transformer" in card
+    assert f"\n- {family}\n" in card and "model of attention and MLP layers" in card
     assert "Mamba" not in card and "time_step_min" not in card
     code, text, _ = limbeck("generate", f"model={out}", "prompt=def", "max_new_tokens=4")
     assert code == 0 and text.startswith("def")

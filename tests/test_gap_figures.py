@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import tracemalloc
 import weakref
 from collections.abc import Iterator
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from limbeck.distill.gap import sums as gap_sums
 from limbeck.distill.gap.continuation import continuations, draw_prompts
 from limbeck.distill.gap.examples import WINDOW, as_text
 from limbeck.distill.gap.measure import GapReport, figures, measure_gap, summarise
-from limbeck.distill.gap.statistics import Totals, plain_tail, resampled, student_t, tail
+from limbeck.distill.gap.statistics import Totals, plain_tail, resampled, tail
 from limbeck.distill.gap.token_groups import (
     CLASSES,
     TokenGroups,
@@ -28,7 +30,8 @@ from limbeck.distill.gap.token_groups import (
     group_documents,
     token_classes,
 )
-from limbeck.distill.text.packing import Corpus, Document, sample_batches, tokenize
+from limbeck.distill.text.documents import Document
+from limbeck.distill.text.packing import Corpus, tokenize
 from limbeck.models.checkpoint import load_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +70,7 @@ def perturbed(model: HybridLM, layer: int = 5) -> HybridLM:
 
 def test_the_shipped_model_against_itself(corpus: Corpus) -> None:
     """KL 0 and agreement 1, to the bit, though it is another copy."""
-    batches = sample_batches(corpus, batch_size=2, seq_len=96, seed=0)
+    batches = list(corpus.sample(batch_size=2, seq_len=96, seed=0))
     report = measure_gap(load_model(ZOO), {"itself": load_model(ZOO)}, batches, resamples=50)
     own = report.models["itself"]
     for found, value in ((own.kl, 0), (own.reverse_kl, 0), (own.agreement, 1), (own.top5_agreement, 1),
@@ -82,7 +85,7 @@ def test_one_layer_disturbed(dtype: torch.dtype, token: float, position: float, 
     """Against dense float64 log-probabilities: the KL of every token, and the mean at every position of a row."""
     teacher = load_model(ZOO, dtype)
     student = perturbed(teacher)
-    batches = sample_batches(corpus, batch_size=12, seq_len=16, seed=0, max_tokens=320)
+    batches = list(corpus.sample(batch_size=12, seq_len=16, seed=0, max_tokens=320))
     report = measure_gap(teacher, {"disturbed": student}, batches, resamples=10)
     wide = {number: copy.deepcopy(model).double() for number, model in enumerate((teacher, student))}
     sums, tokens = torch.zeros(16), torch.zeros(16)
@@ -129,9 +132,9 @@ def test_intervals_cover_the_true_mean(documents: int) -> None:
 
 def test_the_tails_are_students() -> None:
     """Quantiles of Student's t from tables; with many documents the percentiles are the plain ones."""
-    z = 1.959963985
-    for degrees, expected in ((5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)):
-        assert student_t(z, degrees) == pytest.approx(expected, abs=1e-3)
+    for degrees, expected in ((1, 12.7062), (5, 2.5706), (10, 2.2281), (30, 2.0423), (1000, 1.9623)):
+        expanded = -NormalDist().inv_cdf(tail(degrees + 1))
+        assert expanded / math.sqrt((degrees + 1) / degrees) == pytest.approx(expected, abs=1e-4)
     assert tail(10**7) == pytest.approx(0.025, abs=1e-6) and tail(10) < 0.01 and tail(1) == pytest.approx(0.025)
 
 
@@ -183,7 +186,7 @@ def dense(found: dict[str, HybridLM], batches: list) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def measured(corpus: Corpus, tokenizer: Tokenizer) -> tuple[GapReport, dict[str, torch.Tensor], list, TokenGroups]:
     teacher = load_model(ZOO)
-    batches = sample_batches(corpus, batch_size=3, seq_len=64, seed=1)
+    batches = list(corpus.sample(batch_size=3, seq_len=64, seed=1))
     models = {"teacher": teacher, "student": perturbed(teacher, 4)}
     domains, domain = group_documents(corpus.names, corpus.starts)
     groups = TokenGroups(domains, domain, token_classes(tokenizer, 4096))

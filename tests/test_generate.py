@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import random
 import select
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from limbeck.models.generate.engine import Engine, Request, Thought
 from limbeck.models.generate.sampling import Sampling
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 from limbeck.scripts import answers, generate
+from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
 from rich.console import Console
 
@@ -85,6 +87,23 @@ def test_bytes_that_are_no_text_come_at_the_end(tokenizer: Tokenizer) -> None:
     again = TextStream(tokenizer)
     mixed = [*ids, *bytes_of(tokenizer, "c日d")]
     assert "".join(again.push(token) for token in mixed) + again.finish() == tokenizer.decode(mixed)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_of_any_tokens_are_the_whole_text(seed: int) -> None:
+    """The shipped tokenizer, on bytes of many alphabets cut anywhere and on tokens drawn at random."""
+    shipped, draw = load_tokenizer(ZOO), random.Random(seed)
+    ranges = ((32, 127), (0x300, 0x9FFF), (0x1F300, 0x1F6FF))
+    letters = "".join(chr(draw.randrange(*draw.choice(ranges))) for _ in range(60))
+    spelled, drawn = bytes_of(shipped, letters), [draw.randrange(shipped.vocab_size) for _ in range(80)]
+    for ids in (spelled, spelled[: draw.randrange(1, len(spelled))], drawn):
+        stream = TextStream(shipped)
+        pieces = [stream.push(token) for token in ids]
+        whole = shipped.decode(ids, skip_special_tokens=True)
+        assert "".join(pieces) + stream.finish() == whole
+        assert "".join(pieces) == whole[: stream.decoded]
+        if ids is spelled:
+            assert whole == letters and not any("\ufffd" in piece for piece in pieces)
 
 
 def test_special_tokens_are_not_shown(tokenizer: Tokenizer) -> None:

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill.gap import harness
+from limbeck.distill.gap import tasks as module
 from limbeck.distill.gap.harness import SHARE, HarnessModel, Room, first_row
+from limbeck.distill.gap.tasks import Tasks, answer_tasks, plan_tasks
+from limbeck.distill.report.gap_tables import task_table
 from limbeck.models.checkpoint import load_model
+from limbeck.models.cost.hardware import Place
 from limbeck.models.cost.live_bytes import LiveBytes
-from limbeck.models.cost.transient import Place
 from limbeck.models.errors import InputError
 from limbeck.models.generate.decode import Decoder
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.scripts import tasks as task_script
 from limbeck.scripts.run.resolve import ZOO, model_config
-from limbeck.scripts.tasks import Asked, Tasks, answer, show_tasks
 from limbeck.tests.helpers import limbeck
 
 CHOICE = """
@@ -258,8 +259,8 @@ def test_slots_by_the_memory_that_is_free(exported: Path, asking: tuple, monkeyp
 
 def answers(name: str, tasks: Tasks) -> Any:
     """The shipped model's answers, under a name."""
-    asked = Asked.of({name: ZOO}, tasks, dtype=torch.float32, seed=0)
-    return answer({name: load_model(ZOO)}, {name: ZOO}, asked)
+    plan = plan_tasks({name: ZOO}, tasks, dtype=torch.float32, seed=0)
+    return answer_tasks({name: load_model(ZOO)}, {name: ZOO}, plan)
 
 
 def end(texts: list[Any]) -> None:
@@ -267,19 +268,16 @@ def end(texts: list[Any]) -> None:
         text.finished = "length"
 
 
-def test_answers_are_kept_by_contents(
-    tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_are_kept_by_contents(tasks: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
     wanted = Tasks((tasks["next_line"],), limit=3)
     found = answers("teacher", wanted)
     assert 0 <= found["teacher"]["next_line"]["acc,none"] <= 1
-    capsys.readouterr()
-    show_tasks(found | {"student": found["teacher"]})
-    assert "next_line" in capsys.readouterr().out
+    _, columns, rows = task_table(found | {"student": found["teacher"]})
+    assert columns[1:] == ("teacher", "student") and "next_line" in rows[0][0] and rows[0][1] == rows[0][2]
     calls = []
     monkeypatch.setattr(
-        task_script, "answers_of", lambda name, *rest: calls.append(name) or {"next_line": {"acc,none": 1.0}}
+        module, "answers_of", lambda name, *rest: calls.append(name) or {"next_line": {"acc,none": 1.0}}
     )
     assert answers("again", wanted)["again"] == found["teacher"] and not calls
     answers("more", Tasks(wanted.names, limit=4))
@@ -289,7 +287,7 @@ def test_answers_are_kept_by_contents(
     assert calls == ["more", "longer"]
     for name, value in (("__version__", "0.0.0"), ("FORMAT", 0)):
         with monkeypatch.context() as other:
-            other.setattr(task_script, name, value)
+            other.setattr(module, name, value)
             answers(name, wanted)
     answers("as before", wanted)
     assert calls == ["more", "longer", "__version__", "FORMAT"]

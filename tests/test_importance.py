@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from limbeck.models import offload as layers
 from limbeck.models.axes import HIDDEN, Axis
+from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.choose import select
@@ -15,9 +17,11 @@ from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_magnitude, score_random, score_widths
 from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores, width_score_shapes
 from limbeck.prune.target import Target
-from limbeck.tests.helpers import assert_close, random_model, tiny_config
+from limbeck.prune.width_metrics import ActivationScores, TaylorScores
+from limbeck.tests.helpers import assert_close, dense_config, random_model, tiny_config
 from limbeck.tests.pruning_helpers import Rows, draw_rows, naive_mse
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def observed(model: HybridLM, batch: Rows, kind: str, layer: int) -> Tensor:
@@ -53,7 +57,7 @@ def test_widths_are_what_the_papers_say(over_batch: str, over_sequence: str) -> 
     batch.labels[3] = -100  # a row that does not count
     counted = batch.labels != -100
     how = {"aggregate_batch": over_batch, "aggregate_sequence": over_sequence}
-    scores = score_widths(model, [batch], **how)  # type: ignore[arg-type]
+    scores = score_widths(model, [batch], ActivationScores(**how))  # type: ignore[arg-type]
     assert {axis: tuple(value.shape) for axis, value in scores.items()} == width_score_shapes(config)
     for layer in (0, 3, config.num_layers):
         expected = by_loops(observed(model, batch, "hidden", layer), counted, over_batch, over_sequence)
@@ -73,9 +77,9 @@ def test_ffn_and_mamba_sources() -> None:
     batch = draw_rows(config.vocab_size)
     counted = batch.labels != -100
     for source, kind in (("x", "mamba_x"), ("z", "mamba_z"), ("out", "mamba_out")):
-        found = score_widths(model, [batch], mamba_source=source)[Axis("mamba_heads", 0)]
+        found = score_widths(model, [batch], ActivationScores(mamba_source=source))[Axis("mamba_heads", 0)]
         assert_close(kind, by_loops(observed(model, batch, kind, 0), counted, "l2", "mean"), found, 1e-9)
-    found = score_widths(model, [batch], ffn_source="act")[Axis("ffn", 1)]
+    found = score_widths(model, [batch], ActivationScores(ffn_source="act"))[Axis("ffn", 1)]
     assert_close("ffn_act", by_loops(observed(model, batch, "ffn_act", 1), counted, "l2", "mean"), found, 1e-9)
 
 
@@ -132,9 +136,90 @@ def test_units_that_contribute_nothing_rank_last() -> None:
     assert head not in kept[Axis("mamba_heads", 2)]
     assert channel not in kept[Axis("mamba_head_dim", 2)]
     # A unit that is busy but that nobody reads: only the weights behind it can tell.
-    read = score_widths(model, [batch], times_output=True)
+    read = score_widths(model, [batch], ActivationScores(times_output=True))
     assert read[Axis("attn_heads", 3)][query] == 0 < widths[Axis("attn_heads", 3)][query]
     assert query not in select(config, read, (), Target(num_attention_heads=2)).kept[Axis("attn_heads", 3)]
+
+
+def losses(model: HybridLM, batch: Rows) -> list[float]:
+    """The mean cross-entropy of each row's labels, of whole logits."""
+    with torch.no_grad():
+        logits = model(batch.input_ids, seq_idx=batch.seq_idx)
+    return [float(F.cross_entropy(row, labels)) for row, labels in zip(logits, batch.labels, strict=True)]
+
+
+READERS = {"M": ("in_proj",), "*": ("q_proj", "k_proj", "v_proj"), "-": ("up_proj", "gate_proj")}
+WRITERS = {"ffn": "down_proj", "attn_heads": "o_proj", "mamba_heads": "out_proj"}
+
+
+def columns_of(config: HybridConfig, axis: Axis, unit: int) -> list[tuple[str, slice]]:
+    """The columns of matrices that read a unit; of hidden those of its layer's norm, here layer or the head."""
+    if axis.kind != "hidden":
+        size = {"ffn": 1, "attn_heads": config.head_dim, "mamba_heads": 1}[axis.kind]
+        return [(f"layers.{axis.layer}.mixer.{WRITERS[axis.kind]}.weight", slice(unit * size, (unit + 1) * size))]
+    if axis.layer == config.num_layers:
+        return [("lm_head.weight", slice(unit, unit + 1))]
+    assert axis.layer is not None
+    names = READERS[config.pattern[axis.layer]]
+    return [(f"layers.{axis.layer}.mixer.{name}.weight", slice(unit, unit + 1)) for name in names]
+
+
+@pytest.mark.parametrize("family", ("nemotron_h", "qwen3"))
+@torch.no_grad()
+def test_taylor_is_the_slope_of_the_loss_when_a_unit_shrinks(family: str) -> None:
+    """Against central differences of every row's loss, unit by unit of every axis; the same whatever the batches."""
+    config = dense_config(1).replace(tie_word_embeddings=False) if family == "qwen3" else tiny_config(pattern="M-*M-*")
+    model = random_model(config)
+    weights, batch, eps = model.state_dict(), draw_rows(config.vocab_size, rows=3), 1e-5
+    scores = score_widths(model, [batch], TaylorScores())
+    assert {axis: tuple(value.shape) for axis, value in scores.items()} == width_score_shapes(config)
+    for axis, values in scores.items():
+        rows = [Axis("hidden", row) for row in range(config.num_layers + 1)] if axis == HIDDEN else [axis]
+        for number, own in enumerate(rows):
+            found = values[number] if axis == HIDDEN else values.flatten()
+            for unit in (0, 1, len(found) // 2, len(found) - 1):
+                columns = [(name, where) for name, where in columns_of(config, own, unit) if name in weights]
+                sides = []
+                for scale in (1 + eps, 1 - eps):
+                    kept = [weights[name][:, where].clone() for name, where in columns]
+                    for name, where in columns:
+                        weights[name][:, where] *= scale
+                    sides.append(losses(model, batch))
+                    for (name, where), before in zip(columns, kept, strict=True):
+                        weights[name][:, where] = before
+                slopes = [abs(up - down) / (2 * eps) for up, down in zip(*sides, strict=True)]
+                assert float(found[unit]) == pytest.approx(sum(slopes) / len(slopes), rel=1e-5, abs=1e-8), (own, unit)
+    parts = score_widths(model, [batch.take([2]), batch.take([0, 1])], TaylorScores())
+    for axis, value in scores.items():
+        assert_close(str(axis), value, parts[axis], 1e-12)
+    again = score_widths(model, [batch], TaylorScores())
+    assert all(torch.equal(again[axis], value) for axis, value in scores.items())
+    assert all(weight.grad is None and weight.requires_grad for weight in model.parameters())
+
+
+@torch.no_grad()
+def test_taylor_is_nothing_where_nobody_reads() -> None:
+    """A neuron, a head, a head channel and a channel of a norm whose readers are zero; rows without labels too."""
+    config = tiny_config()
+    model = random_model(config)
+    weights = model.state_dict()
+    weights["layers.1.mixer.down_proj.weight"][:, 7] = 0
+    weights["layers.3.mixer.o_proj.weight"][:, 8:16] = 0
+    weights["layers.2.mixer.out_proj.weight"][:, 3 * 8 + 2] = 0
+    weights["layers.0.mixer.in_proj.weight"][:, 5] = 0
+    weights["lm_head.weight"][:, 6] = 0
+    batch = draw_rows(config.vocab_size)
+    scores = score_widths(model, [batch], TaylorScores())
+    zero = {Axis("ffn", 1): 7, Axis("attn_heads", 3): 1, Axis("mamba_heads", 2): 3 * 8 + 2, HIDDEN: 5}
+    for axis, values in scores.items():
+        expected = {zero[axis]} if axis in zero else set()
+        expected |= {6 * config.hidden_size + 6} if axis == HIDDEN else set()
+        assert set((values.flatten() == 0).nonzero().flatten().tolist()) == expected, axis
+    silent = dataclasses.replace(batch, labels=torch.full_like(batch.labels, -100))
+    beside = score_widths(model, [silent, batch], TaylorScores())
+    assert all(torch.equal(beside[axis], value) for axis, value in scores.items())
+    with pytest.raises(InputError, match="no counted token"):
+        score_widths(model, [silent], TaylorScores())
 
 
 def test_magnitude_is_the_norm_of_a_units_weights() -> None:
@@ -228,7 +313,7 @@ def test_wrong_width_options_and_data() -> None:
     batch = draw_rows(config.vocab_size, rows=2)
     for option in ("aggregate_batch", "aggregate_sequence", "mamba_source", "ffn_source"):
         with pytest.raises(InputError, match="'median' is unknown"):
-            score_widths(model, [batch], **{option: "median"})  # type: ignore[arg-type]
+            ActivationScores(**{option: "median"})  # type: ignore[arg-type]
     nothing = Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.seq_idx)
     for batches in ([], [nothing]):
         with pytest.raises(InputError, match="no counted token"):

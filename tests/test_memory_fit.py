@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from limbeck.benchmarks import inference
-from limbeck.models.cost.inference import GIB, Hardware, changes, memory, verdict
+from limbeck.models.cost.hardware import GIB, Hardware
+from limbeck.models.cost.inference import changes, memory, verdict
 from limbeck.models.cost.vllm import flags
 from limbeck.models.errors import InputError
 from limbeck.scripts.run.resolve import model_config

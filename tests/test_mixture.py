@@ -15,21 +15,9 @@ import torch
 from limbeck.distill.text import corpus_cache
 from limbeck.distill.text import resolve as inputs
 from limbeck.distill.text.corpus_cache import cached_corpus, content_digest, corpus_folder
-from limbeck.distill.text.documents import Document, Hub, folder_documents, read_documents, rows_of
+from limbeck.distill.text.documents import Document, Hub, read_documents, rows_of, split_of
 from limbeck.distill.text.mixture import BLOCK, Mixture, Source, labels, whole
-from limbeck.distill.text.mixture import sample_batches as any_sample_batches
-from limbeck.distill.text.mixture import train_batches as any_train_batches
-from limbeck.distill.text.packing import (
-    Batch,
-    Corpus,
-    Packing,
-    epoch_rows,
-    joined,
-    sample_batches,
-    split_of,
-    tokenize,
-    train_batches,
-)
+from limbeck.distill.text.packing import Batch, Corpus, Packing, epoch_rows, joined, tokenize
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, train_tokenizer
 from limbeck.scripts.run.resolve import data_path
@@ -81,7 +69,7 @@ def test_corpus_on_disk_is_the_one_in_memory(tokenizer: Tokenizer, monkeypatch: 
         assert np.array_equal(found.starts, made.starts) and list(found.names) == list(made.names)
         assert found.names[-1] == "text 89" and found.names[3:5] == ["text 3", "text 4"] and len(found) == 90
         options: dict[str, Any] = {"batch_size": 4, "seq_len": 32, "seed": 3}
-        assert same(next(train_batches(found, **options)), next(train_batches(made, **options)))
+        assert same(next(found.train_batches(**options)), next(made.train_batches(**options)))
     with safe_open(corpus_folder(facts) / "ids.safetensors", "pt") as file:  # as any reader sees it
         assert torch.equal(file.get_tensor("ids"), torch.from_numpy(made.ids))
     with pytest.raises(IndexError):
@@ -150,16 +138,16 @@ def test_records_are_read_line_by_line(tmp_path: Path) -> None:
     size = (tmp_path / "a.jsonl").stat().st_size
     assert told[-1] == (size, size) and told == sorted(told)
     (tmp_path / "half.jsonl").write_text('{"text": "a\\ud800b"}')
-    assert [document.text for document in folder_documents(tmp_path / "half.jsonl")] == ["a?b"]
+    assert [document.text for document in read_documents(str(tmp_path / "half.jsonl"))] == ["a?b"]
     (tmp_path / "b.parquet").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="no Parquet"):
-        folder_documents(tmp_path / "b.parquet")
+        list(read_documents(str(tmp_path / "b.parquet")))
     with pytest.raises(InputError, match="no 'text'"):
-        folder_documents(tmp_path / "a.jsonl")
+        list(read_documents(str(tmp_path / "a.jsonl")))
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"n": [1]}).to_parquet(str(tmp_path / "b.parquet"))
     with pytest.raises(InputError, match="no column 'text'; it has n"):
-        folder_documents(tmp_path / "b.parquet")
+        list(read_documents(str(tmp_path / "b.parquet")))
 
 
 COMMIT = "0123456789" * 4
@@ -226,9 +214,9 @@ def test_mixture_keeps_its_shares_everywhere(mixture: Mixture) -> None:
 def test_any_row_of_a_mixture_can_be_sought(mixture: Mixture, start: int) -> None:
     """Also over the end of a block of 1,000 rows and over many epochs; and whatever the batch."""
     how: dict[str, Any] = {"seq_len": 20, "seed": 5}
-    whole = itertools.islice(any_train_batches(mixture, batch_size=4, **how), start, start + 6)
-    sought = any_train_batches(mixture, batch_size=4, start=start, **how)
-    singles = any_train_batches(mixture, batch_size=1, start=4 * start, **how)
+    whole = itertools.islice(mixture.train_batches(batch_size=4, **how), start, start + 6)
+    sought = mixture.train_batches(batch_size=4, start=start, **how)
+    singles = mixture.train_batches(batch_size=1, start=4 * start, **how)
     for expected, found in zip(whole, sought, strict=False):
         assert same(expected, found)
         for row in range(4):
@@ -242,11 +230,11 @@ def test_a_sample_has_each_source_s_share(max_tokens: int | None, mixture: Mixtu
     rows = []
     for corpus, share in zip(mixture.corpora, (0.7, 0.2, 0.1), strict=True):
         most = None if max_tokens is None else round(max_tokens * share)
-        rows += sample_batches(corpus, batch_size=1, seq_len=20, seed=5, max_tokens=most)
+        rows += list(corpus.sample(batch_size=1, seq_len=20, seed=5, max_tokens=most))
     assert len(sample) == -(-len(rows) // 7) and len(sample[-1].labels) == len(rows) - 7 * (len(sample) - 1)
     for number, batch in enumerate(sample):
         assert same(batch, joined(rows[7 * number : 7 * number + 7]))
-    assert all(map(same, any_sample_batches(mixture, batch_size=7, seq_len=20, seed=5, max_tokens=max_tokens), sample))
+    assert all(map(same, mixture.sample(batch_size=7, seq_len=20, seed=5, max_tokens=max_tokens), sample))
 
 
 def test_a_mixture_is_one_corpus_without_a_copy(mixture: Mixture) -> None:
@@ -315,7 +303,7 @@ def test_without_repacking_epochs_have_the_same_rows(mixture: Mixture, tokenizer
     how: dict[str, Any] = {"batch_size": 1, "seq_len": 20, "seed": 5}
     epochs = {}
     for repack in (True, False):
-        batches = itertools.islice(train_batches(corpus, repack=repack, **how), 2 * per_epoch)
+        batches = itertools.islice(corpus.train_batches(repack=repack, **how), 2 * per_epoch)
         rows = [tuple(batch.input_ids[0].tolist()) for batch in batches]
         epochs[repack] = rows[:per_epoch], rows[per_epoch:]
     assert epochs[False][0] == epochs[True][0] and epochs[False][0] != epochs[False][1]
@@ -330,7 +318,7 @@ def test_epochs_of_sources_are_stated_and_kept(mixture: Mixture) -> None:
     with pytest.raises(InputError, match="source 2 would be read"):
         dataclasses.replace(mixture, sources=(*mixture.sources[:2], few)).check_epochs([(2500, 20)])
     with pytest.raises(InputError, match="do not fill one row"):
-        next(any_train_batches(mixture, batch_size=1, seq_len=10**6, seed=0))
+        next(mixture.train_batches(batch_size=1, seq_len=10**6, seed=0))
     light = dataclasses.replace(mixture.sources[2], weight=1e-5)
     with pytest.raises(InputError, match="less than one row"):
         dataclasses.replace(mixture, sources=(*mixture.sources[:2], light)).shares()

@@ -10,7 +10,9 @@ import pytest
 import torch
 from limbeck.models.axes import axis_sizes, tensor_table
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import GIB, Hardware, count_parameters, memory, num_tensors, verdict
+from limbeck.models.cost.hardware import GIB, Hardware
+from limbeck.models.cost.inference import memory, verdict
+from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.errors import InputError
 from limbeck.models.generate.cache import Cache
 from limbeck.models.generate.generate import generate

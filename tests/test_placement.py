@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.gap import continuation, probes
+from limbeck.distill.gap import continuation, evaluation, probes
 from limbeck.distill.gap import measure as gap
 from limbeck.distill.gap.measure import measure_gap
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.placement import is_on, placed
-from limbeck.scripts import evaluate
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import random_model, tiny_config
 from limbeck.tests.training_helpers import draw_long_documents
@@ -77,22 +76,23 @@ def test_one_model_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_models_wait_in_main_memory_where_a_gpu_has_no_room(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     places: list[Any] = []
-    monkeypatch.setattr(evaluate, "load_model", lambda path, dtype, device: places.append(device))
+    said: list[str] = []
+    monkeypatch.setattr(evaluation, "load_model", lambda path, dtype, device: places.append(device))
     folders = {"teacher": ZOO, "student": ZOO}
     needed = 2 * 7_130_096 * 4
     cuda = torch.device("cuda")
-    for free, home, away in ((needed / evaluate.SHARE + 1, cuda, None), (needed / evaluate.SHARE - 1, CPU, cuda)):
-        monkeypatch.setattr(evaluate, "free_memory", lambda device, free=free: int(free))
-        _, found = evaluate.load_models(folders, torch.float32, cuda)
+    for free, home, away in ((needed / evaluation.SHARE + 1, cuda, None), (needed / evaluation.SHARE - 1, CPU, cuda)):
+        monkeypatch.setattr(evaluation, "free_memory", lambda device, free=free: int(free))
+        _, found = evaluation.load_models(folders, torch.float32, cuda, said.append)
         assert places[-2:] == [home, home] and found == away
-    assert "wait in main memory" in capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "free_memory", lambda device: 1)
+    assert len(said) == 1 and "wait in main memory" in said[0]
+    monkeypatch.setattr(evaluation, "free_memory", lambda device: 1)
     with pytest.raises(InputError, match=r"takes 27.20 MiB in .*, cuda has 0.00 MiB free"):
-        evaluate.load_models(folders, torch.float32, cuda)
-    assert evaluate.load_models(folders, torch.float32, CPU)[1] is None and places[-1] == CPU
+        evaluation.load_models(folders, torch.float32, cuda, said.append)
+    assert evaluation.load_models(folders, torch.float32, CPU, said.append)[1] is None and places[-1] == CPU
 
 
 @pytest.mark.gpu

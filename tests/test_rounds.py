@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from limbeck.distill.report import plots
 from limbeck.models.checkpoint import load_config
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
+from limbeck.prune.rounds import in_kinds, leftovers, plan_cuts
 from limbeck.prune.target import Target
 from limbeck.scripts import distill, evaluate, prune
 from limbeck.scripts.compress import Options
-from limbeck.scripts.rounds import in_kinds, leftovers, make_rounds, walk
 from limbeck.scripts.run.compose import build, compose_config
+from limbeck.scripts.run.rounds import rounds_of
 from limbeck.tests.helpers import limbeck, make_workshop, tiny_config
 
 
@@ -173,7 +174,7 @@ def test_refused_before_anything_is_written(workshop: Path, tmp_path: Path) -> N
         ("rounds=[{name: a, target: 3}]", "round 1-a: target is 3"),
         ("rounds=[{target: {layers: 4}}]", "rounds[0].name is None"),
         ("rounds=[{name: a/b, target: {layers: 4}}]", "rounds[0].name is 'a/b'"),
-        ("rounds=[3]", "rounds is 3; expected a mapping"),
+        ("rounds=[3]", "rounds[0] is 3; expected a mapping"),
         (f"rounds=[{DEPTH}, {{name: b, target: {{layers: 5}}}}]", "round 2-b: target: layers is 5; expected 1..4"),
         (f"rounds=[{DEPTH}, {{name: b, target: {{hidden_size: 40}}}}]", "round 2-b: target: hidden_size is 40"),
         (f"rounds=[{DEPTH}] target.layers=5", "target is given beside rounds"),
@@ -234,7 +235,7 @@ def test_leftovers_are_every_mix_of_kinds() -> None:
     options = compose_config("compress", ["model=x", "dry_run=true"])
     options["importance"] |= {"remove_layers": 2, "min_layers": {"mamba": 2}}
     options["rounds"] = [{"name": "a", "target": {"layers": 4}}]
-    (step,) = walk(config, build(Options, options).plan())
+    (step,) = plan_cuts(config, [one.cut for one in build(Options, options).plan()])
     kept = itertools.combinations(config.pattern, 4)
     expected = {"".join(sorted(letters)) for letters in kept if letters.count("M") >= 2}
     assert leftovers(step, {in_kinds(config)}) == expected and len(expected) > 3
@@ -279,9 +280,9 @@ def test_compress_to_a_share_of_the_parameters(workshop: Path, tmp_path: Path) -
 
 def test_a_target_beside_rounds_is_refused() -> None:
     (base,) = build(Options, compose_config("compress", ["recipe=tiny", "dry_run=true"])).plan()
-    assert base.target.layers == 11 and make_rounds(base, ()) == (base,)
+    assert base.target.layers == 11 and rounds_of(base, ()) == (base,)
     with pytest.raises(InputError, match="beside rounds"):
-        make_rounds(base, ({"name": "a", "target": {"layers": 3}},))
+        rounds_of(base, ({"name": "a", "target": {"layers": 3}},))
     assert base.target != Target()
 
 

@@ -22,17 +22,17 @@ from limbeck.distill.average import kept_weights, merged_rows
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Trained, prepare
+from limbeck.distill.speed import speed_figures
+from limbeck.distill.stages import hand_on
 from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import Run, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
-from limbeck.models.cost.inference import flops_per_token
+from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.errors import InputError, Stopped
 from limbeck.models.fingerprint import fingerprint_of
-from limbeck.scripts import training
-from limbeck.scripts.distill import hand_on, note_of
-from limbeck.scripts.training import card_tflops, figures
+from limbeck.scripts.run.tracking import card_tflops, note_of
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, weights
 from safetensors.torch import load_file
@@ -358,18 +358,18 @@ def test_peak_of_the_cards(card: str, tflops: float | None, monkeypatch: pytest.
     assert card_tflops(torch.device("cuda")) == tflops
 
 
-def test_figures_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_of_the_log() -> None:
     student, teacher = tiny_config(hidden_size=24), tiny_config()
     flops = 3 * flops_per_token(student, 512) + flops_per_token(teacher, 512)
-    found = figures(student, teacher, 512, torch.device("cpu"))(1000.0)
+    found = speed_figures(student, teacher, 512, torch.device("cpu"))(1000.0)
     assert found["model_tflops"] == pytest.approx(1e-9 * flops) and "mfu" not in found
     assert 0.05 < found["memory_gib"] < 100
-    monkeypatch.setattr(training, "card_tflops", lambda device: 2e-9 * flops)
-    assert figures(student, teacher, 512, torch.device("cpu"))(1000.0)["mfu"] == pytest.approx(0.5)
+    half = speed_figures(student, teacher, 512, torch.device("cpu"), peak=2e-9 * flops)
+    assert half(1000.0)["mfu"] == pytest.approx(0.5)
     record = {"step": 1, "loss": 1.5, "tokens_per_second": 1000.0, **found}
     assert note_of(record).startswith("loss 1.500  1,000 tokens/s  ") and "TFLOP/s" in note_of(record)
     assert "50.0% of peak" in note_of(record | {"mfu": 0.5})
-    assert note_of({key: value for key, value in record.items() if key != "loss"}).startswith("passed over")
+    assert note_of({key: value for key, value in record.items() if key != "loss"}).startswith("skipped")
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import torch
 from limbeck.models import offload as source_of_layers
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.offload import StreamedLayers, free_memory, open_layers
 from limbeck.prune.choose import select
@@ -21,6 +21,7 @@ from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_magnitude, score_widths
 from limbeck.prune.scores import WidthScores, load_scores
 from limbeck.prune.target import Target
+from limbeck.prune.width_metrics import ActivationScores, TaylorScores
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import assert_close, dense_config, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.processes_helpers import launch
@@ -59,9 +60,10 @@ def test_streamed_is_resident_bit_by_bit(name: str, folders: dict[str, Path], mo
     small = name != "zoo"
     batches = split(draw_rows(config.vocab_size, 6 if small else 4, 24), range(6 if small else 4), 2)
     one = 2 * 24 * config.hidden_size * 4
-    expected = score_widths(model, batches, times_output=True)
-    for bound in (1, 2 * one, 100 * one):
-        same_widths(expected, score_widths(streamed, batches, times_output=True, stream_bytes=bound), 0)
+    for metric in (ActivationScores(times_output=True), TaylorScores()):
+        expected = score_widths(model, batches, metric)
+        for bound in (1, 2 * one, 100 * one):
+            same_widths(expected, score_widths(streamed, batches, metric, stream_bytes=bound), 0)
     remove = 4 if name == "tied" else 2
     for metric in ("mse", "kl", "perplexity", "block_influence") if small else ("mse", "kl"):
         options: dict[str, Any] = {"remove": remove, "metric": metric}
@@ -170,6 +172,7 @@ from limbeck.models.offload import open_layers
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
 from limbeck.prune.scores import LayerScores, Scores, save_scores
+from limbeck.prune.width_metrics import TaylorScores
 from limbeck.tests.pruning_helpers import draw_rows, split
 
 folder, out = sys.argv[1:]
@@ -186,6 +189,9 @@ for name in ("none", "disk"):
         depth = score_layers(layers, mine, remove=3, metric=metric, min_layers={"mamba": 1, "attention": 1, "mlp": 1})
         if rank == 0:
             save_scores(f"{out}/{name}-{metric}", Scores(widths, depth))
+    taylor = score_widths(layers, mine, TaylorScores())
+    if rank == 0:
+        save_scores(f"{out}/{name}-taylor", Scores(taylor, LayerScores()))
 try:  # what goes wrong in one ends both, and one says why
     with processes.together():
         if rank == 1:
@@ -209,6 +215,9 @@ def test_two_processes_score_as_one(folders: dict[str, Path], tmp_path: Path) ->
     torch.manual_seed(0)
     batches = split(draw_rows(97, 5, 24), range(5), 1)
     widths = score_widths(model, batches)
+    taylor = [load_scores(tmp_path / f"{name}-taylor").widths for name in ("none", "disk")]
+    same_widths(*taylor, 0)
+    same_widths(score_widths(model, batches, TaylorScores()), taylor[0], 1e-5)
     target = Target(hidden_size=20, intermediate_size=30, num_attention_heads=2, mamba_num_heads=4, layers=4)
     for metric in ("mse", "kl", "perplexity", "block_influence"):
         least = {"mamba": 1, "attention": 1, "mlp": 1}
@@ -276,7 +285,7 @@ for offload in ("disk", "none"):
     open("/proc/self/clear_refs", "w").write("5")  # the high-water mark begins anew
     before = megabytes("VmRSS")
     layers = open_layers(sys.argv[1], torch.float32, torch.device("cpu"), offload=offload)
-    score_widths(layers, batches, times_output=False)
+    score_widths(layers, batches)
     score_layers(layers, batches, remove=1)
     print(offload, megabytes("VmHWM") - before)
 """

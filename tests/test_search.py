@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.text.packing import Corpus, sample_batches
+from limbeck.distill.text.packing import Corpus
 from limbeck.models.axes import HIDDEN, tensor_table
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import GIB, Hardware, memory
+from limbeck.models.cost.hardware import GIB, Hardware
+from limbeck.models.cost.inference import memory
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.choose import select
@@ -116,7 +117,7 @@ TINY_SPACE = Space(
 def batches_of(config: HybridConfig) -> list[Any]:
     ids = torch.randint(config.vocab_size, (200,), dtype=torch.int32).numpy()
     text = Corpus(ids, torch.tensor([0, 120, 200]).numpy(), ("a", "b"), torch.ones(config.vocab_size), 0)
-    return sample_batches(text, batch_size=2, seq_len=16)
+    return list(text.sample(batch_size=2, seq_len=16))
 
 
 @pytest.mark.parametrize("overhead", (0.5, 0.6, 0.7, 0.8))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from limbeck.models.checkpoint import load_config
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.prune.search import (
     Candidate,
     sliced_loss,

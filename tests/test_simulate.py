@@ -12,10 +12,10 @@ from limbeck.benchmarks import memory as benchmark
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.kernels.attention import cpu_workspace, decode_workspace, flash_workspace
 from limbeck.models.config import HybridConfig
+from limbeck.models.cost.hardware import Place, libraries, round_up
 from limbeck.models.cost.inference import memory
 from limbeck.models.cost.peak import check_room, measure, random_model
 from limbeck.models.cost.simulate import Simulation, Stand, Tracker, picked, simulate
-from limbeck.models.cost.transient import Place, libraries, round_up
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.generate.cache import Cache
 from limbeck.models.generate.decode import DecodingStep

@@ -9,7 +9,7 @@ import pytest
 import torch
 from limbeck.models.axes import AXES, HIDDEN, Axis, axis_sizes, tensor_table
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.inference import count_parameters
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.slice import (

@@ -18,7 +18,6 @@ from limbeck.kernels import launch
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step, conv_backward_op, conv_op, step_op
 from limbeck.kernels.ssd import scan_backward_op, scan_op, ssd_scan
 from limbeck.kernels.state_update import state_update, update_op
-from limbeck.tests.helpers import assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -99,15 +98,14 @@ def other_launches(capability: int, dtype: torch.dtype, shape: dict[str, int]) -
     yield conv_triton.forward_launch(conv._replace(seq_idx=None, initial_state=None), y, capability)
     sums = empty(1, 32, 5, channels, kind=torch.float32)
     yield conv_triton.backward_launch(conv, y, y, empty(1, 3, channels), sums, capability)
-    step = (empty(batch, 3, channels).mT, empty(batch, channels), empty(channels, 4), empty(channels), None, True)
+    step = (empty(batch, 3, channels).mT, empty(batch, channels), empty(channels, 4), empty(channels), True)
     yield conv_triton.step_launch(*step, empty(batch, channels), capability)
-    slots = empty(batch, kind=torch.int64)
     x, dt, A = empty(batch, heads, head_dim), empty(batch, heads), empty(heads, kind=torch.float32)
     B, C, D, bias = empty(batch, groups, width), empty(batch, groups, width), empty(heads), empty(heads)
     for kind in (torch.float32, dtype):
-        state = empty(64, heads, head_dim, width, kind=kind)
+        state = empty(batch, heads, head_dim, width, kind=kind)
         options = (True, 0.0, math.inf)
-        yield state_triton.update_launch(state, x, dt, A, B, C, D, bias, slots, options, x, capability)
+        yield state_triton.update_launch(state, x, dt, A, B, C, D, bias, options, x, capability)
 
 
 def check_launches(capability: int, launches: Iterator[launch.Launch], spills: int = 0) -> None:
@@ -184,15 +182,14 @@ def tiny_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     options = (True, 0.0, math.inf, 2)
     conv = (torch.randn(1, 5, 6, requires_grad=True), torch.randn(6, 4, requires_grad=True))
     step = (torch.randn(2, 6, 3), torch.randn(2, 6), torch.randn(6, 4), None)
-    update = (torch.randn(3, 2, 4, 8), torch.randn(2, 2, 4), torch.rand(2, 2), -torch.rand(2))
+    update = (torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4), torch.rand(2, 2), -torch.rand(2))
     BC = (torch.randn(2, 1, 8), torch.randn(2, 1, 8))
-    slots = torch.tensor([2, 0])
     return {
         "scan": (scan_op, (x, dt, A, B, C, D, None, first, seq_idx, *options)),
         "conv": (conv_op, (*conv, torch.randn(6, requires_grad=True), torch.randn(1, 6, 3), seq_idx, True)),
         "plain conv": (conv_op, (*conv, None, None, None, False)),
-        "step": (step_op, (*step, None, True)),
-        "update": (update_op, (*update, *BC, None, None, slots, *options[:3])),
+        "step": (step_op, (*step, True)),
+        "update": (update_op, (*update, *BC, None, None, *options[:3])),
     }
 
 
@@ -219,26 +216,6 @@ def test_operators_equal_the_direct_path_on_cpu() -> None:
             assert (one is None) == (other is None) or not (one if other is None else other).any()  # type: ignore
             if one is not None and other is not None:
                 assert torch.equal(one, other)
-
-
-def test_slots_are_rows_of_a_pool() -> None:
-    pool, conv_pool = torch.randn(5, 2, 4, 8), torch.randn(5, 6, 3)
-    slots = torch.tensor([4, 1])
-    x, dt, A = torch.randn(2, 2, 4), torch.rand(2, 2), -torch.rand(2)
-    B, C = torch.randn(2, 1, 8), torch.randn(2, 1, 8)
-    alone, before = pool[slots], pool.clone()
-    assert_close("y", state_update(alone, x, dt, A, B, C), state_update(pool, x, dt, A, B, C, slots=slots), 1e-6)
-    assert torch.equal(pool[slots], alone) and torch.equal(pool[[0, 2, 3]], before[[0, 2, 3]])
-    u, weight = torch.randn(2, 6), torch.randn(6, 4)
-    alone, before = conv_pool[slots], conv_pool.clone()
-    assert_close(
-        "conv", causal_conv1d_step(alone, u, weight), causal_conv1d_step(conv_pool, u, weight, slots=slots), 1e-6
-    )
-    assert torch.equal(conv_pool[slots], alone) and torch.equal(conv_pool[[0, 2, 3]], before[[0, 2, 3]])
-    with pytest.raises(ValueError, match="slots has shape"):
-        state_update(pool, x, dt, A, B, C, slots=slots[:1])
-    with pytest.raises(ValueError, match="slots has shape"):
-        causal_conv1d_step(conv_pool, u, weight, slots=slots[:1])
 
 
 @torch.no_grad()

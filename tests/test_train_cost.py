@@ -15,8 +15,9 @@ from limbeck.models import mamba2
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost import activations
 from limbeck.models.cost.activations import Training, kept, kept_once, layer_input, norm_kept
-from limbeck.models.cost.inference import GIB, count_parameters
+from limbeck.models.cost.hardware import GIB
 from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.cost.training import LINES, TURNS, knobs, train_memory
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM

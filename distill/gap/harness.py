@@ -20,8 +20,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from ...kernels.fused_loss import CACHED
 from ...kernels.linear_kl import default_chunk, linear_cross_entropy
 from ...models.config import HybridConfig
+from ...models.cost.hardware import Place
 from ...models.cost.inference import memory, most
-from ...models.cost.transient import Place
 from ...models.errors import InputError
 from ...models.generate.engine import Completion, Engine, Request
 from ...models.generate.sampling import Sampling

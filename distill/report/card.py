@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from yaml import YAMLError
 
 from ...models.config import HybridConfig
-from ...models.cost.inference import count_parameters
+from ...models.cost.parameters import count_parameters
 from .gap_sections import task_rows
 from .words import layer_counts
 
@@ -58,21 +59,14 @@ def read_licence(folder: Path) -> Licence:
 
 
 def front_matter(card: Path) -> dict[str, str]:
-    """The licence keys of a card's YAML head: plain or quoted on one line, or folded onto the next."""
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines or lines[0].strip() != "---":
+    """The licence keys of a card's YAML head; none where there is no head, or it is not YAML."""
+    from huggingface_hub.repocard import metadata_load  # takes half a second, which only export waits for
+
+    try:
+        head = metadata_load(card) or {}
+    except (ValueError, YAMLError):
         return {}
-    found: dict[str, str] = {}
-    for number, line in enumerate(lines[1:], 1):
-        if line.strip() == "---":
-            return found
-        key, colon, value = line.partition(":")
-        if colon and key in ("license", "license_name", "license_link"):
-            value = value.strip()
-            if value in (">", ">-", "|", "|-") and number + 1 < len(lines):
-                value = lines[number + 1].strip()
-            found[key] = value.strip("'\"")
-    return {}
+    return {key: str(head[key]) for key in ("license", "license_name", "license_link") if head.get(key)}
 
 
 def write_card(
@@ -89,6 +83,8 @@ def write_card(
 
     `checked` says how the folder was compared; `gap` is gap.json's content, `name` what it calls this model, and
     `picture` a PNG of its figures, which is copied as gap.png."""
+    from huggingface_hub import ModelCardData
+
     for path in licence.files:
         shutil.copyfile(path, folder / path.name)
     if picture is not None:
@@ -97,12 +93,15 @@ def write_card(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
+    tags = ["limbeck", "pruned", config.family]
+    head = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence.keys)
+    kinds = layer_counts(config.pattern)
     text = environment.get_template("card.md.jinja").render(
-        config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
-        parameters=f"{count_parameters(config):,}", hybrid="M" in config.pattern,
-        layers=", ".join(f"{count} {kind}" for kind, count in layer_counts(config.pattern).items()),
+        head=head.to_yaml(), config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
+        parameters=f"{count_parameters(config):,}", kinds=list(kinds),
+        layers=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         tables=[] if gap is None else [near(gap), further(gap)], others=[] if gap is None else others(gap),
-        picture=picture is not None, quoted=json.dumps,
+        picture=picture is not None,
     )  # fmt: skip
     (folder / "README.md").write_text(text, encoding="utf-8")
 

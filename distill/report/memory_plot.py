@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...models.config import HybridConfig
-from ...models.cost.inference import GIB, MemoryReport, at
+from ...models.cost.hardware import GIB
+from ...models.cost.inference import MemoryReport, at
 from .plots import PANEL, THEME, WIDE, blank, styled
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from ...models.folder import finish_folder, sha256_file, write_json
 from ...models.tensors import refusal, save_tensors
 from ...models.tokenizer import Tokenizer
 from .documents import Document
-from .packing import Corpus, encoded
+from .packing import Corpus, Indexed, encoded
 
 FORMAT = 1  # to be raised when what is written for the same facts changes
 HEADER = 248  # bytes of the header of ids.safetensors, whose length is known before the number of tokens is
@@ -117,7 +117,7 @@ def open_corpus(folder: Path, tokenizer: Tokenizer) -> Corpus:
     with safe_open(folder / "documents.safetensors", "np") as file:
         starts, ends, names = (file.get_tensor(name) for name in ("starts", "name_ends", "names"))
     ids = np.memmap(folder / "ids.safetensors", "<i4", "r", 8 + HEADER, (int(starts[-1]),))
-    return Corpus(ids, starts, Names(names, ends), tokenizer.token_bytes, tokenizer.pad_token_id)
+    return Corpus(ids, starts, DocumentNames(names, ends), tokenizer.token_bytes, tokenizer.pad_token_id)
 
 
 def cached_corpus(
@@ -137,7 +137,7 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-class Names(Sequence[str]):
+class DocumentNames(Indexed[str]):
     """The documents' names, decoded when they are asked for."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
@@ -146,11 +146,6 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        begin = self.ends[index - 1] if index else 0
-        return self.text[begin : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+    def item(self, number: int) -> str:
+        begin = self.ends[number - 1] if number else 0
+        return self.text[begin : self.ends[number]].tobytes().decode("utf-8", "surrogateescape")

@@ -1,7 +1,7 @@
 """Several corpora read in stated shares, row by row: any row can be sought, and nothing depends on who reads it.
 
 Of every BLOCK rows each source gives its share, spread evenly over them, so that a run of any length sees the mixture;
-where in the block follows from the seed and the block's number. A source's own rows come as `data.train_batches` has
+where in the block follows from the seed and the block's number. A source's own rows come as `Corpus.train_batches` has
 them: an epoch permutes its documents and then its rows, and the next begins where it ends, not to the batch but to the
 row. All rows have the same number of tokens, so shares of rows are shares of tokens. Source of such mixtures: arXiv
 2508.14444 (70% reasoning data, 30% of pretraining's).
@@ -18,14 +18,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 import torch
 
 from ...models.errors import InputError
-from . import packing as data
-from .packing import Batch, Corpus, Ids, Packing, Sample, epoch_rows, joined, sampled_rows
+from .packing import Batch, Corpus, Ids, Indexed, Packing, Sample, epoch_rows, joined, sampled_rows
 
 BLOCK = 1000
 
@@ -57,6 +55,14 @@ class Source:
             raise InputError(f"data: source {self.path}: streaming and limit are for hf:OWNER/NAME; leave them out")
         if self.streaming and not self.limit:
             raise InputError(f"data: source {self.path}: streaming needs limit=ROWS, or it would never end")
+
+    def rows(self, corpus: Corpus, seq_len: int) -> int:
+        """Rows of an epoch of its corpus. Raises InputError where there is none."""
+        if (count := (corpus.tokens - 1) // seq_len) < 1:
+            raise InputError(
+                f"data: source {self.path}: {corpus.tokens} tokens do not fill one row of {seq_len}; give more text"
+            )
+        return count
 
     def takes(self, name: str) -> bool:
         """Whether a document of that name counts."""
@@ -111,24 +117,28 @@ class Mixture:
         places = np.concatenate([(np.arange(rows) + shift) / rows for rows, shift in zip(shares, drawn, strict=True)])
         return np.repeat(np.arange(len(shares)), shares)[np.argsort(places, kind="stable")]
 
-    def epochs(self, rows: int, seq_len: int) -> list[float]:
-        """How often each source is read in so many rows."""
-        return [
-            rows * share / BLOCK / rows_of(source, corpus, seq_len)
-            for source, corpus, share in zip(self.sources, self.corpora, self.shares(), strict=True)
-        ]
+    def rows(self, seq_len: int) -> list[int]:
+        """Rows of an epoch of each source. Raises InputError where one has none."""
+        return [source.rows(corpus, seq_len) for source, corpus in zip(self.sources, self.corpora, strict=True)]
+
+    def batches_per_epoch(self, batch_size: int, seq_len: int) -> int:
+        """How many whole batches the sources fill together. Raises InputError where one is too small for a row."""
+        self.shares()
+        return sum(self.rows(seq_len)) // batch_size
 
     def check_epochs(self, plan: Sequence[tuple[int, int]]) -> list[float]:
         """How often each source is read in a plan of (rows, seq_len) one after another. Raises InputError where that
         is more than its `epochs`."""
-        found = [sum(times) for times in zip(*(self.epochs(*part) for part in plan), strict=True)]
-        for source, times in zip(self.sources, found, strict=True):
+        epochs = np.zeros(len(self.sources))
+        for rows, seq_len in plan:
+            epochs += rows * np.array(self.shares()) / BLOCK / np.array(self.rows(seq_len))
+        for source, times in zip(self.sources, epochs.tolist(), strict=True):
             if source.epochs and times > source.epochs + 1e-9:
                 raise InputError(
                     f"data: source {source.path} would be read {times:.2f} times, its epochs are {source.epochs:g};"
                     " give more of its text, a smaller weight, or fewer steps"
                 )
-        return found
+        return epochs.tolist()
 
     def reading(self, plan: Sequence[tuple[int, int]]) -> list[tuple[str, ...]]:
         """Of each source: path, share, documents, tokens, and how often a plan reads it; see `check_epochs`."""
@@ -142,7 +152,7 @@ class Mixture:
         self, *, batch_size: int, seq_len: int, seed: int, start: int = 0, repack: bool = True
     ) -> Iterator[Batch]:
         """Batches without end, from number `start` on. Raises InputError where a source does not fill one row."""
-        sizes = [rows_of(source, corpus, seq_len) for source, corpus in zip(self.sources, self.corpora, strict=True)]
+        sizes = self.rows(seq_len)
         shares = np.array(self.shares())
         epochs: dict[int, tuple[int, Packing, np.ndarray]] = {}
         row = start * batch_size
@@ -220,8 +230,8 @@ class SourceIds:
         return np.concatenate([part[max(start - begin, 0) : max(stop - begin, 0)] for part, begin in pairs])
 
 
-class SourceNames(Sequence[str]):
-    """The documents' names of several corpora as those of one, each behind its source's."""
+class SourceNames(Indexed[str]):
+    """The documents' names of several corpora as those of one, each after its source's."""
 
     def __init__(self, sources: Sequence[str], parts: Sequence[Sequence[str]]) -> None:
         self.sources, self.parts, self.ends = sources, parts, list(itertools.accumulate(map(len, parts)))
@@ -229,43 +239,6 @@ class SourceNames(Sequence[str]):
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        number = range(len(self))[index]
+    def item(self, number: int) -> str:
         source = bisect.bisect_right(self.ends, number)
         return f"{self.sources[source]}/{self.parts[source][number - self.ends[source]]}"
-
-
-def train_batches(
-    text: Text, *, batch_size: int, seq_len: int, seed: int, start: int = 0, repack: bool = True
-) -> Iterator[Batch]:
-    """`data.train_batches` of a corpus or a mixture."""
-    if isinstance(text, Mixture):
-        return text.train_batches(batch_size=batch_size, seq_len=seq_len, seed=seed, start=start, repack=repack)
-    return data.train_batches(text, batch_size=batch_size, seq_len=seq_len, seed=seed, start=start, repack=repack)
-
-
-def sample_batches(
-    text: Text, *, batch_size: int, seq_len: int, seed: int | None = None, max_tokens: int | None = None
-) -> list[Batch]:
-    """Rows of a corpus or a mixture for measuring, all of them in memory."""
-    return list(text.sample(batch_size=batch_size, seq_len=seq_len, seed=seed, max_tokens=max_tokens))
-
-
-def batches_per_epoch(text: Text, batch_size: int, seq_len: int) -> int:
-    """How many whole batches a text fills; of a mixture, all its sources together, none of which may be too small for
-    one row. Raises InputError where it fills none."""
-    if isinstance(text, Mixture):
-        text.shares()
-        return sum(map(rows_of, text.sources, text.corpora, [seq_len] * len(text.sources))) // batch_size
-    return data.batches_per_epoch(text, batch_size, seq_len)
-
-
-def rows_of(source: Source, corpus: Corpus, seq_len: int) -> int:
-    """Rows of an epoch. Raises InputError where there is none."""
-    if (found := (corpus.tokens - 1) // seq_len) < 1:
-        raise InputError(
-            f"data: source {source.path}: {corpus.tokens} tokens do not fill one row of {seq_len}; give more text"
-        )
-    return found

@@ -8,8 +8,9 @@ alone, so that any batch can be sought by its number. Shapes: [B] rows, [T] toke
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,33 +18,11 @@ from torch import Tensor
 
 from ...models.errors import InputError
 from ...models.tokenizer import Tokenizer
-from .documents import Document, distinct, folder_documents, keep_split, split_of, stdlib_documents
-
-__all__ = [  # what a reader of text needs, in one place
-    "ArrayCorpus",
-    "Batch",
-    "Corpus",
-    "Document",
-    "Ids",
-    "Packing",
-    "Sample",
-    "batches_per_epoch",
-    "distinct",
-    "encoded",
-    "epoch_rows",
-    "folder_documents",
-    "joined",
-    "keep_split",
-    "sample_batches",
-    "sampled_rows",
-    "split_of",
-    "stdlib_documents",
-    "tokenize",
-    "train_batches",
-]
+from .documents import Document
 
 IGNORED = -100
 AT_ONCE, AT_ONCE_CHARACTERS = 256, 2**22  # documents that go to the tokenizer together
+Item = TypeVar("Item", covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +58,17 @@ class Ids(Protocol):
     def __getitem__(self, places: slice, /) -> np.ndarray: ...
 
 
+class Indexed(Sequence[Item]):
+    """A sequence whose items are made by `item(number)` when they are asked for."""
+
+    def item(self, number: int) -> Item:
+        raise NotImplementedError
+
+    def __getitem__(self, index: Any) -> Any:
+        places = range(len(self))[index]  # raises IndexError
+        return self.item(places) if isinstance(places, int) else [self.item(number) for number in places]
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Tokenised documents: ids laid end to end, and where each begins (one more entry than documents). In batches they
@@ -104,6 +94,35 @@ class Corpus:
         """Rows for measuring; see `sampled_rows`."""
         return Sample([sampled_rows(self, seq_len, seed, max_tokens)], batch_size)
 
+    def batches_per_epoch(self, batch_size: int, seq_len: int) -> int:
+        """How many whole batches the corpus fills. Raises InputError where it fills none."""
+        count = (self.tokens - 1) // seq_len // batch_size
+        if count < 1:
+            raise InputError(
+                f"data: {self.tokens} tokens do not fill one batch of {batch_size} rows x {seq_len} tokens;"
+                " give more text, or a smaller batch or length"
+            )
+        return count
+
+    def train_batches(
+        self, *, batch_size: int, seq_len: int, seed: int, start: int = 0, repack: bool = True
+    ) -> Iterator[Batch]:
+        """Batches without end, from number `start` on; epoch e is permuted by torch's generator seeded with seed + e.
+
+        Documents are permuted first, then the rows that they are cut into; the rest of an epoch that fills no batch is
+        left out. Without `repack` every epoch has the first one's rows, in an order of its own, so that what is known
+        of a row (a cached teacher's answers) serves all of them. Raises InputError where an epoch fills no batch.
+        """
+        per_epoch = self.batches_per_epoch(batch_size, seq_len)
+        number = start
+        while True:
+            epoch = number // per_epoch
+            rows, shuffled = epoch_rows(self, seq_len, seed, epoch, repack)
+            while number // per_epoch == epoch:
+                place = number % per_epoch * batch_size
+                yield rows.batch(shuffled[place : place + batch_size])
+                number += 1
+
     def batch(self, ids: np.ndarray, owner: np.ndarray) -> Batch:
         """Windows [rows, T + 1] as a batch [rows, T]."""
         tokens, labels = torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
@@ -114,13 +133,6 @@ class Corpus:
         change = torch.zeros_like(documents)
         change[:, 1:] = documents[:, 1:] != documents[:, :-1]
         return Batch(tokens, labels, change.cumsum(1).to(torch.int32), n_bytes.to(torch.int32), documents)
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayCorpus(Corpus):
-    """A corpus whose ids are one array."""
-
-    ids: np.ndarray
 
 
 class Packing:
@@ -156,7 +168,7 @@ class Packing:
         return self.corpus.batch(ids, owner)
 
 
-class Sample(Sequence[Batch]):
+class Sample(Indexed[Batch]):
     """Picked rows as batches, each put together when it is asked for; rows of several packings follow one another."""
 
     def __init__(self, parts: Sequence[tuple[Packing, np.ndarray]], batch_size: int) -> None:
@@ -166,16 +178,14 @@ class Sample(Sequence[Batch]):
     def __len__(self) -> int:
         return (self.rows + self.batch_size - 1) // self.batch_size
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        start = range(len(self))[index] * self.batch_size
-        stop, found = start + self.batch_size, []
-        for rows, picked in self.parts:
-            if len(wanted := picked[max(start, 0) : max(stop, 0)]):
-                found.append(rows.batch(wanted))
+    def item(self, number: int) -> Batch:
+        start = number * self.batch_size
+        stop, batches = start + self.batch_size, []
+        for packing, picked in self.parts:
+            if len(some := picked[max(start, 0) : max(stop, 0)]):
+                batches.append(packing.batch(some))
             start, stop = start - len(picked), stop - len(picked)
-        return joined(found)
+        return joined(batches)
 
 
 def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
@@ -183,57 +193,22 @@ def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tup
     processors (RAYON_NUM_THREADS)."""
     waiting: list[Document] = []
     characters = 0
-
-    def work() -> Iterator[tuple[Document, np.ndarray]]:
-        for document, ids in zip(waiting, tokenizer.encode_many([found.text for found in waiting]), strict=True):
-            yield document, np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], dtype=np.int32)
-
-    for document in documents:
-        waiting.append(document)
-        characters += len(document.text)
-        if len(waiting) == AT_ONCE or characters >= AT_ONCE_CHARACTERS:
-            yield from work()
+    for document in itertools.chain(documents, (None,)):
+        if document is not None:
+            waiting.append(document)
+            characters += len(document.text)
+        if document is None or len(waiting) == AT_ONCE or characters >= AT_ONCE_CHARACTERS:
+            for some, ids in zip(waiting, tokenizer.encode_many([some.text for some in waiting]), strict=True):
+                yield some, np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], dtype=np.int32)
             waiting, characters = [], 0
-    yield from work()
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer) -> ArrayCorpus:
+def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Corpus:
     """Documents in memory to tokens in memory; see `corpus_cache` for those on disk."""
-    parts = [ids for _, ids in encoded(documents, tokenizer)]
+    read, parts = zip(*encoded(documents, tokenizer), strict=True)
     starts = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
-    names = tuple(document.name for document in documents)
-    return ArrayCorpus(np.concatenate(parts), starts, names, tokenizer.token_bytes, tokenizer.pad_token_id)
-
-
-def batches_per_epoch(corpus: Corpus, batch_size: int, seq_len: int) -> int:
-    """How many whole batches a corpus fills. Raises InputError where it fills none."""
-    found = (corpus.tokens - 1) // seq_len // batch_size
-    if found < 1:
-        raise InputError(
-            f"data: {corpus.tokens} tokens do not fill one batch of {batch_size} rows x {seq_len} tokens;"
-            " give more text, or a smaller batch or length"
-        )
-    return found
-
-
-def train_batches(
-    corpus: Corpus, *, batch_size: int, seq_len: int, seed: int, start: int = 0, repack: bool = True
-) -> Iterator[Batch]:
-    """Batches without end, from number `start` on; epoch e is permuted by torch's generator seeded with seed + e.
-
-    Documents are permuted first, then the rows that they are cut into; the rest of an epoch that fills no batch is
-    left out. Without `repack` every epoch has the first one's rows, in an order of its own, so that what is known of a
-    row (a cached teacher's answers) serves all of them. Raises InputError where an epoch does not fill one batch.
-    """
-    per_epoch = batches_per_epoch(corpus, batch_size, seq_len)
-    number = start
-    while True:
-        epoch = number // per_epoch
-        rows, shuffled = epoch_rows(corpus, seq_len, seed, epoch, repack)
-        while number // per_epoch == epoch:
-            place = number % per_epoch * batch_size
-            yield rows.batch(shuffled[place : place + batch_size])
-            number += 1
+    names = tuple(document.name for document in read)
+    return Corpus(np.concatenate(parts), starts, names, tokenizer.token_bytes, tokenizer.pad_token_id)
 
 
 def epoch_rows(corpus: Corpus, seq_len: int, seed: int, epoch: int, repack: bool) -> tuple[Packing, np.ndarray]:
@@ -244,13 +219,6 @@ def epoch_rows(corpus: Corpus, seq_len: int, seed: int, epoch: int, repack: bool
         order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
     rows = Packing(corpus, order.numpy(), seq_len)
     return rows, torch.randperm(len(rows), generator=generator).numpy()
-
-
-def sample_batches(
-    corpus: Corpus, *, batch_size: int, seq_len: int, seed: int | None = None, max_tokens: int | None = None
-) -> list[Batch]:
-    """Rows for measuring, all of them in memory; see `sampled_rows`."""
-    return list(corpus.sample(batch_size=batch_size, seq_len=seq_len, seed=seed, max_tokens=max_tokens))
 
 
 def sampled_rows(corpus: Corpus, seq_len: int, seed: int | None, max_tokens: int | None) -> tuple[Packing, np.ndarray]:
@@ -265,10 +233,8 @@ def sampled_rows(corpus: Corpus, seq_len: int, seed: int | None, max_tokens: int
     order = np.arange(count) if generator is None else torch.randperm(count, generator=generator).numpy()
     rows = Packing(corpus, order, seq_len, pad=True)
     wanted = len(rows) if max_tokens is None else min(len(rows), max(max_tokens // seq_len, 1))
-    picked = np.arange(wanted)
-    if wanted < len(rows):
-        spread = np.linspace(0, len(rows) - 1, wanted).astype(np.int64)
-        picked = (
-            spread if generator is None else torch.randperm(len(rows), generator=generator)[:wanted].sort()[0].numpy()
-        )
-    return rows, picked
+    if wanted == len(rows):
+        return rows, np.arange(wanted)
+    if generator is None:
+        return rows, np.linspace(0, len(rows) - 1, wanted).astype(np.int64)
+    return rows, torch.randperm(len(rows), generator=generator)[:wanted].sort()[0].numpy()

@@ -19,7 +19,7 @@ from ...models.folder import sha256_file
 from ...models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .corpus_cache import cached_corpus, content_digest
 from .documents import HUB, STDLIB, Document, OnProgress, content_of, first_line, of_split, read_documents, unique
-from .mixture import Mixture, Source, Text, sample_batches
+from .mixture import Mixture, Source, Text
 from .packing import Batch, Corpus, tokenize
 
 Data = str | Sequence[str]
@@ -129,7 +129,7 @@ def text_in_tokens(data: Data, split: str, tokenizer_from: Path, progress: Progr
     """`corpus` for a tokenizer that has no model yet. Texts in memory stay there."""
     tokenizer = load_tokenizer(tokenizer_from)
     if not isinstance(data, str):
-        return tokenize(list(documents(data, split)), tokenizer)
+        return tokenize(documents(data, split), tokenizer)
     sources = sources_of(data)
     corpora = [tokenized_by_turns(source, split, tokenizer, progress) for source in sources]
     return Mixture.of(sources, corpora) if is_mixture(data, sources) else corpora[0]
@@ -141,7 +141,7 @@ def sample(
 ) -> list[Batch]:  # fmt: skip
     """A sample of `tokens` tokens at most of a split of data=, in the tokens of a model folder's tokenizer."""
     text = corpus(data, split, model, progress)
-    return sample_batches(text, batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+    return list(text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens))
 
 
 def tokenized_by_turns(source: Source, split: str, tokenizer: Tokenizer, progress: Progress) -> Corpus:

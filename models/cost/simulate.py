@@ -31,7 +31,8 @@ from ..generate.cache import Cache
 from ..generate.decode import DecodingStep
 from ..generate.generate import decode_one_token, prefill
 from ..hybrid import HybridLM
-from .transient import Place, check_load, libraries, round_up
+from .hardware import Place, libraries, round_up
+from .transient import check_load
 
 LARGEST = 8  # of what is live at the peak, by size, a simulation names
 

@@ -3,54 +3,24 @@ limits. Shapes: [B] sequences."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..config import HybridConfig
 from ..errors import InputError
 from ..generate.cache import Cache
 from ..generate.decode import Decoder
 from ..generate.engine import check_room
 from ..generate.generate import prefill
 from ..hybrid import HybridLM
-from .inference import GIB, Hardware, throughput
+from .hardware import GIB, Hardware
+from .speed import Load, Speed
 
 WARM_UP_STEPS = 3
 PROBE_SIDE = 1024  # of the matrices that a CPU's rate is probed with
 PROBE_BYTES = 2**28  # read to probe its bandwidth: more than a cache holds
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """`batch` requests at once, each of `input_tokens`, each writing `output_tokens`."""
-
-    input_tokens: int
-    output_tokens: int
-    batch: int
-
-    def __post_init__(self) -> None:
-        if self.input_tokens < 1 or self.output_tokens < 1 or self.batch < 1:
-            raise InputError(
-                f"bench: input ({self.input_tokens}), output ({self.output_tokens}) and batch ({self.batch}) must be at"
-                " least 1"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Seconds of one prompt's prefill up to its first token, and of a decoding step of the batch on average."""
-
-    first_token_seconds: float
-    step_seconds: float
-
-    def tokens_per_second(self, load: Load) -> float:
-        """New tokens of all sequences over all of the time: the prompts are read one after the other."""
-        seconds = load.batch * self.first_token_seconds + load.output_tokens * self.step_seconds
-        return load.batch * load.output_tokens / seconds
 
 
 @torch.inference_mode()
@@ -119,40 +89,6 @@ def clock(on: Tensor) -> float:
     if on.is_cuda:
         torch.cuda.synchronize(on.device)
     return time.perf_counter()
-
-
-def roofline(
-    config: HybridConfig,
-    hardware: Hardware,
-    load: Load,
-    dtype: torch.dtype,
-    ssm_dtype: torch.dtype,
-    *,
-    compute_efficiency: float = 1.0,
-    bandwidth_efficiency: float = 1.0,
-) -> Speed | None:
-    """The least time that a card's rates allow, or shares of them: whichever is longer, all FLOPs at its bf16 rate or
-    all bytes at its bandwidth. None where the profile has no rates."""
-    limit = throughput(
-        config,
-        hardware,
-        input_tokens=load.input_tokens,
-        output_tokens=load.output_tokens,
-        batch=load.batch,
-        compute_efficiency=compute_efficiency,
-        bandwidth_efficiency=bandwidth_efficiency,
-        weight_dtype=dtype,
-        ssm_dtype=ssm_dtype,
-    )
-    return None if limit is None else Speed(limit.prefill_seconds / load.batch, limit.step_seconds)
-
-
-def predicted(measured: Speed, here: Speed, there: Speed) -> Speed:
-    """What a measurement says of another card, assuming that each phase reaches the same share of both rooflines."""
-    return Speed(
-        measured.first_token_seconds * there.first_token_seconds / here.first_token_seconds,
-        measured.step_seconds * there.step_seconds / here.step_seconds,
-    )
 
 
 def this_cpu(now: Callable[[], float] = time.perf_counter) -> Hardware:

@@ -32,7 +32,7 @@ from .activations import (
     loss_forward,
     norm_kept,
 )
-from .inference import count_parameters, kind_sizes
+from .parameters import count_parameters, kind_sizes
 
 LINES = (
     "student weights",

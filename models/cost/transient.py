@@ -16,41 +16,12 @@ from ...kernels.attention import cpu_workspace, decode_workspace, flash_workspac
 from ...kernels.causal_conv1d import Blocks
 from ..config import HybridConfig
 from ..errors import InputError
-
-KIB = 2**10
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a model runs: "cuda" or "cpu", its multiprocessors (a CPU's threads), a GPU's compute capability."""
-
-    device: str = "cuda"
-    processors: int = 132
-    capability: str = "9.0"
+from .hardware import Place, round_up
 
 
 def check_load(context: int, batch: int, chunk: int) -> None:
     if context < 1 or batch < 1 or chunk < 1:
         raise InputError(f"memory: context ({context}), batch ({batch}) and chunk ({chunk}) must be at least 1")
-
-
-def round_up(size: int, place: Place) -> int:
-    """Bytes that an allocation of `size` takes: torch's CUDA allocator gives multiples of 512."""
-    return -(-size // 512) * 512 if place.device == "cuda" else size
-
-
-def libraries(place: Place, context: int) -> int:
-    """Bytes that cuBLAS keeps of a run: a workspace for each stream, the prefill's, and those of a decoding step's
-    warm-up and capture."""
-    return blas_workspace(place) * (3 if context > 1 else 1)
-
-
-def blas_workspace(place: Place) -> int:
-    """Bytes that cuBLAS keeps for a stream, taken from torch's allocator: 32 MiB from Hopper on, else 2 x 4 MiB and 8 x
-    16 KiB (pytorch, aten/src/ATen/cuda/CublasHandlePool.cpp)."""
-    if place.device != "cuda":
-        return 0
-    return 32 * KIB**2 if float(place.capability or 9) >= 9 else (2 * 4096 + 8 * 16) * KIB
 
 
 @dataclasses.dataclass(frozen=True)

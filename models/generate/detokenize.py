@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tokenizers.decoders import DecodeStream
+
 from ..errors import InputError
 from ..tokenizer import Tokenizer
-
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or not yet
 
 
 class TextStream:
@@ -21,33 +21,25 @@ class TextStream:
         if not all(stop):
             raise InputError("generate: a stop string is empty; leave it out")
         self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
-        # Decoding starts at `begin`, behind which `read` tokens' text is out: a decoder may treat the first token of
-        # all in its own way, so that the window never starts with a new one.
-        self.begin, self.read, self.shown = 0, 0, 0
+        self.decoded = 0  # characters that have come out of the decoder
         self.held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """What can be shown after one more token."""
         self.ids.append(token)
-        text = self.decode(self.begin)
-        whole = text.rstrip(BROKEN)
-        piece = whole[self.shown :]
-        self.shown = max(self.shown, len(whole))
-        if whole == text:
-            self.begin, self.read = self.read, len(self.ids)
-            self.shown = len(self.decode(self.begin))
+        piece = self.decoder.step(self.tokenizer.backend, token) or ""
+        self.decoded += len(piece)
         return self.release(piece)
 
     def finish(self) -> str:
         """What was held back, when no token follows."""
-        piece = self.release(self.decode(self.begin)[self.shown :])
+        # The decoder keeps bytes that are no character (yet) and has no end: only all tokens at once tell their text.
+        piece = self.release(self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.decoded :])
         rest, self.held = self.held, ""
         return piece if self.stopped else piece + rest
-
-    def decode(self, begin: int) -> str:
-        return self.tokenizer.decode(self.ids[begin:], skip_special_tokens=True)
 
     def release(self, piece: str) -> str:
         if self.stopped:

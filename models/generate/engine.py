@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.linear import linear
-from ..cost.inference import GIB, count_parameters, memory
+from ..cost.hardware import GIB
+from ..cost.inference import memory
+from ..cost.parameters import count_parameters
 from ..errors import InputError
 from ..hybrid import HybridLM
 from ..offload import free_memory
@@ -268,7 +270,7 @@ def check_room(model: HybridLM, slots: int, max_length: int, ssm_dtype: torch.dt
     """Bytes that the caches leave free on the device (infinity where it does not say). Raises InputError where they
     take more than there is."""
     head = model.head_weight
-    report = memory(model.config, max_length, slots, weight_dtype=head.dtype, ssm_dtype=ssm_dtype)
+    report = memory(model.config, max_length, slots, weight_dtype=head.dtype, ssm_dtype=ssm_dtype, chunk=None)
     needed, free = report.total - report.weights, free_memory(head.device)
     if free is not None and needed > free:
         raise InputError(

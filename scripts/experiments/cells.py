@@ -23,7 +23,7 @@ from ...distill.teacher import CacheOptions
 from ...distill.text.resolve import content
 from ...models.checkpoint import load_config, load_model, save_model
 from ...models.config import HybridConfig
-from ...models.cost.inference import count_parameters
+from ...models.cost.parameters import count_parameters
 from ...models.errors import CheckFailed, DiskError, InputError
 from ...models.fingerprint import digest, fingerprint_of, look_of, plain
 from ...models.folder import write_json
@@ -34,8 +34,8 @@ from ...prune.kept import importance_kept
 from ...prune.scores import Scores, load_scores
 from ...prune.target import Target
 from .. import cache_teacher, compress
-from ..rounds import Round
 from ..run.resolve import data_input, model_folder, sample, torch_device, torch_dtype
+from ..run.rounds import Round
 from ..run.sharing import Shared, in_processes
 from ..run.show import console, progress, read_json, say
 
@@ -51,7 +51,7 @@ IDLE = ("save_every", "log_every", "data_timeout")
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """chain: the compress command; start: the student's first weights, "pruned" or "random"; top_k: so many of the
-    teacher's likeliest tokens teach (0: all); trained: distilled, or measured as it was pruned; held_out: the data of
+    teacher's top tokens teach (0: all); trained: distilled, or measured as it was pruned; held_out: the data of
     the figures; title: experiment and variant, for the eye alone."""
 
     chain: compress.Options
@@ -65,7 +65,7 @@ class Cell:
     def facts(self) -> dict[str, Any]:
         """All that the figures come from. Raises InputError where model or data do not exist."""
         how = self.chain.distill
-        found = {
+        facts = {
             **{name: said(getattr(self.chain, name)) for name in CHOSEN},
             "distill": said({"seq_len": how.seq_len, "rows": how.rows}),
             "model": model_sum(model_folder(self.chain.model)),
@@ -74,10 +74,10 @@ class Cell:
             "versions": {"limbeck": __version__, "torch": torch.__version__.partition("+")[0]},
         }
         if self.trained or self.chain.rounds:
-            found["distill"] = said(how.chosen)
+            facts["distill"] = said(how.chosen)
             for name in IDLE:
-                found["distill"]["train"].pop(name, None)
-        return found | ({"start": self.start, "top_k": self.top_k} if self.trained else {})
+                facts["distill"]["train"].pop(name, None)
+        return facts | ({"start": self.start, "top_k": self.top_k} if self.trained else {})
 
     @property
     def name(self) -> str:
@@ -86,7 +86,7 @@ class Cell:
     @property
     def tokens(self) -> int:
         """Tokens of distillation, of all rounds; 0 where nothing is trained."""
-        return sum(found.distill.tokens for found in self.chain.plan()) if self.trained else 0
+        return sum(one.distill.tokens for one in self.chain.plan()) if self.trained else 0
 
 
 def said(value: Any) -> Any:
@@ -109,13 +109,15 @@ def model_sum(folder: Path) -> str:
 @functools.cache
 def text_sum(data: str) -> str:
     """What stands for the text of data=, the standard library's included. Raises InputError where it is not there."""
-    found = data_input(data)
-    look_of(found)
-    return content(data) if found == data else fingerprint_of(found)
+    given = data_input(data)
+    look_of(given)
+    return content(data) if given == data else fingerprint_of(given)
 
 
-def make_all(cells: Sequence[Cell], output: Path, *, jobs: int, keep: bool, ready: Callable[[], None]) -> None:
-    """Makes all cells that `output/cells` lacks, in `jobs` processes; `ready` is called behind each of this one's.
+def complete_cells(
+    cells: Sequence[Cell], output: Path, *, jobs: int, keep: bool, after_each: Callable[[], None]
+) -> None:
+    """Makes all cells that `output/cells` lacks, in `jobs` processes; `after_each` is called after each of this one's.
 
     Raises InputError where cells could not be made, once the others are.
     """
@@ -123,7 +125,7 @@ def make_all(cells: Sequence[Cell], output: Path, *, jobs: int, keep: bool, read
     with Shared(output / WORK) as shared:
         with in_processes(jobs, shared.folder, assist, cells, output, keep):
             made_on()
-            failed = work_through(cells, shared, keep, lambda: True, ready)
+            failed = work_through(cells, shared, keep, lambda: True, after_each)
         if not failed and not keep:
             shared.clear()
     if failed:
@@ -138,7 +140,7 @@ def assist(cells: Sequence[Cell], output: Path, keep: bool, alive: Callable[[], 
 
 
 def work_through(
-    cells: Sequence[Cell], shared: Shared, keep: bool, alive: Callable[[], bool], ready: Callable[[], None]
+    cells: Sequence[Cell], shared: Shared, keep: bool, alive: Callable[[], bool], after_each: Callable[[], None]
 ) -> list[str]:
     """Makes the cells that nobody else makes, and then waits for those that others do. What was wrong with those that
     could not be made, a line each."""
@@ -155,61 +157,61 @@ def work_through(
                     title = f"{cell.title}, seed {cell.chain.seed}"
                     console.rule(f"{title}: cell {number} of {len(cells)}", align="left")
                     try:
-                        make(cell, file, shared, keep)
+                        write_cell(cell, file, shared, keep)
                     except DiskError:
                         raise
                     except (InputError, CheckFailed) as error:
                         failed[cell.name] = f"{title}: {error}"
                         say(failed[cell.name])
-            ready()
+            after_each()
     return list(failed.values())
 
 
-def make(cell: Cell, file: Path, shared: Shared, keep: bool) -> None:
+def write_cell(cell: Cell, file: Path, shared: Shared, keep: bool) -> None:
     """Writes a cell's file: facts, the models' figures, the share of importance that its last cut kept, the held-out
     curve, and what it was made on."""
-    begin = str(model_folder(cell.chain.model))
-    students, own, kept = students_of(cell, begin, shared)
-    found = {
+    teacher = str(model_folder(cell.chain.model))
+    students, own, kept = students_of(cell, teacher, shared)
+    content = {
         "title": cell.title,
         "seed": cell.chain.seed,
         "tokens": cell.tokens,
-        "models": measured(cell, begin, students),
+        "models": measured(cell, teacher, students),
         "importance_kept": kept,
         "curve": curve(students[DISTILLED] / "metrics.jsonl") if cell.trained else [],
         "made_on": made_on(),
         "facts": cell.facts,
     }
-    write_json(file, found)
+    write_json(file, content)
     if not keep:
         for folder in own:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def students_of(cell: Cell, begin: str, shared: Shared) -> tuple[dict[str, Path], list[Path], float]:
+def students_of(cell: Cell, teacher: str, shared: Shared) -> tuple[dict[str, Path], list[Path], float]:
     """Makes the students of a cell: their folders by name, those folders that are of no use to other cells, and the
     share of importance that the last cut kept."""
-    chain, before = cell.chain, begin
+    chain, before = cell.chain, teacher
     known: Any = [cell.facts[name] for name in ("model", "data", "dtype")]
     own: list[Path] = []
     rounds = chain.plan()
-    for number, found in enumerate(rounds, 1):
-        how = found.scored(load_config(model_folder(before)))
-        known = [known, plain(how), found.distill.seq_len, found.distill.rows, found.seed]
-        scores = once(shared, "scores", known, functools.partial(compress.score_round, chain, before, found))
-        known = [known, said(found.target), plain(found.repair)]
-        prune = functools.partial(compress.prune_round, chain, before, found, scores)
+    for number, one in enumerate(rounds, 1):
+        known = [known, plain(one.scored(load_config(model_folder(before)))), one.distill.seq_len, one.distill.rows,
+                 one.seed]  # fmt: skip
+        scores = once(shared, "scores", known, functools.partial(compress.score_round, chain, before, one))
+        known = [known, said(one.target), plain(one.repair)]
+        prune = functools.partial(compress.prune_round, chain, before, one, scores)
         start = student = once(shared, "pruned", known, prune)
-        if found is rounds[-1]:
-            kept = kept_by(load_config(model_folder(before)), load_scores(scores), found.target)
+        if one is rounds[-1]:
+            kept = kept_by(load_config(model_folder(before)), load_scores(scores), one.target)
             if not cell.trained:
                 return {PRUNED: student}, own, kept
             if cell.start == "random":
-                start = once(shared, "random", known, functools.partial(random_like, student, found.seed))
+                start = once(shared, "random", known, functools.partial(random_like, student, one.seed))
         distilled = shared.folder / f"distilled-{cell.name}-{number}"
         own += [distilled, distilled.with_name(f"{distilled.name}-corrected-teacher")]
-        cache = answers(cell, begin, found, shared) if cell.top_k else None
-        compress.distill_round(chain, begin, start, found, distilled, cache)
+        cache = cached_answers(cell, teacher, one, shared) if cell.top_k else None
+        compress.distill_round(chain, teacher, start, one, distilled, cache)
         known, before = [known, cell.name], str(distilled)
     return {PRUNED: student, DISTILLED: distilled}, own, kept
 
@@ -218,36 +220,24 @@ def kept_by(config: HybridConfig, scores: Scores, target: Target) -> float:
     return importance_kept(config, scores.widths, select(config, scores.widths, scores.layers.order, target))
 
 
-def once(shared: Shared, name: str, known: Any, make: Callable[[Path], None]) -> Path:
-    """The folder that `make` makes of what is known, by the first process that asks for it."""
+def once(shared: Shared, name: str, known: Any, write: Callable[[Path], None]) -> Path:
+    """The folder that `write` makes of what is known, by the first process that comes to it."""
     folder = shared.folder / f"{name}-{digest(known)[:12]}"
     with shared.alone(folder.name):
         if not folder.is_dir():
-            make(folder)
+            write(folder)
     return folder
 
 
-def answers(cell: Cell, teacher: str, found: Round, shared: Shared) -> Path:
-    """The teacher's `top_k` likeliest tokens at all that a student of this round will read."""
-    chain = cell.chain
+def cached_answers(cell: Cell, teacher: str, one: Round, shared: Shared) -> Path:
+    """The teacher's `top_k` tokens at all that a student of this round will read."""
+    chain, how = cell.chain, one.distill
     assert chain.data is not None
-    options = cache_teacher.Options(
-        teacher,
-        chain.data,
-        shared.folder,
-        found.seed,
-        chain.device,
-        chain.dtype,
-        CacheOptions(cell.top_k),
-        found.distill,
-    )
-    read = [[part.train.steps, part.batch, part.seq_len, part.evaluate_tokens] for part in found.distill.plan()]
-    known = [cell.facts["model"], cell.facts["data"], chain.dtype, found.seed, cell.top_k, read, found.distill.repack]
-
-    def write(folder: Path) -> None:
-        cache_teacher.run(dataclasses.replace(options, output=folder))
-
-    return once(shared, "answers", known, write)
+    cache = CacheOptions(cell.top_k)
+    options = cache_teacher.Options(teacher, chain.data, shared.folder, one.seed, chain.device, chain.dtype, cache, how)
+    read = [[part.train.steps, part.batch, part.seq_len, part.evaluate_tokens] for part in how.plan()]
+    known = [cell.facts["model"], cell.facts["data"], chain.dtype, one.seed, cell.top_k, read, how.repack]
+    return once(shared, "answers", known, lambda folder: cache_teacher.run(dataclasses.replace(options, output=folder)))
 
 
 def random_like(student: Path, seed: int, folder: Path) -> None:
@@ -270,8 +260,8 @@ def measured(cell: Cell, teacher: str, students: dict[str, Path]) -> dict[str, A
         report = measure_gap(models.pop(TEACHER), models, batches, on_step=bar.set).to_json()
     return {
         name: {"parameters": count_parameters(load_config(folders[name]))}
-        | {key: value for key, value in found.items() if key in MEASURES}
-        for name, found in report["models"].items()
+        | {key: value for key, value in figures.items() if key in MEASURES}
+        for name, figures in report["models"].items()
     }
 
 
@@ -292,5 +282,4 @@ def file_of(output: Path, cell: Cell) -> Path:
 def load_cell(output: Path, cell: Cell) -> dict[str, Any] | None:
     """A cell's content where it is there."""
     file = file_of(output, cell)
-    found: dict[str, Any] | None = read_json(file) if file.is_file() else None
-    return found
+    return read_json(file) if file.is_file() else None

@@ -1,5 +1,5 @@
 """An experiment's figures: rows of a table with their spread over the seeds, whether their order is the published one,
-and what foretells the order at the end."""
+and what predicts the order at the end."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def published_pairs(
 ) -> list[tuple[str, str]]:
     """Pairs of variants of which the source holds the first for the better one: by its figures, of which more is better
     or less, and by what it says, in `orders` from the best to the worst."""
-    found = [pair for order in orders for pair in itertools.combinations([name for name in order if name in rows], 2)]
+    pairs = [pair for order in orders for pair in itertools.combinations([name for name in order if name in rows], 2)]
     for first, second in itertools.combinations(rows, 2):
         a, b = rows[first].published, rows[second].published
         if a is not None and b is not None and a != b:
-            found.append((first, second) if (a > b) == published_more else (second, first))
-    return list(dict.fromkeys(found))
+            pairs.append((first, second) if (a > b) == published_more else (second, first))
+    return list(dict.fromkeys(pairs))
 
 
 def agreement(rows: Mapping[str, Row], more_is_better: bool, pairs: Sequence[tuple[str, str]]) -> str:
@@ -79,28 +79,28 @@ def agreement(rows: Mapping[str, Row], more_is_better: bool, pairs: Sequence[tup
 
 
 def order_of(rows: Mapping[str, Row], cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
-    """How well the variants' order at the end is foretold (Spearman's correlation, one a seed): by the share of
+    """How well the variants' order at the end is predicted (Spearman's correlation, one a seed): by the share of
     importance kept, by the loss as they were pruned, and by the held-out KL after so many tokens. Of the figure less is
     better."""
-    foretold: dict[str, list[float]] = {}
+    predicted: dict[str, list[float]] = {}
     for seed in range(len(next(iter(rows.values())).values)):
         end = [row.values[seed] for row in rows.values()]
-        found = [each[seed] for each in cells.values()]
+        row = [each[seed] for each in cells.values()]
         by: dict[str, list[float]] = {
-            "importance kept": [-float(cell["importance_kept"]) for cell in found],
-            "loss as pruned": [cell["models"][PRUNED]["cross_entropy"]["value"] for cell in found],
+            "importance kept": [-float(cell["importance_kept"]) for cell in row],
+            "loss as pruned": [cell["models"][PRUNED]["cross_entropy"]["value"] for cell in row],
         }
-        curves = [{point["tokens"]: point["kl"] for point in cell["curve"]} for cell in found]
+        curves = [{point["tokens"]: point["kl"] for point in cell["curve"]} for cell in row]
         for tokens in sorted(set.intersection(*map(set, curves))):
             by[f"{tokens:,}{TOKENS}"] = [curve[tokens] for curve in curves]
         for name, values in by.items():
-            foretold.setdefault(name, []).append(rank_correlation(values, end))
-    return foretold
+            predicted.setdefault(name, []).append(rank_correlation(values, end))
+    return predicted
 
 
-def stable_from(foretold: Mapping[str, Sequence[float]]) -> str:
-    """A sentence on when the order is that of the end. foretold: as of `order_of`."""
-    means = {name: statistics.fmean(values) for name, values in foretold.items() if name.endswith(TOKENS)}
+def stable_from(predicted: Mapping[str, Sequence[float]]) -> str:
+    """A sentence on when the order is that of the end. predicted: as of `order_of`."""
+    means = {name: statistics.fmean(values) for name, values in predicted.items() if name.endswith(TOKENS)}
     stable = list(itertools.takewhile(lambda name: means[name] >= STABLE, reversed(means)))
     if not stable:
         return f"At no time before the end is the mean correlation {STABLE:g} or more to stay."
@@ -109,11 +109,6 @@ def stable_from(foretold: Mapping[str, Sequence[float]]) -> str:
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's, with mean ranks for equals; 0 where all of one side are equal."""
-    first, second = (ranks(values) for values in (a, b))
-    return statistics.correlation(first, second) if len(set(first)) > 1 and len(set(second)) > 1 else 0.0
+    from scipy.stats import spearmanr  # takes a second, which only an experiment's end waits for
 
-
-def ranks(values: Sequence[float]) -> list[float]:
-    return [
-        sum(other < value for other in values) + (sum(other == value for other in values) - 1) / 2 for value in values
-    ]
+    return float(spearmanr(a, b).statistic) if len(set(a)) > 1 and len(set(b)) > 1 else 0.0

@@ -6,7 +6,6 @@ Hydra's Compose API reads the tree: no change of directory, no output folder of 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...models.errors import InputError
+from ...models.errors import guess as guess
 
 CONF = Path(__file__).parents[2] / "conf"
 # Paths, names and prompts are meant as the shell passes them, parentheses, quotes and all: Hydra's grammar does not
@@ -131,11 +131,6 @@ def no_option(command: str, key: str, known: Sequence[str] = ()) -> str:
     return f"{key!r} is no option of limbeck {command}{near} (limbeck {command} --help)"
 
 
-def guess(word: str, choices: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def known_keys(command: str) -> list[str]:
     """Every dotted key that a command's config has, the groups' keys among them."""
     from hydra import compose, initialize_config_module
@@ -185,7 +180,7 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where} is {value!r}; expected a list, such as {where}=[1,2]")
-        return tuple(convert(arguments[0], item, where) for item in value)
+        return tuple(convert(arguments[0], item, f"{where}[{n}]") for n, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {value!r}; expected a mapping")

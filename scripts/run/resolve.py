@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,18 +14,12 @@ from ...distill.text.packing import Batch
 from ...models.checkpoint import load_config
 from ...models.config import HybridConfig
 from ...models.errors import InputError
+from ...models.errors import check_counts as check_counts
 from .compose import CONF, guess
 from .show import progress, table
 
 ZOO = Path(__file__).parents[2] / "models" / "zoo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-def check_counts(options: Any, *names: str, least: int = 1, group: str = "") -> None:
-    """Raises InputError where one of these options (of a `group`, as "details.") is less than `least`."""
-    for name in names:
-        if getattr(options, name) < least:
-            raise InputError(f"{group}{name} is {getattr(options, name)}; expected at least {least}")
 
 
 def model_names() -> list[str]:

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ...models.errors import gib as gib
 from ...models.folder import write_json
 
 # Names of files and pieces of programs are shown as they are: [/b] is no markup, and :key: no picture.
@@ -78,7 +79,3 @@ def result(folder: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> Any:
     """A file that we wrote ourselves."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if abs(count) >= 2**30 / 10 else f"{count / 2**20:.2f} MiB"

@@ -1,22 +1,26 @@
-"""Training figures for Weights & Biases: offline unless asked, and never in the way of training.
-
-A thread of its own imports, starts and feeds it, which takes seconds that training does not wait for.
+"""What is said of a training: a bar, the share of the card's peak, and figures for Weights & Biases, offline unless
+told otherwise, and never in the way of training: a thread of its own imports, starts and feeds it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...models import processes
 from ...models.errors import InputError
-from .show import say
+from .compose import CONF
+from .show import progress, say
 
 MODES = ("off", "offline", "online")
 Record = Mapping[str, Any]
@@ -25,6 +29,45 @@ Record = Mapping[str, Any]
 def check_mode(mode: str) -> None:
     if mode not in MODES:
         raise InputError(f"wandb is {mode!r}; known: {', '.join(MODES)}")
+
+
+@contextlib.contextmanager
+def training_bar(
+    what: str, steps: int, also: Callable[[Record], None] | None = None
+) -> Iterator[Callable[[Record], None]]:
+    """Gives what shows a step's record on a bar; `also` takes it, too."""
+    with progress(what, steps) as bar:
+
+        def on_step(record: Record) -> None:
+            bar.set(record["step"], note=note_of(record))
+            if also is not None:
+                also(record)
+
+        yield on_step
+
+
+def note_of(record: Record) -> str:
+    """What the bar says of a step."""
+    loss = f"loss {record['loss']:.3f}" if "loss" in record else "skipped: not finite"
+    used = f"{record['mfu']:.1%} of peak" if "mfu" in record else f"{record['model_tflops']:.2g} TFLOP/s"
+    held = f"  validation {record['validation_loss']:.3f}" if "validation_loss" in record else ""
+    return f"{loss}  {record['tokens_per_second']:,.0f} tokens/s  {used}  {record['memory_gib']:.1f} GiB{held}"
+
+
+def card_tflops(device: torch.device) -> float | None:
+    """Dense bfloat16 TFLOP/s of a GPU that conf/hardware/ knows, None for others (PCIe cards are slower)."""
+    if device.type != "cuda":
+        return None
+    from omegaconf import OmegaConf
+
+    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower())
+    words += [one + other for one, other in itertools.pairwise(words)] + [word.removesuffix("b") for word in words]
+    for profile in sorted((CONF / "hardware").glob("*.yaml")):
+        if "pcie" not in words and set(profile.stem.split("-")) <= set(words):
+            content = OmegaConf.to_container(OmegaConf.load(profile), resolve=False)
+            assert isinstance(content, dict)
+            return float(content["bf16_tflops"])
+    return None
 
 
 @contextlib.contextmanager
@@ -50,7 +93,7 @@ def journal(mode: str, folder: Path, name: str, options: Mapping[str, Any]) -> I
 
 
 def keep(mode: str, settings: Mapping[str, Any], line: queue.SimpleQueue[Record | None]) -> None:
-    """Hands records over until a None comes. What goes wrong is said once, and training goes on."""
+    """Hands records over until a None comes. What goes wrong is said once, and training continues."""
     try:
         import wandb
 

@@ -1,36 +1,35 @@
-"""`limbeck evaluate tasks=[...]`: tables of lm-evaluation-harness, each model's answers kept by its contents."""
+"""Tables of lm-evaluation-harness, each model's answers kept by its contents."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import importlib.metadata
+import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from .. import __version__
-from ..distill.report.gap_sections import task_rows
-from ..distill.text.corpus_cache import cache_folder
-from ..distill.text.documents import first_line
-from ..models.errors import InputError
-from ..models.fingerprint import digest, fingerprint_of
-from ..models.folder import sha256_file, write_json
-from ..models.hybrid import HybridLM
-from ..models.placement import placed
-from ..models.tokenizer import Tokenizer, load_tokenizer
-from .run.compose import guess
-from .run.show import progress, read_json, table
+from ... import __version__
+from ...models.errors import InputError, guess
+from ...models.fingerprint import digest, fingerprint_of
+from ...models.folder import sha256_file, write_json
+from ...models.hybrid import HybridLM
+from ...models.placement import placed
+from ...models.tokenizer import Tokenizer, load_tokenizer
+from ..text.corpus_cache import cache_folder
+from ..text.documents import first_line
 
 SUFFIXES = (".yaml", ".yml")  # of task files
 DATA_KEYS = ("dataset_path", "dataset_kwargs")  # of a task file
 FORMAT = 1  # of kept answers; another number wherever a change of ours may change what a model answers
+OnStep = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +49,14 @@ class Tasks:
     @property
     def files(self) -> dict[str, Path]:
         """The names that are files. Raises InputError where one does not exist."""
-        found = {name: Path(name).expanduser() for name in self.names if name.endswith(SUFFIXES)}
-        for name, path in found.items():
+        files = {name: Path(name).expanduser() for name in self.names if name.endswith(SUFFIXES)}
+        for name, path in files.items():
             if not path.is_file():
                 raise InputError(f"tasks: {name} does not exist; give a task's .yaml file, or a name of the harness")
-        return found
+        return files
 
     @property
-    def asked(self) -> list[str]:
+    def harness_names(self) -> list[str]:
         """The names as the harness takes them."""
         return [str(self.files.get(name, name)) for name in self.names]
 
@@ -80,17 +79,19 @@ def read_by(path: Path) -> dict[str, str]:
             continue
         read[str(file)] = sha256_file(file)
         for text, is_data in texts_of(parsed(file)):
-            for found in places_of(text, file.parent, is_data):
-                if found.suffix in SUFFIXES and found.is_file():
-                    waiting.append(found)
+            for place in places_of(text, file.parent, is_data):
+                if place.suffix in SUFFIXES and place.is_file():
+                    waiting.append(place)
                 else:
-                    read[str(found)] = fingerprint_of(found)
+                    read[str(place)] = fingerprint_of(place)
         read |= {str(code): sha256_file(code) for code in sorted(file.parent.glob("*.py"))}
     return {os.path.relpath(place, path.parent): value for place, value in sorted(read.items())}
 
 
 def parsed(path: Path) -> Any:
     """A YAML file's content, every scalar a text. Raises InputError."""
+    import yaml
+
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -104,7 +105,7 @@ def places_of(text: str, beside: Path, is_data: bool) -> Iterator[Path]:
         if os.path.isfile(place) or (is_data and text and os.path.isdir(place)):  # Path's raise for a text too long
             yield Path(place)
         elif is_data and "*" in text:
-            yield from (Path(found) for found in sorted(glob.glob(place, recursive=True)) if os.path.isfile(found))
+            yield from (Path(name) for name in sorted(glob.glob(place, recursive=True)) if os.path.isfile(name))
 
 
 def texts_of(content: Any, is_data: bool = False) -> Iterator[tuple[str, bool]]:
@@ -120,7 +121,7 @@ def texts_of(content: Any, is_data: bool = False) -> Iterator[tuple[str, bool]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class PlannedTasks:
     """Tasks that are known to be there: the file of each model's kept answers, what they depend on besides the model,
     and the harness's task manager where any are missing."""
 
@@ -130,46 +131,51 @@ class Asked:
     seed: int
     manager: Any
 
-    @classmethod
-    def of(cls, folders: Mapping[str, Path], tasks: Tasks, *, dtype: torch.dtype, seed: int) -> Asked:
-        """Answers are kept in the folder that LIMBECK_CACHE names (else ~/.cache/limbeck), by the contents of the model
-        and of the tasks, and by the versions of what asks. Raises InputError where the harness is missing, or a task is
-        unknown or cannot be loaded."""
-        try:
-            version = importlib.metadata.version("lm_eval")
-        except importlib.metadata.PackageNotFoundError:
-            raise InputError("tasks need lm-evaluation-harness: pip install 'limbeck[eval]'") from None
-        facts = {
-            "limbeck": __version__,
-            "format": FORMAT,
-            "tasks": tasks.content(),
-            "lm_eval": version,
-            "dtype": str(dtype),
-            "seed": seed,
-            "torch": torch.__version__,
-        }
-        kept = {
-            name: cache_folder() / "tasks" / f"{digest(facts | {'model': fingerprint_of(folder)})}.json"
-            for name, folder in folders.items()
-        }
-        known = all(path.is_file() for path in kept.values())
-        return cls(tasks, kept, facts, seed, None if known else load_tasks(tasks))
+
+def plan_tasks(folders: Mapping[str, Path], tasks: Tasks, *, dtype: torch.dtype, seed: int) -> PlannedTasks:
+    """Answers are kept in the folder that LIMBECK_CACHE names (else ~/.cache/limbeck), by the contents of the model and
+    of the tasks, and by the versions of what asks. Raises InputError where the harness is missing, or a task is unknown
+    or cannot be loaded."""
+    try:
+        version = importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError("tasks need lm-evaluation-harness: pip install 'limbeck[eval]'") from None
+    facts = {
+        "limbeck": __version__,
+        "format": FORMAT,
+        "tasks": tasks.content(),
+        "lm_eval": version,
+        "dtype": str(dtype),
+        "seed": seed,
+        "torch": torch.__version__,
+    }
+    kept = {
+        name: cache_folder() / "tasks" / f"{digest(facts | {'model': fingerprint_of(folder)})}.json"
+        for name, folder in folders.items()
+    }
+    known = all(path.is_file() for path in kept.values())
+    return PlannedTasks(tasks, kept, facts, seed, None if known else load_tasks(tasks))
 
 
-def answer(
-    models: Mapping[str, HybridLM], folders: Mapping[str, Path], asked: Asked, *, device: torch.device | None = None
+def answer_tasks(
+    models: Mapping[str, HybridLM],
+    folders: Mapping[str, Path],
+    plan: PlannedTasks,
+    *,
+    device: torch.device | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{model: {task: {metric: value}}}, the harness's standard errors among the metrics; each model answers on a
-    `device` where one is given. Raises InputError where a task cannot be asked."""
-    found = {}
-    for name, kept in asked.kept.items():
+    `device` where one is given. `on_step(model, done, of)`. Raises InputError where a task cannot be answered."""
+    answers = {}
+    for name, kept in plan.kept.items():
         if not kept.is_file():
             with placed(models[name], device) as model:
-                answers = answers_of(name, model, load_tokenizer(folders[name]), asked)
+                results = answers_of(name, model, load_tokenizer(folders[name]), plan, on_step)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, {"results": answers, **asked.facts})
-        found[name] = read_json(kept)["results"]
-    return found
+            write_json(kept, {"results": results, **plan.facts})
+        answers[name] = json.loads(kept.read_text(encoding="utf-8"))["results"]
+    return answers
 
 
 def load_tasks(tasks: Tasks) -> Any:
@@ -181,13 +187,13 @@ def load_tasks(tasks: Tasks) -> Any:
     for name in tasks.names:
         if name not in tasks.files and name not in manager.all_tasks:
             raise InputError(f"tasks: {name!r} is no task of the harness{guess(name, list(manager.all_tasks))}")
-    with of_tasks(tasks):
-        manager.load(tasks.asked)
+    with errors_of(tasks):
+        manager.load(tasks.harness_names)
     return manager
 
 
 @contextlib.contextmanager
-def of_tasks(tasks: Tasks) -> Iterator[None]:
+def errors_of(tasks: Tasks) -> Iterator[None]:
     """Turns what the harness raises of a wrong task, or of data that cannot be had, into InputError; it has no errors
     of its own, and raises many."""
     try:
@@ -195,30 +201,28 @@ def of_tasks(tasks: Tasks) -> Iterator[None]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise InputError(f"tasks: {', '.join(tasks.asked)}: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(
+            f"tasks: {', '.join(tasks.harness_names)}: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
-def answers_of(name: str, model: HybridLM, tokenizer: Tokenizer, asked: Asked) -> dict[str, dict[str, float]]:
+def answers_of(
+    name: str, model: HybridLM, tokenizer: Tokenizer, plan: PlannedTasks, on_step: OnStep | None
+) -> dict[str, dict[str, float]]:
     """One model's results."""
     from lm_eval.evaluator import simple_evaluate
 
-    from ..distill.gap.harness import HarnessModel  # needs lm_eval
+    from .harness import HarnessModel  # needs lm_eval
 
-    tasks, seed = asked.tasks, asked.seed
-    with progress(f"tasks: {name}", 1) as bar, of_tasks(tasks):
-        found: Any = simple_evaluate(
-            model=HarnessModel(model, tokenizer, on_step=lambda done, total: bar.set(done, total)),
-            tasks=tasks.asked, task_manager=asked.manager, num_fewshot=tasks.shots, limit=tasks.limit,
-            random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-            bootstrap_iters=1000, log_samples=False,
+    tasks, seed = plan.tasks, plan.seed
+    told = None if on_step is None else functools.partial(on_step, name)
+    with errors_of(tasks):
+        content: Any = simple_evaluate(
+            model=HarnessModel(model, tokenizer, on_step=told), tasks=tasks.harness_names, task_manager=plan.manager,
+            num_fewshot=tasks.shots, limit=tasks.limit, random_seed=seed, numpy_random_seed=seed,
+            torch_random_seed=seed, fewshot_random_seed=seed, bootstrap_iters=1000, log_samples=False,
         )  # fmt: skip
     return {
         task: {key: value for key, value in metrics.items() if isinstance(value, float)}
-        for task, metrics in found["results"].items()
+        for task, metrics in content["results"].items()
     }
-
-
-def show_tasks(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """A row for each task and metric, a column for each model, with standard errors; nothing where none was asked."""
-    if found:
-        table("Tasks (lm-evaluation-harness)", ("task, metric", *found), [*task_rows(found)])

@@ -1,0 +1,133 @@
+"""What is measured of a teacher and its students beside the figures of every token: greedy text and probes;
+and where they lie in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...models.checkpoint import load_config, load_model
+from ...models.cost.parameters import count_parameters
+from ...models.errors import InputError, check_counts, gib
+from ...models.hybrid import HybridLM
+from ...models.offload import free_memory
+from ...models.placement import let_go
+from ...models.tokenizer import Tokenizer
+from ..text.packing import Corpus
+from .continuation import continuations, draw_prompts
+from .probes import Probe, make_probe, retrieve
+
+SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Details:
+    """What is measured beside the figures of every token; see conf/evaluate.yaml."""
+
+    resamples: int = 1000
+    worst: int = 6
+    prompts: int = 32
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    probe_lengths: tuple[int, ...] = (512, 1024)
+    probe_count: int = 20
+    task_shots: int | None = None
+    task_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, "resamples", "prompt_tokens", "new_tokens", "probe_count", group="details.")
+        check_counts(self, "worst", "prompts", least=0, group="details.")
+
+    def check_length(self, longest: int) -> None:
+        """Raises InputError where the texts that students continue are longer than what the models are made for."""
+        length = self.prompt_tokens + self.new_tokens
+        if self.prompts and length > longest:
+            raise InputError(
+                f"details.prompt_tokens + new_tokens is {length:,}; the models take {longest:,}, give less"
+            )
+
+
+def load_models(
+    folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device, say: Say
+) -> tuple[dict[str, HybridLM], torch.device | None]:
+    """The models on the device; where a GPU does not hold all of them, in main memory, and the device that each is to
+    come to when its turn comes. Raises InputError where one alone is too large."""
+    let_go()
+    away = held_elsewhere(folders, dtype, device, say) if device.type == "cuda" else None
+    home = device if away is None else torch.device("cpu")
+    return {name: load_model(path, dtype, home) for name, path in folders.items()}, away
+
+
+def held_elsewhere(
+    folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device, say: Say
+) -> torch.device | None:
+    """The device, where it cannot hold all models together. Raises InputError where it cannot hold one alone."""
+    free = free_memory(device)
+    sizes = {name: count_parameters(load_config(path)) * dtype.itemsize for name, path in folders.items()}
+    if free is None or sum(sizes.values()) <= SHARE * free:
+        return None
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sizes[largest] > SHARE * free:
+        raise InputError(
+            f"{largest} takes {gib(sizes[largest])} in {dtype}, {device} has {gib(free)} free; expected a narrower"
+            f" dtype, or at most {SHARE:.0%} of what is free"
+        )
+    say(f"the models take {gib(sum(sizes.values()))} together, of {gib(free)} free: they wait in main memory")
+    return device
+
+
+def continue_texts(
+    teacher: HybridLM,
+    students: Mapping[str, HybridLM],
+    text: Corpus,
+    eos_token_id: int,
+    details: Details,
+    seed: int,
+    device: torch.device | None,
+    say: Say,
+) -> dict[str, Any]:
+    """How long each student's greedy text is the teacher's; nothing where there is no prompt or no student."""
+    prompts = draw_prompts(text, details.prompts, details.prompt_tokens, seed) if details.prompts else None
+    if prompts is None or not students:
+        return {}
+    say(f"continuing {len(prompts)} texts by {details.new_tokens} tokens")
+    lengths = continuations(teacher, students, prompts, details.new_tokens, eos_token_id=eos_token_id,
+                            resamples=details.resamples, seed=seed, device=device)  # fmt: skip
+    size = {"prompts": len(prompts), "new_tokens": details.new_tokens}
+    return {name: dataclasses.asdict(each) | size for name, each in lengths.items()}
+
+
+def draw_probes(
+    kinds: Sequence[str], details: Details, text: Corpus, tokenizer: Tokenizer, seed: int
+) -> dict[tuple[str, int], list[Probe]]:
+    """The probes of each kind and length. Raises InputError where a length or the text is too short for one."""
+    draw = np.random.default_rng(seed)
+    return {
+        (kind, length): [make_probe(kind, length, text, tokenizer, draw) for _ in range(details.probe_count)]
+        for kind in kinds
+        for length in details.probe_lengths
+    }
+
+
+def answer_probes(
+    models: Mapping[str, HybridLM],
+    probes: Mapping[tuple[str, int], Sequence[Probe]],
+    resamples: int,
+    seed: int,
+    device: torch.device | None,
+    say: Say,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """How the models answer each kind of probe at each length; the same probes for all."""
+    answers: dict[str, dict[str, dict[str, Any]]] = {}
+    for (kind, length), drawn in probes.items():
+        say(f"probing: {kind}, {length:,} tokens")
+        retrieved = retrieve(models, drawn, resamples=resamples, seed=seed, device=device)
+        figures = {name: dataclasses.asdict(each) for name, each in retrieved.items()}
+        answers.setdefault(kind, {})[str(length)] = figures
+    return answers

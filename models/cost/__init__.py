@@ -1,0 +1,14 @@
+"""What a config costs. `count_parameters` and `memory` are public; each is imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+HOMES = {"count_parameters": "parameters", "memory": "inference"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)

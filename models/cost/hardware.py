@@ -1,0 +1,95 @@
+"""Where a model runs: a card or a CPU, and what of its memory is left for the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..errors import InputError
+
+KIB, GIB = 2**10, 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What of a device decides how much memory a run takes: "cuda" or "cpu", its multiprocessors (a CPU's threads), a
+    GPU's compute capability."""
+
+    device: str = "cuda"
+    processors: int = 132
+    capability: str = "9.0"
+
+
+def round_up(size: int, place: Place) -> int:
+    """Bytes that an allocation of `size` takes: torch's CUDA allocator gives multiples of 512."""
+    return -(-size // 512) * 512 if place.device == "cuda" else size
+
+
+def libraries(place: Place, context: int) -> int:
+    """Bytes that cuBLAS keeps of a run: a workspace for each stream, the prefill's, and those of a decoding step's
+    warm-up and capture."""
+    return blas_workspace(place) * (3 if context > 1 else 1)
+
+
+def blas_workspace(place: Place) -> int:
+    """Bytes that cuBLAS keeps for a stream, taken from torch's allocator: 32 MiB from Hopper on, else 2 x 4 MiB and 8 x
+    16 KiB (pytorch, aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+    if place.device != "cuda":
+        return 0
+    return 32 * KIB**2 if float(place.capability or 9) >= 9 else (2 * 4096 + 8 * 16) * KIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """A card: memory in GiB (`usable_gib` is what a process can have of it), GB/s, dense bf16 TFLOP/s."""
+
+    name: str
+    total_gib: float
+    usable_gib: float
+    bandwidth_gb_s: float
+    bf16_tflops: float
+    compute_capability: str = ""
+    multiprocessors: int = 132
+    device: str = "cuda"
+
+    @property
+    def place(self) -> Place:
+        """Where a model runs on it; a CPU works with as many threads as torch has."""
+        processors = self.multiprocessors if self.device == "cuda" else torch.get_num_threads()
+        return Place(self.device, processors, self.compute_capability or Place().capability)
+
+    def check(self) -> None:
+        """Raises InputError where there is no memory to speak of, or no such device."""
+        if not self.usable_gib > 0:
+            raise InputError(f"hardware.usable_gib is {self.usable_gib:g}; expected the card's memory in GiB")
+        if self.device not in ("cuda", "cpu") or self.multiprocessors < 1:
+            raise InputError(
+                f"hardware.device is {self.device!r} with {self.multiprocessors} multiprocessors;"
+                " expected cuda or cpu, and at least 1"
+            )
+
+    def budget(self, framework_share: float, reserve_gib: float, overhead_gib: float) -> float:
+        """Bytes left for weights and caches: usable x (1 - share) - reserve - overhead."""
+        return (self.usable_gib * (1 - framework_share) - reserve_gib - overhead_gib) * GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class Reserve:
+    """What of a card's usable memory is not the model's: a share for runtime context, kernels and fragmentation, GiB
+    kept free for others, and GiB for whatever else."""
+
+    framework_share: float = 0.05
+    reserve_gib: float = 0.0
+    overhead_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.framework_share < 1 or self.reserve_gib < 0 or self.overhead_gib < 0:
+            raise InputError(
+                "framework_share must be in [0, 1), reserve_gib and overhead_gib at least 0; these are"
+                f" {self.framework_share:g}, {self.reserve_gib:g}, {self.overhead_gib:g}"
+            )
+
+    def budget(self, hardware: Hardware) -> float:
+        """Bytes that are left."""
+        return hardware.budget(self.framework_share, self.reserve_gib, self.overhead_gib)

@@ -1,0 +1,163 @@
+"""How fast a config would run on a card, by the card's rates; `timing` measures a model. No weights are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ..config import HybridConfig
+from ..errors import InputError
+from .hardware import Hardware
+from .inference import memory, verdict
+from .parameters import kind_sizes
+
+
+def flops_per_token(config: HybridConfig, context: int) -> float:
+    """FLOPs (a multiply-add is two) of one token's forward pass in a sequence of `context` tokens: every matrix
+    product, attention to half of the context on average, and the SSD scan in chunks. Embedding look-ups and
+    element-wise work do not count."""
+    products = config.vocab_size * config.hidden_size
+    products += sum(config.pattern.count(kind) * size for kind, (_, size) in kind_sizes(config).items() if kind)
+    return 2.0 * (products + sum(kind.work(config, context) for kind in config.kinds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """Tokens a second that a card would write for `batch` sequences at once, all of them together; seconds of the
+    prefill of the batch, and of a decoding step half way through the output."""
+
+    batch: int
+    tokens_per_second: float
+    prefill_seconds: float
+    step_seconds: float
+
+
+def throughput(
+    config: HybridConfig,
+    hardware: Hardware,
+    *,
+    input_tokens: int,
+    output_tokens: int,
+    batch: int | None = None,
+    budget: float | None = None,
+    compute_efficiency: float = 0.5,
+    bandwidth_efficiency: float = 0.7,
+    weight_dtype: torch.dtype = torch.bfloat16,
+    kv_dtype: torch.dtype | None = None,
+    ssm_dtype: torch.dtype = torch.float32,
+    conv_dtype: torch.dtype | None = None,
+) -> Throughput | None:
+    """A roofline estimate for `batch` requests of `input_tokens` that write `output_tokens` each; where `batch` is
+    None, for as many as fit `budget` (bytes) at full length (one, where a model has no caches).
+
+    Prefill and every decoding step take whichever is longer: their FLOPs at compute_efficiency x the card's bf16
+    rate, or their bytes at bandwidth_efficiency x its bandwidth. A step reads all weights but the embedding (of which
+    it needs a row a sequence), reads the keys and values so far, and reads and writes the SSM and convolution states;
+    prefill reads the weights once, and the head works on the last token alone. Launches, sampling and the scheduler
+    are not in it: it ranks configs on one card, and says nothing of a serving stack. The default efficiencies are
+    assumptions, the bandwidth's such that the published 9B comes out within 2% of the 156.42 tokens/s measured on an
+    A10G (arXiv 2508.14444: 8k in, 16k out, batch 8).
+
+    None where the profile has no bandwidth or rate, or not one sequence fits.
+    Raises InputError where tokens or batch are below 1, or an efficiency is not in (0, 1].
+    """
+    if input_tokens < 1 or output_tokens < 1 or (batch is not None and batch < 1):
+        raise InputError(
+            f"throughput: input_tokens ({input_tokens}), output_tokens ({output_tokens}) and batch ({batch})"
+            " must be at least 1"
+        )
+    if not (0 < compute_efficiency <= 1 and 0 < bandwidth_efficiency <= 1):
+        raise InputError(
+            f"throughput: compute_efficiency ({compute_efficiency}) and bandwidth_efficiency ({bandwidth_efficiency})"
+            " must be in (0, 1]"
+        )
+    if hardware.bandwidth_gb_s <= 0 or hardware.bf16_tflops <= 0:
+        return None
+    dtypes: dict[str, Any] = {
+        "weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype, "conv_dtype": conv_dtype
+    }  # fmt: skip
+    if batch is None:
+        if budget is None:
+            raise InputError("throughput: give a batch, or a budget in bytes that the batch has to fit")
+        one = memory(config, input_tokens + output_tokens, 1, chunk=None, **dtypes)
+        batch = verdict(config, one, budget).largest_batch if one.total > one.weights else int(one.total <= budget)
+        if batch < 1:
+            return None
+    rate = hardware.bf16_tflops * 1e12 * compute_efficiency
+    bandwidth = hardware.bandwidth_gb_s * 1e9 * bandwidth_efficiency
+    middle = input_tokens + output_tokens // 2
+    report = memory(config, middle, batch, chunk=None, **dtypes)
+    head = config.vocab_size * config.hidden_size
+    weights = report.weights - (0 if config.tie_word_embeddings else head * weight_dtype.itemsize)
+    head_flops = 2.0 * head
+    prefill_flops = input_tokens * (flops_per_token(config, input_tokens) - head_flops) + head_flops
+    prefill = max(batch * prefill_flops / rate, weights / bandwidth)
+    # A step's attention looks back on all of the context, a prefill's on half of it: hence twice.
+    step_flops = batch * flops_per_token(config, 2 * middle)
+    step = max(step_flops / rate, (weights + report.kv + 2 * (report.ssm + report.conv)) / bandwidth)
+    return Throughput(batch, batch * output_tokens / (prefill + output_tokens * step), prefill, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """`batch` requests at once, each of `input_tokens`, each writing `output_tokens`."""
+
+    input_tokens: int
+    output_tokens: int
+    batch: int
+
+    def __post_init__(self) -> None:
+        if self.input_tokens < 1 or self.output_tokens < 1 or self.batch < 1:
+            raise InputError(
+                f"bench: input ({self.input_tokens}), output ({self.output_tokens}) and batch ({self.batch}) must be at"
+                " least 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Seconds of one prompt's prefill up to its first token, and of a decoding step of the batch on average."""
+
+    first_token_seconds: float
+    step_seconds: float
+
+    def tokens_per_second(self, load: Load) -> float:
+        """New tokens of all sequences over all of the time: the prompts are read one after the other."""
+        seconds = load.batch * self.first_token_seconds + load.output_tokens * self.step_seconds
+        return load.batch * load.output_tokens / seconds
+
+
+def roofline(
+    config: HybridConfig,
+    hardware: Hardware,
+    load: Load,
+    dtype: torch.dtype,
+    ssm_dtype: torch.dtype,
+    *,
+    compute_efficiency: float = 1.0,
+    bandwidth_efficiency: float = 1.0,
+) -> Speed | None:
+    """The least time that a card's rates allow, or shares of them: whichever is longer, all FLOPs at its bf16 rate or
+    all bytes at its bandwidth. None where the profile has no rates."""
+    limit = throughput(
+        config,
+        hardware,
+        input_tokens=load.input_tokens,
+        output_tokens=load.output_tokens,
+        batch=load.batch,
+        compute_efficiency=compute_efficiency,
+        bandwidth_efficiency=bandwidth_efficiency,
+        weight_dtype=dtype,
+        ssm_dtype=ssm_dtype,
+    )
+    return None if limit is None else Speed(limit.prefill_seconds / load.batch, limit.step_seconds)
+
+
+def predicted(measured: Speed, here: Speed, there: Speed) -> Speed:
+    """What a measurement says of another card, assuming that each phase reaches the same share of both rooflines."""
+    return Speed(
+        measured.first_token_seconds * there.first_token_seconds / here.first_token_seconds,
+        measured.step_seconds * there.step_seconds / here.step_seconds,
+    )

@@ -1,0 +1,260 @@
+"""How the units of every width are scored, one class a metric; importance.py shows them activations and gradients.
+
+Sources: Minitron (arXiv 2407.14679, section 2) for activations of neurons, channels and attention heads; Minitron-SSM
+(2504.11409, section 3) for Mamba heads and head channels; the digest of both in Nemotron Nano 2 (2508.14444). Molchanov
+et al. (1611.06440, section 2.2) for the first-order Taylor term; LLM-Pruner (2305.11627) takes it to language models.
+Shapes: [S, T] samples and tokens, [U...] the units of an axis (scores.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..models import processes
+from ..models.axes import HIDDEN, Axis, segment_size, tensor_table
+from ..models.checkpoint import row_blocks
+from ..models.config import HybridConfig
+from ..models.errors import InputError
+from ..models.kinds import score_sources
+from .scores import WidthScores, check_width_scores, width_score_shapes
+
+GetTensor = Callable[[str], Tensor]
+AGGREGATES = ("mean", "l2", "var")
+
+
+class Moments:
+    """Sums of per-sample values [U...] in float64: the order of samples and the size of batches do not matter."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.samples = 0
+        self.total = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.total)
+
+    def add(self, values: Tensor) -> None:
+        """values [samples, U...], float64"""
+        self.samples += values.shape[0]
+        self.total += values.sum(0)
+        self.squares += values.square().sum(0)
+
+    def gather(self) -> None:
+        """Takes in what every other process has summed up."""
+        sums = torch.cat([self.total.flatten(), self.squares.flatten(), self.total.new_tensor([self.samples])])
+        *sums, samples = processes.all_sum(sums).split([self.total.numel(), self.total.numel(), 1])
+        self.total, self.squares = (part.view_as(self.total) for part in sums)
+        self.samples = int(samples)
+
+    def result(self, aggregate: str) -> Tensor:
+        """The aggregate over samples, [U...], on the CPU."""
+        total, squares = self.total.cpu(), self.squares.cpu()
+        if aggregate == "mean":
+            return total / self.samples
+        if aggregate == "l2":
+            return squares.sqrt()
+        return (squares / self.samples - (total / self.samples).square()).clamp(min=0)
+
+
+UnitMoments = Mapping[tuple[str, int], Moments]  # by axis kind and layer; each row of hidden has its own
+
+
+class WidthMetric:
+    """A way to score the units of every width.
+
+    One that needs data names the activations that it `observed`, each with the kind of axis that it scores; with
+    `needs_gradients` it is shown the gradient of the loss with respect to each of them as well.
+    """
+
+    needs_gradients: ClassVar[bool] = False
+
+    @property
+    def observed(self) -> Mapping[str, str]:
+        """Names of activations (`HybridLM`) -> axis kinds; empty where no data is needed."""
+        return {}
+
+    def per_sample(self, kind: str, activation: Tensor, gradient: Tensor | None, counted: Tensor) -> Tensor:
+        """Values [S, U...] (float64) of an activation [S, T, U...] of an axis kind; counted [S, T] says at which
+        positions a label counts, at one of each sample at least."""
+        raise NotImplementedError(f"{type(self).__name__} needs no data")
+
+    def scores(self, config: HybridConfig, get_tensor: GetTensor, moments: UnitMoments) -> WidthScores:
+        """The scores of a model whose tensors `get_tensor` reads; the moments are those of `per_sample`'s values."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class ActivationScores(WidthMetric):
+    """The size of a unit's activations, aggregated over the positions whose label counts, then over samples.
+
+    Aggregates are "mean" (of absolute values), "l2" and "var". Activations: RMSNorm outputs (hidden), X W_up or what
+    down_proj reads (`ffn_source` "pre" or "act"; in a gated MLP only "act" sees the gate), the L2 norm over head_dim of
+    the attention output (attn_heads), and the x part of in_proj's output, z, or out_proj's input (`mamba_source`).
+    With `times_output` the scores of neurons, attention and Mamba heads are multiplied by the L2 norm of the weights
+    that read the unit, so that a unit nobody reads scores zero. Raises InputError for an unknown option.
+    """
+
+    aggregate_batch: str = "l2"
+    aggregate_sequence: str = "mean"
+    mamba_source: str = "x"
+    ffn_source: str = "pre"
+    times_output: bool = False
+
+    def __post_init__(self) -> None:
+        for value in (self.aggregate_batch, self.aggregate_sequence):
+            if value not in AGGREGATES:
+                raise InputError(f"importance: {value!r} is unknown; known: {', '.join(AGGREGATES)}")
+        _ = self.observed  # with its sources
+
+    @property
+    def observed(self) -> Mapping[str, str]:
+        names = {"hidden": "hidden"}
+        for axis, source in score_sources().items():
+            value = getattr(self, source.option or "", next(iter(source.observed)))
+            if value not in source.observed:
+                raise InputError(f"importance: {value!r} is unknown; known: {', '.join(source.observed)}")
+            names[source.observed[value]] = axis
+        return names
+
+    def per_sample(self, kind: str, activation: Tensor, gradient: Tensor | None, counted: Tensor) -> Tensor:
+        if kind != HIDDEN.kind and score_sources()[kind].reduce:
+            activation = torch.linalg.vector_norm(activation, dim=-1, dtype=torch.float64)
+        mask = counted.reshape(counted.shape + (1,) * (activation.dim() - 2))
+        values = torch.where(mask, activation, 0)
+        tokens = mask.sum(1)
+        if self.aggregate_sequence == "mean":
+            return values.abs().sum(1, dtype=torch.float64) / tokens
+        squares = values.double().square().sum(1)
+        if self.aggregate_sequence == "l2":
+            return squares.sqrt()
+        return (squares / tokens - (values.sum(1, dtype=torch.float64) / tokens).square()).clamp(min=0)
+
+    def scores(self, config: HybridConfig, get_tensor: GetTensor, moments: UnitMoments) -> WidthScores:
+        scores = aggregated(config, moments, self.aggregate_batch)
+        if self.times_output:
+            readers = unit_weights(config, get_tensor, only_dimension=1)
+            for axis in scores.keys() - {HIDDEN}:
+                scores[axis] = scores[axis] * readers[axis]
+        return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class TaylorScores(WidthMetric):
+    """What the loss of a sample would change by if the unit were gone, to first order.
+
+    A gate z = 1 on the unit's activation a turns it off at z = 0, and to first order the loss changes by
+    |dL/dz| = |sum_t a_t dL/da_t| (Molchanov et al., equation 8, with the sum over a unit's entries and positions inside
+    the absolute value as there). L is the mean cross-entropy of the sample's labels, and the score the mean of |dL/dz|
+    over samples: summed over all data with their signs the terms of a trained unit cancel, because dL/dz is a
+    derivative along its own weights. Activations are what enters the matrices that read a unit last: the outputs of
+    the norms (hidden), and what the matrix that writes into the stream reads.
+    """
+
+    needs_gradients: ClassVar[bool] = True
+
+    @property
+    def observed(self) -> Mapping[str, str]:
+        return {"hidden": "hidden"} | {source.read_last: axis for axis, source in score_sources().items()}
+
+    def per_sample(self, kind: str, activation: Tensor, gradient: Tensor | None, counted: Tensor) -> Tensor:
+        assert gradient is not None
+        # All positions, whether their own label counts or not: later ones may read them through the mixers.
+        terms = (activation.double() * gradient.double()).sum(1)
+        return (terms.sum(-1) if kind != HIDDEN.kind and score_sources()[kind].reduce else terms).abs()
+
+    def scores(self, config: HybridConfig, get_tensor: GetTensor, moments: UnitMoments) -> WidthScores:
+        return aggregated(config, moments, "mean")
+
+
+@dataclasses.dataclass(frozen=True)
+class MagnitudeScores(WidthMetric):
+    """A baseline that needs no data: the L2 norm of the weight matrices' entries that belong to the unit."""
+
+    @torch.no_grad()
+    def scores(self, config: HybridConfig, get_tensor: GetTensor, moments: UnitMoments | None = None) -> WidthScores:
+        scores = unit_weights(config, get_tensor)
+        check_width_scores(config, scores, "importance")
+        return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomScores(WidthMetric):
+    """The baseline that everything has to beat: uniform random scores."""
+
+    seed: int
+
+    def scores(
+        self, config: HybridConfig, get_tensor: GetTensor | None = None, moments: UnitMoments | None = None
+    ) -> WidthScores:
+        generator = torch.Generator().manual_seed(self.seed)
+        return {
+            axis: torch.rand(shape, generator=generator, dtype=torch.float64)
+            for axis, shape in width_score_shapes(config).items()
+        }
+
+
+def empty_moments(config: HybridConfig, device: torch.device) -> dict[tuple[str, int], Moments]:
+    moments: dict[tuple[str, int], Moments] = {}
+    for axis, shape in width_score_shapes(config).items():
+        if axis == HIDDEN:
+            moments |= {("hidden", row): Moments(shape[1:], device) for row in range(shape[0])}
+        else:
+            assert axis.layer is not None
+            moments[(axis.kind, axis.layer)] = Moments(shape, device)
+    return moments
+
+
+def aggregated(config: HybridConfig, moments: UnitMoments, aggregate: str) -> WidthScores:
+    results = {key: moment.result(aggregate) for key, moment in moments.items()}
+    norms = [results[("hidden", row)] for row in range(config.num_layers + 1)]
+    scores = {HIDDEN: torch.stack(norms)}
+    return scores | {Axis(kind, layer): value for (kind, layer), value in results.items() if kind != "hidden"}
+
+
+def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_dimension: int | None = None) -> WidthScores:
+    """The L2 norm of each unit's entries in the tensors of two or more dimensions, shaped as scores.
+
+    With `only_dimension`, in those tensors alone where the axis is that dimension (1: the columns that read it).
+    What belongs to a Mamba head as a whole is spread evenly over its channels.
+    """
+    shapes = width_score_shapes(config)
+    squares = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in shapes.items()}
+    for tensor in tensor_table(config).values():
+        if len(tensor.dimensions) < 2:
+            continue
+        sums = square_sums(get_tensor(tensor.name))
+        for number, dimension in enumerate(tensor.dimensions):
+            if only_dimension not in (None, number):
+                continue
+            segments = sums[number].split([segment_size(segment) for segment in dimension])
+            for segment, values in zip(dimension, segments, strict=True):
+                axis = next((axis for axis, _ in segment if axis is not None), None)
+                if axis is None:
+                    continue
+                target = squares[axis]
+                if axis == HIDDEN:
+                    target = target[config.num_layers if tensor.layer is None else tensor.layer]
+                factors = values.reshape([size for _, size in segment])
+                if factors.dim() > target.dim():  # heads x (fixed) head_dim of attention
+                    factors = factors.sum(-1)
+                elif factors.dim() < target.dim():  # Mamba heads without their channels: dt
+                    factors = factors[:, None] / target.shape[1]
+                target += factors
+    return {axis: value.sqrt() for axis, value in squares.items()}
+
+
+def square_sums(tensor: Tensor) -> list[Tensor]:
+    """For each dimension the sums of squares over all others, float64 on the CPU; a piece of rows at a time."""
+    sums = [torch.zeros(size, dtype=torch.float64) for size in tensor.shape]
+    for start, stop in row_blocks(tuple(tensor.shape), torch.float32):
+        squares = tensor[start:stop].float().square()
+        for number, total in enumerate(sums):
+            others = [other for other in range(tensor.dim()) if other != number]
+            found = squares.sum(others, dtype=torch.float64).cpu()
+            if number == 0:
+                total[start:stop] = found
+            else:
+                total += found
+    return sums

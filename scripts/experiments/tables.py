@@ -1,0 +1,133 @@
+"""An experiment's table on the terminal and in table.md, its plot, and result.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from ...distill.report.experiment_plot import draw_order, draw_rows, draw_sizes
+from ...models.fingerprint import RESULT
+from ..run.show import read_json, result, say, table
+from .cells import DISTILLED, TEACHER
+from .figures import Row, agreement, order_of, published_pairs, spread, stable_from
+from .plans import Experiment, Plan
+
+Cells = Mapping[str, list[dict[str, Any]]]  # of each variant those of its seeds
+
+
+def write_tables(plan: Plan, locks: Path, seeds: Sequence[int], also: str, cells: Cells) -> None:
+    """All of an experiment whose cells are there. Commands that share cells end together, and take turns by a lock."""
+    experiment = plan.experiment
+    rows = {
+        name: Row(
+            tuple(cell["models"][experiment.student][experiment.figure]["value"] for cell in row),
+            experiment.variants[name].published,
+        )
+        for name, row in cells.items()
+    }
+    pairs = published_pairs(rows, experiment.published_more, experiment.orders)
+    order = order_of(rows, cells) if experiment.picture == "order" else {}
+    sentence = stable_from(order) if order else agreement(rows, experiment.figure == "agreement", pairs)
+    title = f"{experiment.measure.replace('.', ', ').replace('_', ' ')}; {len(seeds)} seeds"
+    columns, body = table_of(experiment, cells, rows)
+    with FileLock(locks / ".tables.lock"):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        say(experiment.question)
+        table(title, columns, body)
+        say(f"{sentence} ({experiment.source})")
+        lines = [f"**{experiment.question}** {title[0].upper()}{title[1:]}.", "", *markdown(columns, body), ""]
+        where = circumstances(experiment, cells, seeds, also)
+        lines += [f"Published: {experiment.source}. {sentence} {where}.", *order_lines(order), ""]
+        (plan.folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
+        draw_picture(plan, cells, rows, title, order)
+        machines = sorted({tuple(cell["made_on"].items()) for row in cells.values() for cell in row})
+        values = {
+            name: {"values": row.values, "mean": row.mean, "published": row.published} for name, row in rows.items()
+        }
+        content = {"question": experiment.question, "measure": experiment.measure, "seeds": seeds, "rows": values,
+                   "agreement": sentence, "order": order, "made_on": [dict(each) for each in machines]}  # fmt: skip
+        result(plan.folder, content)
+
+
+def table_of(experiment: Experiment, cells: Cells, rows: Mapping[str, Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and lines: parameters only where variants differ in them, published figures only where there are any."""
+    first = next(iter(rows))
+    sizes = {
+        name: from_to([cell["models"][experiment.student]["parameters"] for cell in row]) for name, row in cells.items()
+    }
+    different, known = len(set(sizes.values())) > 1, any(row.published is not None for row in rows.values())
+    columns = ["variant", "mean [least, largest]", f"minus {first}"]
+    columns += ["parameters"] * different + ["published"] * known
+    lines = []
+    for name, row in rows.items():
+        line = [name, row.spread, "" if name == first else spread(row.less(rows[first]), "+")]
+        line += [sizes[name]] * different
+        line += ["" if row.published is None else f"{row.published:g}"] * known
+        lines.append(line)
+    return columns, lines
+
+
+def circumstances(experiment: Experiment, cells: Cells, seeds: Sequence[int], also: str) -> str:
+    """Seeds, tokens, the teacher's figure, and the machines with their commits."""
+    every = [cell for row in cells.values() for cell in row]
+    words = [f"Seeds {', '.join(map(str, seeds))}"]
+    if experiment.student == DISTILLED:
+        words.append(f"{from_to([cell['tokens'] for cell in every])} tokens")
+    if experiment.figure in ("cross_entropy", "bits_per_byte"):
+        words.append(f"the teacher's is {every[0]['models'][TEACHER][experiment.figure]['value']:.4f}")
+    if also:
+        words.append(f"with `{also}`")
+    commits: dict[str, set[str]] = {}
+    for cell in every:
+        machine = ", ".join(f"{key} {value}" for key, value in cell["made_on"].items() if key != "commit")
+        commits.setdefault(machine, set()).add(cell["made_on"]["commit"])
+    made_on = [f"{machine}, commit {', '.join(sorted(these))}" for machine, these in commits.items()]
+    return f"{', '.join(words)}; {'; '.join(made_on)}"
+
+
+def from_to(counts: Sequence[int]) -> str:
+    return " to ".join(f"{count:,}" for count in dict.fromkeys((min(counts), max(counts))))
+
+
+def markdown(columns: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(line)} |" for line in (columns, *body)]
+    return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
+
+
+def order_lines(order: Mapping[str, Sequence[float]]) -> list[str]:
+    if not order:
+        return []
+    body = [(name, spread(values)) for name, values in order.items()]
+    table("How well it predicts the order at the end (Spearman)", ("by", "correlation"), body)
+    heading = "How well the order at the end is predicted, Spearman's correlation:"
+    return ["", heading, "", *markdown(("by", "correlation"), body)]
+
+
+def draw_picture(
+    plan: Plan, cells: Cells, rows: Mapping[str, Row], title: str, order: Mapping[str, Sequence[float]]
+) -> None:
+    experiment = plan.experiment
+    if experiment.picture == "sizes":
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for name, row in cells.items():
+            groups.setdefault(experiment.variants[name].start, []).extend(row)
+        draw_sizes(plan.folder, experiment.question, groups, next(iter(cells.values()))[0]["models"][TEACHER])
+    elif experiment.picture == "order":
+        draw_order(plan.folder, experiment.question, order)
+    else:
+        draw_rows(plan.folder, experiment.question, title, {name: row.values for name, row in rows.items()})
+
+
+def gather_tables(output: Path, members: Sequence[str]) -> None:
+    """experiments.md: the tables and pictures of all members that are finished, one below the other."""
+    parts = ["# Experiments", ""]
+    for name in members:
+        if (output / name / "table.md").is_file():
+            question = read_json(output / name / RESULT)["question"]
+            text = (output / name / "table.md").read_text(encoding="utf-8")
+            parts += [f"## {name}", "", text, f"![{question}]({name}/plots/experiment.svg)", ""]
+    (output / "experiments.md").write_text("\n".join(parts), encoding="utf-8")
+    say(f"tables: {output / 'experiments.md'}")

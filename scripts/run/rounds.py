@@ -1,0 +1,151 @@
+"""The rounds of `limbeck compress`: each a way from a model to a smaller, distilled one; and what they will come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...distill.stages import DistillOptions
+from ...models.checkpoint import open_checkpoint
+from ...models.config import HybridConfig
+from ...models.cost.hardware import Hardware
+from ...models.cost.parameters import count_parameters
+from ...models.errors import InputError, guess
+from ...models.fingerprint import plain
+from ...models.tokenizer import check_vocabulary, load_tokenizer
+from ...prune.rounds import Cut, in_kinds, leftovers, named_round, plan_cuts
+from ...prune.target import Target
+from .. import memory_fit, prune, score
+from .compose import build
+from .resolve import corpus
+from .show import gib, say, table
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One way from a model to a smaller, distilled one. `name` is its folder in the output, "" the output itself."""
+
+    name: str
+    seed: int
+    importance: score.Importance
+    target: Target
+    repair: prune.Mending
+    distill: DistillOptions
+
+    @property
+    def cut(self) -> Cut:
+        how = self.importance
+        return Cut(self.name, self.seed, self.target, how.remove_layers, how.pairs, how.min_layers)
+
+    def scored(self, config: HybridConfig) -> score.Importance:
+        """How a model of this config is scored: as many layers as the target removes are put in order."""
+        return self.importance.settled(config, self.cut.removed(config))
+
+
+def rounds_of(base: Round, changes: Sequence[Mapping[str, Any]]) -> tuple[Round, ...]:
+    """The rounds, each `base` but for what it says itself; `base` alone where there are none.
+
+    A round has a name, a target, and may have a seed, importance, repair and distill, with what is otherwise there.
+    Raises InputError, and where `base` has a target that no round would read.
+    """
+    if not changes:
+        return (base,)
+    if base.target != Target():
+        raise InputError("target is given beside rounds, each of which has its own; leave it out, or give rounds=[]")
+    return tuple(round_of(base, number, change) for number, change in enumerate(changes, 1))
+
+
+def round_of(base: Round, number: int, changes: Mapping[str, Any]) -> Round:
+    where = f"rounds[{number - 1}]"
+    known = [field.name for field in dataclasses.fields(Round)]
+    for key in changes:
+        if key not in known:
+            raise InputError(f"{where}.{key} is no option here{guess(key, known)}; known: {', '.join(known)}")
+    name = changes.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+        raise InputError(f"{where}.name is {name!r}; expected a text of letters, numbers, - and _, such as depth")
+    name = f"{number}-{name}"
+    target = changes.get("target") or {}
+    if isinstance(target, Mapping) and all(value is None for value in target.values()):
+        raise InputError(f"round {name} has no target; expected a size, such as target: {{layers: 10}}")
+    with named_round(name):
+        return build(Round, merged(plain(base), {**changes, "name": name}))
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the changes, options below options one by one."""
+    content = dict(base)
+    for key, value in changes.items():
+        below = content.get(key)
+        content[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return content
+
+
+def check_feasible(data: str, source: Path, rounds: Sequence[Round]) -> None:
+    """Finds what is wrong with model, targets and data before the first folder is written. Raises InputError."""
+    config = open_checkpoint(source).config
+    for _ in plan_cuts(config, [one.cut for one in rounds]):
+        pass
+    check_vocabulary(load_tokenizer(source), config)
+    text, *_ = (corpus(data, split, source) for split in ("train", "validation", "test"))
+    for one in rounds:
+        with named_round(one.name):
+            for how in one.distill.plan():
+                text.batches_per_epoch(how.batch, how.seq_len)
+
+
+def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:
+    """The students of all rounds by name; those of the last are "pruned" and "distilled", of which recovery is told."""
+    return {
+        f"{one.name} {name}" if one is not rounds[-1] else name: out / one.name / name
+        for one in rounds
+        for name in ("pruned", "distilled")
+    }
+
+
+def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, fit: memory_fit.Fit) -> None:
+    """Prints what the rounds come to: sizes, bytes, tokens, and whether that fits the card. Writes nothing."""
+    names, columns, patterns = ["model"], [column([config], hardware, fit, "-")], {in_kinds(config)}
+    steps = plan_cuts(config, [one.cut for one in rounds])
+    for one, step in zip(rounds, steps, strict=True):
+        patterns = leftovers(step, patterns)
+        outcomes = [step.left(pattern) for pattern in sorted(patterns)]
+        names.append(one.name or "student")
+        columns.append(column(outcomes, hardware, fit, f"{one.distill.tokens:,}"))
+    budget = gib(hardware.budget(fit.framework_share, fit.reserve_gib, fit.overhead_gib))
+    title = f"Dry run: {fit.of(config).length:,} tokens x {fit.batch} within {budget} of {hardware.name}"
+    table(title, ["", *names], [(row, *(values[row] for values in columns)) for row in columns[0]])
+    if len(patterns) > 1:
+        say("Which layers go is known once they are scored; from and to are the least and the most that can be left.")
+    for one in rounds:
+        for number, stage in enumerate(one.distill.plan(), 1):
+            size = f"{stage.train.steps:,} steps x {stage.batch:,} rows x {stage.seq_len:,}"
+            say(f"{f'{one.name} ' if one.name else ''}distill, stage {number}: {size} = {stage.tokens:,} tokens")
+    say(f"tokens to distil in all: {sum(one.distill.tokens for one in rounds):,}")
+    say("dry run: of the model only its config was read, and nothing was written")
+
+
+def column(outcomes: Sequence[HybridConfig], hardware: Hardware, fit: memory_fit.Fit, tokens: str) -> dict[str, str]:
+    """What the table says of a model, by row, over the mixes of layers that it may have."""
+    like, measured = outcomes[0], [memory_fit.measure(outcome, hardware, fit) for outcome in outcomes]
+    fits = [answer.fits for _, answer in measured]
+    return {
+        "layers": f"{like.num_layers}",
+        "hidden": f"{like.hidden_size:,}",
+        "FFN": f"{like.intermediate_size:,}" if like.intermediate_size else "-",
+        "attention heads": f"{like.num_attention_heads}" if like.num_attention_heads else "-",
+        "Mamba heads": f"{like.mamba_num_heads} x {like.mamba_head_dim}" if like.mamba_num_heads else "-",
+        "parameters": between([count_parameters(outcome) for outcome in outcomes], lambda count: f"{count:,.0f}"),
+        "weights": between([report.weights for report, _ in measured], gib),
+        "weights and caches": between([report.total for report, _ in measured], gib),
+        "fits": "yes" if all(fits) else "if the right layers go" if any(fits) else "no",
+        "tokens to distil": tokens,
+    }
+
+
+def between(values: Sequence[float], form: Callable[[float], str]) -> str:
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low}\nto {high}"
