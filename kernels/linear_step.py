@@ -16,7 +16,8 @@ from .mamba_step import takes_prepared
 
 
 class PreparedRow:
-    """x [..., K], one row, -> x W^T [..., N] of a weight [N, K] that is stored as `laid_out` does; it holds until the next call.
+    """x [..., K], one row, -> x W^T [..., N] of a weight [N, K] that is stored as `laid_out` does; it holds until the
+    next call.
 
     The weight is read by all threads at once, in parts of its rows in memory. Where those are N's, a part gives some of
     the sums; where they are K's, it gives a share of all of them, and the shares are added up.

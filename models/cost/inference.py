@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..config import HybridConfig
+from ..layer import StateBytes
 from .hardware import GIB, Hardware, Place, libraries
 from .parameters import count_parameters, num_tensors
 from .transient import check_load, transient
@@ -136,9 +137,12 @@ def at(config: HybridConfig, report: MemoryReport, context: int, batch: int) -> 
     return dataclasses.replace(report, context=context, batch=batch, **changes)
 
 
-def kv_bytes(config: HybridConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token in one attention layer."""
-    return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+def layer_states(
+    config: HybridConfig, kv_dtype: torch.dtype, ssm_dtype: torch.dtype, conv_dtype: torch.dtype
+) -> list[StateBytes]:
+    """Bytes that each layer keeps of a sequence."""
+    sizes = [dtype.itemsize for dtype in (kv_dtype, ssm_dtype, conv_dtype)]
+    return [kind.state_bytes(config, *sizes) for kind in config.kinds]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +196,10 @@ class Change:
 
 def changes(config: HybridConfig, report: MemoryReport, budget: float, **asked: Any) -> list[Change]:
     """What would bring a report nearer to a budget, each on its own; `asked` as in `memory`."""
-    attention, mamba = (letter in config.pattern for letter in "*M")
     ways: dict[str, dict[str, Any]] = {}
-    if attention and report.load and report.load.kv_bytes > 1:
+    if report.kv and report.load and report.load.kv_bytes > 1:
         ways["8-bit keys and values (vLLM: --kv-cache-dtype fp8)"] = {"kv_dtype": torch.float8_e4m3fn}
-    if mamba and report.load and report.load.ssm_bytes > 2:
+    if report.ssm and report.load and report.load.ssm_bytes > 2:
         ways["SSM states in bfloat16"] = {"ssm_dtype": torch.bfloat16}
     if report.load and report.load.chunk > 128:
         ways["prefill in chunks of 128 tokens"] = {"chunk": 128}
