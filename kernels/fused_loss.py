@@ -24,8 +24,8 @@ Piece = Callable[[Tensor, slice, slice, Tensor, Tensor, bool], Tensor]
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """One pass over the chunks gives values and gradients: the loss is a number, so that its gradients are known up to
-    the factor that arrives later. `open_chunk(rows)` gives what works through the chunk's pieces; the last of the
+    """Values and gradients together, chunk by chunk: the loss is a number, so that its gradients are known up to the
+    factor that arrives later. `open_chunk(rows)` gives what works through the chunk's pieces; the last of the
     `figures` is the loss per token. Answers (loss, the other figures [T]..., agreement [T])."""
 
     @staticmethod

@@ -50,9 +50,9 @@ def gather(value: Any) -> list[Any]:
     """Every process's value, in the order of the ranks."""
     if count() == 1:
         return [value]
-    found: list[Any] = [None] * count()
-    distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def from_first(value: Any) -> Any:
@@ -76,7 +76,7 @@ def together() -> Iterator[None]:
     except Exception as caught:
         error = caught
     told = gather(None if error is None else (isinstance(error, InputError), str(error)))
-    failed = [(number, *found) for number, found in enumerate(told) if found is not None]
+    failed = [(number, *failure) for number, failure in enumerate(told) if failure is not None]
     if not failed:
         return
     if error is not None and (rank() == 0 or not isinstance(error, InputError)):

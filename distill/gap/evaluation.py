@@ -16,7 +16,7 @@ from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError, check_counts, gib
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
-from ...models.placement import let_go
+from ...models.placement import release_memory
 from ...models.tokenizer import Tokenizer
 from ..text.packing import Corpus
 from .continuation import continuations, draw_prompts
@@ -58,7 +58,7 @@ def load_models(
 ) -> tuple[dict[str, HybridLM], torch.device | None]:
     """The models on the device; where a GPU does not hold all of them, in main memory, and the device that each is to
     come to when its turn comes. Raises InputError where one alone is too large."""
-    let_go()
+    release_memory()
     away = held_elsewhere(folders, dtype, device, say) if device.type == "cuda" else None
     home = device if away is None else torch.device("cpu")
     return {name: load_model(path, dtype, home) for name, path in folders.items()}, away

@@ -8,28 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
+from .gap_rows import TEACHER, estimates, pair_rows, probe_rows, students, task_rows, titles
 from .page import Cell, Example, Section, Table, cell, drawn, size
 
-FIGURES = {
-    "bits_per_byte": "bits per byte",
-    "cross_entropy": "cross-entropy",
-    "perplexity": "perplexity",
-    "kl": "KL to teacher",
-    "agreement": "top-1 agreement",
-}
-NEARNESS = {
-    "reverse_kl": "KL from teacher",
-    "top5_agreement": "top-5 agreement",
-    "mean_rank": "mean rank",
-    "mass_kept": "mass kept",
-}
+FIGURES = ("bits_per_byte", "cross_entropy", "perplexity", "kl", "agreement")
+NEARNESS = ("reverse_kl", "top5_agreement", "mean_rank", "mass_kept", "ece", "length")
 GROUPS = {"by_class": "kind of token", "by_domain": "domain"}
 SHADES = (0.1, 0.3, 1.0, 2.0, 4.0)  # nats from which on a token is coloured more strongly
-TEACHER = "teacher"
-
-
-def students(gap: Mapping[str, Any]) -> list[str]:
-    return [name for name in gap["models"] if name != TEACHER]
 
 
 def best_student(gap: Mapping[str, Any]) -> str | None:
@@ -90,14 +75,16 @@ def figures_section(folder: Path, gap: Mapping[str, Any]) -> Section:
     if len(models) > 1:
         pictures.append(drawn(folder, plots.kl_by_position(models), "gap-position", "Lines: KL along the row"))
     rows = [
-        (name, [Cell(f"{gap['parameters'][name]:,}"), *(cell(found[key]) for key in FIGURES)])
-        for name, found in models.items()
+        (name, [Cell(f"{gap['parameters'][name]:,}"), *(cell(figures[key]) for key in FIGURES)])
+        for name, figures in models.items()
     ]
-    tables = [Table("", ["model", "parameters", *FIGURES.values()], rows)]
+    tables = [Table("", ["model", "parameters", *titles(FIGURES)], rows)]
     if students(gap):
         tables.append(nearness_table(gap))
     if len(models) > 2:
-        tables.append(difference_table(gap))
+        keys = [key for key in FIGURES if key != "perplexity"]
+        pairs = pair_rows(gap, keys, cell, " \N{MINUS SIGN} ", teacher=True)
+        tables.append(Table("Differences, paired by document", ["models", *titles(keys)], pairs))
     return Section(
         "Teacher and students on held-out text",
         "Cross-entropy and KL in nats a token. Whiskers and the second lines are 95% intervals over documents.",
@@ -108,30 +95,15 @@ def figures_section(folder: Path, gap: Mapping[str, Any]) -> Section:
 
 def nearness_table(gap: Mapping[str, Any]) -> Table:
     """How near a model is to the teacher by other measures; how far its confidence is from being right."""
-    written = gap.get("continuation") or {}
-    columns = ["model", *NEARNESS.values(), "ECE"]
+    keys = NEARNESS if gap.get("continuation") else NEARNESS[:-1]
     rows = []
-    for name, found in gap["models"].items():
-        cells = [cell(found[key]) for key in NEARNESS]
-        rank = found["mean_rank"]
-        cells[2] = Cell(
-            f"{rank['value']:.2f}", f"{rank['low']:.2f} to {rank['high']:.2f}; median {found['median_rank']}"
-        )
-        rows.append((name, [*cells, cell(found["calibration"]["ece"])]))
-    if written:
-        columns.append("same greedy text")
-        for name, cells in rows:
-            cells.append(cell(written[name]["length"], digits=1, more=" tokens") if name in written else Cell(""))
-    return Table("Nearness to the teacher, and calibration", columns, rows)
-
-
-def difference_table(gap: Mapping[str, Any]) -> Table:
-    pairs = []
-    for pair in gap["differences"]:
-        cells = [cell(pair[key], "+", more=f"; p {pair['p'][key]:.3f}") for key in FIGURES if key in pair]
-        pairs.append((f"{pair['second']} \N{MINUS SIGN} {pair['first']}", cells))
-    columns = ["models", *(text for key, text in FIGURES.items() if key != "perplexity")]
-    return Table("Differences, paired by document", columns, pairs)
+    for name, figures in estimates(gap).items():
+        cells = {key: cell(figures[key]) if figures[key] else Cell("") for key in keys}
+        cells["mean_rank"] = cell(figures["mean_rank"], digits=2, more=f"; median {figures['median_rank']}")
+        if figures["length"]:
+            cells["length"] = cell(figures["length"], digits=1, more=" tokens")
+        rows.append((name, list(cells.values())))
+    return Table("Nearness to the teacher, and calibration", ["model", *titles(keys)], rows)
 
 
 def where_section(folder: Path, gap: Mapping[str, Any]) -> Iterator[Section]:
@@ -176,23 +148,6 @@ def group_table(gap: Mapping[str, Any], key: str, title: str) -> Table:
     return Table(f"By {title}", [title, "tokens", "documents", "teacher's cross-entropy", *kinds], rows)
 
 
-def task_rows(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[tuple[str, ...]]:
-    """Of {model: {task: {metric: value}}} as lm-evaluation-harness names them: a row for each task and metric."""
-    first = next(iter(found.values()))
-    for task, metrics in first.items():
-        for key in metrics:
-            name, _, filtered = key.partition(",")
-            if name.endswith("_stderr"):
-                continue
-            cells = []
-            for answers in found.values():
-                error = answers[task].get(f"{name}_stderr,{filtered}")
-                cells.append(
-                    f"{answers[task][key]:.4f}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}")
-                )
-            yield f"{task}, {name}", *cells
-
-
 def task_section(gap: Mapping[str, Any]) -> Iterator[Section]:
     """Answers to task suites, where there are any."""
     found = gap.get("tasks") or {}
@@ -208,11 +163,9 @@ def task_section(gap: Mapping[str, Any]) -> Iterator[Section]:
 def probe_section(gap: Mapping[str, Any]) -> Iterator[Section]:
     """Retrieval from long text, where it was measured."""
     rows = [
-        (f"{kind}, {int(length):,} tokens", [cell(found[name][key], digits=digits) for name in gap["models"]
-                                             for key, digits in (("answered", 2), ("nats", 1))])
-        for kind, lengths in (gap.get("probes") or {}).items()
-        for length, found in lengths.items()
-    ]  # fmt: skip
+        (label, [cell(each[key], digits=digits) for each in answers for key, digits in (("answered", 2), ("nats", 1))])
+        for label, answers in probe_rows(gap)
+    ]
     if rows:
         columns = [f"{name}: {what}" for name in gap["models"] for what in ("answered", "nats")]
         yield Section(

@@ -1,7 +1,7 @@
 """Text to batches: documents, a split that does not leak, packed rows with the documents' boundaries kept.
 
 A document is `<s> tokens </s>`. An epoch permutes the documents, lays them end to end and cuts rows of T tokens;
-where a document is cut it goes on in the next row, with an empty state. Which batch comes when follows from the seed
+where a document is cut its rest begins the next row, with an empty state. Which batch comes when follows from the seed
 alone, so that any batch can be sought by its number. Shapes: [B] rows, [T] tokens.
 """
 
@@ -59,7 +59,7 @@ class Ids(Protocol):
 
 
 class Indexed(Sequence[Item]):
-    """A sequence whose items are made by `item(number)` when they are asked for."""
+    """A sequence whose items `item(number)` makes when they are read."""
 
     def item(self, number: int) -> Item:
         raise NotImplementedError
@@ -137,7 +137,7 @@ class Corpus:
 
 class Packing:
     """The documents of a corpus in an order, laid end to end and cut into rows of seq_len tokens and the one after. A
-    row is put together when it is asked for: nothing is held but where each document ends. What is left over at the
+    row is put together when it is read: nothing is held but where each document ends. What is left over at the
     end is dropped, or padded (document -1)."""
 
     def __init__(self, corpus: Corpus, order: np.ndarray, seq_len: int, pad: bool = False) -> None:
@@ -169,7 +169,7 @@ class Packing:
 
 
 class Sample(Indexed[Batch]):
-    """Picked rows as batches, each put together when it is asked for; rows of several packings follow one another."""
+    """Picked rows as batches, each put together when it is read; rows of several packings follow one another."""
 
     def __init__(self, parts: Sequence[tuple[Packing, np.ndarray]], batch_size: int) -> None:
         self.parts, self.batch_size = parts, batch_size

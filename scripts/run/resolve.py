@@ -11,53 +11,17 @@ import torch
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
 from ...distill.text.packing import Batch
-from ...models.checkpoint import load_config
-from ...models.config import HybridConfig
 from ...models.errors import InputError
 from ...models.errors import check_counts as check_counts
-from .compose import CONF, guess
+from ...models.named import SHIPPED, data_path, model_config, model_folder, names  # noqa: F401 (for the commands)
 from .show import progress, table
 
-ZOO = Path(__file__).parents[2] / "models" / "zoo"
+ZOO = SHIPPED["zoo"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def model_names() -> list[str]:
-    return sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
-
-
-def model_folder(name: str) -> Path:
-    """The folder of a model with weights. Raises InputError where there is none."""
-    if name == "zoo":
-        return ZOO
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name in model_names():
-        raise InputError(f"model {name!r} is a named config without weights; give a checkpoint folder, or zoo")
-    near = guess(name, ["zoo", *model_names()])
-    raise InputError(f"model {name!r} is neither a folder nor a name; known: zoo, {', '.join(model_names())}{near}")
-
-
-def model_config(name: str) -> HybridConfig:
-    """The config of a named model or of a checkpoint folder."""
-    if name in model_names():
-        from omegaconf import OmegaConf
-
-        content = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
-        assert isinstance(content, dict)
-        return HybridConfig.from_hf({str(key): value for key, value in content.items()})
-    return load_config(model_folder(name))
-
-
-def data_names() -> list[str]:
-    return sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
-
-
-def data_path(data: str) -> str:
-    """data= with a name in conf/data/ as its mixture's file."""
-    named = data in data_names() and not Path(data).exists()
-    return str(CONF / "data" / f"{data}.yaml") if named else data
+    return names("model")
 
 
 @contextlib.contextmanager
