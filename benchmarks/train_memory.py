@@ -128,7 +128,7 @@ def peaks_of(trained: Trained, oracle: HybridLM | None, training: Training) -> P
 
 
 def main() -> None:
-    from limbeck.scripts.run.resolve import model_config
+    from limbeck.models.named import model_config
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -215,3 +217,15 @@ def test_what_breaks_on_the_way_is_said() -> None:
     assert next(rows) == {"text": "a"}
     with pytest.raises(InputError, match=r"hf:a/b cannot be read at row 1: gone$"):
         next(rows)
+
+
+def test_text_and_jsonl_are_read_without_datasets(tmp_path: Path) -> None:
+    """Which takes a second to import."""
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    code = (
+        "import sys; from limbeck.distill.text.resolve import documents;"
+        f"assert len([*documents({str(tmp_path)!r}, 'all'), *documents(['x'], 'all')]) == 3;"
+        "next(documents('stdlib', 'all')); assert not {'datasets', 'pyarrow', 'pydantic', 'yaml'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -125,37 +125,13 @@ def run(command: str, overrides: Sequence[str]) -> int:
 
         sweep(command, [word for word in overrides if word != MULTIRUN])
         return 0
+    from ...models.processes import set_up
     from .compose import build, compose_config
 
     set_up()
     module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
     module.run(build(module.Options, compose_config(command, overrides)))
     return 0
-
-
-def set_up() -> None:
-    """How this process computes, whichever command it runs."""
-    import torch
-
-    # Decays underflow, and arithmetic on denormal numbers is many times slower on CPUs: they count as zero, in this
-    # thread and in those that torch starts from it.
-    torch.set_flush_denormal(True)
-    keep_memory()
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep freed memory for the next step: by default buffers of some megabytes go back to the system
-    and are fetched again page by page, in every operator. Elsewhere nothing happens."""
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-    mallopt(mmap_threshold, 32 * 2**20)
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 * 2**20)
 
 
 def finish(code: int, message: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from filelock import FileLock, Timeout
 
-from .main import set_up
+from ...models.processes import set_up
 
 PATIENCE = 60.0  # seconds that a process has to save what it does, once all is to stop
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from ...models.errors import InputError, Stopped
 from ...models.folder import write_json
+from ...models.processes import set_up
 from .compose import VERBATIM, build, explain, split
-from .main import finish, set_up
+from .main import finish
 from .show import result, say, table
 
 FIGURES = ("loss", "validation_loss", "validation_kl", "validation_agreement")
