@@ -23,9 +23,8 @@ from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models import processes
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.activations import Training
 from limbeck.models.cost.live_bytes import LiveBytes
-from limbeck.models.cost.training import TrainReport, train_memory
+from limbeck.models.cost.training import Training, TrainReport, train_memory
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.provenance import provenance
 from torch import Tensor

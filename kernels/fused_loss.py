@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear import linear
-from .rows import iterations
+from .tracing import STATE, iterations
 
 CACHED = 2**19  # elements of the logits that a CPU works through at a time, so that they stay in its cache
 VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
@@ -81,6 +81,8 @@ def product(a: Tensor, b: Tensor, full: bool) -> Tensor:
 
 def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     """total [V, H] += dlogits^T [V, t] hidden [t, H], in float32."""
+    if STATE.gpu:  # adds without a tensor beside, whatever the dtypes
+        return
     if hidden.dtype == total.dtype:
         total.addmm_(dlogits.T, hidden)
     elif adds_to_float32(hidden.device, hidden.dtype):

@@ -9,10 +9,9 @@ from typing import Any
 from ..distill.losses import DistillLoss
 from ..distill.options import DistillOptions, greatest
 from ..models.config import HybridConfig
-from ..models.cost.activations import Training
 from ..models.cost.hardware import GIB
 from ..models.cost.parameters import count_parameters
-from ..models.cost.training import LINES, Knob, TrainReport, knobs, train_memory
+from ..models.cost.training import LINES, Knob, Training, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
 from ..prune.rounds import in_kinds, leftovers, plan_cuts

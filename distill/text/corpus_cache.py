@@ -95,6 +95,7 @@ def write_tokens(folder: Path, facts: Mapping[str, Any], documents: Iterable[Doc
             stream.write(ids.astype("<i4").tobytes())
             lengths.append(len(ids))
             names.append(document.name.encode("utf-8", "surrogateescape"))
+        # A safetensors header of fixed length, now that the number of tokens is known: the file is read as any other.
         form = {"dtype": "I32", "shape": [sum(lengths)], "data_offsets": [0, 4 * sum(lengths)]}
         stream.seek(0)
         stream.write(HEADER.to_bytes(8, "little") + json.dumps({"ids": form}).encode().ljust(HEADER))

@@ -158,6 +158,7 @@ class Mixture:
         row = start * batch_size
         block, place = divmod(row, BLOCK)
         order = self.block(block, seed)
+        # Rows that each source gave before: its share of every whole block, and what the one that is begun has read.
         read = block * shares + np.bincount(order[:place], minlength=len(shares))
         while True:
             parts = []

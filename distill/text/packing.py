@@ -128,6 +128,7 @@ class Corpus:
         tokens, labels = torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
         owner = np.where(owner < 0, -1, owner + self.first_document).astype(np.int64)
         documents, following = torch.from_numpy(owner[:, :-1].copy()), torch.from_numpy(owner[:, 1:])
+        # A document's last token has no label: its successor in the row begins another one (padding is document -1).
         labels = labels.masked_fill((documents != following) | (documents < 0), IGNORED)
         n_bytes = torch.where(labels >= 0, self.token_bytes[labels.clamp_min(0)], 0)
         change = torch.zeros_like(documents)
@@ -160,6 +161,7 @@ class Packing:
             which = int(np.searchsorted(self.ends, place, "right"))
             while place < end:
                 document, stop = int(self.order[which]), int(self.ends[which])
+                # Counted back from the document's end, since it may have begun in an earlier row.
                 size = min(stop, end) - place
                 begin = int(self.corpus.starts[document + 1]) - (stop - place)
                 ids[row, column : column + size] = self.corpus.ids[begin : begin + size]
@@ -215,7 +217,7 @@ def epoch_rows(corpus: Corpus, seq_len: int, seed: int, epoch: int, repack: bool
     """An epoch's rows, and the order in which they come."""
     generator = torch.Generator().manual_seed(seed + epoch)
     order = torch.randperm(len(corpus), generator=generator)
-    if not repack:
+    if not repack:  # the first epoch's documents; the rows' order below stays this epoch's own
         order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
     rows = Packing(corpus, order.numpy(), seq_len)
     return rows, torch.randperm(len(rows), generator=generator).numpy()
