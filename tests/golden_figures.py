@@ -27,12 +27,11 @@ import torch
 # What moves with the code: names, and nothing else in this file.
 from limbeck.models.checkpoint import load_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.activations import Training
 from limbeck.models.cost.hardware import Place
 from limbeck.models.cost.inference import memory
 from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.cost.simulate import simulate
-from limbeck.models.cost.training import train_memory
+from limbeck.models.cost.training import Training, train_memory
 from limbeck.models.families.family import stored_tensors
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.scripts.run.main import main
