@@ -30,7 +30,6 @@ from .models.checkpoint import load_model, save_model
 from .models.config import HybridConfig
 from .models.cost.hardware import Hardware, Reserve
 from .models.cost.inference import MemoryReport, Verdict, memory, verdict
-from .models.cost.parameters import count_parameters
 from .models.errors import InputError
 from .models.generate.engine import Engine, Request
 from .models.generate.sampling import Sampling
@@ -281,8 +280,8 @@ def evaluate(
     resamples: int = 1000,
 ) -> Evaluation:
     """The gap on held-out text, with intervals over documents. One model alone is called "student"."""
-    from .distill.gap.examples import as_text
-    from .distill.gap.token_groups import TokenGroups, group_documents, token_classes
+    from .distill.gap.evaluation import gap_content
+    from .distill.gap.token_groups import group_tokens
 
     teacher = load(teacher)
     named = students if isinstance(students, Mapping) else {"student": students}
@@ -291,15 +290,11 @@ def evaluate(
     seq_len, batch = fitted(teacher, read, seq_len, batch)
     text, tokenizer = whole(read), teacher.tokenizer
     assert tokenizer is not None
-    groups = TokenGroups(*group_documents(text.names, text.starts), token_classes(tokenizer, teacher.config.vocab_size))
+    groups = group_tokens(text, tokenizer, teacher.config.vocab_size)
     batches = read.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
     report = measure_gap(teacher, models, batches, resamples=resamples, seed=seed, groups=groups, worst=worst)
-    content = report.to_json() | {
-        "parameters": {name: count_parameters(model.config) for name, model in {TEACHER: teacher, **models}.items()},
-        "data": {"data": data if isinstance(data, str) else "texts", "split": split, "tokens": report.tokens},
-        "worst": {name: [as_text(each, text.names, tokenizer) for each in some] for name, some in report.worst.items()},
-        "continuation": {}, "probes": {}, "tasks": {}, "memory": {},
-    }  # fmt: skip
+    named_data = data if isinstance(data, str) else "texts"
+    content = gap_content(report, {TEACHER: teacher, **models}, text, tokenizer, named_data, split)
     return Evaluation(report, content)
 
 

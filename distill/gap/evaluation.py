@@ -20,6 +20,8 @@ from ...models.placement import release_memory
 from ...models.tokenizer import Tokenizer
 from ..text.packing import Corpus
 from .continuation import continuations, draw_prompts
+from .examples import as_text
+from .measure import GapReport
 from .probes import Probe, make_probe, retrieve
 
 SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch
@@ -51,6 +53,21 @@ class Details:
             raise InputError(
                 f"details.prompt_tokens + new_tokens is {length:,}; the models take {longest:,}, give less"
             )
+
+
+def gap_content(
+    report: GapReport, models: Mapping[str, HybridLM], text: Corpus, tokenizer: Tokenizer, data: str, split: str
+) -> dict[str, Any]:
+    """What gap.json has of a report: parameters, and the worst windows as text; nothing else is measured yet."""
+    return report.to_json() | {
+        "parameters": {name: count_parameters(model.config) for name, model in models.items()},
+        "data": {"data": data, "split": split, "tokens": report.tokens},
+        "worst": {name: [as_text(each, text.names, tokenizer) for each in some] for name, some in report.worst.items()},
+        "continuation": {},
+        "probes": {},
+        "tasks": {},
+        "memory": {},
+    }
 
 
 def load_models(

@@ -41,8 +41,8 @@ def read_licence(folder: Path) -> Licence:
     if (folder / "README.md").is_file():
         keys = front_matter(folder / "README.md")
     if not keys and (folder / "config.json").is_file():
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
-        keys = {"license": found} if isinstance(found, str) else {}
+        stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
+        keys = {"license": stated} if isinstance(stated, str) else {}
     files = sorted(path for path in folder.iterdir() if path.is_file() and TERMS.fullmatch(path.name))
     return Licence(keys, tuple(files))
 
@@ -118,14 +118,14 @@ def further(gap: Mapping[str, Any]) -> Table:
 
 def others(gap: Mapping[str, Any]) -> list[tuple[str, Table]]:
     """What else was measured, each with a sentence of what it is; what was not is left out."""
-    found = {
+    tables = {
         "How two students differ, paired by document; p is how likely such a difference would be if there were none:":
             differences(gap),
         "Retrieval from long text: the share of probes that were answered, and the nats of an answer:": retrieval(gap),
         "Answers to lm-evaluation-harness, with its standard errors:": tasks(gap),
         "Memory, and tokens a second as the roofline allows them:": fits(gap),
     }  # fmt: skip
-    return [(words, table) for words, table in found.items() if table[1]]
+    return [(words, table) for words, table in tables.items() if table[1]]
 
 
 def differences(gap: Mapping[str, Any]) -> Table:
@@ -145,18 +145,18 @@ def retrieval(gap: Mapping[str, Any]) -> Table:
 
 def tasks(gap: Mapping[str, Any]) -> Table:
     """A line for each task and metric."""
-    found = gap.get("tasks") or {}
-    if not found:
+    answers = gap.get("tasks") or {}
+    if not answers:
         return [], []
-    return ["task, metric", *map(masked, found)], [[masked(label), *cells] for label, *cells in task_rows(found)]
+    return ["task, metric", *map(masked, answers)], [[masked(label), *cells] for label, *cells in task_rows(answers)]
 
 
 def fits(gap: Mapping[str, Any]) -> Table:
     """A line for each model: its bytes and whether they fit, for the requested card and context."""
     rows = []
-    for name, found in (gap.get("memory") or {}).items():
-        held, verdict, speed = found["memory"], found["verdict"], found.get("throughput")
-        place = f"{found['hardware']['name']}, {held['context']:,} tokens x {held['batch']}"
+    for name, fit in (gap.get("memory") or {}).items():
+        held, verdict, speed = fit["memory"], fit["verdict"], fit.get("throughput")
+        place = f"{fit['hardware']['name']}, {held['context']:,} tokens x {held['batch']}"
         sizes = [f"{bytes_ / 2**30:.3f} GiB" for bytes_ in (held["weights"], held["total"], verdict["budget"])]
         rate = f"{speed['tokens_per_second']:,.0f} at a batch of {speed['batch']:,}" if speed else ""
         rows.append([masked(name), place, *sizes, "yes" if verdict["fits"] else "no", rate])

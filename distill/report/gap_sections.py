@@ -32,14 +32,14 @@ def cards(gap: Mapping[str, Any], memory: Mapping[str, Any] | None) -> Iterator[
         yield {"value": f"{teacher:.3f}", "label": "bits per byte", "kind": ""}
         yield {"value": f"{parameters[TEACHER]:,}", "label": "parameters", "kind": ""}
     else:
-        found = models[best]
+        figures = models[best]
         share = f"of the teacher's parameters: {parameters[best]:,} of {parameters[TEACHER]:,}"
         yield {"value": f"{parameters[best] / parameters[TEACHER]:.0%}", "label": share, "kind": ""}
         label = f"bits per byte, {best}; teacher {teacher:.3f}"
-        yield {"value": f"{found['bits_per_byte']['value']:.3f}", "label": label, "kind": ""}
-        yield {"value": f"{found['kl']['value']:.3f}", "label": "nats a token, KL to the teacher", "kind": ""}
+        yield {"value": f"{figures['bits_per_byte']['value']:.3f}", "label": label, "kind": ""}
+        yield {"value": f"{figures['kl']['value']:.3f}", "label": "nats a token, KL to the teacher", "kind": ""}
         label = "of tokens: the teacher's first choice too"
-        yield {"value": f"{found['agreement']['value']:.1%}", "label": label, "kind": ""}
+        yield {"value": f"{figures['agreement']['value']:.1%}", "label": label, "kind": ""}
     if gap["recovery"] is not None:
         label = "of the loss that pruning cost, recovered"
         yield {"value": f"{gap['recovery']['value']:.0%}", "label": label, "kind": ""}
@@ -142,7 +142,7 @@ def group_table(gap: Mapping[str, Any], key: str, title: str) -> Table:
         wanted = [(TEACHER, "cross_entropy"), *((name, kind) for name in names for kind in ("kl", "agreement"))]
         cells = [cell(gap["models"][name][key][group][kind], digits=3) for name, kind in wanted]
         if first["documents"] == 1:
-            cells = [Cell(found.value) for found in cells]
+            cells = [Cell(each.value) for each in cells]
         rows.append((group, [Cell(f"{first['tokens']:,}"), Cell(f"{first['documents']:,}"), *cells]))
     kinds = [f"{name}: {kind}" for name in names for kind in ("KL", "top-1")]
     return Table(f"By {title}", [title, "tokens", "documents", "teacher's cross-entropy", *kinds], rows)
@@ -150,13 +150,13 @@ def group_table(gap: Mapping[str, Any], key: str, title: str) -> Table:
 
 def task_section(gap: Mapping[str, Any]) -> Iterator[Section]:
     """Answers to task suites, where there are any."""
-    found = gap.get("tasks") or {}
-    if found:
-        rows = [(label, [Cell(value) for value in cells]) for label, *cells in task_rows(found)]
+    answers = gap.get("tasks") or {}
+    if answers:
+        rows = [(label, [Cell(value) for value in cells]) for label, *cells in task_rows(answers)]
         yield Section(
             "Tasks",
             "Answers to lm-evaluation-harness, with its standard errors.",
-            tables=[Table("", ["task, metric", *found], rows)],
+            tables=[Table("", ["task, metric", *answers], rows)],
         )
 
 
@@ -197,8 +197,8 @@ def worst_section(gap: Mapping[str, Any]) -> Iterator[Section]:
         )
 
 
-def piece(found: Mapping[str, Any]) -> tuple[str, int, str]:
+def piece(token: Mapping[str, Any]) -> tuple[str, int, str]:
     """Text with its line breaks to be seen, its shade, and what a pointer on it reads."""
-    text = found["text"].replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n")
-    said = f"KL {found['kl']:.2f}; teacher {found['teacher']!r}, student {found['student']!r}"
-    return text, bisect.bisect_right(SHADES, found["kl"]), said
+    text = token["text"].replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n")
+    said = f"KL {token['kl']:.2f}; teacher {token['teacher']!r}, student {token['student']!r}"
+    return text, bisect.bisect_right(SHADES, token["kl"]), said
