@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
+
 from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, gap_content, load_models
 from ..distill.gap.measure import TEACHER, measure_gap
 from ..distill.gap.probes import check_probes
@@ -19,7 +21,7 @@ from ..models.checkpoint import check_forward, load_config
 from ..models.config import HybridConfig
 from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
-from ..models.errors import InputError, check_counts
+from ..models.errors import InputError
 from ..models.fingerprint import read_provenance
 from ..models.folder import write_json
 from ..models.placement import placed
@@ -39,9 +41,9 @@ class Options:
     data: str
     output: Path
     split: str
-    tokens: int
-    seq_len: int
-    batch: int
+    tokens: PositiveInt
+    seq_len: PositiveInt
+    batch: PositiveInt
     seed: int
     device: str
     dtype: str
@@ -53,7 +55,6 @@ class Options:
     tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_counts(self, "tokens", "seq_len", "batch")
         if TEACHER in self.student:
             raise InputError(f"student.{TEACHER} stands for the teacher itself; give the student another name")
 
