@@ -44,7 +44,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
         return flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
     if mask is None and past and tokens > 1:
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0:
-            # SDPA's own "causal" is aligned to the first token; that of the kernel behind it to the last.
+            # SDPA's own "causal" is aligned to the first token; that of the kernel that it calls to the last.
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         index = torch.arange(k.shape[2], device=q.device)
         mask = index <= index[past:, None]

@@ -64,7 +64,7 @@ def capability(device: torch.device) -> int:
 
 
 def placed(tensor: Tensor) -> Tensor:
-    """A tensor [B, T, ...] whose tiles, of up to 128 tokens and all of the dimensions behind them but heads, are
+    """A tensor [B, T, ...] whose tiles, of up to 128 tokens and all of the dimensions after them but heads, are
     reached by 32-bit offsets from their corner (whose own are 64 bits wide): a copy only where strides are enormous.
     """
     sizes = (1, min(128, tensor.shape[1]), *(1 for _ in tensor.shape[2:-1]), tensor.shape[-1])

@@ -48,7 +48,7 @@ def ssd_scan(
 
     Raises ValueError where shapes disagree.
     """
-    check_shapes(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
+    check_shapes(x, B, dt=dt, A=A, C=C, D=D, dt_bias=dt_bias, seq_idx=seq_idx, initial_state=initial_state)
     if chunk_size < 1:
         raise ValueError(f"ssd_scan: chunk_size is {chunk_size}, expected at least 1")
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
@@ -61,17 +61,7 @@ def ssd_scan(
     return (y, state) if return_final_state else y
 
 
-def check_shapes(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
+def check_shapes(x: Tensor, B: Tensor, **others: Tensor | None) -> None:
     if x.dim() != 4 or B.dim() != 4:
         raise ValueError(
             f"ssd_scan: expected x [B, T, H, P] and B [B, T, G, N], got {tuple(x.shape)} and {tuple(B.shape)}"
@@ -83,36 +73,20 @@ def check_shapes(
     if tokens < 1:
         raise ValueError(f"ssd_scan: x has no tokens, shape {tuple(x.shape)}")
     expected = {
-        "dt": (dt, (batch, tokens, heads)),
-        "A": (A, (heads,)),
-        "B": (B, (batch, tokens, groups, state)),
-        "C": (C, (batch, tokens, groups, state)),
-        "D": (D, (heads,)),
-        "dt_bias": (dt_bias, (heads,)),
-        "seq_idx": (seq_idx, (batch, tokens)),
-        "initial_state": (initial_state, (batch, heads, head_dim, state)),
-    }
-    for name, (tensor, shape) in expected.items():
+        "dt": (batch, tokens, heads), "A": (heads,), "C": (batch, tokens, groups, state), "D": (heads,),
+        "dt_bias": (heads,), "seq_idx": (batch, tokens), "initial_state": (batch, heads, head_dim, state),
+    }  # fmt: skip
+    for name, tensor, shape in (("B", B, expected["C"]), *((name, others[name], expected[name]) for name in expected)):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"ssd_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
 @torch.library.custom_op("limbeck::ssd_scan", mutates_args=())
 def scan_op(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    dt_softplus: bool,
-    limit_low: float,
-    limit_high: float,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, limit_low: float, limit_high: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, last state). CPU tensors go through the Triton kernels in Triton's interpreter, else through torch's."""
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
     if takes_triton(x):
@@ -123,22 +97,11 @@ def scan_op(
 
 @torch.library.custom_op("limbeck::ssd_scan_backward", mutates_args=())
 def scan_backward_op(
-    dy: Tensor,
-    dlast: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    dt_softplus: bool,
-    limit_low: float,
-    limit_high: float,
+    dy: Tensor, dlast: Tensor | None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, limit_low: float, limit_high: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, dt_bias and initial_state; empty for what is not there."""
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
     if takes_triton(x):

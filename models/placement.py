@@ -14,7 +14,7 @@ from .hybrid import HybridLM
 
 @contextlib.contextmanager
 def placed(model: HybridLM, device: torch.device | None) -> Iterator[HybridLM]:
-    """The model with its tensors on `device` (None: where they are) while the block lasts; behind it they are again
+    """The model with its tensors on `device` (None: where they are) while the block lasts; after it they are again
     where they were, without being copied back, so that what the block changes is lost."""
     if device is None:
         yield model

@@ -1,10 +1,9 @@
-"""Which layers may go: greedily, the one whose absence hurts least, then again on what is left; or all at one look.
+"""Which layers may go: greedily, the one whose absence costs least, then again on what is left; or all at one look.
 
 Sources: Minitron-SSM (arXiv 2504.11409) and Nemotron Nano 2 (2508.14444): the logits' mean squared error against the
 original model at every step; Minitron (2407.14679): perplexity, and ShortGPT's block influence (2403.03853).
-A walk along the layers moves every candidate's residual stream on beside the whole model's, so that a prefix is run
-once and a layer's weights are read once. From the second step on candidates race: terms are not negative, so whoever
-is behind after a few batches with more than the best has in the end needs no more of them.
+One pass along the layers moves every candidate's residual stream on beside the whole model's, so that a prefix is run
+once and a layer's weights are read once. From the second step on candidates race (`Race.step`).
 Shapes: [B, T] tokens, [N] counted tokens, [H] hidden, [V] vocabulary.
 """
 
@@ -16,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..kernels.norm import rms_norm
 from ..models import processes
@@ -25,11 +23,10 @@ from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.kinds import KINDS, kind_by_key
 from ..models.offload import STREAM_BYTES, Layer, Layers, layers_of
-from .depth_metrics import Reading, cross_entropies, divergences, head_gram, squared_errors
+from .depth_metrics import METRICS, Reading
 from .importance import IGNORED_LABEL, TokenBatch
 from .scores import LayerScores
 
-METRICS = ("mse", "kl", "perplexity", "block_influence")
 TABLES = ("first", "all")
 LEGS = 4  # of a race that reads its weights again for each: one less to run costs more than one more to read
 
@@ -74,7 +71,7 @@ def score_layers(
     least = check_removal(config, remove, size, min_layers or {})
     steps = remove // size
     race = Race(source, batches, metric, stream_bytes)
-    race.expect(config, steps if iterative else min(steps, 1), size, on_step)
+    race.announce(config, steps if iterative else min(steps, 1), size, on_step)
     stack = tuple(range(config.num_layers))
     order: list[int] = []
     values: list[float] = []
@@ -83,8 +80,7 @@ def score_layers(
     for step in range(steps):
         allowed = removable(config, stack, size, least)
         if iterative or step == 0:
-            whole = step == 0 or table == "all" or metric == "block_influence"
-            measured = race.run(stack, allowed, size, whole)
+            measured = race.step(stack, allowed, size, whole=step == 0 or table == "all")
             tables.append({candidate[0]: value for candidate, value in measured.items()})
         left = [candidate for candidate in allowed if candidate in measured]
         if not left:
@@ -121,34 +117,35 @@ def random_layers(
 
 
 class Race:
-    """Measures candidates for removal on calibration batches, batch after batch or in groups of them."""
+    """Measures candidates for removal by a metric, batch after batch or in groups of them."""
 
     def __init__(self, source: Layers, batches: Sequence[TokenBatch], metric: str, stream_bytes: int) -> None:
-        self.source, self.metric, self.stream_bytes = source, metric, stream_bytes
+        self.source, self.stream_bytes = source, stream_bytes
         self.ids = [batch.input_ids for batch in batches]
         self.seq_idx = [batch.seq_idx.to(source.device) for batch in batches]
         labels = [batch.labels.to(source.device) for batch in batches]
-        self.counted = [found != IGNORED_LABEL for found in labels]
-        self.labels = [found[mask] for found, mask in zip(labels, self.counted, strict=True)]
-        self.originals: dict[int, Tensor] = {}
-        # Of all processes: as many numbers of batches as the one with most of them has, one way to group them, and
-        # what is counted.
+        self.counted = [own != IGNORED_LABEL for own in labels]
+        self.labels = [own[mask] for own, mask in zip(labels, self.counted, strict=True)]
+        self.originals: dict[int, Tensor] = {}  # what the head reads of the original model, [N, H] a batch
+        # All processes take part in every exchange: they agree on the number of batches (that of the one with most of
+        # them), on one way to group them, and on what is counted.
         self.numbers = max(processes.gather(len(batches)))
         self.largest = max(processes.gather(max((ids.numel() for ids in self.ids), default=0)))
         self.grouped = any(processes.gather(source.streamed))
-        sums = torch.tensor([sum(len(found) for found in self.labels), len(batches)], dtype=torch.float64)
+        sums = torch.tensor([sum(len(own) for own in self.labels), len(batches)], dtype=torch.float64)
         tokens, self.batches = processes.all_sum(sums).tolist()
         if not tokens:
             raise InputError("depth: the data has no counted token; expected at least one sample of two tokens")
-        self.terms = tokens * source.config.vocab_size if metric == "mse" else tokens
         with processes.together():
-            self.gram = head_gram(source) if metric == "mse" else None
+            self.metric = METRICS[metric](source)
             self.norm = source.tensor("norm_f.weight")
-        self.runs = self.done = self.pending = self.total = 0
+        self.terms = tokens * self.metric.terms
+        self.runs = self.done = self.pending = 0
         self.later: list[int] = []
+        self.total = 0
         self.on_step: OnStep | None = None
 
-    def expect(self, config: HybridConfig, steps: int, size: int, on_step: OnStep | None) -> None:
+    def announce(self, config: HybridConfig, steps: int, size: int, on_step: OnStep | None) -> None:
         """Whom to tell, and the number of candidates of each step at most."""
         stride = config.block_size
         self.on_step = on_step
@@ -159,38 +156,41 @@ class Race:
         """Layers run, each over the whole calibration set."""
         return float(processes.all_sum(torch.tensor(float(self.runs), dtype=torch.float64))) / self.batches
 
-    def run(self, stack: Candidate, allowed: Sequence[Candidate], size: int, whole: bool) -> dict[Candidate, float]:
-        """The values of the candidates; unless they are wanted `whole`, that of the best alone.
-
-        The next to be measured further is always the one with the smallest sum so far, and with it whoever is to be
-        expected below its final sum. It has won when it is complete: sums only grow.
-        """
+    def step(self, stack: Candidate, allowed: Sequence[Candidate], size: int, whole: bool) -> dict[Candidate, float]:
+        """The values of the candidates for removal from the stack; unless they are wanted `whole`, the best one's."""
+        whole = whole or self.metric.needs == "stream"  # one pass gives all of them: nothing to save
         groups, at_once = self.groups(len(allowed), size, whole)
-        sums, reached = dict.fromkeys(allowed, 0.0), dict.fromkeys(allowed, 0)
+        sums, reached = dict.fromkeys(allowed, 0.0), dict.fromkeys(allowed, 0)  # reached: groups that are in the sum
         self.later = self.later[1:]
         while True:
-            leader = min(allowed, key=lambda found: (reached[found] if whole else sums[found], sums[found], found))
+            # Terms are not negative, so sums only grow. Measured further is always the smallest sum so far; once that
+            # one is complete every other is larger already, and it has won, however few batches the others have seen.
+            # Ties go to the first layer, as in a whole table. For a table, whoever is behind comes first.
+            leader = min(allowed, key=lambda own: (reached[own] if whole else sums[own], sums[own], own))
             group = reached[leader]
             if group == len(groups):
                 break
+            # A pass for one candidate costs nearly as many prefixes and reads as for several, so whoever stands at the
+            # same group goes along that the leader will not get rid of: whose sum is within what the leader's comes to
+            # if it goes on as it has. This guess decides only what is measured sooner, never who wins.
             expected = sums[leader] * self.numbers / groups[group].start if group and not whole else math.inf
-            chosen = [found for found in allowed if reached[found] == group and sums[found] <= expected]
+            chosen = [own for own in allowed if reached[own] == group and sums[own] <= expected]
             for begin in range(0, len(chosen), at_once):
                 part = chosen[begin : begin + at_once]
                 self.pending = len(part) * len(groups[group])
                 for candidate, terms in zip(part, self.measure(stack, groups[group], part, size), strict=True):
-                    for term in terms:
+                    for term in terms:  # one by one: the same sum whatever the groups
                         sums[candidate] += term
                     if not math.isfinite(sums[candidate]):
                         raise InputError(
-                            f"depth: without layers {list(candidate)} the {self.metric} is not finite; expected a model"
-                            " whose activations are"
+                            f"depth: without layers {list(candidate)} the {self.metric.name} is not finite; expected a"
+                            " model whose activations are"
                         )
                     reached[candidate] += 1
                 self.done += self.pending
             self.tell(reached, groups)
         if whole:
-            return {candidate: found / self.terms for candidate, found in sums.items()}
+            return {candidate: total / self.terms for candidate, total in sums.items()}
         if not self.later:
             self.tell({}, groups)
         return {leader: sums[leader] / self.terms}
@@ -202,30 +202,28 @@ class Race:
         if self.on_step is not None:
             self.on_step(self.done, self.total)
 
-    def creep(self, fraction: float) -> None:
-        """Counts the part of a long walk that is done."""
+    def tell_part(self, fraction: float) -> None:
+        """Counts the part of a long pass that is done."""
         if self.grouped and self.on_step is not None:
             self.on_step(self.done + int(fraction * self.pending), self.total)
 
     def groups(self, candidates: int, size: int, whole: bool) -> tuple[list[range], int]:
-        """Runs of batches that are walked at once, one each where the weights are in memory, and how many candidates
-        at once; within `stream_bytes`. Raises InputError where not even one of either fits."""
+        """Runs of batches that pass at once, one each where the weights are in memory, and how many candidates at once;
+        within `stream_bytes`. Raises InputError where not even one of either fits."""
         stream = self.largest * self.source.config.hidden_size * self.source.dtype.itemsize
         fit = self.stream_bytes // stream
-        copies = size + 1 if self.metric == "block_influence" else 2
+        across = self.metric.needs == "stream"
+        copies = size + 1 if across else 2  # the whole model's, and those of `size` candidates that overlap, or of one
         if fit < copies:
             raise InputError(
                 f"depth: a batch of {self.largest} tokens needs {copies * stream / 2**30:.3g} GiB for residual streams;"
                 f" the bound is {self.stream_bytes / 2**30:.3g} GiB: raise it (streams_gib), or give fewer or shorter"
                 " samples at once (depth_batch, seq_len)"
             )
-        if self.metric == "block_influence":
-            at_once = candidates
-        else:
-            at_once = min(candidates, fit - 1)
-            copies = at_once + 1
-        together = fit // copies if self.grouped else 1
-        if not whole and self.metric != "perplexity":  # whose candidates stay side by side to the end
+        at_once = candidates if across else min(candidates, fit - 1)
+        together = fit // (copies if across else at_once + 1) if self.grouped else 1
+        # In legs where there is much to save; costs by the labels hardly part, since all have the text's own entropy.
+        if not whole and self.metric.needs == "original":
             together = min(together, math.ceil(self.numbers / LEGS))
         return [range(i, min(i + together, self.numbers)) for i in range(0, self.numbers, together)], at_once
 
@@ -233,25 +231,27 @@ class Race:
         self, stack: Candidate, numbers: range, candidates: Sequence[Candidate], size: int
     ) -> list[list[float]]:
         """Each candidate's terms, summed over the processes, a batch each: [candidates][numbers]."""
-        found = torch.zeros(len(candidates), len(numbers), dtype=torch.float64, device=self.source.device)
+        costs = torch.zeros(len(candidates), len(numbers), dtype=torch.float64, device=self.source.device)
         mine = [number for number in numbers if number < len(self.ids)]
         with processes.together():
             if mine:
-                run = self.influences if self.metric == "block_influence" else self.distances
-                found[:, : len(mine)] = run(stack, mine, candidates, size)
-        return processes.all_sum(found).tolist()
+                run = self.costs_across if self.metric.needs == "stream" else self.costs_without
+                costs[:, : len(mine)] = run(stack, mine, candidates, size)
+        return processes.all_sum(costs).tolist()
 
-    def distances(self, stack: Candidate, numbers: Sequence[int], candidates: Sequence[Candidate], size: int) -> Tensor:
-        """Terms [candidates, numbers] of the model without each candidate; where the original's last stream is not
-        known yet, the stack is the original."""
+    def costs_without(
+        self, stack: Candidate, numbers: Sequence[int], candidates: Sequence[Candidate], size: int
+    ) -> Tensor:
+        """Costs [candidates, numbers] of the model without each candidate, whose stream parts from the stack's own
+        before the candidate and skips it. In the first pass the stack is the original: its last stream is kept."""
         begins = {stack.index(candidate[0]): candidate for candidate in candidates}
-        first = self.metric != "perplexity" and any(number not in self.originals for number in numbers)
+        first = self.metric.needs == "original" and any(number not in self.originals for number in numbers)
         assert not first or len(stack) == self.source.config.num_layers
-        last = len(stack) if first else max(begins)  # where the undivided stream is of no use any more
-        behind = any(begin + size < len(stack) for begin in begins)
+        last = len(stack) if first else max(begins)  # from here on nobody parts from the stack's own stream
+        after = any(begin + size < len(stack) for begin in begins)
         hidden = self.source.embed([self.ids[number] for number in numbers])
         streams: dict[Candidate, list[Tensor]] = {}
-        for place, layer in enumerate(self.source.walk(stack[: len(stack) if behind else last])):
+        for place, layer in enumerate(self.source.walk(stack[: len(stack) if after else last])):
             if place in begins:
                 streams[begins[place]] = list(hidden)
             for begin, candidate in begins.items():
@@ -261,21 +261,26 @@ class Race:
                 self.advance(layer, hidden, numbers)
             else:
                 hidden = []
-            self.creep((place + 1) / len(stack))
+            self.tell_part((place + 1) / len(stack))
         for candidate in candidates:  # one at the very end, which nothing follows
             streams.setdefault(candidate, hidden)
         if first:
-            self.originals |= {
-                number: self.read(number, stream) for number, stream in zip(numbers, hidden, strict=True)
-            }
-        return self.compare(numbers, [streams[candidate] for candidate in candidates])
+            own = zip(numbers, hidden, strict=True)
+            self.originals |= {number: self.head_input(number, stream) for number, stream in own}
+        readings = []
+        for place, number in enumerate(numbers):
+            for stream in streams.values():  # in place of the whole stream: what is read of it is less
+                stream[place] = self.head_input(number, stream[place])
+            smaller = [streams[candidate][place] for candidate in candidates]
+            readings.append(Reading(self.originals.get(number), self.labels[number], smaller))
+        return torch.stack(self.metric.costs(readings), 1)
 
-    def influences(
+    def costs_across(
         self, stack: Candidate, numbers: Sequence[int], candidates: Sequence[Candidate], size: int
     ) -> Tensor:
-        """The sums over tokens of 1 - cosine of the stream before and behind each candidate: [candidates, numbers]."""
+        """Costs [candidates, numbers] by the stack's own stream before and after each candidate."""
         rows = {stack.index(candidate[0]): row for row, candidate in enumerate(candidates)}
-        found = torch.zeros(len(candidates), len(numbers), dtype=torch.float64, device=self.source.device)
+        costs = torch.zeros(len(candidates), len(numbers), dtype=torch.float64, device=self.source.device)
         hidden = self.source.embed([self.ids[number] for number in numbers])
         held: dict[int, list[Tensor]] = {}
         for place, layer in enumerate(self.source.walk(stack[: max(rows) + size])):
@@ -284,11 +289,12 @@ class Race:
             self.advance(layer, hidden, numbers)
             begin = place + 1 - size
             for column, before in enumerate(held.pop(begin, [])):
-                mask = self.counted[numbers[column]]
-                cosine = F.cosine_similarity(before[mask].double(), hidden[column][mask].double(), dim=-1)
-                found[rows[begin], column] = (1 - cosine).sum()
-            self.creep((place + 1) / len(stack))
-        return found
+                number = numbers[column]
+                mask = self.counted[number]
+                reading = Reading(before[mask], self.labels[number], [hidden[column][mask]])
+                costs[rows[begin], column] = self.metric.costs([reading])[0][0]
+            self.tell_part((place + 1) / len(stack))
+        return costs
 
     def advance(self, layer: Layer, hidden: list[Tensor], numbers: Sequence[int]) -> None:
         """Moves a stream of these batches on, in place of the list."""
@@ -296,24 +302,9 @@ class Race:
             hidden[place] = layer.run(hidden[place], self.seq_idx[number])
         self.runs += len(numbers)
 
-    def read(self, number: int, hidden: Tensor) -> Tensor:
+    def head_input(self, number: int, hidden: Tensor) -> Tensor:
         """What the head reads at the counted tokens of a batch, [N, H]."""
         return rms_norm(hidden[self.counted[number]], self.norm, self.source.config.norm_eps)
-
-    def compare(self, numbers: Sequence[int], streams: Sequence[list[Tensor]]) -> Tensor:
-        """Terms [streams, numbers] of last streams, which it uses up."""
-        readings = []
-        for place, number in enumerate(numbers):
-            found = []
-            for stream in streams:
-                found.append(self.read(number, stream[place]))
-                stream[place] = found[-1]
-            readings.append(Reading(self.originals.get(number), self.labels[number], found))
-        if self.metric == "mse":
-            assert self.gram is not None
-            return torch.stack(squared_errors(self.gram, readings), 1)
-        compare = divergences if self.metric == "kl" else cross_entropies
-        return torch.stack(compare(self.source, readings), 1)
 
 
 def step_size(config: HybridConfig, pairs: bool) -> int:

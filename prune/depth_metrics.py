@@ -1,17 +1,20 @@
-"""How far logits are from the original model's, or from the labels, without a [tokens, V] buffer.
+"""What a model loses without some of its layers, one class a metric: of the logits, of the labels, of the stream.
 
-Squared errors: with logits W h they are d^T (W^T W) d for a difference d of what the head reads. Divergence and
-cross-entropy go through the head in runs of rows, with sums of exponentials that are rescaled when a larger logit
-comes (the online softmax, arXiv 1805.02867). Shapes: [N] counted tokens, [H] hidden, [V] vocabulary.
+No [tokens, V] buffer is needed. Squared errors: with logits W h they are d^T (W^T W) d for a difference d of what the
+head reads. Divergence and cross-entropy go through the head in runs of rows, with sums of exponentials rescaled when a
+larger logit comes (the online softmax, arXiv 1805.02867). Sources of the metrics: depth.py.
+Shapes: [N] counted tokens, [H] hidden, [V] vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..models.offload import Layers
 
@@ -20,33 +23,63 @@ TOKENS = 1024  # a piece of logits is [TOKENS, layers.HEAD_ROWS]
 
 @dataclasses.dataclass
 class Reading:
-    """What the head reads of one batch at its counted tokens: the original model's [N, H] (None where the labels [N]
-    are what counts), and that of several smaller models."""
+    """One batch at its counted tokens: the labels [N], of several smaller models what the head reads [N, H] each, and
+    the original's; or (metrics that need the "stream") the residual stream after a candidate, and before it."""
 
     original: Tensor | None
     labels: Tensor
-    found: list[Tensor]
+    candidates: list[Tensor]
 
 
-def head_gram(source: Layers) -> Tensor:
-    """W^T W [H, H] of the head, float64."""
-    size = source.config.hidden_size
-    gram = torch.zeros(size, size, dtype=torch.float64, device=source.device)
-    for _, rows in source.head_pieces():
-        gram += rows.double().T @ rows.double()
-    return gram
+class DepthMetric:
+    """The cost of a candidate's absence: a mean over counted tokens of `terms` a token, none of them negative.
+
+    `needs`: "original", what the head reads of the original model and of the smaller one; "labels", of the smaller one
+    and the labels; "stream", the residual stream before and after the candidate in a model that still has it.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[str]
+    terms = 1
+
+    def __init__(self, source: Layers) -> None:
+        self.source = source
+
+    def costs(self, readings: Sequence[Reading]) -> list[Tensor]:
+        """Sums of the terms over the tokens of each reading: [candidates] (float64)."""
+        return [
+            torch.stack([self.cost(reading, candidate) for candidate in reading.candidates]) for reading in readings
+        ]
+
+    def cost(self, reading: Reading, candidate: Tensor) -> Tensor:
+        """The sum of the terms of one candidate, where that is found without the others."""
+        raise NotImplementedError
 
 
-def squared_errors(gram: Tensor, readings: Sequence[Reading]) -> list[Tensor]:
-    """The sums over logits of the squared difference: [found] (float64) for each reading."""
-    return [
-        stacked([squared_error(gram, original_of(reading), found) for found in reading.found]) for reading in readings
-    ]
+class SquaredError(DepthMetric):
+    """The squared difference of the logits, averaged over tokens and vocabulary."""
+
+    name, needs = "mse", "original"
+
+    def __init__(self, source: Layers) -> None:
+        super().__init__(source)
+        self.terms, size = source.config.vocab_size, source.config.hidden_size
+        self.gram = torch.zeros(size, size, dtype=torch.float64, device=source.device)  # W^T W of the head
+        for _, rows in source.head_pieces():
+            self.gram += rows.double().T @ rows.double()
+
+    def cost(self, reading: Reading, candidate: Tensor) -> Tensor:
+        difference = candidate.double() - original_of(reading).double()
+        return ((difference @ self.gram) * difference).sum().clamp(min=0)
 
 
-def squared_error(gram: Tensor, original: Tensor, found: Tensor) -> Tensor:
-    difference = found.double() - original.double()
-    return ((difference @ gram) * difference).sum().clamp(min=0)
+class BlockInfluence(DepthMetric):
+    """1 - cosine of the residual stream before and after the candidate."""
+
+    name, needs = "block_influence", "stream"
+
+    def cost(self, reading: Reading, candidate: Tensor) -> Tensor:
+        return (1 - F.cosine_similarity(original_of(reading).double(), candidate.double(), dim=-1)).sum()
 
 
 class LogSum:
@@ -70,55 +103,64 @@ class LogSum:
         return self.largest.double() + self.total.log()
 
 
-def divergences(source: Layers, readings: Sequence[Reading]) -> list[Tensor]:
-    """The sums over tokens of KL(original || found), in nats: [found] (float64) for each reading."""
-    originals = [original_of(reading) for reading in readings]
-    teachers = [LogSum(original) for original in originals]
-    students = [[LogSum(found) for found in reading.found] for reading in readings]
-    cross = [[torch.zeros_like(sums.total) for sums in row] for row in students]
-    for _, head in source.head_pieces():
-        for number, reading in enumerate(readings):
-            for rows in token_runs(originals[number]):
-                teacher = logits_of(originals[number][rows], head)
-                powers, shrink = teachers[number].add(teacher, rows)
-                for found, sums, differences in zip(reading.found, students[number], cross[number], strict=True):
-                    student = logits_of(found[rows], head)
-                    sums.add(student, rows)
-                    weighted = (powers * (teacher - student)).sum(1, dtype=torch.float64)
-                    differences[rows] = differences[rows] * shrink + weighted
-    return [
-        stacked(
-            [
-                (differences / teacher.total - teacher.result() + sums.result()).clamp(min=0).sum()
-                for sums, differences in zip(row, rest, strict=True)
-            ]
-        )
-        for teacher, row, rest in zip(teachers, students, cross, strict=True)
-    ]
+class Divergence(DepthMetric):
+    """KL(original || smaller), in nats."""
+
+    name, needs = "kl", "original"
+
+    def costs(self, readings: Sequence[Reading]) -> list[Tensor]:
+        # With logits t and s, KL = sum_v e^(t_v) (t_v - s_v) / Z_t - log Z_t + log Z_s: the first sum is rescaled with
+        # Z_t when a larger t comes, so that one way through the head is enough.
+        teachers = [LogSum(original_of(reading)) for reading in readings]
+        students = [[LogSum(candidate) for candidate in reading.candidates] for reading in readings]
+        cross = [[torch.zeros_like(sums.total) for sums in row] for row in students]
+        for _, head in self.source.head_pieces():
+            for number, reading in enumerate(readings):
+                original = original_of(reading)
+                for rows in token_runs(original):
+                    teacher = logits_of(original[rows], head)
+                    powers, shrink = teachers[number].add(teacher, rows)
+                    for candidate, sums, own in zip(reading.candidates, students[number], cross[number], strict=True):
+                        student = logits_of(candidate[rows], head)
+                        sums.add(student, rows)
+                        weighted = (powers * (teacher - student)).sum(1, dtype=torch.float64)
+                        own[rows] = own[rows] * shrink + weighted
+        return [
+            torch.stack(
+                [
+                    (own / teacher.total - teacher.result() + sums.result()).clamp(min=0).sum()
+                    for sums, own in zip(row, rest, strict=True)
+                ]
+            )
+            for teacher, row, rest in zip(teachers, students, cross, strict=True)
+        ]
 
 
-def cross_entropies(source: Layers, readings: Sequence[Reading]) -> list[Tensor]:
-    """The sums over tokens of the labels' negative log-likelihood, in nats: [found] (float64) for each reading."""
-    sums = [[LogSum(found) for found in reading.found] for reading in readings]
-    chosen = [[torch.zeros_like(sum_.total) for sum_ in row] for row in sums]
-    for start, head in source.head_pieces():
-        for number, reading in enumerate(readings):
-            inside = (reading.labels >= start) & (reading.labels < start + len(head))
-            for found, sum_, own in zip(reading.found, sums[number], chosen[number], strict=True):
-                for rows in token_runs(found):
-                    logits = logits_of(found[rows], head)
-                    index = (reading.labels[rows] - start).clamp(0, len(head) - 1)
-                    label = logits.gather(1, index[:, None])[:, 0].double()
-                    own[rows] = torch.where(inside[rows], label, own[rows])
-                    sum_.add(logits, rows)
-    return [
-        stacked([(sum_.result() - own).clamp(min=0).sum() for sum_, own in zip(row, rest, strict=True)])
-        for row, rest in zip(sums, chosen, strict=True)
-    ]
+class CrossEntropy(DepthMetric):
+    """The labels' negative log-likelihood, in nats: the logarithm of the perplexity."""
+
+    name, needs = "perplexity", "labels"
+
+    def costs(self, readings: Sequence[Reading]) -> list[Tensor]:
+        students = [[LogSum(candidate) for candidate in reading.candidates] for reading in readings]
+        chosen = [[torch.zeros_like(sums.total) for sums in row] for row in students]  # the labels' own logits
+        for start, head in self.source.head_pieces():
+            for number, reading in enumerate(readings):
+                inside = (reading.labels >= start) & (reading.labels < start + len(head))
+                for candidate, sums, own in zip(reading.candidates, students[number], chosen[number], strict=True):
+                    for rows in token_runs(candidate):
+                        logits = logits_of(candidate[rows], head)
+                        index = (reading.labels[rows] - start).clamp(0, len(head) - 1)
+                        label = logits.gather(1, index[:, None])[:, 0].double()
+                        own[rows] = torch.where(inside[rows], label, own[rows])
+                        sums.add(logits, rows)
+        return [
+            torch.stack([(sums.result() - own).clamp(min=0).sum() for sums, own in zip(row, rest, strict=True)])
+            for row, rest in zip(students, chosen, strict=True)
+        ]
 
 
-def stacked(sums: list[Tensor]) -> Tensor:
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+METRICS = {metric.name: metric for metric in (SquaredError, Divergence, CrossEntropy, BlockInfluence)}
 
 
 def logits_of(hidden: Tensor, head: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from .patterns import Rules, broken_rule, embed, odd_gap
 from .repair import Repair, repair_model
 from .scores import LayerScores, WidthScores
 from .slice import Selection
-from .target import HIDDEN, INNER, Target, by_width, unwritable
+from .target import HIDDEN, INNER, ByWidth, Target, by_width, unwritable
 
 RANKS = ("memory", "importance", "loss")
 
@@ -57,7 +57,7 @@ Values = tuple[float, ...] | Range | None
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class Space:
+class Space(ByWidth):
     """The grid: for each width, by its config field, the values to try; None for the source's own.
 
     layers: numbers of layers, which go in the scores' order; or patterns: the layer patterns themselves.
@@ -89,6 +89,11 @@ class Space:
         for one, other in (("layers", "patterns"), (INNER, "intermediate_ratio")):
             if all((content | widths).get(name) is not None for name in (one, other)):
                 raise InputError(f"space: {one} and {other} are both given; they say the same, keep one")
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        own = {"layers": Values, "patterns": tuple[str, ...] | None, "intermediate_ratio": Values, "align": int | None}
+        return own | dict.fromkeys((row.width for row in AXES.values()), Values)
 
 
 @dataclasses.dataclass(frozen=True)

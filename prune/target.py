@@ -31,8 +31,37 @@ def by_width(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: given[name] for name in known if given.get(name) is not None}
 
 
+class ByWidth:
+    """Options that name widths by their config fields, whichever axes there are, beside others of their own."""
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """The options with their types; all may be left out."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """What it says, by the names of its options; what is None is left out."""
+        own: Any = self
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(own)}
+        content |= content.pop("widths")
+        return {name: value for name, value in content.items() if value is not None}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """How pydantic reads one: as a dataclass of `option_types`."""
+        from pydantic_core import core_schema
+
+        fields = [(name, kind, None) for name, kind in cls.option_types().items()]
+        options = dataclasses.make_dataclass(cls.__name__, fields)
+
+        def built(read: Any) -> Self:
+            return cls(**{name: value for name, value in vars(read).items() if value is not None})
+
+        return core_schema.no_info_after_validator_function(built, handler.generate_schema(options))
+
+
 @dataclasses.dataclass(frozen=True, init=False)
-class Target:
+class Target(ByWidth):
     """The size to prune to: a number of layers, and widths of axes, named as in the config; None keeps the source's.
     `keep_layers` names the source layers that stay, whatever the order of the scores. `parameters`, a share of the
     source's or a count, stands for hidden_size and intermediate_size, or for the one not given.
@@ -62,10 +91,10 @@ class Target:
             return self.widths.get(name)
         raise AttributeError(name)
 
-    def options(self) -> dict[str, Any]:
-        """What it says, by the names of its options."""
-        content = {"layers": self.layers, "parameters": self.parameters, **self.widths, "keep_layers": self.keep_layers}
-        return {name: value for name, value in content.items() if value is not None}
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        own = {"layers": int | None, "keep_layers": tuple[int, ...] | None, "parameters": float | None}
+        return own | dict.fromkeys((row.width for row in AXES.values()), int | None)
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some of it changed."""

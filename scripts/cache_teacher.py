@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..distill.stages import DistillOptions, stage_batches
+from ..distill.options import DistillOptions
+from ..distill.stages import stage_batches
 from ..distill.teacher import CacheOptions, finish_cache, write_cache
 from ..distill.text.mixture import Text
 from ..distill.text.packing import Batch

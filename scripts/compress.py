@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..distill.options import DistillOptions
+from ..distill.parallel import check_share
 from ..distill.report.report import write_page
-from ..distill.stages import DistillOptions, check_share
 from ..models import processes
 from ..models.checkpoint import load_config
 from ..models.cost.hardware import Hardware
@@ -28,8 +29,7 @@ from . import distill, evaluate, export, memory_fit, prune, score
 from .run.resolve import data_input, model_config, model_folder
 from .run.rounds import Round, check_feasible, rehearse, rounds_of, student_folders
 from .run.show import console, gib, read_json, result, say, table
-from .run.stage import stage
-from .score import many_processes
+from .run.stage import many_processes, stage
 
 
 @dataclasses.dataclass(frozen=True)

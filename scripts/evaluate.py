@@ -17,7 +17,7 @@ from ..distill.gap.token_groups import TokenGroups, group_documents, token_class
 from ..distill.report.gap_tables import gap_tables, recovery_line
 from ..distill.report.report import write_page
 from ..distill.text.mixture import whole
-from ..models.checkpoint import load_config
+from ..models.checkpoint import check_forward, load_config
 from ..models.config import HybridConfig
 from ..models.cost.hardware import Hardware
 from ..models.cost.parameters import count_parameters
@@ -25,6 +25,7 @@ from ..models.cost.speed import throughput
 from ..models.errors import InputError, check_counts
 from ..models.fingerprint import read_provenance
 from ..models.folder import write_json
+from ..models.placement import placed
 from ..models.tokenizer import load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
 from . import memory_fit
@@ -73,7 +74,8 @@ def run(options: Options) -> None:
     if options.scores is not None:
         inputs["scores"] = scores_folder(options.scores, folders[TEACHER])
     longest = min(load_config(folder).max_position_embeddings for folder in folders.values())
-    check_probes(options.probes, options.details.probe_lengths, longest)
+    if options.probes:
+        check_probes(options.probes, options.details.probe_lengths, longest)
     if options.student:
         options.details.check_length(longest)
     for name, folder in folders.items():
@@ -106,14 +108,17 @@ def scores_folder(name: str, teacher: Path) -> Path:
 def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     """Measures into an existing folder: gap.json, gap.html and its plots."""
     dtype, seed, details = torch_dtype(options.dtype), options.seed, options.details
+    models, away = load_models(folders, dtype, torch_device(options.device), say)
+    for name, model in models.items():
+        with placed(model, away):
+            check_forward({name: model})
+    # What may be wrong with the rest shows before anything is measured.
     fits = {name: fitted(load_config(path), options.hardware, options.fit) for name, path in folders.items()}
     read = corpus(options.data, options.split, folders[TEACHER])
     batches = read.sample(batch_size=options.batch, seq_len=options.seq_len, seed=seed, max_tokens=options.tokens)
     text, tokenizer = whole(read), load_tokenizer(folders[TEACHER])
-    # What may be wrong with them shows before anything is measured.
     probes = draw_probes(options.probes, details, text, tokenizer, seed)
     tasks = plan_tasks(folders, options.suites, dtype=dtype, seed=seed) if options.tasks else None
-    models, away = load_models(folders, dtype, torch_device(options.device), say)
     teacher = models[TEACHER]
     students = {name: model for name, model in models.items() if name != TEACHER}
     groups = TokenGroups(*group_documents(text.names, text.starts), token_classes(tokenizer, teacher.config.vocab_size))

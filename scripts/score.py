@@ -5,10 +5,7 @@ Runs in one process, or in many (torchrun, accelerate launch) that share the sam
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,8 +22,8 @@ from ..prune.importance import score_magnitude, score_random, score_widths
 from ..prune.scores import LayerScores, Scores, WidthScores, load_scores, write_scores
 from ..prune.width_metrics import ActivationScores, TaylorScores, WidthMetric
 from .run.resolve import check_counts, data_input, model_folder, sample, torch_device, torch_dtype
-from .run.show import console, progress, result, table
-from .run.stage import run_stage
+from .run.show import progress, result, table
+from .run.stage import many_processes, run_stage
 
 METHODS = ("activation", "taylor", "magnitude", "random")
 
@@ -113,24 +110,6 @@ def run(options: Options) -> None:
         if processes.rank() == 0:
             show(options.output)
             result(options.output, {"scores": str(options.output)})
-
-
-@contextlib.contextmanager
-def many_processes(device: str) -> Iterator[None]:
-    """Joins the processes that a launcher started, unless they are, on GPUs by nccl, else by gloo; only the first
-    speaks."""
-    if processes.active() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield
-        return
-    from accelerate import PartialState
-
-    state = PartialState(cpu=torch_device(device).type != "cuda")
-    quiet, console.quiet = console.quiet, not state.is_main_process
-    try:
-        yield
-    finally:
-        console.quiet = quiet
-        state.destroy_process_group()
 
 
 def fill(folder: Path, source: Path, options: Options) -> None:

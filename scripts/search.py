@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..distill.options import DistillOptions
 from ..distill.report.plots import save_png, save_svg, tradeoff
-from ..distill.stages import DistillOptions
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
 from ..models.cost.hardware import GIB, Hardware

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..distill.losses import DistillLoss
-from ..distill.stages import DistillOptions
-from ..distill.weights import greatest
+from ..distill.options import DistillOptions, greatest
 from ..models.config import HybridConfig
 from ..models.cost.activations import Training
 from ..models.cost.hardware import GIB

@@ -11,10 +11,9 @@ from limbeck.distill.report.words import DEPTH_METRICS
 from limbeck.models import offload as layers
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune import depth
-from limbeck.prune import depth_metrics as distance
+from limbeck.prune import depth, depth_metrics
 from limbeck.prune.depth import Race, score_layers
-from limbeck.prune.depth_metrics import Reading, cross_entropies, divergences
+from limbeck.prune.depth_metrics import CrossEntropy, Divergence, Reading
 from limbeck.tests.helpers import dense_config, random_model, tiny_config
 from limbeck.tests.pruning_helpers import Rows, draw_rows
 from torch import Tensor
@@ -69,7 +68,7 @@ def plainly(model: HybridLM, batches: Sequence[Rows], stack: Sequence[int], cut:
 def test_metrics_are_what_they_say(metric: str, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against whole forwards of what remains, step after step; pieces of the head and of the tokens included."""
     monkeypatch.setattr(layers, "HEAD_ROWS", 40)
-    monkeypatch.setattr(distance, "TOKENS", 16)
+    monkeypatch.setattr(depth_metrics, "TOKENS", 16)
     model = random_model(tiny_config(pattern="M-M*-M"))
     batch = draw_rows(97, rows=3)
     batches, size = [batch.take([0, 1]), batch.take([2])], 1 + pairs
@@ -231,10 +230,10 @@ def test_logits_of_every_size() -> None:
         reading = Reading(p, labels, [q, p])
         head = model.head_weight
         lp, lq = (p @ head.T).log_softmax(-1), (q @ head.T).log_softmax(-1)
-        (kl,) = divergences(source, [reading])
+        (kl,) = Divergence(source).costs([reading])
         assert float(kl[0]) == pytest.approx(float((lp.exp() * (lp - lq)).sum()), rel=1e-7)
         assert float(kl[1]) == 0
-        (entropy,) = cross_entropies(source, [reading])
+        (entropy,) = CrossEntropy(source).costs([reading])
         assert float(entropy[0]) == pytest.approx(float(-lq.gather(1, labels[:, None]).sum()), rel=1e-9)
 
 

@@ -185,14 +185,14 @@ def test_a_shared_folder_goes_with_the_last_one(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_cannot_be_made_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cells.make
+    real = cells.write_cell
 
-    def make(cell: cells.Cell, *arguments: Any) -> None:
+    def write_cell(cell: cells.Cell, *arguments: Any) -> None:
         if cell.title == "3":
             raise CheckFailed("the loss is not finite")
         real(cell, *arguments)
 
-    monkeypatch.setattr(cells, "make", make)
+    monkeypatch.setattr(cells, "write_cell", write_cell)
     monkeypatch.setattr(cells, "measured", lambda cell, teacher, students: {})
     words = ("experiment=temperature", f"output={tmp_path / 'out'}", "seeds=[0]", SMALL)
     code, _, err = limbeck(*words, "only=['1','3']")

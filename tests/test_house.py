@@ -173,7 +173,7 @@ def test_public_names_of_cost_import_nothing_else() -> None:
         "import sys, limbeck.models.cost as cost; assert 'torch' not in sys.modules;"
         "from limbeck.models.cost import count_parameters, memory;"
         "from limbeck.models.cost.inference import memory as same;"
-        "assert memory is same and callable(count_parameters) and not hasattr(cost, 'simulate')"
+        "assert memory is same and callable(count_parameters) and not hasattr(cost, 'verdict')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

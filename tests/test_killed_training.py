@@ -131,7 +131,7 @@ def test_stopped_politely_and_resumed_by_others(first: int, then: int, workshop:
     wait_for(process, rough, 17)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
-    said = [line for line in err.decode().splitlines() if line.startswith("limbeck: stopped behind step")]
+    said = [line for line in err.decode().splitlines() if line.startswith("limbeck: stopped after step")]
     assert process.returncode != 0 and len(said) == 1 and "saved at step" in said[0], err.decode()[-3000:]
     if first == 1:
         assert process.returncode == 128 + signal.SIGTERM

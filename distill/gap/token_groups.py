@@ -46,10 +46,10 @@ def class_of(text: str) -> str:
 
 def token_classes(tokenizer: Tokenizer, vocabulary: int) -> Tensor:
     """The number in CLASSES of every token [V]; special tokens, pieces of characters and unused rows are "other"."""
-    found = torch.full((vocabulary,), CLASSES.index("other"))
+    classes = torch.full((vocabulary,), CLASSES.index("other"))
     for token in torch.nonzero(tokenizer.token_bytes).flatten().tolist():
-        found[token] = CLASSES.index(class_of(tokenizer.decode([token])))
-    return found
+        classes[token] = CLASSES.index(class_of(tokenizer.decode([token])))
+    return classes
 
 
 def domain_of(name: str) -> str:

@@ -179,7 +179,7 @@ def tasks(gap: Mapping[str, Any]) -> Table:
 
 
 def fits(gap: Mapping[str, Any]) -> Table:
-    """A line for each model: its bytes and whether they fit, for the card and the context that were asked for."""
+    """A line for each model: its bytes and whether they fit, for the requested card and context."""
     rows = []
     for name, found in (gap.get("memory") or {}).items():
         held, verdict, speed = found["memory"], found["verdict"], found.get("throughput")

@@ -153,9 +153,9 @@ def where_section(folder: Path, gap: Mapping[str, Any]) -> Iterator[Section]:
     if pictures:
         yield Section(
             "Where the gap is",
-            "Context: tokens of its document that a token has before it in its row. Calibration: of the tokens foretold"
-            " with a confidence, the share that came; ECE is the mean distance from the diagonal. Kinds are told from a"
-            " token's text alone.",
+            "Context: tokens of its document that a token has before it in its row. Calibration: of the tokens"
+            " predicted with a confidence, the share that came; ECE is the mean distance from the diagonal. Kinds are"
+            " told from a token's text alone.",
             pictures,
             tables,
         )
@@ -194,7 +194,7 @@ def task_rows(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterato
 
 
 def task_section(gap: Mapping[str, Any]) -> Iterator[Section]:
-    """Answers to task suites, where they were asked for."""
+    """Answers to task suites, where there are any."""
     found = gap.get("tasks") or {}
     if found:
         rows = [(label, [Cell(value) for value in cells]) for label, *cells in task_rows(found)]
@@ -206,7 +206,7 @@ def task_section(gap: Mapping[str, Any]) -> Iterator[Section]:
 
 
 def probe_section(gap: Mapping[str, Any]) -> Iterator[Section]:
-    """Retrieval from long text, where it was asked for."""
+    """Retrieval from long text, where it was measured."""
     rows = [
         (f"{kind}, {int(length):,} tokens", [cell(found[name][key], digits=digits) for name in gap["models"]
                                              for key, digits in (("answered", 2), ("nats", 1))])
@@ -237,8 +237,8 @@ def worst_section(gap: Mapping[str, Any]) -> Iterator[Section]:
     if examples:
         yield Section(
             "Worst inputs",
-            f"Stretches where {best} is furthest from the teacher, one a document, each token coloured by the KL of"
-            " foretelling it, in nats; a pointer on it reads what both held for likeliest.",
+            f"Stretches where {best} is furthest from the teacher, one a document, each token coloured by its KL"
+            " in nats; a pointer on it reads the argmax of both.",
             examples=examples,
             legend=[f"up to {SHADES[0]:g}", *(f"from {shade:g}" for shade in SHADES)],
         )

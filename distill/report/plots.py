@@ -139,7 +139,7 @@ def draw_bars(axes: Axes, models: Mapping[str, Any], key: str) -> None:
 
 @styled
 def gap_bars(models: Mapping[str, Any], keys: Sequence[str] = tuple(METRICS)) -> Figure:
-    """Models beside each other, a panel for each figure asked for."""
+    """Models beside each other, a panel for each figure in `keys`."""
     figure = blank(PANEL * len(keys), 0.8 + 0.48 * len(models))
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         draw_bars(axes, models, key)
@@ -183,7 +183,7 @@ def kl_by_context(models: Mapping[str, Any]) -> Figure:
 
 @styled
 def calibration(models: Mapping[str, Any]) -> Figure:
-    """Reliability: of the tokens foretold with a confidence, the share that came; the diagonal is the ideal."""
+    """Reliability: of the tokens predicted with a confidence, the share that came; the diagonal is the ideal."""
     figure = blank(PANEL, 2.7)
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color=THEME["soft"], linestyle=":", linewidth=1.2)
@@ -312,7 +312,7 @@ def tradeoff(
         )
         axes.legend(frameon=False, loc="best", fontsize=9.5)
     for name, index in named.items():
-        right = x[index] > (min(x) + max(x)) / 2  # a name stands on the side that has room
+        right = x[index] > (min(x) + max(x)) / 2  # a name stands on the side that has space
         axes.plot(*points[index], "o", color=THEME["orange"], markersize=6)
         axes.annotate(
             name, points[index], (-7 if right else 7, 4), textcoords="offset points", ha="right" if right else "left",

@@ -149,6 +149,13 @@ def known_keys(command: str) -> list[str]:
 
 def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Options:
     """A frozen dataclass, nested ones included, out of plain data. Raises InputError."""
+    if hasattr(cls, "option_types"):
+        types_of = cls.option_types()
+        for key in content:
+            if key not in types_of:
+                raise InputError(f"{where}{key} is no option here" + guess(str(key), list(types_of)))
+        given = {key: convert(types_of[key], value, where + key) for key, value in content.items() if value is not None}
+        return cls(**given)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in content:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...distill.stages import DistillOptions
+from ...distill.options import DistillOptions
 from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
 from ...models.cost.hardware import Hardware

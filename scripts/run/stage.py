@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,28 @@ from ...models import processes
 from ...models.errors import DiskError, InputError
 from ...models.fingerprint import PROVENANCE, Fingerprint
 from ...models.folder import finish_folder, write_json
+from .resolve import torch_device
+from .show import console
 
 BEGUN = "begun.json"
+
+
+@contextlib.contextmanager
+def many_processes(device: str) -> Iterator[None]:
+    """Joins the processes that a launcher started, unless they are, on GPUs by nccl, else by gloo; only the first
+    speaks."""
+    if processes.active() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=torch_device(device).type != "cuda")
+    quiet, console.quiet = console.quiet, not state.is_main_process
+    try:
+        yield
+    finally:
+        console.quiet = quiet
+        state.destroy_process_group()
 
 
 @dataclasses.dataclass
