@@ -240,7 +240,7 @@ class LayerwiseRepair:
             norms.append((norm.observed, f"mixer.{name}", getattr(self.config, norm.groups)))
         for observed, name, groups in norms:
             source, batches = f"layers.{self.selection.layers[place]}.{name}", range(len(self.original.hidden))
-            normed = (self.original.run(original, number)[1][observed] for number in batches)
+            normed = (self.original.output(original, number)[1][observed] for number in batches)
             ratio = rms_ratios(normed, self.get_tensor(source).to(*self.form), self.rows_kept(source), groups)
             weights[name].copy_((weights[name].unflatten(0, (groups, -1)) * ratio[:, None]).flatten())
 
@@ -265,9 +265,9 @@ class LayerwiseRepair:
         sizes = [weights[name].shape[1] for name in writers]
         fit = RidgeFit()
         for number, mask in enumerate(self.original.mask):
-            seen = self.pruned.run(pruned, number)[1]
+            seen = self.pruned.output(pruned, number)[1]
             inputs = torch.cat([seen[observed] for observed in writers.values()], 1)
-            ahead = self.original.hidden[number] = self.original.run(original, number)[0]
+            ahead = self.original.hidden[number] = self.original.output(original, number)[0]
             fit.add(ahead[mask][:, self.kept] - self.pruned.hidden[number][mask], inputs)
         joint = fit.solve(torch.cat([weights[name] for name in writers], 1), self.repair.ridge, sizes)
         for name, part in zip(writers, joint.split(sizes, 1), strict=True):
