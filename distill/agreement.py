@@ -29,8 +29,8 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
         stated = [ids[path].get(name) for path in (teacher, student)]
         if None not in stated and stated[0] != stated[1]:
             raise InputError(
-                f"teacher and student must share special tokens: {name} is {shown(stated[0])} in"
-                f" {teacher / 'config.json'} and {shown(stated[1])} in {student / 'config.json'}; set both alike"
+                f"teacher and student must share special tokens: {name} is {listed(stated[0])} in"
+                f" {teacher / 'config.json'} and {listed(stated[1])} in {student / 'config.json'}; set both alike"
             )
     tokenizer = load_tokenizer(student)
     check_vocabulary(tokenizer, configs[student])
@@ -41,7 +41,7 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
         stated, used = ids[student].get(name), getattr(tokenizer, name)
         if stated is not None and used not in stated:
             notes.append(
-                f"{student / 'config.json'} has {name} {shown(stated)}, its tokenizer {used}: training uses the"
+                f"{student / 'config.json'} has {name} {listed(stated)}, its tokenizer {used}: training uses the"
                 " tokenizer's"
             )
     return notes
@@ -65,7 +65,7 @@ def special_ids(path: Path, vocabulary: int) -> dict[str, tuple[int, ...]]:
     return ids
 
 
-def shown(numbers: tuple[int, ...] | None) -> str:
+def listed(numbers: tuple[int, ...] | None) -> str:
     return ", ".join(str(number) for number in numbers or ())
 
 

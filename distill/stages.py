@@ -20,14 +20,10 @@ from .text.packing import Batch
 SEEDS_APART = 1000  # the seeds of two stages, so that the second does not begin with the first one's text
 
 
-def stage_seed(seed: int, stage: int) -> int:
-    return seed + SEEDS_APART * stage
-
-
 def stage_batches(text: Text, how: DistillOptions, stage: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """What a stage is trained on, from the step `start` to its last."""
     source = text.train_batches(
-        batch_size=how.batch, seq_len=how.seq_len, seed=stage_seed(seed, stage), start=start, repack=how.repack
+        batch_size=how.batch, seq_len=how.seq_len, seed=seed + SEEDS_APART * stage, start=start, repack=how.repack
     )
     return itertools.islice(source, how.train.steps - start)
 

@@ -133,7 +133,7 @@ def write_cache(
                 missing += 1
         for start in range(0, len(mine), at_once):
             rows = mine[start : start + at_once]
-            pending.append(answer(teacher, batch, rows, [keys[row] for row in rows], options))
+            pending.append(answers_to(teacher, batch, rows, [keys[row] for row in rows], options))
             if sum(len(part["keys"]) for part in pending) * tokens * size >= options.shard_bytes:
                 flush()
         if on_rows is not None:
@@ -141,7 +141,7 @@ def write_cache(
     flush()
 
 
-def answer(
+def answers_to(
     teacher: HybridLM, batch: Any, rows: Sequence[int], keys: Sequence[bytes], options: CacheOptions
 ) -> dict[str, Tensor]:
     """What a file keeps of some rows of a batch."""

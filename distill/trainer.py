@@ -30,7 +30,7 @@ from .options import TrainOptions
 from .parallel import Trained, prepare, reshard, share, squares
 from .state import Optimizers, append_line, load_state, save_best, save_state, states, trim_metrics
 from .stop import SIGNALS, Stopper
-from .text.prefetch import feed, placed
+from .text.prefetch import feed
 
 __all__ = ["TrainOptions", "make_optimizers", "states", "train"]
 
@@ -177,7 +177,7 @@ class TrainingRun:
         normalizer = float((batch.labels >= 0).sum())
         loss = torch.zeros((), dtype=torch.float64, device=self.trained.device)
         for start in range(mine.start, mine.stop, micro):
-            rows = placed(batch.rows(start, min(start + micro, mine.stop)), self.trained.device)
+            rows = batch.rows(start, min(start + micro, mine.stop)).to(self.trained.device)
             part = self.loss_of(self.trained.model, rows, normalizer)
             part.backward()
             loss += part.detach()

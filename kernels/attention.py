@@ -159,6 +159,13 @@ def flash_workspace(batch: int, heads: int, tokens: int, length: int, size: int,
     return 4 * rows * cdiv(size, 32) * 32, 4 * rows
 
 
+def flash_backward_workspace(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    """Bytes of torch's FlashAttention backward beside its answer: the queries' gradient in float32, and where query
+    heads share keys and values, the gradients of these for each query head."""
+    expanded = q.numel() * q.element_size() if k.shape[1] < q.shape[1] else 0
+    return 4 * q.numel(), expanded, expanded
+
+
 def cpu_workspace(tokens: int, length: int, size: int, threads: int) -> tuple[int]:
     """Bytes of the float32 buffer that torch's FlashAttention on a CPU fills beside its answer: for each thread the
     scores, maxima, sums and answers of a block of queries (pytorch, aten/src/ATen/native/cpu/FlashAttentionKernel.cpp).

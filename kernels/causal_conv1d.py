@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .launch import capability, takes_operator, takes_triton, triton_module
-from .rows import iterations
+from .rows import cdiv
 from .ssd_torch import document_numbers
+from .tracing import STATE, iterations
+
+SEGMENT = 128  # tokens of which a program of the Triton backward leaves one sum
 
 
 def causal_conv1d(
@@ -210,7 +213,7 @@ class Blocks:
         if self.document is None or not back:
             return None
         document = self.document[row, max(start - back, 0) : stop]
-        if document[0] == document[-1]:
+        if not STATE.on and document[0] == document[-1]:
             return None
         document = F.pad(document, (back + stop - start - document.shape[0], 0))
         return (document[back:] == document[: stop - start])[:, None]
@@ -252,6 +255,11 @@ def conv_backward_op(
         gradients = (None if view is None else view.clone(memory_format=torch.contiguous_format) for view in views)
     dx, dweight, dbias, dfirst = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, dweight, dbias, dfirst
+
+
+def backward_workspace(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """Bytes of what the Triton backward adds up of weight and bias (`conv_triton.backward`)."""
+    return (4 * x.shape[0] * cdiv(x.shape[1], SEGMENT) * (weight.shape[1] + 1) * x.shape[2],)
 
 
 @conv_op.register_fake

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear import linear
-from .rows import iterations
+from .tracing import STATE, iterations
 
 CACHED = 2**19  # elements of the logits that a CPU works through at a time, so that they stay in its cache
 VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
@@ -24,8 +24,8 @@ Piece = Callable[[Tensor, slice, slice, Tensor, Tensor, bool], Tensor]
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """One pass over the chunks gives values and gradients: the loss is a number, so that its gradients are known up to
-    the factor that arrives later. `open_chunk(rows)` gives what works through the chunk's pieces; the last of the
+    """Values and gradients together, chunk by chunk: the loss is a number, so that its gradients are known up to the
+    factor that arrives later. `open_chunk(rows)` gives what works through the chunk's pieces; the last of the
     `figures` is the loss per token. Answers (loss, the other figures [T]..., agreement [T])."""
 
     @staticmethod
@@ -81,6 +81,8 @@ def product(a: Tensor, b: Tensor, full: bool) -> Tensor:
 
 def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     """total [V, H] += dlogits^T [V, t] hidden [t, H], in float32."""
+    if STATE.gpu:  # adds without a tensor beside, whatever the dtypes
+        return
     if hidden.dtype == total.dtype:
         total.addmm_(dlogits.T, hidden)
     elif adds_to_float32(hidden.device, hidden.dtype):

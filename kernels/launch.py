@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .tracing import STATE
+
 CAPABILITIES = (80, 86, 89, 90)  # those that kernels state sizes for; others take the next lower one's
 
 
@@ -31,8 +33,8 @@ class Launch(NamedTuple):
 
 def takes_operator(tensor: Tensor) -> bool:
     """Whether a tensor goes through the operators that torch.library knows: the one place where the device decides. All
-    on CUDA do, and on the CPU those that are to go through Triton's interpreter."""
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    on CUDA do, and on the CPU those that are to go through Triton's interpreter, or stand for a GPU's."""
+    return tensor.is_cuda or STATE.gpu or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes_triton(tensor: Tensor) -> bool:

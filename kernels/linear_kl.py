@@ -209,6 +209,20 @@ def linear_kl_op(
     return loss, *outputs, dhidden, dhead
 
 
+def linear_kl_workspace(
+    hidden: Tensor, head: Tensor, teacher: Tensor | None, chunk_tokens: int, need_hidden: bool, need_head: bool
+) -> tuple[int, ...]:
+    """Bytes at the highest moment within the operator, beside its answer: the head's gradient in float32, and a
+    chunk's logits of both models, before the head's gradient is there in its own dtype."""
+    rows, need = min(chunk_tokens, hidden.shape[0]), need_hidden or need_head
+    width = hidden.element_size() if need else 4
+    chunk = rows * (head.shape[0] * width * (1 if teacher is None else 2) + 4 * hidden.shape[1] * need_hidden)
+    total = 4 * head.numel() * need_head
+    if head.element_size() == 4:
+        return (chunk,)  # the sum is the answer
+    return total, max(chunk - head.numel() * head.element_size() * need_head, 0)
+
+
 @linear_kl_op.register_fake
 def linear_kl_shapes(hidden: Tensor, head: Tensor, *options: Any) -> tuple[Tensor, ...]:
     tokens, (need_hidden, need_head) = hidden.shape[0], options[-2:]

@@ -1,33 +1,11 @@
-"""Tensors as rows for the kernels that walk over them, how many programs that takes, and loops of the torch paths."""
+"""Tensors as rows for the kernels that walk over them, and how many programs that takes."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-Item = TypeVar("Item")
-SHORTENED = [False]
-
-
-def iterations(items: Sequence[Item]) -> Sequence[Item]:
-    """What a loop over pieces that are alike goes through: all; in `shortened` the first two and the last, which take
-    as much memory."""
-    return [*items[:2], items[-1]] if SHORTENED[0] and len(items) > 3 else items
-
-
-@contextlib.contextmanager
-def shortened() -> Iterator[None]:
-    """Memory is traced, without values: loops are short meanwhile."""
-    SHORTENED[0] = True
-    try:
-        yield
-    finally:
-        SHORTENED[0] = False
 
 
 def flat_rows(x: Tensor) -> Tensor:

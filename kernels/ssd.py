@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import takes_operator, takes_triton, triton_module
+from .launch import power_of_two, takes_operator, takes_triton, triton_module
 from .ssd_torch import TorchScan, document_numbers, torch_scan, torch_scan_backward
 
 __all__ = ["document_numbers", "ssd_scan"]
+
+
+# Of the Triton backward: the chunk's most tokens by the bytes of the states that it keeps for a while, the elements of
+# [tokens, state] in one program, and the programs that a launch should have, so that the larger cards are full.
+GRADIENT_TOKENS = {2: 32, 4: 16}
+TILE_ELEMENTS, PROGRAMS = 4096, 256
 
 
 def ssd_scan(
@@ -114,6 +120,26 @@ def scan_backward_op(
         dlast = torch.zeros_like(last) if dlast is None else dlast
         gradients = torch_scan_backward(dy, dlast, starts, *inputs, *options)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+
+
+def backward_workspace(x: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> tuple[int, ...]:
+    """Bytes of what the Triton backward holds beside its answer (`ssd_launch.scan_backward`): the states at the chunks'
+    starts and their gradients, sums by chunk, and parts of the gradients of B and C where a group's heads are shared
+    out."""
+    (batch, tokens, heads, head_dim), (groups, state) = x.shape, B.shape[2:]
+    size = 2 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else 4
+    fitting = min(GRADIENT_TOKENS[size], chunk_size, power_of_two(tokens), TILE_ELEMENTS // state)
+    chunks = -(-tokens // max(16, power_of_two(fitting + 1) // 2))
+    states = size * batch * chunks * heads * head_dim * state
+    shares = shares_of_heads(batch, chunks, groups, heads // groups)
+    parts = 4 * shares * B.numel() if shares > 1 else 0
+    return states, states, 12 * batch * chunks * heads, parts, parts
+
+
+def shares_of_heads(batch: int, chunks: int, groups: int, per_group: int) -> int:
+    """Among how many programs the heads of a group are shared out."""
+    wanted = min(per_group, -(-PROGRAMS // (batch * chunks * groups)))
+    return next(shares for shares in range(wanted, per_group + 1) if per_group % shares == 0)
 
 
 @scan_op.register_fake

@@ -20,6 +20,7 @@ from .layer import Bound, Context, NormWeight, Observe
 
 if TYPE_CHECKING:
     from .generate.cache import Cache
+    from .tokenizer import Tokenizer
 
 
 class Block(nn.Module):
@@ -56,7 +57,11 @@ class HybridLM(nn.Module):
     show of themselves: "ffn" what `up_proj` gives, "ffn_act" what `down_proj` reads (after the activation, and the gate
     where there is one), "attn_heads" [B, T, heads, head_dim] before `o_proj`, and "mamba_x", "mamba_z" (from `in_proj`)
     and "mamba_out" (before `out_proj`), each [B, T, heads, head_dim].
+
+    `tokenizer` is that of the folder, where `api.load` found one.
     """
+
+    tokenizer: Tokenizer | None = None
 
     def __init__(
         self,

@@ -297,7 +297,7 @@ def test_cache_of_a_large_vocabulary_and_its_size(tmp_path: Path) -> None:
     assert expected == 70 * 5 + 2 and size == pytest.approx(expected, rel=0.03)
 
 
-def test_cached_teacher_is_not_asked_for_what_it_does_not_hold(tmp_path: Path) -> None:
+def test_cached_teacher_refuses_what_it_does_not_hold(tmp_path: Path) -> None:
     teacher = model_of(0).float()
     cache = cache_of(teacher, [draw_batch(1)], made(tmp_path, "cache"), 5)
     for wrong in (DistillLoss(divergence="reverse"), DistillLoss(temperature=2.0), DistillLoss(hidden=HiddenLoss(1.0))):

@@ -83,7 +83,7 @@ def test_resumed_training_is_bit_identical(optimizer: str, stop: int, tmp_path: 
     (tmp_path / "rough" / ".state-00000099.partial").mkdir()  # as a kill in the middle of saving leaves it
     with (tmp_path / "rough" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 7, "lo')
-    rough = model_of(1 if stop < 3 else 2)  # before the first state there is nothing to go on from
+    rough = model_of(1 if stop < 3 else 2)  # before the first state there is nothing to resume from
     train(rough, loss, batches_from, options, tmp_path / "rough")
     for name, weight in weights(calm).items():
         assert torch.equal(weight, weights(rough)[name]), name

@@ -27,7 +27,7 @@ from ...models.generate.engine import Completion, Engine, Request
 from ...models.generate.sampling import Sampling
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
-from ...models.placement import let_go
+from ...models.placement import release_memory
 from ...models.tokenizer import Tokenizer
 
 # Tokens of a packed row. A CPU's attention works on all pairs of them, so that longer rows cost it more a token; on a
@@ -102,7 +102,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.tokens, self.on_step = model, tokenizer, on_step
         self.headroom = Headroom.of(model)
-        let_go()
+        release_memory()
         self.row_tokens = row_tokens or self.headroom.row_tokens(free_memory(self.device))
         self.max_length = model.config.max_position_embeddings
         self.prefix = tokenizer.backend.decode([tokenizer.bos_token_id], skip_special_tokens=False)
@@ -143,7 +143,7 @@ class HarnessModel(TemplateLM):
                     raise
             if scores is None:
                 self.row_tokens = sum(lengths[number] for number in row) // 2
-                let_go()
+                release_memory()
                 continue
             for number, score in zip(row, scores, strict=True):
                 results[number] = score
@@ -209,7 +209,7 @@ class HarnessModel(TemplateLM):
         length = max([2, *(len(request.prompt) + request.max_new_tokens for request in requests)])
         slots = len(requests)
         while left := [place for place, text in enumerate(texts) if text.finished is None]:
-            let_go()
+            release_memory()
             slots = min(slots, len(left), self.headroom.slots(length, free_memory(self.device)))
             try:
                 self.decode(requests, texts, left, length, slots)

@@ -57,7 +57,7 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
 
     Raises InputError where the facts alone are longer, or the corpus is too short to fill in."""
     count = {"needle": 1, "multi-key": KEYS, "variables": CHAIN}[kind]
-    names = [name(draw) for _ in range(count)]
+    names = [made_up_word(draw) for _ in range(count)]
     values = [str(draw.integers(10_000, 100_000)) for _ in names]
     question_of = int(draw.integers(count)) if kind == "multi-key" else count - 1
     if kind == "variables":
@@ -96,7 +96,7 @@ def text_from(corpus: Corpus, begin: int, size: int, tokenizer: Tokenizer) -> li
     return ids[:size]
 
 
-def name(draw: np.random.Generator) -> str:
+def made_up_word(draw: np.random.Generator) -> str:
     """A made-up word of three syllables."""
     return "".join("bdfgklmnprstvz"[draw.integers(14)] + "aeiou"[draw.integers(5)] for _ in range(3))
 

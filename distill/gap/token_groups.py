@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models.tokenizer import Tokenizer
+from ..text.packing import Corpus
 
 CLASSES = ("white space", "keyword", "word", "number", "quote or comment", "punctuation", "other")
 KEYWORDS = frozenset(keyword.kwlist)
@@ -26,6 +27,11 @@ class TokenGroups(NamedTuple):
     domains: tuple[str, ...]
     domain_of: Tensor
     class_of: Tensor
+
+
+def group_tokens(text: Corpus, tokenizer: Tokenizer, vocabulary: int) -> TokenGroups:
+    """The groups of a corpus's documents and of all tokens."""
+    return TokenGroups(*group_documents(text.names, text.starts), token_classes(tokenizer, vocabulary))
 
 
 def class_of(text: str) -> str:

@@ -28,12 +28,12 @@ def contexts_of(config: HybridConfig, context: int) -> list[int]:
     """Powers of two and what lies between, from 1024 (of a short model earlier) to its limit or `context`."""
     last = max(config.max_position_embeddings, context)
     first = min(1024, max(last // 64, 1))
-    found = {first, last, context}
+    lengths = {first, last, context}
     length = first
     while length < last:
-        found |= {length, min(length * 3 // 2, last)}
+        lengths |= {length, min(length * 3 // 2, last)}
         length *= 2
-    return sorted(found)
+    return sorted(lengths)
 
 
 def parts_of(report: MemoryReport) -> dict[str, float]:
@@ -72,19 +72,14 @@ def memory_plot(name: str, config: HybridConfig, report: MemoryReport, budget: f
         axes.plot(report.context, report.peak / GIB, "o", color=THEME["ink"], markersize=5, zorder=5, clip_on=False)
     left.set_ylim(0, height)
     left.set_ylabel("GiB")
-    left.annotate(
-        f"budget {budget / GIB:.2f} GiB",
-        (contexts[0], budget / GIB),
-        (6, 5),
-        textcoords="offset points",
-        color=THEME["ink"],
-    )
+    text, place = f"budget {budget / GIB:.2f} GiB", (contexts[0], budget / GIB)
+    left.annotate(text, place, (6, 5), textcoords="offset points", color=THEME["ink"])
     return figure
 
 
 def draw_parts(axes: Axes, reports: Sequence[MemoryReport]) -> None:
-    found = [parts_of(report) for report in reports]
-    stacks = [[parts[key] for parts in found] for key in PARTS]
+    each = [parts_of(report) for report in reports]
+    stacks = [[parts[key] for parts in each] for key in PARTS]
     labels, shades = zip(*PARTS.values(), strict=True)
     axes.stackplot(
         [report.context for report in reports], stacks, labels=labels, colors=shades, alpha=0.85, linewidth=0

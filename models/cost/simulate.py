@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...kernels.attention import cpu_workspace, decode_workspace, flash_workspace
+from ...kernels import causal_conv1d, linear_kl, norm, ssd
+from ...kernels.attention import cpu_workspace, decode_workspace, flash_backward_workspace, flash_workspace
+from ...kernels.tracing import STATE
 from ..config import HybridConfig
 from ..errors import InputError
 from ..generate.cache import Cache
@@ -173,9 +175,10 @@ class Peak:
 class Tracker(TorchDispatchMode):
     """Counts the bytes of storages on one kind of device while it is the innermost mode."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, device: str = "") -> None:
+        """Of a `place`; its tensors are on a `device` (by default the place's)."""
         super().__init__()
-        self.place, self.now, self.phase = place, 0, ""
+        self.place, self.device, self.now, self.phase = place, device or place.device, 0, ""
         self.layer: int | None = None
         self.live: dict[int, Live] = {}
         self.peak = Peak()
@@ -197,6 +200,10 @@ class Tracker(TorchDispatchMode):
         self.fixed, self.peak, self.uneven = set(self.live), Peak(self.now), False
         return self.now
 
+    def bytes_of(self, keys: Iterable[int]) -> int:
+        """Of those of some storages that are still there."""
+        return sum(self.live[key].size for key in keys if key in self.live)
+
     def left(self) -> dict[int, int]:
         """Bytes that are live since `begin` of what each layer made."""
         sizes: dict[int, int] = {}
@@ -208,7 +215,7 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
         for tensor in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.place.device:
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
                 self.add(func, tensor)
         more = self.workspace(func.name(), args)
         if self.fixed is not None and self.now + more > self.peak.bytes:
@@ -235,30 +242,24 @@ class Tracker(TorchDispatchMode):
         self.now -= self.live.pop(key).size
 
 
-def sizes_of_decode(args: Any, processors: int) -> tuple[int, ...]:
-    q, k = args[:2]
-    return decode_workspace(q.shape[0], q.shape[1], k.shape[1], q.shape[2], processors)
-
-
-def sizes_of_flash(args: Any, processors: int) -> tuple[int, ...]:
-    q, k = args[:2]
-    return flash_workspace(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], processors)
-
-
-def sizes_on_cpu(args: Any, processors: int) -> tuple[int, ...]:
-    q, k = args[:2]
-    return cpu_workspace(q.shape[2], k.shape[2], q.shape[3], processors)
-
-
 # The operators that allocate more than they give back: of the others the Triton kernels work in registers, and the
 # torch paths are seen operator by operator.
 WORKSPACES: dict[str, Callable[[Any, int], tuple[int, ...]]] = {
-    "limbeck::decode_attention": sizes_of_decode,
-    "aten::_scaled_dot_product_flash_attention": sizes_of_flash,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": sizes_on_cpu,
+    "limbeck::decode_attention": lambda args, processors: decode_workspace(
+        *args[0].shape[:2], args[1].shape[1], args[0].shape[2], processors
+    ),
+    "aten::_scaled_dot_product_flash_attention": lambda args, processors: flash_workspace(
+        *args[0].shape[:3], args[1].shape[2], args[0].shape[3], processors
+    ),
+    "aten::_scaled_dot_product_flash_attention_backward": lambda args, _: flash_backward_workspace(*args[1:3]),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda args, processors: cpu_workspace(
+        args[0].shape[2], args[1].shape[2], args[0].shape[3], processors
+    ),
+    "limbeck::causal_conv1d_backward": lambda args, _: causal_conv1d.backward_workspace(*args[1:3]),
+    "limbeck::ssd_scan_backward": lambda args, _: ssd.backward_workspace(args[2], args[5], args[6], args[14]),
+    "limbeck::norm_backward": lambda args, processors: norm.backward_workspace(args[1], args[4], processors),
+    "limbeck::linear_kl": lambda args, _: linear_kl.linear_kl_workspace(*args[:3], *args[11:14]),
 }
-
-
 UNEVEN = {"aten::_scaled_dot_product_flash_attention"}  # shares that jump up and down with the number of keys
 
 
@@ -324,7 +325,7 @@ def attended(
     """SDPA by the kernel that torch would choose: FlashAttention on a GPU without a mask, on a CPU where rows are
     contiguous, else torch's mathematics."""
     aten = torch.ops.aten
-    if q.device.type == "cuda" and attn_mask is None:
+    if (q.device.type == "cuda" or STATE.gpu) and attn_mask is None:
         return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
     if q.device.type == "cpu" and all(tensor.stride(-1) == 1 for tensor in (q, k, v)):
         if attn_mask is not None and attn_mask.dtype == torch.bool:

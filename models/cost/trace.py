@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...kernels.rows import shortened
+from ...kernels.tracing import tracing
 from ..config import HybridConfig
 from ..generate.cache import Cache
 from ..generate.generate import last_logits
@@ -130,7 +130,7 @@ def alike(config: HybridConfig) -> HybridConfig:
 def running(traced: Traced) -> Iterator[tuple[HybridLM, Tracker]]:
     """The model without memory, and what counts its tensors, in the modes that both need."""
     mode, tracker, model = session(traced.config, traced.weight_bytes, traced.place)
-    with shortened(), torch.no_grad(), mode, tracker, Stand():
+    with tracing(), torch.no_grad(), mode, tracker, Stand():
         yield model, tracker
 
 
