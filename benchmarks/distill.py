@@ -42,14 +42,13 @@ from limbeck.models.checkpoint import load_model
 from limbeck.models.cost.live_bytes import LiveBytes
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.hybrid import HybridLM, initialize
+from limbeck.models.named import SHIPPED
+from limbeck.models.processes import keep_memory
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
 from limbeck.prune.importance import score_magnitude
 from limbeck.prune.slice import slice_model
-from limbeck.scripts.run.main import keep_memory
-from limbeck.scripts.run.resolve import ZOO
-from limbeck.scripts.run.show import progress
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -79,7 +78,7 @@ class Setting:
 
 def models(setting: Setting) -> tuple[HybridLM, HybridLM]:
     """Student and teacher."""
-    teacher = load_model(ZOO)
+    teacher = load_model(SHIPPED["zoo"])
     if setting.vocabulary:
         teacher = HybridLM(teacher.config.replace(vocab_size=setting.vocabulary))
         initialize(teacher, torch.Generator().manual_seed(0))
@@ -101,7 +100,7 @@ def theirs(model: HybridLM) -> torch.nn.Module:
 
 @functools.cache
 def corpus() -> Corpus:
-    return tokenize(itertools.islice(documents("stdlib", "train"), DOCUMENTS), load_tokenizer(ZOO))
+    return tokenize(itertools.islice(documents("stdlib", "train"), DOCUMENTS), load_tokenizer(SHIPPED["zoo"]))
 
 
 now: Callable[[], float] = time.perf_counter
@@ -165,10 +164,10 @@ def our_steps(student: HybridLM, teacher: HybridLM, setting: Setting, steps: int
             hook: Any = register(functools.partial(lambda part, *_: clock.mark(part), part))
             stack.callback(hook.remove)
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        bar = stack.enter_context(progress("distilling", steps))
 
         def on_step(record: dict[str, Any]) -> None:
-            bar.set(record["step"], note=f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s")
+            note = f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+            print(f"step {record['step']} of {steps}  {note}", file=sys.stderr)
             clock.mark("logging")
             clock.step()
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from limbeck.distill.gap.measure import figures, measure_gap
 from limbeck.distill.gap.statistics import resampled
 from limbeck.distill.text.packing import Batch
+from limbeck.distill.text.resolve import sample
 from limbeck.models.checkpoint import load_model
 from limbeck.models.hybrid import HybridLM
+from limbeck.models.named import SHIPPED
 from limbeck.models.provenance import provenance
-from limbeck.scripts.run.resolve import ZOO, sample
 
+ZOO = SHIPPED["zoo"]
 DRAWS, RESAMPLES = 1000, 1000
 CPU = torch.device("cpu")
 
@@ -76,7 +77,7 @@ def coverage(documents: int) -> Iterator[str]:
 
 def main() -> None:
     torch.manual_seed(0)
-    batches = sample("stdlib", "test", Path(ZOO), tokens=1024, seq_len=128, batch=4, seed=0)
+    batches = sample("stdlib", "test", ZOO, tokens=1024, seq_len=128, batch=4, seed=0)
     own = measure_gap(load_model(ZOO), {"itself": load_model(ZOO)}, batches, resamples=50).models["itself"]
     print(f"itself: KL {own.kl.value}, agreement {own.agreement.value}\n")
     print("| dtype | KL of the disturbed layer | worst token | worst position |\n|---|---|---|---|")

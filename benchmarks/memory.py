@@ -1,10 +1,10 @@
-"""Three witnesses of the memory that generation takes: the formula, the simulation, and a measured run.
+"""The memory that generation takes, in three ways: the estimate, the simulation, and a measured run.
 
     python -m limbeck.benchmarks.memory                 the 9B and the 12B, 1k to 512k tokens, batch 1 to 64
     python -m limbeck.benchmarks.memory --short         one corner of that
     python -m limbeck.benchmarks.memory --cpu FOLDER    a model on the CPU, where the run is measured too
 
-Needs torch alone, no GPU and no weights (but FOLDER's). Prints a table, and exits with 3 where the formula is further
+Needs torch alone, no GPU and no weights (but FOLDER's). Prints a table, and exits with 3 where the estimate is further
 from the simulation than 1%, or either from a measured run than 2%.
 """
 
@@ -42,10 +42,8 @@ RUNS = (
 
 
 def compared(short: bool) -> Iterator[float]:
-    """Rows of the published models; gives how far the formula is from the simulation, as a share."""
-    print(
-        "| model | context x batch | SSM | weights and caches | comes and goes | peak, formula | simulated | off | at |"
-    )
+    """Rows of the published models; gives how far the estimate is from the simulation, as a share."""
+    print("| model | context x batch | SSM | weights and caches | comes and goes | estimate | simulated | off | at |")
     print("|---|---|---|---|---|---|---|---|---|")
     contexts, batches = ((131072,), (1,)) if short else (CONTEXTS, BATCHES)
     for name, context, batch, state in itertools.product(MODELS, contexts, batches, STATES):
@@ -67,10 +65,10 @@ def compared(short: bool) -> Iterator[float]:
 
 
 def measured(folder: Path) -> Iterator[float]:
-    """Rows of a model's runs on the CPU; gives how far formula and simulation are from them."""
+    """Rows of a model's runs on the CPU; gives how far estimate and simulation are from them."""
     model = load_model(folder, torch.float32, torch.device("cpu"))
     place = Place("cpu", torch.get_num_threads())
-    print("| context x batch, chunk | SSM | measured, MiB | formula | simulated |\n|---|---|---|---|---|")
+    print("| context x batch, chunk | SSM | measured, MiB | estimate | simulated |\n|---|---|---|---|---|")
     for context, batch, chunk, state in RUNS:
         run = measure(model, context, batch, chunk=chunk, ssm_dtype=state)
         report = memory(

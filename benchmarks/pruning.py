@@ -32,6 +32,7 @@ from limbeck.models.checkpoint import load_model
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
+from limbeck.models.named import SHIPPED
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
@@ -41,7 +42,6 @@ from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
 from limbeck.prune.width_metrics import AGGREGATES, MAMBA_SOURCES, ActivationScores, TaylorScores
-from limbeck.scripts.run.resolve import ZOO
 
 PLAIN = Repair(norms="none")
 REPAIRS = {
@@ -90,7 +90,7 @@ def zoo() -> Subject:
         "all axes, 25% fewer": together,
     }
     return Subject(
-        "shipped model", ZOO, 16384, 8192, 16384, cuts, together, hidden, (1, 2, 3),
+        "shipped model", SHIPPED["zoo"], 16384, 8192, 16384, cuts, together, hidden, (1, 2, 3),
         steps=60, batch=4, optimizer="muon", learning_rates=(1.5e-3,), repairs=tuple(REPAIRS),
         distilled=("plain", "rotation", "rotation, least squares"), ablated=True,
     )  # fmt: skip

@@ -30,12 +30,12 @@ from limbeck.kernels.linear_topk_kl import TopK, linear_topk_kl
 from limbeck.models.checkpoint import load_model
 from limbeck.models.folder import sha256_file
 from limbeck.models.hybrid import HybridLM
+from limbeck.models.named import SHIPPED
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import Target, select
 from limbeck.prune.importance import score_widths
 from limbeck.prune.slice import slice_model
-from limbeck.scripts.run.resolve import ZOO
 from torch import Tensor
 
 ROWS, SEQ_LEN = 4, 512
@@ -43,7 +43,7 @@ CUT = Target(hidden_size=208, intermediate_size=640, mamba_num_heads=12)
 
 
 def text(split: str, tokens: int) -> list[Batch]:
-    corpus = tokenize(list(documents("stdlib", split))[::4], load_tokenizer(ZOO))
+    corpus = tokenize(list(documents("stdlib", split))[::4], load_tokenizer(SHIPPED["zoo"]))
     return list(corpus.sample(batch_size=ROWS, seq_len=SEQ_LEN, seed=0, max_tokens=tokens))
 
 
@@ -56,7 +56,7 @@ def make_cache(teacher: HybridLM, batches: Sequence[Batch], folder: Path, k: int
     options = CacheOptions(k=k or vocabulary, dtype="float16" if k else "float32")
     folder.mkdir(parents=True, exist_ok=True)
     write_cache(teacher, [(batch, ROWS) for batch in batches], folder, options)
-    finish_cache(folder, vocabulary, sha256_file(ZOO / "tokenizer.json"), options)
+    finish_cache(folder, vocabulary, sha256_file(SHIPPED["zoo"] / "tokenizer.json"), options)
     return CachedTeacher(folder)
 
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the caches are made; a temporary folder without")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    teacher = load_model(ZOO)
+    teacher = load_model(SHIPPED["zoo"])
     student = pruned(teacher)
     batches = text("test", options.tokens)
     compared = Compared(teacher, student, batches)

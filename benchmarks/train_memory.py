@@ -23,9 +23,8 @@ from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models import processes
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.activations import Training
 from limbeck.models.cost.live_bytes import LiveBytes
-from limbeck.models.cost.training import TrainReport, train_memory
+from limbeck.models.cost.training import Training, TrainReport, train_memory
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.provenance import provenance
 from torch import Tensor
@@ -128,7 +127,7 @@ def peaks_of(trained: Trained, oracle: HybridLM | None, training: Training) -> P
 
 
 def main() -> None:
-    from limbeck.scripts.run.resolve import model_config
+    from limbeck.models.named import model_config
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)

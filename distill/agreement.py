@@ -1,4 +1,4 @@
-"""Whether teacher, student and tokenizer mean the same tokens, asked before the first step."""
+"""Whether teacher, student and tokenizer mean the same tokens, checked before the first step."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
         )
     ids = {path: special_ids(path, config.vocab_size) for path, config in configs.items()}
     for name in SPECIAL:
-        found = [ids[path].get(name) for path in (teacher, student)]
-        if None not in found and found[0] != found[1]:
+        stated = [ids[path].get(name) for path in (teacher, student)]
+        if None not in stated and stated[0] != stated[1]:
             raise InputError(
-                f"teacher and student must share special tokens: {name} is {shown(found[0])} in"
-                f" {teacher / 'config.json'} and {shown(found[1])} in {student / 'config.json'}; set both alike"
+                f"teacher and student must share special tokens: {name} is {listed(stated[0])} in"
+                f" {teacher / 'config.json'} and {listed(stated[1])} in {student / 'config.json'}; set both alike"
             )
     tokenizer = load_tokenizer(student)
     check_vocabulary(tokenizer, configs[student])
@@ -41,7 +41,7 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
         stated, used = ids[student].get(name), getattr(tokenizer, name)
         if stated is not None and used not in stated:
             notes.append(
-                f"{student / 'config.json'} has {name} {shown(stated)}, its tokenizer {used}: training uses the"
+                f"{student / 'config.json'} has {name} {listed(stated)}, its tokenizer {used}: training uses the"
                 " tokenizer's"
             )
     return notes
@@ -50,7 +50,7 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
 def special_ids(path: Path, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """The special ids that a config.json states. Raises InputError where one is outside of the vocabulary."""
     content: dict[str, Any] = read_json(path / "config.json")
-    found = {}
+    ids = {}
     for name in SPECIAL:
         value = content.get(name)
         if value is None:
@@ -61,19 +61,21 @@ def special_ids(path: Path, vocabulary: int) -> dict[str, tuple[int, ...]]:
                 raise InputError(
                     f"{path / 'config.json'}: {name} is {value!r}, outside of the vocabulary of {vocabulary} tokens"
                 )
-        found[name] = numbers
-    return found
+        ids[name] = numbers
+    return ids
 
 
-def shown(numbers: tuple[int, ...] | None) -> str:
+def listed(numbers: tuple[int, ...] | None) -> str:
     return ", ".join(str(number) for number in numbers or ())
 
 
 def check_tokens(teacher: Tokenizer, student: Tokenizer) -> None:
     """Raises InputError at the first number that stands for another text."""
-    texts = [{number: text for text, number in found.backend.get_vocab().items()} for found in (teacher, student)]
+    texts = [
+        {number: text for text, number in tokenizer.backend.get_vocab().items()} for tokenizer in (teacher, student)
+    ]
     for number in sorted(texts[0].keys() | texts[1].keys()):
-        one, other = (found.get(number) for found in texts)
+        one, other = (text.get(number) for text in texts)
         if one != other:
             raise InputError(
                 f"teacher and student must share a tokenizer: token {number} is {one!r} in"

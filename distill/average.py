@@ -46,7 +46,7 @@ def swap(trained: Trained, average: Mapping[str, Tensor]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class FinalWeights:
     """The weights that a training leaves: files of them all, of which the mean counts, and how to say it in JSON."""
 
     files: tuple[Path, ...]
@@ -56,19 +56,19 @@ class Kept:
         return mean_tensors(self.files)
 
 
-def kept_weights(folder: Path, options: TrainOptions) -> Kept:
+def final_weights(folder: Path, options: TrainOptions) -> FinalWeights:
     """What `options` ask for of the states in a folder of finished training."""
-    found = states(folder)
-    last = int(found[-1].name.removeprefix("state-"))
+    all_states = states(folder)
+    last = int(all_states[-1].name.removeprefix("state-"))
     if options.keep == "best" and (best := numbered(folder, "best")):
         said = json.loads((best[-1] / "best.json").read_text(encoding="utf-8"))
-        return Kept((best[-1] / WEIGHTS,), {"kept": "best", **said})
+        return FinalWeights((best[-1] / WEIGHTS,), {"kept": "best", **said})
     if options.average_states > 1:
-        steps = [int(state.name.removeprefix("state-")) for state in found]
-        return Kept(tuple(state / WEIGHTS for state in found), {"kept": "mean", "steps": steps})
+        steps = [int(state.name.removeprefix("state-")) for state in all_states]
+        return FinalWeights(tuple(state / WEIGHTS for state in all_states), {"kept": "mean", "steps": steps})
     if options.ema_decay:
-        return Kept((found[-1] / AVERAGE,), {"kept": "moving average", "step": last})
-    return Kept((found[-1] / WEIGHTS,), {"kept": "last", "step": last})
+        return FinalWeights((all_states[-1] / AVERAGE,), {"kept": "moving average", "step": last})
+    return FinalWeights((all_states[-1] / WEIGHTS,), {"kept": "last", "step": last})
 
 
 def write_trained(
@@ -78,7 +78,7 @@ def write_trained(
     metrics.jsonl; returns which weights they are. Matrices have the dtype that they were used in. Every process has to
     call it; the first writes."""
     with processes.together():
-        kept = kept_weights(training, options)
+        kept = final_weights(training, options)
         if processes.rank() == 0:
             shapes = {name: axes.shape for name, axes in tensor_table(config).items()}
             dtypes = {name: dtype if len(shape) > 1 else stored_dtype(dtype) for name, shape in shapes.items()}
@@ -116,5 +116,5 @@ def merged_rows(one: Checkpoint, other: Checkpoint, weight: float) -> Iterator[t
         raise InputError(f"{one.path} and {other.path} are not of one config ({values}); merge models of equal shapes")
     for name, axes in tensor_table(one.config).items():
         for start, stop in row_blocks(axes.shape, one.stored[name].dtype):
-            first, second = (found.rows(name, start, stop).to(torch.float32) for found in (one, other))
+            first, second = (side.rows(name, start, stop).to(torch.float32) for side in (one, other))
             yield name, torch.lerp(first, second, weight)

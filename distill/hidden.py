@@ -25,37 +25,13 @@ from torch import Tensor
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from .weights import Weight, check_weight
+from .options import HiddenLoss
 
-COMPARISONS = ("auto", "kept", "fitted")
 RIDGE = 1e-4  # of the mean of the second moments
 
 
 @dataclasses.dataclass(frozen=True)
-class HiddenLoss:
-    """`streams` pairs of streams, evenly spread over the layers, or the `pairs` (student, teacher) given; `compare` on
-    the kept channels, by a fitted map, or "auto": kept where they are known. The map is fitted on `fit_tokens`."""
-
-    weight: Weight = 0.0
-    streams: int = 4
-    pairs: tuple[tuple[int, ...], ...] = ()
-    compare: str = "auto"
-    fit_tokens: int = 16384
-
-    def __post_init__(self) -> None:
-        check_weight("hidden.weight", self.weight)
-        if self.compare not in COMPARISONS:
-            raise InputError(f"loss: hidden.compare {self.compare!r} is unknown; known: {', '.join(COMPARISONS)}")
-        if self.streams < 1 or self.fit_tokens < 1:
-            raise InputError(
-                f"loss: hidden.streams ({self.streams}) and hidden.fit_tokens ({self.fit_tokens}) must be at least 1"
-            )
-        if any(len(pair) != 2 for pair in self.pairs):
-            raise InputError(f"loss: hidden.pairs is {self.pairs}; expected [student, teacher] streams each")
-
-
-@dataclasses.dataclass(frozen=True)
-class Kept:
+class KeptParts:
     """What a student is of its teacher: layers and channels of the residual stream, numbered as in the teacher."""
 
     layers: tuple[int, ...]
@@ -91,28 +67,28 @@ def unit(stream: Tensor) -> Tensor:
     return stream * torch.rsqrt(stream.square().mean(-1, keepdim=True) + 1e-12)
 
 
-class Streams:
+class StreamObserver:
     """An observer of `HybridLM.hidden_states` that keeps the streams of some numbers."""
 
     def __init__(self, numbers: Iterable[int]) -> None:
         self.numbers = tuple(numbers)
-        self.found: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
 
     def __call__(self, kind: str, layer: int, tensor: Tensor) -> None:
         if kind == "residual" and layer in self.numbers:
-            self.found[layer] = tensor
+            self.kept[layer] = tensor
 
     def take(self) -> list[Tensor]:
-        found, self.found = self.found, {}
-        return [found[number] for number in self.numbers]
+        kept, self.kept = self.kept, {}
+        return [kept[number] for number in self.numbers]
 
 
 def make_pairing(
-    teacher: HybridLM, student: HybridLM, options: HiddenLoss, kept: Kept | None, batches: Iterable[Any]
+    teacher: HybridLM, student: HybridLM, options: HiddenLoss, kept: KeptParts | None, batches: Iterable[Any]
 ) -> Pairing:
     """The pairing of a student as it is before its first step; `batches` are read where a map has to be fitted.
 
-    Raises InputError where pairs do not exist, or the kept channels are asked for and not known.
+    Raises InputError where pairs do not exist, or the kept channels are requested and not known.
     """
     device = student.head_weight.device
     pairs = choose_pairs(teacher.config, student.config, options, kept)
@@ -129,7 +105,7 @@ def make_pairing(
 
 
 def choose_pairs(
-    teacher: HybridConfig, student: HybridConfig, options: HiddenLoss, kept: Kept | None
+    teacher: HybridConfig, student: HybridConfig, options: HiddenLoss, kept: KeptParts | None
 ) -> tuple[tuple[int, int], ...]:
     """(student's stream, teacher's stream), the last of both always among them. Raises InputError."""
     ours, theirs = student.num_layers, teacher.num_layers
@@ -153,7 +129,7 @@ def fit_maps(
 ) -> tuple[Tensor, ...]:
     """The matrix [Hs, Ht] of each pair that brings the student's stream nearest to the teacher's, by least squares over
     the batches' tokens; moments are float64, and a small ridge holds channels that hardly move."""
-    ours, theirs = Streams(a for a, _ in pairs), Streams(b for _, b in pairs)
+    ours, theirs = StreamObserver(a for a, _ in pairs), StreamObserver(b for _, b in pairs)
     moments = [[torch.zeros((), dtype=torch.float64)] * 2 for _ in pairs]
     for batch in batches:
         for model, streams in ((student, ours), (teacher, theirs)):

@@ -9,48 +9,23 @@ method `at(step)` beside, which the trainer calls before a step, counted from 0.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.divergence import DIVERGENCES, Divergence
+from ..kernels.divergence import Divergence
 from ..kernels.linear_kl import linear_cross_entropy, linear_kl
 from ..kernels.linear_topk_kl import linear_topk_kl
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from .hidden import HiddenLoss, Pairing, Streams
+from .hidden import Pairing, StreamObserver
+from .options import DistillLoss as DistillLoss
+from .options import greatest, weight_at
 from .teacher import CachedTeacher
-from .weights import Weight, check_weight, greatest, weight_at
 
 LossOf = Callable[[HybridLM, Any, float], Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillLoss:
-    """kl_weight T^2 divergence + ce_weight cross-entropy + hidden.weight distance, per token, at the temperature T.
-
-    `tail`: of a cached teacher, whether the tokens that it does not name count as one bucket or as impossible.
-    """
-
-    divergence: str = Divergence.FORWARD.option
-    temperature: float = 1.0
-    kl_weight: Weight = 1.0
-    ce_weight: Weight = 0.0
-    hidden: HiddenLoss = dataclasses.field(default_factory=HiddenLoss)
-    tail: bool = True
-
-    def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
-            raise InputError(f"loss: divergence {self.divergence!r} is unknown; known: {', '.join(DIVERGENCES)}")
-        if not self.temperature > 0:
-            raise InputError(f"loss: temperature is {self.temperature}; expected more than 0")
-        check_weight("kl_weight", self.kl_weight)
-        check_weight("ce_weight", self.ce_weight)
-        if not any(greatest(weight) > 0 for weight in (self.kl_weight, self.ce_weight, self.hidden.weight)):
-            raise InputError("loss: kl_weight, ce_weight and hidden.weight are all 0; expected one above 0")
 
 
 def cross_entropy_loss(model: HybridLM, rows: Any, normalizer: float) -> Tensor:
@@ -64,7 +39,7 @@ class Distillation:
     teacher is a model, or what one has said about just these rows (`teacher.CachedTeacher`).
 
     Raises InputError where teacher and student do not share a vocabulary, where hidden states are to be compared and
-    `pairing` is not given, and where a cached teacher is asked for what it does not hold.
+    `pairing` is not given, and where a cached teacher does not hold what the loss needs.
     """
 
     def __init__(self, teacher: HybridLM | CachedTeacher, options: DistillLoss, pairing: Pairing | None = None) -> None:
@@ -89,8 +64,8 @@ class Distillation:
         if isinstance(self.teacher, CachedTeacher):
             return self.cached(self.teacher, student, rows, normalizer)
         active = self.pairing if self.hidden_weight > 0 else None
-        ours = None if active is None else Streams(stream for stream, _ in active.pairs)
-        theirs = None if active is None else Streams(stream for _, stream in active.pairs)
+        ours = None if active is None else StreamObserver(stream for stream, _ in active.pairs)
+        theirs = None if active is None else StreamObserver(stream for _, stream in active.pairs)
         with torch.no_grad():
             target = self.teacher.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=theirs).flatten(0, 1)
         hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=ours).flatten(0, 1)
@@ -132,7 +107,7 @@ def distillation_loss(
 
 
 def check_cached(options: DistillLoss) -> None:
-    """Raises InputError for what a teacher's likeliest tokens at temperature 1 do not tell."""
+    """Raises InputError for what a teacher's top-k tokens at temperature 1 do not tell."""
     if options.divergence != Divergence.FORWARD.option or options.temperature != 1:
         raise InputError(
             f"loss: a cached teacher gives forward KL at temperature 1, not divergence={options.divergence} at"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .parallel import Weight
+from .parallel import TrainedWeight
 
 # The post's quintic: odd polynomial a x + b x^3 + c x^5, steep at zero, that keeps (0, 1] within about 0.7 to 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, weights: Sequence[Weight], lr: float, *, weight_decay: float = 0.0, momentum: float = 0.95
+        self, weights: Sequence[TrainedWeight], lr: float, *, weight_decay: float = 0.0, momentum: float = 0.95
     ) -> None:
         self.weights = tuple(weights)
         group = {"params": [weight.local for weight in weights], "rate_ratio": 1.0}

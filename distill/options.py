@@ -1,15 +1,21 @@
-"""How to train, checked before anything is read."""
+"""How to train and what to learn from a teacher: options, checked before anything is read."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import typing
+from typing import Any
 
+from ..kernels.divergence import DIVERGENCES, Divergence
 from ..models.errors import InputError
 
 SCHEDULES = ("cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 KEEPS = ("last", "best")
+SHAPES = ("linear", "cosine")
+COMPARISONS = ("auto", "kept", "fitted")
+TEACHER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +29,7 @@ class TrainOptions:
     What is left in the end: `keep` the "last" weights or the "best" by held-out figures; with `ema_decay` above 0
     their exponential moving average; with `average_states` above 1 the mean of so many last states.
     `activation_checkpointing` keeps a layer's input alone and runs the layer twice; `compile` goes through
-    torch.compile. A step whose loss or gradient is not finite is passed over; `max_skipped` of them in a row end the
+    torch.compile. A step whose loss or gradient is not finite is skipped; `max_skipped` of them in a row end the
     run, as do `data_timeout` seconds without a batch.
     """
 
@@ -89,3 +95,200 @@ class TrainOptions:
         else:
             share = min(1.0, (self.steps - step) / max(1.0, self.decay_fraction * self.steps))
         return self.learning_rate * (self.final_ratio + (1 - self.final_ratio) * share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """From `start` at step 0 to `end` at step `steps` and after, in a straight line or half a cosine."""
+
+    start: float
+    end: float
+    steps: int
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"loss: a weight's steps are {self.steps}; expected at least 1")
+        if self.shape not in SHAPES:
+            raise InputError(f"loss: a weight's shape {self.shape!r} is unknown; known: {', '.join(SHAPES)}")
+
+
+LossWeight = float | Ramp
+
+
+def weight_at(weight: LossWeight, step: int) -> float:
+    """The weight of a step, counted from 0."""
+    if not isinstance(weight, Ramp):
+        return weight
+    share = min(step / weight.steps, 1.0)
+    if weight.shape == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return weight.start + (weight.end - weight.start) * share
+
+
+def greatest(weight: LossWeight) -> float:
+    return max(weight.start, weight.end) if isinstance(weight, Ramp) else weight
+
+
+def check_weight(name: str, weight: LossWeight) -> None:
+    """Raises InputError where a weight is negative at some step."""
+    least = min(weight.start, weight.end) if isinstance(weight, Ramp) else weight
+    if not 0 <= least <= greatest(weight) < math.inf:
+        raise InputError(f"loss: {name} is {weight}; expected 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenLoss:
+    """`streams` pairs of streams, evenly spread over the layers, or the `pairs` (student, teacher) given; `compare` on
+    the kept channels, by a fitted map, or "auto": kept where they are known. The map is fitted on `fit_tokens`."""
+
+    weight: LossWeight = 0.0
+    streams: int = 4
+    pairs: tuple[tuple[int, ...], ...] = ()
+    compare: str = "auto"
+    fit_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        check_weight("hidden.weight", self.weight)
+        if self.compare not in COMPARISONS:
+            raise InputError(f"loss: hidden.compare {self.compare!r} is unknown; known: {', '.join(COMPARISONS)}")
+        if self.streams < 1 or self.fit_tokens < 1:
+            raise InputError(
+                f"loss: hidden.streams ({self.streams}) and hidden.fit_tokens ({self.fit_tokens}) must be at least 1"
+            )
+        if any(len(pair) != 2 for pair in self.pairs):
+            raise InputError(f"loss: hidden.pairs is {self.pairs}; expected [student, teacher] streams each")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillLoss:
+    """kl_weight T^2 divergence + ce_weight cross-entropy + hidden.weight distance, per token, at the temperature T.
+
+    `tail`: of a cached teacher, whether the tokens that it does not name count as one bucket or as impossible.
+    """
+
+    divergence: str = Divergence.FORWARD.option
+    temperature: float = 1.0
+    kl_weight: LossWeight = 1.0
+    ce_weight: LossWeight = 0.0
+    hidden: HiddenLoss = dataclasses.field(default_factory=HiddenLoss)
+    tail: bool = True
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise InputError(f"loss: divergence {self.divergence!r} is unknown; known: {', '.join(DIVERGENCES)}")
+        if not self.temperature > 0:
+            raise InputError(f"loss: temperature is {self.temperature}; expected more than 0")
+        check_weight("kl_weight", self.kl_weight)
+        check_weight("ce_weight", self.ce_weight)
+        if not any(greatest(weight) > 0 for weight in (self.kl_weight, self.ce_weight, self.hidden.weight)):
+            raise InputError("loss: kl_weight, ce_weight and hidden.weight are all 0; expected one above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Correction:
+    """A teacher's own training on the text before it teaches (arXiv 2408.11796): cross-entropy, for so many steps, or
+    as many as read so many tokens; everything else as the student's."""
+
+    steps: int = 0
+    tokens: float = 0
+    learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.tokens > 0):
+            raise InputError(
+                f"distill.teacher_correction: steps is {self.steps}, tokens {self.tokens:g}; give one of the two"
+            )
+
+
+# A field for each of TrainOptions, None where a stage leaves it as it is.
+TrainChanges = dataclasses.make_dataclass(
+    "TrainChanges",
+    [(name, kind | None, None) for name, kind in typing.get_type_hints(TrainOptions).items()],
+    frozen=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOptions(TrainChanges):  # type: ignore[misc, valid-type]
+    """What a stage does otherwise than the whole; `tokens` stands for steps, as many as read that many tokens."""
+
+    tokens: float | None = None
+    seq_len: int | None = None
+    batch: int | None = None
+    evaluate_tokens: int | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillOptions:
+    """What conf/distill/ sets: the loss, the schedule, and the tokens; `repack` cuts an epoch's rows anew. Each of
+    `stages` starts from the weights that the one before it left; none is one stage as it stands."""
+
+    loss: DistillLoss
+    train: TrainOptions
+    seq_len: int
+    batch: int
+    evaluate_tokens: int
+    repack: bool = True
+    teacher_dtype: str | None = None
+    teacher_offload: bool = False
+    teacher_correction: Correction | None = None
+    stages: tuple[StageOptions, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1 or self.batch < 1:
+            raise InputError(f"distill: seq_len ({self.seq_len}) and batch ({self.batch}) must be at least 1")
+        if self.teacher_dtype not in (None, *TEACHER_DTYPES):
+            raise InputError(f"dtype {self.teacher_dtype!r} is unknown; known: {', '.join(TEACHER_DTYPES)}")
+        self.plan()
+
+    def plan(self) -> tuple[DistillOptions, ...]:
+        """The stages in their order, each with everything that it does. Raises InputError."""
+        return tuple(self.stage(number) for number in range(len(self.stages))) or (self,)
+
+    def stage(self, number: int) -> DistillOptions:
+        where, changes = f"distill.stages[{number}]", self.stages[number].changes
+        tokens = changes.pop("tokens", None)
+        if tokens is not None and "steps" in changes:
+            raise InputError(f"{where} has both tokens and steps; give one of the two")
+        own = {name: changes.pop(name) for name in ("seq_len", "batch", "evaluate_tokens") if name in changes}
+        train = dataclasses.replace(self.train, **changes)
+        stage = dataclasses.replace(self, train=train, stages=(), **own)
+        if tokens is None:
+            return stage
+        if not tokens >= 1:
+            raise InputError(f"{where}.tokens is {tokens:g}; expected at least 1")
+        return dataclasses.replace(stage, train=dataclasses.replace(train, steps=stage.steps_for(tokens)))
+
+    def steps_for(self, tokens: float) -> int:
+        """As many as read that many tokens."""
+        return math.ceil(tokens / (self.batch * self.seq_len))
+
+    @property
+    def rows(self) -> int:
+        """Rows that go through a model at once."""
+        return self.train.micro_batch or self.batch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that all steps of all stages read."""
+        return sum(stage.train.steps * stage.batch * stage.seq_len for stage in self.plan())
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options that a fingerprint is made of."""
+        stages = [stage.changes for stage in self.stages]
+        options = dataclasses.asdict(self) | {"stages": stages}
+        return {name: value for name, value in options.items() if name != "stages" or value}
+
+    def correction(self) -> DistillOptions:
+        """How the teacher is trained before it teaches."""
+        correction = self.teacher_correction
+        assert correction is not None
+        steps = correction.steps or self.steps_for(correction.tokens)
+        train = dataclasses.replace(self.train, steps=steps, learning_rate=correction.learning_rate)
+        return dataclasses.replace(self, train=train, repack=True, teacher_correction=None, stages=())

@@ -19,13 +19,14 @@ from torch import Tensor, distributed, nn
 
 from ..models import processes
 from ..models.checkpoint import load_model, open_checkpoint
+from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Weight:
+class TrainedWeight:
     """A parameter in training. `local` is what the optimizer moves here: the parameter, its rows that are this
     process's (`split`), or a float32 copy where the model keeps it in fewer bits."""
 
@@ -61,7 +62,7 @@ class Trained:
     """A model and what its optimizer moves, made by `prepare`."""
 
     model: HybridLM
-    weights: tuple[Weight, ...]
+    weights: tuple[TrainedWeight, ...]
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +72,8 @@ class Trained:
         """The gradients of the locals, summed over the processes. Every process has to call it."""
         for weight in self.weights:
             if weight.split and weight.parameter.grad is not None:
-                found: Any = weight.parameter.grad
-                weight.local.grad = found.to_local()
+                gradient: Any = weight.parameter.grad
+                weight.local.grad = gradient.to_local()
         if processes.count() > 1:
             sum_over_processes([w.local.grad for w in self.weights if not w.split and w.local.grad is not None])
         return [weight.local.grad for weight in self.weights if weight.local.grad is not None]
@@ -100,11 +101,11 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
         shape = tuple(parameter.shape)
         mine: Any = parameter.detach()
         if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
-            weights.append(Weight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
+            weights.append(TrainedWeight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
         elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and parameter.dim() > 1:
-            weights.append(Weight(name, shape, lowered(model, name, parameter, dtype), parameter))
+            weights.append(TrainedWeight(name, shape, lowered(model, name, parameter, dtype), parameter))
         else:
-            weights.append(Weight(name, shape, parameter, parameter))
+            weights.append(TrainedWeight(name, shape, parameter, parameter))
     return Trained(model, tuple(weights))
 
 
@@ -114,8 +115,8 @@ def lowered(model: nn.Module, name: str, master: nn.Parameter, dtype: torch.dtyp
 
     def hand_over(copy: Tensor) -> None:
         assert copy.grad is not None
-        found = copy.grad.to(master.dtype)
-        master.grad = found if master.grad is None else master.grad.add_(found)
+        gradient = copy.grad.to(master.dtype)
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         copy.grad = None
 
     copy.register_post_accumulate_grad_hook(hand_over)
@@ -142,7 +143,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
     names = {module: name for name, module in model.named_modules()}
     for group in groups:
         if read is not None:
-            fill(group, names[group], read)
+            materialize(group, names[group], read)
         device = next(group.parameters()).device
         mesh = init_device_mesh(device.type, (processes.count(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
@@ -154,7 +155,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
     register_fsdp_forward_method(model, "hidden_states")  # after it the head is whole, as the losses read it
 
 
-def fill(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
+def materialize(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
     """Gives every parameter on the meta device its values."""
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta:
@@ -248,15 +249,24 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
 
 def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Runs of tensors of one dtype with `BUCKET` numbers at most, one tensor at least."""
-    found: list[list[Tensor]] = []
+    runs: list[list[Tensor]] = []
     filled = 0
     for tensor in tensors:
-        if not found or found[-1][0].dtype != tensor.dtype or filled + tensor.numel() > BUCKET:
-            found.append([])
+        if not runs or runs[-1][0].dtype != tensor.dtype or filled + tensor.numel() > BUCKET:
+            runs.append([])
             filled = 0
-        found[-1].append(tensor)
+        runs[-1].append(tensor)
         filled += tensor.numel()
-    return found
+    return runs
+
+
+def check_share(batch: int) -> None:
+    """Raises InputError where the processes cannot share a batch's rows evenly."""
+    if batch % processes.count():
+        raise InputError(
+            f"distill.batch is {batch} rows, which {processes.count()} processes cannot share evenly; give a multiple"
+            f" of {processes.count()}"
+        )
 
 
 def share(rows: int) -> range:
@@ -269,8 +279,8 @@ def squares(trained: Trained) -> tuple[float, float]:
     """Sums of the squared gradients, in float64: of what lies here alone, and of what every process has."""
     parts = [0.0, 0.0]
     for split in (True, False):
-        found = [w.local.grad for w in trained.weights if w.split == split and w.local.grad is not None]
-        if found:
-            norms = torch.stack(torch._foreach_norm(found))
+        gradients = [w.local.grad for w in trained.weights if w.split == split and w.local.grad is not None]
+        if gradients:
+            norms = torch.stack(torch._foreach_norm(gradients))
             parts[not split] = float(norms.double().square().sum())
     return parts[0], parts[1]

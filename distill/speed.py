@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable
 
 import torch
 
@@ -14,18 +13,20 @@ from ..models.cost.speed import flops_per_token
 
 
 def speed_figures(
-    student: HybridConfig, teacher: HybridConfig | None, seq_len: int, device: torch.device, peak: float | None = None
-) -> Callable[[float], dict[str, float]]:
-    """From tokens a second: the model's TFLOP/s (three passes of the student, one of the teacher; what runs twice for
-    activation checkpointing counts once), their share of the cards' `peak` where that is known, and the memory."""
-
-    def figures(rate: float) -> dict[str, float]:
-        flops = 3 * flops_per_token(student, seq_len) + (flops_per_token(teacher, seq_len) if teacher else 0)
-        tflops = rate * flops / 1e12
-        share = {"mfu": tflops / (peak * processes.count())} if peak else {}
-        return {"model_tflops": tflops, "memory_gib": peak_memory(device) / 2**30} | share
-
-    return figures
+    student: HybridConfig,
+    teacher: HybridConfig | None,
+    seq_len: int,
+    device: torch.device,
+    peak: float | None,
+    rate: float,
+) -> dict[str, float]:
+    """From the tokens a second, `rate`: the model's TFLOP/s (three passes of the student, one of the teacher; what runs
+    twice for activation checkpointing counts once), their share of the cards' `peak` where that is known, and the
+    memory."""
+    flops = 3 * flops_per_token(student, seq_len) + (flops_per_token(teacher, seq_len) if teacher else 0)
+    tflops = rate * flops / 1e12
+    share = {"mfu": tflops / (peak * processes.count())} if peak else {}
+    return {"model_tflops": tflops, "memory_gib": peak_memory(device) / 2**30} | share
 
 
 def peak_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""What training needs to go on: folders `state-<step>`, whole or not there, in safetensors and JSON.
+"""What training needs to resume: folders `state-<step>`, whole or not there, in safetensors and JSON.
 
 Tensors are written whole, one after the other, whatever part of them each process has: a state is read by any number
 of processes. The first process writes; each reads its rows. An older state goes once the newer one has its name.
@@ -23,7 +23,7 @@ from ..models import processes
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
 from ..models.tensors import TensorFile
-from .parallel import Trained, Weight
+from .parallel import Trained, TrainedWeight
 
 WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
 Optimizers = dict[str, torch.optim.Optimizer]
@@ -31,7 +31,7 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 @dataclasses.dataclass
 class Progress:
-    """How far training is. `skipped` steps were passed over, the last `in_a_row` among them; `best_step` had the best
+    """How far training is. `skipped` steps were not finite, the last `in_a_row` among them; `best_step` had the best
     held-out figure."""
 
     step: int = 0
@@ -66,6 +66,8 @@ def save_state(
     target = folder / f"state-{progress.step:08d}"
     if processes.from_first(target.exists()):
         return
+    # The folder has its name once all of it is on the disk. A run that is killed before that leaves a .partial folder
+    # and the older state, from which the same steps come again, to the same bits.
     with processes.together(), written(target) as temporary:
         write_whole(place(temporary, WEIGHTS), ((w.name, w, w.local) for w in trained.weights))
         if average:
@@ -73,7 +75,7 @@ def save_state(
         write_whole(place(temporary, OPTIMIZER), optimizer_tensors(trained, optimizers))
         if temporary is not None:
             write_json(temporary / "state.json", dataclasses.asdict(progress))
-    if processes.rank() == 0:
+    if processes.rank() == 0:  # only now: at every moment one whole state is there
         kept = states(folder)[-states_kept:]
         for old in (*states(folder), *numbered(folder, "best")):
             if old not in kept and old.name != f"best-{progress.best_step or 0:08d}":
@@ -100,7 +102,7 @@ def place(folder: Path | None, name: str) -> Path | None:
     return None if folder is None else folder / name
 
 
-def optimizer_tensors(trained: Trained, optimizers: Optimizers) -> Iterator[tuple[str, Weight | None, Tensor]]:
+def optimizer_tensors(trained: Trained, optimizers: Optimizers) -> Iterator[tuple[str, TrainedWeight | None, Tensor]]:
     """Every tensor of the optimizers' states as KIND/WEIGHT/FIELD, with the weight if it is split like it."""
     for kind, optimizer in sorted(optimizers.items()):
         for weight in trained.weights:
@@ -109,7 +111,7 @@ def optimizer_tensors(trained: Trained, optimizers: Optimizers) -> Iterator[tupl
                 yield f"{kind}/{weight.name}/{field}", weight if tensor.dim() else None, tensor
 
 
-def write_whole(path: Path | None, tensors: Iterable[tuple[str, Weight | None, Tensor]]) -> None:
+def write_whole(path: Path | None, tensors: Iterable[tuple[str, TrainedWeight | None, Tensor]]) -> None:
     """A file of tensors, each put together of the processes' parts when its turn comes. Where the path is None, parts
     are handed over and nothing is written.
 
@@ -137,32 +139,35 @@ def write_whole(path: Path | None, tensors: Iterable[tuple[str, Weight | None, T
 
 
 def load_state(trained: Trained, optimizers: Optimizers, average: dict[str, Tensor], folder: Path) -> Progress:
-    """Fills model, optimizers and average from the newest state, and clears what a kill has left behind."""
+    """Fills model, optimizers and average from the newest state, and clears what a killed run has left."""
     if processes.rank() == 0:
         for leftover in folder.glob(".*.partial"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    found = processes.from_first(states(folder))
-    if not found:
+    all_states = processes.from_first(states(folder))
+    if not all_states:
         remove_bests(folder, 0)
         return Progress()
-    newest = found[-1]
+    newest = all_states[-1]  # as the first process sees it: on a shared disk another may not see it yet
     read_weights(trained, newest / WEIGHTS)
-    if average and (newest / AVERAGE).exists():
+    if average and (newest / AVERAGE).exists():  # a run resumed with ema_decay added begins its average here
         read_parts(newest / AVERAGE, {w.name: (w, average[w.name]) for w in trained.weights})
     by_name = {weight.name: weight for weight in trained.weights}
     with safe_open(newest / OPTIMIZER, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
-            kind, name, field = key.split("/")
+            kind, name, field = key.split(
+                "/"
+            )  # AdamW's step is a scalar, whole everywhere; moments are split as weights
             weight, part = by_name[name], file.get_slice(key)
             value = part[weight.rows] if part.get_shape() else file.get_tensor(key)
             optimizers[kind].state[weight.local][field] = value.to(weight.local.device)
+    # A best beyond the state is of steps that come again, and is written again then.
     progress = Progress(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
     remove_bests(folder, progress.step)
     return progress
 
 
 def remove_bests(folder: Path, step: int) -> None:
-    """Those behind a step go: training has yet to come there."""
+    """Removes those of later steps, which training has yet to reach."""
     if processes.rank() == 0:
         for path in numbered(folder, "best"):
             if int(path.name.removeprefix("best-")) > step:
@@ -185,7 +190,7 @@ def fill_weights(trained: Trained, tensors: Iterable[tuple[str, Tensor]]) -> Non
 
 
 @torch.no_grad()
-def read_parts(path: Path, targets: Mapping[str, tuple[Weight, Tensor]]) -> None:
+def read_parts(path: Path, targets: Mapping[str, tuple[TrainedWeight, Tensor]]) -> None:
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         assert names == targets.keys(), f"{path} is of another model"
@@ -199,7 +204,7 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drops what was logged beyond the state that training goes on from, and a line cut off by a kill."""
+    """Drops what was logged beyond the state that training resumes from, and a line cut off by a kill."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""A teacher's likeliest tokens, written once, and read in any order, batch size or number of processes.
+"""A teacher's top-k tokens, written once, and read in any order, batch size or number of processes.
 
 What a teacher says at a token follows from the row it stands in: the tokens before it, back to where its document or
 the row began. So a row is known by its content, a 128-bit hash of its token ids and of where documents begin in it, and
@@ -6,9 +6,9 @@ whoever holds the row finds the teacher's answer: no numbering of rows, seeds or
 twice is kept once, and data or a tokenizer that has changed finds nothing instead of the wrong thing. Answers kept by
 document would be of use to more rows, but not true: the teacher would have read what the student has not.
 
-A file `rows-NNNNN.safetensors` holds for each of its rows the key [16], and for each token the ids of the k likeliest
-tokens (the low 16 bits, and bits 16 to 23 in a byte where the vocabulary has more than 65,536), their log-probabilities
-and the logarithm of all others' mass. Shapes: [B] rows, [T] tokens, [k] likeliest tokens.
+A file `rows-NNNNN.safetensors` holds for each of its rows the key [16], and for each token the ids of the top-k tokens
+(the low 16 bits, and bits 16 to 23 in a byte where the vocabulary has more than 65,536), their log-probabilities
+and the logarithm of all others' mass. Shapes: [B] rows, [T] tokens, [k] top-k tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEY = 16
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
-    """`k` likeliest tokens a position, log-probabilities in `dtype`, files of about `shard_bytes`."""
+    """the top `k` tokens of a position, log-probabilities in `dtype`, files of about `shard_bytes`."""
 
     k: int = 64
     dtype: str = "float16"
@@ -94,8 +94,8 @@ def write_cache(
     on_rows: Callable[[int], None] | None = None,
 ) -> None:
     """The teacher's answers to all rows of the batches, given with how many rows of each go through it at once, as
-    files in an existing folder. What stands there already is not asked again; of many processes each asks a whole
-    teacher of its own for its share. `on_rows` is told of every row, asked or not. Raises InputError where k is beyond
+    files in an existing folder. Rows that stand there already are skipped; of many processes each runs a whole
+    teacher of its own on its share. `on_rows` is told of every row, skipped or not. Raises InputError where k is beyond
     the vocabulary.
     """
     vocabulary = teacher.config.vocab_size
@@ -104,13 +104,13 @@ def write_cache(
     if processes.rank() == 0:
         for leftover in folder.glob("rows-*.partial"):  # of a kill
             leftover.unlink()
-    found = shards(folder)
-    known = {key for path in found for key in read_keys(path)}
-    number = int(found[-1].stem[5:]) + 1 if found else 0
+    written = shards(folder)
+    known = {key for path in written for key in read_keys(path)}
+    number = int(written[-1].stem[5:]) + 1 if written else 0
     number = max(processes.gather(number)) + processes.rank()
     pending: list[dict[str, Tensor]] = []
     size = options.bytes_per_token(vocabulary)
-    asked = 0
+    missing = 0
 
     def flush() -> None:
         nonlocal number, pending
@@ -128,12 +128,12 @@ def write_cache(
         for row, key in enumerate(keys):
             if key not in known:
                 known.add(key)
-                if asked % processes.count() == processes.rank():
+                if missing % processes.count() == processes.rank():
                     mine.append(row)
-                asked += 1
+                missing += 1
         for start in range(0, len(mine), at_once):
             rows = mine[start : start + at_once]
-            pending.append(answer(teacher, batch, rows, [keys[row] for row in rows], options))
+            pending.append(answers_to(teacher, batch, rows, [keys[row] for row in rows], options))
             if sum(len(part["keys"]) for part in pending) * tokens * size >= options.shard_bytes:
                 flush()
         if on_rows is not None:
@@ -141,24 +141,24 @@ def write_cache(
     flush()
 
 
-def answer(
+def answers_to(
     teacher: HybridLM, batch: Any, rows: Sequence[int], keys: Sequence[bytes], options: CacheOptions
 ) -> dict[str, Tensor]:
     """What a file keeps of some rows of a batch."""
     device = teacher.head_weight.device
     ids, seq_idx = (tensor[list(rows)].to(device) for tensor in (batch.input_ids, batch.seq_idx))
     hidden = teacher.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
-    found = linear_topk(hidden, teacher.head_weight, options.k)
+    top = linear_topk(hidden, teacher.head_weight, options.k)
     shape = (*ids.shape, options.k)
     dtype = DTYPES[options.dtype]
     kept = {
         "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(len(keys), KEY),
-        "ids": (found.ids % LOW).to(torch.int32).to(torch.int16),  # the same 16 bits
-        "log_probs": found.log_probs.to(dtype),
-        "log_tail": found.log_tail.to(dtype),
+        "ids": (top.ids % LOW).to(torch.int32).to(torch.int16),  # the same 16 bits
+        "log_probs": top.log_probs.to(dtype),
+        "log_tail": top.log_tail.to(dtype),
     }
     if teacher.config.vocab_size > LOW:
-        kept["ids_high"] = (found.ids // LOW).to(torch.uint8)
+        kept["ids_high"] = (top.ids // LOW).to(torch.uint8)
     shapes = {"keys": kept["keys"].shape, "log_tail": shape[:2]}
     return {name: tensor.reshape(shapes.get(name, shape)).cpu() for name, tensor in kept.items()}
 
@@ -207,6 +207,14 @@ class CachedTeacher:
     def holds(self, rows: Any) -> bool:
         return all(key in self.places for key in row_keys(rows.input_ids, rows.seq_idx))
 
+    def check_holds(self, batches: Iterable[Any]) -> None:
+        """Raises InputError where there is no answer to one of these batches, which will be read."""
+        if not all(self.holds(batch) for batch in batches):
+            raise InputError(
+                f"teacher_cache={self.folder} lacks rows that will be read: it holds {len(self)}, made for fewer"
+                " steps or with another seed, seq_len, batch, repack or evaluate_tokens; make it with distill's options"
+            )
+
     def targets(self, rows: Any) -> TopK:
         """The answers to rows [B, T], as [B * T, k]. Raises InputError where a row is not there."""
         parts: dict[str, list[Tensor]] = {}
@@ -221,28 +229,28 @@ class CachedTeacher:
                 if name != "keys":
                     parts.setdefault(name, []).append(self.files[file].get_slice(name)[row : row + 1][0])
         device = rows.input_ids.device
-        found = {name: torch.cat(tensors).to(device) for name, tensors in parts.items()}
-        ids = found["ids"].to(torch.int64) % LOW
-        if "ids_high" in found:
-            ids += found["ids_high"].to(torch.int64) * LOW
-        return TopK(ids, found["log_probs"].float(), found["log_tail"].float())
+        stored = {name: torch.cat(tensors).to(device) for name, tensors in parts.items()}
+        ids = stored["ids"].to(torch.int64) % LOW
+        if "ids_high" in stored:
+            ids += stored["ids_high"].to(torch.int64) * LOW
+        return TopK(ids, stored["log_probs"].float(), stored["log_tail"].float())
 
 
 @torch.no_grad()
 def cached_gap(teacher: CachedTeacher, student: HybridLM, batches: Iterable[Any]) -> dict[str, float]:
     """A student's held-out figures against the answers of a cache: cross-entropy (nats a token), bits per byte, KL over
-    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same likeliest successor.
+    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same argmax.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     tokens = text_bytes = 0
     for batch in batches:
-        found = batch.to(student.head_weight.device)
-        hidden = student.hidden_states(found.input_ids, seq_idx=found.seq_idx).flatten(0, 1)
-        labels = found.labels.flatten()
-        loss = linear_topk_kl(hidden, student.head_weight, teacher.targets(found), labels=labels)
+        rows = batch.to(student.head_weight.device)
+        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
+        labels = rows.labels.flatten()
+        loss = linear_topk_kl(hidden, student.head_weight, teacher.targets(rows), labels=labels)
         assert loss.cross_entropy is not None
         sums += torch.stack([part.double().sum() for part in (loss.cross_entropy, loss.kl, loss.agreement)]).cpu()
-        tokens, text_bytes = tokens + int((labels >= 0).sum()), text_bytes + int(found.n_bytes.sum())
+        tokens, text_bytes = tokens + int((labels >= 0).sum()), text_bytes + int(rows.n_bytes.sum())
     nats, kl, agreed = sums.tolist()
     return {
         "validation_loss": nats / tokens,

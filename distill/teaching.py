@@ -1,10 +1,10 @@
-"""Who teaches a student: the model itself, or a cache of its answers; and what a student kept of its teacher."""
+"""What is known of a student's descent from its teacher, and of a teacher's cached answers; and how far a student is
+from either."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +14,22 @@ from ..models.fingerprint import read_provenance
 from ..models.folder import sha256_file
 from ..models.hybrid import HybridLM
 from .gap.measure import measure_gap
-from .hidden import Kept, Pairing
-from .losses import Distillation, DistillLoss, check_vocabularies
+from .hidden import KeptParts
+from .losses import check_vocabularies
 from .teacher import CachedTeacher, cached_gap
 
 
-@dataclasses.dataclass(frozen=True)
-class Teaching:
-    """A teacher, and which of the student's hidden states are compared with which of its own."""
-
-    teacher: HybridLM | CachedTeacher
-    pairing: Pairing | None = None
-
-    @property
-    def model(self) -> HybridLM | None:
-        """The teacher itself, where it runs."""
-        return None if isinstance(self.teacher, CachedTeacher) else self.teacher
-
-    def loss(self, options: DistillLoss) -> Distillation:
-        return Distillation(self.teacher, options, self.pairing)
-
-    def check_holds(self, batches: Iterable[Any]) -> None:
-        """Raises InputError where a cache has no answer to one of these batches, which will be read."""
-        cache = self.teacher
-        if isinstance(cache, CachedTeacher) and not all(cache.holds(batch) for batch in batches):
-            raise InputError(
-                f"teacher_cache={cache.folder} lacks rows that will be read: it holds {len(cache)}, made for fewer"
-                " steps or with another seed, seq_len, batch, repack or evaluate_tokens; make it with distill's options"
-            )
-
-    def gap(self, student: HybridLM, sample: Sequence[Any]) -> dict[str, float]:
-        """The held-out figures that go into metrics.jsonl; of a cached teacher, KL over its buckets."""
-        if isinstance(self.teacher, CachedTeacher):
-            return cached_gap(self.teacher, student, sample)
-        figures = measure_gap(self.teacher, {"student": student}, sample, resamples=2).models["student"]
-        return {
-            "validation_loss": figures.cross_entropy.value,
-            "validation_bits_per_byte": figures.bits_per_byte.value,
-            "validation_kl": figures.kl.value,
-            "validation_agreement": figures.agreement.value,
-        }
+def held_out_figures(teacher: HybridLM | CachedTeacher, student: HybridLM, sample: Sequence[Any]) -> dict[str, float]:
+    """The held-out figures that go into metrics.jsonl; of a cached teacher, KL over its buckets."""
+    if isinstance(teacher, CachedTeacher):
+        return cached_gap(teacher, student, sample)
+    figures = measure_gap(teacher, {"student": student}, sample, resamples=2).models["student"]
+    return {
+        "validation_loss": figures.cross_entropy.value,
+        "validation_bits_per_byte": figures.bits_per_byte.value,
+        "validation_kl": figures.kl.value,
+        "validation_agreement": figures.agreement.value,
+    }
 
 
 def open_cache(folder: Path, student: HybridLM, student_folder: Path, inputs: Mapping[str, str]) -> CachedTeacher:
@@ -84,7 +60,7 @@ def cache_fingerprint(cache: Path) -> str:
     return fingerprint
 
 
-def kept_of(student: Path, teacher: Path, teacher_sum: Callable[[], str]) -> Kept | None:
+def kept_of(student: Path, teacher: Path, teacher_sum: Callable[[], str]) -> KeptParts | None:
     """What a student's folder says it is of its teacher; None unless it was pruned from just this one."""
     try:
         selection = json.loads((student / "selection.json").read_text(encoding="utf-8"))
@@ -98,4 +74,4 @@ def kept_of(student: Path, teacher: Path, teacher_sum: Callable[[], str]) -> Kep
     channels: tuple[int, ...] | None = None
     if "principal_directions" not in selection:
         channels = tuple(selection["kept"].get("hidden", range(load_config(teacher).hidden_size)))
-    return Kept(tuple(selection["layers"]), channels)
+    return KeptParts(tuple(selection["layers"]), channels)

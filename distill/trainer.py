@@ -1,8 +1,8 @@
 """The training loop that pretraining and distillation share: deterministic, and resumable to the bit.
 
 A step takes one batch of rows, split among processes and in micro-batches whose losses share one normalizer, so that
-the gradient does not depend on the split. State goes to `folder/state-<step>/` (see `state`), and the newest one is
-where a later call goes on, with any number of processes.
+the gradient does not depend on the split. State goes to `folder/state-<step>/` (see `state`), and a later
+call resumes from the newest one, with any number of processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .options import TrainOptions
 from .parallel import Trained, prepare, reshard, share, squares
 from .state import Optimizers, append_line, load_state, save_best, save_state, states, trim_metrics
 from .stop import SIGNALS, Stopper
-from .text.prefetch import feed, placed
+from .text.prefetch import feed
 
 __all__ = ["TrainOptions", "make_optimizers", "states", "train"]
 
@@ -73,24 +73,24 @@ def train(
     stop_after: int | None = None,
     describe: Callable[[float], dict[str, float]] | None = None,
 ) -> int:
-    """Trains a model in place to `options.steps`, going on from the newest state in `folder`; returns the step reached.
+    """Trains a model in place to `options.steps`, resuming from the newest state in `folder`; returns the step reached.
 
     `loss_of(model, rows, normalizer)` is the sum of the rows' token losses over the normalizer (the number of
     labels of the whole batch, in all processes); `batches(start)` yields the whole batches from number `start` on,
     the same in every process. Figures go to `folder/metrics.jsonl`, and to `on_step`; `describe(tokens a second)`
     adds some. `stop_after` ends early, after so many steps of this call.
 
-    Raises Stopped behind a step in which SIGINT or SIGTERM came, with its state saved; InputError where a batch
+    Raises Stopped after a step in which SIGINT or SIGTERM came, with its state saved; InputError where a batch
     does not fit the processes or does not come, and where `max_skipped` steps in a row were not finite.
     """
     trained = model if isinstance(model, Trained) else prepare(model)
     with Stopper() as stopper, ending_all():
-        run = Run(trained, loss_of, options, folder, stopper, evaluate, on_step, describe)
+        run = TrainingRun(trained, loss_of, options, folder, stopper, evaluate, on_step, describe)
         return run.to_the_end(batches, stop_after)
 
 
 @dataclasses.dataclass
-class Run:
+class TrainingRun:
     """One call of `train`: what it was given, and what changes from step to step."""
 
     trained: Trained
@@ -109,11 +109,12 @@ class Run:
         self.metrics = self.folder / "metrics.jsonl"
         set_layers(self.trained.model, self.options)
         self.optimizers = make_optimizers(self.trained, self.options)
+        # The average starts from the weights before the first step: it has to be there before a state is read into it.
         decay = self.options.ema_decay
         self.average = {w.name: w.local.detach().clone() for w in self.trained.weights} if decay else {}
         self.progress = load_state(self.trained, self.optimizers, self.average, self.folder)
         self.saved = self.progress.step if states(self.folder) else None
-        if processes.rank() == 0:
+        if processes.rank() == 0:  # lines beyond the state are of steps that come again
             trim_metrics(self.metrics, self.progress.step)
         self.clock, self.seen = time.perf_counter(), 0
 
@@ -121,6 +122,7 @@ class Run:
         begun, options = self.progress.step, self.options
         if begun >= options.steps:
             return begun
+        # Batch n belongs to step n in every run, so a resumed one starts reading where the state stands.
         with contextlib.closing(feed(batches(begun), begun, options.data_timeout)) as source:
             while self.progress.step < options.steps and self.progress.step - begun != stop_after:
                 with processes.together():
@@ -141,11 +143,12 @@ class Run:
         if isinstance(self.loss_of, Scheduled):
             self.loss_of.at(progress.step)
         loss, norm, signal = self.gradients(batch)
+        # Sums over all processes, so that all of them skip a step or none does.
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.move(norm)
         self.trained.zero_grad()
-        progress.step += 1
+        progress.step += 1  # a skipped step counts: the schedule and the data's position follow from this number alone
         progress.tokens += batch.input_ids.numel()
         progress.in_a_row = 0 if finite else progress.in_a_row + 1
         progress.skipped += not finite
@@ -174,17 +177,18 @@ class Run:
         normalizer = float((batch.labels >= 0).sum())
         loss = torch.zeros((), dtype=torch.float64, device=self.trained.device)
         for start in range(mine.start, mine.stop, micro):
-            rows = placed(batch.rows(start, min(start + micro, mine.stop)), self.trained.device)
+            rows = batch.rows(start, min(start + micro, mine.stop)).to(self.trained.device)
             part = self.loss_of(self.trained.model, rows, normalizer)
             part.backward()
             loss += part.detach()
         self.trained.gradients()
         here, everywhere = squares(self.trained)
+        # A signal reaches processes at different moments. Summed up with the loss, it stops all after the same step.
         told = torch.tensor(
             [float(loss), here, *(self.stopper.signal == number for number in SIGNALS)], dtype=torch.float64
         )
         total, here, *signals = processes.all_sum(told).tolist()
-        signal = next((int(number) for number, found in zip(SIGNALS, signals, strict=True) if found), 0)
+        signal = next((int(number) for number, came in zip(SIGNALS, signals, strict=True) if came), 0)
         return total, math.sqrt(here + everywhere), signal
 
     def move(self, norm: float) -> None:
@@ -212,19 +216,19 @@ class Run:
             return {}
         paused = time.perf_counter()
         with averaged(self.trained, self.average):
-            found = self.evaluate(self.trained.model)
+            figures = self.evaluate(self.trained.model)
             reshard(self.trained.model)
-            value = next((found[name] for name in HELD_OUT if name in found), None)
+            value = next((figures[name] for name in HELD_OUT if name in figures), None)
             if options.keep == "best" and value is not None:
                 value = processes.from_first(value)
                 if progress.best_value is None or value < progress.best_value:
                     progress.best_step, progress.best_value = progress.step, value
                     save_best(self.trained, {w.name: w.local for w in self.trained.weights}, self.folder, progress)
         self.clock += time.perf_counter() - paused
-        return found
+        return figures
 
     def save(self) -> None:
-        """The state; not behind a step that was passed over, lest one from before things went wrong be lost."""
+        """Writes the state; not after a skipped step, since the newest finite state would go for it."""
         if self.progress.in_a_row and self.progress.step < self.options.steps:
             return
         kept = self.options.average_states
@@ -235,7 +239,7 @@ class Run:
         if processes.rank():
             return ""
         where = f"saved at step {self.saved}" if self.saved is not None else "no state is saved yet"
-        return f"stopped behind step {self.progress.step} of {self.options.steps}, {where}; the same command goes on"
+        return f"stopped after step {self.progress.step} of {self.options.steps}, {where}; the same command resumes"
 
     def complaint(self, loss: float, norm: float, batch: Rows) -> str:
         ids = ids_of(batch, self.progress.step - 1)
@@ -275,10 +279,10 @@ def check_rows(batch: Rows) -> None:
 
 def ids_of(batch: Any, number: int) -> dict[str, Any]:
     """Which batch it was, and the documents in it."""
-    found: dict[str, Any] = {"batch": number}
+    ids: dict[str, Any] = {"batch": number}
     if hasattr(batch, "doc_id"):
-        found["documents"] = sorted(set(batch.doc_id[batch.labels >= 0].tolist()))
-    return found
+        ids["documents"] = sorted(set(batch.doc_id[batch.labels >= 0].tolist()))
+    return ids
 
 
 def set_rates(optimizers: Mapping[str, torch.optim.Optimizer], rate: float) -> None:

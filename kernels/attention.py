@@ -44,7 +44,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
         return flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
     if mask is None and past and tokens > 1:
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0:
-            # SDPA's own "causal" is aligned to the first token; that of the kernel behind it to the last.
+            # SDPA's own "causal" is aligned to the first token; that of the kernel that it calls to the last.
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         index = torch.arange(k.shape[2], device=q.device)
         mask = index <= index[past:, None]
@@ -157,6 +157,13 @@ def flash_workspace(batch: int, heads: int, tokens: int, length: int, size: int,
     splits = next(n for n in numbers if busy[n] >= 0.85 * max(busy.values()))
     rows = splits * batch * heads * tokens if splits > 1 else 0
     return 4 * rows * cdiv(size, 32) * 32, 4 * rows
+
+
+def flash_backward_workspace(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    """Bytes of torch's FlashAttention backward beside its answer: the queries' gradient in float32, and where query
+    heads share keys and values, the gradients of these for each query head."""
+    expanded = q.numel() * q.element_size() if k.shape[1] < q.shape[1] else 0
+    return 4 * q.numel(), expanded, expanded
 
 
 def cpu_workspace(tokens: int, length: int, size: int, threads: int) -> tuple[int]:

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import takes_operator, takes_triton, triton_module
+from .launch import capability, takes_operator, takes_triton, triton_module
+from .rows import cdiv
 from .ssd_torch import document_numbers
+from .tracing import STATE, iterations
+
+SEGMENT = 128  # tokens of which a program of the Triton backward leaves one sum
 
 
 def causal_conv1d(
@@ -187,8 +191,8 @@ class Blocks:
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         """(row, start, stop) of every block."""
-        for row in range(self.x.shape[0]):
-            for start in range(0, self.x.shape[1], self.tokens):
+        for row in iterations(range(self.x.shape[0])):
+            for start in iterations(range(0, self.x.shape[1], self.tokens)):
                 yield row, start, min(start + self.tokens, self.x.shape[1])
 
     def window(self, row: int, start: int, stop: int) -> Tensor:
@@ -209,7 +213,7 @@ class Blocks:
         if self.document is None or not back:
             return None
         document = self.document[row, max(start - back, 0) : stop]
-        if document[0] == document[-1]:
+        if not STATE.on and document[0] == document[-1]:
             return None
         document = F.pad(document, (back + stop - start - document.shape[0], 0))
         return (document[back:] == document[: stop - start])[:, None]
@@ -239,14 +243,9 @@ def conv_op(
 
 @torch.library.custom_op("limbeck::causal_conv1d_backward", mutates_args=())
 def conv_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias and initial_state; empty for what is not there."""
     if takes_triton(x):
         triton_conv = triton_module("conv_triton")
@@ -256,6 +255,11 @@ def conv_backward_op(
         gradients = (None if view is None else view.clone(memory_format=torch.contiguous_format) for view in views)
     dx, dweight, dbias, dfirst = (x.new_empty(0) if gradient is None else gradient for gradient in gradients)
     return dx, dweight, dbias, dfirst
+
+
+def backward_workspace(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """Bytes of what the Triton backward adds up of weight and bias (`conv_triton.backward`)."""
+    return (4 * x.shape[0] * cdiv(x.shape[1], SEGMENT) * (weight.shape[1] + 1) * x.shape[2],)
 
 
 @conv_op.register_fake
@@ -287,9 +291,11 @@ conv_op.register_autograd(conv_gradient, setup_context=keep_inputs)
 @torch.library.custom_op("limbeck::causal_conv1d_step", mutates_args=("state",))
 def step_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """CPU tensors go through the Triton kernel in Triton's interpreter, else through torch."""
-    if takes_triton(x):
-        return triton_module("conv_triton").step(state, x, weight, bias, silu)
-    return torch_step(state, x, weight, bias, "silu" if silu else None)
+    if not takes_triton(x):
+        return torch_step(state, x, weight, bias, "silu" if silu else None)
+    y, bias = torch.empty(x.shape, dtype=x.dtype, device=x.device), None if bias is None else bias.contiguous()
+    triton_module("conv_triton").step_launch(state, x, weight, bias, silu, y, capability(x.device)).run(x)
+    return y
 
 
 @step_op.register_fake

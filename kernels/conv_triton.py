@@ -36,7 +36,7 @@ def load_tap(p_weight, i_c, m_c, back: tl.constexpr, s_weight_c, s_weight_k, WID
 
 @triton.jit
 def starts_document(p_seq, i_t, tokens):
-    """Whether a token is the first of a document; token 0 goes on with that of the initial state."""
+    """Whether a token is the first of a document; token 0 continues that of the initial state."""
     inside = (i_t > 0) & (i_t < tokens)
     return tl.load(p_seq + i_t, mask=inside, other=0) != tl.load(p_seq + i_t - 1, mask=inside, other=0)
 
@@ -126,7 +126,7 @@ def conv_backward(
         j3 = tl.where(starts_document(p_seq, start - 2, tokens), 0.0, j2)
         x2, x3 = tl.where(j2 > 0, x2, 0.0), tl.where(j3 > 0, x3, 0.0)
     dx1, dx2, dx3 = zero, zero, zero
-    # Behind the segment its last tokens still gather, from dy and inputs of the next; the sums stay its own.
+    # After the segment its last tokens still gather, from dy and inputs of the next; the sums stay its own.
     for t in range(start, stop + WIDTH - 1):
         inside = t < tokens
         x0 = tl.load(p_x + t * s_x_t, mask=m_c & inside, other=0.0).to(tl.float32)
@@ -259,13 +259,7 @@ def backward_launch(conv: Conv, dy: Tensor, dx: Tensor, dfirst: Tensor | None, s
 
 
 def step_launch(
-    state: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    silu: bool,
-    y: Tensor,
-    device: int,
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, y: Tensor, device: int
 ) -> Launch:
     """y [B, C]."""
     sizes = SIZES[device][2]
@@ -305,11 +299,3 @@ def backward(given: Conv, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Te
         None if conv.bias is None else total[width].to(conv.bias.dtype, copy=True),
         None if dfirst is None else dfirst.mT.contiguous(),
     )
-
-
-def step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """y [B, C]; the state moves on in place."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    bias = None if bias is None else bias.contiguous()
-    step_launch(state, x, weight, bias, silu, y, capability(x.device)).run(x)
-    return y

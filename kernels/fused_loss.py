@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 
 from .linear import linear
+from .tracing import STATE, iterations
 
 CACHED = 2**19  # elements of the logits that a CPU works through at a time, so that they stay in its cache
 VOCABULARY_BLOCK = 16384  # rows of the head's gradient at a time, where cuBLAS cannot add to float32 itself
 
 # Works through a piece's logits [t, V] in place: they give way to their gradient times the factors [t, 1] where that is
-# needed, `values` [F, t] receives the figures, and the answer is whether the first ranks agree [t]. The slices are the
+# needed, `values` [F, t] receives the figures, and returns whether the argmaxes agree [t]. The slices are the
 # piece's place in its chunk and among all tokens.
 Piece = Callable[[Tensor, slice, slice, Tensor, Tensor, bool], Tensor]
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """One pass over the chunks gives values and gradients: the loss is a number, so that its gradients are known up to
-    the factor that arrives later. `open_chunk(rows)` gives what works through the chunk's pieces; the last of the
+    """Values and gradients together, chunk by chunk: the loss is a number, so that its gradients are known up to the
+    factor that arrives later. `open_chunk(rows)` gives what works through the chunk's pieces; the last of the
     `figures` is the loss per token. Answers (loss, the other figures [T]..., agreement [T])."""
 
     @staticmethod
@@ -34,13 +35,15 @@ class ChunkedLoss(torch.autograd.Function):
         values = torch.zeros(figures, tokens, dtype=work, device=hidden.device)
         first = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
         dhidden = torch.empty_like(hidden) if need_hidden else None
+        # float32 whatever the head's dtype: a sum over many chunks would stop growing in bfloat16's eight bits.
         dhead = torch.zeros(head.shape, dtype=work, device=head.device) if need_head else None
         size = max(1, CACHED // head.shape[0])
-        for start in range(0, tokens, chunk_tokens):
+        for start in iterations(range(0, tokens, chunk_tokens)):
             rows = slice(start, min(start + chunk_tokens, tokens))
             logits = linear(hidden[rows], head).to(work)
             piece: Piece = open_chunk(rows)
-            for begin in range(0, logits.shape[0], size):
+            # Products want many rows at once, the softmaxes want their logits in the cache: two sizes of blocks.
+            for begin in iterations(range(0, logits.shape[0], size)):
                 inner = slice(begin, min(begin + size, logits.shape[0]))
                 outer = slice(start + inner.start, start + inner.stop)
                 factors = weights[outer, None] * scale
@@ -52,20 +55,21 @@ class ChunkedLoss(torch.autograd.Function):
                 accumulate(dhead, logits.to(hidden.dtype), hidden[rows])
             del logits, piece  # before the next chunk's
         loss = (values[-1] * weights).sum() * scale
+        # The gradients are kept, and not the logits: [T, H] and [V, H] in place of [T, V].
         ctx.save_for_backward(dhidden, dhead)
         ctx.dtypes = (hidden.dtype, head.dtype)
-        counted = weights != 0
+        counted = weights != 0  # an ignored token's figures are of whatever label 0 would be
         outputs = (*(row * counted for row in values[:-1]), first & counted)
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        found = [
+        scaled = [
             None if gradient is None else (gradient * dloss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *found, *[None] * 5
+        return *scaled, *[None] * 5
 
 
 def product(a: Tensor, b: Tensor, full: bool) -> Tensor:
@@ -77,6 +81,8 @@ def product(a: Tensor, b: Tensor, full: bool) -> Tensor:
 
 def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     """total [V, H] += dlogits^T [V, t] hidden [t, H], in float32."""
+    if STATE.gpu:  # adds without a tensor beside, whatever the dtypes
+        return
     if hidden.dtype == total.dtype:
         total.addmm_(dlogits.T, hidden)
     elif adds_to_float32(hidden.device, hidden.dtype):

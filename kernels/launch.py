@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .tracing import STATE
+
 CAPABILITIES = (80, 86, 89, 90)  # those that kernels state sizes for; others take the next lower one's
 
 
@@ -31,8 +33,8 @@ class Launch(NamedTuple):
 
 def takes_operator(tensor: Tensor) -> bool:
     """Whether a tensor goes through the operators that torch.library knows: the one place where the device decides. All
-    on CUDA do, and on the CPU those that are to go through Triton's interpreter."""
-    return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    on CUDA do, and on the CPU those that are to go through Triton's interpreter, or stand for a GPU's."""
+    return tensor.is_cuda or STATE.gpu or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def takes_triton(tensor: Tensor) -> bool:
@@ -64,7 +66,7 @@ def capability(device: torch.device) -> int:
 
 
 def placed(tensor: Tensor) -> Tensor:
-    """A tensor [B, T, ...] whose tiles, of up to 128 tokens and all of the dimensions behind them but heads, are
+    """A tensor [B, T, ...] whose tiles, of up to 128 tokens and all of the dimensions after them but heads, are
     reached by 32-bit offsets from their corner (whose own are 64 bits wide): a copy only where strides are enormous.
     """
     sizes = (1, min(128, tensor.shape[1]), *(1 for _ in tensor.shape[2:-1]), tensor.shape[-1])

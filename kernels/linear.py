@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# On CPUs without Intel's favour oneDNN's product is a tenth faster than that of the BLAS behind F.linear, and for few
-# rows twice as fast; torch reaches it through this operator alone. For one or two rows a batched product of the weight,
+# On CPUs without Intel's favour oneDNN's product is a tenth faster than that of the BLAS of F.linear, and for few rows
+# twice as fast; torch reaches it through this operator alone. For one or two rows a batched product of the weight,
 # split among the threads, is faster still: it reads the weight at the memory's speed.
 ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 # From three rows on, one thread, oneDNN is 1.2 to 1.8 times as fast with weights in its own order, which is a copy.

@@ -24,9 +24,8 @@ PIECE = {"cpu": CACHED, "cuda": 2**26}  # logits worked through at a time: a CPU
 
 class LinearFigures(NamedTuple):
     """Per token [T] (0 where ignored): cross-entropy in nats; KL(teacher || model) and KL(model || teacher) in nats;
-    the overlap of the distributions; the rank that the teacher's likeliest token has in the model, from 1 (equal logits
-    do not push it back); the share of the teacher's five likeliest tokens among the model's five; the model's likeliest
-    token and its probability."""
+    the overlap of the distributions; the rank that the teacher's argmax has in the model, from 1 (equal logits do
+    not push it back); the share of the teacher's top five among the model's; the model's argmax and its probability."""
 
     cross_entropy: Tensor
     kl: Tensor
@@ -39,7 +38,7 @@ class LinearFigures(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """Of a few tokens [t]: log-probabilities and probabilities [t, V], likeliest tokens [t, 5]."""
+    """Of a few tokens [t]: log-probabilities and probabilities [t, V], top-k tokens [t, 5]."""
 
     logs: Tensor
     p: Tensor
@@ -82,8 +81,8 @@ def linear_figures(
         logits = [product(hidden[rows], head.T, full=hidden.dtype != torch.float64) for hidden, head in pairs]
         for begin in range(0, logits[0].shape[0], piece):
             inner = slice(begin, begin + piece)
-            found = piece_figures([values[inner] for values in logits], target[rows][inner])
-            for part, figures in zip(parts, found, strict=True):
+            results = piece_figures([values[inner] for values in logits], target[rows][inner])
+            for part, figures in zip(parts, results, strict=True):
                 part.append(figures)
         del logits  # before the next chunk's
     counted = labels != ignore_index

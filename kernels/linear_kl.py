@@ -10,7 +10,7 @@ Shapes: [T] tokens, [V] vocabulary, [Hs] and [Ht] the hidden widths of student a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -174,32 +174,20 @@ def clean(labels: Tensor | None, ignore_index: int) -> Tensor | None:
 
 @torch.library.custom_op("limbeck::linear_kl", mutates_args=())
 def linear_kl_op(
-    hidden: Tensor,
-    head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    labels: Tensor | None,
-    weights: Tensor,
-    scale: Tensor,
-    temperature: float,
-    divergence: int,
-    kl_weight: float,
-    ce_weight: float,
-    chunk_tokens: int,
-    need_hidden: bool,
-    need_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None, labels: Tensor | None,
+    weights: Tensor, scale: Tensor, temperature: float, divergence: int, kl_weight: float, ce_weight: float,
+    chunk_tokens: int, need_hidden: bool, need_head: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """By cuBLAS and Triton: what `fused_loss` gives, and gradients of hidden states and head (empty if not needed)."""
     tokens, need = hidden.shape[0], need_hidden or need_head
-    _, _, _, _, first, dhidden, _ = linear_kl_shapes(
-        hidden, head, teacher_hidden, teacher_head, labels, weights, scale, temperature, divergence, kl_weight,
-        ce_weight, chunk_tokens, need_hidden, need_head,
-    )  # fmt: skip
+    _, _, _, _, first, dhidden, _ = linear_kl_shapes(hidden, head, need_hidden, need_head)
     kl, cross_entropy, teacher_cross_entropy = torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device)
     total = torch.zeros(head.shape if need_head else 0, dtype=torch.float32, device=head.device)
     options = (temperature, Divergence(divergence), kl_weight, ce_weight, chunk_tokens)
     for start in range(0, tokens, chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, tokens))
+        # The kernel overwrites logits with their gradient, which the next products want in the weights' dtype. With no
+        # gradient wanted nothing is multiplied again, and the values get the products' float32 sums.
         logits = product(hidden[rows], head.T, full=not need)
         teacher = None
         if teacher_hidden is not None and teacher_head is not None:
@@ -208,6 +196,7 @@ def linear_kl_op(
         target = None if labels is None else labels[rows]
         chunk_launch(logits, teacher, target, weights[rows], per_token, options, need).run(hidden)
         del teacher
+        # 1 / normalizer comes last: a float16 or bfloat16 gradient divided by all of a batch's tokens may underflow.
         if need_hidden:
             dhidden[rows] = product(logits, head, full=True) * scale
         if need_head:
@@ -220,29 +209,26 @@ def linear_kl_op(
     return loss, *outputs, dhidden, dhead
 
 
+def linear_kl_workspace(
+    hidden: Tensor, head: Tensor, teacher: Tensor | None, chunk_tokens: int, need_hidden: bool, need_head: bool
+) -> tuple[int, ...]:
+    """Bytes at the highest moment within the operator, beside its answer: the head's gradient in float32, and a
+    chunk's logits of both models, before the head's gradient is there in its own dtype."""
+    rows, need = min(chunk_tokens, hidden.shape[0]), need_hidden or need_head
+    width = hidden.element_size() if need else 4
+    chunk = rows * (head.shape[0] * width * (1 if teacher is None else 2) + 4 * hidden.shape[1] * need_hidden)
+    total = 4 * head.numel() * need_head
+    if head.element_size() == 4:
+        return (chunk,)  # the sum is the answer
+    return total, max(chunk - head.numel() * head.element_size() * need_head, 0)
+
+
 @linear_kl_op.register_fake
-def linear_kl_shapes(
-    hidden: Tensor,
-    head: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | None,
-    labels: Tensor | None,
-    weights: Tensor,
-    scale: Tensor,
-    temperature: float,
-    divergence: int,
-    kl_weight: float,
-    ce_weight: float,
-    chunk_tokens: int,
-    need_hidden: bool,
-    need_head: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens = hidden.shape[0]
+def linear_kl_shapes(hidden: Tensor, head: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    tokens, (need_hidden, need_head) = hidden.shape[0], options[-2:]
     return (
         hidden.new_empty((), dtype=torch.float32),
-        hidden.new_empty(tokens, dtype=torch.float32),
-        hidden.new_empty(tokens, dtype=torch.float32),
-        hidden.new_empty(tokens, dtype=torch.float32),
+        *(hidden.new_empty(tokens, dtype=torch.float32) for _ in range(3)),
         hidden.new_empty(tokens, dtype=torch.bool),
         hidden.new_empty(hidden.shape if need_hidden else 0),
         head.new_empty(head.shape if need_head else 0),

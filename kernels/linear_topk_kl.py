@@ -1,11 +1,11 @@
-"""Head and loss in one against a teacher of whom only the k likeliest tokens are known, and the mass of the rest.
+"""Head and loss in one against a teacher of whom only the top-k tokens are known, and the mass of the rest.
 
 The k tokens and the rest in one bucket are a distribution over k + 1 outcomes; forward KL between the teacher's and the
 student's. Merging outcomes never adds to a KL (log-sum inequality), so the loss is at most the dense one, and is it at
 k = V. Without the bucket the teacher's k are made to add up to one, and every token outside counts as impossible: the
 student's tail is pushed to nothing, which is what a tail's mass is kept for. Tokens go through in chunks, as in
 linear_kl; all in torch, since what is read beside the products is small.
-Shapes: [T] tokens, [V] vocabulary, [H] hidden, [k] likeliest tokens.
+Shapes: [T] tokens, [V] vocabulary, [H] hidden, [k] top-k tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .linear_kl import IGNORED, check_head, clean, default_chunk, weigh
 
 
 class TopK(NamedTuple):
-    """The k likeliest tokens [T, k], the likeliest first, their log-probabilities [T, k], and the logarithm of what the
+    """The top-k tokens [T, k], the argmax first, their log-probabilities [T, k], and the logarithm of what the
     others have together [T] (-inf: nothing)."""
 
     ids: Tensor
@@ -30,7 +30,7 @@ class TopK(NamedTuple):
 
 class LinearTopKKL(NamedTuple):
     """The loss, and per token [T] (no gradient, 0 where ignored): KL over the buckets and cross-entropy in nats (None
-    without labels), and whether the student's likeliest token is the teacher's."""
+    without labels), and whether the student's argmax is the teacher's."""
 
     loss: Tensor
     kl: Tensor
@@ -40,7 +40,7 @@ class LinearTopKKL(NamedTuple):
 
 @torch.no_grad()
 def linear_topk(hidden: Tensor, head: Tensor, k: int, chunk_tokens: int | None = None) -> TopK:
-    """What a model with hidden states [T, H] and a head [V, H] thinks likeliest. Buffers are [chunk_tokens, V].
+    """The top-k tokens of a model with hidden states [T, H] and a head [V, H]. Buffers are [chunk_tokens, V].
 
     Raises ValueError where k is not within 1..V.
     """
@@ -55,7 +55,7 @@ def linear_topk(hidden: Tensor, head: Tensor, k: int, chunk_tokens: int | None =
         values, ids = logits.topk(k, -1)
         tail = torch.logsumexp(logits.scatter_(1, ids, -torch.inf), -1)
         parts.append(TopK(ids, values - normalizer, tail - normalizer[:, 0]))
-    return TopK(*(torch.cat(found) for found in zip(*parts, strict=True)))
+    return TopK(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def linear_topk_kl(
@@ -71,7 +71,7 @@ def linear_topk_kl(
     normalizer: Tensor | float | None = None,
     chunk_tokens: int | None = None,
 ) -> LinearTopKKL:
-    """Distillation loss of hidden states [T, H] under a head [V, H] against the teacher's likeliest tokens.
+    """Distillation loss of hidden states [T, H] under a head [V, H] against the teacher's top-k tokens.
 
     loss = sum_t (kl_weight KL_t + ce_weight cross_entropy_t) / normalizer over the tokens whose label [T] is not
     `ignore_index`; the normalizer is by default their number. `tail` keeps the bucket of the rest. Log-probabilities
@@ -117,7 +117,7 @@ def chunk_loss(
 ) -> Tensor:
     """Works through the logits [t, V] of a few tokens, in place. `values` [3, t] receives KL, cross-entropy and the
     loss a token; the logits give way to their gradient times `factors` [t, 1], if it is needed, and the answer is
-    whether the first ranks agree [t].
+    whether the argmaxes agree [t].
 
     With Z the normalizer of all logits and R that of the rest, q_k = exp(z_k - Z) and q_r = exp(R - Z):
     dKL/dz_k = q_k - p_k, and a token j of the rest gets its share exp(z_j - R) of q_r - p_r.

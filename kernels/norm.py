@@ -193,8 +193,7 @@ def backward_launch(
     rows, dout, gate = flat_rows(x), flat_rows(dy), None if z is None else flat_rows(z)
     size = rows.shape[1] // n_groups
     tile, block, warps = tile_of(size)
-    wanted = LARGEST // (tile * block) * multiprocessors(x.device)
-    programs = min(cdiv(count, tile), cdiv(wanted, n_groups))
+    programs = backward_programs(count, size, n_groups, multiprocessors(x.device))
     parts = torch.empty((programs, rows.shape[1]), dtype=torch.float32, device=x.device)
     arguments = {
         "dy": dout, "x": rows, "z": gate, "weight": weight.contiguous(), "rms": rms,
@@ -210,3 +209,15 @@ def tile_of(size: int) -> tuple[int, int, int]:
     block = power_of_two(size)
     rows = max(TILE // block, 1)
     return rows, block, min(rows * block // 256, 16)
+
+
+def backward_programs(count: int, size: int, n_groups: int, processors: int) -> int:
+    """How many programs share the rows of a group in the backward."""
+    tile, block, _ = tile_of(size)
+    return min(cdiv(count, tile), cdiv(LARGEST // (tile * block) * processors, n_groups))
+
+
+def backward_workspace(x: Tensor, rms: Tensor, processors: int) -> tuple[int, ...]:
+    """Bytes of the parts of dweight that the Triton backward's programs leave (`backward_launch`)."""
+    (count, n_groups), channels = rms.shape, x.shape[-1]
+    return (4 * channels * backward_programs(count, channels // n_groups, n_groups, processors),)

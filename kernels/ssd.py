@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import takes_operator, takes_triton, triton_module
+from .launch import power_of_two, takes_operator, takes_triton, triton_module
 from .ssd_torch import TorchScan, document_numbers, torch_scan, torch_scan_backward
 
 __all__ = ["document_numbers", "ssd_scan"]
+
+
+# Of the Triton backward: the chunk's most tokens by the bytes of the states that it keeps for a while, the elements of
+# [tokens, state] in one program, and the programs that a launch should have, so that the larger cards are full.
+GRADIENT_TOKENS = {2: 32, 4: 16}
+TILE_ELEMENTS, PROGRAMS = 4096, 256
 
 
 def ssd_scan(
@@ -48,7 +54,7 @@ def ssd_scan(
 
     Raises ValueError where shapes disagree.
     """
-    check_shapes(x, dt, A, B, C, D, dt_bias, seq_idx, initial_state)
+    check_shapes(x, B, dt=dt, A=A, C=C, D=D, dt_bias=dt_bias, seq_idx=seq_idx, initial_state=initial_state)
     if chunk_size < 1:
         raise ValueError(f"ssd_scan: chunk_size is {chunk_size}, expected at least 1")
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
@@ -61,17 +67,7 @@ def ssd_scan(
     return (y, state) if return_final_state else y
 
 
-def check_shapes(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-) -> None:
+def check_shapes(x: Tensor, B: Tensor, **others: Tensor | None) -> None:
     if x.dim() != 4 or B.dim() != 4:
         raise ValueError(
             f"ssd_scan: expected x [B, T, H, P] and B [B, T, G, N], got {tuple(x.shape)} and {tuple(B.shape)}"
@@ -83,36 +79,20 @@ def check_shapes(
     if tokens < 1:
         raise ValueError(f"ssd_scan: x has no tokens, shape {tuple(x.shape)}")
     expected = {
-        "dt": (dt, (batch, tokens, heads)),
-        "A": (A, (heads,)),
-        "B": (B, (batch, tokens, groups, state)),
-        "C": (C, (batch, tokens, groups, state)),
-        "D": (D, (heads,)),
-        "dt_bias": (dt_bias, (heads,)),
-        "seq_idx": (seq_idx, (batch, tokens)),
-        "initial_state": (initial_state, (batch, heads, head_dim, state)),
-    }
-    for name, (tensor, shape) in expected.items():
+        "dt": (batch, tokens, heads), "A": (heads,), "C": (batch, tokens, groups, state), "D": (heads,),
+        "dt_bias": (heads,), "seq_idx": (batch, tokens), "initial_state": (batch, heads, head_dim, state),
+    }  # fmt: skip
+    for name, tensor, shape in (("B", B, expected["C"]), *((name, others[name], expected[name]) for name in expected)):
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"ssd_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
 @torch.library.custom_op("limbeck::ssd_scan", mutates_args=())
 def scan_op(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    dt_softplus: bool,
-    limit_low: float,
-    limit_high: float,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, limit_low: float, limit_high: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, last state). CPU tensors go through the Triton kernels in Triton's interpreter, else through torch's."""
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
     if takes_triton(x):
@@ -123,22 +103,11 @@ def scan_op(
 
 @torch.library.custom_op("limbeck::ssd_scan_backward", mutates_args=())
 def scan_backward_op(
-    dy: Tensor,
-    dlast: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    seq_idx: Tensor | None,
-    dt_softplus: bool,
-    limit_low: float,
-    limit_high: float,
+    dy: Tensor, dlast: Tensor | None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, seq_idx: Tensor | None, dt_softplus: bool, limit_low: float, limit_high: float,
     chunk_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, dt_bias and initial_state; empty for what is not there."""
     inputs = (x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
     if takes_triton(x):
@@ -151,6 +120,26 @@ def scan_backward_op(
         dlast = torch.zeros_like(last) if dlast is None else dlast
         gradients = torch_scan_backward(dy, dlast, starts, *inputs, *options)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
+
+
+def backward_workspace(x: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> tuple[int, ...]:
+    """Bytes of what the Triton backward holds beside its answer (`ssd_launch.scan_backward`): the states at the chunks'
+    starts and their gradients, sums by chunk, and parts of the gradients of B and C where a group's heads are shared
+    out."""
+    (batch, tokens, heads, head_dim), (groups, state) = x.shape, B.shape[2:]
+    size = 2 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else 4
+    fitting = min(GRADIENT_TOKENS[size], chunk_size, power_of_two(tokens), TILE_ELEMENTS // state)
+    chunks = -(-tokens // max(16, power_of_two(fitting + 1) // 2))
+    states = size * batch * chunks * heads * head_dim * state
+    shares = shares_of_heads(batch, chunks, groups, heads // groups)
+    parts = 4 * shares * B.numel() if shares > 1 else 0
+    return states, states, 12 * batch * chunks * heads, parts, parts
+
+
+def shares_of_heads(batch: int, chunks: int, groups: int, per_group: int) -> int:
+    """Among how many programs the heads of a group are shared out."""
+    wanted = min(per_group, -(-PROGRAMS // (batch * chunks * groups)))
+    return next(shares for shares in range(wanted, per_group + 1) if per_group % shares == 0)
 
 
 @scan_op.register_fake

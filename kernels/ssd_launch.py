@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, capability, placed, power_of_two, strides
+from .ssd import TILE_ELEMENTS, shares_of_heads
 from .ssd_triton import scan_forward, scan_gradients, scan_walk
 
 
@@ -35,8 +36,6 @@ SIZES = {
     (90, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
 }
 STATE_ELEMENTS = 10240  # of the float32 state that one program keeps in registers: 80 x 128
-TILE_ELEMENTS = 4096  # of [tokens, state] in one program: 32 x 128
-PROGRAMS = 256  # that a launch of the gradients should have, so that the larger cards are full
 
 
 class Scan(NamedTuple):
@@ -168,14 +167,6 @@ def gradients_launch(
     return Launch(scan_gradients, grid, arguments, sizes.warps, sizes.stages)
 
 
-def shares_of_heads(scan: Scan, chunks: int) -> int:
-    """Among how many programs the heads of a group are shared out."""
-    batch, groups = scan.x.shape[0], scan.B.shape[2]
-    per_group = scan.x.shape[2] // groups
-    wanted = min(per_group, -(-PROGRAMS // (batch * chunks * groups)))
-    return next(shares for shares in range(wanted, per_group + 1) if per_group % shares == 0)
-
-
 def scan(given: Scan) -> tuple[Tensor, Tensor]:
     """y [B, T, H, P] in the dtype of x, and the last state [B, H, P, N] in float32."""
     y = torch.empty(given.x.shape, dtype=given.x.dtype, device=given.x.device)
@@ -197,7 +188,8 @@ def scan_backward(given: Scan, dy: Tensor, dlast: Tensor | None) -> tuple[Tensor
     walk_launch(scan, x, scan.B, scan.initial_state, states, None, device, False).run(x)
     dlast = None if dlast is None else dlast.contiguous()
     walk_launch(scan, dy, scan.C, dlast, dstates, dfirst, device, True).run(x)
-    shares = shares_of_heads(scan, chunks)
+    groups = scan.B.shape[2]
+    shares = shares_of_heads(batch, chunks, groups, heads // groups)
     summed = {"dB": scan.B, "dC": scan.C}
     into = {
         name: x.new_empty((shares, *tensor.shape), dtype=tensor.dtype if shares == 1 else torch.float32)

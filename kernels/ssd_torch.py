@@ -1,4 +1,4 @@
-"""The SSD scan in torch operators: the CPU's path and the second witness. Source: arXiv 2405.21060, sections 6-7.
+"""The SSD scan in torch operators: the CPU's path. Source: arXiv 2405.21060, sections 6-7.
 
 Chunk by chunk; inside a chunk the masked matrix product of the paper's equation 16. Groups stay groups: B and C are
 never repeated for the heads that share them.
@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .tracing import STATE, iterations
 
 
 class TorchScan(torch.autograd.Function):
@@ -40,7 +42,7 @@ def torch_scan(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     state = scan.empty_state() if initial_state is None else scan.group_state(initial_state).clone()
     starts = []
-    for start, stop in scan.spans:
+    for start, stop in scan.spans if keep_starts else iterations(scan.spans):
         if keep_starts:
             starts.append(state)
         y_chunk, state = scan.forward_chunk(start, stop, state)
@@ -58,7 +60,7 @@ def torch_scan_backward(
     da = torch.empty_like(dstep)
     dD = torch.zeros(scan.heads, dtype=scan.dtype, device=x.device)
     dstate = scan.group_state(dfinal)
-    for (start, stop), state in zip(reversed(scan.spans), reversed(starts), strict=True):
+    for (start, stop), state in iterations([*zip(scan.spans, starts, strict=True)][::-1]):
         dy_chunk = dy[:, start:stop].to(scan.dtype)
         chunk = scan.backward_chunk(start, stop, state, dy_chunk, dstate)
         dx_chunk, dstep[:, start:stop], da[:, start:stop], dB[:, start:stop], dC[:, start:stop], dstate = chunk
@@ -105,7 +107,8 @@ class Chunks:
         self.mixed = [False] * len(self.spans)
         if self.document is not None:
             ends = [max(start - 1, 0) for start, _ in self.spans], [stop - 1 for _, stop in self.spans]
-            self.mixed = (self.document[:, ends[0]] != self.document[:, ends[1]]).any(0).tolist()
+            mixed = (self.document[:, ends[0]] != self.document[:, ends[1]]).any(0)
+            self.mixed = [True] * len(self.spans) if STATE.on else mixed.tolist()
 
     def empty_state(self) -> Tensor:
         shape = (self.batch, self.groups, self.per_group, self.head_dim, self.state)

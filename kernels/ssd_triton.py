@@ -26,7 +26,7 @@ def softplus(v):
 
 @triton.jit
 def load_steps(p_dt, s_dt_t, bias, inside, limit_low, limit_high, SOFTPLUS: tl.constexpr, Q: tl.constexpr):
-    """The raw step dt + bias, softplus of it, and the step itself [Q]: 0 behind the sequence's end."""
+    """The raw step dt + bias, softplus of it, and the step itself [Q]: 0 after the sequence's end."""
     raw = tl.load(p_dt + tl.arange(0, Q) * s_dt_t, mask=inside, other=0.0).to(tl.float32) + bias
     unclamped = softplus(raw) if SOFTPLUS else raw
     step = tl.minimum(tl.maximum(unclamped, limit_low), limit_high)

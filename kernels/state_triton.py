@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch, capability, power_of_two, strides
+from .launch import Launch, power_of_two, strides
 from .ssd_triton import softplus
 
 
@@ -57,18 +56,9 @@ SIZES = {80: (4096, 4), 86: (2048, 4), 89: (2048, 4), 90: (4096, 4)}
 
 
 def update_launch(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    options: tuple[bool, float, float],
-    y: Tensor,
-    device: int,
-) -> Launch:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    options: tuple[bool, float, float], y: Tensor, device: int,
+) -> Launch:  # fmt: skip
     """y [B, H, P]; `options` are dt_softplus and the limits of the step."""
     elements, warps = SIZES[device]
     batch, heads, head_dim = x.shape
@@ -87,25 +77,3 @@ def update_launch(
         "BLOCK_P": block_p, "BLOCK_N": block_n,
     }  # fmt: skip
     return Launch(update_kernel, (-(-head_dim // block_p), heads, batch), arguments, warps, 1)
-
-
-def update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    limit_low: float,
-    limit_high: float,
-) -> Tensor:
-    """y [B, H, P]; the state moves on in place."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    small = (None if tensor is None else tensor.contiguous() for tensor in (A, D, dt_bias))
-    A, D, dt_bias = small  # type: ignore[assignment]
-    options = (dt_softplus, limit_low, limit_high)
-    update_launch(state, x, dt, A, B, C, D, dt_bias, options, y, capability(x.device)).run(x)
-    return y

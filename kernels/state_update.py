@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import takes_operator, takes_triton, triton_module
+from .launch import capability, takes_operator, takes_triton, triton_module
 
 
 def state_update(
@@ -49,17 +49,9 @@ def state_update(
 
 @torch.no_grad()
 def torch_update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, dt_limit: tuple[float, float],
+) -> Tensor:  # fmt: skip
     batch, heads, head_dim = x.shape
     groups, width = B.shape[1:]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -87,23 +79,18 @@ def torch_update(
 
 @torch.library.custom_op("limbeck::state_update", mutates_args=("state",))
 def update_op(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    limit_low: float,
-    limit_high: float,
-) -> Tensor:
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    dt_softplus: bool, limit_low: float, limit_high: float,
+) -> Tensor:  # fmt: skip
     """CPU tensors go through the Triton kernel in Triton's interpreter, else through torch."""
-    if takes_triton(x):
-        update = triton_module("state_triton").update
-        return update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, limit_low, limit_high)
-    return torch_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, (limit_low, limit_high))
+    if not takes_triton(x):
+        return torch_update(state, x, dt, A, B, C, D, dt_bias, dt_softplus, (limit_low, limit_high))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    A, D, dt_bias = (None if tensor is None else tensor.contiguous() for tensor in (A, D, dt_bias))  # type: ignore[assignment]
+    options = (dt_softplus, limit_low, limit_high)
+    launch = triton_module("state_triton").update_launch
+    launch(state, x, dt, A, B, C, D, dt_bias, options, y, capability(x.device)).run(x)
+    return y
 
 
 @update_op.register_fake

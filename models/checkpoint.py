@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .axes import TensorAxes, tensor_table
 from .config import HybridConfig
-from .errors import DiskError, InputError
+from .errors import CheckFailed, DiskError, InputError
 from .families import from_checkpoint_name, is_ignored, to_checkpoint_name
 from .folder import atomic_folder, write_json
 from .hybrid import HybridLM
@@ -371,3 +371,13 @@ def row_blocks(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int
     step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * dtype.itemsize))
     for start in range(0, shape[0], step):
         yield start, min(start + step, shape[0])
+
+
+@torch.no_grad()
+def check_forward(models: Mapping[str, HybridLM]) -> None:
+    """Runs two tokens through each model, so that what is wrong with a device, an operator or the weights shows before
+    any text is read. Raises CheckFailed where the hidden states are not finite."""
+    for name, model in models.items():
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.head_weight.device)
+        if not model.hidden_states(ids).isfinite().all():
+            raise CheckFailed(f"the hidden states of {name} are not finite; try a wider dtype")

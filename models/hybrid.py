@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from .config import HybridConfig
 from .generate.cache import Cache, KeyValues, MambaState
 from .mamba2 import Mamba2Mixer, NormWeight
 from .mlp import MLP
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 Observe = Callable[[str, int, Tensor], None]
 MIXERS: dict[str, Callable[..., nn.Module]] = {"M": Mamba2Mixer, "*": Attention, "-": MLP}
@@ -77,12 +80,16 @@ class Block(nn.Module):
 class HybridLM(nn.Module):
     """A hybrid language model. Weights are uninitialised until `initialize` or a checkpoint fills them.
 
+    `tokenizer` is that of the folder, where `api.load` found one.
+
     `observe(kind, layer, tensor)`, where a method takes it, sees intermediates as they pass: "residual" before a
     layer, "hidden" after its norm (both also at `num_layers`, around the final norm), "ffn" what `up_proj` gives,
     "ffn_act" what `down_proj` reads (behind the activation, and the gate where there is one), "attn_heads"
     [B, T, heads, head_dim] before `o_proj`, and "mamba_x", "mamba_z" (from `in_proj`) and "mamba_out" (before
     `out_proj`), each [B, T, heads, head_dim].
     """
+
+    tokenizer: Tokenizer | None = None
 
     def __init__(
         self,

@@ -14,25 +14,26 @@ from .hybrid import HybridLM
 
 @contextlib.contextmanager
 def placed(model: HybridLM, device: torch.device | None) -> Iterator[HybridLM]:
-    """The model with its tensors on `device` (None: where they are) while the block lasts; behind it they are again
+    """The model with its tensors on `device` (None: where they are) while the block lasts; after it they are again
     where they were, without being copied back, so that what the block changes is lost."""
     if device is None:
         yield model
         return
     tables: list[dict[str, Any]] = [t for module in model.modules() for t in (module._parameters, module._buffers)]
-    own = [(table, name, found) for table in tables for name, found in table.items()
-           if found is not None and not is_on(found, device)]  # fmt: skip
+    own = [(table, name, tensor) for table in tables for name, tensor in table.items()
+           if tensor is not None and not is_on(tensor, device)]  # fmt: skip
     there: dict[int, torch.Tensor] = {}  # tied tensors come once
     try:
-        for table, name, found in own:
-            if id(found) not in there:
-                moved = found.detach().to(device)
-                there[id(found)] = torch.nn.Parameter(moved, False) if isinstance(found, torch.nn.Parameter) else moved
-            table[name] = there[id(found)]
+        for table, name, tensor in own:
+            if id(tensor) not in there:
+                moved = tensor.detach().to(device)
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                there[id(tensor)] = torch.nn.Parameter(moved, False) if is_parameter else moved
+            table[name] = there[id(tensor)]
         yield model
     finally:
-        for table, name, found in own:
-            table[name] = found
+        for table, name, tensor in own:
+            table[name] = tensor
 
 
 def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
@@ -40,7 +41,7 @@ def is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     return tensor.device.type == device.type and device.index in (None, tensor.device.index)
 
 
-def let_go() -> None:
+def release_memory() -> None:
     """Gives back what is allocated and no longer used; while an error is handled, its frames still use theirs."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -1,4 +1,5 @@
-"""What the processes of one run tell each other; alone, or where torch.distributed is not set up, nothing is sent.
+"""How a process computes, and what the processes of one run tell each other; alone, or where torch.distributed is not
+set up, nothing is sent.
 
 Sums are float64, gathered and added in the order of the ranks, so that every process holds the same bits.
 """
@@ -6,6 +7,7 @@ Sums are float64, gathered and added in the order of the ranks, so that every pr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,9 +52,9 @@ def gather(value: Any) -> list[Any]:
     """Every process's value, in the order of the ranks."""
     if count() == 1:
         return [value]
-    found: list[Any] = [None] * count()
-    distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * count()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def from_first(value: Any) -> Any:
@@ -76,7 +78,7 @@ def together() -> Iterator[None]:
     except Exception as caught:
         error = caught
     told = gather(None if error is None else (isinstance(error, InputError), str(error)))
-    failed = [(number, *found) for number, found in enumerate(told) if found is not None]
+    failed = [(number, *failure) for number, failure in enumerate(told) if failure is not None]
     if not failed:
         return
     if error is not None and (rank() == 0 or not isinstance(error, InputError)):
@@ -104,3 +106,24 @@ def in_first(work: Callable[[], None]) -> None:
                 distributed.barrier(group=done)
     finally:
         distributed.destroy_process_group(done)
+
+
+def set_up() -> None:
+    """How this process computes, whichever command it runs."""
+    # Decays underflow, and arithmetic on denormal numbers is many times slower on CPUs: they count as zero, in this
+    # thread and in those that torch starts from it.
+    torch.set_flush_denormal(True)
+    keep_memory()
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory for the next step: by default buffers of some megabytes go back to the system
+    and are fetched again page by page, in every operator. Elsewhere nothing happens."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)

@@ -38,8 +38,8 @@ def cpu_name() -> str:
 def commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")

@@ -108,10 +108,10 @@ def ahead(items: Iterable[Item], most: int = 1, timeout: float | None = None) ->
     line: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(most)
     left = threading.Event()
 
-    def put(found: tuple[Item] | BaseException | None) -> None:
+    def put(entry: tuple[Item] | BaseException | None) -> None:
         while not left.is_set():
             with contextlib.suppress(queue.Full):
-                return line.put(found, timeout=0.1)
+                return line.put(entry, timeout=0.1)
 
     def work() -> None:
         try:
@@ -129,15 +129,15 @@ def ahead(items: Iterable[Item], most: int = 1, timeout: float | None = None) ->
     try:
         while True:
             try:
-                found = line.get(timeout=timeout)
+                entry = line.get(timeout=timeout)
             except queue.Empty:
                 patience = 0.0
                 raise Silence from None
-            if found is None:
+            if entry is None:
                 return
-            if isinstance(found, BaseException):
-                raise found
-            yield found[0]
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry[0]
     finally:
         left.set()
         thread.join(patience)
@@ -155,7 +155,7 @@ def saying_where(path: Path) -> Iterator[None]:
 def refusal(error: OSError, path: Path | None = None) -> str:
     """A line on what the system refused, where, and what helps."""
     place = path or error.filename or "the output"
-    return f"{place} cannot be written: {error.strerror or error}; make room there, and run the same command again"
+    return f"{place} cannot be written: {error.strerror or error}; free some space, and run the same command again"
 
 
 def as_bytes(tensor: Tensor) -> Any:
@@ -182,5 +182,5 @@ def take(tensor: Tensor, dimension: int, index: Sequence[int] | Tensor) -> Tenso
     index = torch.as_tensor(index)
     if tensor.device.type != "cpu" or tensor.element_size() != 2 or dimension == 0 or tensor.requires_grad:
         return tensor.index_select(dimension, index.to(tensor.device))
-    found = tensor.view(torch.int16).numpy().take(index.numpy(), axis=dimension, mode="clip")
-    return torch.from_numpy(found).view(tensor.dtype)
+    taken = tensor.view(torch.int16).numpy().take(index.numpy(), axis=dimension, mode="clip")
+    return torch.from_numpy(taken).view(tensor.dtype)

@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -51,7 +52,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -86,19 +87,28 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         backend = read_backend(path.read_bytes())
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path} is no tokenizer: {str(error).splitlines()[0]}") from None
-    settings = {}
-    if (folder / "tokenizer_config.json").is_file():
-        try:
-            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{folder / 'tokenizer_config.json'} is no valid JSON: {error}") from None
+    settings = tokenizer_settings(folder)
 
     def text(name: str, fallback: str) -> str | None:
         value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
         return value if value is not None else fallback if backend.token_to_id(fallback) is not None else None
 
     return Tokenizer(backend, folder, text("bos_token", BOS), text("eos_token", EOS), text("pad_token", PAD))
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """A folder's tokenizer_config.json, special tokens as plain texts; empty where there is none. Raises InputError."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no valid JSON: {error}") from None
+    return {
+        name: value.get("content") if name.endswith("_token") and isinstance(value, dict) else value
+        for name, value in settings.items()
+    }
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: HybridConfig) -> None:

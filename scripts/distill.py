@@ -10,22 +10,23 @@ from typing import Any
 
 from ..distill.agreement import check_agreement
 from ..distill.average import write_trained
-from ..distill.hidden import make_pairing
-from ..distill.losses import cross_entropy_loss
-from ..distill.parallel import Trained, load_frozen, load_trained, process_device
-from ..distill.speed import speed_figures
-from ..distill.stages import DistillOptions, check_share, current_stage, hand_on, join_metrics, stage_batches
-from ..distill.teaching import Teaching, cache_fingerprint, kept_of, open_cache
+from ..distill.hidden import Pairing, make_pairing
+from ..distill.losses import Distillation, cross_entropy_loss
+from ..distill.options import DistillOptions, greatest
+from ..distill.parallel import Trained, check_share, load_frozen, load_trained, process_device
+from ..distill.stages import current_stage, hand_on, join_metrics, stage_batches
+from ..distill.teacher import CachedTeacher
+from ..distill.teaching import cache_fingerprint, held_out_figures, kept_of, open_cache
 from ..distill.text.packing import Batch
 from ..distill.trainer import train
-from ..distill.weights import greatest
 from ..models import processes
+from ..models.checkpoint import check_forward
 from ..models.errors import InputError
+from ..models.hybrid import HybridLM
 from .run.resolve import corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .run.show import result, say
-from .run.stage import Work, stage
-from .run.tracking import card_tflops, check_mode, journal, training_bar
-from .score import many_processes
+from .run.stage import Work, many_processes, stage
+from .run.tracking import check_mode, journal, speed_of, training_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +58,22 @@ class Options:
 
 def run(options: Options) -> None:
     with many_processes(options.device), processes.together():
-        teacher, student = model_folder(options.teacher), model_folder(options.student)
-        inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
-        if options.teacher_cache is not None:
-            inputs["teacher_cache"] = cache_fingerprint(options.teacher_cache)
-        if options.distill.teacher_correction is not None:
-            teacher = inputs["teacher"] = correct_teacher(teacher, options)
-        with stage(options.output, "distill", inputs=inputs, options=options.fingerprint, scratch="training") as work:
-            if not work.finished:
-                distill(work, teacher, student, options)
+        train_student(options)
         if processes.rank() == 0:
             result(options.output, {"model": str(options.output), "metrics": str(options.output / "metrics.jsonl")})
+
+
+def train_student(options: Options) -> None:
+    """The stage, without its result.json."""
+    teacher, student = model_folder(options.teacher), model_folder(options.student)
+    inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
+    if options.teacher_cache is not None:
+        inputs["teacher_cache"] = cache_fingerprint(options.teacher_cache)
+    if options.distill.teacher_correction is not None:
+        teacher = inputs["teacher"] = correct_teacher(teacher, options)
+    with stage(options.output, "distill", inputs=inputs, options=options.fingerprint, scratch="training") as work:
+        if not work.finished:
+            distill(work, teacher, student, options)
 
 
 def correct_teacher(teacher: Path, options: Options) -> Path:
@@ -85,7 +91,7 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
                 check_share(how.batch)
             model = load_trained(teacher, dtype, process_device(torch_device(options.device)), options.shard)
             batches, training = functools.partial(stage_batches, text, how, 0, options.seed), work.folder / "training"
-            speed = speed_figures(model.model.config, None, how.seq_len, model.device, card_tflops(model.device))
+            speed = speed_of(model.model.config, None, how.seq_len, model.device)
             with training_bar("correcting the teacher", how.train.steps) as on_step:
                 train(model, cross_entropy_loss, batches, how.train, training, on_step=on_step, describe=speed)
             work.notes["weights"] = write_trained(
@@ -103,32 +109,33 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     with processes.together():
         for note in check_agreement(teacher_folder, student_folder):
             say(f"note: {note}")
-        text = corpus(options.data, "train", student_folder)
         for how in plan:
-            text.batches_per_epoch(how.batch, how.seq_len)
             check_share(how.batch)
     student = load_trained(student_folder, dtype, process_device(torch_device(options.device)), options.shard)
-    teaching = open_teaching(work, teacher_folder, student_folder, student, options)
-    teacher, peak = teaching.model and teaching.model.config, card_tflops(student.device)
+    teacher, pairing = open_teacher(work, teacher_folder, student_folder, student, options)
+    check_forward({"student": student.model} | ({"teacher": teacher} if isinstance(teacher, HybridLM) else {}))
     with processes.together():
-        for number, how in enumerate(plan if options.teacher_cache is not None else ()):
-            # What a cache that was made for something else is most likely to lack.
-            last = stage_batches(text, how, number, seed, how.train.steps - 1)
-            teaching.check_holds([*last, *held_out(options.data, student_folder, how, seed)])
+        text = corpus(options.data, "train", student_folder)
+        for number, how in enumerate(plan):
+            text.batches_per_epoch(how.batch, how.seq_len)
+            if isinstance(teacher, CachedTeacher):  # what one that was made for something else is most likely to lack
+                last = stage_batches(text, how, number, seed, how.train.steps - 1)
+                teacher.check_holds([*last, *held_out(options.data, student_folder, how, seed)])
         say_epochs(text, [(how.train.steps * how.batch, how.seq_len) for how in plan])
     training = work.folder / "training"
     folders = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
+    configs = student.model.config, teacher.config if isinstance(teacher, HybridLM) else None
     with journal(options.wandb, work.folder, options.output.name, work.options) as note_down:
         for number in range(current_stage(folders), len(plan)):
             how = plan[number]
             measured = held_out(options.data, student_folder, how, seed)
-            speed = speed_figures(student.model.config, teacher, how.seq_len, student.device, peak)
             title = f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling"
             with training_bar(title, how.train.steps, note_down) as on_step:
                 train(
-                    student, teaching.loss(how.loss), functools.partial(stage_batches, text, how, number, seed),
-                    how.train, folders[number], evaluate=functools.partial(teaching.gap, sample=measured),
-                    on_step=on_step, describe=speed,
+                    student, Distillation(teacher, how.loss, pairing),
+                    functools.partial(stage_batches, text, how, number, seed), how.train, folders[number],
+                    evaluate=functools.partial(held_out_figures, teacher, sample=measured), on_step=on_step,
+                    describe=speed_of(*configs, how.seq_len, student.device),
                 )  # fmt: skip
             hand_on(student, folders, number, how.train)
     if options.distill.stages and processes.rank() == 0:
@@ -138,10 +145,11 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     )
 
 
-def open_teaching(
+def open_teacher(
     work: Work, teacher_folder: Path, student_folder: Path, student: Trained, options: Options
-) -> Teaching:
-    """The teacher for a student as it is before its first step; it is loaded unless a cache stands in for it.
+) -> tuple[HybridLM | CachedTeacher, Pairing | None]:
+    """The teacher for a student as it is before its first step, or the cache that stands in for it; and which of their
+    hidden states are compared.
 
     Raises InputError where the two do not fit together, or the cache is of something else.
     """
@@ -149,19 +157,17 @@ def open_teaching(
     def sums() -> dict[str, str]:
         return processes.from_first(work.content()["inputs"] if processes.rank() == 0 else None)
 
-    how, hidden = options.distill.plan()[0], options.distill.loss.hidden
     if options.teacher_cache is not None:
-        return Teaching(open_cache(options.teacher_cache, student.model, student_folder, sums()))
+        return open_cache(options.teacher_cache, student.model, student_folder, sums()), None
     dtype = torch_dtype(options.distill.teacher_dtype or options.dtype)
     teacher = load_frozen(teacher_folder, dtype, student.device, options.shard, options.distill.teacher_offload)
+    how, hidden = options.distill.plan()[0], options.distill.loss.hidden
     if greatest(hidden.weight) == 0:
-        return Teaching(teacher)
+        return teacher, None
     kept = kept_of(student_folder, teacher_folder, lambda: sums()["teacher"])
     rows = sample(options.data, "train", student_folder, tokens=hidden.fit_tokens, seq_len=how.seq_len, batch=how.rows,
                   seed=options.seed)  # fmt: skip
-    return Teaching(
-        teacher, make_pairing(teacher, student.model, hidden, kept, (row.to(student.device) for row in rows))
-    )
+    return teacher, make_pairing(teacher, student.model, hidden, kept, (row.to(student.device) for row in rows))
 
 
 def held_out(data: str, folder: Path, how: DistillOptions, seed: int) -> list[Batch]:

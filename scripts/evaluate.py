@@ -8,26 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from ..distill.agreement import check_agreement
-from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, load_models
-from ..distill.gap.examples import as_text
+from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, gap_content, load_models
 from ..distill.gap.measure import TEACHER, measure_gap
 from ..distill.gap.probes import check_probes
 from ..distill.gap.tasks import Tasks, answer_tasks, plan_tasks
-from ..distill.gap.token_groups import TokenGroups, group_documents, token_classes
+from ..distill.gap.token_groups import group_tokens
 from ..distill.report.gap_tables import gap_tables, recovery_line
 from ..distill.report.report import write_page
 from ..distill.text.mixture import whole
-from ..models.checkpoint import load_config
+from ..models.checkpoint import check_forward, load_config
 from ..models.config import HybridConfig
+from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
-from ..models.cost.parameters import count_parameters
-from ..models.cost.speed import throughput
 from ..models.errors import InputError, check_counts
 from ..models.fingerprint import read_provenance
 from ..models.folder import write_json
+from ..models.placement import placed
 from ..models.tokenizer import load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
-from . import memory_fit
 from .run.resolve import corpus, data_input, model_folder, torch_device, torch_dtype
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
@@ -49,7 +47,7 @@ class Options:
     device: str
     dtype: str
     hardware: Hardware
-    fit: memory_fit.Fit
+    fit: Fit
     details: Details = dataclasses.field(default_factory=Details)
     scores: str | None = None
     probes: tuple[str, ...] = ()
@@ -73,7 +71,8 @@ def run(options: Options) -> None:
     if options.scores is not None:
         inputs["scores"] = scores_folder(options.scores, folders[TEACHER])
     longest = min(load_config(folder).max_position_embeddings for folder in folders.values())
-    check_probes(options.probes, options.details.probe_lengths, longest)
+    if options.probes:
+        check_probes(options.probes, options.details.probe_lengths, longest)
     if options.student:
         options.details.check_length(longest)
     for name, folder in folders.items():
@@ -106,31 +105,28 @@ def scores_folder(name: str, teacher: Path) -> Path:
 def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     """Measures into an existing folder: gap.json, gap.html and its plots."""
     dtype, seed, details = torch_dtype(options.dtype), options.seed, options.details
+    models, away = load_models(folders, dtype, torch_device(options.device), say)
+    for name, model in models.items():
+        with placed(model, away):
+            check_forward({name: model})
+    # What may be wrong with the rest shows before anything is measured.
     fits = {name: fitted(load_config(path), options.hardware, options.fit) for name, path in folders.items()}
     read = corpus(options.data, options.split, folders[TEACHER])
     batches = read.sample(batch_size=options.batch, seq_len=options.seq_len, seed=seed, max_tokens=options.tokens)
     text, tokenizer = whole(read), load_tokenizer(folders[TEACHER])
-    # What may be wrong with them shows before anything is measured.
     probes = draw_probes(options.probes, details, text, tokenizer, seed)
     tasks = plan_tasks(folders, options.suites, dtype=dtype, seed=seed) if options.tasks else None
-    models, away = load_models(folders, dtype, torch_device(options.device), say)
     teacher = models[TEACHER]
     students = {name: model for name, model in models.items() if name != TEACHER}
-    groups = TokenGroups(*group_documents(text.names, text.starts), token_classes(tokenizer, teacher.config.vocab_size))
+    groups = group_tokens(text, tokenizer, teacher.config.vocab_size)
     with progress("evaluating", len(batches)) as bar:
         report = measure_gap(
             teacher, students, batches, resamples=details.resamples, seed=seed, groups=groups,
             worst=details.worst, device=away, on_step=bar.set,
         )  # fmt: skip
-    content = report.to_json()
-    content["parameters"] = {name: count_parameters(load_config(path)) for name, path in folders.items()}
-    content["data"] = {"data": options.data, "split": options.split, "tokens": report.tokens}
-    content["worst"] = {
-        name: [as_text(window, text.names, tokenizer) for window in windows] for name, windows in report.worst.items()
-    }
+    content = gap_content(report, models, text, tokenizer, options.data, options.split)
     content["continuation"] = continue_texts(teacher, students, text, tokenizer.eos_token_id, details, seed, away, say)
     content["probes"] = answer_probes(models, probes, details.resamples, seed, away, say)
-    content["tasks"] = {}
     if tasks is not None:
         with progress("tasks", 1) as bar:
             content["tasks"] = answer_tasks(
@@ -153,18 +149,11 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     )
 
 
-def fitted(config: HybridConfig, hardware: Hardware, fit: memory_fit.Fit) -> dict[str, Any]:
-    """Memory and verdict as memory-fit says them, and the estimated tokens a second of a third of the context read and
-    two thirds written, as of the published 8k and 16k (arXiv 2508.14444), for the largest batch that fits."""
-    fit = fit.of(config)
-    report, answer = memory_fit.measure(config, hardware, fit)
-    read, asked = max(fit.length // 3, 1), fit.asked(hardware)
-    dtypes = {name: asked[name] for name in ("weight_dtype", "kv_dtype", "ssm_dtype")}
-    estimate = throughput(
-        config, hardware, input_tokens=read, output_tokens=max(fit.length - read, 1), budget=answer.budget, **dtypes
-    )
-    speed = None if estimate is None else dataclasses.asdict(estimate)
-    return memory_fit.as_json(report, answer, hardware) | {"throughput": speed}
+def fitted(config: HybridConfig, hardware: Hardware, fit: Fit) -> dict[str, Any]:
+    """What memory-fit says, and the estimated tokens a second."""
+    estimate = fit.estimate(config, hardware)
+    speed = estimate.throughput()
+    return estimate.to_json() | {"throughput": speed and dataclasses.asdict(speed)}
 
 
 def own_scores(work: Work, options: Options) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,9 +13,7 @@ from ..distill.average import write_trained
 from ..distill.gap.measure import measure_gap
 from ..distill.losses import cross_entropy_loss
 from ..distill.options import TrainOptions
-from ..distill.parallel import Trained, load_trained, placed_model, process_device
-from ..distill.speed import speed_figures
-from ..distill.stages import check_share
+from ..distill.parallel import Trained, check_share, load_trained, placed_model, process_device
 from ..distill.trainer import train
 from ..models import processes
 from ..models.cost.parameters import count_parameters
@@ -23,9 +22,8 @@ from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 from .run.resolve import check_counts, data_input, documents, model_config, model_folder, text_in_tokens, torch_device
 from .run.show import progress, result, say
-from .run.stage import Work, stage
-from .run.tracking import card_tflops, check_mode, journal, training_bar
-from .score import many_processes
+from .run.stage import Work, many_processes, stage
+from .run.tracking import check_mode, journal, speed_of, training_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +72,7 @@ def pretrain(work: Work, options: Options) -> None:
     tokenizer_from = work.folder if options.init is None else model_folder(options.init)
     check_vocabulary(load_tokenizer(tokenizer_from), config)
     text = text_in_tokens(options.data, "train", tokenizer_from)
-    size = {"batch_size": options.batch, "seq_len": options.seq_len, "seed": options.data_seed}
+    size: dict[str, Any] = {"batch_size": options.batch, "seq_len": options.seq_len, "seed": options.data_seed}
     held_out = list(
         text_in_tokens(options.data, "validation", tokenizer_from).sample(**size, max_tokens=options.evaluate_tokens)
     )
@@ -85,7 +83,7 @@ def pretrain(work: Work, options: Options) -> None:
         return {"validation_loss": gap.cross_entropy.value, "validation_bits_per_byte": gap.bits_per_byte.value}
 
     training, batches = work.folder / "training", functools.partial(text.train_batches, **size)
-    speed = speed_figures(config, None, options.seq_len, student.device, card_tflops(student.device))
+    speed = speed_of(config, None, options.seq_len, student.device)
     with (
         journal(options.wandb, work.folder, options.output.name, work.options) as note_down,
         training_bar("pretraining", options.train.steps, note_down) as on_step,

@@ -17,6 +17,7 @@ from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.tokenizer import train_tokenizer
 from limbeck.scripts.run.main import main
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def assert_close(name: str, reference: Tensor, found: Tensor, ratio: float) -> None:
@@ -182,3 +183,18 @@ def compress_command(workshop: Path, out: Path) -> list[str]:
         "evaluate_tokens=512",
         "fit.context=1000",
     ]
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had that was made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out

@@ -29,7 +29,7 @@ def check_decoding(seed: int, dtype: torch.dtype = torch.float32, ratio: float =
     length, size = draw.choice((1, 31, 64, 150)), draw.choice((8, 12, 32, 80))
     q = torch.randn(groups * grouped, batch, size, generator=generator).transpose(0, 1).to(dtype)
     cache = torch.randn(2, batch, groups, length + 9, size, generator=generator).to(dtype)
-    cache[:, :, :, length:] = float("nan")  # behind the end lies what a longer sequence left
+    cache[:, :, :, length:] = float("nan")  # after the end lies what a longer sequence left
     if draw.random() < 0.5:  # tokens before heads in memory, as a projection leaves them
         cache = cache.transpose(2, 3).contiguous().transpose(2, 3)
     k, v = cache[:, :, :, :length]

@@ -139,7 +139,7 @@ def test_scan_in_float16(seed: int) -> None:
 
 
 def test_one_large_step_does_not_blur_the_small_ones() -> None:
-    """A step of dt A = -3000 in a chunk; in float32 sums the decays behind it would be off by 1e-4."""
+    """A step of dt A = -3000 in a chunk; in float32 sums the decays after it would be off by 1e-4."""
     generator = torch.Generator().manual_seed(0)
     x, B, C = (torch.randn(1, 16, 1, n, generator=generator) for n in (16, 8, 8))
     dt = torch.full((1, 16, 1), 1e-3)
@@ -259,7 +259,7 @@ def test_update_many(seed: int) -> None:
 
 
 def test_opcheck() -> None:
-    """Schema, fake tensors and autograd of the operators with the Triton kernels behind them."""
+    """Schema, fake tensors and autograd of the operators with the Triton kernels in them."""
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.use_deterministic_algorithms(False)  # opcheck compares with memory that it leaves unwritten
     x = torch.randn(1, 5, 2, 16, requires_grad=True)

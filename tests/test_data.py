@@ -84,7 +84,7 @@ def test_measuring_sees_every_token_once(corpus: Corpus) -> None:
 def test_a_sample_is_made_as_it_is_read(
     seed: int | None, max_tokens: int | None, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batches of the list, and none before it is asked for."""
+    """The batches of the list, and none before it is read."""
     how: dict[str, Any] = {"batch_size": 4, "seq_len": 32, "seed": seed, "max_tokens": max_tokens}
     expected = list(corpus.sample(**how))
     made: list[int] = []

@@ -36,7 +36,7 @@ def fill(model: HybridLM, cache: Cache, row: int, ids: Tensor, cuts: list[int]) 
 
 
 def poison(cache: Cache, rows: range) -> None:
-    """NaN in everything of some rows, and behind the length of every other."""
+    """NaN in everything of some rows, and after the length of every other."""
     for layer in cache.layers:
         if isinstance(layer, MambaState):
             layer.ssm[rows.start : rows.stop] = torch.nan
@@ -50,7 +50,7 @@ def poison(cache: Cache, rows: range) -> None:
 
 def mixed_batch(model: HybridLM, seed: int, longest: int, steps: int, pack: bool = False) -> tuple[Tensor, Tensor]:
     """Logits of a drawn batch by chunked prefill and steps, and by one full forward each, [sequences, steps, V]; one
-    more row is poisoned, and so is what lies behind every sequence's end."""
+    more row is poisoned, and so is what lies after every sequence's end."""
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     batch = draw.randint(1, 4)

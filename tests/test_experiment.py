@@ -17,10 +17,17 @@ from limbeck.models.errors import CheckFailed
 from limbeck.prune.rounds import plan_cuts
 from limbeck.scripts.experiment import Options, plans_of
 from limbeck.scripts.experiments import cells
-from limbeck.scripts.experiments.figures import Row, agreement, order_of, published_pairs, rank_correlation, stable_from
+from limbeck.scripts.experiments.figures import (
+    VariantRow,
+    agreement,
+    order_of,
+    published_pairs,
+    rank_correlation,
+    stable_from,
+)
+from limbeck.scripts.experiments.sharing import Shared
 from limbeck.scripts.run.compose import CONF, build, compose_config
 from limbeck.scripts.run.resolve import model_config
-from limbeck.scripts.run.sharing import Shared
 from limbeck.tests.helpers import limbeck
 
 NAMES = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "all")
@@ -100,7 +107,7 @@ def test_the_order_foretold() -> None:
         return {"models": {"pruned": {"cross_entropy": {"value": pruned}}}, "importance_kept": kept, "curve": curve}
 
     cells_of = {"a": [cell(0.9, 9.0, 0.3, 0.1)], "b": [cell(0.8, 8.0, 0.2, 0.2)], "c": [cell(0.7, 7.0, 0.4, 0.3)]}
-    found = order_of({"a": Row((1.0,)), "b": Row((2.0,)), "c": Row((3.0,))}, cells_of)
+    found = order_of({"a": VariantRow((1.0,)), "b": VariantRow((2.0,)), "c": VariantRow((3.0,))}, cells_of)
     assert found == {"importance kept": [1.0], "loss as pruned": [-1.0], "10 tokens": [0.5], "20 tokens": [1.0]}
     assert stable_from(found) == "The mean correlation is 0.9 or more from 20 tokens on."
     assert stable_from({**found, "30 tokens": [0.8]}).startswith("At no time")
@@ -111,8 +118,8 @@ def test_the_order_foretold() -> None:
 
 
 def test_the_sentence() -> None:
-    rows = {"a": Row((0.9, 1.1), 2.0), "b": Row((1.9, 2.2), 3.0), "c": Row((2.0, 2.1), 4.0),
-            "d": Row((0.5, 0.5), 5.0), "e": Row((9.0, 9.0))}  # fmt: skip
+    rows = {"a": VariantRow((0.9, 1.1), 2.0), "b": VariantRow((1.9, 2.2), 3.0), "c": VariantRow((2.0, 2.1), 4.0),
+            "d": VariantRow((0.5, 0.5), 5.0), "e": VariantRow((9.0, 9.0))}  # fmt: skip
     text = agreement(rows, False, published_pairs(rows, False, []))
     assert text.startswith("2 of 6 pairs are in the published order")
     assert "other way round: a and d; b and d; c and d" in text and "every seed: b and c" in text
@@ -185,14 +192,14 @@ def test_a_shared_folder_goes_with_the_last_one(tmp_path: Path) -> None:
 
 
 def test_a_cell_that_cannot_be_made_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cells.make
+    real = cells.write_cell
 
-    def make(cell: cells.Cell, *arguments: Any) -> None:
+    def write_cell(cell: cells.Cell, *arguments: Any) -> None:
         if cell.title == "3":
             raise CheckFailed("the loss is not finite")
         real(cell, *arguments)
 
-    monkeypatch.setattr(cells, "make", make)
+    monkeypatch.setattr(cells, "write_cell", write_cell)
     monkeypatch.setattr(cells, "measured", lambda cell, teacher, students: {})
     words = ("experiment=temperature", f"output={tmp_path / 'out'}", "seeds=[0]", SMALL)
     code, _, err = limbeck(*words, "only=['1','3']")

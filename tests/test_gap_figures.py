@@ -390,7 +390,7 @@ def test_continuations(corpus: Corpus, tokenizer: Tokenizer) -> None:
     assert found["other"].length.low <= found["other"].length.value <= found["other"].length.high
 
 
-def test_no_worst_windows_unless_asked(measured: tuple[GapReport, dict[str, torch.Tensor], list, TokenGroups]) -> None:
+def test_no_worst_windows_by_default(measured: tuple[GapReport, dict[str, torch.Tensor], list, TokenGroups]) -> None:
     report, _, batches, _ = measured
     teacher = load_model(ZOO)
     found = measure_gap(teacher, {"student": perturbed(teacher, 4)}, batches[:1], resamples=2)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness asked through our adapter and through its own transformers model: the same answers."""
+"""lm-evaluation-harness run through our adapter and through its own transformers model: the same answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from limbeck.distill.gap import harness
 from limbeck.distill.gap import tasks as module
-from limbeck.distill.gap.harness import SHARE, HarnessModel, Room, first_row
+from limbeck.distill.gap.harness import SHARE, HarnessModel, Headroom, first_row
 from limbeck.distill.gap.tasks import Tasks, answer_tasks, plan_tasks
 from limbeck.distill.report.gap_tables import task_table
 from limbeck.models.checkpoint import load_model
@@ -101,7 +101,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(model: Any, tasks: list[str]) -> Any:
+def harness_results(model: Any, tasks: list[str]) -> Any:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -114,7 +114,7 @@ def test_the_same_as_the_harness_s_own_model(tasks: dict[str, str], exported: Pa
 
     ours = HarnessModel(load_model(exported), load_tokenizer(exported), row_tokens=400)
     theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=4)
-    found, expected = (asked(model, list(tasks.values())) for model in (ours, theirs))
+    found, expected = (harness_results(model, list(tasks.values())) for model in (ours, theirs))
     for name in tasks:
         numbers = [
             {key: value for key, value in side["results"][name].items() if isinstance(value, float)}
@@ -162,7 +162,7 @@ class Tight:
 
 @pytest.fixture(scope="module")
 def asking(exported: Path) -> tuple[list[tuple[Any, list[int], list[int]]], list[SimpleNamespace]]:
-    """Continuations to be scored, up to 60 tokens with their contexts, and prompts to go on with, one of them drawn."""
+    """Continuations to be scored, up to 60 tokens with their contexts, and prompts to continue, one of them drawn."""
     ids = load_tokenizer(exported).encode(Path(json.__file__).with_name("encoder.py").read_text())
     scored = [(None, ids[9 * i : 9 * i + 10 + 4 * i], ids[9 * i + 10 + 4 * i : 9 * i + 12 + 5 * i]) for i in range(10)]
     options: list[dict[str, Any]] = [{"until": ["\n\n"], "max_gen_toks": 8 + 2 * i} for i in range(5)]
@@ -216,23 +216,26 @@ def test_texts_where_memory_runs_out(exported: Path, asking: tuple, monkeypatch:
 def test_rows_and_slots_follow_free_memory() -> None:
     """The most that fits, between one and the device's bound; a CPU's bound is what it has always been."""
     config = model_config("nemotron-nano-9b-v2")
-    card = Room(config, torch.bfloat16, Place("cuda", 132, "9.0"), 2048)
-    computer = Room(config, torch.float32, Place("cpu", 2), 256)
-    for room, most_tokens, most_slots in ((card, 65536, 128), (computer, 2048, 8)):
-        assert room.row_tokens(None) == room.row_tokens(2**45) == most_tokens
-        assert room.slots(8192, None) == room.slots(8192, 2**45) == most_slots
-        assert room.row_tokens(0) == room.slots(8192, 0) == 1
+    card = Headroom(config, torch.bfloat16, Place("cuda", 132, "9.0"), 2048)
+    computer = Headroom(config, torch.float32, Place("cpu", 2), 256)
+    for headroom, most_tokens, most_slots in ((card, 65536, 128), (computer, 2048, 8)):
+        assert headroom.row_tokens(None) == headroom.row_tokens(2**45) == most_tokens
+        assert headroom.slots(8192, None) == headroom.slots(8192, 2**45) == most_slots
+        assert headroom.row_tokens(0) == headroom.slots(8192, 0) == 1
         tokens, slots = [], []
         for free in (int(2**power) for power in (24, 28, 30, 31.5, 33, 34, 35, 36)):
-            tokens.append(room.row_tokens(free))
-            slots.append(room.slots(8192, free))
-            slot_bytes = functools.partial(room.slot_bytes, length=8192)
-            for found, most, size in ((tokens[-1], most_tokens, room.row_bytes), (slots[-1], most_slots, slot_bytes)):
+            tokens.append(headroom.row_tokens(free))
+            slots.append(headroom.slots(8192, free))
+            slot_bytes = functools.partial(headroom.slot_bytes, length=8192)
+            for found, most, size in (
+                (tokens[-1], most_tokens, headroom.row_bytes),
+                (slots[-1], most_slots, slot_bytes),
+            ):
                 assert found == 1 or size(found) <= SHARE * free
                 assert found == most or size(found + 1) > SHARE * free
         assert tokens == sorted(tokens) and slots == sorted(slots) and tokens[0] < 16 and slots[0] == 1
         assert len(set(tokens)) >= 3 and len(set(slots)) >= 3
-        assert room.slots(1024, 2**33) >= room.slots(65536, 2**33)
+        assert headroom.slots(1024, 2**33) >= headroom.slots(65536, 2**33)
 
 
 def test_a_row_takes_what_is_foretold(exported: Path, asking: tuple) -> None:
@@ -243,16 +246,18 @@ def test_a_row_takes_what_is_foretold(exported: Path, asking: tuple) -> None:
         with LiveBytes(ours.model.parameters()) as live:
             weights = live.now
             ours.score_row([ids[: tokens // parts + 1]] * parts, [tokens // parts] * parts)
-        found = (live.peak - weights) / ours.room.row_bytes(tokens)
+        found = (live.peak - weights) / ours.headroom.row_bytes(tokens)
         assert 0.5 <= found <= 1.02, (tokens, parts, found)
 
 
 def test_slots_by_the_memory_that_is_free(exported: Path, asking: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = HarnessModel(load_model(exported), load_tokenizer(exported))
     found: list[int] = []
-    monkeypatch.setattr(ours, "decode", lambda asked, texts, left, length, slots: found.append(slots) or end(texts))
+    monkeypatch.setattr(ours, "decode", lambda requests, texts, left, length, slots: found.append(slots) or end(texts))
     for count in (1, 2, 3):
-        monkeypatch.setattr(harness, "free_memory", lambda device, n=count: ours.room.slot_bytes(n, 200) / SHARE + 1)
+        monkeypatch.setattr(
+            harness, "free_memory", lambda device, n=count: ours.headroom.slot_bytes(n, 200) / SHARE + 1
+        )
         ours.complete([harness.Request([5] * 180, 20)] * 4)
     assert found == [1, 2, 3]
 

@@ -35,7 +35,7 @@ ALLOWED = {
     "prune": {"kernels", "models", "prune"},
     "distill": {"kernels", "models", "distill"},
     "scripts": {"kernels", "models", "prune", "distill", "scripts"},
-    "__init__.py": {"api"},
+    "__init__.py": {"api", "distill", "prune"},
     "api.py": {"kernels", "models", "prune", "distill"},
 }
 KIND_FILES = tuple(f"models/{name}.py" for name in ("layer", "kinds", "mamba2", "attention", "mlp", "moe", "parallel"))
@@ -53,16 +53,15 @@ GIVEN_UP = {  # a word that was given up, and the one that stands for it
 NAMELESS = {"asked", "fill", "found", "make", "show", "walk"}  # a function's name is a noun of the field, or says what
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LEFT = {  # how many may be left while the house is rebuilt: falls, and is empty in the end (STRICT=1: as if it were)
-    "scripts/run is imported by scripts alone": 8,
-    "letters": 48,
+    "letters": 40,
     "lines of a file": 7,
     "lines of a function": 6,
     "lines of a command": 14,
     "scripts": 4_600,
-    "source": 23_900,
-    "class names": 6,
+    "source": 24_600,
+    "class names": 4,
     "function names": 50,
-    "words": 610,
+    "words": 280,
 }
 if "STRICT" in os.environ:
     LEFT = {}
@@ -83,7 +82,11 @@ def test_direction_of_imports() -> None:
             assert not {name.split(".")[0] for name in modules} & {"hydra", "omegaconf"}, f"{path} knows Hydra"
     judge(
         "scripts/run is imported by scripts alone",
-        [name_of(path) for path in sources("scripts", "tests") if "limbeck.scripts.run" in " ".join(imports(path))],
+        [
+            name_of(path)
+            for path in sources("scripts", "tests")
+            if "limbeck.scripts.run" in " ".join(imports(path)) and path != ROOT / "__main__.py"  # python -m limbeck
+        ],
     )
 
 
@@ -173,7 +176,7 @@ def test_public_names_of_cost_import_nothing_else() -> None:
         "import sys, limbeck.models.cost as cost; assert 'torch' not in sys.modules;"
         "from limbeck.models.cost import count_parameters, memory;"
         "from limbeck.models.cost.inference import memory as same;"
-        "assert memory is same and callable(count_parameters) and not hasattr(cost, 'simulate')"
+        "assert memory is same and callable(count_parameters) and not hasattr(cost, 'verdict')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

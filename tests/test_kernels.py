@@ -8,17 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.benchmarks import witness
+from limbeck.benchmarks import operator_peers
 from limbeck.kernels.activation import relu2, swiglu
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from limbeck.kernels.divergence import DIVERGENCES
 from limbeck.kernels.linear import linear
-from limbeck.kernels.linear_kl import linear_cross_entropy, linear_kl
 from limbeck.kernels.norm import gated_rms_norm, rms_norm
 from limbeck.kernels.reference import (
     causal_conv1d_reference,
     gated_rms_norm_reference,
-    linear_kl_reference,
     relu2_reference,
     rms_norm_reference,
     rotary_reference,
@@ -28,9 +25,8 @@ from limbeck.kernels.reference import (
 from limbeck.kernels.rotary import rotary, rotary_angles
 from limbeck.kernels.ssd import ssd_scan
 from limbeck.kernels.state_update import state_update
-from limbeck.tests.helpers import assert_close
+from limbeck.tests.helpers import Largest, assert_close
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 VALUES, GRADIENTS = 1e-5, 1e-4
 
@@ -154,21 +150,6 @@ def test_packed_documents_equal_separate_ones() -> None:
         alone = ssd_scan(*part, A, B[:, start : start + length], C[:, start : start + length], dt_softplus=True)
         assert_close("document", alone, packed[:, start : start + length], 1e-6)
         start += length
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any tensor had that was made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
 
 
 def test_groups_are_never_expanded_to_heads() -> None:
@@ -303,71 +284,6 @@ def test_rotary_refuses_wrong_shapes() -> None:
         rotary_angles(torch.arange(5)[None], 7, 1e4, torch.float32)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temperature", (1.0, 2.5))
-@pytest.mark.parametrize("mix", (0.0, 0.4))
-def test_linear_kl(divergence: str, temperature: float, mix: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((11, 5), (23, 5), (11, 7), (23, 7))
-    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
-    labels = torch.randint(23, (11,), generator=generator)
-    labels[2] = labels[9] = -100
-    options: dict[str, Any] = {
-        "divergence": divergence,
-        "temperature": temperature,
-        "labels": labels,
-        "kl_weight": 1 - mix,
-        "ce_weight": mix,
-        "normalizer": 6.5,
-    }
-    exact = [tensor.double().requires_grad_() for tensor in tensors]
-    expected, expected_kl = linear_kl_reference(*exact, **options)
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-    found = linear_kl(*leaves, **options, chunk_tokens=4)
-    assert_close("loss", expected, found.loss, VALUES)
-    assert_close("kl", expected_kl, found.kl, VALUES)
-    (3 * expected).backward()
-    (3 * found.loss).backward()
-    for number, name in enumerate(("hidden", "head")):
-        assert exact[number].grad is not None and leaves[number].grad is not None
-        assert_close(name, exact[number].grad, leaves[number].grad, GRADIENTS)  # type: ignore[arg-type]
-    assert leaves[2].grad is None and leaves[3].grad is None, "the teacher must not get a gradient"
-    agree = (tensors[0] @ tensors[1].T).argmax(-1) == (tensors[2] @ tensors[3].T).argmax(-1)
-    assert torch.equal(found.agreement, agree & (labels >= 0))
-
-
-def test_linear_kl_never_holds_all_logits_and_does_not_depend_on_the_split() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden, head = torch.randn(64, 4, generator=generator), torch.randn(500, 4, generator=generator)
-    target, target_head = torch.randn(64, 6, generator=generator), torch.randn(500, 6, generator=generator)
-    with Largest() as largest:
-        leaf = hidden.clone().requires_grad_()
-        whole = linear_kl(leaf, head, target, target_head, normalizer=64, chunk_tokens=8)
-        whole.loss.backward()
-    assert largest.numel <= 8 * 500
-    other = hidden.clone().requires_grad_()
-    parts = [
-        linear_kl(other[a:b], head, target[a:b], target_head, normalizer=64).loss
-        for a, b in ((0, 5), (5, 40), (40, 64))
-    ]
-    torch.stack(parts).sum().backward()
-    assert_close("loss", whole.loss, sum(parts), 1e-6)  # type: ignore[arg-type]
-    assert leaf.grad is not None and other.grad is not None
-    assert_close("gradient", leaf.grad, other.grad, 1e-6)
-
-
-def test_linear_cross_entropy_is_torchs() -> None:
-    hidden, head = torch.randn(9, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True)
-    labels = torch.randint(30, (9,))
-    labels[4] = -100
-    found = linear_cross_entropy(hidden, head, labels, chunk_tokens=2)
-    expected = torch.nn.functional.cross_entropy(hidden @ head.T, labels)
-    assert_close("loss", expected, found.loss, 1e-6)
-    for a, b in zip(torch.autograd.grad(expected, (hidden, head)), torch.autograd.grad(found.loss, (hidden, head)),
-                    strict=True):  # fmt: skip
-        assert_close("gradient", a, b, 1e-5)
-
-
 @pytest.mark.parametrize(
     "change",
     (
@@ -406,8 +322,8 @@ def test_linear_is_torchs(rows: int, shape: tuple[int, int]) -> None:
 
 
 def test_transformers_says_the_same() -> None:
-    """The second witness of benchmarks/witness.py, on the torch path."""
-    lines = list(witness.compared(2, ("transformers", "torch")))
+    """The peers of benchmarks/operator_peers.py, on the torch path."""
+    lines = list(operator_peers.compared(2, ("transformers", "torch")))
     assert {line["operator"] for line in lines} == {"ssd_scan", "state_update", "gated_rms_norm", "causal_conv1d"}
     for line in lines:
         for value, gradient in line["differences"]:

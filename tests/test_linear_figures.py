@@ -6,8 +6,8 @@ import pytest
 import torch
 from limbeck.kernels.linear_figures import linear_figures
 from limbeck.kernels.linear_kl import linear_kl
+from limbeck.tests.helpers import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def drawn(tokens: int, vocabulary: int, noise: float, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -63,21 +63,10 @@ def test_it_is_what_linear_kl_gives_and_more_exact() -> None:
 
 def test_no_logits_of_all_tokens() -> None:
     """Tensors in the pass stay within [chunk, V]."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
     hidden, head, other, narrow, labels = drawn(300, 500, 0.1, torch.float32)
-    with Watch():
+    with Largest() as largest:
         linear_figures([(other, narrow)], hidden, head, labels, chunk_tokens=16)
-    assert 0 < largest <= max(16 * 500, head.numel()) < 300 * 500 / 10
+    assert 0 < largest.numel <= max(16 * 500, head.numel()) < 300 * 500 / 10
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.hidden import HiddenLoss, Kept, Pairing, choose_pairs, make_pairing
+from limbeck.distill.hidden import KeptParts, Pairing, choose_pairs, make_pairing
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
+from limbeck.distill.options import HiddenLoss, Ramp, weight_at
 from limbeck.distill.teacher import CachedTeacher, CacheOptions, finish_cache, read_keys, row_keys, shards, write_cache
 from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import TrainOptions, train
-from limbeck.distill.weights import Ramp, weight_at
 from limbeck.kernels.linear_topk_kl import TopK
 from limbeck.models.axes import Axis
 from limbeck.models.errors import InputError
@@ -80,7 +80,7 @@ def test_wrong_losses(wrong: dict[str, Any]) -> None:
 
 def test_streams_are_paired_with_what_the_next_kept_layer_read() -> None:
     teacher, student = tiny_config(), tiny_config(pattern="M-*M")
-    kept = Kept((0, 1, 3, 5), None)
+    kept = KeptParts((0, 1, 3, 5), None)
     assert choose_pairs(teacher, student, HiddenLoss(streams=9), kept) == ((1, 1), (2, 3), (3, 5), (4, 6))
     assert choose_pairs(teacher, student, HiddenLoss(streams=2), kept) == ((2, 3), (4, 6))
     assert choose_pairs(teacher, student, HiddenLoss(streams=9), None) == ((1, 2), (2, 3), (3, 4), (4, 6))
@@ -89,11 +89,11 @@ def test_streams_are_paired_with_what_the_next_kept_layer_read() -> None:
         choose_pairs(teacher, student, HiddenLoss(pairs=((5, 0),)), kept)
 
 
-def cut(teacher: HybridLM) -> tuple[HybridLM, Kept]:
+def cut(teacher: HybridLM) -> tuple[HybridLM, KeptParts]:
     """A student without layers 2 and 4, of 24 channels."""
     channels, layers = tuple(range(3, 27)), (0, 1, 3, 5)
     selection = Selection(layers, {Axis("hidden"): channels})
-    return slice_model(teacher, selection), Kept(layers, channels)
+    return slice_model(teacher, selection), KeptParts(layers, channels)
 
 
 def streams_of(model: HybridLM, batch: Batch, numbers: list[int]) -> list[Tensor]:
@@ -120,7 +120,10 @@ def test_hidden_loss_is_the_formula_on_kept_channels() -> None:
     expected = distillation_loss(teacher, DistillLoss())(student, batch, 11.0)
     expected = expected + 0.5 * (distance / 2)[batch.labels >= 0].sum() / 11.0
     assert_close("loss", expected, found, 1e-9)
-    assert make_pairing(teacher, teacher, options.hidden, Kept(tuple(range(6)), tuple(range(32))), ()).channels is None
+    assert (
+        make_pairing(teacher, teacher, options.hidden, KeptParts(tuple(range(6)), tuple(range(32))), ()).channels
+        is None
+    )
 
 
 def test_fitted_maps_find_a_rotation() -> None:
@@ -294,7 +297,7 @@ def test_cache_of_a_large_vocabulary_and_its_size(tmp_path: Path) -> None:
     assert expected == 70 * 5 + 2 and size == pytest.approx(expected, rel=0.03)
 
 
-def test_cached_teacher_is_not_asked_for_what_it_does_not_hold(tmp_path: Path) -> None:
+def test_cached_teacher_refuses_what_it_does_not_hold(tmp_path: Path) -> None:
     teacher = model_of(0).float()
     cache = cache_of(teacher, [draw_batch(1)], made(tmp_path, "cache"), 5)
     for wrong in (DistillLoss(divergence="reverse"), DistillLoss(temperature=2.0), DistillLoss(hidden=HiddenLoss(1.0))):

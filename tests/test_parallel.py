@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.hidden import HiddenLoss, make_pairing
+from limbeck.distill.hidden import make_pairing
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
-from limbeck.distill.options import TrainOptions
+from limbeck.distill.options import HiddenLoss, TrainOptions
 from limbeck.distill.parallel import Trained, load_sharded, prepare
 from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch
-from limbeck.distill.trainer import Run, train
+from limbeck.distill.trainer import TrainingRun, train
 from limbeck.models import processes
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.hybrid import HybridLM
@@ -79,7 +79,7 @@ def gradients(
     """The whole gradients of one batch, and the loss and the norm."""
     trained, loss_of = pair(folder, split, student, hidden=hidden)
     how = TrainOptions(steps=1, learning_rate=1.0, micro_batch=micro, **options)
-    run = Run(trained, loss_of, how, folder / "run", Stopper(), None, None, None)
+    run = TrainingRun(trained, loss_of, how, folder / "run", Stopper(), None, None, None)
     loss, norm, _ = run.gradients(ragged(7))
     found = {}
     for weight in trained.weights:
@@ -200,7 +200,7 @@ def peak(folder: str, split: str) -> None:
     model = load_sharded(path / "large", *place) if split == "True" else load_model(path / "large")
     trained = prepare(model)
     how = TrainOptions(steps=3, learning_rate=1e-4, log_every=1, save_every=1000)
-    run = Run(trained, cross_entropy_loss, how, path / f"peak-{split}", Stopper(), None, None, None)
+    run = TrainingRun(trained, cross_entropy_loss, how, path / f"peak-{split}", Stopper(), None, None, None)
     for number in range(2):
         run.step(draw_batch(number, count=2, length=8))
     highest = megabytes("VmHWM") - before

@@ -42,7 +42,7 @@ def test_a_device_without_a_number_is_any_of_its_kind() -> None:
 
 
 def test_one_model_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `device` does in the passes over text, probes and continuations, told by what is placed."""
+    """What `device` does when text is read, for probes and continuations, told by what is placed."""
     models = {
         name: random_model(tiny_config(), seed, torch.float32) for seed, name in enumerate(("teacher", "student"))
     }
@@ -75,7 +75,7 @@ def test_one_model_at_a_time_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_models_wait_in_main_memory_where_a_gpu_has_no_room(
+def test_models_wait_in_main_memory_where_a_gpu_is_too_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     places: list[Any] = []

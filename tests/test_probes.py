@@ -39,9 +39,9 @@ def test_the_answer_follows_from_the_text(kind: str, length: int, corpus: Corpus
         text, answer = (tokenizer.decode(part.tolist()) for part in (probe.ids, probe.ids[-probe.answer :]))
         facts = dict(re.findall(r"^([a-z]{6}) = (\w+)$", text[: text.rindex("\n")], re.M))
         assert len(facts) == {"needle": 1, "multi-key": 8, "variables": 4}[kind]
-        asked = re.search(r"\n([a-z]{6}) = \d+$", text)
-        assert asked is not None
-        value = asked.group(1)
+        question = re.search(r"\n([a-z]{6}) = \d+$", text)
+        assert question is not None
+        value = question.group(1)
         steps = 0
         while value in facts:
             value, steps = facts[value], steps + 1
@@ -77,7 +77,7 @@ def test_no_more_is_read_than_a_probe_takes(corpus: Corpus, tokenizer: Tokenizer
 def test_answered_is_what_greedy_text_gives(corpus: Corpus, tokenizer: Tokenizer) -> None:
     model = load_model(ZOO)
     written = torch.from_numpy(corpus.ids[:60].astype(np.int64))
-    greedy = generate(model, written[None], 3)[0]  # its own likeliest answer
+    greedy = generate(model, written[None], 3)[0]  # its own argmax
     other = greedy.clone()
     other[-1] = (other[-1] + 1) % 4096
     found = retrieve({"zoo": model}, [Probe(greedy, 3), Probe(other, 3)], resamples=20, seed=0)["zoo"]
@@ -88,7 +88,7 @@ def test_answered_is_what_greedy_text_gives(corpus: Corpus, tokenizer: Tokenizer
     assert found.nats.value == pytest.approx(np.mean(nats), rel=1e-4)
 
 
-def test_what_cannot_be_asked(corpus: Corpus, tokenizer: Tokenizer) -> None:
+def test_probes_that_do_not_fit(corpus: Corpus, tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match="known: needle, multi-key, variables"):
         check_probes(["noodle"], [10], 100)
     with pytest.raises(InputError, match="1 to 100"):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill.agreement import check_agreement
-from limbeck.distill.average import kept_weights, merged_rows
+from limbeck.distill.average import final_weights, merged_rows
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Trained, prepare
@@ -27,7 +27,7 @@ from limbeck.distill.stages import hand_on
 from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch
-from limbeck.distill.trainer import Run, train
+from limbeck.distill.trainer import TrainingRun, train
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.errors import InputError, Stopped
@@ -66,7 +66,7 @@ def test_a_signal_saves_and_ends(number: signal.Signals, tmp_path: Path) -> None
         if record["step"] == 3:
             os.kill(os.getpid(), number)
 
-    with pytest.raises(Stopped, match=r"stopped behind step [34] of 8, saved at step [34]; the same command") as caught:
+    with pytest.raises(Stopped, match=r"stopped after step [34] of 8, saved at step [34]; the same command") as caught:
         train(rough, teach(), batches_from, options(), tmp_path / "rough", on_step=on_step)
     assert caught.value.signal == number and signal.getsignal(number) is before
     train(rough, teach(), batches_from, options(), tmp_path / "rough")
@@ -104,7 +104,7 @@ class Poisoned:
 
 @pytest.mark.parametrize("infinite_gradient", (False, True))
 def test_a_step_that_is_not_finite_is_passed_over(infinite_gradient: bool, tmp_path: Path) -> None:
-    """The weights stay, the batch is named; the run goes on, or ends behind so many in a row, with the state from
+    """The weights stay, the batch is named; the run continues, or ends after so many in a row, with the state from
     before kept. Skipped steps are counted over a restart."""
     model = model_of(1)
     seen: list[dict[str, Tensor]] = []
@@ -157,7 +157,7 @@ def test_activation_checkpointing_changes_nothing(changes: dict[str, Any], tmp_p
     for number, again in enumerate((False, True)):
         trained = prepare(model_of(1, **changes))
         how = options(activation_checkpointing=again)
-        run = Run(trained, teach(), how, tmp_path / str(number), Stopper(), None, None, None)
+        run = TrainingRun(trained, teach(), how, tmp_path / str(number), Stopper(), None, None, None)
         held: list[int] = []
 
         def keep(tensor: Tensor, held: list[int] = held) -> Tensor:
@@ -190,7 +190,7 @@ def test_compiled_layers_train_alike(tmp_path: Path) -> None:
 
 
 def test_bfloat16_has_float32_copies(tmp_path: Path) -> None:
-    """Steps and gradients add up in the copies; vectors stay float32; a state goes on to the bit."""
+    """Steps and gradients add up in the copies; vectors stay float32; a state resumes to the bit."""
     how = options(steps=4, learning_rate=1e-4, micro_batch=2, save_every=2)
     full, half = prepare(model_of(1)), prepare(model_of(1), torch.bfloat16)
     dtypes = {name: weight.dtype for name, weight in half.model.named_parameters()}
@@ -233,7 +233,7 @@ def test_moving_average_mean_and_best(tmp_path: Path) -> None:
 
         train(trained, teach(), batches_from, how, tmp_path / name, evaluate=evaluate, on_step=on_step)
         evaluated[:] = held
-        kept = kept_weights(tmp_path / name, how)
+        kept = final_weights(tmp_path / name, how)
         return trained, dict(kept.tensors()), kept.said
 
     trained, found, said = run("last")
@@ -361,11 +361,11 @@ def test_peak_of_the_cards(card: str, tflops: float | None, monkeypatch: pytest.
 def test_figures_of_the_log() -> None:
     student, teacher = tiny_config(hidden_size=24), tiny_config()
     flops = 3 * flops_per_token(student, 512) + flops_per_token(teacher, 512)
-    found = speed_figures(student, teacher, 512, torch.device("cpu"))(1000.0)
+    found = speed_figures(student, teacher, 512, torch.device("cpu"), None, 1000.0)
     assert found["model_tflops"] == pytest.approx(1e-9 * flops) and "mfu" not in found
     assert 0.05 < found["memory_gib"] < 100
-    half = speed_figures(student, teacher, 512, torch.device("cpu"), peak=2e-9 * flops)
-    assert half(1000.0)["mfu"] == pytest.approx(0.5)
+    half = speed_figures(student, teacher, 512, torch.device("cpu"), 2e-9 * flops, 1000.0)
+    assert half["mfu"] == pytest.approx(0.5)
     record = {"step": 1, "loss": 1.5, "tokens_per_second": 1000.0, **found}
     assert note_of(record).startswith("loss 1.500  1,000 tokens/s  ") and "TFLOP/s" in note_of(record)
     assert "50.0% of peak" in note_of(record | {"mfu": 0.5})

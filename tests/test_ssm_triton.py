@@ -167,7 +167,7 @@ def test_odd_layouts_compile() -> None:
         ssd_launch.gradients_launch(scan, x, states, states, into, 86),
         conv_triton.forward_launch(conv, y, 86),
         conv_triton.backward_launch(conv, y, y, None, sums, 86),
-        conv_triton.step_launch(last[:, :, 0, :3].mT, x[:, 0, :, 0], weight[:3], None, None, False, y, 86),
+        conv_triton.step_launch(last[:, :, 0, :3].mT, x[:, 0, :, 0], weight[:3], None, False, y, 86),
     ]
     check_launches(86, iter(launches))
 

@@ -62,12 +62,12 @@ def test_pieces_in_any_order_of_tensors(tmp_path: Path) -> None:
 class FullDisk:
     """A file that takes so many bytes and no more."""
 
-    def __init__(self, file: Any, room: int) -> None:
-        self.file, self.room = file, room
+    def __init__(self, file: Any, space: int) -> None:
+        self.file, self.space = file, space
 
     def write(self, content: Any) -> int:
-        self.room -= memoryview(content).nbytes
-        if self.room < 0:
+        self.space -= memoryview(content).nbytes
+        if self.space < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return int(self.file.write(content))
 
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_finished_shards_and_nothing_else(tmp_path: Path, mon
     assert all(torch.equal(checkpoint.tensor(name), weights[name]) for name in weights)
 
 
-def test_too_little_room_is_said_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_said_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config()
     weights = random_model(config, dtype=torch.float32).state_dict()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
@@ -132,7 +132,7 @@ def test_take_is_index_select(dtype: torch.dtype) -> None:
             assert torch.equal(take(candidate, dimension, index), candidate.index_select(dimension, index))
 
 
-def test_no_thread_is_left_behind() -> None:
+def test_no_thread_is_left() -> None:
     """A thread within torch when the interpreter goes would abort the process."""
     before = set(threading.enumerate())
 

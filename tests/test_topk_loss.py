@@ -1,4 +1,4 @@
-"""The loss against a teacher's k likeliest tokens: float64 formulas, gradients, and the way to the dense loss."""
+"""The loss against a teacher's top-k tokens: float64 formulas, gradients, and the way to the dense loss."""
 
 from __future__ import annotations
 

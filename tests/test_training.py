@@ -16,7 +16,7 @@ from limbeck.distill.gap.sums import QUANTITIES, Sums
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.muon import Muon, orthogonalize
 from limbeck.distill.options import TrainOptions
-from limbeck.distill.parallel import Weight
+from limbeck.distill.parallel import TrainedWeight
 from limbeck.distill.trainer import make_optimizers, train
 from limbeck.models.errors import InputError
 from limbeck.prune.depth import score_layers
@@ -83,7 +83,7 @@ def test_resumed_training_is_bit_identical(optimizer: str, stop: int, tmp_path: 
     (tmp_path / "rough" / ".state-00000099.partial").mkdir()  # as a kill in the middle of saving leaves it
     with (tmp_path / "rough" / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 7, "lo')
-    rough = model_of(1 if stop < 3 else 2)  # before the first state there is nothing to go on from
+    rough = model_of(1 if stop < 3 else 2)  # before the first state there is nothing to resume from
     train(rough, loss, batches_from, options, tmp_path / "rough")
     for name, weight in weights(calm).items():
         assert torch.equal(weight, weights(rough)[name]), name
@@ -107,7 +107,7 @@ def test_every_weight_is_in_one_group_and_the_teacher_in_none() -> None:
 def test_muon_is_torch_s_without_its_bfloat16(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    one = Muon([Weight("matrix", shape, ours, ours)], 0.02, weight_decay=0.1)
+    one = Muon([TrainedWeight("matrix", shape, ours, ours)], 0.02, weight_decay=0.1)
     other = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         ours.grad = torch.randn(shape)

@@ -24,7 +24,7 @@ def draw_batch(seed: int, count: int = 4, length: int = 20, vocabulary: int = 97
 
 
 def draw_long_documents(seed: int, count: int = 4, length: int = 20, vocabulary: int = 97) -> Batch:
-    """Rows of documents that go on from row to row and from batch to batch, the last tokens padding."""
+    """Rows of documents that continue from row to row and from batch to batch, the last tokens padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (count, length + 1), generator=generator)
     place = seed * count * length + torch.arange(count)[:, None] * length + torch.arange(length + 1)

@@ -40,23 +40,23 @@ def continuations(
     """Each student's agreement with the teacher over prompts [N, T], one of a document each; intervals over prompts. On
     a `device` where one is given.
 
-    What comes behind an end of text that both wrote is not looked at: it counts as agreement to the end.
+    What comes after an end of text that both wrote is not looked at: it counts as agreement to the end.
     """
 
     def written(model: HybridLM) -> Tensor:
         with placed(model, device):
-            found = generate(model, prompts, new_tokens, eos_token_id=eos_token_id)[:, prompts.shape[1] :].cpu()
-        missing = new_tokens - found.shape[1]  # every sequence ended before
-        return torch.nn.functional.pad(found, (0, missing), value=-1 if eos_token_id is None else eos_token_id)
+            tokens = generate(model, prompts, new_tokens, eos_token_id=eos_token_id)[:, prompts.shape[1] :].cpu()
+        missing = new_tokens - tokens.shape[1]  # every sequence ended before
+        return torch.nn.functional.pad(tokens, (0, missing), value=-1 if eos_token_id is None else eos_token_id)
 
     wanted = written(teacher)
-    found = {}
+    results = {}
     for name, student in students.items():
         same = (written(student) == wanted).long().cumprod(1).sum(1).double().numpy()
         drawn = resampled({"length": same, "identical": same == new_tokens, "prompts": np.ones(len(same))},
                           resamples, seed)  # fmt: skip
-        found[name] = Continuation(*(drawn[key].over(drawn["prompts"]).estimate() for key in ("length", "identical")))
-    return found
+        results[name] = Continuation(*(drawn[key].over(drawn["prompts"]).estimate() for key in ("length", "identical")))
+    return results
 
 
 def draw_prompts(corpus: Corpus, count: int, length: int, seed: int) -> Tensor | None:

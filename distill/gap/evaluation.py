@@ -16,10 +16,12 @@ from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError, check_counts, gib
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
-from ...models.placement import let_go
+from ...models.placement import release_memory
 from ...models.tokenizer import Tokenizer
 from ..text.packing import Corpus
 from .continuation import continuations, draw_prompts
+from .examples import as_text
+from .measure import GapReport
 from .probes import Probe, make_probe, retrieve
 
 SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch
@@ -53,12 +55,27 @@ class Details:
             )
 
 
+def gap_content(
+    report: GapReport, models: Mapping[str, HybridLM], text: Corpus, tokenizer: Tokenizer, data: str, split: str
+) -> dict[str, Any]:
+    """What gap.json has of a report: parameters, and the worst windows as text; nothing else is measured yet."""
+    return report.to_json() | {
+        "parameters": {name: count_parameters(model.config) for name, model in models.items()},
+        "data": {"data": data, "split": split, "tokens": report.tokens},
+        "worst": {name: [as_text(each, text.names, tokenizer) for each in some] for name, some in report.worst.items()},
+        "continuation": {},
+        "probes": {},
+        "tasks": {},
+        "memory": {},
+    }
+
+
 def load_models(
     folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device, say: Say
 ) -> tuple[dict[str, HybridLM], torch.device | None]:
     """The models on the device; where a GPU does not hold all of them, in main memory, and the device that each is to
     come to when its turn comes. Raises InputError where one alone is too large."""
-    let_go()
+    release_memory()
     away = held_elsewhere(folders, dtype, device, say) if device.type == "cuda" else None
     home = device if away is None else torch.device("cpu")
     return {name: load_model(path, dtype, home) for name, path in folders.items()}, away

@@ -17,8 +17,7 @@ WINDOW = 48  # tokens
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A stretch of a document: its mean KL, and for each token the KL of foretelling it, and what teacher and student
-    held for the likeliest instead."""
+    """A stretch of a document: its mean KL, and for each token its KL, and the argmax of teacher and student."""
 
     document: int
     mean_kl: float
@@ -36,12 +35,12 @@ class Worst:
         self.count = count
         self.windows: list[Window] = []
 
-    def add(self, found: LinearFigures, teacher: LinearFigures, labels: Tensor, doc_id: Tensor) -> None:
+    def add(self, figures: LinearFigures, teacher: LinearFigures, labels: Tensor, doc_id: Tensor) -> None:
         """Figures of a batch's rows, labels and documents [B, T]; all on the CPU."""
         if not self.count:
             return
         shape = labels.shape
-        kl, choice, wanted = (column.view(shape) for column in (found.kl, found.choice, teacher.choice))
+        kl, choice, wanted = (column.view(shape) for column in (figures.kl, figures.choice, teacher.choice))
         for start in range(0, shape[1], WINDOW):
             rows = slice(start, start + WINDOW)
             owner = doc_id[:, rows]
@@ -57,16 +56,16 @@ class Worst:
                 self.keep(Window(int(first[row]), float(means[row]), *(tuple(column) for column in columns)))
 
     def keep(self, window: Window) -> None:
-        known = next((number for number, found in enumerate(self.windows) if found.document == window.document), None)
+        known = next((number for number, kept in enumerate(self.windows) if kept.document == window.document), None)
         if known is not None:
             if self.windows[known].mean_kl >= window.mean_kl:
                 return
             del self.windows[known]
-        self.windows = sorted([*self.windows, window], key=lambda found: (-found.mean_kl, found.document))[: self.count]
+        self.windows = sorted([*self.windows, window], key=lambda kept: (-kept.mean_kl, kept.document))[: self.count]
 
 
 def as_text(window: Window, names: Sequence[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    """A window as JSON has it: the document's name, and pieces of text with the KL, and the likeliest tokens of teacher
+    """A window as JSON has it: the document's name, and pieces of text with the KL, and the argmax of teacher
     and student. Tokens that are parts of a character make one piece, with the largest KL."""
     pieces: list[dict[str, Any]] = []
     begin = 0

@@ -1,4 +1,4 @@
-"""Task suites of lm-evaluation-harness (EleutherAI), asked of our models through our own inference path.
+"""Task suites of lm-evaluation-harness (EleutherAI), run on our models through our own inference path.
 
 The harness makes the requests and the metrics, this adapter the answers; tokens, truncation and stopping are as its
 own transformers model has them, so that both give the same tables. Log-likelihoods of many requests are packed as
@@ -21,13 +21,13 @@ from ...kernels.fused_loss import CACHED
 from ...kernels.linear_kl import default_chunk, linear_cross_entropy
 from ...models.config import HybridConfig
 from ...models.cost.hardware import Place
-from ...models.cost.inference import memory, most
+from ...models.cost.inference import largest, memory
 from ...models.errors import InputError
 from ...models.generate.engine import Completion, Engine, Request
 from ...models.generate.sampling import Sampling
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
-from ...models.placement import let_go
+from ...models.placement import release_memory
 from ...models.tokenizer import Tokenizer
 
 # Tokens of a packed row. A CPU's attention works on all pairs of them, so that longer rows cost it more a token; on a
@@ -43,7 +43,7 @@ OnStep = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class Headroom:
     """What rows and batches of a model take where it runs: `chunk` tokens have their logits in one piece."""
 
     config: HybridConfig
@@ -52,26 +52,28 @@ class Room:
     chunk: int
 
     @classmethod
-    def of(cls, model: HybridLM) -> Room:
+    def of(cls, model: HybridLM) -> Headroom:
         config, head = model.config, model.head_weight
         place = Place("cpu", torch.get_num_threads())
         if head.is_cuda:
-            found = torch.cuda.get_device_properties(head.device)
-            place = Place("cuda", found.multi_processor_count, f"{found.major}.{found.minor}")
+            card = torch.cuda.get_device_properties(head.device)
+            place = Place("cuda", card.multi_processor_count, f"{card.major}.{card.minor}")
         return cls(config, head.dtype, place, default_chunk(config.vocab_size, head))
 
     def row_tokens(self, free: int | None) -> int:
         """Tokens of the longest row that `free` bytes take (None: unknown), at least 1."""
         bound = MOST_ROW_TOKENS[self.place.device]
-        return bound if free is None else max(1, most(lambda tokens: self.row_bytes(tokens) <= SHARE * free, bound))
+        return bound if free is None else max(1, largest(self.row_bytes, SHARE * free, bound, bound))
 
     def slots(self, length: int, free: int | None) -> int:
         """Sequences of up to `length` tokens that decode at once in `free` bytes (None: unknown), at least 1."""
         bound = MOST_SLOTS[self.place.device]
-        return bound if free is None else max(1, most(lambda n: self.slot_bytes(n, length) <= SHARE * free, bound))
+        return (
+            bound if free is None else max(1, largest(lambda n: self.slot_bytes(n, length), SHARE * free, bound, bound))
+        )
 
     def row_bytes(self, tokens: int) -> int:
-        """Of scoring a row: the highest moment of the layers, or of the head behind them, with a chunk's logits in
+        """Of scoring a row: the highest moment of the layers, or of the head after them, with a chunk's logits in
         float32 and (on a CPU) up to three tensors of a piece of them."""
         layers = memory(self.config, tokens + 1, 1, chunk=tokens, weight_dtype=self.dtype, place=self.place).activations
         if self.place.device == "cpu" and "*" in self.config.pattern:
@@ -99,9 +101,9 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.tokens, self.on_step = model, tokenizer, on_step
-        self.room = Room.of(model)
-        let_go()
-        self.row_tokens = row_tokens or self.room.row_tokens(free_memory(self.device))
+        self.headroom = Headroom.of(model)
+        release_memory()
+        self.row_tokens = row_tokens or self.headroom.row_tokens(free_memory(self.device))
         self.max_length = model.config.max_position_embeddings
         self.prefix = tokenizer.backend.decode([tokenizer.bos_token_id], skip_special_tokens=False)
 
@@ -127,7 +129,7 @@ class HarnessModel(TemplateLM):
         """Of each (name, context, continuation): too long ones lose tokens on the left."""
         sequences = [(context + continuation)[-self.max_length - 1 :] for _, context, continuation in requests]
         wanted = [len(continuation) for _, _, continuation in requests]
-        found: list[Scored] = [(0.0, True)] * len(requests)
+        results: list[Scored] = [(0.0, True)] * len(requests)
         lengths = [len(sequence) - 1 for sequence in sequences]
         order = sorted(range(len(sequences)), key=lambda number: -lengths[number])
         done = 0
@@ -141,15 +143,15 @@ class HarnessModel(TemplateLM):
                     raise
             if scores is None:
                 self.row_tokens = sum(lengths[number] for number in row) // 2
-                let_go()
+                release_memory()
                 continue
             for number, score in zip(row, scores, strict=True):
-                found[number] = score
+                results[number] = score
             taken = set(row)
             order = [number for number in order if number not in taken]
             done += len(row)
             self.told(done, len(requests))
-        return found
+        return results
 
     @torch.inference_mode()
     def score_row(self, sequences: Sequence[list[int]], wanted: Sequence[int]) -> list[Scored]:
@@ -161,9 +163,11 @@ class HarnessModel(TemplateLM):
         ends = torch.tensor([len(sequence) - 1 for sequence in sequences]).cumsum(0)
         places = torch.cat([torch.arange(end - count, end) for end, count in zip(ends.tolist(), wanted, strict=True)])
         labels = torch.tensor([t for seq, count in zip(sequences, wanted, strict=True) for t in seq[-count:]])
-        found = linear_cross_entropy(hidden[places.to(device)], self.model.head_weight, labels.to(device))
-        parts = zip(*(values.cpu().split(list(wanted)) for values in (found.cross_entropy, found.top1)), strict=True)
-        return [(-float(lost.double().sum()), bool(likeliest.all())) for lost, likeliest in parts]
+        figures = linear_cross_entropy(hidden[places.to(device)], self.model.head_weight, labels.to(device))
+        parts = zip(
+            *(values.cpu().split(list(wanted)) for values in (figures.cross_entropy, figures.top1)), strict=True
+        )
+        return [(-float(lost.double().sum()), bool(first.all())) for lost, first in parts]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts: windows of the model's length that share no token, one token of context before the first."""
@@ -182,41 +186,33 @@ class HarnessModel(TemplateLM):
         return [sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Texts that go on from prompts (too long ones lose tokens on the left), up to a stop string or the end."""
+        """Texts that continue prompts (too long ones lose tokens on the left), up to a stop string or the end."""
         end = self.tokens.backend.decode([self.eot_token_id], skip_special_tokens=False)
-        asked, stops = [], []
+        prompts, stops = [], []
         for request in requests:
             options = normalize_gen_kwargs(request.args[1], MOST_NEW_TOKENS)
             stops.append(handle_stop_sequences(options["until"], eos=end))
             new = options["max_gen_toks"]
             if new >= self.max_length:
-                raise InputError(f"tasks: {new} new tokens leave no room for a prompt within {self.max_length} tokens")
+                raise InputError(f"tasks: {new} new tokens leave nothing for a prompt within {self.max_length} tokens")
             sampling = Sampling(options.get("temperature") or 0.0, *map(options.get, ("top_k", "top_p", "min_p")))
             prompt = self.tok_encode(request.args[0])[new - self.max_length :] or [self.prefix_token_id]
-            ends = (self.eot_token_id,)
-            asked.append(
-                Request(
-                    prompt,
-                    new,
-                    sampling,
-                    stop=tuple(each for each in stops[-1] if each not in ("", end)),
-                    stop_tokens=ends,
-                )
-            )
-        found = [self.tokens.decode(text.tokens) for text in self.complete(asked)]
-        return [postprocess_generated_text(text, stop, None) for text, stop in zip(found, stops, strict=True)]
+            stop = tuple(each for each in stops[-1] if each not in ("", end))
+            prompts.append(Request(prompt, new, sampling, stop=stop, stop_tokens=(self.eot_token_id,)))
+        texts = [self.tokens.decode(completion.tokens) for completion in self.complete(prompts)]
+        return [postprocess_generated_text(text, stop, None) for text, stop in zip(texts, stops, strict=True)]
 
-    def complete(self, asked: Sequence[Request]) -> list[Completion]:
+    def complete(self, requests: Sequence[Request]) -> list[Completion]:
         """Runs requests to their ends. Where memory runs out, those that have not ended begin anew, at most half as
         many at once."""
-        texts = [Completion() for _ in asked]
-        length = max([2, *(len(request.prompt) + request.max_new_tokens for request in asked)])
-        slots = len(asked)
+        texts = [Completion() for _ in requests]
+        length = max([2, *(len(request.prompt) + request.max_new_tokens for request in requests)])
+        slots = len(requests)
         while left := [place for place, text in enumerate(texts) if text.finished is None]:
-            let_go()
-            slots = min(slots, len(left), self.room.slots(length, free_memory(self.device)))
+            release_memory()
+            slots = min(slots, len(left), self.headroom.slots(length, free_memory(self.device)))
             try:
-                self.decode(asked, texts, left, length, slots)
+                self.decode(requests, texts, left, length, slots)
             except torch.OutOfMemoryError:
                 if slots == 1:
                     raise
@@ -224,19 +220,19 @@ class HarnessModel(TemplateLM):
         return texts
 
     def decode(
-        self, asked: Sequence[Request], texts: list[Completion], left: Sequence[int], length: int, slots: int
+        self, requests: Sequence[Request], texts: list[Completion], left: Sequence[int], length: int, slots: int
     ) -> None:
         """Writes the texts of the requests that are `left`, `slots` at once."""
         engine = Engine(self.model, max_length=length, slots=slots, tokenizer=self.tokens)
-        numbers = {engine.add(asked[place]): place for place in left}
+        numbers = {engine.add(requests[place]): place for place in left}
         for place in left:
             texts[place] = Completion()
-        done = len(asked) - len(left)
+        done = len(requests) - len(left)
         for event in engine.stream():
             texts[numbers[event.request]].add(event)
             if event.finished:
                 done += 1
-                self.told(done, len(asked))
+                self.told(done, len(requests))
 
     def told(self, done: int, total: int) -> None:
         if self.on_step is not None:
@@ -245,9 +241,9 @@ class HarnessModel(TemplateLM):
 
 def first_row(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[int]:
     """The next requests, longest first, that fit into a row together; one at least."""
-    row, room = [order[0]], capacity - lengths[order[0]]
+    row, free = [order[0]], capacity - lengths[order[0]]
     for number in order[1:]:
-        if lengths[number] <= room:
+        if lengths[number] <= free:
             row.append(number)
-            room -= lengths[number]
+            free -= lengths[number]
     return row

@@ -46,7 +46,7 @@ class GroupGap:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Expected calibration error of the likeliest token over 15 equal bins of its probability (arXiv 1706.04599), and
+    """Expected calibration error of the argmax over 15 equal bins of its probability (arXiv 1706.04599), and
     of each bin that has any: tokens, mean probability, share that were right."""
 
     ece: Estimate
@@ -56,9 +56,9 @@ class Calibration:
 @dataclasses.dataclass(frozen=True)
 class ModelGap:
     """One model's figures: cross-entropy (nats a token), perplexity, bits per byte of text, and, against the teacher,
-    KL(teacher || model) and KL(model || teacher) in nats a token, the share of tokens whose likeliest successor is the
-    teacher's, how many of the teacher's five likeliest are among its own, the rank of the teacher's likeliest (mean,
-    and median over all tokens), and the probability mass kept: sum_v min(p_v, q_v).
+    KL(teacher || model) and KL(model || teacher) in nats a token, the share of tokens whose argmax is the
+    teacher's, how many of the teacher's top five are among its own, the rank of the teacher's argmax (mean, and
+    median over all tokens), and the probability mass kept: sum_v min(p_v, q_v).
     `kl_by_position`: (first position, mean KL) for each stretch of the row; `by_context`: by the tokens of the
     document seen so far in the row."""
 
@@ -167,12 +167,12 @@ def measure_gap(
         counted = labels >= 0
         seen.add(torch.unique(doc_id[counted]).tolist())
         add_sizes(sizes, doc_id[counted], batch.n_bytes.cpu()[counted])
-        found = figures(teacher, students, batch, device)
+        results = figures(teacher, students, batch, device)
         grouping = groupings(batch, groups)
-        for name, values in zip(sums, found, strict=True):
-            sums[name].add(values, found[0], labels.flatten(), doc_id.flatten(), labels.shape[1], grouping)
+        for name, values in zip(sums, results, strict=True):
+            sums[name].add(values, results[0], labels.flatten(), doc_id.flatten(), labels.shape[1], grouping)
             if name in windows:
-                windows[name].add(values, found[0], labels, doc_id)
+                windows[name].add(values, results[0], labels, doc_id)
         if on_step is not None:
             on_step(done)
     if not sum(text_bytes for _, text_bytes in sizes.values()):
@@ -208,18 +208,18 @@ def figures(
         with placed(model, device):  # the head stays for the figures, which need all of them
             hidden = model.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
             sides.append((hidden, model.head_weight))
-    found = linear_figures(sides[1:], *sides[0], labels)
-    return [LinearFigures(*(column.cpu() for column in model)) for model in found]
+    results = linear_figures(sides[1:], *sides[0], labels)
+    return [LinearFigures(*(column.cpu() for column in model)) for model in results]
 
 
 def groupings(batch: Any, groups: TokenGroups | None) -> dict[str, tuple[Tensor, int]]:
     """The group of each token of a batch [tokens] in each grouping, and the number of groups."""
-    found = {"context": (contexts(batch.seq_idx.cpu()).flatten(), CONTEXTS)}
+    numbered = {"context": (contexts(batch.seq_idx.cpu()).flatten(), CONTEXTS)}
     if groups is not None:
         labels, doc_id = batch.labels.flatten().cpu().clamp_min(0), batch.doc_id.flatten().cpu().clamp_min(0)
-        found["class"] = (groups.class_of[labels], len(CLASSES))
-        found["domain"] = (groups.domain_of[doc_id].long(), len(groups.domains))
-    return found
+        numbered["class"] = (groups.class_of[labels], len(CLASSES))
+        numbered["domain"] = (groups.domain_of[doc_id].long(), len(groups.domains))
+    return numbered
 
 
 def summarise(
@@ -234,13 +234,13 @@ def summarise(
     owners = sorted(sizes)
     columns = {"tokens": np.array([sizes[owner][0] for owner in owners])}
     columns["bytes"] = np.array([sizes[owner][1] for owner in owners])
-    for name, found in sums.items():
-        table = np.stack([found.documents[owner] for owner in owners])
+    for name, one in sums.items():
+        table = np.stack([one.documents[owner] for owner in owners])
         if not np.isfinite(table).all():
             raise CheckFailed(f"gap: the figures of {name!r} are not finite; try a wider dtype")
         columns |= {f"{name}/{kind}": table[:, place] for place, kind in enumerate(QUANTITIES)}
-        columns |= spread(f"{name}/bins", found.bins, owners, BINNED)
-        for grouping, values in found.groups.items():
+        columns |= spread(f"{name}/bins", one.bins, owners, BINNED)
+        for grouping, values in one.groups.items():
             columns |= spread(f"{name}/{grouping}", values, owners, GROUPED)
     drawn = resampled(columns, resamples, seed)
     tokens, text_bytes = drawn["tokens"], drawn["bytes"]
@@ -251,12 +251,12 @@ def summarise(
     }
     names = {"context": [context_name(power) for power in range(CONTEXTS)], "class": CLASSES, "domain": domains}
     models = {}
-    for name, found in sums.items():
+    for name, one in sums.items():
         estimates = {key: ratio.estimate() for key, ratio in ratios[name].items()}
         perplexity = Estimate(*(exponential(value) for value in dataclasses.astuple(estimates["cross_entropy"])))
         split = {key: grouped(drawn, f"{name}/{key}", groups) for key, groups in names.items()}
         models[name] = ModelGap(
-            perplexity=perplexity, kl_by_position=stretches(found.position, width), median_rank=found.median_rank(),
+            perplexity=perplexity, kl_by_position=stretches(one.position, width), median_rank=one.median_rank(),
             calibration=calibrated(drawn, f"{name}/bins", tokens), by_context=split["context"],
             by_class=split["class"], by_domain=split["domain"], **estimates,
         )  # fmt: skip
@@ -282,13 +282,13 @@ def spread(
 
 def grouped(drawn: Mapping[str, Totals], prefix: str, names: Sequence[str]) -> dict[str, GroupGap]:
     """The figures of each group that has a token, by its name."""
-    found = {}
+    results = {}
     for number, name in enumerate(names):
         tokens = drawn.get(f"{prefix}/{number}/tokens")
         if tokens is not None:
             values = (drawn[f"{prefix}/{number}/{kind}"].over(tokens).estimate() for kind in GROUPED[1:])
-            found[name] = GroupGap(int(tokens.all), tokens.documents, *values)
-    return found
+            results[name] = GroupGap(int(tokens.all), tokens.documents, *values)
+    return results
 
 
 def calibrated(drawn: Mapping[str, Totals], prefix: str, tokens: Totals) -> Calibration:
@@ -302,8 +302,8 @@ def calibrated(drawn: Mapping[str, Totals], prefix: str, tokens: Totals) -> Cali
 
 def difference(first: str, second: str, a: Mapping[str, Totals], b: Mapping[str, Totals]) -> Difference:
     apart = {key: b[key].minus(a[key]) for key in a}
-    p = {key: found.p_value() for key, found in apart.items()}
-    return Difference(first, second, p=p, **{key: found.estimate() for key, found in apart.items()})
+    p = {key: ratio.p_value() for key, ratio in apart.items()}
+    return Difference(first, second, p=p, **{key: ratio.estimate() for key, ratio in apart.items()})
 
 
 def recovered(entropy: Mapping[str, Totals]) -> Estimate | None:

@@ -1,9 +1,9 @@
-"""Retrieval at any length: a fact somewhere in held-out text, asked for at its end. In the spirit of RULER (arXiv
+"""Retrieval at any length: a fact somewhere in held-out text, and a question at its end. In the spirit of RULER (arXiv
 2404.06654), in a form that needs no instruction: lines `key = value` among other text, and `key =` again.
 
-needle: one fact. multi-key: eight facts, one asked for. variables: a value handed on by three more names, the last
-asked for. A probe is answered where every token of the value is the model's likeliest, which is what greedy text would
-give; the nats of the value's tokens say how near a miss was. Shapes: [T] tokens of a probe, [A] of its answer.
+needle: one fact. multi-key: eight facts, a question for one. variables: a value handed on by three more names, a
+question for the last. A probe is answered where every token of the value is the model's argmax, which is what greedy
+text would give; the nats of the value's tokens say how near a miss was. Shapes: [T] tokens of a probe.
 """
 
 from __future__ import annotations
@@ -57,26 +57,26 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
 
     Raises InputError where the facts alone are longer, or the corpus is too short to fill in."""
     count = {"needle": 1, "multi-key": KEYS, "variables": CHAIN}[kind]
-    names = [name(draw) for _ in range(count)]
+    names = [made_up_word(draw) for _ in range(count)]
     values = [str(draw.integers(10_000, 100_000)) for _ in names]
-    asked = int(draw.integers(count)) if kind == "multi-key" else count - 1
+    question_of = int(draw.integers(count)) if kind == "multi-key" else count - 1
     if kind == "variables":
         values = [values[0], *names[:-1]]
     lines = [tokenizer.encode(f"\n{key} = {value}\n") for key, value in zip(names, values, strict=True)]
-    question = tokenizer.encode(f"\n{names[asked]} =")
-    answer = tokenizer.encode(f" {values[0] if kind == 'variables' else values[asked]}")
-    room = length - sum(map(len, lines)) - len(question) - len(answer)
-    if room < 0:
-        raise InputError(f"probes: {kind} of {length} tokens leaves {room} for other text; give another length")
-    filler = text_from(corpus, int(draw.integers(corpus.tokens)), room, tokenizer)
-    if len(filler) < room:
+    question = tokenizer.encode(f"\n{names[question_of]} =")
+    answer = tokenizer.encode(f" {values[0] if kind == 'variables' else values[question_of]}")
+    size = length - sum(map(len, lines)) - len(question) - len(answer)
+    if size < 0:
+        raise InputError(f"probes: {kind} of {length} tokens leaves {size} for other text; give another length")
+    filler = text_from(corpus, int(draw.integers(corpus.tokens)), size, tokenizer)
+    if len(filler) < size:
         raise InputError(
-            f"probes: {kind} of {length} tokens leaves {room} for other text, of which the data has {len(filler)};"
+            f"probes: {kind} of {length} tokens leaves {size} for other text, of which the data has {len(filler)};"
             " give another length, or more data"
         )
     ids: list[int] = []
     before = 0
-    for place, line in zip(sorted(draw.integers(0, room + 1, count).tolist()), lines, strict=True):
+    for place, line in zip(sorted(draw.integers(0, size + 1, count).tolist()), lines, strict=True):
         ids += filler[before:place] + line
         before = place
     ids += filler[before:] + question + answer
@@ -87,16 +87,16 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
 def text_from(corpus: Corpus, begin: int, size: int, tokenizer: Tokenizer) -> list[int]:
     """`size` tokens from one on, documents' beginnings and ends left out; the first document follows on the last. All
     there are where they are fewer. No more is read at a time than is wanted."""
-    found: list[int] = []
+    ids: list[int] = []
     left = corpus.tokens
-    while left and len(found) < size:
+    while left and len(ids) < size:
         part = corpus.ids[begin : begin + min(left, size)]
-        found += part[(part != tokenizer.bos_token_id) & (part != tokenizer.eos_token_id)].tolist()
+        ids += part[(part != tokenizer.bos_token_id) & (part != tokenizer.eos_token_id)].tolist()
         left, begin = left - len(part), (begin + len(part)) % corpus.tokens
-    return found[:size]
+    return ids[:size]
 
 
-def name(draw: np.random.Generator) -> str:
+def made_up_word(draw: np.random.Generator) -> str:
     """A made-up word of three syllables."""
     return "".join("bdfgklmnprstvz"[draw.integers(14)] + "aeiou"[draw.integers(5)] for _ in range(3))
 
@@ -112,7 +112,7 @@ def retrieve(
 ) -> dict[str, Retrieved]:
     """How every model answers the probes, on a `device` where one is given; intervals over probes. Only the answer's
     places meet the head."""
-    found = {}
+    results = {}
     for name, model in models.items():
         answered, nats = np.zeros(len(probes)), np.zeros(len(probes))
         with placed(model, device):
@@ -124,5 +124,5 @@ def retrieve(
                 answered[number] = bool((logs.argmax(-1) == wanted).all())
                 nats[number] = -float(logs.gather(1, wanted[:, None]).sum())
         drawn = resampled({"answered": answered, "nats": nats, "probes": np.ones(len(probes))}, resamples, seed)
-        found[name] = Retrieved(*(drawn[key].over(drawn["probes"]).estimate() for key in ("answered", "nats")))
-    return found
+        results[name] = Retrieved(*(drawn[key].over(drawn["probes"]).estimate() for key in ("answered", "nats")))
+    return results

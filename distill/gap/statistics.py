@@ -40,8 +40,8 @@ class Totals:
 
     def over(self, other: Totals, scale: float = 1.0) -> Totals:
         """The ratio; nan where a resample has nothing to divide by."""
-        found = np.divide(self.drawn * scale, other.drawn, out=np.full(len(self.drawn), np.nan), where=other.drawn > 0)
-        return Totals(self.all * scale / other.all, found, other.documents)
+        ratios = np.divide(self.drawn * scale, other.drawn, out=np.full(len(self.drawn), np.nan), where=other.drawn > 0)
+        return Totals(self.all * scale / other.all, ratios, other.documents)
 
     def minus(self, other: Totals) -> Totals:
         return Totals(self.all - other.all, self.drawn - other.drawn, self.documents)
@@ -102,6 +102,6 @@ def resampled(columns: Mapping[str, np.ndarray], resamples: int, seed: int) -> d
 def calibration_error(excess: list[Totals], tokens: Totals) -> Totals:
     """ECE: sum_b |sum of (correct - confidence) over the tokens of bin b| / tokens, from each bin's sums `excess` [B]
     (arXiv 1706.04599, equation 3). Noise makes it larger, never smaller: the interval is a little too high."""
-    total = sum(abs(found.all) for found in excess)
-    drawn = sum((np.abs(found.drawn) for found in excess), np.zeros_like(tokens.drawn))
+    total = sum(abs(one.all) for one in excess)
+    drawn = sum((np.abs(one.drawn) for one in excess), np.zeros_like(tokens.drawn))
     return Totals(total, drawn, tokens.documents).over(tokens)

@@ -33,30 +33,30 @@ class Sums:
         self.ranks = np.zeros(0, dtype=np.int64)
 
     def add(
-        self, found: LinearFigures, teacher: LinearFigures, labels: Tensor, doc_id: Tensor, width: int,
+        self, figures: LinearFigures, teacher: LinearFigures, labels: Tensor, doc_id: Tensor, width: int,
         groups: Mapping[str, tuple[Tensor, int]],
     ) -> None:  # fmt: skip
         """Figures of a batch [T], flattened rows of `width` tokens, those of the labels that are not negative;
         `groups` numbers each token's group in each grouping, and says how many there are. All on the CPU."""
         counted = labels >= 0
         owner = doc_id[counted] % BLOCKS
-        agree, one = (found.choice == teacher.choice).double(), torch.ones(int(counted.sum()), dtype=torch.float64)
+        agree, one = (figures.choice == teacher.choice).double(), torch.ones(int(counted.sum()), dtype=torch.float64)
         values = torch.stack(
-            [column.double() for column in (found.cross_entropy, found.kl, agree, found.reverse_kl, found.overlap,
-                                            found.rank, found.top5)]
+            [column.double() for column in (figures.cross_entropy, figures.kl, agree, figures.reverse_kl,
+                                            figures.overlap, figures.rank, figures.top5)]
         )[:, counted]  # fmt: skip
         add_by(self.documents, owner, torch.zeros_like(owner), 1, values, squeeze=True)
         for name, (group, count) in groups.items():
             rows = torch.cat((one[None], values[:3]))
             add_by(self.groups.setdefault(name, {}), owner, group[counted], count, rows)
-        confidence = found.confidence[counted].double()
-        correct = (found.choice[counted] == labels[counted]).double()
+        confidence = figures.confidence[counted].double()
+        correct = (figures.choice[counted] == labels[counted]).double()
         place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
         add_by(self.bins, owner, place, BINS, torch.stack((one, confidence, correct)))
         self.position = widened(self.position, width)
-        for row, numbers in enumerate((found.kl * counted, counted)):
+        for row, numbers in enumerate((figures.kl * counted, counted)):
             self.position[row, :width] += numbers.double().view(-1, width).sum(0).numpy()
-        ranks = np.bincount(found.rank[counted].numpy())
+        ranks = np.bincount(figures.rank[counted].numpy())
         if len(ranks) > len(self.ranks):
             self.ranks = np.pad(self.ranks, (0, len(ranks) - len(self.ranks)))
         self.ranks[: len(ranks)] += ranks
@@ -85,5 +85,5 @@ def add_sizes(sizes: dict[int, np.ndarray], owners: Tensor, n_bytes: Tensor) -> 
 
 
 def widened(position: np.ndarray, width: int) -> np.ndarray:
-    """Zeros behind the columns, up to `width` of them."""
+    """Zeros after the columns, up to `width` of them."""
     return np.pad(position, ((0, 0), (0, max(width - position.shape[1], 0))))

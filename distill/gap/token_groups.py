@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models.tokenizer import Tokenizer
+from ..text.packing import Corpus
 
 CLASSES = ("white space", "keyword", "word", "number", "quote or comment", "punctuation", "other")
 KEYWORDS = frozenset(keyword.kwlist)
@@ -26,6 +27,11 @@ class TokenGroups(NamedTuple):
     domains: tuple[str, ...]
     domain_of: Tensor
     class_of: Tensor
+
+
+def group_tokens(text: Corpus, tokenizer: Tokenizer, vocabulary: int) -> TokenGroups:
+    """The groups of a corpus's documents and of all tokens."""
+    return TokenGroups(*group_documents(text.names, text.starts), token_classes(tokenizer, vocabulary))
 
 
 def class_of(text: str) -> str:
@@ -46,10 +52,10 @@ def class_of(text: str) -> str:
 
 def token_classes(tokenizer: Tokenizer, vocabulary: int) -> Tensor:
     """The number in CLASSES of every token [V]; special tokens, pieces of characters and unused rows are "other"."""
-    found = torch.full((vocabulary,), CLASSES.index("other"))
+    classes = torch.full((vocabulary,), CLASSES.index("other"))
     for token in torch.nonzero(tokenizer.token_bytes).flatten().tolist():
-        found[token] = CLASSES.index(class_of(tokenizer.decode([token])))
-    return found
+        classes[token] = CLASSES.index(class_of(tokenizer.decode([token])))
+    return classes
 
 
 def domain_of(name: str) -> str:

@@ -15,26 +15,15 @@ from yaml import YAMLError
 
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
-from .gap_sections import task_rows
+from .gap_rows import estimates, pair_rows, probe_rows, task_rows, titles
 from .words import layer_counts
 
 Table = tuple[list[str], list[list[str]]]  # columns, rows
 TERMS = re.compile(r"(licen[cs]e|notice|copying)([-._].*)?", re.IGNORECASE)
-COLUMNS = {
-    "bits_per_byte": "bits per byte",
-    "kl": "KL to teacher",
-    "agreement": "top-1 agreement",
-    "mass_kept": "mass kept",
-}
-FURTHER = {
-    "cross_entropy": "cross-entropy",
-    "perplexity": "perplexity",
-    "reverse_kl": "KL from teacher",
-    "top5_agreement": "top-5 agreement",
-    "mean_rank": "mean rank",
-    "ece": "ECE",
-    "length": "same greedy text",
-}
+COLUMNS = ("bits_per_byte", "kl", "agreement", "mass_kept")
+FURTHER = (
+    "cross_entropy", "perplexity", "reverse_kl", "top5_agreement", "mean_rank", "ece", "length",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,18 +31,18 @@ class Licence:
     """What a model folder says of its terms: the keys license, license_name and license_link of its card (or license of
     its config), and files with the terms."""
 
-    keys: Mapping[str, str]
+    keys: Mapping[str, Any]
     files: tuple[Path, ...]
 
 
 def read_licence(folder: Path) -> Licence:
     """The terms of a base model's folder, as far as it tells any."""
-    keys: dict[str, str] = {}
+    keys: dict[str, Any] = {}
     if (folder / "README.md").is_file():
         keys = front_matter(folder / "README.md")
     if not keys and (folder / "config.json").is_file():
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
-        keys = {"license": found} if isinstance(found, str) else {}
+        stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
+        keys = {"license": stated} if isinstance(stated, str) else {}
     files = sorted(path for path in folder.iterdir() if path.is_file() and TERMS.fullmatch(path.name))
     return Licence(keys, tuple(files))
 
@@ -108,82 +97,66 @@ def write_card(
 
 def near(gap: Mapping[str, Any]) -> Table:
     """Each model's parameters and main figures, with their intervals."""
-    return ["model", "parameters", *COLUMNS.values()], [
-        [masked(model), f"{gap['parameters'][model]:,}", *(figure(found[key]) for key in COLUMNS)]
-        for model, found in gap["models"].items()
+    return ["model", "parameters", *titles(COLUMNS)], [
+        [masked(model), f"{gap['parameters'][model]:,}", *(figure(figures[key]) for key in COLUMNS)]
+        for model, figures in gap["models"].items()
     ]
 
 
 def further(gap: Mapping[str, Any]) -> Table:
     """Each model's other figures, as far as they were measured."""
-    written = gap.get("continuation") or {}
-    models = {
-        name: {
-            **found,
-            "ece": found.get("calibration", {}).get("ece"),
-            "length": written.get(name, {}).get("length"),
-        }
-        for name, found in gap["models"].items()
-    }
-    keys = [key for key in FURTHER if any(found.get(key) for found in models.values())]
-    columns = [FURTHER[key] for key in keys]
-    if written:
-        columns[-1] += f", of {next(iter(written.values()))['new_tokens']} tokens"
+    models = estimates(gap)
+    keys = [key for key in FURTHER if any(figures.get(key) for figures in models.values())]
+    columns = titles(keys)
+    if keys[-1] == "length":
+        columns[-1] += f", of {next(iter(gap['continuation'].values()))['new_tokens']} tokens"
     return ["model", *columns], [
-        [masked(name), *(figure(found[key]) if found.get(key) else "" for key in keys)]
-        for name, found in models.items()
+        [masked(name), *(figure(figures[key]) if figures.get(key) else "" for key in keys)]
+        for name, figures in models.items()
     ]
 
 
 def others(gap: Mapping[str, Any]) -> list[tuple[str, Table]]:
     """What else was measured, each with a sentence of what it is; what was not is left out."""
-    found = {
+    tables = {
         "How two students differ, paired by document; p is how likely such a difference would be if there were none:":
             differences(gap),
         "Retrieval from long text: the share of probes that were answered, and the nats of an answer:": retrieval(gap),
         "Answers to lm-evaluation-harness, with its standard errors:": tasks(gap),
         "Memory, and tokens a second as the roofline allows them:": fits(gap),
     }  # fmt: skip
-    return [(words, table) for words, table in found.items() if table[1]]
+    return [(words, table) for words, table in tables.items() if table[1]]
 
 
 def differences(gap: Mapping[str, Any]) -> Table:
     """Of every two students the second minus the first, in the main figures."""
-    rows = [
-        [f"{masked(pair['second'])} - {masked(pair['first'])}",
-         *(f"{figure(pair[key], '+')}, p {pair['p'][key]:.3f}" for key in COLUMNS)]
-        for pair in gap.get("differences", ())
-        if "teacher" not in (pair["first"], pair["second"])
-    ]  # fmt: skip
-    return ["models", *COLUMNS.values()], rows
+    rows = [[masked(label), *cells] for label, cells in pair_rows(gap, COLUMNS, figure, " - ")]
+    return ["models", *titles(COLUMNS)], rows
 
 
 def retrieval(gap: Mapping[str, Any]) -> Table:
     """A line for each kind and length of probe."""
-    names = list(gap["models"])
     rows = [
-        [f"{kind}, {int(length):,} tokens",
-         *(f"{figure(found[name]['answered'], digits=2)}; {found[name]['nats']['value']:.1f}" for name in names)]
-        for kind, lengths in (gap.get("probes") or {}).items()
-        for length, found in lengths.items()
-    ]  # fmt: skip
-    return ["probe", *map(masked, names)], rows
+        [label, *(f"{figure(each['answered'], digits=2)}; {each['nats']['value']:.1f}" for each in answers)]
+        for label, answers in probe_rows(gap)
+    ]
+    return ["probe", *map(masked, gap["models"])], rows
 
 
 def tasks(gap: Mapping[str, Any]) -> Table:
     """A line for each task and metric."""
-    found = gap.get("tasks") or {}
-    if not found:
+    answers = gap.get("tasks") or {}
+    if not answers:
         return [], []
-    return ["task, metric", *map(masked, found)], [[masked(label), *cells] for label, *cells in task_rows(found)]
+    return ["task, metric", *map(masked, answers)], [[masked(label), *cells] for label, *cells in task_rows(answers)]
 
 
 def fits(gap: Mapping[str, Any]) -> Table:
-    """A line for each model: its bytes and whether they fit, for the card and the context that were asked for."""
+    """A line for each model: its bytes and whether they fit, for the requested card and context."""
     rows = []
-    for name, found in (gap.get("memory") or {}).items():
-        held, verdict, speed = found["memory"], found["verdict"], found.get("throughput")
-        place = f"{found['hardware']['name']}, {held['context']:,} tokens x {held['batch']}"
+    for name, fit in (gap.get("memory") or {}).items():
+        held, verdict, speed = fit["memory"], fit["verdict"], fit.get("throughput")
+        place = f"{fit['hardware']['name']}, {held['context']:,} tokens x {held['batch']}"
         sizes = [f"{bytes_ / 2**30:.3f} GiB" for bytes_ in (held["weights"], held["total"], verdict["budget"])]
         rate = f"{speed['tokens_per_second']:,.0f} at a batch of {speed['batch']:,}" if speed else ""
         rows.append([masked(name), place, *sizes, "yes" if verdict["fits"] else "no", rate])
@@ -195,5 +168,6 @@ def masked(name: str) -> str:
     return name.replace("|", "\\|")
 
 
-def figure(found: Mapping[str, float], sign: str = "", digits: int = 4) -> str:
-    return f"{found['value']:{sign}.{digits}f} [{found['low']:{sign}.{digits}f}, {found['high']:{sign}.{digits}f}]"
+def figure(estimate: Mapping[str, float], sign: str = "", digits: int = 4, p: float | None = None) -> str:
+    value, low, high = (f"{estimate[end]:{sign}.{digits}f}" for end in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]" + ("" if p is None else f", p {p:.3f}")

@@ -79,7 +79,7 @@ def draw_sizes(
 
 @styled
 def draw_order(folder: Path, title: str, order: Mapping[str, Sequence[float]]) -> None:
-    """How well each thing foretells the order at the end: a point for each seed, a larger one for their mean."""
+    """How well each thing predicts the order at the end: a point for each seed, a larger one for their mean."""
     figure = blank(WIDE, 1.1 + 0.42 * len(order))
     axes = figure.subplots()
     for place, values in enumerate(order.values()):

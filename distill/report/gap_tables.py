@@ -5,62 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..gap.measure import TEACHER
-from .gap_sections import task_rows
+from .gap_rows import TITLES, estimates, pair_rows, probe_rows, task_rows, titles
 
 TableText = tuple[str, Sequence[str], Sequence[Sequence[str]]]
-FIGURES = {
-    "bits_per_byte": "bits per byte",
-    "cross_entropy": "cross-entropy",
-    "kl": "KL to teacher",
-    "agreement": "top-1 agreement",
-}
-FURTHER = {
-    "reverse_kl": "KL from teacher",
-    "top5_agreement": "top-5 agreement",
-    "mean_rank": "mean rank",
-    "mass_kept": "probability mass kept",
-}
+FIGURES = ("bits_per_byte", "cross_entropy", "kl", "agreement")
+FURTHER = ("reverse_kl", "top5_agreement", "mean_rank", "mass_kept", "ece", "length")
 
 
 def gap_tables(gap: Mapping[str, Any]) -> Iterator[TableText]:
     """The figures, how near the students are, probes and tasks where there are any, and how two students differ."""
-    models = gap["models"]
+    models, figures = gap["models"], estimates(gap)
     rows = [
-        (f"{name}\n{gap['parameters'][name]:,}", *(interval(figures[key]) for key in FIGURES))
-        for name, figures in models.items()
+        (f"{name}\n{gap['parameters'][name]:,}", *(interval(each[key]) for key in FIGURES))
+        for name, each in figures.items()
     ]
     title = f"Held-out text: {gap['tokens']:,} tokens of {gap['documents']} documents (95% intervals over documents)"
-    yield title, ("model\nparameters", *FIGURES.values()), rows
-    yield "Nearness to the teacher, and calibration", ("", *models), nearness(models, gap["continuation"])
+    yield title, ("model\nparameters", *titles(FIGURES)), rows
+    rows = [
+        (TITLES[key], *(interval(each[key]) if each[key] else "" for each in figures.values()))
+        for key in FURTHER
+        if any(each[key] for each in figures.values())
+    ]
+    yield "Nearness to the teacher, and calibration", ("", *models), rows
     if gap["probes"]:
-        rows = [
-            (f"{kind}, {int(length):,} tokens", *(answered(figures[name]) for name in models))
-            for kind, lengths in gap["probes"].items()
-            for length, figures in lengths.items()
-        ]
+        rows = [(label, *map(answered, answers)) for label, answers in probe_rows(gap)]
         yield "Retrieval: share of probes answered, and nats of an answer", ("", *models), rows
     if gap["tasks"]:
         yield task_table(gap["tasks"])
-    pairs = [
-        (f"{pair['second']}\n- {pair['first']}", *(interval(pair[key], "+", pair["p"][key]) for key in FIGURES))
-        for pair in gap["differences"]
-        if pair["first"] != TEACHER
-    ]
+    pairs = [(label, *cells) for label, cells in pair_rows(gap, FIGURES, interval, "\n- ")]
     if pairs:
-        yield "Differences between students, paired by document", ("", *FIGURES.values()), pairs
-
-
-def nearness(models: Mapping[str, Any], continuation: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The further figures, a line each."""
-    rows = [(title, *(interval(figures[key]) for figures in models.values())) for key, title in FURTHER.items()]
-    errors = (interval(figures["calibration"]["ece"]) for figures in models.values())
-    rows.append(("calibration error (ECE)", *errors))
-    if continuation:
-        tokens = next(iter(continuation.values()))["new_tokens"]
-        lengths = (interval(continuation[name]["length"]) if name in continuation else "" for name in models)
-        rows.append((f"same greedy text, of {tokens} tokens", *lengths))
-    return rows
+        yield "Differences between students, paired by document", ("", *titles(FIGURES)), pairs
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> TableText:

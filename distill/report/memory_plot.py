@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...models.config import HybridConfig
 from ...models.cost.hardware import GIB
-from ...models.cost.inference import MemoryReport, at
+from ...models.cost.inference import MemoryReport, sketch
 from .plots import PANEL, THEME, WIDE, blank, styled
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ PARTS = {  # from the bottom up
 
 
 def contexts_of(config: HybridConfig, context: int) -> list[int]:
-    """Powers of two and what lies between, from 1024 (of a short model earlier) to its limit or the asked context."""
+    """Powers of two and what lies between, from 1024 (of a short model earlier) to its limit or `context`."""
     last = max(config.max_position_embeddings, context)
     first = min(1024, max(last // 64, 1))
-    found = {first, last, context}
+    lengths = {first, last, context}
     length = first
     while length < last:
-        found |= {length, min(length * 3 // 2, last)}
+        lengths |= {length, min(length * 3 // 2, last)}
         length *= 2
-    return sorted(found)
+    return sorted(lengths)
 
 
 def parts_of(report: MemoryReport) -> dict[str, float]:
@@ -49,14 +49,14 @@ def parts_of(report: MemoryReport) -> dict[str, float]:
 
 @styled
 def memory_plot(name: str, config: HybridConfig, report: MemoryReport, budget: float, card: str) -> Figure:
-    """Left what it is made of at the asked batch, right the peak for more and fewer sequences."""
+    """Left what it is made of at the requested batch, right the peak for more and fewer sequences."""
     contexts = contexts_of(config, report.context)
     figure = blank(WIDE * 1.15, PANEL * 0.95)
     figure.suptitle(f"{name} on {card}", x=0.01, ha="left", fontsize=12.5, color=THEME["ink"])
     left, right = figure.subplots(1, 2, sharey=True)
-    draw_parts(left, [at(config, report, context, report.batch) for context in contexts])
-    lines = sorted({*BATCHES, report.batch})
-    peaks = {batch: [at(config, report, context, batch).peak / GIB for context in contexts] for batch in lines}
+    lines = sketch(config, report, contexts, sorted({*BATCHES, report.batch}))
+    draw_parts(left, lines[report.batch])
+    peaks = {batch: [each.peak / GIB for each in line] for batch, line in lines.items()}
     height = min(max(1.35 * budget, 1.1 * report.peak), 4 * max(budget, report.weights)) / GIB
     draw_batches(right, contexts, {batch: line for batch, line in peaks.items() if line[0] < height}, report.batch)
     left.set_title(f"What it is made of, batch {report.batch}")
@@ -72,19 +72,14 @@ def memory_plot(name: str, config: HybridConfig, report: MemoryReport, budget: f
         axes.plot(report.context, report.peak / GIB, "o", color=THEME["ink"], markersize=5, zorder=5, clip_on=False)
     left.set_ylim(0, height)
     left.set_ylabel("GiB")
-    left.annotate(
-        f"budget {budget / GIB:.2f} GiB",
-        (contexts[0], budget / GIB),
-        (6, 5),
-        textcoords="offset points",
-        color=THEME["ink"],
-    )
+    text, place = f"budget {budget / GIB:.2f} GiB", (contexts[0], budget / GIB)
+    left.annotate(text, place, (6, 5), textcoords="offset points", color=THEME["ink"])
     return figure
 
 
 def draw_parts(axes: Axes, reports: Sequence[MemoryReport]) -> None:
-    found = [parts_of(report) for report in reports]
-    stacks = [[parts[key] for parts in found] for key in PARTS]
+    each = [parts_of(report) for report in reports]
+    stacks = [[parts[key] for parts in each] for key in PARTS]
     labels, shades = zip(*PARTS.values(), strict=True)
     axes.stackplot(
         [report.context for report in reports], stacks, labels=labels, colors=shades, alpha=0.85, linewidth=0
@@ -93,9 +88,9 @@ def draw_parts(axes: Axes, reports: Sequence[MemoryReport]) -> None:
     axes.legend(handles[::-1], names[::-1], loc="lower left", frameon=True, facecolor=THEME["paper"], edgecolor="none")
 
 
-def draw_batches(axes: Axes, contexts: Sequence[int], peaks: dict[int, list[float]], asked: int) -> None:
+def draw_batches(axes: Axes, contexts: Sequence[int], peaks: dict[int, list[float]], requested: int) -> None:
     for number, (batch, line) in enumerate(peaks.items()):
-        width = 2.6 if batch == asked else 1.5
+        width = 2.6 if batch == requested else 1.5
         axes.plot(contexts, line, color=SHADES[number % len(SHADES)], linewidth=width, label=f"{batch}")
     axes.legend(title="batch", loc="lower right", frameon=False, ncols=4)
 

@@ -61,9 +61,11 @@ def drawn(folder: Path, figure: Figure, name: str, label: str, wide: bool = Fals
     return Picture(Markup(plots.finish(figure, folder, name, label)), wide)
 
 
-def cell(found: Mapping[str, float], sign: str = "", digits: int = 4, more: str = "") -> Cell:
-    low, high = (f"{found[end]:{sign}.{digits}f}" for end in ("low", "high"))
-    return Cell(f"{found['value']:{sign}.{digits}f}", f"{low} to {high}{more}")
+def cell(
+    estimate: Mapping[str, float], sign: str = "", digits: int = 4, more: str = "", p: float | None = None
+) -> Cell:
+    value, low, high = (f"{estimate[end]:{sign}.{digits}f}" for end in ("value", "low", "high"))
+    return Cell(value, f"{low} to {high}{more}" + ("" if p is None else f"; p {p:.3f}"))
 
 
 def size(count: float) -> str:

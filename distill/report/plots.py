@@ -40,7 +40,8 @@ STYLE: Any = {
 }  # fmt: skip
 PANEL, WIDE = 4.9, 9.6  # inches
 METRICS = {"bits_per_byte": "Bits per byte", "kl": "KL to the teacher (nats)", "agreement": "Top-1 agreement"}
-Given, Drawn = ParamSpec("Given"), TypeVar("Drawn")
+Given = ParamSpec("Given")
+Drawn = TypeVar("Drawn")
 
 
 def styled(draw: Callable[Given, Drawn]) -> Callable[Given, Drawn]:
@@ -89,9 +90,9 @@ def finish(figure: Figure, folder: Path, name: str, label: str) -> str:
     text = buffer.getvalue()
     (folder / "plots" / f"{name}.svg").write_text(text, encoding="utf-8")
     body = text[text.index("<defs>") :]
-    found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
-    assert found is not None
-    width, height = (float(number) for number in found.groups())
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+    assert box is not None
+    width, height = (float(number) for number in box.groups())
     body = re.sub(
         r'(id="|href="#|url\(#)', lambda match: f"{match.group(1)}{name}-", body.replace("xlink:href", "href")
     )
@@ -122,14 +123,14 @@ def say(axes: Axes, x: float, y: float, text: str, shade: str = THEME["ink"]) ->
 
 def draw_bars(axes: Axes, models: Mapping[str, Any], key: str) -> None:
     """One figure of every model, with its interval and value."""
-    found = [models[name][key] for name in models]
-    values = [figure["value"] for figure in found]
-    errors = [[abs(f["value"] - f["low"]) for f in found], [abs(f["high"] - f["value"]) for f in found]]
+    estimates = [models[name][key] for name in models]
+    values = [figure["value"] for figure in estimates]
+    errors = [[abs(f["value"] - f["low"]) for f in estimates], [abs(f["high"] - f["value"]) for f in estimates]]
     places = range(len(values))
     axes.barh(places, values, color=[colour(name, number) for number, name in enumerate(models)], height=0.62)
     axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=THEME["ink"], elinewidth=1.2, capsize=3)
-    largest = max(*(figure["high"] for figure in found), 1e-12)
-    for place, figure in zip(places, found, strict=True):
+    largest = max(*(figure["high"] for figure in estimates), 1e-12)
+    for place, figure in zip(places, estimates, strict=True):
         say(axes, max(figure["high"], figure["value"]), place, f"{figure['value']:.3f}")
     axes.set_yticks(places, [short(name) for name in models], color=THEME["ink"])
     axes.set(title=METRICS[key], xlim=(0, 1.2 * largest))
@@ -139,7 +140,7 @@ def draw_bars(axes: Axes, models: Mapping[str, Any], key: str) -> None:
 
 @styled
 def gap_bars(models: Mapping[str, Any], keys: Sequence[str] = tuple(METRICS)) -> Figure:
-    """Models beside each other, a panel for each figure asked for."""
+    """Models beside each other, a panel for each figure in `keys`."""
     figure = blank(PANEL * len(keys), 0.8 + 0.48 * len(models))
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         draw_bars(axes, models, key)
@@ -150,9 +151,9 @@ def gap_bars(models: Mapping[str, Any], keys: Sequence[str] = tuple(METRICS)) ->
 def kl_by_position(models: Mapping[str, Any]) -> Figure:
     figure = blank(PANEL, 2.5)
     axes = figure.subplots()
-    for number, (name, found) in enumerate(models.items()):
+    for number, (name, figures) in enumerate(models.items()):
         if name != "teacher":
-            starts, values = zip(*found["kl_by_position"], strict=True)
+            starts, values = zip(*figures["kl_by_position"], strict=True)
             end = starts[-1] + (starts[-1] - starts[-2] if len(starts) > 1 else 1)
             axes.stairs(values, (*starts, end), baseline=None, color=colour(name, number), linewidth=2)
             say(axes, end, values[-1], short(name), colour(name, number))
@@ -167,10 +168,10 @@ def kl_by_context(models: Mapping[str, Any]) -> Figure:
     axes = figure.subplots()
     names: list[str] = []
     top = 0.0
-    for number, (name, found) in enumerate(models.items()):
+    for number, (name, model) in enumerate(models.items()):
         if name != "teacher":
-            names = list(found["by_context"])
-            figures = [part["kl"] for part in found["by_context"].values()]
+            names = list(model["by_context"])
+            figures = [part["kl"] for part in model["by_context"].values()]
             values, lows, highs = ([figure[end] for figure in figures] for end in ("value", "low", "high"))
             axes.fill_between(range(len(names)), lows, highs, color=colour(name, number), alpha=0.18, linewidth=0)
             axes.plot(range(len(names)), values, "o-", color=colour(name, number), linewidth=1.8, markersize=3.5)
@@ -183,13 +184,13 @@ def kl_by_context(models: Mapping[str, Any]) -> Figure:
 
 @styled
 def calibration(models: Mapping[str, Any]) -> Figure:
-    """Reliability: of the tokens foretold with a confidence, the share that came; the diagonal is the ideal."""
+    """Reliability: of the tokens predicted with a confidence, the share that came; the diagonal is the ideal."""
     figure = blank(PANEL, 2.7)
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color=THEME["soft"], linestyle=":", linewidth=1.2)
-    for number, (name, found) in enumerate(models.items()):
-        _, confidence, correct = zip(*found["calibration"]["bins"], strict=True)
-        ece = found["calibration"]["ece"]["value"]
+    for number, (name, figures) in enumerate(models.items()):
+        _, confidence, correct = zip(*figures["calibration"]["bins"], strict=True)
+        ece = figures["calibration"]["ece"]["value"]
         label = f"{short(name)}, ECE {ece:.3f}"
         axes.plot(confidence, correct, "o-", color=colour(name, number), linewidth=1.6, markersize=3.5, label=label)
     axes.set(title="Share right by confidence", xlabel="confidence", xlim=(0, 1.02), ylim=(0, 1.02))
@@ -207,15 +208,15 @@ def kl_by_group(models: Mapping[str, Any], key: str, title: str) -> Figure:
     axes = figure.subplots()
     top = 0.0
     for place, (number, name) in enumerate(students):
-        found = [models[name][key][group]["kl"] for group in groups]
-        values = [part["value"] for part in found]
-        errors = [[abs(p["value"] - p["low"]) for p in found], [abs(p["high"] - p["value"]) for p in found]]
+        estimates = [models[name][key][group]["kl"] for group in groups]
+        values = [part["value"] for part in estimates]
+        errors = [[abs(p["value"] - p["low"]) for p in estimates], [abs(p["high"] - p["value"]) for p in estimates]]
         rows = [row + 0.22 * (place - (len(students) - 1) / 2) for row in range(len(groups))]
         shade = colour(name, number)
         axes.errorbar(
             values, rows, xerr=errors, fmt="o", color=shade, markersize=4.5, elinewidth=1.4, label=short(name)
         )
-        top = max(top, *(part["high"] for part in found))
+        top = max(top, *(part["high"] for part in estimates))
     axes.set_yticks(range(len(groups)), [short(group) for group in groups], color=THEME["ink"])
     axes.set(title=f"KL by {title} (nats)", xlim=(0, 1.05 * top or 1))
     axes.invert_yaxis()
@@ -226,19 +227,12 @@ def kl_by_group(models: Mapping[str, Any], key: str, title: str) -> Figure:
 @styled
 def training_curve(records: Sequence[Mapping[str, float]], key: str, title: str) -> Figure:
     """One column of metrics.jsonl against the tokens seen; few points are marked, and the last says its value."""
-    found = [(record["tokens"], record[key]) for record in records if key in record]
-    tokens, values = zip(*found, strict=True)
+    points = [(record["tokens"], record[key]) for record in records if key in record]
+    tokens, values = zip(*points, strict=True)
     figure = blank(PANEL, 2.5)
     axes = figure.subplots()
-    axes.plot(
-        tokens,
-        values,
-        "o-" if len(found) <= 24 else "-",
-        color=THEME["teal"],
-        linewidth=1.8,
-        markersize=4,
-        clip_on=False,
-    )
+    style = "o-" if len(points) <= 24 else "-"
+    axes.plot(tokens, values, style, color=THEME["teal"], linewidth=1.8, markersize=4, clip_on=False)
     say(axes, tokens[-1], values[-1], f"{values[-1]:.3f}")
     in_thousands(axes)
     axes.set(title=title, xlabel="tokens", ylim=(0, 1.08 * max(values)), xlim=(0, tokens[-1]))
@@ -312,7 +306,7 @@ def tradeoff(
         )
         axes.legend(frameon=False, loc="best", fontsize=9.5)
     for name, index in named.items():
-        right = x[index] > (min(x) + max(x)) / 2  # a name stands on the side that has room
+        right = x[index] > (min(x) + max(x)) / 2  # a name stands on the side that has space
         axes.plot(*points[index], "o", color=THEME["orange"], markersize=6)
         axes.annotate(
             name, points[index], (-7 if right else 7, 4), textcoords="offset points", ha="right" if right else "left",

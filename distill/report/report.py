@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from . import plots
 from .gap_sections import cards, gap_sections
 from .page import Cell, Section, Table, drawn, size
-from .words import AXES, DEPTH_METRICS, LAYERS, removal_steps
+from .words import AXES, DEPTH_METRICS, INNER, layer_name, removal_steps
 
 
 def write_page(
@@ -74,8 +74,8 @@ def training_section(folder: Path, metrics: Path) -> Iterator[Section]:
 
 def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any] | None) -> Iterator[Section]:
     """Units by axis, and layers in the order of their removal."""
-    found = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
-    units = unit_scores(scores, found["pattern"], selection)
+    content = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
+    units = unit_scores(scores, content["pattern"], selection)
     kept = {} if selection is None else kept_units(units, selection)
     turned = "" if selection is None else directions(units, selection)
     if turned:
@@ -94,20 +94,20 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     note = f"Sorted within each layer, relative to its largest{'' if selection is None else '; pale: removed'}. "
     note += turned or "Channels are summed over the norms of the layers kept."
     yield Section("Importance of units", note, pictures)
-    order, values, candidates = (found["layers"][key] for key in ("order", "values", "candidates"))
-    name = DEPTH_METRICS[found["layers"]["metric"]]
+    order, values, candidates = (content["layers"][key] for key in ("order", "values", "candidates"))
+    name = DEPTH_METRICS[content["layers"]["metric"]]
     if not order:
         return
     removed = [] if selection is None else [layer for layer in order if layer not in selection["layers"]]
     pictures, tables = [], []
     if candidates:
         first = {int(layer): value for layer, value in candidates[0].items()}
-        figure = plots.layers(found["pattern"], removed, first, name, len(order) // max(len(values), 1))
+        figure = plots.layers(content["pattern"], removed, first, name, len(order) // max(len(values), 1))
         pictures = [drawn(folder, figure, "layers", f"Bars: {name} without each of them", wide=True)]
     if values:
         rows = []
         for step, (layers, value) in enumerate(removal_steps(order, values), 1):
-            kinds = ", ".join(f"{layer} ({LAYERS[found['pattern'][layer]]})" for layer in layers)
+            kinds = ", ".join(f"{layer} ({layer_name(content['pattern'], layer)})" for layer in layers)
             state = [] if selection is None else [Cell("removed" if set(layers) <= set(removed) else "kept")]
             rows.append((str(step), [Cell(kinds), Cell(f"{value:.4g}"), *state]))
         layer = "layer" if len(order) == len(values) else "layers"
@@ -129,7 +129,7 @@ def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
         "together": lambda fit: size(fit["memory"]["total"]),
         "budget": lambda fit: size(fit["verdict"]["budget"]),
         "margin": lambda fit: size(fit["verdict"]["margin"]),
-        "largest context": lambda fit: "any" if (found := fit["verdict"]["largest_context"]) < 0 else f"{found:,}",
+        "largest context": lambda fit: "any" if (longest := fit["verdict"]["largest_context"]) < 0 else f"{longest:,}",
         "largest batch": lambda fit: f"{fit['verdict']['largest_batch']:,}",
         "vLLM: tokens a block": lambda fit: f"{fit['memory']['vllm']['block_size']:,}",
         "vLLM: cache of one request": lambda fit: size(fit["memory"]["vllm"]["bytes_per_request"]),
@@ -153,8 +153,8 @@ def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
 
 def estimated(fit: Mapping[str, Any], what: str) -> str:
     """A figure of the throughput estimate, nothing where there is none."""
-    found = fit.get("throughput")
-    return f"{found[what]:,.0f}" if found else ""
+    speed = fit.get("throughput")
+    return f"{speed[what]:,.0f}" if speed else ""
 
 
 def made(facts: Mapping[str, Any]) -> list[str]:
@@ -164,26 +164,26 @@ def made(facts: Mapping[str, Any]) -> list[str]:
 
 
 def unit_scores(folder: Path, pattern: str, selection: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    """One score a unit, by axis, added up as in choosing: channels over the norms that stay, Mamba heads over the
-    head channels that stay; head channels, where any was cut, over the heads."""
+    """One score a unit, by axis, added up as in choosing: channels over the norms that stay, units that have others
+    within them (Mamba heads) over those of them that stay; and these, where any was cut, over the units."""
     tensors = load_file(folder / "scores.safetensors")
     kept = {} if selection is None else selection["kept"]
-    found: dict[str, np.ndarray] = {}
+    scores: dict[str, np.ndarray] = {}
     for name in sorted(tensors, key=lambda name: int(name.partition(".")[2] or -1)):
         values = tensors[name]
         kind, _, layer = name.partition(".")
         axis = f"{kind}({layer})" if layer else kind
         if kind == "hidden":
             stay = range(len(pattern)) if selection is None else selection["layers"]
-            found[axis] = values[[*stay, len(pattern)]].sum(0)
-        elif kind == "mamba_heads":
-            channels = kept.get(f"mamba_head_dim({layer})")
-            if channels is not None:
-                found[f"mamba_head_dim({layer})"] = np.linalg.norm(values, axis=0)
-            found[axis] = np.linalg.norm(values if channels is None else values[:, channels], axis=1)
-        else:
-            found[axis] = values
-    return found
+            values = values[[*stay, len(pattern)]].sum(0)
+        elif kind in INNER:
+            inner = f"{INNER[kind]}({layer})"
+            columns = kept.get(inner)
+            if columns is not None:
+                scores[inner] = np.linalg.norm(values, axis=0)
+            values = np.linalg.norm(values if columns is None else values[:, columns], axis=1)
+        scores[axis] = values
+    return scores
 
 
 def directions(units: Mapping[str, Any], selection: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ AXES = {
     "mamba_head_dim": "Mamba head channels",
     "attn_heads": "Attention heads",
 }
+INNER = {"mamba_heads": "mamba_head_dim"}  # the axis within an axis, which has the columns of its scores
 # What scores.json may say of layers: the smaller, the sooner one may go.
 DEPTH_METRICS = {
     "mse": "MSE of the logits",
@@ -19,6 +20,10 @@ DEPTH_METRICS = {
     "perplexity": "cross-entropy (nats)",
     "block_influence": "block influence",
 }
+
+
+def layer_name(pattern: str, layer: int) -> str:
+    return LAYERS[pattern[layer]]
 
 
 def layer_counts(pattern: str) -> dict[str, int]:

@@ -30,6 +30,7 @@ from .documents import Document
 from .packing import Corpus, Indexed, encoded
 
 FORMAT = 1  # to be raised when what is written for the same facts changes
+MAKING = ".making-"  # how unfinished folders' names begin
 HEADER = 248  # bytes of the header of ids.safetensors, whose length is known before the number of tokens is
 STALE = 2 * 86400  # seconds after which an unfinished folder is nobody's
 
@@ -44,7 +45,8 @@ def content_digest(base: Path, names: Sequence[str]) -> str:
     """The sha256 of files' names and contents. It is taken once: while size and time of change of all of them stay as
     they are, the sum that CACHE/sums has is theirs. Raises InputError where one cannot be read."""
     try:
-        looks = [(name, *look(base / name)) for name in names]
+        stats = [(name, (base / name).stat()) for name in names]
+        looks = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
         mark = hashlib.sha256(json.dumps([str(base.resolve()), looks]).encode()).hexdigest()[:32]
         known = cache_folder() / "sums" / f"{mark}.json"
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -52,16 +54,11 @@ def content_digest(base: Path, names: Sequence[str]) -> str:
         sums = {name: sha256_file(base / name) for name in names}
     except OSError as error:
         raise InputError(f"data: {error.filename or base} cannot be read: {error.strerror}") from None
-    found = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
     with contextlib.suppress(OSError):  # it is only taken again
         known.parent.mkdir(parents=True, exist_ok=True)
-        write_json(known, {"content": found})
-    return found
-
-
-def look(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+        write_json(known, {"content": digest})
+    return digest
 
 
 def corpus_folder(facts: Mapping[str, Any]) -> Path:
@@ -73,24 +70,19 @@ def write_corpus(folder: Path, facts: Mapping[str, Any], documents: Iterable[Doc
     """Tokenises documents into a folder. Raises DiskError where the disk refuses."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep(folder.parent)
-        temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+        remove_leftovers(folder.parent)
+        with tempfile.TemporaryDirectory(prefix=MAKING, dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+            write_tokens(Path(temporary), facts, documents, tokenizer)
+            try:
+                finish_folder(Path(temporary), folder)
+            except OSError:
+                if not folder.exists():  # else another process was faster
+                    raise
     except OSError as error:
         raise DiskError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
-    try:
-        fill(temporary, facts, documents, tokenizer)
-        try:
-            finish_folder(temporary, folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster
-                raise
-    except OSError as error:
-        raise DiskError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def fill(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+def write_tokens(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer) -> None:
     lengths: list[int] = []
     names: list[bytes] = []
     with (folder / "ids.safetensors").open("wb") as stream:
@@ -99,13 +91,13 @@ def fill(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], 
             stream.write(ids.astype("<i4").tobytes())
             lengths.append(len(ids))
             names.append(document.name.encode("utf-8", "surrogateescape"))
+        # A safetensors header of fixed length, now that the number of tokens is known: the file is read as any other.
         form = {"dtype": "I32", "shape": [sum(lengths)], "data_offsets": [0, 4 * sum(lengths)]}
         stream.seek(0)
         stream.write(HEADER.to_bytes(8, "little") + json.dumps({"ids": form}).encode().ljust(HEADER))
-    ends = torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0)
     tensors = {
         "starts": torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0),
-        "name_ends": ends,
+        "name_ends": torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0),
         "names": torch.frombuffer(bytearray(b"".join(names) or b"\0"), dtype=torch.uint8),
     }
     save_tensors(folder / "documents.safetensors", tensors)
@@ -113,7 +105,7 @@ def fill(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], 
 
 
 def open_corpus(folder: Path, tokenizer: Tokenizer) -> Corpus:
-    """The corpus in a folder; its tokens are read when they are asked for."""
+    """The corpus in a folder; its tokens are read when they are needed."""
     with safe_open(folder / "documents.safetensors", "np") as file:
         starts, ends, names = (file.get_tensor(name) for name in ("starts", "name_ends", "names"))
     ids = np.memmap(folder / "ids.safetensors", "<i4", "r", 8 + HEADER, (int(starts[-1]),))
@@ -130,15 +122,15 @@ def cached_corpus(
     return open_corpus(folder, tokenizer)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left."""
-    for path in folder.glob(".making-*"):
+    for path in folder.glob(f"{MAKING}*"):
         if time.time() - path.stat().st_mtime > STALE:
             shutil.rmtree(path, ignore_errors=True)
 
 
 class DocumentNames(Indexed[str]):
-    """The documents' names, decoded when they are asked for."""
+    """The documents' names, decoded when they are read."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray) -> None:
         self.text, self.ends = text, ends

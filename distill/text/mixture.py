@@ -97,16 +97,16 @@ class Mixture:
         """Rows of a block that each source gives. Raises InputError where a weight is too small to give one."""
         weights = np.array([source.weight for source in self.sources])
         exact = weights / weights.sum() * BLOCK
-        found = np.floor(exact).astype(int)
-        for source in np.argsort(found - exact, kind="stable")[: BLOCK - int(found.sum())]:
-            found[source] += 1
-        for source, rows in zip(self.sources, found, strict=True):
+        shares = np.floor(exact).astype(int)
+        # Rows that rounding down has left over go to the largest remainders.
+        shares[np.argsort(shares - exact, kind="stable")[: BLOCK - int(shares.sum())]] += 1
+        for source, rows in zip(self.sources, shares, strict=True):
             if rows == 0:
                 raise InputError(
                     f"data: source {source.path} has weight {source.weight} of {weights.sum():g}, less than one row in"
                     f" {BLOCK}; give it more, or leave it out"
                 )
-        return found.tolist()
+        return shares.tolist()
 
     def block(self, number: int, seed: int) -> np.ndarray:
         """The source of each row of a block [BLOCK]: a source's rows lie one in each of its equal parts of the block,
@@ -158,6 +158,7 @@ class Mixture:
         row = start * batch_size
         block, place = divmod(row, BLOCK)
         order = self.block(block, seed)
+        # Rows that each source gave before: its share of every whole block, and what the one that is begun has read.
         read = block * shares + np.bincount(order[:place], minlength=len(shares))
         while True:
             parts = []
@@ -166,7 +167,7 @@ class Mixture:
                     block, place = block + 1, 0
                     order = self.block(block, seed)
                 source = int(order[place])
-                epoch, number = divmod(int(read[source]), sizes[source])
+                epoch, number = divmod(int(read[source]), sizes[source])  # a source's epochs are its own
                 if source not in epochs or epochs[source][0] != epoch:
                     own = seed + (source << 32)
                     epochs[source] = (epoch, *epoch_rows(self.corpora[source], seq_len, own, epoch, repack))
@@ -205,12 +206,12 @@ def labels(sources: Sequence[Source]) -> list[str]:
     above: dict[str, set[str]] = collections.defaultdict(set)
     for path in paths:
         above[path.name].add(path.parent.name)
-    found = [
+    named = [
         f"{path.name} ({path.parent.name})" if len(above[path.name]) > 1 and path.parent.name else path.name
         for path in paths
     ]
-    times = collections.Counter(found)
-    return [f"{label}#{number}" if times[label] > 1 else label for number, label in enumerate(found, 1)]
+    times = collections.Counter(named)
+    return [f"{label}#{number}" if times[label] > 1 else label for number, label in enumerate(named, 1)]
 
 
 class SourceIds:

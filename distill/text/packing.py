@@ -1,7 +1,7 @@
 """Text to batches: documents, a split that does not leak, packed rows with the documents' boundaries kept.
 
 A document is `<s> tokens </s>`. An epoch permutes the documents, lays them end to end and cuts rows of T tokens;
-where a document is cut it goes on in the next row, with an empty state. Which batch comes when follows from the seed
+where a document is cut its rest begins the next row, with an empty state. Which batch comes when follows from the seed
 alone, so that any batch can be sought by its number. Shapes: [B] rows, [T] tokens.
 """
 
@@ -59,7 +59,7 @@ class Ids(Protocol):
 
 
 class Indexed(Sequence[Item]):
-    """A sequence whose items are made by `item(number)` when they are asked for."""
+    """A sequence whose items `item(number)` makes when they are read."""
 
     def item(self, number: int) -> Item:
         raise NotImplementedError
@@ -128,6 +128,7 @@ class Corpus:
         tokens, labels = torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
         owner = np.where(owner < 0, -1, owner + self.first_document).astype(np.int64)
         documents, following = torch.from_numpy(owner[:, :-1].copy()), torch.from_numpy(owner[:, 1:])
+        # A document's last token has no label: its successor in the row begins another one (padding is document -1).
         labels = labels.masked_fill((documents != following) | (documents < 0), IGNORED)
         n_bytes = torch.where(labels >= 0, self.token_bytes[labels.clamp_min(0)], 0)
         change = torch.zeros_like(documents)
@@ -137,7 +138,7 @@ class Corpus:
 
 class Packing:
     """The documents of a corpus in an order, laid end to end and cut into rows of seq_len tokens and the one after. A
-    row is put together when it is asked for: nothing is held but where each document ends. What is left over at the
+    row is put together when it is read: nothing is held but where each document ends. What is left over at the
     end is dropped, or padded (document -1)."""
 
     def __init__(self, corpus: Corpus, order: np.ndarray, seq_len: int, pad: bool = False) -> None:
@@ -160,6 +161,7 @@ class Packing:
             which = int(np.searchsorted(self.ends, place, "right"))
             while place < end:
                 document, stop = int(self.order[which]), int(self.ends[which])
+                # Counted back from the document's end, since it may have begun in an earlier row.
                 size = min(stop, end) - place
                 begin = int(self.corpus.starts[document + 1]) - (stop - place)
                 ids[row, column : column + size] = self.corpus.ids[begin : begin + size]
@@ -169,7 +171,7 @@ class Packing:
 
 
 class Sample(Indexed[Batch]):
-    """Picked rows as batches, each put together when it is asked for; rows of several packings follow one another."""
+    """Picked rows as batches, each put together when it is read; rows of several packings follow one another."""
 
     def __init__(self, parts: Sequence[tuple[Packing, np.ndarray]], batch_size: int) -> None:
         self.parts, self.batch_size = parts, batch_size
@@ -215,7 +217,7 @@ def epoch_rows(corpus: Corpus, seq_len: int, seed: int, epoch: int, repack: bool
     """An epoch's rows, and the order in which they come."""
     generator = torch.Generator().manual_seed(seed + epoch)
     order = torch.randperm(len(corpus), generator=generator)
-    if not repack:
+    if not repack:  # the first epoch's documents; the rows' order below stays this epoch's own
         order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
     rows = Packing(corpus, order.numpy(), seq_len)
     return rows, torch.randperm(len(rows), generator=generator).numpy()

@@ -33,11 +33,18 @@ def untold(what: str, in_bytes: bool) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+def mixture_file(data: str) -> Path | None:
+    """The .yaml file of a mixture, where data= is one."""
+    path = Path(data).expanduser()
+    is_file = local_file(data) is not None and path.suffix in (".yaml", ".yml") and path.is_file()
+    return path if is_file else None
+
+
 def sources_of(data: str) -> tuple[Source, ...]:
     """The sources of data=: one for `stdlib`, hf:OWNER/NAME, a file or a folder; those of a mixture for a .yaml file,
     whose relative paths begin at its folder. Raises InputError."""
-    path = Path(data).expanduser()
-    if data == STDLIB or data.startswith(HUB) or path.suffix not in (".yaml", ".yml") or not path.is_file():
+    path = mixture_file(data)
+    if path is None:
         return (Source(data),)
     return tuple(
         source if local_file(source.path) is None
@@ -91,16 +98,11 @@ def data_input(data: Data) -> Path | str:
     """data= as an input of a stage: a path, whose contents count, or a text that says what is read."""
     if not isinstance(data, str):
         return "texts:" + hashlib.sha256(json.dumps(list(data)).encode()).hexdigest()
-    sources = sources_of(data)
-    if is_mixture(data, sources):
-        return json.dumps([{**dataclasses.asdict(source), "path": content(source.path)} for source in sources])
+    if mixture_file(data) is not None:
+        return json.dumps([{**dataclasses.asdict(source), "path": content(source.path)} for source in sources_of(data)])
     if data == STDLIB:
         return data
     return local_file(data) or content(data)
-
-
-def is_mixture(data: str, sources: Sequence[Source]) -> bool:
-    return sources != (Source(data),)
 
 
 def documents(data: Data, split: str) -> Iterator[Document]:
@@ -132,7 +134,7 @@ def text_in_tokens(data: Data, split: str, tokenizer_from: Path, progress: Progr
         return tokenize(documents(data, split), tokenizer)
     sources = sources_of(data)
     corpora = [tokenized_by_turns(source, split, tokenizer, progress) for source in sources]
-    return Mixture.of(sources, corpora) if is_mixture(data, sources) else corpora[0]
+    return Mixture.of(sources, corpora) if mixture_file(data) is not None else corpora[0]
 
 
 def sample(

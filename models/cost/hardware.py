@@ -21,6 +21,11 @@ class Place:
     capability: str = "9.0"
 
 
+def check_load(context: int, batch: int, chunk: int) -> None:
+    if context < 1 or batch < 1 or chunk < 1:
+        raise InputError(f"memory: context ({context}), batch ({batch}) and chunk ({chunk}) must be at least 1")
+
+
 def round_up(size: int, place: Place) -> int:
     """Bytes that an allocation of `size` takes: torch's CUDA allocator gives multiples of 512."""
     return -(-size // 512) * 512 if place.device == "cuda" else size

@@ -1,29 +1,31 @@
-"""What a config costs: parameters, bytes, FLOPs, tokens a second, and whether it fits a card. No weights are needed.
+"""The memory that generation takes, and whether it fits a card. No weights are needed.
 
-Formulas: the sums of `axes.tensor_table`; key-value, SSM and convolution state as the layers keep them; what comes and
-goes as `transient` counts it; vLLM's blocks as `vllm` does.
+Formulas: the sums of `axes.tensor_table`; key-value, SSM and convolution state as the layers keep them; vLLM's blocks
+as `vllm` counts them. What comes and goes is found by `trace`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..config import HybridConfig
-from .hardware import GIB, Hardware, Place, libraries
+from .hardware import GIB, Hardware, Place, check_load, libraries
 from .parameters import count_parameters, num_tensors
-from .transient import check_load, transient
+from .trace import transient
 from .vllm import VllmReport, allocate
 
 __all__ = ["GIB", "Hardware", "count_parameters", "memory", "num_tensors", "verdict"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
-    """How a run was asked for: tokens of a prefill chunk, bytes of a weight, a key or value, an SSM state's and a
+class InferenceLoad:
+    """How a run is meant: tokens of a prefill chunk, bytes of a weight, a key or value, an SSM state's and a
     convolution state's number, and where it runs."""
 
     chunk: int
@@ -52,7 +54,7 @@ class MemoryReport:
     decode: int = 0
     logits: int = 0
     workspace: int = 0
-    load: Load | None = None
+    load: InferenceLoad | None = None
 
     @property
     def total(self) -> int:
@@ -111,23 +113,63 @@ def memory(
     )
     if chunk is None:
         return report
-    load = Load(chunk, weight_dtype.itemsize, kv_type.itemsize, ssm_dtype.itemsize, conv_type.itemsize, place)
+    load = InferenceLoad(chunk, weight_dtype.itemsize, kv_type.itemsize, ssm_dtype.itemsize, conv_type.itemsize, place)
     return at(config, dataclasses.replace(report, load=load), context, batch)
 
 
 def at(config: HybridConfig, report: MemoryReport, context: int, batch: int) -> MemoryReport:
     """The report at another context and batch; what it says of vLLM stays."""
-    changes: dict[str, Any] = {
-        "kv": report.kv // (report.context * report.batch) * context * batch,
-        "ssm": report.ssm // report.batch * batch,
-        "conv": report.conv // report.batch * batch,
+    found = caches_at(report, context, batch)
+    if found.load is None:
+        return found
+    load = found.load
+    passing = transient(config, context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place)
+    return dataclasses.replace(
+        found,
+        prompt=8 * max(context - 1, 1) * batch,
+        activations=passing.prefill,
+        decode=passing.decode,
+        logits=passing.logits,
+        workspace=libraries(load.place, context),
+    )
+
+
+def caches_at(report: MemoryReport, context: int, batch: int) -> MemoryReport:
+    """The report with the caches of another context and batch."""
+    return dataclasses.replace(
+        report,
+        context=context,
+        batch=batch,
+        kv=report.kv // (report.context * report.batch) * context * batch,
+        ssm=report.ssm // report.batch * batch,
+        conv=report.conv // report.batch * batch,
+    )
+
+
+def sketch(
+    config: HybridConfig, report: MemoryReport, contexts: Sequence[int], batches: Sequence[int]
+) -> dict[int, list[MemoryReport]]:
+    """Reports at ascending contexts for ascending batches, for a picture: what comes and goes is found at a few of them
+    (the report's own among them), and between these lies on straight lines."""
+    chunk = 0 if report.load is None else report.load.chunk
+    longer = next((context for context in contexts if context > chunk), contexts[0])
+    ends = sorted({contexts[0], longer, report.context, contexts[-1]})
+    counts = sorted({batches[0], report.batch, batches[-1]})
+    found = [[at(config, report, context, batch) for context in ends] for batch in counts]
+    passing: dict[str, Any] = {}
+    for name in ("prompt", "activations", "decode", "logits", "workspace"):
+        by_context = [np.interp(contexts, ends, [getattr(each, name) for each in row]) for row in found]
+        passing[name] = [np.interp(batches, counts, column) for column in np.transpose(by_context)]
+    return {
+        batch: [
+            dataclasses.replace(
+                caches_at(report, context, batch),
+                **{name: int(values[column][row]) for name, values in passing.items()},
+            )
+            for column, context in enumerate(contexts)
+        ]
+        for row, batch in enumerate(batches)
     }
-    load = report.load
-    if load is not None:
-        passing = transient(config, context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place)
-        changes |= {"prompt": 8 * max(context - 1, 1) * batch, "activations": passing.prefill}
-        changes |= {"decode": passing.decode, "logits": passing.logits, "workspace": libraries(load.place, context)}
-    return dataclasses.replace(report, context=context, batch=batch, **changes)
 
 
 def kv_bytes(config: HybridConfig, dtype: torch.dtype) -> int:
@@ -150,29 +192,59 @@ def verdict(config: HybridConfig, report: MemoryReport, budget: float) -> Verdic
     """Holds a report against a budget in bytes. The largest context is for the report's batch, and the other way
     round; a model without attention layers has no largest context (-1)."""
 
-    def fits(context: int, batch: int) -> bool:
-        return at(config, report, context, batch).peak <= budget
-
     # Without what comes and goes: no more than so many can fit.
     fixed, per_token = report.weights + report.ssm + report.conv, report.kv // report.context
-    context = -1 if fits(report.context, report.batch) else 0
+    context = -1 if report.peak <= budget else 0
     if per_token:
-        context = most(lambda count: fits(count, report.batch), max(0, int((budget - fixed) // per_token)))
+        context = longest(config, report, budget, max(0, int((budget - fixed) // per_token)))
     per_sequence = (report.kv + report.ssm + report.conv) / report.batch or (8 if report.load else 0)
     batch = 0
     if per_sequence:
         bound = max(0, int((budget - report.weights) // per_sequence))
-        batch = most(lambda count: fits(report.context, count), bound)
+        batch = largest(lambda count: at(config, report, report.context, count).peak, budget, bound, report.batch)
     return Verdict(report.peak <= budget, budget, budget - report.peak, context, batch)
 
 
-def most(fits: Callable[[int], bool], bound: int) -> int:
-    """The largest number up to `bound` that fits, where smaller ones fit as well; 0 if none does."""
-    low, high = 0, bound
-    while low < high:
-        middle = (low + high + 1) // 2 if high < bound else high
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def longest(config: HybridConfig, report: MemoryReport, budget: float, bound: int) -> int:
+    """The largest context up to `bound`: first in whole chunks, whose tokens change nothing but the past."""
+
+    def peak(context: int) -> int:
+        return at(config, report, context, report.batch).peak
+
+    if report.load is None:
+        return largest(peak, budget, bound, report.context)
+    chunk = report.load.chunk
+    whole = (
+        largest(lambda count: peak(count * chunk + 1), budget, (bound - 1) // chunk, report.context // chunk) * chunk
+    )
+    return whole + largest(lambda more: peak(whole + more), budget, min(chunk, bound - whole))
+
+
+def largest(size: Callable[[int], float], limit: float, bound: int, near: int = 1) -> int:
+    """The largest number from 1 to `bound` whose size is within a limit, where smaller ones are smaller; 0 if none is.
+
+    Sizes are looked at where a straight line between the nearest known ones meets the limit, first at `near`: where
+    they grow evenly three or four are enough. Every third look halves what is left instead.
+    """
+    low, high, under, over = 0, bound + 1, 0.0, 0.0
+    for look in itertools.count():
+        if high - low <= 1:
+            return low
+        if not low:
+            number = near if look == 0 else 1
+        elif high > bound:
+            number = bound
+        elif look % 3 == 2:
+            number = (low + high) // 2
+        else:
+            number = low + int((limit - under) / (over - under) * (high - low))
+        number = min(max(number, low + 1), high - 1)
+        found = size(number)
+        if found <= limit:
+            low, under = number, found
+        else:
+            high, over = number, found
+    raise AssertionError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,15 +24,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...kernels.attention import cpu_workspace, decode_workspace, flash_workspace
+from ...kernels import causal_conv1d, linear_kl, norm, ssd
+from ...kernels.attention import cpu_workspace, decode_workspace, flash_backward_workspace, flash_workspace
+from ...kernels.tracing import STATE
 from ..config import HybridConfig
 from ..errors import InputError
 from ..generate.cache import Cache, KeyValues
 from ..generate.decode import Step
 from ..generate.generate import decode_one_token, prefill
 from ..hybrid import HybridLM
-from .hardware import Place, libraries, round_up
-from .transient import check_load
+from .hardware import Place, check_load, libraries, round_up
 
 LARGEST = 8  # of what is live at the peak, by size, a simulation names
 
@@ -91,10 +92,11 @@ def simulate(
         walk(model, ids, cache, chunk, tracker, decodes=context > 1)
         peak = tracker.peak
         del model, cache, ids
-    largest = sorted(peak.live, key=lambda entry: -entry[2])[:LARGEST]
     letter = "" if peak.layer is None else config.pattern[peak.layer]
     found = peak.bytes + libraries(place, context)
-    return Simulation(found, weights, caches, prompt, peak.phase, peak.operator, peak.layer, letter, tuple(largest))
+    return Simulation(
+        found, weights, caches, prompt, peak.phase, str(peak.operator), peak.layer, letter, peak.largest(LARGEST)
+    )
 
 
 def walk(model: HybridLM, ids: Tensor, cache: Cache, chunk: int, tracker: Tracker, decodes: bool) -> None:
@@ -111,17 +113,23 @@ def walk(model: HybridLM, ids: Tensor, cache: Cache, chunk: int, tracker: Tracke
     if not decodes:
         return
     tracker.phase = "decode"
-    token = logits.argmax(-1)
-    if ids.is_cpu:
-        decode_one_token(model, token, cache)
-        return
-    step = Step(model, cache, len(token))  # as `decode.Decoder` binds it, and `GraphedStep` warms up and captures
+    decode(model, logits.argmax(-1), cache, tracker)
+
+
+def decode(model: HybridLM, token: Tensor, cache: Cache, tracker: Tracker) -> Any:
+    """A decoding step of token [B], on a GPU as `decode.Decoder` binds it, and `GraphedStep` warms up and captures:
+    what is there until the next step."""
+    if token.is_cpu:
+        return decode_one_token(model, token, cache)
+    step = Step(model, cache, len(token))
+    for number, (_, mix, _) in enumerate(step.layers):
+        tracker.own(number, vars(mix).values())
     step.layers = [
         (norm, tracker.told(number, mix), attends) for number, (norm, mix, attends) in enumerate(step.layers)
     ]
     step.load(token, cache.lengths)
     step.run(moves=False)
-    step.run()
+    return step, step.run()
 
 
 def advance(cache: Cache, tokens: int) -> None:
@@ -142,26 +150,47 @@ def without_memory(model: HybridLM, device: str) -> HybridLM:
 
 
 @dataclasses.dataclass
+class Live:
+    """A storage: the operator that made it, as what shape, its bytes, in which layer, and how its end is noticed."""
+
+    operator: Any
+    shape: tuple[int, ...]
+    size: int
+    layer: int | None
+    end: Any
+
+
+@dataclasses.dataclass
 class Peak:
-    """The most bytes so far, when and where, and what else than weights, caches and prompt was live."""
+    """The most bytes so far, when and where; what else than weights, caches and prompt was live, and the bytes that the
+    operator took while it ran."""
 
     bytes: int = 0
     phase: str = ""
-    operator: str = ""
+    operator: Any = ""
     layer: int | None = None
-    live: list[tuple[str, tuple[int, ...], int]] = dataclasses.field(default_factory=list)
+    live: list[Live] = dataclasses.field(default_factory=list)
+    workspace: int = 0
+
+    def largest(self, count: int) -> tuple[tuple[str, tuple[int, ...], int], ...]:
+        """The largest of what was live: (operator, shape, bytes)."""
+        entries = [(str(live.operator), live.shape, live.size) for live in self.live]
+        entries += [(f"{self.operator}, workspace", (), self.workspace)] if self.workspace else []
+        return tuple(sorted(entries, key=lambda entry: -entry[2])[:count])
 
 
 class Tracker(TorchDispatchMode):
     """Counts the bytes of storages on one kind of device while it is the innermost mode."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, device: str = "") -> None:
+        """Of a `place`; its tensors are on a `device` (by default the place's)."""
         super().__init__()
-        self.place, self.now, self.phase = place, 0, ""
+        self.place, self.device, self.now, self.phase = place, device or place.device, 0, ""
         self.layer: int | None = None
-        self.sizes: dict[int, tuple[str, tuple[int, ...], int]] = {}
+        self.live: dict[int, Live] = {}
         self.peak = Peak()
         self.fixed: set[int] | None = None  # what was there at `begin`; None: it did not begin yet
+        self.uneven = False  # whether since then an operator's workspace was one that does not grow evenly
 
     def watch(self, model: HybridLM) -> HybridLM:
         """Learns from a model which layer runs."""
@@ -184,65 +213,78 @@ class Tracker(TorchDispatchMode):
     def enter(self, layer: int | None) -> None:
         self.layer = layer
 
-    def begin(self) -> None:
-        """From here on peaks count; what is live already is no transient."""
-        self.fixed, self.peak = set(self.sizes), Peak(self.now)
+    def begin(self) -> int:
+        """From here on peaks count; what is live already is no transient. Gives the bytes of it."""
+        self.fixed, self.peak, self.uneven = set(self.live), Peak(self.now), False
+        return self.now
+
+    def own(self, layer: int, values: Iterable[Any]) -> None:
+        """Says that tensors are a layer's, whenever they were made."""
+        for tensor in values:
+            if isinstance(tensor, Tensor) and (live := self.live.get(tensor.untyped_storage()._cdata)):
+                live.layer = layer
+
+    def bytes_of(self, keys: Iterable[int]) -> int:
+        """Of those of some storages that are still there."""
+        return sum(self.live[key].size for key in keys if key in self.live)
+
+    def left(self) -> dict[int, int]:
+        """Bytes that are live since `begin` of what each layer made."""
+        sizes: dict[int, int] = {}
+        for key, live in self.live.items():
+            if live.layer is not None and key not in (self.fixed or ()):
+                sizes[live.layer] = sizes.get(live.layer, 0) + live.size
+        return sizes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor) and tensor.device.type == self.place.device:
+        for tensor in (outputs,) if isinstance(outputs, Tensor) else tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
                 self.add(func, tensor)
-        self.note(str(func), self.working_space(func, args))
+        more = self.workspace(func.name(), args)
+        if self.fixed is not None and self.now + more > self.peak.bytes:
+            live = [entry for key, entry in self.live.items() if key not in self.fixed]
+            self.peak = Peak(self.now + more, self.phase, func, self.layer, live, more)
         return outputs
+
+    def workspace(self, name: str, args: Any) -> int:
+        """Bytes that an operator takes beside its answer."""
+        sizes = WORKSPACES[name](args, self.place.processors) if name in WORKSPACES else ()
+        self.uneven |= name in UNEVEN and any(sizes)
+        return sum(round_up(size, self.place) for size in sizes)
 
     def add(self, func: Any, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self.sizes:
+        if key not in self.live:
             size = round_up(storage.nbytes(), self.place)
-            self.sizes[key] = (str(func), tuple(tensor.shape), size)
+            gone = weakref.ref(storage, lambda _: self.drop(key))
+            self.live[key] = Live(func, tuple(tensor.shape), size, self.layer, gone)
             self.now += size
-            weakref.finalize(storage, self.drop, key).atexit = False
 
     def drop(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)[2]
-
-    def note(self, operator: str, more: int) -> None:
-        """Keeps the moment if it is the highest so far."""
-        if self.fixed is not None and self.now + more > self.peak.bytes:
-            live = [entry for key, entry in self.sizes.items() if key not in self.fixed]
-            live += [(f"{operator}, workspace", (), more)] if more else []
-            self.peak = Peak(self.now + more, self.phase, operator, self.layer, live)
-
-    def working_space(self, func: Any, args: Any) -> int:
-        """Bytes that an operator takes beside its answer."""
-        find = WORKSPACES.get(func.name())
-        return sum(round_up(size, self.place) for size in find(args, self.place.processors)) if find else 0
-
-
-def sizes_of_decode(args: Any, processors: int) -> tuple[int, ...]:
-    q, k = args[:2]
-    return decode_workspace(q.shape[0], q.shape[1], k.shape[1], q.shape[2], processors)
-
-
-def sizes_of_flash(args: Any, processors: int) -> tuple[int, ...]:
-    q, k = args[:2]
-    return flash_workspace(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.shape[3], processors)
-
-
-def sizes_on_cpu(args: Any, processors: int) -> tuple[int, ...]:
-    q, k = args[:2]
-    return cpu_workspace(q.shape[2], k.shape[2], q.shape[3], processors)
+        self.now -= self.live.pop(key).size
 
 
 # The operators that allocate more than they give back: of the others the Triton kernels work in registers, and the
 # torch paths are seen operator by operator.
 WORKSPACES: dict[str, Callable[[Any, int], tuple[int, ...]]] = {
-    "limbeck::decode_attention": sizes_of_decode,
-    "aten::_scaled_dot_product_flash_attention": sizes_of_flash,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": sizes_on_cpu,
+    "limbeck::decode_attention": lambda args, processors: decode_workspace(
+        *args[0].shape[:2], args[1].shape[1], args[0].shape[2], processors
+    ),
+    "aten::_scaled_dot_product_flash_attention": lambda args, processors: flash_workspace(
+        *args[0].shape[:3], args[1].shape[2], args[0].shape[3], processors
+    ),
+    "aten::_scaled_dot_product_flash_attention_backward": lambda args, _: flash_backward_workspace(*args[1:3]),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": lambda args, processors: cpu_workspace(
+        args[0].shape[2], args[1].shape[2], args[0].shape[3], processors
+    ),
+    "limbeck::causal_conv1d_backward": lambda args, _: causal_conv1d.backward_workspace(*args[1:3]),
+    "limbeck::ssd_scan_backward": lambda args, _: ssd.backward_workspace(args[2], args[5], args[6], args[14]),
+    "limbeck::norm_backward": lambda args, processors: norm.backward_workspace(args[1], args[4], processors),
+    "limbeck::linear_kl": lambda args, _: linear_kl.linear_kl_workspace(*args[:3], *args[11:14]),
 }
+UNEVEN = {"aten::_scaled_dot_product_flash_attention"}  # shares that jump up and down with the number of keys
 
 
 class Stand(TorchFunctionMode):
@@ -307,7 +349,7 @@ def attended(
     """SDPA by the kernel that torch would choose: FlashAttention on a GPU without a mask, on a CPU where rows are
     contiguous, else torch's mathematics."""
     aten = torch.ops.aten
-    if q.device.type == "cuda" and attn_mask is None:
+    if (q.device.type == "cuda" or STATE.gpu) and attn_mask is None:
         return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
     if q.device.type == "cpu" and all(tensor.stride(-1) == 1 for tensor in (q, k, v)):
         if attn_mask is not None and attn_mask.dtype == torch.bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..generate.cache import Cache
 from ..generate.decode import Decoder
-from ..generate.engine import check_room
+from ..generate.engine import check_cache_memory
 from ..generate.generate import prefill
 from ..hybrid import HybridLM
 from .hardware import GIB, Hardware
@@ -45,7 +45,7 @@ def measure(
             f"bench: {load.input_tokens} + {load.output_tokens} tokens, the model's maximum is"
             f" {config.max_position_embeddings}"
         )
-    check_room(model, load.batch, total, ssm_dtype)
+    check_cache_memory(model, load.batch, total, ssm_dtype)
     cache = Cache(config, load.batch, total, dtype=head.dtype, device=head.device, ssm_dtype=ssm_dtype)
     decoder = Decoder(model, cache)
     generator = torch.Generator().manual_seed(0)

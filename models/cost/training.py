@@ -20,19 +20,8 @@ import torch
 from ..axes import tensor_table
 from ..config import HybridConfig
 from ..errors import InputError
-from .activations import (
-    Training,
-    backward,
-    forward_alone,
-    fresh,
-    kept,
-    kept_once,
-    layer_input,
-    loss_backward,
-    loss_forward,
-    norm_kept,
-)
 from .parameters import count_parameters, kind_sizes
+from .trace_step import StepLoad, forward_peak, step_trace
 
 LINES = (
     "student weights",
@@ -46,7 +35,83 @@ LINES = (
     "loss",
     "layer at work",
 )
+TEACHERS = ("online", "cached", "none")
+OPTIMIZERS = ("adamw", "muon")
+DEVICES = ("cpu", "cuda")
 MOST_PROCESSES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What decides the memory of a step: rows that go through the models at once, tokens a row, and how.
+
+    `batch` are the rows of a step, in all processes: more of them than go through at once come in several
+    micro-batches, with gradients there from the start (None: so it is taken to be). `packed`: rows hold documents, as
+    in all training here. `dtype` is that of weights in use and of activations; the optimizer moves float32 copies of
+    less. `teacher` is "online", "cached" (its likeliest tokens, from files) or "none" (cross-entropy). `processes`
+    share weights, gradients and the optimizer's state (FSDP2).
+    """
+
+    micro_batch: int = 1
+    seq_len: int = 8192
+    batch: int | None = None
+    packed: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    optimizer: str = "adamw"
+    checkpointing: bool = False
+    average: bool = False
+    teacher: str = "online"
+    teacher_dtype: torch.dtype = torch.bfloat16
+    teacher_offload: bool = False
+    processes: int = 1
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.seq_len < 1 or self.processes < 1:
+            raise InputError(
+                f"train: micro_batch ({self.micro_batch}), seq_len ({self.seq_len}) and processes ({self.processes})"
+                " must be at least 1"
+            )
+        if self.batch is not None and (self.batch < 1 or self.batch % self.processes):
+            raise InputError(
+                f"train: a batch of {self.batch} rows is not for {self.processes} processes; give a multiple of them"
+            )
+        for name, known in (("teacher", TEACHERS), ("optimizer", OPTIMIZERS), ("device", DEVICES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"train: {name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+
+    @property
+    def accumulates(self) -> bool:
+        return self.batch is None or self.batch // self.processes > self.micro_batch
+
+    @property
+    def width(self) -> int:
+        """Bytes a number."""
+        return self.dtype.itemsize
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a number that the optimizer moves, and of its gradient."""
+        return max(4, self.width)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    def load(self, teacher: HybridConfig | None) -> StepLoad:
+        """What of it decides how much memory layers and loss take."""
+        return StepLoad(
+            micro_batch=self.micro_batch,
+            seq_len=self.seq_len,
+            packed=self.packed,
+            dtype=self.dtype,
+            on_gpu=self.on_gpu,
+            checkpointing=self.checkpointing,
+            gradients="elsewhere" if self.processes > 1 else "added" if self.accumulates else "new",
+            teacher=self.teacher,
+            teacher_hidden=0 if teacher is None else teacher.hidden_size,
+            teacher_dtype=self.teacher_dtype,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,54 +171,50 @@ def moments_of(
     student: HybridConfig, teacher: HybridConfig | None, training: Training
 ) -> Iterator[tuple[str, dict[str, int]]]:
     """The moments of a step with what they hold beside `standing`."""
-    b, stored, stream = training.width, training.stored, layer_input(student, training)
+    b, stored = training.width, training.stored
     head, sizes = student.vocab_size * student.hidden_size, kind_sizes(student)
     gradients = shard(count_parameters(student) * stored, training)
     before = gradients if training.accumulates else 0
-    apart, target = training.processes > 1, 0
+    apart, target, load = training.processes > 1, 0, training.load(teacher)
     whole = pieces(student, b) if apart else 0
-    turned = 2 * whole + max(sizes[letter][0] for letter in student.pattern) * stored * apart
+    turned = 2 * whole + max(sizes[kind][0] for kind in student.pattern) * stored * apart
     if teacher is not None:
         c, away = training.teacher_dtype.itemsize, apart or training.teacher_offload
         target = teacher.vocab_size * teacher.hidden_size * c * away
+        work = forward_peak(teacher, load.forward_alone())
         yield (
             "teacher forward",
-            {
-                "gradients": before,
-                "gathered layers": pieces(teacher, c) * away,
-                "layer at work": forward_alone(teacher, dataclasses.replace(training, dtype=training.teacher_dtype)),
-            },
+            {"gradients": before, "gathered layers": pieces(teacher, c) * away, "layer at work": work},
         )
-    layers = [kept(letter, student, training) for letter in student.pattern]
-    stay = [stream] * len(layers) if training.checkpointing else layers
-    shared = kept_once(student, training)
-    after = sum(stay) + norm_kept(student, training) + shared
-    loss = {"gradients": before, "gathered layers": whole + target, "kept for the backward": after}
-    yield "loss", loss | {"loss": loss_forward(student, teacher, training)}
-    yield "loss backward", loss | {"gathered layers": whole, "loss": loss_backward(student, training)}
+    step = step_trace(student, load)
+    kept = [step.kept[kind] for kind in student.pattern]
+    loss = {
+        "gradients": before,
+        "gathered layers": whole + target,
+        "kept for the backward": sum(kept) + step.final + step.shared,
+    }
+    yield "loss", loss | {"loss": step.loss}
+    yield "loss backward", loss | {"gathered layers": whole, "loss": step.loss_backward}
     done = 0 if student.tie_word_embeddings else head * stored
     for layer in reversed(range(student.num_layers)):
-        letter = student.pattern[layer]
-        done += sizes[letter][0] * stored
+        kind = student.pattern[layer]
+        done += sizes[kind][0] * stored
         yield (
-            f"layer {layer} ({letter}) backward",
+            f"layer {layer} ({kind}) backward",
             {
                 "gradients": before or shard(done, training),
                 "gathered layers": turned,
-                "kept for the backward": sum(stay[:layer]) + layers[layer] + shared,
-                "layer at work": backward(letter, student, training) - layers[layer],
+                "kept for the backward": sum(kept[: layer + 1]) + step.shared,
+                "layer at work": step.backward[kind] - kept[layer],
             },
         )
-    # A tied matrix has two gradients here, the head's and this one; of several processes each has it whole.
-    again = (
-        head * b if student.tie_word_embeddings or apart else fresh(student.vocab_size, student.hidden_size, training)
-    )
+    # Of several processes each has the embedding's gradient whole.
     yield (
         "embedding backward",
         {
             "gradients": gradients,
             "gathered layers": head * (3 * b + stored) * apart,
-            "layer at work": stream + again,
+            "layer at work": step.embedding,
         },
     )
     yield "optimizer", {"gradients": gradients, "layer at work": muon_work(student, training)}

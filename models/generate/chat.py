@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..tokenizer import tokenizer_settings
 
 Message = Mapping[str, str]
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -77,19 +78,8 @@ def as_json(value: Any, indent: int | None = None) -> str:
 
 def read_template(folder: Path) -> tuple[str, dict[str, str]]:
     """A folder's template and special tokens, from chat_template.jinja or tokenizer_config.json."""
-    settings: dict[str, Any] = {}
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no valid JSON: {error}") from None
-    special = {}
-    for name in SPECIAL:
-        value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
-            special[name] = value
+    settings = tokenizer_settings(folder)
+    special = {name: settings[name] for name in SPECIAL if isinstance(settings.get(name), str)}
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8"), special
     template = settings.get("chat_template")

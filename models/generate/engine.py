@@ -25,6 +25,7 @@ from ..tokenizer import Tokenizer
 from .cache import Cache
 from .decode import Decoder, lay_out
 from .detokenize import TextStream
+from .generate import check_prompt, end_tokens
 from .sampling import Sampler, Sampling
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -33,7 +34,7 @@ MARKER_TOKENS = 16  # tokens that a marker's text is looked for in
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt and how to go on with it. `stop` strings end the text and are not part of it; `stop_tokens` end it too
+    """A prompt and how to continue it. `stop` strings end the text and are not part of it; `stop_tokens` end it too
     (None: the config's eos_token_id). A thought that is open (`<think>`) for `thinking_budget` tokens is closed."""
 
     prompt: Sequence[int]
@@ -48,7 +49,7 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Event:
     """One more token of a request: the text that can be shown with it, the log-probability that the model gives it (at
-    temperature 1, where asked for), and why it was the last: "stop" (a stop token), "stop string" or "length"."""
+    temperature 1, where requested), and why it was the last: "stop" (a stop token), "stop string" or "length"."""
 
     request: int
     token: int
@@ -115,12 +116,12 @@ class Running:
         if tokenizer is not None and request.thinking_budget is not None:
             self.thought = Thought(tokenizer, request.prompt, request.thinking_budget)
 
-    def advance(self, logits: Tensor, likeliest: int | None) -> Event:
-        """The next token out of logits [V], of which the likeliest may be known."""
+    def advance(self, logits: Tensor, argmax: int | None) -> Event:
+        """The next token out of logits [V], whose argmax may be known."""
         if self.thought is not None and self.thought.forced:
             token = self.thought.forced.popleft()
-        elif likeliest is not None and self.request.sampling.temperature == 0:
-            token = likeliest
+        elif argmax is not None and self.request.sampling.temperature == 0:
+            token = argmax
         else:
             token = self.sampler(logits)
         self.last, self.count = token, self.count + 1
@@ -172,26 +173,26 @@ class Engine:
             )
         if max_length > config.max_position_embeddings:
             raise InputError(
-                f"generate: {max_length} tokens are asked for, the model's maximum is {config.max_position_embeddings}"
+                f"generate: max_length is {max_length}, the model's maximum is {config.max_position_embeddings}"
             )
         self.device = head.device
-        left = check_room(model, slots, max_length, ssm_dtype)
+        free = check_cache_memory(model, slots, max_length, ssm_dtype)
         if prepare:
             lay_out(model)
         self.model, self.tokenizer, self.prefill_chunk = model, tokenizer, prefill_chunk
         self.cache = Cache(config, slots, max_length, dtype=head.dtype, device=head.device, ssm_dtype=ssm_dtype)
-        pack = prepare and left > 3 * count_parameters(config) * head.dtype.itemsize
+        pack = prepare and free > 3 * count_parameters(config) * head.dtype.itemsize
         self.decoder = Decoder(model, self.cache, graphs=graphs, pack=pack)
-        eos = config.eos_token_id
-        self.ends = set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+        self.ends = set(end_tokens(config.eos_token_id))
         self.waiting: collections.deque[Running] = collections.deque()
-        self.reading: Running | None = None  # its row is the first behind those of `running`
+        self.reading: Running | None = None  # its row is the first after those of `running`
         self.running: list[Running] = []
         self.added = 0
 
     def add(self, request: Request) -> int:
         """Queues a request, and gives the number that its events carry. Raises InputError."""
-        check_request(request, self.model.config.vocab_size, self.cache.max_length)
+        prompt, config = request.prompt, self.model.config
+        check_prompt(prompt, len(prompt), request.max_new_tokens, config, self.cache.max_length)
         sequence = Running(self.added, request, self)
         self.waiting.append(sequence)
         self.added += 1
@@ -202,7 +203,7 @@ class Engine:
         return bool(self.waiting or self.reading or self.running)
 
     def cancel(self, number: int) -> None:
-        """Drops a request, wherever it is; unknown or finished ones are passed over."""
+        """Drops a request, wherever it is; unknown or finished ones are skipped."""
         self.waiting = collections.deque(each for each in self.waiting if each.number != number)
         if self.reading is not None and self.reading.number == number:
             self.reading = None
@@ -222,8 +223,9 @@ class Engine:
     def decode(self) -> list[Event]:
         logits = self.decoder.step([each.last for each in self.running])
         greedy = any(each.request.sampling.temperature == 0 for each in self.running)
-        likeliest: Sequence[int | None] = logits.argmax(-1).tolist() if greedy else [None] * len(self.running)
-        events = [each.advance(*row) for each, *row in zip(self.running, logits, likeliest, strict=True)]
+        # One argmax over all rows: on a GPU each `.item()` of its own would wait for the device.
+        top: Sequence[int | None] = logits.argmax(-1).tolist() if greedy else [None] * len(self.running)
+        events = [each.advance(*row) for each, *row in zip(self.running, logits, top, strict=True)]
         self.leave([row for row, event in enumerate(events) if event.finished])
         return events
 
@@ -243,14 +245,14 @@ class Engine:
 
     def leave(self, rows: Sequence[int]) -> None:
         """Takes sequences out of the batch; the last rows close the gaps."""
-        behind = len(self.running)
-        for row in sorted(rows, reverse=True):
+        before = len(self.running)
+        for row in sorted(rows, reverse=True):  # from the end: the last row, which moves, is then none that leaves
             last = self.running.pop()
             if row < len(self.running):
                 self.running[row] = last
                 self.cache.move(len(self.running), row)
-        if self.reading is not None and len(self.running) < behind:
-            self.cache.move(behind, len(self.running))
+        if self.reading is not None and len(self.running) < before:
+            self.cache.move(before, len(self.running))  # what is being read stays the first row after them
 
     def stream(self) -> Iterator[Event]:
         """Events until nothing is left to do; requests may be added meanwhile."""
@@ -259,14 +261,14 @@ class Engine:
 
     def complete(self, requests: Iterable[Request]) -> list[Completion]:
         """Adds requests, and runs them to their ends."""
-        found = {self.add(request): Completion() for request in requests}
+        completions = {self.add(request): Completion() for request in requests}
         for event in self.stream():
-            if event.request in found:
-                found[event.request].add(event)
-        return list(found.values())
+            if event.request in completions:
+                completions[event.request].add(event)
+        return list(completions.values())
 
 
-def check_room(model: HybridLM, slots: int, max_length: int, ssm_dtype: torch.dtype) -> float:
+def check_cache_memory(model: HybridLM, slots: int, max_length: int, ssm_dtype: torch.dtype) -> float:
     """Bytes that the caches leave free on the device (infinity where it does not say). Raises InputError where they
     take more than there is."""
     head = model.head_weight
@@ -278,19 +280,3 @@ def check_room(model: HybridLM, slots: int, max_length: int, ssm_dtype: torch.dt
             f" {free / GIB:,.2f} GiB of memory are free on {head.device}; take fewer at once, or less context"
         )
     return math.inf if free is None else free - needed
-
-
-def check_request(request: Request, vocabulary: int, max_length: int) -> None:
-    prompt = request.prompt
-    if not len(prompt):
-        raise InputError("generate: the prompt is empty; expected at least one token")
-    low, high = min(prompt), max(prompt)
-    if low < 0 or high >= vocabulary:
-        raise InputError(f"generate: token {low if low < 0 else high} is outside the vocabulary of {vocabulary}")
-    if request.max_new_tokens < 1:
-        raise InputError(f"generate: max_new_tokens is {request.max_new_tokens}; expected at least 1")
-    if len(prompt) + request.max_new_tokens > max_length:
-        raise InputError(
-            f"generate: prompt ({len(prompt)}) and new tokens ({request.max_new_tokens}) make"
-            f" {len(prompt) + request.max_new_tokens}, the most here is {max_length}"
-        )

@@ -13,8 +13,8 @@ from ..errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 takes the likeliest token; else tokens are drawn from softmax(logits / temperature), cut to the
-    top_k likeliest, to the smallest set of probability top_p, to those of at least min_p times the likeliest.
+    """Temperature 0 takes the argmax; else tokens are drawn from softmax(logits / temperature), cut to the top-k, to
+    the smallest set of probability top_p (nucleus), to those of at least min_p times the greatest probability.
 
     Raises InputError from the constructor for what is out of range.
     """
@@ -38,7 +38,7 @@ class Sampling:
             raise InputError(f"generate: seed is {self.seed}; expected 0 to 2^63 - 1")
 
     def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """What is drawn from, likeliest first, not summing to 1, and the tokens' numbers; both [V] or [top_k]."""
+        """What is drawn from, in descending order, not summing to 1, and the tokens' numbers; both [V] or [top_k]."""
         scores = logits.float() / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             scores, order = scores.topk(self.top_k, sorted=True)

@@ -35,8 +35,8 @@ from ...prune.scores import Scores, load_scores
 from .. import cache_teacher, compress
 from ..run.resolve import data_input, model_folder, sample, torch_device, torch_dtype
 from ..run.rounds import Round
-from ..run.sharing import Shared, in_processes
 from ..run.show import console, progress, read_json, say
+from .sharing import Shared, in_processes
 
 MEASURES = ("cross_entropy", "bits_per_byte", "kl", "agreement")
 STARTS = ("pruned", "random")

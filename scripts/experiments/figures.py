@@ -16,7 +16,7 @@ STABLE = 0.9  # the correlation from which on an order counts as that of the end
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class VariantRow:
     """A variant's figure for each seed, and what was published."""
 
     values: tuple[float, ...]
@@ -30,7 +30,7 @@ class Row:
     def spread(self) -> str:
         return spread(self.values)
 
-    def less(self, other: Row) -> tuple[float, ...]:
+    def less(self, other: VariantRow) -> tuple[float, ...]:
         """The difference to another variant, seed by seed."""
         return tuple(a - b for a, b in zip(self.values, other.values, strict=True))
 
@@ -43,7 +43,7 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 
 def published_pairs(
-    rows: Mapping[str, Row], published_more: bool, orders: Sequence[Sequence[str]]
+    rows: Mapping[str, VariantRow], published_more: bool, orders: Sequence[Sequence[str]]
 ) -> list[tuple[str, str]]:
     """Pairs of variants of which the source holds the first for the better one: by its figures, of which more is better
     or less, and by what it says, in `orders` from the best to the worst."""
@@ -55,7 +55,7 @@ def published_pairs(
     return list(dict.fromkeys(pairs))
 
 
-def agreement(rows: Mapping[str, Row], more_is_better: bool, pairs: Sequence[tuple[str, str]]) -> str:
+def agreement(rows: Mapping[str, VariantRow], more_is_better: bool, pairs: Sequence[tuple[str, str]]) -> str:
     """A sentence on whether the order is the published one; a pair counts where all seeds say the same of it."""
     if not pairs:
         return "The source compares none of these."
@@ -78,7 +78,7 @@ def agreement(rows: Mapping[str, Row], more_is_better: bool, pairs: Sequence[tup
     return ", ".join(parts) + "."
 
 
-def order_of(rows: Mapping[str, Row], cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+def order_of(rows: Mapping[str, VariantRow], cells: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
     """How well the variants' order at the end is predicted (Spearman's correlation, one a seed): by the share of
     importance kept, by the loss as they were pruned, and by the held-out KL after so many tokens. Of the figure less is
     better."""

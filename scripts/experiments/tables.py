@@ -12,7 +12,7 @@ from ...distill.report.experiment_plot import draw_order, draw_rows, draw_sizes
 from ...models.fingerprint import RESULT
 from ..run.show import read_json, result, say, table
 from .cells import DISTILLED, TEACHER
-from .figures import Row, agreement, order_of, published_pairs, spread, stable_from
+from .figures import VariantRow, agreement, order_of, published_pairs, spread, stable_from
 from .plans import Experiment, Plan
 
 Cells = Mapping[str, list[dict[str, Any]]]  # of each variant those of its seeds
@@ -22,7 +22,7 @@ def write_tables(plan: Plan, locks: Path, seeds: Sequence[int], also: str, cells
     """All of an experiment whose cells are there. Commands that share cells end together, and take turns by a lock."""
     experiment = plan.experiment
     rows = {
-        name: Row(
+        name: VariantRow(
             tuple(cell["models"][experiment.student][experiment.figure]["value"] for cell in row),
             experiment.variants[name].published,
         )
@@ -52,7 +52,7 @@ def write_tables(plan: Plan, locks: Path, seeds: Sequence[int], also: str, cells
         result(plan.folder, content)
 
 
-def table_of(experiment: Experiment, cells: Cells, rows: Mapping[str, Row]) -> tuple[list[str], list[list[str]]]:
+def table_of(experiment: Experiment, cells: Cells, rows: Mapping[str, VariantRow]) -> tuple[list[str], list[list[str]]]:
     """Columns and lines: parameters only where variants differ in them, published figures only where there are any."""
     first = next(iter(rows))
     sizes = {
@@ -107,7 +107,7 @@ def order_lines(order: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def draw_picture(
-    plan: Plan, cells: Cells, rows: Mapping[str, Row], title: str, order: Mapping[str, Sequence[float]]
+    plan: Plan, cells: Cells, rows: Mapping[str, VariantRow], title: str, order: Mapping[str, Sequence[float]]
 ) -> None:
     experiment = plan.experiment
     if experiment.picture == "sizes":

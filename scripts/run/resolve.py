@@ -6,58 +6,21 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
 from ...distill.text.packing import Batch
-from ...models.checkpoint import load_config
-from ...models.config import HybridConfig
-from ...models.errors import InputError
+from ...models.device import DTYPES as DTYPES
+from ...models.device import torch_device as torch_device
+from ...models.device import torch_dtype as torch_dtype
 from ...models.errors import check_counts as check_counts
-from .compose import CONF, guess
+from ...models.named import SHIPPED, data_path, model_config, model_folder, names  # noqa: F401 (for the commands)
 from .show import progress, table
 
-ZOO = Path(__file__).parents[2] / "models" / "zoo"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ZOO = SHIPPED["zoo"]
 
 
 def model_names() -> list[str]:
-    return sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
-
-
-def model_folder(name: str) -> Path:
-    """The folder of a model with weights. Raises InputError where there is none."""
-    if name == "zoo":
-        return ZOO
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name in model_names():
-        raise InputError(f"model {name!r} is a named config without weights; give a checkpoint folder, or zoo")
-    near = guess(name, ["zoo", *model_names()])
-    raise InputError(f"model {name!r} is neither a folder nor a name; known: zoo, {', '.join(model_names())}{near}")
-
-
-def model_config(name: str) -> HybridConfig:
-    """The config of a named model or of a checkpoint folder."""
-    if name in model_names():
-        from omegaconf import OmegaConf
-
-        content = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
-        assert isinstance(content, dict)
-        return HybridConfig.from_hf({str(key): value for key, value in content.items()})
-    return load_config(model_folder(name))
-
-
-def data_names() -> list[str]:
-    return sorted(path.stem for path in (CONF / "data").glob("*.yaml"))
-
-
-def data_path(data: str) -> str:
-    """data= with a name in conf/data/ as its mixture's file."""
-    named = data in data_names() and not Path(data).exists()
-    return str(CONF / "data" / f"{data}.yaml") if named else data
+    return names("model")
 
 
 @contextlib.contextmanager
@@ -92,27 +55,3 @@ def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
     more than the source's `epochs`."""
     if isinstance(text, Mixture):
         table("The mixture", ("source", "share", "documents", "tokens", "epochs"), text.reading(plan))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; known: {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def torch_device(name: str) -> torch.device:
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name!r} is unknown; expected auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use device=cpu")
-    if device.type not in ("cpu", "cuda"):
-        try:
-            torch.empty(1, device=device).fill_(0)
-        except (RuntimeError, NotImplementedError, AssertionError):
-            raise InputError(f"device {name!r}: torch {torch.__version__} has none here; use device=cpu") from None
-    return device

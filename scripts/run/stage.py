@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,28 @@ from ...models import processes
 from ...models.errors import DiskError, InputError
 from ...models.fingerprint import PROVENANCE, Fingerprint
 from ...models.folder import finish_folder, write_json
+from .resolve import torch_device
+from .show import console
 
 BEGUN = "begun.json"
+
+
+@contextlib.contextmanager
+def many_processes(device: str) -> Iterator[None]:
+    """Joins the processes that a launcher started, unless they are, on GPUs by nccl, else by gloo; only the first
+    speaks."""
+    if processes.active() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=torch_device(device).type != "cuda")
+    quiet, console.quiet = console.quiet, not state.is_main_process
+    try:
+        yield
+    finally:
+        console.quiet = quiet
+        state.destroy_process_group()
 
 
 @dataclasses.dataclass
@@ -116,23 +137,3 @@ def clear(folder: Path, scratch: str | None) -> None:
     (folder / BEGUN).unlink(missing_ok=True)
     if scratch is not None:
         shutil.rmtree(folder / scratch, ignore_errors=True)
-
-
-Facts = Work
-
-
-def run_stage(
-    folder: Path,
-    *,
-    name: str,
-    inputs: Mapping[str, Path | str],
-    options: Mapping[str, Any],
-    make: Callable[[Path, Work], None],
-    resumes: bool = False,
-    scratch: str | None = None,
-) -> bool:
-    """Goes, once nobody calls it any more."""
-    with stage(folder, name, inputs=inputs, options=options, resumes=resumes, scratch=scratch) as work:
-        if not work.finished:
-            make(work.folder, work)
-    return not work.finished

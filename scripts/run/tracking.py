@@ -5,6 +5,7 @@ told otherwise, and never in the way of training: a thread of its own imports, s
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import os
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
+from ...distill.speed import speed_figures
 from ...models import processes
+from ...models.config import HybridConfig
 from ...models.errors import InputError
 from .compose import CONF
 from .show import progress, say
@@ -52,6 +55,13 @@ def note_of(record: Record) -> str:
     used = f"{record['mfu']:.1%} of peak" if "mfu" in record else f"{record['model_tflops']:.2g} TFLOP/s"
     held = f"  validation {record['validation_loss']:.3f}" if "validation_loss" in record else ""
     return f"{loss}  {record['tokens_per_second']:,.0f} tokens/s  {used}  {record['memory_gib']:.1f} GiB{held}"
+
+
+def speed_of(
+    student: HybridConfig, teacher: HybridConfig | None, seq_len: int, device: torch.device
+) -> Callable[[float], dict[str, float]]:
+    """From the tokens a second what the log says of them, see `speed_figures`."""
+    return functools.partial(speed_figures, student, teacher, seq_len, device, card_tflops(device))
 
 
 def card_tflops(device: torch.device) -> float | None:

@@ -18,7 +18,7 @@ from typing import Any, Self
 import torch
 from filelock import FileLock, Timeout
 
-from .main import set_up
+from ...models.processes import set_up
 
 PATIENCE = 60.0  # seconds that a process has to save what it does, once all is to stop
 
@@ -75,7 +75,7 @@ def in_processes(count: int, folder: Path, work: Callable[..., Any], *arguments:
     share = max(1, threads // count)
     context = multiprocessing.get_context("spawn")
     others = [
-        context.Process(target=begin, args=(folder / f"process-{number}.log", share, os.getpid(), work, arguments))
+        context.Process(target=work_alone, args=(folder / f"process-{number}.log", share, os.getpid(), work, arguments))
         for number in range(1, count)
     ]
     torch.set_num_threads(share)
@@ -93,7 +93,7 @@ def in_processes(count: int, folder: Path, work: Callable[..., Any], *arguments:
                 other.terminate()
 
 
-def begin(log: Path, threads: int, parent: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def work_alone(log: Path, threads: int, parent: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """A further process."""
     set_up()
     torch.set_num_threads(threads)

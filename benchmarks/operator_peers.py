@@ -1,6 +1,6 @@
-"""The operators beside a second witness from outside: mamba_ssm's Triton kernels and transformers' torch path.
+"""The operators beside those of other packages: mamba_ssm's Triton kernels and transformers' torch path.
 
-    python -m limbeck.benchmarks.witness [--cases 8]
+    python -m limbeck.benchmarks.operator_peers [--cases 8]
 
 On a GPU ours and mamba_ssm's are Triton kernels in float32. Without one both run in Triton's interpreter with
 TRITON_INTERPRET=1 (bit-exact to IEEE float32, slow); without that, ours is the torch path and mamba_ssm is left out. A
@@ -149,7 +149,7 @@ def transformers_scan(inputs: Inputs) -> Outputs:
     inputs = dict(inputs)
     named = [inputs.pop(name) for name in ("x", "dt", "A", "B", "C")]
     inputs["initial_states"] = inputs.pop("initial_state")
-    # Wrapped it would take mamba_ssm's kernels where that is installed, and be no witness of its own.
+    # Wrapped it would take mamba_ssm's kernels where that is installed, and be no peer of its own.
     return inspect.unwrap(mamba2_chunk_scan)(*named, 32, dt_softplus=True, return_final_states=True, **inputs)
 
 
@@ -191,7 +191,7 @@ def true_norm(inputs: Inputs) -> Outputs:
 
 
 Op = Callable[[Inputs], Outputs]
-# name, inputs, gradients wanted, truth, ours, {witness: theirs}
+# name, inputs, gradients wanted, truth, ours, {peer: theirs}
 OPERATORS: tuple[tuple[str, Callable[[int], Inputs], bool, Op, Op, dict[str, Op]], ...] = (
     ("ssd_scan", drawn_scan, True, true_scan, our_scan,
      {"mamba_ssm": mamba_ssm_scan, "transformers": transformers_scan}),
@@ -275,10 +275,10 @@ def importable_mamba_ssm() -> Iterator[str | None]:
 
 
 def compared(cases: int, wanted: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """A line for each operator and witness wanted, printed as it is found."""
-    for name, draw, gradients, truth, ours, witnesses in OPERATORS:
-        for witness, theirs in witnesses.items():
-            if witness not in wanted:
+    """A line for each operator and peer wanted, printed as it is found."""
+    for name, draw, gradients, truth, ours, peers in OPERATORS:
+        for peer, theirs in peers.items():
+            if peer not in wanted:
                 continue
             worst = [(0.0, 0.0)] * 3
             for seed in range(cases):
@@ -289,8 +289,8 @@ def compared(cases: int, wanted: tuple[str, ...]) -> Iterator[dict[str, Any]]:
                 pairs = (off(true, own), off(true, other), off(other, own))
                 worst = [(max(a, c), max(b, d)) for (a, b), (c, d) in zip(worst, pairs, strict=True)]
             shown = " | ".join(f"{value:.1e}" + (f" / {slope:.1e}" if gradients else "") for value, slope in worst)
-            print(f"| {name} | {witness} | {shown} |", flush=True)
-            yield {"operator": name, "witness": witness, "differences": worst}
+            print(f"| {name} | {peer} | {shown} |", flush=True)
+            yield {"operator": name, "peer": peer, "differences": worst}
 
 
 def main() -> None:
@@ -300,7 +300,7 @@ def main() -> None:
     arguments = parser.parse_args()
     where = "GPU" if DEVICE.type == "cuda" else "Triton's interpreter" if INTERPRETED else "torch path"
     print(f"ours: {where}; {arguments.cases} cases")
-    print("| operator | witness | ours to float64 | theirs to float64 | ours to theirs |\n|---|---|---|---|---|")
+    print("| operator | peer | ours to float64 | theirs to float64 | ours to theirs |\n|---|---|---|---|---|")
     with importable_mamba_ssm() as version:
         wanted = ("transformers", "torch", *(() if version is None else ("mamba_ssm",)))
         lines = list(compared(arguments.cases, wanted))

@@ -1,0 +1,372 @@
+"""limbeck from Python: what the commands do, on models in memory and by the same functions. See docs/python.md.
+
+A `model` is what `load` gives, or anything that `load` takes. `data` is what `data=` takes (`stdlib`, a file, a folder,
+hf:OWNER/NAME, a name in conf/data/, a mixture's .yaml), of which a split is read: "train", for `evaluate` "test". Or it
+is a list of texts, all of which are read. Options that are None take the commands' value, or less where the model or
+the text is smaller; the logger "limbeck" says so. Whatever is wrong raises InputError.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .distill.gap.measure import TEACHER, GapReport, measure_gap
+from .distill.losses import distillation_loss
+from .distill.options import DistillLoss, TrainOptions
+from .distill.parallel import prepare
+from .distill.text import resolve
+from .distill.text.documents import EmptySplit
+from .distill.text.mixture import Mixture, Text, whole
+from .distill.text.packing import Batch
+from .distill.trainer import train
+from .models.checkpoint import load_model, save_model
+from .models.config import HybridConfig
+from .models.cost.hardware import Hardware, Reserve
+from .models.cost.inference import MemoryReport, Verdict, memory, verdict
+from .models.errors import InputError
+from .models.generate.engine import Engine, Request
+from .models.generate.sampling import Sampling
+from .models.hybrid import HybridLM
+from .models.named import data_path, model_config, model_folder, read_hardware
+from .models.tokenizer import check_vocabulary, load_tokenizer
+from .prune.choose import Target, select
+from .prune.depth import score_layers, step_size
+from .prune.importance import score_widths
+from .prune.repair import Repair, repair_model
+from .prune.scores import Scores
+
+Source = str | Path | HybridLM | Any  # the last: a model of transformers
+Data = str | Path | Sequence[str]
+log = logging.getLogger("limbeck")
+
+
+def load(
+    source: Source,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> HybridLM:
+    """A model with its `.config` and `.tokenizer` (None where it has none), on a GPU where there is one unless told.
+
+    `source` is a checkpoint folder, "zoo", or a model of transformers, whose weights are copied. `tokenizer` is a
+    folder with tokenizer.json; without it the source's own is taken, of a model of transformers that of the folder
+    which it was read from.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(source, HybridLM):
+        return source
+    if isinstance(source, (str, Path)):
+        home = model_folder(str(source))
+        model = load_model(home, dtype, place)
+    else:
+        if not hasattr(source, "save_pretrained"):
+            raise InputError(
+                f"load: {type(source).__name__} is no model; expected a folder, a model of transformers, zoo"
+            )
+        with tempfile.TemporaryDirectory() as temporary:  # the public layout is the one way in
+            source.save_pretrained(temporary)
+            model = load_model(temporary, dtype, place)
+        home = Path(getattr(source, "name_or_path", "") or "")
+    if tokenizer is not None or (home / "tokenizer.json").is_file():
+        model.tokenizer = load_tokenizer(home if tokenizer is None else Path(tokenizer))
+        check_vocabulary(model.tokenizer, model.config)
+    return model
+
+
+def export(model: Source, output: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Writes a model as a folder in the public layout, its tokenizer in it; `dtype` None keeps each tensor's."""
+    model = load(model)
+    save_model(model, output, dtype=dtype, tokenizer_from=None if model.tokenizer is None else model.tokenizer.folder)
+    return Path(output)
+
+
+def read_text(model: HybridLM, data: Data, split: str) -> Text:
+    """A split of `data` in the model's tokens; all of a list, and of what has no document in that split."""
+    if model.tokenizer is None:
+        raise InputError("the model has no tokenizer to read text with; give load(..., tokenizer=FOLDER)")
+    folder = model.tokenizer.folder
+    if not isinstance(data, (str, Path)):
+        return resolve.text_in_tokens(list(data), "all", folder)
+    path = data_path(str(data))
+    try:
+        return resolve.text_in_tokens(path, split, folder)
+    except EmptySplit:
+        log.warning("data=%s has no document in the split %r: all of it is read", data, split)
+        return resolve.text_in_tokens(path, "all", folder)
+
+
+def fitted(model: HybridLM, text: Text, seq_len: int | None, batch: int | None) -> tuple[int, int]:
+    """Tokens a row and rows a batch: as given, or the commands' 512 and 8, fewer where model or text has fewer."""
+    parts = text.corpora if isinstance(text, Mixture) else (text,)
+    if seq_len is None:
+        seq_len = min(512, model.config.max_position_embeddings, *(part.tokens - 1 for part in parts))
+        if seq_len < 512:
+            log.warning("rows of %d tokens: model or text has no more", seq_len)
+    if batch is None:
+        batch = max(min(8, sum(part.tokens - 1 for part in parts) // max(seq_len, 1)), 1)
+        if batch < 8:
+            log.warning("batches of %d rows: the text has no more", batch)
+    return seq_len, batch
+
+
+def read_sample(
+    model: HybridLM, data: Data, split: str, tokens: int, seq_len: int | None, batch: int | None, seed: int
+) -> list[Batch]:
+    text = read_text(model, data, split)
+    seq_len, batch = fitted(model, text, seq_len, batch)
+    return list(text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens))
+
+
+def score(
+    model: Source,
+    data: Data,
+    *,
+    remove_layers: int | None = None,
+    tokens: int = 16384,
+    depth_tokens: int = 8192,
+    seq_len: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Scores:
+    """How much every unit and layer matters, by activations on text; `remove_layers` are put in the order of their
+    removal (None: the first). `options` are those of `prune.importance.score_widths`."""
+    model = load(model)
+    read = read_text(model, data, "train")
+    seq_len, batch = fitted(model, read, seq_len, batch)
+    texts = {"seq_len": seq_len, "seed": seed}
+    widths = score_widths(model, list(read.sample(batch_size=batch, max_tokens=tokens, **texts)), **options)
+    alone = list(read.sample(batch_size=1, max_tokens=depth_tokens, **texts))
+    count = step_size(model.config, False) if remove_layers is None else remove_layers
+    layers = score_layers(model, alone, remove=count)
+    return Scores(widths, layers, {"method": "activation", "seed": seed, "pattern": model.config.pattern})
+
+
+def prune(
+    model: Source,
+    scores: Scores,
+    *,
+    repair: bool | Repair = True,
+    data: Data | None = None,
+    tokens: int = 32768,
+    seq_len: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    **target: Any,
+) -> HybridLM:
+    """A smaller model of the units that score highest. `target` is the size: `parameters=0.75` (a share, or a count),
+    `layers=`, `hidden_size=` and the other fields of `prune.choose.Target`. `repair` on `data` rotates the stream and
+    refits the matrices; without data it rescales the norms alone."""
+    model = load(model)
+    try:
+        size = Target(**target)
+    except TypeError:
+        known = ", ".join(field.name for field in dataclasses.fields(Target))
+        raise InputError(f"prune: target {', '.join(target)}; known: {known}") from None
+    if isinstance(repair, bool):
+        read = repair and data is not None
+        repair = Repair(rotate=read, norms="count" if repair else "none", least_squares=read)
+    if repair.needs_data and data is None:
+        raise InputError("prune: this repair needs data=")
+    selection = select(model.config, scores.widths, scores.layers.order, size)
+    batches = read_sample(model, data, "train", tokens, seq_len, batch, seed) if data and repair.needs_data else []
+    small = repair_model(model, selection, batches, repair)
+    small.tokenizer = model.tokenizer
+    return small
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """What a distillation did: its steps, the rows of each, the tokens they read and how often that is all of the text,
+    the loss of the last step (nats a token), and every step's record."""
+
+    steps: int
+    seq_len: int
+    batch: int
+    tokens: int
+    epochs: float
+    loss: float
+    records: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
+
+
+def distill(
+    teacher: Source,
+    student: HybridLM,
+    data: Data,
+    *,
+    steps: int = 200,
+    learning_rate: float = 1e-3,
+    loss: DistillLoss | None = None,
+    seq_len: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Distilled:
+    """Trains the student in place towards the teacher's logits. `options` are fields of `distill.options.TrainOptions`;
+    a student in fewer than 32 bits trains in float32 and is in its own dtype again afterwards."""
+    teacher = load(teacher)
+    if not isinstance(student, HybridLM) or student is teacher:
+        raise InputError("distill: the student is trained in place; expected a model of load or prune, not the teacher")
+    text = read_text(student if student.tokenizer is not None else teacher, data, "train")
+    seq_len, batch = fitted(student, text, seq_len, batch)
+    warmup = {"warmup_steps": min(20, steps // 5), "save_every": max(steps, 1)}
+    how = TrainOptions(**({"steps": steps, "learning_rate": learning_rate} | warmup | options))
+    dtype, records = student.head_weight.dtype, []
+    student.requires_grad_(True).train()
+    trained = prepare(student.float() if dtype.itemsize < 4 else student, dtype)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                trained,
+                distillation_loss(teacher, loss or DistillLoss()),
+                lambda start: text.train_batches(batch_size=batch, seq_len=seq_len, seed=seed, start=start),
+                how,
+                Path(folder),
+                on_step=lambda record: records.append(dict(record)),
+            )
+    finally:
+        teacher.requires_grad_(True)
+        student.to(dtype).eval()
+    last = next((record["loss"] for record in reversed(records) if "loss" in record), float("nan"))
+    read = how.steps * batch * seq_len
+    return Distilled(how.steps, seq_len, batch, read, read / text.tokens, last, tuple(records))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How far students are from their teacher on held-out text; `content` is what gap.json holds."""
+
+    report: GapReport
+    content: Mapping[str, Any] = dataclasses.field(repr=False)
+
+    @property
+    def kl(self) -> dict[str, float]:
+        """KL(teacher || student) of each student, nats a token."""
+        return {name: gap.kl.value for name, gap in self.report.models.items() if name != TEACHER}
+
+    @property
+    def bits_per_byte(self) -> dict[str, float]:
+        """Of each model, the teacher's too."""
+        return {name: gap.bits_per_byte.value for name, gap in self.report.models.items()}
+
+    def page(self, path: str | Path) -> Path:
+        """Writes the page and, in plots/ beside it, its pictures."""
+        from .distill.report.report import write_page  # with matplotlib
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write_page(path.parent, path.name, title="Teacher-student gap", gap=self.content, provenance={})
+
+
+def evaluate(
+    teacher: Source,
+    students: Mapping[str, Source] | Source,
+    data: Data,
+    *,
+    tokens: int = 65536,
+    seq_len: int | None = None,
+    batch: int | None = None,
+    seed: int = 0,
+    split: str = "test",
+    worst: int = 6,
+    resamples: int = 1000,
+) -> Evaluation:
+    """The gap on held-out text, with intervals over documents. One model alone is called "student"."""
+    from .distill.gap.evaluation import gap_content
+    from .distill.gap.token_groups import group_tokens
+
+    teacher = load(teacher)
+    named = students if isinstance(students, Mapping) else {"student": students}
+    models = {name: load(model) for name, model in named.items()}
+    read = read_text(teacher, data, split)
+    seq_len, batch = fitted(teacher, read, seq_len, batch)
+    text, tokenizer = whole(read), teacher.tokenizer
+    assert tokenizer is not None
+    groups = group_tokens(text, tokenizer, teacher.config.vocab_size)
+    batches = read.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+    report = measure_gap(teacher, models, batches, resamples=resamples, seed=seed, groups=groups, worst=worst)
+    named_data = data if isinstance(data, str) else "texts"
+    content = gap_content(report, {TEACHER: teacher, **models}, text, tokenizer, named_data, split)
+    return Evaluation(report, content)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryFit:
+    """What a model takes at a context and batch, and whether a card has it."""
+
+    report: MemoryReport
+    verdict: Verdict
+    hardware: Hardware
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict.fits
+
+
+def memory_fit(
+    model: Source | HybridConfig,
+    hardware: str | Hardware = "a10g",
+    context: int | None = None,
+    *,
+    batch: int = 1,
+    weight_dtype: torch.dtype = torch.bfloat16,
+    reserve: Reserve = Reserve(),  # noqa: B008 (frozen)
+    **options: Any,
+) -> MemoryFit:
+    """Whether a model fits a card, a name in conf/hardware/, at a context (None: the model's own, 131,072 at most).
+    `model` may be a config, or a name in conf/model/. `options` are those of `models.cost.inference.memory`."""
+    if isinstance(model, (str, Path)):
+        model = model_config(str(model))
+    config = model if isinstance(model, HybridConfig) else load(model).config
+    card = hardware if isinstance(hardware, Hardware) else read_hardware(hardware)
+    longest = config.max_position_embeddings
+    if context is not None and context > longest:
+        raise InputError(f"memory_fit: context {context:,} is beyond the {longest:,} tokens that the model is made for")
+    budget = reserve.budget(card)
+    length = min(131072, longest) if context is None else context
+    place: dict[str, Any] = {"weight_dtype": weight_dtype, "place": card.place}
+    report = memory(config, length, batch, budget=budget, **(place | options))
+    return MemoryFit(report, verdict(config, report, budget), card)
+
+
+def generate(
+    model: Source,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    batch: int = 8,
+) -> list[str]:
+    """Each prompt with the text that follows it. Temperature 0 takes the most probable token; prompt n draws from
+    seed + n."""
+    model = load(model)
+    if model.tokenizer is None:
+        raise InputError("the model has no tokenizer to read prompts with; give load(..., tokenizer=FOLDER)")
+    if isinstance(prompts, str) or not prompts:
+        raise InputError(f"generate: prompts is {prompts!r}; expected a list of texts, one at least")
+    requests = [
+        Request(
+            [model.tokenizer.bos_token_id, *model.tokenizer.encode(prompt)],
+            max_new_tokens,
+            Sampling(temperature, top_k, top_p, min_p, seed + number),
+            stop=tuple(stop),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    longest = max(len(request.prompt) for request in requests) + max_new_tokens
+    slots = min(batch, len(requests))
+    engine = Engine(model, max_length=longest, slots=slots, tokenizer=model.tokenizer, prepare=False)
+    return [prompt + each.text for prompt, each in zip(prompts, engine.complete(requests), strict=True)]

@@ -1,0 +1,85 @@
+"""What the tables on a gap have in common, whoever writes them: the page, the model card, the terminal.
+
+`gap` is gap.json's content; `write(estimate)` makes a cell of a value with its interval, in the writer's own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+TEACHER = "teacher"
+TITLES = {
+    "bits_per_byte": "bits per byte",
+    "cross_entropy": "cross-entropy",
+    "perplexity": "perplexity",
+    "kl": "KL to teacher",
+    "agreement": "top-1 agreement",
+    "reverse_kl": "KL from teacher",
+    "top5_agreement": "top-5 agreement",
+    "mean_rank": "mean rank",
+    "mass_kept": "mass kept",
+    "ece": "ECE",
+    "length": "same greedy text",
+}
+CellOf = TypeVar("CellOf")
+Write = Callable[..., CellOf]
+
+
+def titles(keys: Sequence[str]) -> list[str]:
+    return [TITLES[key] for key in keys]
+
+
+def students(gap: Mapping[str, Any]) -> list[str]:
+    return [name for name in gap["models"] if name != TEACHER]
+
+
+def estimates(gap: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each model's figures by key, with the calibration error ("ece") and the length of the same greedy text
+    ("length"), which gap.json has elsewhere; None for what was not measured."""
+    written = gap.get("continuation") or {}
+    return {
+        name: {
+            **figures,
+            "ece": figures.get("calibration", {}).get("ece"),
+            "length": written.get(name, {}).get("length"),
+        }
+        for name, figures in gap["models"].items()
+    }
+
+
+def pair_rows(
+    gap: Mapping[str, Any], keys: Sequence[str], write: Write[CellOf], minus: str, teacher: bool = False
+) -> list[tuple[str, list[CellOf]]]:
+    """Of every two students (or the teacher, too) the second minus the first: `write(estimate, "+", p=p)`."""
+    return [
+        (f"{pair['second']}{minus}{pair['first']}", [write(pair[key], "+", p=pair["p"][key]) for key in keys])
+        for pair in gap.get("differences", ())
+        if teacher or TEACHER not in (pair["first"], pair["second"])
+    ]
+
+
+def probe_rows(gap: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Each kind and length of probe, and every model's answers to it."""
+    return [
+        (f"{kind}, {int(length):,} tokens", [answers[name] for name in gap["models"]])
+        for kind, lengths in (gap.get("probes") or {}).items()
+        for length, answers in lengths.items()
+    ]
+
+
+def task_rows(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[tuple[str, ...]]:
+    """Of {model: {task: {metric: value}}} as lm-evaluation-harness names them: a row for each task and metric."""
+    first = next(iter(tasks.values()))
+    for task, metrics in first.items():
+        for key in metrics:
+            name, _, filtered = key.partition(",")
+            if name.endswith("_stderr"):
+                continue
+            cells = []
+            for answers in tasks.values():
+                error = answers[task].get(f"{name}_stderr,{filtered}")
+                cells.append(
+                    f"{answers[task][key]:.4f}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}")
+                )
+            yield f"{task}, {name}", *cells

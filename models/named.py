@@ -1,0 +1,70 @@
+"""What stands under a name: the models that ship, and in conf/ configs without weights, data and hardware."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import load_config
+from .config import HybridConfig
+from .cost.hardware import Hardware
+from .errors import InputError
+
+CONF = Path(__file__).parents[1] / "conf"
+SHIPPED = {"zoo": Path(__file__).parent / "zoo"}
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that is most like this one, if any is."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model with weights. Raises InputError where there is none."""
+    path = SHIPPED.get(name, Path(name).expanduser())
+    if path.is_dir():
+        return path
+    if name in names("model"):
+        raise InputError(f"model {name!r} is a named config without weights; give a checkpoint folder, or zoo")
+    known = [*SHIPPED, *names("model")]
+    near = nearest(name, known)
+    raise InputError(f"model {name!r} is neither a folder nor a name; known: {', '.join(known)}{near}")
+
+
+def model_config(name: str) -> HybridConfig:
+    """The config of a named model or of a checkpoint folder."""
+    if name in names("model"):
+        return HybridConfig.from_hf(read_yaml(CONF / "model" / f"{name}.yaml"))
+    return load_config(model_folder(name))
+
+
+def data_path(data: str) -> str:
+    """data= with a name in conf/data/ as its mixture's file."""
+    named = data in names("data") and not Path(data).exists()
+    return str(CONF / "data" / f"{data}.yaml") if named else data
+
+
+def read_hardware(name: str) -> Hardware:
+    """A profile of conf/hardware/. Raises InputError for one that leaves the memory open."""
+    if name not in names("hardware"):
+        known = names("hardware")
+        raise InputError(f"hardware {name!r} is unknown; known: {', '.join(known)}{nearest(name, known)}")
+    content = read_yaml(CONF / "hardware" / f"{name}.yaml")
+    if not isinstance(content["usable_gib"], (int, float)):
+        raise InputError(f"hardware {name!r} leaves usable_gib open; give a Hardware with the memory that there is")
+    return Hardware(**content)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content

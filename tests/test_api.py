@@ -1,0 +1,193 @@
+"""limbeck from Python: the functions of a notebook do what the commands do, and what docs/python.md says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import limbeck
+import pytest
+import torch
+from limbeck.distill.options import DistillLoss
+from limbeck.models.checkpoint import load_model
+from limbeck.models.errors import InputError
+from limbeck.models.hybrid import HybridLM
+from limbeck.models.named import model_config, read_hardware
+from limbeck.prune.scores import load_scores
+from limbeck.tests.helpers import TEXT, make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import limbeck as command
+
+DOCS = Path(__file__).parents[1] / "docs"
+TEXTS = [TEXT[start : start + 500] for start in range(0, 6000, 500)]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture(scope="module")
+def model(workshop: Path) -> HybridLM:
+    return limbeck.load(workshop / "model")
+
+
+def same_weights(one: HybridLM, other: HybridLM) -> bool:
+    weights = other.state_dict()
+    return all(torch.equal(tensor, weights[name]) for name, tensor in one.state_dict().items())
+
+
+def test_scores_and_weights_are_the_commands(workshop: Path, model: HybridLM, tmp_path: Path) -> None:
+    """Of data= with the commands' options: to the bit."""
+    text, sizes = str(workshop / "text"), {"seq_len": 64, "batch": 4}
+    words = [f"model={workshop / 'model'}", f"data={text}", "seq_len=64", "batch=4", "device=cpu"]
+    importance = ["importance.tokens=512", "importance.depth_tokens=128", "importance.remove_layers=2"]
+    assert command("score", *words, *importance, f"output={tmp_path / 'scores'}")[0] == 0
+    scores, expected = (
+        limbeck.score(model, text, tokens=512, depth_tokens=128, remove_layers=2, **sizes),
+        load_scores(tmp_path / "scores"),
+    )
+    assert scores.widths.keys() == expected.widths.keys() and scores.layers == expected.layers
+    assert all(torch.equal(value, expected.widths[axis]) for axis, value in scores.widths.items())
+    target = ["target.layers=5", "target.hidden_size=24", "target.mamba_num_heads=6", "repair.tokens=512"]
+    assert command("prune", *words, *target, f"scores={tmp_path / 'scores'}", f"output={tmp_path / 'small'}")[0] == 0
+    small = limbeck.prune(model, scores, layers=5, hidden_size=24, mamba_num_heads=6, data=text, tokens=512, **sizes)
+    assert same_weights(small, load_model(tmp_path / "small"))
+
+
+def test_the_whole_chain_on_a_few_texts(model: HybridLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with caplog.at_level(logging.WARNING, "limbeck"):
+        scores = limbeck.score(model, TEXTS, tokens=512, depth_tokens=128)
+        small = limbeck.prune(model, scores, parameters=0.75, repair=True, data=TEXTS)
+        figures = limbeck.distill(model, small, TEXTS, steps=6, learning_rate=0.01)
+    assert "batches of" in caplog.text and figures.batch < 8
+    assert small.tokenizer is model.tokenizer and small.config.hidden_size < model.config.hidden_size
+    assert figures.steps == len(figures.records) == 6 and figures.tokens == 6 * figures.batch * figures.seq_len
+    assert figures.loss == figures.records[-1]["loss"] < figures.records[0]["loss"]
+    assert same_weights(model, model) and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    assert all(weight.requires_grad for weight in (*model.parameters(), *small.parameters())) and not small.training
+    gap = limbeck.evaluate(model, {"small": small, "itself": model}, TEXTS, tokens=512, seq_len=64)
+    assert gap.kl.keys() == {"small", "itself"} and gap.kl["small"] > gap.kl["itself"] == pytest.approx(0, abs=1e-6)
+    assert gap.bits_per_byte["itself"] == gap.bits_per_byte["teacher"]
+    page = gap.page(tmp_path / "pages" / "gap.html")
+    assert "small" in page.read_text() and list((tmp_path / "pages" / "plots").glob("*.png"))
+    assert set(limbeck.evaluate(model, small, TEXTS, tokens=512, seq_len=64).kl) == {"student"}
+    texts = limbeck.generate(small, ["def name_1(x):", "def"], max_new_tokens=4)
+    assert [text[:3] for text in texts] == ["def", "def"] and texts == limbeck.generate(
+        small, ["def name_1(x):", "def"], max_new_tokens=4, batch=1
+    )
+    assert limbeck.export(small, tmp_path / "out") == tmp_path / "out"
+    again = limbeck.load(tmp_path / "out")
+    assert same_weights(small, again) and again.tokenizer is not None
+    assert again.tokenizer.vocab_size == small.config.vocab_size
+
+
+def test_few_bits_and_few_tokens(model: HybridLM) -> None:
+    """A student in bfloat16 trains in float32 and stays what it was; a text shorter than a row is a row."""
+    student = random_model(tiny_config(vocab_size=model.config.vocab_size), 1, torch.bfloat16)
+    figures = limbeck.distill(model, student, [TEXT[:200]], steps=2, loss=DistillLoss(ce_weight=0.5))
+    assert figures.batch == 1 and figures.seq_len < 200 and figures.epochs == pytest.approx(2, rel=0.1)
+    assert {weight.dtype for weight in student.parameters()} == {torch.bfloat16}
+    assert not same_weights(student, random_model(student.config, 1, torch.bfloat16))
+
+
+def test_a_folder_with_few_documents(model: HybridLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "one.txt").write_text(TEXT[:3000])
+    assert limbeck.evaluate(model, model, str(tmp_path), seq_len=64, tokens=256, resamples=10).report.documents == 1
+    assert "no document in the split" in caplog.text
+
+
+def test_memory_fit_is_the_command_s(tmp_path: Path) -> None:
+    name = "nemotron-nano-9b-v2"
+    assert command("memory-fit", f"model={name}", "context=131072", f"output={tmp_path / 'fit'}")[0] == 0
+    expected: dict[str, Any] = json.loads((tmp_path / "fit" / "result.json").read_text())
+    for model in (name, model_config(name)):
+        fit = limbeck.memory_fit(model, hardware="a10g", context=131072)
+        assert fit.fits and json.loads(json.dumps(dataclasses.asdict(fit.verdict))) == expected["verdict"]
+        assert fit.report.peak == expected["memory"]["peak"]
+    assert not limbeck.memory_fit("nemotron-nano-12b-v2", read_hardware("a10g")).fits
+
+
+def test_a_model_of_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    ours, ids = limbeck.load(theirs, device="cpu"), torch.randint(97, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    assert ours.tokenizer is None
+    with pytest.raises(InputError, match="tokenizer=FOLDER"):
+        limbeck.score(theirs, TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    (
+        (lambda model, scores: limbeck.load("nvidia/NVIDIA-Nemotron-Nano-9B-v2"), "neither a folder nor a name"),
+        (lambda model, scores: limbeck.load(3), "int"),
+        (lambda model, scores: limbeck.prune(model, scores, width=3), "hidden_size"),
+        (lambda model, scores: limbeck.prune(model, scores, hidden_size=999), "999"),
+        (lambda model, scores: limbeck.prune(model, scores, layers=2), "remove_layers=4"),
+        (lambda model, scores: limbeck.distill(model, model, TEXTS), "in place"),
+        (lambda model, scores: limbeck.distill(model, "zoo", TEXTS), "in place"),
+        (lambda model, scores: limbeck.evaluate(model, {"teacher": model}, TEXTS), "teacher"),
+        (lambda model, scores: limbeck.memory_fit(model, "a11g"), "a10g"),
+        (lambda model, scores: limbeck.memory_fit(model, "cpu"), "usable_gib"),
+        (lambda model, scores: limbeck.memory_fit("zoo", context=9000), "8,192"),
+        (lambda model, scores: limbeck.generate(model, "def"), "list of texts"),
+    ),
+)
+def test_wrong_input(wrong: Any, says: str, model: HybridLM) -> None:
+    scores = limbeck.score(model, TEXTS, tokens=64, depth_tokens=64, seq_len=32)
+    with pytest.raises(InputError, match=re.escape(says)) as caught:
+        wrong(model, scores)
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_is_light_and_nothing_knows_hydra(workshop: Path) -> None:
+    code = f"""
+import sys, limbeck
+assert "torch" not in sys.modules and "load" in dir(limbeck) and limbeck.__version__
+import limbeck.prune.slice, limbeck.distill.losses
+model = limbeck.load({str(workshop / "model")!r})
+scores = limbeck.score(model, [{TEXTS[0]!r}], tokens=64, depth_tokens=64, seq_len=32)
+small = limbeck.prune(model, scores, hidden_size=24)
+limbeck.distill(teacher=model, student=small, data=[{TEXTS[0]!r}], steps=1)
+limbeck.evaluate(model, small, [{TEXTS[0]!r}]), limbeck.memory_fit(small), limbeck.generate(small, ["x"])
+assert not {{"hydra", "omegaconf", "matplotlib", "wandb"}} & set(sys.modules), sorted(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_code_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks), names)
+    assert len(blocks) == 6 and names["fit"].fits and names["small"].config.num_layers == 12
+    assert (tmp_path / "gap.html").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    monkeypatch.chdir(tmp_path)
+    content = json.loads((DOCS / "limbeck.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        exec(cell, names)
+    matplotlib.pyplot.close("all")
+    assert len(cells) >= 6 and names["gap"].kl["distilled"] < names["gap"].kl["pruned"]
+    assert not any(cell.get("outputs") for cell in content["cells"])

@@ -1,0 +1,47 @@
+"""How many of our files lie between a command line and its first tensor operation with weights (see hops.py)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from limbeck.tests.helpers import limbeck
+from limbeck.tests.hops import hops
+
+# On the stack at that moment, and entered before it: at most 60% of the 13, 26, 28, 38 and 37 of before the house.
+LIMITS = {"prune": (3, 13), "score": (3, 26), "generate": (3, 28), "evaluate": (4, 38), "distill": (4, 37)}
+SHARE = 0.6
+TEXT = ["data=stdlib", "seq_len=64", "batch=2", "device=cpu"]
+SCORE = ["importance.tokens=128", "importance.depth_tokens=64"]
+TRAIN = ["distill.seq_len=64", "distill.batch=2", "distill.evaluate_tokens=128", "distill.train.steps=1"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scores and a student; the text is in the cache by then."""
+    root = tmp_path_factory.mktemp("hops")
+    assert limbeck("score", "model=zoo", *TEXT, *SCORE, f"output={root / 'scores'}")[0] == 0
+    words = ["target.hidden_size=224", f"scores={root / 'scores'}", f"output={root / 'pruned'}"]
+    assert limbeck("prune", "model=zoo", *words)[0] == 0
+    return root
+
+
+def words_of(command: str, folders: Path) -> list[str]:
+    output, pruned = f"output={folders / command}", folders / "pruned"
+    return {
+        "prune": ["model=zoo", f"scores={folders / 'scores'}", "target.hidden_size=224", output],
+        "score": ["model=zoo", *TEXT, *SCORE, output],
+        "generate": ["model=zoo", "prompt=import os", "max_new_tokens=2", "device=cpu"],
+        "evaluate": ["teacher=zoo", f"+student.pruned={pruned}", *TEXT, "tokens=256", output],
+        "distill": ["teacher=zoo", f"student={pruned}", "data=stdlib", *TRAIN, "device=cpu", output],
+    }[command]
+
+
+@pytest.mark.parametrize("command", LIMITS)
+def test_files_to_the_first_tensor_operation(command: str, folders: Path) -> None:
+    stack, entered = hops([command, *words_of(command, folders)])
+    most, before = LIMITS[command]
+    print(command, len(stack), stack, len(entered), entered)
+    assert 0 < len(stack) <= most, stack
+    assert 0 < len(entered) <= math.floor(SHARE * before), (len(entered), entered)
