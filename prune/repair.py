@@ -340,9 +340,3 @@ class LayerwiseRepair:
         damp = self.repair.ridge * moments.diagonal().mean()
         eye = torch.eye(len(moments), dtype=torch.float64, device=moments.device)
         return weight * torch.linalg.solve(moments + damp * eye, right + damp).to(weight)
-
-
-def writers_of(layer: HybridConfig) -> dict[str, str]:
-    """The matrices of a model of one layer that write the stream -> the activation that each reads."""
-    names = [spec.name for spec in tensor_table(layer).values() if writes_stream(spec)]
-    return {name.removeprefix("layers.0."): INNER[layer.pattern] for name in names}
