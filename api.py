@@ -38,12 +38,13 @@ from .models.generate.sampling import Sampling
 from .models.hybrid import HybridLM
 from .models.named import data_path, model_config, model_folder, read_hardware
 from .models.tokenizer import check_vocabulary, load_tokenizer
-from .prune.choose import Target, select
+from .prune.choose import select
 from .prune.depth import random_layers, score_layers
 from .prune.importance import score_widths
 from .prune.repair import Repair, repair_model
 from .prune.scores import Scores
 from .prune.scoring import Importance
+from .prune.target import Target
 
 Source = str | Path | HybridLM | Any  # the last: a model of transformers
 Data = str | Path | Sequence[str]
@@ -180,20 +181,15 @@ def prune(
     **target: Any,
 ) -> HybridLM:
     """A smaller model of the units that score highest. `target` is the size: `parameters=0.75` (a share, or a count),
-    `layers=`, `hidden_size=` and the other fields of `prune.choose.Target`. `repair` on `data` rotates the stream and
+    `layers=`, `hidden_size=` and the other fields of `prune.target.Target`. `repair` on `data` rotates the stream and
     refits the matrices; without data it rescales the norms alone."""
     model = load(model)
-    try:
-        size = Target(**target)
-    except TypeError:
-        known = ", ".join(field.name for field in dataclasses.fields(Target))
-        raise InputError(f"prune: target {', '.join(target)}; known: {known}") from None
     if isinstance(repair, bool):
         read = repair and data is not None
         repair = Repair(rotate=read, norms="count" if repair else "none", least_squares=read)
     if repair.needs_data and data is None:
         raise InputError("prune: this repair needs data=")
-    selection = select(model.config, scores.widths, scores.layers.order, size)
+    selection = select(model.config, scores.widths, scores.layers.order, Target(**target))
     batches = read_sample(model, data, "train", tokens, seq_len, batch, seed) if data and repair.needs_data else []
     small = repair_model(model, selection, batches, repair)
     small.tokenizer = model.tokenizer
