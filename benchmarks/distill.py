@@ -46,9 +46,10 @@ from limbeck.models.named import SHIPPED
 from limbeck.models.processes import keep_memory
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.importance import score_magnitude
 from limbeck.prune.slice import slice_model
+from limbeck.prune.target import Target
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook

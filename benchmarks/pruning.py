@@ -28,6 +28,7 @@ from limbeck.distill.text.packing import Batch, Corpus, tokenize
 from limbeck.distill.text.resolve import documents
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.kernels.linear_kl import linear_cross_entropy
+from limbeck.models import mamba2
 from limbeck.models.checkpoint import load_model
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.folder import write_json
@@ -35,13 +36,14 @@ from limbeck.models.hybrid import HybridLM
 from limbeck.models.named import SHIPPED
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_magnitude, score_random, score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
-from limbeck.prune.width_metrics import AGGREGATES, MAMBA_SOURCES, ActivationScores, TaylorScores
+from limbeck.prune.target import Target
+from limbeck.prune.width_metrics import AGGREGATES, ActivationScores, TaylorScores
 
 PLAIN = Repair(norms="none")
 REPAIRS = {
@@ -320,12 +322,16 @@ def source_table(bench: Bench, seeds: Sequence[int]) -> None:
     rows = []
     for kept in (heads * 3 // 4, heads // 2):
         row = [f"{heads} to {kept}"]
-        for source in MAMBA_SOURCES:
+        for source in mamba2.KIND.scores["mamba_heads"].observed:
             name, target = f"Mamba source, {kept}, {source}", Target(mamba_num_heads=kept)
             losses = [loss_of_scores(bench, name, target, seed, {"mamba_source": source}) for seed in seeds]
             row.append(spread(losses))
         rows.append(row)
-    print_table(f"{bench.subject.name}: loss by the source of Mamba scores", ["heads", *MAMBA_SOURCES], rows)
+    print_table(
+        f"{bench.subject.name}: loss by the source of Mamba scores",
+        ["heads", *mamba2.KIND.scores["mamba_heads"].observed],
+        rows,
+    )
 
 
 def loss_of_scores(bench: Bench, name: str, target: Target, seed: int, options: dict[str, Any]) -> float:

@@ -33,9 +33,10 @@ from limbeck.models.hybrid import HybridLM
 from limbeck.models.named import SHIPPED
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.importance import score_widths
 from limbeck.prune.slice import slice_model
+from limbeck.prune.target import Target
 from torch import Tensor
 
 ROWS, SEQ_LEN = 4, 512

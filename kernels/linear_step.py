@@ -16,7 +16,8 @@ from .mamba_step import takes_prepared
 
 
 class PreparedRow:
-    """x [1, K] -> x W^T [1, N] of a weight [N, K] that is stored as `laid_out` does; it holds until the next call.
+    """x [..., K], one row, -> x W^T [..., N] of a weight [N, K] that is stored as `laid_out` does; it holds until the
+    next call.
 
     The weight is read by all threads at once, in parts of its rows in memory. Where those are N's, a part gives some of
     the sums; where they are K's, it gives a share of all of them, and the shares are added up.
@@ -43,12 +44,15 @@ class PreparedRow:
         if x is not self.seen:  # a buffer of what comes before is the same one every time
             self.seen = x
             self.view = x.view(self.parts, 1, -1) if self.adds else x.view(1, 1, -1).expand(self.parts, 1, self.columns)
+            self.answer = self.out.view(*x.shape[:-1], -1)
         torch.bmm(self.view, self.matrix, out=self.product)
-        return torch.sum(self.product, 0, out=self.out) if self.adds else self.out
+        if self.adds:
+            torch.sum(self.product, 0, out=self.out)
+        return self.answer
 
 
 def prepared_linear(weight: Tensor, batch: int) -> Callable[[Tensor], Tensor]:
-    """`linear` of x [batch, K] with this weight [N, K], for many calls without gradients."""
+    """`linear` of x [..., K] of `batch` rows with this weight [N, K], for many calls without gradients."""
     threads = torch.get_num_threads()
     if batch == 1 and PreparedRow.takes(weight, threads):
         return PreparedRow(weight, threads)

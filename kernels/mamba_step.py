@@ -67,12 +67,12 @@ class PreparedStep:
         self.dt_bias, self.A, self.D, self.bias, self.norm_weight = dt_bias, A, D[:, None], conv_bias, norm_weight
         self.before, self.kernel = conv.mT, conv_weight.mT.contiguous()  # [B, K-1, C], [K, C]
         self.window, self.product = (torch.empty(batch, width, channels) for _ in range(2))
-        self.recent, self.mixed = self.window[:, 1:], torch.empty(batch, channels)
+        self.recent, self.mixed = self.window[:, 1:], torch.empty(batch, 1, channels)
         groups = (batch, n_groups, 1, state)
         x, B, C = self.mixed.split((inner, n_groups * state, n_groups * state), -1)
         self.x, self.B, self.C = x.view(batch, heads, head_dim), B.view(groups), C.view(groups)
-        self.step, self.active, self.decay = (torch.empty(batch, heads) for _ in range(3))
-        self.active_each, self.decay_each = self.active[..., None], self.decay[..., None]
+        self.step, self.active, self.decay = (torch.empty(batch, 1, heads) for _ in range(3))
+        self.active_each, self.decay_each = self.active.mT, self.decay.mT
         self.written = torch.empty(batch, heads, head_dim)
         self.written_group = self.written.view(batch, n_groups, per_group, 1)
         self.decaying = ssm.view(batch, heads, head_dim * state)
@@ -80,17 +80,17 @@ class PreparedStep:
         self.read_by = torch.empty(groups)
         self.rows, self.columns = self.read_by.view(-1, 1, state), ssm.view(-1, per_group, state).mT
         self.y = torch.empty(batch * n_groups, 1, per_group)
-        self.y_heads, self.y_flat = self.y.view(batch, heads, head_dim), self.y.view(batch, inner)
-        self.gated = torch.empty(batch, inner)
+        self.y_heads, self.y_flat = self.y.view(batch, heads, head_dim), self.y.view(batch, 1, inner)
+        self.gated = torch.empty(batch, 1, inner)
         self.grouped = self.gated.view(batch, n_groups, per_group)
         self.norm = PreparedNorm((batch, n_groups, per_group), eps)
 
     def __call__(self, z: Tensor, conv_in: Tensor, dt: Tensor) -> Tensor:
-        """[B, H P] of z [B, H P], conv_in [B, C] and dt [B, H]; it holds until the next call."""
-        torch.cat((self.before, conv_in[:, None]), 1, out=self.window)
+        """[B, 1, H P] of z [B, 1, H P], conv_in [B, 1, C] and dt [B, 1, H]; it holds until the next call."""
+        torch.cat((self.before, conv_in), 1, out=self.window)
         self.before.copy_(self.recent)
         torch.mul(self.window, self.kernel, out=self.product)
-        torch.sum(self.product, 1, out=self.mixed)
+        torch.sum(self.product, 1, keepdim=True, out=self.mixed)
         if self.bias is not None:
             self.mixed.add_(self.bias)
         F.silu(self.mixed, inplace=True)

@@ -7,24 +7,23 @@ Shapes: [B, T] batch and tokens, [L] tokens in the cache, [H] query heads, [K] k
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import attention, decode_attention, document_mask
-from ..kernels.linear import linear
-from ..kernels.linear_step import prepared_linear
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotary, rotary_angles
 from ..kernels.ssd import document_numbers
-from .config import HybridConfig
-from .generate.cache import KeyValues
-from .mamba2 import NormWeight, Stored, as_it_is
+from .axes import Axis, Dimension, Factor, Parts, Role, fixed
+from .errors import InputError
+from .layer import Context, LayerKind, NormWeight, ScoreSource, StateBytes
 
-Observe = Callable[[str, int, Tensor], None]
+if TYPE_CHECKING:
+    from .config import HybridConfig
+
 Angles = tuple[Tensor, Tensor]
 
 
@@ -42,81 +41,108 @@ class Attention(nn.Module):
             self.q_norm = NormWeight(config.head_dim, **place)
             self.k_norm = NormWeight(config.head_dim, **place)
 
-    def forward(
-        self,
-        u: Tensor,
-        mask: Any,
-        angles: Angles | None,
-        cache: KeyValues | None,
-        observe: Observe | None = None,
-    ) -> Tensor:
-        """[B, T, hidden] -> [B, T, hidden]; `mask` says who may see whom (`attention_mask`; None: causal), `angles`
-        are the tokens' `rotary_angles` (None: no positions)."""
-        split = (-1, self.config.head_dim)
-        q, k, v = (
-            linear(u, projection.weight).unflatten(-1, split) for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.config.qk_norm:
-            q = rms_norm(q, self.q_norm.weight, self.config.norm_eps)
-            k = rms_norm(k, self.k_norm.weight, self.config.norm_eps)
-        if angles is not None:
-            q, k = rotary(q, *angles), rotary(k, *angles)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        y = attention(q, k, v, mask).transpose(1, 2)
-        if observe is not None:
-            observe("attn_heads", self.layer, y)
-        return linear(y.flatten(2), self.o_proj.weight)
+    def forward(self, u: Tensor, context: Context) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden]"""
+        config, split = self.config, (-1, self.config.head_dim)
+        positions: Positions = context.shared[share_positions]
+        cached: KeyValues | None = context.state(self.layer)
+        q, k, v = (context.project(p, u).unflatten(-1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if config.qk_norm:
+            q = rms_norm(q, self.q_norm.weight, config.norm_eps)
+            k = rms_norm(k, self.k_norm.weight, config.norm_eps)
+        if positions.angles is not None:
+            q, k = rotary(q, *positions.angles), rotary(k, *positions.angles)
+        if positions.rows is not None:  # a decoding step: one token a row, rows of any lengths
+            assert cached is not None
+            cached.write(positions.rows, k.flatten(0, 2), v.flatten(0, 2))
+            y = decode_attention(q.squeeze(1), cached.keys, cached.values, positions.lengths).unsqueeze(1)
+        else:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            if cached is not None:
+                k, v = cached.append(k, v, context.past)
+            y = attention(q, k, v, positions.mask).transpose(1, 2)
+        context.note("attn_heads", self.layer, y)
+        return context.project(self.o_proj, y.flatten(2))
+
+
+@dataclasses.dataclass
+class KeyValues:
+    """One layer's keys and values [B, K, L max, D] of B sequences; what is valid of a row its owner knows."""
+
+    keys: Tensor
+    values: Tensor
+
+    def append(self, k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Writes k and v [B, K, T, D] after `past` tokens, and gives all up to them [B, K, past + T, D]."""
+        stop = past + k.shape[2]
+        if stop > self.keys.shape[2]:
+            raise InputError(f"the cache holds {self.keys.shape[2]} tokens, and {stop} were requested")
+        self.keys[:, :, past:stop] = k
+        self.values[:, :, past:stop] = v
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def write(self, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Writes k and v [B K, D] into rows [B K] of the flattened caches [B K L, D] (see `Positions`)."""
+        self.keys.flatten(0, 2).index_copy_(0, rows, k)
+        self.values.flatten(0, 2).index_copy_(0, rows, v)
+
+    def rows(self, start: int, count: int) -> KeyValues:
+        return KeyValues(self.keys.narrow(0, start, count), self.values.narrow(0, start, count))
+
+    def clear(self, row: int) -> None:
+        """Nothing: what lies beyond a row's length is not read."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensor in (self.keys, self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def recurrent(self) -> tuple[Tensor, ...]:
+        return ()
+
+
+def new_key_values(
+    config: HybridConfig,
+    rows: int,
+    max_length: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ssm_dtype: torch.dtype,
+) -> KeyValues:
+    shape = (rows, config.num_key_value_heads, max_length, config.head_dim)
+    return KeyValues(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Where a step's tokens go, one a sequence: rows of the flattened keys [B K L, D] that they are written to [B K],
-    lengths [B] with them counted, and their angles."""
+class Positions:
+    """Where the tokens of a call stand, shared by its attention layers: `mask` says who may see whom (`attention_mask`;
+    None: causal), `angles` are the tokens' `rotary_angles` (None: no positions). Of a decoding step `rows` [B K] are
+    the rows of the flattened caches [B K L, D] that its tokens are written to, and `lengths` [B] count them."""
 
-    rows: Tensor
-    lengths: Tensor
-    angles: Angles | None
-
-    @classmethod
-    def of(cls, lengths: Tensor, config: HybridConfig, max_length: int, dtype: torch.dtype) -> Places:
-        """Behind sequences of lengths [B], in a cache of `max_length` tokens."""
-        heads = config.num_key_value_heads
-        begins = torch.arange(lengths.shape[0] * heads, device=lengths.device).view(-1, heads) * max_length
-        each = lengths.unsqueeze(1)
-        angles = None
-        if config.rope_theta is not None:
-            angles = rotary_angles(each, config.head_dim, config.rope_theta, dtype)
-        return cls((begins + each).flatten(), lengths + 1, angles)
+    mask: Any = None
+    angles: Angles | None = None
+    rows: Tensor | None = None
+    lengths: Tensor | None = None
 
 
-class AttentionStep:
-    """A mixer's step of one token for sequences of any lengths."""
+def share_positions(
+    config: HybridConfig, context: Context, tokens: int, device: torch.device, dtype: torch.dtype
+) -> Positions:
+    if context.lengths is None:
+        mask = attention_mask(tokens, context.past, context.seq_idx, device)
+        where = token_positions(tokens, context.past, context.seq_idx, device) if config.rope_theta else None
+        return Positions(mask, angles_at(where, config, dtype))
+    heads = config.num_key_value_heads
+    each = context.lengths.unsqueeze(1)
+    begins = torch.arange(each.shape[0] * heads, device=device).view(-1, heads) * context.max_length
+    where = each if config.rope_theta else None
+    return Positions(None, angles_at(where, config, dtype), (begins + each).flatten(), context.lengths + 1)
 
-    def __init__(self, mixer: Attention, cached: KeyValues, stored: Stored = as_it_is) -> None:
-        """`cached` are whole rows of a cache, side by side in memory; `stored` as in `MambaStep`."""
-        self.mixer, self.cached = mixer, cached
-        batch = len(cached.keys)
-        self.projections = [
-            prepared_linear(stored(p.weight), batch) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-        ]
-        self.o_proj = prepared_linear(stored(mixer.o_proj.weight), batch)
-        self.flat = [tensor.flatten(0, 2) for tensor in (cached.keys, cached.values)]  # views
 
-    def __call__(self, u: Tensor, places: Places) -> Tensor:
-        """[B, hidden] -> [B, hidden]"""
-        config, split = self.mixer.config, (-1, self.mixer.config.head_dim)
-        q, k, v = (project(u).unflatten(-1, split) for project in self.projections)
-        if config.qk_norm:
-            q = rms_norm(q, self.mixer.q_norm.weight, config.norm_eps)
-            k = rms_norm(k, self.mixer.k_norm.weight, config.norm_eps)
-        if places.angles is not None:
-            q, k = (rotary(heads.unsqueeze(1), *places.angles).squeeze(1) for heads in (q, k))
-        for into, new in zip(self.flat, (k, v), strict=True):
-            into.index_copy_(0, places.rows, new.flatten(0, 1))
-        y = decode_attention(q, self.cached.keys, self.cached.values, places.lengths)
-        return self.o_proj(y.flatten(1))
+def angles_at(positions: Tensor | None, config: HybridConfig, dtype: torch.dtype) -> Angles | None:
+    if positions is None or config.rope_theta is None:
+        return None
+    return rotary_angles(positions, config.head_dim, config.rope_theta, dtype)
 
 
 def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Any:
@@ -138,10 +164,60 @@ def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch
 
 
 def token_positions(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Tensor:
-    """Positions [1 or B, T]: they go on from the past, and begin at 0 again with each further document."""
+    """Positions [1 or B, T]: they continue after the past, and begin at 0 again with each further document."""
     index = torch.arange(tokens, device=device)[None]
     if seq_idx is None:
         return index + past
     document = document_numbers(seq_idx)
     begins = F.pad(document[:, 1:] != document[:, :-1], (1, 0))
     return index - torch.where(begins, index, -past).cummax(1).values
+
+
+def attention_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
+    # Key and value heads stay; whole query heads come and go inside their kv group.
+    query: Dimension = ((Factor(Axis("attn_heads", layer), config.num_attention_heads), Factor(None, config.head_dim)),)
+    key = fixed(config.num_key_value_heads * config.head_dim)
+    tensors: Parts = {
+        "q_proj.weight": (Role.MATRIX, (query, hidden)),
+        "k_proj.weight": (Role.MATRIX, (key, hidden)),
+        "v_proj.weight": (Role.MATRIX, (key, hidden)),
+        "o_proj.weight": (Role.MATRIX, (hidden, query)),
+    }
+    if config.qk_norm:
+        tensors["q_norm.weight"] = tensors["k_norm.weight"] = (Role.NORM, (fixed(config.head_dim),))
+    return tensors
+
+
+def check_heads(config: HybridConfig) -> None:
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise InputError(
+            f"config: num_attention_heads ({config.num_attention_heads}) is not a multiple of"
+            f" num_key_value_heads ({config.num_key_value_heads})"
+        )
+
+
+def key_value_bytes(config: HybridConfig, kv: int, ssm: int, conv: int) -> StateBytes:
+    return StateBytes(token=2 * config.num_key_value_heads * config.head_dim * kv)
+
+
+def score_and_mix(config: HybridConfig, context: int) -> float:
+    """Scores, and values weighted by them, over half of the context on average."""
+    return config.num_attention_heads * config.head_dim * 2 * context / 2
+
+
+KIND = LayerKind(
+    letter="*",
+    name="attention",
+    key="attention",
+    fields=("num_attention_heads", "num_key_value_heads", "head_dim"),
+    check=check_heads,
+    tensors=attention_tensors,
+    build=Attention,
+    share=share_positions,
+    new_state=new_key_values,
+    state_bytes=key_value_bytes,
+    work=score_and_mix,
+    writers={"o_proj.weight": "attn_heads"},
+    scores={"attn_heads": ScoreSource({"": "attn_heads"}, reduce=True)},
+    size_label=lambda config: f"A{config.num_attention_heads}",
+)

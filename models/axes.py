@@ -1,31 +1,70 @@
-"""THE table: for every tensor of a config, which axis each of its dimensions lies on.
+"""THE table: for every tensor of a config, which axis each of its dimensions lies on, and what the tensor is.
 
 A dimension is a run of segments, a segment is a row-major product of factors, and a factor is an axis (or None
 where the size is fixed) with its size. The rows of Mamba's `in_proj`, z | x | B, C | dt, read
 
     (mamba_heads x mamba_head_dim) + (mamba_heads x mamba_head_dim) + fixed(2 * groups * state) + mamba_heads
 
-Expected shapes, the parameter count, memory, validation and slicing are all read from here, and nowhere else.
-Names are those of `HybridLM.state_dict()`; `families` maps them to a checkpoint's.
+The tensors of a layer are listed by its kind (mamba2.py, attention.py, mlp.py, ...); embedding, final norm and head
+here. Shapes, the parameter count, memory, validation and slicing are read from the table, and nowhere else.
+Names are those of `HybridLM.state_dict()`; families/ maps them to a checkpoint's.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .config import HybridConfig
+if TYPE_CHECKING:
+    from .config import HybridConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRow:
+    """A row of `AXES`: one prunable width.
+
+    `width` is the config field that counts its units, `title` its name in tables and plots. Units that live in groups
+    of equal size keep equally many in each; `groups` is the config field that counts those. An axis `within` another
+    is ranked by the columns of that axis's scores [units, columns], once for all of its units.
+    """
+
+    name: str
+    width: str
+    title: str
+    groups: str | None = None
+    within: str | None = None
+
+
+AXES: dict[str, AxisRow] = {
+    row.name: row
+    for row in (
+        AxisRow("hidden", "hidden_size", "hidden"),
+        AxisRow("ffn", "intermediate_size", "FFN"),
+        AxisRow("attn_heads", "num_attention_heads", "attention heads", groups="num_key_value_heads"),
+        AxisRow("mamba_heads", "mamba_num_heads", "Mamba heads", groups="n_groups"),
+        AxisRow("mamba_head_dim", "mamba_head_dim", "Mamba head_dim", within="mamba_heads"),
+    )
+}
 
 
 class Axis(NamedTuple):
-    """A prunable axis: `hidden` of the whole model (layer None), or one that belongs to a layer."""
+    """An axis of a model: `hidden` of all of it (layer None), or one that belongs to a layer. `kind` names its row."""
 
     kind: str
     layer: int | None = None
 
     def __str__(self) -> str:
         return self.kind if self.layer is None else f"{self.kind}({self.layer})"
+
+    @property
+    def row(self) -> AxisRow:
+        return AXES[self.kind]
+
+    def groups(self, config: HybridConfig) -> int:
+        """How many groups its units live in."""
+        return 1 if self.row.groups is None else getattr(config, self.row.groups)
 
 
 class Factor(NamedTuple):
@@ -37,15 +76,27 @@ Segment = tuple[Factor, ...]
 Dimension = tuple[Segment, ...]
 
 HIDDEN = Axis("hidden")
-AXIS_KINDS = ("hidden", "ffn", "attn_heads", "mamba_heads", "mamba_head_dim")
+
+
+class Role(enum.Enum):
+    """What a tensor is for. A matrix [outputs, inputs] multiplies activations, a table is looked up by token, a norm's
+    weight scales what it has normalised; expert stacks are matrices [experts, outputs, inputs]."""
+
+    MATRIX = "matrix"
+    NORM = "norm"
+    VECTOR = "vector"
+    TABLE = "table"
+    CONVOLUTION = "convolution"
+    EXPERTS = "experts"
 
 
 @dataclasses.dataclass(frozen=True)
-class TensorAxes:
-    """One tensor: its dimensions, and the layer that it belongs to (None for embedding, final norm and head)."""
+class TensorSpec:
+    """One tensor: its dimensions, its role, and the layer that it belongs to (None for embedding, final norm, head)."""
 
     name: str
     dimensions: tuple[Dimension, ...]
+    role: Role
     layer: int | None = None
 
     @property
@@ -56,6 +107,29 @@ class TensorAxes:
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def part(self) -> str:
+        """The name within its layer, such as "norm.weight" or "mixer.in_proj.weight"."""
+        return self.name if self.layer is None else self.name.split(".", 2)[2]
+
+    @property
+    def reads_stream(self) -> bool:
+        """Whether its inputs are the normed residual stream: a matrix with columns on hidden."""
+        return self.role in (Role.MATRIX, Role.EXPERTS) and on_hidden(self.dimensions[-1])
+
+    @property
+    def writes_stream(self) -> bool:
+        """Whether its outputs are added to the residual stream: a layer's matrix with rows on hidden."""
+        return self.role in (Role.MATRIX, Role.EXPERTS) and on_hidden(self.dimensions[-2])
+
+
+Parts = dict[str, tuple[Role, tuple[Dimension, ...]]]  # a layer's tensors by their names below `mixer.`
+
+
+def columns_of(axis: Axis) -> list[Axis]:
+    """The axes that are ranked by the columns of this one's scores."""
+    return [Axis(row.name, axis.layer) for row in AXES.values() if row.within == axis.kind]
+
 
 def segment_size(segment: Segment) -> int:
     return math.prod(factor.size for factor in segment)
@@ -63,6 +137,14 @@ def segment_size(segment: Segment) -> int:
 
 def dimension_size(dimension: Dimension) -> int:
     return sum(segment_size(segment) for segment in dimension)
+
+
+def on_hidden(dimension: Dimension) -> bool:
+    return dimension[0][0].axis == HIDDEN
+
+
+def fixed(size: int) -> Dimension:
+    return ((Factor(None, size),),)
 
 
 def axis_sizes(config: HybridConfig) -> dict[Axis, int]:
@@ -77,67 +159,16 @@ def axis_sizes(config: HybridConfig) -> dict[Axis, int]:
     return sizes
 
 
-def tensor_table(config: HybridConfig) -> dict[str, TensorAxes]:
+def tensor_table(config: HybridConfig) -> dict[str, TensorSpec]:
     """Every tensor of a model of this config by its name in `HybridLM.state_dict()`."""
     hidden: Dimension = ((Factor(HIDDEN, config.hidden_size),),)
     vocabulary = fixed(config.vocab_size)
-    rows = [TensorAxes("embeddings.weight", (vocabulary, hidden))]
-    for layer, letter in enumerate(config.pattern):
-        rows.append(TensorAxes(f"layers.{layer}.norm.weight", (hidden,), layer))
-        for name, dimensions in MIXER_TENSORS[letter](config, layer, hidden).items():
-            rows.append(TensorAxes(f"layers.{layer}.mixer.{name}", dimensions, layer))
-    rows.append(TensorAxes("norm_f.weight", (hidden,)))
+    rows = [TensorSpec("embeddings.weight", (vocabulary, hidden), Role.TABLE)]
+    for layer, kind in enumerate(config.kinds):
+        rows.append(TensorSpec(f"layers.{layer}.norm.weight", (hidden,), Role.NORM, layer))
+        for name, (role, dimensions) in kind.tensors(config, layer, hidden).items():
+            rows.append(TensorSpec(f"layers.{layer}.mixer.{name}", dimensions, role, layer))
+    rows.append(TensorSpec("norm_f.weight", (hidden,), Role.NORM))
     if not config.tie_word_embeddings:
-        rows.append(TensorAxes("lm_head.weight", (vocabulary, hidden)))
+        rows.append(TensorSpec("lm_head.weight", (vocabulary, hidden), Role.MATRIX))
     return {row.name: row for row in rows}
-
-
-def fixed(size: int) -> Dimension:
-    return ((Factor(None, size),),)
-
-
-def mamba_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> dict[str, tuple[Dimension, ...]]:
-    heads = Factor(Axis("mamba_heads", layer), config.mamba_num_heads)
-    head_dim = Factor(Axis("mamba_head_dim", layer), config.mamba_head_dim)
-    inner: Dimension = ((heads, head_dim),)
-    per_head: Dimension = ((heads,),)
-    b_and_c = fixed(2 * config.n_groups * config.ssm_state_size)
-    conv_channels = inner + b_and_c
-    tensors = {
-        "in_proj.weight": (inner + inner + b_and_c + per_head, hidden),
-        "conv1d.weight": (conv_channels, fixed(1), fixed(config.conv_kernel)),
-        "A_log": (per_head,),
-        "D": (per_head,),
-        "dt_bias": (per_head,),
-        "norm.weight": (inner,),
-        "out_proj.weight": (hidden, inner),
-    }
-    if config.conv_bias:
-        tensors["conv1d.bias"] = (conv_channels,)
-    return tensors
-
-
-def attention_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> dict[str, tuple[Dimension, ...]]:
-    # Key and value heads stay; whole query heads come and go inside their kv group.
-    query: Dimension = ((Factor(Axis("attn_heads", layer), config.num_attention_heads), Factor(None, config.head_dim)),)
-    key = fixed(config.num_key_value_heads * config.head_dim)
-    tensors: dict[str, tuple[Dimension, ...]] = {
-        "q_proj.weight": (query, hidden),
-        "k_proj.weight": (key, hidden),
-        "v_proj.weight": (key, hidden),
-        "o_proj.weight": (hidden, query),
-    }
-    if config.qk_norm:
-        tensors["q_norm.weight"] = tensors["k_norm.weight"] = (fixed(config.head_dim),)
-    return tensors
-
-
-def mlp_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> dict[str, tuple[Dimension, ...]]:
-    ffn: Dimension = ((Factor(Axis("ffn", layer), config.intermediate_size),),)
-    tensors: dict[str, tuple[Dimension, ...]] = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
-    if config.gated_mlp:
-        tensors["gate_proj.weight"] = (ffn, hidden)
-    return tensors
-
-
-MIXER_TENSORS = {"M": mamba_tensors, "*": attention_tensors, "-": mlp_tensors}

@@ -14,16 +14,25 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .axes import TensorAxes, tensor_table
+from .axes import tensor_table
 from .config import HybridConfig
 from .errors import CheckFailed, DiskError, InputError
-from .families import from_checkpoint_name, is_ignored, to_checkpoint_name
+from .families.family import (
+    StoredTensor,
+    assembled,
+    is_ignored,
+    pieces_of,
+    published_name,
+    scattered,
+    stored_tensors,
+    tensor_table_of,
+)
 from .folder import atomic_folder, write_json
 from .hybrid import HybridLM
 from .tensors import DTYPES as ALL_DTYPES
@@ -47,12 +56,19 @@ COMPANIONS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: the file, its name there, and the dtype."""
+class Place(NamedTuple):
+    """Where a stored tensor lies: the file, its name there, and the dtype."""
 
     file: Path
     name: str
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where a tensor of the table lies: the places of what it is stored as, by published names, and their dtype."""
+
+    places: Mapping[str, Place]
     dtype: torch.dtype
 
 
@@ -80,13 +96,10 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int | None) -> Tensor:
         """Rows start..stop-1 of one tensor. They lie in the file until they are used. Raises InputError as above."""
-        place = self.stored[name]
-        with open_file(place.file) as file:
-            tensor = file.get_slice(place.name)[start:stop]
-        if not is_finite(tensor):
-            kind = "NaN" if torch.isnan(tensor).any() else "infinity"
-            raise InputError(f"{place.file}: tensor {place.name} holds {kind}; expected finite numbers")
-        return tensor
+        places = self.stored[name].places
+        if stop is None:
+            stop = tensor_table_of(self.config)[name].shape[0]
+        return assembled(self.config, name, start, stop, lambda stored, *rows: read_rows(places[stored], *rows))
 
 
 def open_file(path: Path) -> Any:
@@ -99,6 +112,23 @@ def open_file(path: Path) -> Any:
         raise InputError(f"{path} {what}; copy it again") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_rows(place: Place, begin: int, end: int) -> Tensor:
+    """Rows begin..end-1 of a stored tensor, counted as by `families.family.Piece`. Raises InputError as
+    `Checkpoint.tensor`."""
+    with open_file(place.file) as file:
+        part = file.get_slice(place.name)
+        shape = part.get_shape()
+        each = math.prod(shape[1:-1])
+        first = begin // each
+        tensor = part[first : -(-end // each)]
+    if len(shape) > 1:
+        tensor = tensor.flatten(0, -2)[begin - first * each : end - first * each]
+    if not is_finite(tensor):
+        kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+        raise InputError(f"{place.file}: tensor {place.name} holds {kind}; expected finite numbers")
+    return tensor
 
 
 def read_json(path: Path) -> Any:
@@ -130,23 +160,42 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """Opens a folder and checks every tensor's name, shape and dtype. Raises InputError, naming file and tensor."""
     path = Path(path)
     config = load_config(path)
-    table = tensor_table(config)
-    stored: dict[str, Stored] = {}
+    expected = stored_tensors(config)
+    places: dict[str, Place] = {}
     for file in weight_files(path):
         with open_file(file) as opened:
             for name in opened.keys():  # noqa: SIM118
-                found = check_tensor(file, name, opened.get_slice(name), config, table)
-                if found is None:
+                known = check_tensor(file, name, opened.get_slice(name), config, expected)
+                if known is None:
                     continue
-                if found in stored:
-                    raise InputError(f"{file}: tensor {name} is also in {stored[found].file.name}; expected it once")
-                stored[found] = Stored(file, name, DTYPES[opened.get_slice(name).get_dtype()])
-    missing = [name for name in table if name not in stored]
+                if known in places:
+                    raise InputError(f"{file}: tensor {name} is also in {places[known].file.name}; expected it once")
+                places[known] = Place(file, name, DTYPES[opened.get_slice(name).get_dtype()])
+    missing = [name for name in expected if name not in places]
     if missing:
-        names = ", ".join(to_checkpoint_name(config, name) for name in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(f"{path}: tensor {names}{more} missing; config.json asks for {len(table)} tensors")
-    return Checkpoint(path, config, {name: stored[name] for name in table})
+        raise InputError(
+            f"{path}: tensor {', '.join(missing[:3])}{more} missing; config.json asks for {len(expected)} tensors"
+        )
+    return Checkpoint(path, config, stored_as(config, places))
+
+
+def stored_as(config: HybridConfig, places: Mapping[str, Place]) -> dict[str, Stored]:
+    """The tensors of the table whose every piece has a place, by published name. Raises InputError where the pieces of
+    one have several dtypes."""
+    stored: dict[str, Stored] = {}
+    for name, pieces in pieces_of(config).items():
+        if all(piece.stored in places for piece in pieces):
+            own = {piece.stored: places[piece.stored] for piece in pieces}
+            first, *others = own.values()
+            for other in others:
+                if other.dtype != first.dtype:
+                    raise InputError(
+                        f"{other.file}: tensor {other.name} has dtype {other.dtype}, but {first.name} {first.dtype};"
+                        " expected one for both, which belong together"
+                    )
+            stored[name] = Stored(own, first.dtype)
+    return stored
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -165,21 +214,24 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def check_tensor(file: Path, name: str, part: Any, config: HybridConfig, table: Mapping[str, TensorAxes]) -> str | None:
-    """The table's name of a stored tensor, once its shape and dtype are right; None for a tied head stored again,
+def check_tensor(
+    file: Path, name: str, part: Any, config: HybridConfig, expected: Mapping[str, StoredTensor]
+) -> str | None:
+    """The published name of a stored tensor, once its shape and dtype are right; None for a tied head stored again,
     and for what is ignored."""
-    found = from_checkpoint_name(config, name)
-    if (found == "lm_head.weight" and config.tie_word_embeddings) or is_ignored(config, name):
+    known = published_name(config, name)
+    head = config.family_record.outer["lm_head.weight"]
+    if (known == head and config.tie_word_embeddings) or is_ignored(config, name):
         return None
-    if found is None or found not in table:
-        expected = to_checkpoint_name(config, "embeddings.weight")
-        raise InputError(f"{file}: unexpected tensor {name}; config.json describes none of that name (as {expected})")
+    if known not in expected:
+        example = next(iter(expected))
+        raise InputError(f"{file}: unexpected tensor {name}; config.json describes none of that name (as {example})")
     shape, dtype = tuple(part.get_shape()), part.get_dtype()
-    if shape != table[found].shape:
-        raise InputError(f"{file}: tensor {name} has shape {list(shape)}, expected {list(table[found].shape)}")
+    if shape != expected[known].shape:
+        raise InputError(f"{file}: tensor {name} has shape {list(shape)}, expected {list(expected[known].shape)}")
     if dtype not in DTYPES:
         raise InputError(f"{file}: tensor {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
-    return found
+    return known
 
 
 def load_model(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> HybridLM:
@@ -227,9 +279,9 @@ def write_checkpoint(
 ) -> None:
     """Fills an existing folder (see `folder.atomic_folder`) with config, weights and tokenizer.
 
-    `tensors` yields (name, tensor) of the table, or (name, rows), one piece after the other; they are stored in
+    `tensors` yields (name, tensor) of the table, or (name, rows), one run of rows after the other; they are stored in
     `dtypes`, one for all or one for each name. Shards that are in the folder already stay, and what is yielded for
-    them is passed over: see `finished_shards`. `tokenizer_from` is a folder whose tokenizer files are copied;
+    them is skipped: see `finished_shards`. `tokenizer_from` is a folder whose tokenizer files are copied;
     `provenance` becomes limbeck.json.
     Raises InputError where the config cannot be written, DiskError where the disk has less room than the weights take
     or refuses a write.
@@ -239,32 +291,34 @@ def write_checkpoint(
     missing = [shard for shard in shards if not (folder / shard.file).exists()]
     check_room(folder, sum(shard.bytes for shard in missing))
     place = {name: shard for shard in missing for name in shard.forms}
-    done = {name for shard in shards if shard not in missing for name in shard.forms}
+    rows_done: dict[str, int] = {}
     files: dict[str, TensorFile] = {}
     with concurrent.futures.ThreadPoolExecutor(1) as syncing:
         finishing: concurrent.futures.Future[None] | None = None
         try:
-            for name, rows in ahead(tensors):
-                if name in done:
-                    continue
-                shard = place[name]
-                if shard.file not in files:
-                    files[shard.file] = TensorFile(folder / shard.file, shard.stored_forms(config))
-                file = files[shard.file]
-                file.write(to_checkpoint_name(config, name), rows.detach().to(shard.forms[name][0]))
-                if file.complete:
-                    if finishing is not None:
-                        finishing.result()
-                    finishing = syncing.submit(files.pop(shard.file).finish)
-                    done |= shard.forms.keys()
+            for ours, rows in ahead(tensors):
+                start = rows_done.get(ours, 0)
+                rows_done[ours] = start + len(rows)
+                for name, row, part in scattered(config, ours, start, rows.detach()):
+                    if name not in place:
+                        continue
+                    shard = place[name]
+                    if shard.file not in files:
+                        files[shard.file] = TensorFile(folder / shard.file, shard.forms)
+                    file = files[shard.file]
+                    file.write(name, part.to(shard.forms[name][0]), row)
+                    if file.complete:
+                        if finishing is not None:
+                            finishing.result()
+                        finishing = syncing.submit(files.pop(shard.file).finish)
+                        place = {other: where for other, where in place.items() if where is not shard}
             if finishing is not None:
                 finishing.result()
         finally:
             for file in files.values():
                 file.discard()
-    absent = [name for name in place if name not in done]
-    assert not absent, f"tensors of the table that were not given: {absent}"
-    write_index(folder, config, shards)
+    assert not place, f"tensors of the checkpoint that were not given: {sorted(place)}"
+    write_index(folder, shards)
     counts: dict[torch.dtype, int] = {}
     for shard in shards:
         for dtype, shape in shard.forms.values():
@@ -280,7 +334,7 @@ def write_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of weights, before it is written: its name, and the tensors by their names in the table."""
+    """A file of weights, before it is written: its name, and the tensors by their stored names."""
 
     file: str
     forms: Mapping[str, Form]
@@ -289,23 +343,20 @@ class Shard:
     def bytes(self) -> int:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.forms.values())
 
-    def stored_forms(self, config: HybridConfig) -> dict[str, Form]:
-        return {to_checkpoint_name(config, name): form for name, form in self.forms.items()}
-
 
 def plan_shards(
     config: HybridConfig, dtypes: torch.dtype | Mapping[str, torch.dtype], max_shard_bytes: int = SHARD_BYTES
 ) -> tuple[Shard, ...]:
-    """The files of a checkpoint: the table's tensors in their order, as many to a file as `max_shard_bytes` hold."""
+    """The files of a checkpoint: its tensors in the table's order, as many to a file as `max_shard_bytes` hold."""
     groups: list[dict[str, Form]] = [{}]
     filled = 0
-    for name, axes in tensor_table(config).items():
-        dtype = dtypes[name] if isinstance(dtypes, Mapping) else dtypes
-        size = axes.numel * dtype.itemsize
+    for name, tensor in stored_tensors(config).items():
+        dtype = dtypes[tensor.pieces[0].ours] if isinstance(dtypes, Mapping) else dtypes
+        size = math.prod(tensor.shape) * dtype.itemsize
         if groups[-1] and filled + size > max_shard_bytes:
             groups.append({})
             filled = 0
-        groups[-1][name] = (dtype, axes.shape)
+        groups[-1][name] = (dtype, tensor.shape)
         filled += size
     if len(groups) == 1:
         return (Shard(SINGLE, groups[0]),)
@@ -316,16 +367,13 @@ def plan_shards(
 
 def finished_shards(folder: Path, config: HybridConfig, shards: Iterable[Shard]) -> Checkpoint:
     """What an earlier, interrupted `write_checkpoint` has left in a folder: a checkpoint of some of the tensors."""
-    return Checkpoint(
-        folder,
-        config,
-        {
-            name: Stored(folder / shard.file, to_checkpoint_name(config, name), dtype)
-            for shard in shards
-            if (folder / shard.file).exists()
-            for name, (dtype, _) in shard.forms.items()
-        },
-    )
+    places = {
+        name: Place(folder / shard.file, name, dtype)
+        for shard in shards
+        if (folder / shard.file).exists()
+        for name, (dtype, _) in shard.forms.items()
+    }
+    return Checkpoint(folder, config, stored_as(config, places))
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -338,10 +386,10 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def write_index(folder: Path, config: HybridConfig, shards: Sequence[Shard]) -> None:
+def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     """The index of a folder of several files."""
     if len(shards) > 1:
-        weight_map = {to_checkpoint_name(config, name): shard.file for shard in shards for name in shard.forms}
+        weight_map = {name: shard.file for shard in shards for name in shard.forms}
         total = sum(shard.bytes for shard in shards)
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 

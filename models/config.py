@@ -1,20 +1,23 @@
 """What a hybrid model is: the layer pattern and every width. A pruned model is just another config.
 
-The pattern has one letter a layer: `M` a Mamba-2 mixer, `*` attention, `-` an MLP; each layer is
+The pattern has one letter a layer (kinds.py), `M` a Mamba-2 mixer, `*` attention, `-` an MLP; each layer is
 x + mixer(RMSNorm(x)). A dense Transformer block is the pattern `*-`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from .errors import InputError
-from .families import FAMILIES, read_config, write_config
+from .families.family import Family, write_config
+from .families.known import FAMILIES, read_config
+from .kinds import kinds_of
+from .layer import LayerKind
 
-LAYER_KINDS = {"M": "mamba", "*": "attention", "-": "mlp"}
 ACTIVATIONS = ("relu2", "silu")
 
 
@@ -60,33 +63,14 @@ class HybridConfig:
         if self.family not in FAMILIES:
             raise InputError(f"config: family {self.family!r} is unknown; known: {', '.join(sorted(FAMILIES))}")
         if not self.pattern:
-            raise InputError("config: the layer pattern is empty; expected letters of 'M', '*', '-', one a layer")
-        for position, letter in enumerate(self.pattern):
-            if letter not in LAYER_KINDS:
-                raise InputError(
-                    f"config: layer {position} of the pattern has the unknown letter {letter!r};"
-                    " known: 'M' (Mamba-2), '*' (attention), '-' (MLP)"
-                )
-        needed = ["vocab_size", "hidden_size"]
-        if "-" in self.pattern:
-            needed += ["intermediate_size"]
-        if "*" in self.pattern:
-            needed += ["num_attention_heads", "num_key_value_heads", "head_dim"]
-        if "M" in self.pattern:
-            needed += ["mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"]
-        for name in needed:
+            raise InputError("config: the layer pattern is empty; expected a letter for each layer, such as 'M-M*-'")
+        kinds = dict.fromkeys(self.kinds)
+        for name in dict.fromkeys(["vocab_size", "hidden_size", *(name for kind in kinds for name in kind.fields)]):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"config: {name} is {value!r}; the pattern needs a whole number of at least 1")
-        if "*" in self.pattern and self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"config: num_attention_heads ({self.num_attention_heads}) is not a multiple of"
-                f" num_key_value_heads ({self.num_key_value_heads})"
-            )
-        if "M" in self.pattern and self.mamba_num_heads % self.n_groups:
-            raise InputError(
-                f"config: mamba_num_heads ({self.mamba_num_heads}) is not divisible by n_groups ({self.n_groups})"
-            )
+        for kind in kinds:
+            kind.check(self)
         if self.rope_theta is not None and self.head_dim % 2:
             raise InputError(f"config: rotary positions need an even head_dim, found {self.head_dim}")
         if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
@@ -111,14 +95,23 @@ class HybridConfig:
         """Channels that the short convolution runs over: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.ssm_state_size
 
-    @property
-    def block(self) -> str:
-        """The pattern of the layers that come and go together only, "" where each layer stands for itself."""
-        return FAMILIES[self.family].block
+    @functools.cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer. Raises InputError for a letter that no kind has."""
+        return kinds_of(self.pattern)
 
-    def layers_of(self, letter: str) -> tuple[int, ...]:
-        """Indices of the layers of one kind ('M', '*' or '-')."""
-        return tuple(i for i, found in enumerate(self.pattern) if found == letter)
+    @property
+    def family_record(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def block_size(self) -> int:
+        """How many layers come and go together only, as one of the family's blocks."""
+        return self.family_record.block_size
+
+    def layers_of(self, kind: LayerKind) -> tuple[int, ...]:
+        """Indices of the layers of one kind."""
+        return tuple(layer for layer, own in enumerate(self.kinds) if own == kind)
 
     def replace(self, **changes: Any) -> HybridConfig:
         """A copy with some fields changed, checked like any other."""
@@ -127,7 +120,8 @@ class HybridConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> HybridConfig:
         """Reads the contents of a config.json, in any spelling that `families` knows. Raises InputError."""
-        return cls(**read_config(config))
+        fields = read_config(config)
+        return (FAMILIES[fields["family"]].config or cls)(**fields)
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a config.json in the published spelling of the family."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
 from .errors import CheckFailed, InputError
-from .families import FAMILIES
+from .families.known import FAMILIES
 from .hybrid import HybridLM
 from .tensors import is_finite
 

@@ -171,7 +171,8 @@ def digest(content: Any) -> str:
 def plain(value: Any) -> Any:
     """Options as JSON knows them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = value.options() if hasattr(value, "options") else own
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

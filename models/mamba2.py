@@ -1,34 +1,31 @@
 """The Mamba-2 mixer. Source: arXiv 2405.21060; layout of the published nemotron_h checkpoints.
 
 `in_proj` gives z | x | B | C | dt; x, B and C pass the short convolution, the scan mixes tokens, the gated norm lets
-z in, `out_proj` leads back. Shapes: [B, T] batch and tokens, [H] heads, [P] head_dim, [G] groups, [N] state.
+z in, `out_proj` leads back. Shapes: [B, T] batch and tokens, [H] heads, [P] head_dim, [G] groups, [N] state,
+[C] convolution channels (x, B and C).
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
-from ..kernels.linear import linear
-from ..kernels.linear_step import prepared_linear
 from ..kernels.mamba_step import PreparedStep, takes_prepared
 from ..kernels.norm import gated_rms_norm
 from ..kernels.ssd import ssd_scan
 from ..kernels.state_update import state_update
-from .config import HybridConfig
-from .generate.cache import MambaState
+from .axes import Axis, Dimension, Factor, Parts, Role, fixed
+from .errors import InputError
+from .layer import Context, LayerKind, NormSource, NormWeight, ScoreSource, StateBytes
 
-Observe = Callable[[str, int, Tensor], None]
-Stored = Callable[[Tensor], Tensor]
-
-
-def as_it_is(weight: Tensor) -> Tensor:
-    return weight
+if TYPE_CHECKING:
+    from .config import HybridConfig
 
 
 class ConvWeights(nn.Module):
@@ -38,14 +35,6 @@ class ConvWeights(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.conv_dim, 1, config.conv_kernel, **place))
         self.bias = nn.Parameter(torch.empty(config.conv_dim, **place)) if config.conv_bias else None
-
-
-class NormWeight(nn.Module):
-    """The weight of a norm."""
-
-    def __init__(self, size: int, **place: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, **place))
 
 
 class Mamba2Mixer(nn.Module):
@@ -61,20 +50,30 @@ class Mamba2Mixer(nn.Module):
         self.norm = NormWeight(config.d_inner, **place)
         self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=False, **place)
 
-    def forward(
-        self, u: Tensor, seq_idx: Tensor | None, state: MambaState | None, observe: Observe | None = None
+    def forward(self, u: Tensor, context: Context) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden]; with a state, the tokens continue from it, and it advances in place."""
+        config, heads = self.config, (self.config.mamba_num_heads, self.config.mamba_head_dim)
+        state: MambaState | None = context.state(self.layer)
+        z, conv_in, dt = context.project(self.in_proj, u).split((config.d_inner, config.conv_dim, heads[0]), -1)
+        if context.observe is not None:
+            context.note("mamba_x", self.layer, conv_in[..., : config.d_inner].unflatten(-1, heads))
+            context.note("mamba_z", self.layer, z.unflatten(-1, heads))
+        if state is not None and u.shape[1] == 1 and context.seq_idx is None:
+            step = context.once(self, lambda: self.one_token(state, many=context.bound is not None))
+            normed = step(z, conv_in, dt)
+        else:
+            normed = self.mix_tokens(z, conv_in, dt, state, context.seq_idx)
+        if context.observe is not None:
+            normed = normed.unflatten(-1, heads)  # what is shown is what goes on, so that gradients reach it
+            context.note("mamba_out", self.layer, normed)
+            normed = normed.flatten(-2)
+        return context.project(self.out_proj, normed)
+
+    def mix_tokens(
+        self, z: Tensor, conv_in: Tensor, dt: Tensor, state: MambaState | None, seq_idx: Tensor | None
     ) -> Tensor:
-        """[B, T, hidden] -> [B, T, hidden]; with a state, the tokens go on from it, and it moves on in place."""
+        """What out_proj reads, [B, T, H P], of z [B, T, H P], conv_in [B, T, C] and dt [B, T, H]."""
         config = self.config
-        if state is not None and u.shape[1] == 1 and seq_idx is None and observe is None:
-            return self.step(u, state)
-        z, conv_in, dt = linear(u, self.in_proj.weight).split(
-            (config.d_inner, config.conv_dim, config.mamba_num_heads), -1
-        )
-        if observe is not None:
-            heads = (config.mamba_num_heads, config.mamba_head_dim)
-            observe("mamba_x", self.layer, conv_in[..., : config.d_inner].unflatten(-1, heads))
-            observe("mamba_z", self.layer, z.unflatten(-1, heads))
         conv_out = causal_conv1d(
             conv_in,
             self.conv1d.weight[:, 0],
@@ -105,19 +104,35 @@ class Mamba2Mixer(nn.Module):
         if state is not None:
             y, last = y
             state.ssm.copy_(last)
-        normed = gated_rms_norm(y.flatten(-2), z, self.norm.weight, config.norm_eps, config.n_groups)
-        if observe is not None:
-            normed = normed.unflatten(-1, heads)  # what is shown is what goes on, so that gradients reach it
-            observe("mamba_out", self.layer, normed)
-            normed = normed.flatten(-2)
-        return linear(normed, self.out_proj.weight)
+        return gated_rms_norm(y.flatten(-2), z, self.norm.weight, config.norm_eps, config.n_groups)
 
-    def step(self, u: Tensor, state: MambaState) -> Tensor:
-        """One token [B, 1, hidden] -> [B, 1, hidden]."""
-        return MambaStep(self, state)(u[:, 0])[:, None]
+    def one_token(self, state: MambaState, many: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`mix_tokens` of one token a row. What does not change from step to step is made here, once; for `many` steps
+        in float32 on a CPU buffers and views, too, without which a step of the shipped model takes STEP_GAIN longer."""
+        config = self.config
+        # [C, K] with channels innermost, as the state; a clone, which works on fake tensors too.
+        weight = self.conv1d.weight.squeeze(1).mT.clone(memory_format=torch.contiguous_format).mT
+        A = -torch.exp(self.A_log.float())
+        if many and takes_prepared(state.ssm, state.conv, self.norm.weight, weight):
+            return PreparedStep(
+                state.conv, state.ssm, weight, self.conv1d.bias, A, self.D, self.dt_bias, config.dt_limit,
+                self.norm.weight, config.norm_eps, config.n_groups,
+            )  # fmt: skip
+        options: dict[str, Any] = {
+            "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit,
+        }  # fmt: skip
+
+        def step(z: Tensor, conv_in: Tensor, dt: Tensor) -> Tensor:
+            conv_out = causal_conv1d_step(state.conv, conv_in.squeeze(1), weight, self.conv1d.bias)
+            x, B, C = self.split_heads(conv_out)
+            y = state_update(state.ssm, x, dt.squeeze(1), A, B, C, **options)
+            y = y.flatten(1).unsqueeze(1)
+            return gated_rms_norm(y, z, self.norm.weight, config.norm_eps, config.n_groups)
+
+        return step
 
     def split_heads(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., conv_dim] -> x [..., H, P], B and C [..., G, N]"""
+        """[..., C] -> x [..., H, P], B and C [..., G, N]"""
         config = self.config
         groups = (config.n_groups, config.ssm_state_size)
         x, B, C = conv_out.split((config.d_inner, groups[0] * groups[1], groups[0] * groups[1]), -1)
@@ -125,57 +140,127 @@ class Mamba2Mixer(nn.Module):
         return x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
 
 
-class MambaStep:
-    """A mixer's step of one token for the sequences of a state, with all that does not change from step to step made
-    ready once."""
+@dataclasses.dataclass
+class MambaState:
+    """One layer's SSM states [B, H, P, N] and last convolution inputs [B, C, conv_kernel - 1], channels last in
+    memory."""
 
-    def __init__(self, mixer: Mamba2Mixer, state: MambaState, stored: Stored = as_it_is) -> None:
-        """`stored` gives a matrix in the order that the step is to read it in."""
-        config = mixer.config
-        self.mixer, self.state = mixer, state
-        self.widths = (config.d_inner, config.conv_dim, config.mamba_num_heads)
-        self.weights = [stored(p.weight) for p in (mixer.in_proj, mixer.out_proj)]
-        self.in_proj: Callable[[Tensor], Tensor] = functools.partial(linear, weight=self.weights[0])
-        self.out_proj: Callable[[Tensor], Tensor] = functools.partial(linear, weight=self.weights[1])
-        self.norm = mixer.norm.weight
-        # [C, K] with channels innermost, as the state; a clone, which works on fake tensors too.
-        self.conv_weight = mixer.conv1d.weight.squeeze(1).mT.clone(memory_format=torch.contiguous_format).mT
-        self.A = -torch.exp(mixer.A_log.float())
-        self.options: dict[str, Any] = {
-            "D": mixer.D,
-            "dt_bias": mixer.dt_bias,
-            "dt_softplus": True,
-            "dt_limit": config.dt_limit,
-        }
-        self.prepared: PreparedStep | None = None
+    ssm: Tensor
+    conv: Tensor
 
-    def prepare(self) -> None:
-        """Lays out buffers on a CPU, for many steps; the state stays where it is."""
-        mixer, config = self.mixer, self.mixer.config
-        self.in_proj, self.out_proj = (prepared_linear(weight, len(self.state.ssm)) for weight in self.weights)
-        if takes_prepared(self.state.ssm, self.state.conv, self.norm, self.conv_weight):
-            self.prepared = PreparedStep(
-                self.state.conv,
-                self.state.ssm,
-                self.conv_weight,
-                mixer.conv1d.bias,
-                self.A,
-                mixer.D,
-                mixer.dt_bias,
-                config.dt_limit,
-                self.norm,
-                config.norm_eps,
-                config.n_groups,
-            )
+    def rows(self, start: int, count: int) -> MambaState:
+        return MambaState(self.ssm.narrow(0, start, count), self.conv.narrow(0, start, count))
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """[B, hidden] -> [B, hidden]"""
-        config = self.mixer.config
-        z, conv_in, dt = self.in_proj(u).split(self.widths, -1)
-        if self.prepared is not None:
-            return self.out_proj(self.prepared(z, conv_in, dt))
-        conv_out = causal_conv1d_step(self.state.conv, conv_in, self.conv_weight, self.mixer.conv1d.bias)
-        x, B, C = self.mixer.split_heads(conv_out)
-        y = state_update(self.state.ssm, x, dt, self.A, B, C, **self.options)
-        normed = gated_rms_norm(y.flatten(1), z, self.norm, config.norm_eps, config.n_groups)
-        return self.out_proj(normed)
+    def clear(self, row: int) -> None:
+        self.ssm[row].zero_()
+        self.conv[row].zero_()
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for tensor in (self.ssm, self.conv):
+            tensor[target] = tensor[source]
+
+    def recurrent(self) -> tuple[Tensor, ...]:
+        return self.ssm, self.conv
+
+
+def new_mamba_state(
+    config: HybridConfig,
+    rows: int,
+    max_length: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ssm_dtype: torch.dtype,
+) -> MambaState:
+    ssm = (rows, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+    conv = (rows, config.conv_kernel - 1, config.conv_dim)
+    return MambaState(
+        torch.zeros(ssm, dtype=ssm_dtype, device=device), torch.zeros(conv, dtype=dtype, device=device).mT
+    )
+
+
+def mamba_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
+    heads = Factor(Axis("mamba_heads", layer), config.mamba_num_heads)
+    head_dim = Factor(Axis("mamba_head_dim", layer), config.mamba_head_dim)
+    inner: Dimension = ((heads, head_dim),)
+    per_head: Dimension = ((heads,),)
+    b_and_c = fixed(2 * config.n_groups * config.ssm_state_size)
+    conv_channels = inner + b_and_c
+    tensors: Parts = {
+        "in_proj.weight": (Role.MATRIX, (inner + inner + b_and_c + per_head, hidden)),  # z | x | B, C | dt
+        "conv1d.weight": (Role.CONVOLUTION, (conv_channels, fixed(1), fixed(config.conv_kernel))),
+        "A_log": (Role.VECTOR, (per_head,)),
+        "D": (Role.VECTOR, (per_head,)),
+        "dt_bias": (Role.VECTOR, (per_head,)),
+        "norm.weight": (Role.NORM, (inner,)),
+        "out_proj.weight": (Role.MATRIX, (hidden, inner)),
+    }
+    if config.conv_bias:
+        tensors["conv1d.bias"] = (Role.VECTOR, (conv_channels,))
+    return tensors
+
+
+def check_groups(config: HybridConfig) -> None:
+    if config.mamba_num_heads % config.n_groups:
+        raise InputError(
+            f"config: mamba_num_heads ({config.mamba_num_heads}) is not divisible by n_groups ({config.n_groups})"
+        )
+
+
+def mamba_state_bytes(config: HybridConfig, kv: int, ssm: int, conv: int) -> StateBytes:
+    return StateBytes(
+        ssm=config.d_inner * config.ssm_state_size * ssm, conv=config.conv_dim * (config.conv_kernel - 1) * conv
+    )
+
+
+def scan_work(config: HybridConfig, context: int) -> float:
+    """The SSD scan in chunks: C B^T, its product with x inside a chunk, into the state and out of it."""
+    chunk, state = min(config.chunk_size, max(context, 1)), config.ssm_state_size
+    return config.n_groups * state * chunk + config.d_inner * chunk + 2 * config.d_inner * state
+
+
+def initial_decay(A_log: Tensor, generator: torch.Generator, config: HybridConfig) -> None:
+    """A uniform in [1, 16], as mamba_ssm's Mamba-2 module starts."""
+    A_log.uniform_(1, 16, generator=generator).log_()
+
+
+def initial_step(dt_bias: Tensor, generator: torch.Generator, config: HybridConfig) -> None:
+    """softplus(dt_bias) log-uniform in [1e-3, 1e-1], as mamba_ssm's Mamba-2 module starts."""
+    step = dt_bias.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+    dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+
+def initial_conv(weight: Tensor, generator: torch.Generator, config: HybridConfig) -> None:
+    bound = 1 / math.sqrt(config.conv_kernel)
+    weight.uniform_(-bound, bound, generator=generator)
+
+
+def ones(weight: Tensor, generator: torch.Generator, config: HybridConfig) -> None:
+    weight.fill_(1)
+
+
+KIND = LayerKind(
+    letter="M",
+    name="Mamba-2",
+    key="mamba",
+    fields=("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel", "chunk_size"),
+    check=check_groups,
+    tensors=mamba_tensors,
+    build=Mamba2Mixer,
+    new_state=new_mamba_state,
+    state_bytes=mamba_state_bytes,
+    work=scan_work,
+    writers={"out_proj.weight": "mamba_out"},
+    # Heads and head channels are ranked by one matrix [heads, head_dim] (arXiv 2504.11409, section 3).
+    scores={"mamba_heads": ScoreSource({"x": "mamba_x", "z": "mamba_z", "out": "mamba_out"}, option="mamba_source")},
+    norms={"norm.weight": NormSource("mamba_out", "n_groups")},
+    initial={
+        "A_log": initial_decay,
+        "D": ones,
+        "dt_bias": initial_step,
+        "conv1d.weight": initial_conv,
+        "conv1d.bias": initial_conv,
+    },
+    aligned=(("mamba_num_heads", "mamba_head_dim"),),
+    size_label=lambda config: f"M{config.mamba_num_heads}x{config.mamba_head_dim}",
+)

@@ -1,20 +1,18 @@
-"""The MLP mixer: down(relu^2(up x)), or the gated form down(silu(gate x) * up x)."""
+"""The MLP layer: down(relu^2(up x)), or the gated form down(silu(gate x) * up x)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..kernels.activation import relu2, swiglu
-from ..kernels.linear import linear
-from ..kernels.linear_step import prepared_linear
-from .config import HybridConfig
+from .axes import Axis, Dimension, Factor, Parts, Role
 from .errors import InputError
-from .mamba2 import Stored, as_it_is
+from .layer import Context, LayerKind, ScoreSource
 
-Observe = Callable[[str, int, Tensor], None]
+if TYPE_CHECKING:
+    from .config import HybridConfig
 
 
 class MLP(nn.Module):
@@ -32,24 +30,36 @@ class MLP(nn.Module):
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, **place)
         self.gated = config.gated_mlp
 
-    def forward(self, u: Tensor, observe: Observe | None = None) -> Tensor:
-        """[..., hidden] -> [..., hidden]; with a gate, "ffn" shows the up projection without it."""
-        up = linear(u, self.up_proj.weight)
-        active = swiglu(linear(u, self.gate_proj.weight), up) if self.gated else relu2(up)
-        if observe is not None:
-            observe("ffn", self.layer, up)
-            observe("ffn_act", self.layer, active)
-        return linear(active, self.down_proj.weight)
+    def forward(self, u: Tensor, context: Context) -> Tensor:
+        """[B, T, hidden] -> [B, T, hidden]; with a gate, "ffn" shows the up projection without it."""
+        up = context.project(self.up_proj, u)
+        active = swiglu(context.project(self.gate_proj, u), up) if self.gated else relu2(up)
+        context.note("ffn", self.layer, up)
+        context.note("ffn_act", self.layer, active)
+        return context.project(self.down_proj, active)
 
 
-class MLPStep:
-    """The MLP of one token a sequence; `stored` as in `MambaStep`."""
+def mlp_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
+    ffn: Dimension = ((Factor(Axis("ffn", layer), config.intermediate_size),),)
+    tensors: Parts = {
+        "up_proj.weight": (Role.MATRIX, (ffn, hidden)),
+        "down_proj.weight": (Role.MATRIX, (hidden, ffn)),
+    }
+    if config.gated_mlp:
+        tensors["gate_proj.weight"] = (Role.MATRIX, (ffn, hidden))
+    return tensors
 
-    def __init__(self, mixer: MLP, batch: int, stored: Stored = as_it_is) -> None:
-        self.up, self.down = (prepared_linear(stored(p.weight), batch) for p in (mixer.up_proj, mixer.down_proj))
-        self.gate = prepared_linear(stored(mixer.gate_proj.weight), batch) if mixer.gated else None
 
-    def __call__(self, u: Tensor) -> Tensor:
-        """[B, hidden] -> [B, hidden]"""
-        up = self.up(u)
-        return self.down(relu2(up) if self.gate is None else swiglu(self.gate(u), up))
+KIND = LayerKind(
+    letter="-",
+    name="MLP",
+    key="mlp",
+    fields=("intermediate_size",),
+    tensors=mlp_tensors,
+    build=MLP,
+    writers={"down_proj.weight": "ffn_act"},
+    # "act" is what down_proj reads: after the activation, and the gate where there is one.
+    scores={"ffn": ScoreSource({"pre": "ffn", "act": "ffn_act"}, option="ffn_source")},
+    aligned=(("intermediate_size",),),
+    size_label=lambda config: f"F{config.intermediate_size}",
+)

@@ -42,13 +42,14 @@ class TensorFile:
     def __init__(self, path: Path, forms: Mapping[str, Form]) -> None:
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         order = sorted(forms, key=lambda name: (list(NAMES).index(forms[name][0]), name))
-        self.next, self.end, begin = {}, {}, 0
+        self.begin, self.size, begin = {}, {}, 0
         content: dict[str, object] = {"__metadata__": {"format": "pt"}}
         for name in order:
             dtype, shape = forms[name]
             end = begin + math.prod(shape) * dtype.itemsize
             content[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-            self.next[name], self.end[name], begin = begin, end, end
+            self.begin[name], self.size[name], begin = begin, end - begin, end
+        self.left = dict(self.size)
         header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
         header += b" " * (-len(header) % 8)
         self.offset = 8 + len(header)
@@ -56,22 +57,23 @@ class TensorFile:
             self.file = self.partial.open("wb")
             self.file.write(len(header).to_bytes(8, "little") + header)
 
-    def write(self, name: str, rows: Tensor) -> None:
-        """The next rows of a tensor."""
-        begin = self.next[name]
-        self.next[name] = begin + rows.numel() * rows.element_size()
-        assert self.next[name] <= self.end[name], name
+    def write(self, name: str, rows: Tensor, row: int | None = None) -> None:
+        """Rows of a tensor, from number `row` on, or the next ones; each is given once."""
+        size = rows.numel() * rows.element_size()
+        begin = self.size[name] - self.left[name] if row is None else row * (size // max(len(rows), 1))
+        self.left[name] -= size
+        assert self.left[name] >= 0, name
         with saying_where(self.path):
-            self.file.seek(self.offset + begin)
+            self.file.seek(self.offset + self.begin[name] + begin)
             self.file.write(as_bytes(rows))
 
     @property
     def complete(self) -> bool:
-        return self.next == self.end
+        return not any(self.left.values())
 
     def finish(self) -> None:
         """Syncs the file and gives it its name."""
-        assert self.complete, [name for name in self.end if self.next[name] != self.end[name]]
+        assert self.complete, [name for name, left in self.left.items() if left]
         with saying_where(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())

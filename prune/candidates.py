@@ -42,7 +42,7 @@ def candidate_json(candidate: Candidate, rank: int) -> dict[str, Any]:
         "rank": rank,
         "name": candidate.name,
         "prune": shlex.join(candidate.words()),
-        "target": {name: value for name, value in dataclasses.asdict(candidate.target).items() if value is not None},
+        "target": candidate.target.options(),
         "pattern": candidate.config.pattern,
         "layers": list(candidate.depth.layers),
         "parameters": candidate.parameters,

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ..kernels.norm import rms_norm
 from ..models import processes
-from ..models.config import LAYER_KINDS, HybridConfig
+from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.kinds import KINDS, kind_by_key
 from ..models.offload import STREAM_BYTES, Layer, Layers, layers_of
 from .depth_metrics import METRICS, DepthMetric, Reading
 from .importance import IGNORED_LABEL, TokenBatch
@@ -149,7 +150,7 @@ class Race:
 
     def announce(self, config: HybridConfig, steps: int, size: int, on_step: OnStep | None) -> None:
         """Whom to tell, and the number of candidates of each step at most."""
-        stride = len(config.block) or 1
+        stride = config.block_size
         self.on_step = on_step
         self.later = [(config.num_layers - size * (step + 1)) // stride + 1 for step in range(steps)]
         self.total = sum(self.later) * self.numbers
@@ -311,7 +312,7 @@ class Race:
 
 def step_size(config: HybridConfig, pairs: bool) -> int:
     """How many layers go together: a block, two neighbours, or one."""
-    return len(config.block) or (2 if pairs else 1)
+    return config.block_size if config.family_record.blocks else 2 if pairs else 1
 
 
 def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapping[str, int]) -> list[Candidate]:
@@ -323,7 +324,7 @@ def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapp
     pattern = "".join(config.pattern[layer] for layer in stack)
     found = [
         tuple(stack[i : i + size])
-        for i in range(0, len(stack) - size + 1, len(config.block) or 1)
+        for i in range(0, len(stack) - size + 1, config.block_size)
         if all(
             pattern.count(letter) - pattern[i : i + size].count(letter) >= least[letter]
             for letter in set(pattern[i : i + size])
@@ -339,17 +340,17 @@ def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapp
 
 def check_removal(config: HybridConfig, remove: int, size: int, min_layers: Mapping[str, int]) -> dict[str, int]:
     """The least number of layers a letter; raises InputError when `remove` layers cannot go within it."""
-    letters = {kind: letter for letter, kind in LAYER_KINDS.items()}
-    for kind in min_layers:
-        if kind not in letters:
-            raise InputError(f"depth: min_layers names the unknown kind {kind!r}; known: {', '.join(letters)}")
-    least = {letter: min_layers.get(kind, 0) for kind, letter in letters.items()}
+    least = dict.fromkeys(KINDS, 0)
+    for key, number in min_layers.items():
+        least[kind_by_key(key, "depth: min_layers").letter] = number
     spares = {letter: max(0, config.pattern.count(letter) - number) for letter, number in least.items()}
     spare = min(sum(spares.values()), config.num_layers - 1)
-    if config.block:
-        spare = min(*(size * spares[letter] for letter in config.block), config.num_layers - size)
+    blocks = config.family_record.blocks
+    if blocks:  # whole ones go: as many of each as its scarcest kind allows
+        spare = sum(size * min(spares[letter] // block.count(letter) for letter in block) for block in blocks)
+        spare = min(spare, config.num_layers - size)
     if not 0 <= remove <= spare or remove % size:
-        whole = f", in whole blocks {config.block!r} ({config.family})" if config.block else ""
+        whole = f", in whole blocks {config.family_record.blocks_in_words()} ({config.family})" if blocks else ""
         raise InputError(
             f"depth: remove is {remove}; expected {'an even' if size == 2 else 'a'} number of at most {spare}{whole},"
             f" which is what {config.num_layers} layers and min_layers leave"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..models.axes import HIDDEN, Axis, tensor_table
+from ..models.axes import HIDDEN, columns_of, tensor_table
 from ..models.config import HybridConfig
 from .scores import WidthScores
 from .slice import Selection
@@ -13,11 +13,11 @@ from .slice import Selection
 def importance_kept(config: HybridConfig, widths: WidthScores, selection: Selection) -> float:
     """The share of importance that a selection keeps, of 1 for the source.
 
-    Of an axis the share is the sum of the scores that stay over the sum of all (a Mamba layer's heads and channels
-    together); a layer that is gone keeps nothing, and hidden counts the norms of the layers that stay. Shares are
-    averaged over the source's layers of a kind, then over the kinds of axes (hidden, FFN, attention heads, Mamba
-    heads), each with the weight of `axis_weights`: with equal weights the FFN, which costs little to lose, counted
-    as much as hidden, and the order was worse than that by bytes (docs/LOG.md).
+    Of an axis the share is the sum of the scores that stay over the sum of all (heads and their channels, which are
+    scored together, together); a layer that is gone keeps nothing, and hidden counts the norms of the layers that
+    stay. Shares are averaged over the source's layers of a kind, then over the kinds of axes (hidden, FFN, attention
+    heads, Mamba heads), each with the weight of `axis_weights`: with equal weights the FFN, which costs little to lose,
+    counted as much as hidden, and the order was worse than that by bytes (docs/LOG.md).
     """
     weights = scored_weights(config, widths)
     kept = {kind: kept_share(config, widths, selection, kind) for kind in weights}
@@ -51,9 +51,9 @@ def kept_share(config: HybridConfig, widths: WidthScores, selection: Selection, 
             kept = scores = widths[axis]
             if axis in selection.kept:
                 kept = kept[list(selection.kept[axis])]
-            channels = Axis("mamba_head_dim", axis.layer)
-            if kind == "mamba_heads" and channels in selection.kept:
-                kept = kept[:, list(selection.kept[channels])]
+            for columns in columns_of(axis):
+                if columns in selection.kept:
+                    kept = kept[:, list(selection.kept[columns])]
             shares.append(fraction(kept, scores))
     return sum(shares) / len(axes)
 

@@ -2,7 +2,7 @@
 
 Two choices of layers that leave the same letters are the same pattern. A pattern is found by its leftmost choice,
 letter by letter, which makes a deterministic automaton over the source: its paths are counted, listed, or followed.
-Shapes: a pattern is a text of 'M', '*' and '-', one letter a layer.
+Shapes: a pattern is a text with one letter a layer (models/kinds.py).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ..models.config import LAYER_KINDS
 from ..models.errors import InputError
+from ..models.kinds import KINDS, kind_by_key
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """What a pattern has to keep to.
 
-    min_layers: least number of layers of a kind (mamba, attention, mlp). longest_run: most neighbours of one kind, 0
-    for any number. pairs: layers go two neighbours at a time (the second pair may have become neighbours by the
-    first). Raises InputError from the constructor.
+    min_layers: least number of layers of a kind, by its key (mamba, attention, mlp). longest_run: most neighbours of
+    one kind, 0 for any number. pairs: layers go two neighbours at a time (the second pair may have become neighbours by
+    the first). Raises InputError from the constructor.
     """
 
     min_layers: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -32,21 +32,21 @@ class Rules:
 
     def __post_init__(self) -> None:
         for kind, number in self.min_layers.items():
-            if kind not in LAYER_KINDS.values() or number < 0:
-                known = ", ".join(LAYER_KINDS.values())
-                raise InputError(f"rules: min_layers has {kind}={number}; expected {known}, at least 0 each")
+            kind_by_key(kind, "rules: min_layers")
+            if number < 0:
+                raise InputError(f"rules: min_layers has {kind}={number}; expected at least 0")
         if self.longest_run < 0:
             raise InputError(f"rules: longest_run is {self.longest_run}; expected at least 1, or 0 for any length")
 
     def least(self, letter: str) -> int:
-        return self.min_layers.get(LAYER_KINDS[letter], 0)
+        return self.min_layers.get(KINDS[letter].key, 0)
 
 
 def broken_rule(pattern: str, rules: Rules) -> str | None:
     """What a pattern by itself does not keep to, in words; None where it keeps to all."""
-    for letter, kind in LAYER_KINDS.items():
+    for letter, kind in KINDS.items():
         if pattern.count(letter) < rules.least(letter):
-            return f"{pattern.count(letter)} {kind} layers where min_layers.{kind} is {rules.least(letter)}"
+            return f"{pattern.count(letter)} {kind.key} layers where min_layers.{kind.key} is {rules.least(letter)}"
     longest = max((len(list(run)) for _, run in itertools.groupby(pattern)), default=0)
     if 0 < rules.longest_run < longest:
         return f"{longest} like layers in a row where longest_run is {rules.longest_run}"
@@ -131,7 +131,7 @@ def ways(source: str, layers: int, rules: Rules) -> Callable[[State], int]:
     """How many patterns of `layers` letters go on from a state."""
     steps, _ = automaton(source, layers, rules)
     least = tuple(rules.least(letter) for letter in dict.fromkeys(source))
-    missing = [kind for letter, kind in LAYER_KINDS.items() if letter not in source and rules.least(letter)]
+    missing = [letter for letter in KINDS if letter not in source and rules.least(letter)]
     even = not (rules.pairs and (len(source) - layers) % 2)
 
     @functools.cache

@@ -31,9 +31,9 @@ from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .importance import TokenBatch
-from .rotation import hidden_of, principal_directions, reads_stream, rotated, rotated_selection, writes_stream
+from .rotation import hidden_of, principal_directions, rotated, rotated_selection
 from .slice import Selection, cut, filled, kept_rows, slice_config, slice_tensors, source_name
-from .streams import INNER, GetTensor, Streams, one_layer
+from .streams import GetTensor, Streams, one_layer
 
 OnStep = Callable[[int, int], None]
 NORMS = ("none", "count", "measured")
@@ -239,10 +239,10 @@ class Walk:
 
     def measure_norms(self, layer: int, before: HybridLM, weights: Mapping[str, Tensor]) -> None:
         """Scales the norms of a layer of the pruned model, in place."""
-        for kind, name, groups in (
-            ("hidden", "norm.weight", 1),
-            ("mamba_out", "mixer.norm.weight", self.config.n_groups),
-        ):
+        norms = [("hidden", "norm.weight", 1)]
+        for inner, how in self.config.kinds[layer].norms.items():
+            norms.append((how.observed, f"mixer.{inner}", getattr(self.config, how.groups)))
+        for kind, name, groups in norms:
             if name in weights:
                 source = f"layers.{layer}.{name}"
                 normed = (self.original.run(before, number)[1][kind] for number in range(len(self.original.hidden)))
@@ -255,18 +255,18 @@ class Walk:
         fit = self.stream_fit(norm, weights["norm.weight"])
         mapping = fit.solve(self.selector(), self.repair.ridge)
         for name, axes in self.smaller_table.items():
-            if axes.layer == place and reads_stream(axes):
+            if axes.layer == place and axes.reads_stream:
                 weights[name.split(".", 2)[2]].copy_(self.refitted(name, mapping))
 
     def refit_writer(self, before: HybridLM, after: HybridLM, weights: Mapping[str, Tensor]) -> None:
         """Refits, in place, the matrix that leads a layer back into the stream, and moves the original's streams on."""
-        (writer,) = (axes.name[9:] for axes in tensor_table(after.config).values() if writes_stream(axes))
+        (writer,) = after.config.kinds[0].writers
         fit = Fit()
         for number, mask in enumerate(self.original.mask):
-            inputs = self.pruned.run(after, number)[1][INNER[after.config.pattern]]
+            inputs = self.pruned.run(after, number)[1][after.config.kinds[0].writers[writer]]
             ahead = self.original.hidden[number] = self.original.run(before, number)[0]
             fit.add(ahead[mask][:, self.kept] - self.pruned.hidden[number][mask], inputs)
-        weights[writer].copy_(fit.solve(weights[writer], self.repair.ridge))
+        weights[f"mixer.{writer}"].copy_(fit.solve(weights[f"mixer.{writer}"], self.repair.ridge))
 
     def stream_fit(self, norm: Tensor, own: Tensor) -> Fit:
         """The original's normed stream on the pruned model's: weights `norm` [H] and `own` [h]."""

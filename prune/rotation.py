@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..models.axes import HIDDEN, Dimension, TensorAxes, tensor_table
+from ..models.axes import HIDDEN, Dimension, Role, TensorSpec, on_hidden, tensor_table
 from ..models.config import HybridConfig
 from .importance import TokenBatch
-from .slice import Selection, is_norm
+from .slice import Selection
 from .streams import GetTensor, Streams, one_layer
 
 TIED_TOLERANCE = 0.2
@@ -92,13 +92,13 @@ def rotated(get_tensor: GetTensor, config: HybridConfig, rotation: Rotation, dev
     def get(name: str) -> Tensor:
         axes, tensor = table[name], get_tensor(name)
         turn = turn_like(tensor)
-        if reads_stream(axes):
+        if axes.reads_stream:
             return ((tensor.to(turn) * get_tensor(norm_before(axes)).to(turn)) @ turn).to(tensor)
-        if writes_stream(axes):
+        if axes.writes_stream:
             return (turn.T @ tensor.to(turn)).to(tensor)
-        if name == "embeddings.weight":
+        if axes.role is Role.TABLE:
             return (tensor.to(turn) @ turn).to(tensor)
-        if not is_norm(name) or axes.dimensions[0] != hidden_of(config):
+        if axes.role is not Role.NORM or not on_hidden(axes.dimensions[0]):
             return tensor
         if name == "norm_f.weight" and config.tie_word_embeddings:
             own, shared = (tensor.to(turn) @ turn)[: rotation.fixed], tensor.median().to(turn)
@@ -112,19 +112,5 @@ def hidden_of(config: HybridConfig) -> Dimension:
     return tensor_table(config)["norm_f.weight"].dimensions[0]
 
 
-def reads_stream(axes: TensorAxes) -> bool:
-    """Whether a matrix's inputs are the normed residual stream."""
-    return axes.name == "lm_head.weight" or (axes.layer is not None and on_hidden(axes, 1))
-
-
-def writes_stream(axes: TensorAxes) -> bool:
-    """Whether a matrix's outputs are added to the residual stream."""
-    return axes.layer is not None and len(axes.dimensions) == 2 and on_hidden(axes, 0)
-
-
-def on_hidden(axes: TensorAxes, number: int) -> bool:
-    return len(axes.dimensions) == 2 and axes.dimensions[number][0][0].axis == HIDDEN
-
-
-def norm_before(axes: TensorAxes) -> str:
+def norm_before(axes: TensorSpec) -> str:
     return "norm_f.weight" if axes.layer is None else f"layers.{axes.layer}.norm.weight"

@@ -14,10 +14,11 @@ from typing import Any
 
 from ..models.config import HybridConfig
 from ..models.errors import InputError
-from .choose import Target, select, with_widths
+from .choose import select
 from .depth import check_removal, random_layers, step_size
 from .importance import score_random
-from .slice import WIDTH_OF_AXIS, Selection, slice_config
+from .slice import Selection, slice_config
+from .target import Target, with_widths
 
 DRAWS = 10  # of layers, where a draw may leave nothing that the next can take
 
@@ -62,8 +63,7 @@ class CutStep:
     def left(self, pattern: str) -> HybridConfig:
         """What is left where layers of that pattern stay. Raises InputError where the target cannot be met so."""
         target = with_widths(self.before, pattern, self.cut.target)
-        widths = {name: getattr(target, name) for name in WIDTH_OF_AXIS.values()}
-        return self.after.replace(pattern=pattern, **{name: size for name, size in widths.items() if size is not None})
+        return self.after.replace(pattern=pattern, **target.widths)
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def leftovers(step: CutStep, patterns: set[str]) -> set[str]:
     """
     config, cut = step.before, step.cut
     named = cut.target.keep_layers is not None
-    if config.block or (named and len(patterns) == 1):
+    if config.family_record.blocks or (named and len(patterns) == 1):
         return {in_kinds(step.after)}
     least = check_removal(config, 0, 1, {} if named else cut.min_layers)
     removed = config.num_layers - step.after.num_layers
@@ -112,4 +112,4 @@ def leftovers(step: CutStep, patterns: set[str]) -> set[str]:
 
 def in_kinds(config: HybridConfig) -> str:
     """The pattern with like layers side by side, unless they come in blocks."""
-    return config.pattern if config.block else "".join(sorted(config.pattern))
+    return config.pattern if config.family_record.blocks else "".join(sorted(config.pattern))

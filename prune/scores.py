@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..models.axes import HIDDEN, Axis, axis_sizes
+from ..models.axes import HIDDEN, Axis, axis_sizes, columns_of
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
@@ -59,10 +59,8 @@ def width_score_shapes(config: HybridConfig) -> dict[Axis, tuple[int, ...]]:
     for axis, size in sizes.items():
         if axis == HIDDEN:
             shapes[axis] = (config.num_layers + 1, size)
-        elif axis.kind == "mamba_heads":
-            shapes[axis] = (size, sizes[Axis("mamba_head_dim", axis.layer)])
-        elif axis.kind != "mamba_head_dim":
-            shapes[axis] = (size,)
+        elif axis.row.within is None:
+            shapes[axis] = (size, *(sizes[columns] for columns in columns_of(axis)))
     return shapes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from ..kernels.linear_kl import linear_cross_entropy
+from ..models.axes import AXES
 from ..models.config import HybridConfig
 from ..models.cost.hardware import GIB, Hardware
 from ..models.cost.inference import MemoryReport, memory
@@ -22,19 +24,17 @@ from ..models.cost.parameters import count_parameters
 from ..models.cost.speed import Throughput, throughput
 from ..models.errors import CheckFailed, InputError
 from ..models.hybrid import HybridLM
-from .choose import Target, kept_layers, select
+from ..models.kinds import KINDS
+from .choose import kept_layers, select
 from .importance import TokenBatch
 from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, embed, odd_gap
 from .repair import Repair, repair_model
 from .scores import LayerScores, WidthScores
-from .sizing import unwritable
-from .slice import WIDTH_OF_AXIS, Selection
+from .slice import Selection
+from .target import HIDDEN, INNER, ByWidth, Target, by_width, unwritable
 
 RANKS = ("memory", "importance", "loss")
-KIND_OF_WIDTH = {  # the layers that a width belongs to
-    "intermediate_size": "-", "num_attention_heads": "*", "mamba_num_heads": "M", "mamba_head_dim": "M"
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,32 +56,44 @@ class Range:
 Values = tuple[float, ...] | Range | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Space:
-    """The grid: for each width the values to try, None for the source's own.
+@dataclasses.dataclass(frozen=True, init=False)
+class Space(ByWidth):
+    """The grid: for each width, by its config field, the values to try; None for the source's own.
 
     layers: numbers of layers, which go in the scores' order; or patterns: the layer patterns themselves.
-    intermediate_ratio: multiples of the hidden size, instead of intermediate_size. Values of hidden_size,
-    intermediate_size and d_inner that are not multiples of `align` are left out, and so are numbers of heads that
-    their groups do not divide, and ratios beyond the source; the source's own widths always count as aligned.
+    intermediate_ratio: multiples of the hidden size, instead of intermediate_size. Values that the kinds of layers like
+    aligned (`LayerKind.aligned`, and hidden_size) and that are no multiples of `align` are left out, and so are numbers
+    of heads that their groups do not divide, and ratios beyond the source; the source's own widths always count as
+    aligned.
     """
 
-    layers: Values = None
-    patterns: tuple[str, ...] | None = None
-    hidden_size: Values = None
-    intermediate_size: Values = None
-    intermediate_ratio: Values = None
-    num_attention_heads: Values = None
-    mamba_num_heads: Values = None
-    mamba_head_dim: Values = None
-    align: int = 8
+    layers: Values
+    patterns: tuple[str, ...] | None
+    intermediate_ratio: Values
+    align: int
+    widths: Mapping[str, Values]
 
-    def __post_init__(self) -> None:
-        if self.align < 1:
-            raise InputError(f"space: align is {self.align}; expected at least 1")
-        for one, other in (("layers", "patterns"), ("intermediate_size", "intermediate_ratio")):
-            if getattr(self, one) is not None and getattr(self, other) is not None:
+    def __init__(
+        self,
+        layers: Values = None,
+        patterns: tuple[str, ...] | None = None,
+        intermediate_ratio: Values = None,
+        align: int = 8,
+        **widths: Values,
+    ) -> None:
+        content = {"layers": layers, "patterns": patterns, "intermediate_ratio": intermediate_ratio, "align": align}
+        for name, value in (content | {"widths": by_width(widths, "space")}).items():
+            object.__setattr__(self, name, value)
+        if align < 1:
+            raise InputError(f"space: align is {align}; expected at least 1")
+        for one, other in (("layers", "patterns"), (INNER, "intermediate_ratio")):
+            if all((content | widths).get(name) is not None for name in (one, other)):
                 raise InputError(f"space: {one} and {other} are both given; they say the same, keep one")
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        own = {"layers": Values, "patterns": tuple[str, ...] | None, "intermediate_ratio": Values, "align": int | None}
+        return own | dict.fromkeys((row.width for row in AXES.values()), Values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,17 +144,15 @@ class Candidate:
 
     def selection(self, source: HybridConfig, widths: WidthScores) -> Selection:
         """What stays of a source with these scores."""
-        target = dataclasses.replace(self.target, layers=None, keep_layers=self.depth.layers)
+        target = self.target.replace(layers=None, keep_layers=self.depth.layers)
         return select(source, widths, (), target)
 
     def words(self) -> list[str]:
         """The target as overrides of `limbeck prune`."""
         words = []
-        for name, value in dataclasses.asdict(self.target).items():
-            if value is not None:
-                words.append(
-                    f"target.{name}=" + (f"[{','.join(map(str, value))}]" if name == "keep_layers" else str(value))
-                )
+        for name, value in self.target.options().items():
+            listed = f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+            words.append(f"target.{name}={listed}")
         return words
 
 
@@ -274,50 +284,46 @@ def find_candidates(
 
 def grid(base: HybridConfig, space: Space) -> Iterable[dict[str, float]]:
     """The combinations of widths for a pattern; a width that no layer has stays out. Raises InputError."""
-    hidden = (
-        [base.hidden_size] if space.hidden_size is None else whole("hidden_size", space.hidden_size, base.hidden_size)
-    )
-    axes: dict[str, list[Any]] = {"hidden_size": hidden}
-    for name, letter in KIND_OF_WIDTH.items():
-        values = getattr(space, name)
-        if letter in base.pattern:
-            axes[name] = [getattr(base, name)] if values is None else whole(name, values, getattr(base, name))
+    axes: dict[str, list[Any]] = {}
+    for name in widths_of(base):
+        values = space.widths.get(name)
+        axes[name] = [getattr(base, name)] if values is None else whole(name, values, getattr(base, name))
     ratios = None
-    if space.intermediate_ratio is not None and "-" in base.pattern:
-        ratios = values_of("intermediate_ratio", space.intermediate_ratio)
-        axes["intermediate_size"] = ratios
+    if space.intermediate_ratio is not None and INNER in axes:
+        ratios = axes[INNER] = values_of("intermediate_ratio", space.intermediate_ratio)
     for values in itertools.product(*axes.values()):
         widths = dict(zip(axes, values, strict=True))
         if ratios is not None:
-            widths["intermediate_size"] *= widths["hidden_size"]
+            widths[INNER] *= widths[HIDDEN]
         yield widths
+
+
+def widths_of(config: HybridConfig) -> list[str]:
+    """The config fields of the widths that a model has, in the order of the axes."""
+    own = {name for kind in config.kinds for name in kind.widths()}
+    return [row.width for row in AXES.values() if row.width == HIDDEN or row.width in own]
 
 
 def is_aligned(config: HybridConfig, widths: Mapping[str, float], align: int) -> bool:
     """Whether tensor cores and groups like the widths, and the source has as much."""
-    for name, value in widths.items():
-        own = getattr(config, name)
-        if value != int(value) or value > own:
-            return False
-        if name in ("hidden_size", "intermediate_size") and value % align and value != own:
-            return False
-    if "mamba_num_heads" in widths:
-        inner = widths["mamba_num_heads"] * widths["mamba_head_dim"]
-        if widths["mamba_num_heads"] % config.n_groups or (inner % align and inner != config.d_inner):
-            return False
-    return not widths.get("num_attention_heads", 0) % max(config.num_key_value_heads, 1)
+    if any(value != int(value) or value > getattr(config, name) for name, value in widths.items()):
+        return False
+    for fields in ((HIDDEN,), *(fields for kind in dict.fromkeys(config.kinds) for fields in kind.aligned)):
+        if all(name in widths for name in fields):
+            size = math.prod(widths[name] for name in fields)
+            if size % align and size != math.prod(getattr(config, name) for name in fields):
+                return False
+    return not any(
+        row.groups is not None and row.width in widths and widths[row.width] % getattr(config, row.groups)
+        for row in AXES.values()
+    )
 
 
 def name_of(config: HybridConfig, depth: Depth) -> str:
-    """Short, readable, a folder's name, and different for every size of a space."""
-    parts = [f"L{depth.label}", f"H{config.hidden_size}"]
-    if "-" in config.pattern:
-        parts.append(f"F{config.intermediate_size}")
-    if "*" in config.pattern:
-        parts.append(f"A{config.num_attention_heads}")
-    if "M" in config.pattern:
-        parts.append(f"M{config.mamba_num_heads}x{config.mamba_head_dim}")
-    name = "-".join(parts)
+    """Short, readable, a folder's name, and different for every size of a space: such as L56-H4480-F15680-M128x80."""
+    kinds = sorted(dict.fromkeys(config.kinds), key=lambda kind: list(KINDS).index(kind.letter), reverse=True)
+    sizes = [kind.size_label(config) for kind in kinds]
+    name = "-".join([f"L{depth.label}", f"H{config.hidden_size}", *filter(None, sizes)])
     assert PurePath(name).name == name
     return name
 
@@ -330,8 +336,8 @@ def with_importance(
     weights = scored_weights(config, widths)
 
     def share(candidate: Candidate, kind: str) -> float:
-        names = [WIDTH_OF_AXIS[kind]] + (["mamba_head_dim"] if kind == "mamba_heads" else [])
-        counts = {name: getattr(candidate.target, name) for name in names}
+        rows = [AXES[kind], *(row for row in AXES.values() if row.within == kind)]
+        counts = {row.width: candidate.target.widths.get(row.width) for row in rows}
         key = (candidate.depth.layers, kind, *counts.values())
         if key not in known:
             target = Target(keep_layers=candidate.depth.layers, **counts)

@@ -13,23 +13,12 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 import torch
 from torch import Tensor
 
-from ..models.axes import Axis, Dimension, TensorAxes, axis_sizes, segment_size, tensor_table
+from ..models.axes import Axis, Dimension, Role, TensorSpec, axis_sizes, segment_size, tensor_table
 from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.tensors import take
-
-# The width of the config that counts the units of an axis, and for axes whose units live in groups of equal size
-# (a group shares B and C, or a key/value head) the width that counts the groups.
-WIDTH_OF_AXIS = {
-    "hidden": "hidden_size",
-    "ffn": "intermediate_size",
-    "attn_heads": "num_attention_heads",
-    "mamba_heads": "mamba_num_heads",
-    "mamba_head_dim": "mamba_head_dim",
-}
-GROUPS_OF_AXIS = {"attn_heads": "num_key_value_heads", "mamba_heads": "n_groups"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +52,15 @@ def slice_config(config: HybridConfig, selection: Selection) -> HybridConfig:
     for axis, size in sizes.items():
         kept = selection.kept.get(axis, range(size))
         check_units(axis, size, kept)
-        if axis.kind in GROUPS_OF_AXIS:
-            check_groups(axis, size, kept, getattr(config, GROUPS_OF_AXIS[axis.kind]))
-        if widths.setdefault(axis.kind, len(kept)) != len(kept):
+        if axis.groups(config) > 1:
+            check_groups(axis, size, kept, axis.groups(config))
+        if widths.setdefault(axis.row.width, len(kept)) != len(kept):
             raise InputError(
-                f"selection: {axis} keeps {len(kept)} units where an earlier layer keeps {widths[axis.kind]};"
+                f"selection: {axis} keeps {len(kept)} units where an earlier layer keeps {widths[axis.row.width]};"
                 " expected the same number in every layer of a kind"
             )
     pattern = "".join(config.pattern[layer] for layer in layers)
-    return config.replace(pattern=pattern, **{WIDTH_OF_AXIS[kind]: width for kind, width in widths.items()})
+    return config.replace(pattern=pattern, **widths)
 
 
 def check_units(axis: Axis, size: int, kept: Sequence[int]) -> None:
@@ -145,8 +134,8 @@ def slice_rows(
 
 def cut(
     tensor: Tensor,
-    source: TensorAxes,
-    axes: TensorAxes,
+    source: TensorSpec,
+    axes: TensorSpec,
     kept: Mapping[Axis, Sequence[int]],
     *,
     rescale_norms: bool = True,
@@ -154,7 +143,7 @@ def cut(
     """One tensor of the smaller model, `axes` in its table, from the source's, `source` there."""
     assert tensor.shape == source.shape, (source.name, tuple(tensor.shape), source.shape)
     tensor = chosen(tensor, [kept_rows(dimension, kept) for dimension in source.dimensions])
-    if rescale_norms and is_norm(axes.name) and axes.numel != source.numel:
+    if rescale_norms and axes.role is Role.NORM and axes.numel != source.numel:
         tensor = (tensor.double() * math.sqrt(source.numel / axes.numel)).to(tensor.dtype)
     assert tensor.shape == axes.shape, (axes.name, tuple(tensor.shape), axes.shape)
     return tensor
@@ -174,11 +163,6 @@ def source_name(name: str, selection: Selection) -> str:
         return name
     _, layer, rest = name.split(".", 2)
     return f"layers.{selection.layers[int(layer)]}.{rest}"
-
-
-def is_norm(name: str) -> bool:
-    """Whether a tensor is the weight of a norm: the table calls every norm's module so."""
-    return "norm" in name.split(".")[-2]
 
 
 def kept_rows(dimension: Dimension, kept: Mapping[Axis, Sequence[int]]) -> Tensor:

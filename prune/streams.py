@@ -16,8 +16,6 @@ from ..models.hybrid import HybridLM
 from .importance import IGNORED_LABEL, TokenBatch
 
 GetTensor = Callable[[str], Tensor]
-# What enters the matrix that leads back into the residual stream, by the layer's letter.
-INNER = {"M": "mamba_out", "*": "attn_heads", "-": "ffn_act"}
 
 
 class Streams:
@@ -40,11 +38,12 @@ class Streams:
 
     def run(self, layer: HybridLM, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Batch `number` through a layer: the stream behind it, and at the counted positions what passed inside."""
-        seen: dict[str, Tensor] = {}
+        kind, seen = layer.config.kinds[0], dict[str, Tensor]()
+        wanted = {"hidden", *kind.writers.values(), *(norm.observed for norm in kind.norms.values())}
 
-        def observe(kind: str, _: int, tensor: Tensor) -> None:
-            if kind in ("hidden", *INNER.values()):
-                seen[kind] = tensor[self.mask[number]].flatten(1)
+        def observe(name: str, _: int, tensor: Tensor) -> None:
+            if name in wanted:
+                seen[name] = tensor[self.mask[number]].flatten(1)
 
         out = layer.forward_layers(self.hidden[number], 0, 1, seq_idx=self.seq_idx[number], observe=observe)
         return out, seen

@@ -20,12 +20,11 @@ from ..models.axes import HIDDEN, Axis, segment_size, tensor_table
 from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
+from ..models.kinds import score_sources
 from .scores import WidthScores, check_width_scores, width_score_shapes
 
 GetTensor = Callable[[str], Tensor]
 AGGREGATES = ("mean", "l2", "var")
-MAMBA_SOURCES = {"x": "mamba_x", "z": "mamba_z", "out": "mamba_out"}
-FFN_SOURCES = {"pre": "ffn", "act": "ffn_act"}
 
 
 class Moments:
@@ -104,22 +103,23 @@ class ActivationScores(WidthMetric):
     times_output: bool = False
 
     def __post_init__(self) -> None:
-        for value, known in (
-            (self.aggregate_batch, AGGREGATES),
-            (self.aggregate_sequence, AGGREGATES),
-            (self.mamba_source, tuple(MAMBA_SOURCES)),
-            (self.ffn_source, tuple(FFN_SOURCES)),
-        ):
-            if value not in known:
-                raise InputError(f"importance: {value!r} is unknown; known: {', '.join(known)}")
+        for value in (self.aggregate_batch, self.aggregate_sequence):
+            if value not in AGGREGATES:
+                raise InputError(f"importance: {value!r} is unknown; known: {', '.join(AGGREGATES)}")
+        _ = self.observed  # with its sources
 
     @property
     def observed(self) -> Mapping[str, str]:
-        sources = {"hidden": "hidden", "attn_heads": "attn_heads"}
-        return sources | {FFN_SOURCES[self.ffn_source]: "ffn", MAMBA_SOURCES[self.mamba_source]: "mamba_heads"}
+        names = {"hidden": "hidden"}
+        for axis, source in score_sources().items():
+            value = getattr(self, source.option or "", next(iter(source.observed)))
+            if value not in source.observed:
+                raise InputError(f"importance: {value!r} is unknown; known: {', '.join(source.observed)}")
+            names[source.observed[value]] = axis
+        return names
 
     def per_sample(self, kind: str, activation: Tensor, gradient: Tensor | None, counted: Tensor) -> Tensor:
-        if kind == "attn_heads":
+        if kind != HIDDEN.kind and score_sources()[kind].reduce:
             activation = torch.linalg.vector_norm(activation, dim=-1, dtype=torch.float64)
         mask = counted.reshape(counted.shape + (1,) * (activation.dim() - 2))
         values = torch.where(mask, activation, 0)
@@ -156,13 +156,13 @@ class TaylorScores(WidthMetric):
 
     @property
     def observed(self) -> Mapping[str, str]:
-        return {"hidden": "hidden", "ffn_act": "ffn", "attn_heads": "attn_heads", "mamba_out": "mamba_heads"}
+        return {"hidden": "hidden"} | {source.read_last: axis for axis, source in score_sources().items()}
 
     def per_sample(self, kind: str, activation: Tensor, gradient: Tensor | None, counted: Tensor) -> Tensor:
         assert gradient is not None
         # All positions, whether their own label counts or not: later ones may read them through the mixers.
         terms = (activation.double() * gradient.double()).sum(1)
-        return (terms.sum(-1) if kind == "attn_heads" else terms).abs()
+        return (terms.sum(-1) if kind != HIDDEN.kind and score_sources()[kind].reduce else terms).abs()
 
     def scores(self, config: HybridConfig, get_tensor: GetTensor, moments: UnitMoments) -> WidthScores:
         return aggregated(config, moments, "mean")

@@ -25,9 +25,9 @@ from ..models.cost.hardware import Hardware
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError, check_counts
 from ..models.fingerprint import PROVENANCE, plain
-from ..prune.choose import Target
 from ..prune.repair import RepairOptions
 from ..prune.scoring import Importance
+from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .run.resolve import data_input, model_config, model_folder
 from .run.rounds import Round, check_feasible, rehearse, rounds_of, student_folders

@@ -133,8 +133,8 @@ def print_estimate(estimate: Estimate) -> None:
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
     rows = [
         (f"weights ({count_parameters(config):,} parameters)", gib(report.weights)),
-        (f"key-value cache ({len(config.layers_of('*'))} attention layers)", gib(report.kv)),
-        (f"SSM states ({len(config.layers_of('M'))} Mamba layers)", gib(report.ssm)),
+        (f"key-value cache ({len([k for k in config.pattern if k == '*'])} attention layers)", gib(report.kv)),
+        (f"SSM states ({len([k for k in config.pattern if k == 'M'])} Mamba layers)", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
         ("weights and caches together", gib(report.total)),
     ]

@@ -27,10 +27,11 @@ from ..models.device import torch_device, torch_dtype
 from ..models.errors import InputError
 from ..models.fingerprint import plain
 from ..models.folder import write_json
-from ..prune.choose import Target, select
+from ..prune.choose import select
 from ..prune.repair import Repair, RepairOptions, repair_tensors
 from ..prune.scores import load_scores
 from ..prune.slice import Selection, slice_config, slice_rows, source_name
+from ..prune.target import Target
 from .run.resolve import data_input, model_folder, sample
 from .run.show import counted, progress, result, table
 from .run.stage import stage

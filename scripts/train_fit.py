@@ -14,8 +14,8 @@ from ..models.cost.parameters import count_parameters
 from ..models.cost.training import LINES, Knob, Training, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
-from ..prune.choose import Target
 from ..prune.rounds import in_kinds, leftovers, plan_cuts
+from ..prune.target import Target
 from . import compress
 from .run.resolve import model_config, torch_dtype
 from .run.show import gib, say, table

@@ -10,7 +10,7 @@ import torch
 from limbeck.models.axes import axis_sizes
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.slice import GROUPS_OF_AXIS, Selection, slice_model
+from limbeck.prune.slice import Selection, slice_model
 from torch import Tensor
 
 
@@ -24,7 +24,7 @@ def draw_selection(config: HybridConfig, kinds: Sequence[str], draw: random.Rand
     for axis, size in axis_sizes(config).items():
         if axis.kind not in kinds or (axis.layer is not None and axis.layer not in layers):
             continue
-        groups = getattr(config, GROUPS_OF_AXIS[axis.kind]) if axis.kind in GROUPS_OF_AXIS else 1
+        groups = axis.groups(config)
         per_group = size // groups
         count = counts.setdefault(axis.kind, draw.randint(1, per_group))
         kept[axis] = tuple(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from limbeck.models.axes import HIDDEN, Axis, axis_sizes
+from limbeck.models.axes import AXES, HIDDEN, Axis, axis_sizes
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
-from limbeck.prune.choose import Target, best, select, with_widths
+from limbeck.prune.choose import best, select
 from limbeck.prune.importance import score_random
-from limbeck.prune.slice import WIDTH_OF_AXIS, slice_config
+from limbeck.prune.slice import slice_config
+from limbeck.prune.target import Target, with_widths
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import random_config, tiny_config
 
@@ -32,7 +32,7 @@ def test_no_target_keeps_everything() -> None:
     config = tiny_config()
     selection = select(config, score_random(config, 0), (), Target())
     assert selection.layers == tuple(range(6)) and selection.kept == {}
-    same = Target(6, *(getattr(config, width) for width in WIDTH_OF_AXIS.values()))
+    same = Target(6, **{row.width: getattr(config, row.width) for row in AXES.values()})
     selection = select(config, score_random(config, 0), (), same)
     assert selection.kept == {axis: tuple(range(size)) for axis, size in axis_sizes(config).items()}
 
@@ -68,7 +68,7 @@ def test_widths_for_a_share_of_the_parameters(name: str, share: float) -> None:
     smaller.to_hf()
     least = 0.87 if name == "smollm2-135m" else 0.98  # llama's hidden is a multiple of its 9 heads
     assert least * share <= count_parameters(smaller) / count_parameters(config) <= share
-    assert found == dataclasses.replace(Target(), **{k: v for k, v in asked.items() if v != getattr(config, k)})
+    assert found == Target(**{k: v for k, v in asked.items() if v != getattr(config, k)})
 
 
 def test_the_published_widths_follow_from_the_published_number_of_parameters() -> None:

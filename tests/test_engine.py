@@ -13,13 +13,15 @@ from limbeck.kernels.linear import laid_out, linear, packed
 from limbeck.kernels.mamba_step import PreparedStep
 from limbeck.kernels.norm import gated_rms_norm
 from limbeck.kernels.state_update import state_update
+from limbeck.models.attention import KeyValues
 from limbeck.models.checkpoint import load_model
 from limbeck.models.errors import InputError
-from limbeck.models.generate.cache import Cache, KeyValues, MambaState
-from limbeck.models.generate.decode import Decoder, Step, lay_out
+from limbeck.models.generate.cache import Cache
+from limbeck.models.generate.decode import Decoder, DecodingStep, lay_out
 from limbeck.models.generate.engine import Completion, Engine, Event, Request
 from limbeck.models.generate.sampling import Sampling
 from limbeck.models.hybrid import HybridLM, initialize
+from limbeck.models.mamba2 import MambaState
 from limbeck.scripts.run.resolve import ZOO, model_config
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ def fill(model: HybridLM, cache: Cache, row: int, ids: Tensor, cuts: list[int]) 
     """Writes ids [T] into a row in pieces that end at `cuts`; logits [V] after the last."""
     start = 0
     for stop in cuts:
-        hidden = model.hidden_states(ids[None, start:stop], cache=cache.row(row))
+        hidden = model.hidden_states(ids[None, start:stop], cache=cache.rows(row, 1))
         cache.lengths[row] = start = stop
     return linear(hidden[0, -1], model.head_weight)
 
@@ -130,7 +132,8 @@ def test_a_prepared_step_is_the_three_kernels(batch: int, bias: bool, limit: tup
         options: dict[str, Any] = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": limit}
         y = state_update(others[1], x.view(batch, heads, head_dim), dt, A, B, C, **options)
         expected = gated_rms_norm(y.flatten(1), z, norm, 1e-5, groups)
-        assert_close("y", expected, step(z, conv_in, dt), 1e-6)
+        found = step(*(part.unsqueeze(1) for part in (z, conv_in, dt)))
+        assert_close("y", expected, found.squeeze(1), 1e-6)
     assert_close("conv", others[0], conv, 0)
     assert_close("ssm", others[1], ssm, 1e-6)
 
@@ -202,7 +205,7 @@ def test_a_step_never_asks_the_host(name: str) -> None:
             for key, weight in module.named_parameters(recurse=False):
                 fake = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
                 module.register_parameter(key, nn.Parameter(fake, requires_grad=False))
-        step = Step(model, Cache(config, 4, 1000, dtype=torch.bfloat16, device="cuda"), 3)
+        step = DecodingStep(model, Cache(config, 4, 1000, dtype=torch.bfloat16, device="cuda").rows(0, 3))
         logits = step.run()
     assert logits.shape == (3, config.vocab_size) and logits.device.type == "cuda" and logits.dtype == torch.bfloat16
 

@@ -15,15 +15,17 @@ from limbeck.models.axes import Axis
 from limbeck.models.checkpoint import load_config, load_model, open_checkpoint, save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
-from limbeck.models.families import FAMILIES, from_checkpoint_name, to_checkpoint_name
+from limbeck.models.families.family import pieces_of, published_name, stored_tensors
+from limbeck.models.families.known import FAMILIES
 from limbeck.models.generate.cache import Cache
 from limbeck.models.generate.generate import generate
 from limbeck.models.hybrid import HybridLM, initialize
-from limbeck.prune.choose import Target, kept_layers, select
+from limbeck.prune.choose import kept_layers, select
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_random, score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.slice import slice_config
+from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import ActivationScores
 from limbeck.tests.helpers import (
     assert_close,
@@ -82,9 +84,9 @@ def test_logits_and_gradients(family: str, seed: int, tmp_path: Path) -> None:
     (expected * along).sum().backward()
     (found * along).sum().backward()
     gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
-    assert gradients.keys() == {to_checkpoint_name(config, name) for name, _ in ours.named_parameters()}
+    assert gradients.keys() == set(stored_tensors(config))
     for name, weight in ours.named_parameters():
-        gradient = gradients[to_checkpoint_name(config, name)]
+        gradient = gradients[pieces_of(config)[name][0].stored]
         assert weight.grad is not None and gradient is not None
         # Queries and keys of a single token decide nothing: their gradient is zero but for rounding.
         if ids.shape[1] > 1 or not any(part in name for part in ("q_", "k_")):
@@ -282,10 +284,12 @@ def test_what_cannot_be_said_is_not_written(change: dict[str, Any], said: str, t
 def test_names_go_both_ways() -> None:
     for config in (dense_config(5, "llama"), dense_config(6, "qwen3"), random_config(3), tiny_config()):
         for name, _ in HybridLM(config, device="meta").named_parameters():
-            assert from_checkpoint_name(config, to_checkpoint_name(config, name)) == name
+            (piece,) = pieces_of(config)[name]
+            assert stored_tensors(config)[piece.stored].pieces == (piece,) and piece.scale == 1
     config = dense_config(5, "qwen3")
-    assert to_checkpoint_name(config, "layers.5.norm.weight") == "model.layers.2.post_attention_layernorm.weight"
-    assert to_checkpoint_name(config, "layers.4.mixer.q_norm.weight") == "model.layers.2.self_attn.q_norm.weight"
+    names = {ours: pieces[0].stored for ours, pieces in pieces_of(config).items()}
+    assert names["layers.5.norm.weight"] == "model.layers.2.post_attention_layernorm.weight"
+    assert names["layers.4.mixer.q_norm.weight"] == "model.layers.2.self_attn.q_norm.weight"
     for stranger in (
         "model.layers.2.mixer.x",
         "model.layers.x.mlp.y",
@@ -294,7 +298,7 @@ def test_names_go_both_ways() -> None:
         "model.head",
         "",
     ):
-        assert from_checkpoint_name(config, stranger) is None
+        assert published_name(config, stranger) not in stored_tensors(config)
 
 
 def test_a_wrong_tensor_is_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from limbeck.models.checkpoint import load_config, save_model
-from limbeck.models.families import FAMILIES
+from limbeck.models.families.known import FAMILIES
 from limbeck.models.tokenizer import train_tokenizer
 from limbeck.tests.helpers import (
     dense_config,

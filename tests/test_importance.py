@@ -12,10 +12,11 @@ from limbeck.models.axes import HIDDEN, Axis
 from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_magnitude, score_random, score_widths
 from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores, width_score_shapes
+from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import ActivationScores, TaylorScores
 from limbeck.tests.helpers import assert_close, dense_config, random_model, tiny_config
 from limbeck.tests.pruning_helpers import Rows, draw_rows, naive_mse

@@ -14,8 +14,8 @@ from limbeck.distill.report import plots
 from limbeck.models.checkpoint import load_config
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
-from limbeck.prune.choose import Target
 from limbeck.prune.rounds import in_kinds, leftovers, plan_cuts
+from limbeck.prune.target import Target
 from limbeck.scripts import distill, evaluate, prune
 from limbeck.scripts.compress import Options
 from limbeck.scripts.run.compose import build, compose_config

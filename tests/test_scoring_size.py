@@ -16,10 +16,11 @@ from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.offload import StreamedLayers, free_memory, open_layers
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_magnitude, score_widths
 from limbeck.prune.scores import WidthScores, load_scores
+from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import ActivationScores, TaylorScores
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import assert_close, dense_config, limbeck, make_workshop, random_model, tiny_config

@@ -19,7 +19,7 @@ from limbeck.models.cost.hardware import GIB, Hardware
 from limbeck.models.cost.inference import memory
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.choose import Target, select
+from limbeck.prune.choose import select
 from limbeck.prune.importance import score_random
 from limbeck.prune.patterns import Rules
 from limbeck.prune.repair import Repair, repair_model
@@ -38,6 +38,7 @@ from limbeck.prune.search import (
     with_importance,
 )
 from limbeck.prune.slice import slice_config
+from limbeck.prune.target import Target
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import dense_config, limbeck, random_config, random_model, tiny_config
 
@@ -78,9 +79,10 @@ def brute_force(config: HybridConfig, space: Space, order: tuple[int, ...], budg
     """Every size that select and slice would make of the space's values, checked one by one; small spaces only."""
     found = {}
     widths = ("hidden_size", "intermediate_size", "num_attention_heads", "mamba_num_heads", "mamba_head_dim")
-    choices = [getattr(space, name) or (None,) for name in ("layers", *widths)]
+    choices = [space.layers or (None,), *(space.widths.get(name) or (None,) for name in widths)]
     for values in itertools.product(*choices):
-        target = Target(*(None if value is None else int(value) for value in values))
+        numbers = [None if value is None else int(value) for value in values]
+        target = Target(**dict(zip(("layers", *widths), numbers, strict=True)))
         try:
             smaller = slice_config(config, select(config, score_random(config, 0), order, target))
         except InputError:

@@ -20,10 +20,11 @@ from limbeck.models.cost.inference import memory, verdict
 from limbeck.models.cost.peak import check_room, measure, random_model
 from limbeck.models.cost.simulate import Simulation, Stand, Tracker, picked, simulate
 from limbeck.models.errors import CheckFailed, InputError
-from limbeck.models.generate.cache import Cache, MambaState
-from limbeck.models.generate.decode import Step
+from limbeck.models.generate.cache import Cache
+from limbeck.models.generate.decode import DecodingStep
 from limbeck.models.generate.generate import prefill
 from limbeck.models.hybrid import HybridLM
+from limbeck.models.mamba2 import MambaState
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import any_config, tiny_config
 from torch import nn
@@ -206,13 +207,14 @@ def test_a_warm_up_moves_no_state() -> None:
     model = random_model(tiny_config(), torch.float32, torch.device("cpu"))
     cache = Cache(model.config, 2, 9)
     prefill(model, torch.arange(10).view(2, 5), cache, 3)
-    step = Step(model, cache, 2)
+    step = DecodingStep(model, cache)
     states = [state for state in cache.layers if isinstance(state, MambaState)]
     before = [tensor.clone() for state in states for tensor in (state.ssm, state.conv)]
     step.load([3, 4], cache.lengths)
     with torch.no_grad():
-        warm, warmer = (step.run(moves=False).clone() for _ in range(2))
-        assert torch.equal(warm, warmer) and torch.equal(warm, step.run(moves=False))
+        with step.unmoved():
+            warm, warmer, warmest = (step.run().clone() for _ in range(3))
+        assert torch.equal(warm, warmer) and torch.equal(warm, warmest)
         found = [tensor for state in states for tensor in (state.ssm, state.conv)]
         assert all(torch.equal(old, new) for old, new in zip(before, found, strict=True))
         assert torch.equal(warm, step.run()) and not torch.equal(before[0], found[0])

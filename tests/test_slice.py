@@ -7,14 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from limbeck.models.axes import AXIS_KINDS, HIDDEN, Axis, axis_sizes, tensor_table
+from limbeck.models.axes import AXES, HIDDEN, Axis, axis_sizes, tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.slice import (
-    GROUPS_OF_AXIS,
-    WIDTH_OF_AXIS,
     Selection,
     kept_rows,
     slice_config,
@@ -24,7 +22,7 @@ from limbeck.prune.slice import (
 from limbeck.tests.helpers import any_config, assert_close, random_config, random_model, tiny_config
 from limbeck.tests.pruning_helpers import draw_selection
 
-KINDS: tuple[Sequence[str], ...] = (*((kind,) for kind in (*AXIS_KINDS, "layers")), (*AXIS_KINDS, "layers"))
+KINDS: tuple[Sequence[str], ...] = (*((kind,) for kind in (*AXES, "layers")), (*AXES, "layers"))
 
 
 @pytest.mark.parametrize("seed", range(62))
@@ -166,11 +164,11 @@ def test_silent_units_of_every_axis_at_once(seed: int) -> None:
     tied = {"tie_word_embeddings": draw.random() < 0.5}
     config = tiny_config(pattern="".join(pattern), norm_eps=1e-24, **heads, **gated, **tied)
     layers = tuple(sorted(draw.sample(range(6), 5)))
-    left = {kind: draw.random() for kind in AXIS_KINDS}
+    left = {kind: draw.random() for kind in AXES}
     kept = {}
     for axis, size in axis_sizes(config).items():
         if axis.layer in (None, *layers):
-            groups = getattr(config, GROUPS_OF_AXIS[axis.kind]) if axis.kind in GROUPS_OF_AXIS else 1
+            groups = axis.groups(config)
             share = size // groups
             count = 1 + int(left[axis.kind] * (share - 1))
             kept[axis] = tuple(g * share + u for g in range(groups) for u in sorted(draw.sample(range(share), count)))
@@ -182,7 +180,7 @@ def test_silent_units_of_every_axis_at_once(seed: int) -> None:
     with torch.no_grad():
         smaller = slice_model(model, selection)
         assert_close("logits", model(ids, seq_idx=seq_idx), smaller(ids, seq_idx=seq_idx), 1e-9)
-    for width in WIDTH_OF_AXIS.values():
+    for width in (row.width for row in AXES.values()):
         assert getattr(smaller.config, width) < getattr(config, width), width
 
 
@@ -192,7 +190,7 @@ def test_a_permutation_inside_the_groups_leaves_the_logits(seed: int) -> None:
     config = random_config(seed)
     kept = {}
     for axis, size in axis_sizes(config).items():
-        groups = getattr(config, GROUPS_OF_AXIS[axis.kind]) if axis.kind in GROUPS_OF_AXIS else 1
+        groups = axis.groups(config)
         share = size // groups
         kept[axis] = tuple(group * share + unit for group in range(groups) for unit in draw.sample(range(share), share))
     model = random_model(config, seed)
@@ -213,7 +211,7 @@ def test_kept_rows_of_in_proj_by_hand() -> None:
 def test_the_source_is_read_tensor_by_tensor_and_keeps_its_dtype() -> None:
     config = tiny_config()
     weights = {name: weight.bfloat16() for name, weight in random_model(config).state_dict().items()}
-    selection = draw_selection(config, (*AXIS_KINDS, "layers"), random.Random(1))
+    selection = draw_selection(config, (*AXES, "layers"), random.Random(1))
     read: list[str] = []
 
     def get_tensor(name: str) -> torch.Tensor:

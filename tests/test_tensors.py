@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from limbeck.models.axes import tensor_table
 from limbeck.models.checkpoint import finished_shards, open_checkpoint, plan_shards, write_checkpoint
 from limbeck.models.errors import DiskError
 from limbeck.models.tensors import Silence, TensorFile, ahead, is_finite, save_tensors, take
@@ -86,7 +87,7 @@ def test_a_full_disk_leaves_finished_shards_and_nothing_else(tmp_path: Path, mon
         return FullDisk(real(path, *arguments), 10**9 if "00001" in path.name or "00002" in path.name else 5000)
 
     def write() -> None:
-        tensors = ((name, weights[name]) for shard in shards for name in shard.forms)
+        tensors = ((name, weights[name]) for name in tensor_table(config))
         write_checkpoint(tmp_path, config, tensors, dtypes=torch.float32, max_shard_bytes=20_000)
 
     with monkeypatch.context() as patch:
@@ -95,7 +96,7 @@ def test_a_full_disk_leaves_finished_shards_and_nothing_else(tmp_path: Path, mon
             write()
     assert sorted(path.name for path in tmp_path.iterdir()) == [shard.file for shard in shards[:2]]
     stored = finished_shards(tmp_path, config, shards).stored
-    assert list(stored) == [name for shard in shards[:2] for name in shard.forms]
+    assert [name for ours in stored.values() for name in ours.places] == [n for s in shards[:2] for n in s.forms]
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     write()
     assert before.items() <= {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}.items()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..config import HybridConfig
+from ..layer import StateBytes
 from .hardware import GIB, Hardware, Place, check_load, libraries
 from .parameters import count_parameters, num_tensors
 from .trace import transient
@@ -93,22 +94,28 @@ def memory(
     Raises InputError where context, batch or chunk is below 1.
     """
     check_load(context, batch, 1 if chunk is None else chunk)
-    attention, mamba = len(config.layers_of("*")), len(config.layers_of("M"))
     kv_type, conv_type = kv_dtype or weight_dtype, conv_dtype or weight_dtype
-    kv_token = kv_bytes(config, kv_type)
-    ssm_layer = config.d_inner * config.ssm_state_size * ssm_dtype.itemsize if mamba else 0
-    conv_layer = config.conv_dim * (config.conv_kernel - 1) * conv_type.itemsize if mamba else 0
+    states = layer_states(config, kv_type, ssm_dtype, conv_type)
+    fixed = [state.ssm + state.conv for state in states if state.ssm + state.conv]
+    growing = [state.token for state in states if state.token]
     weights = count_parameters(config) * weight_dtype.itemsize
     room = None if budget is None else budget - weights
     report = MemoryReport(
         context=context,
         batch=batch,
         weights=weights,
-        kv=attention * kv_token * context * batch,
-        ssm=mamba * ssm_layer * batch,
-        conv=mamba * conv_layer * batch,
+        kv=sum(growing) * context * batch,
+        ssm=sum(state.ssm for state in states) * batch,
+        conv=sum(state.conv for state in states) * batch,
         vllm=allocate(
-            attention, mamba, context, kv_token, ssm_layer + conv_layer, room, mamba_cache_mode, config.chunk_size
+            len(growing),
+            len(fixed),
+            context,
+            max(growing, default=0),
+            max(fixed, default=0),
+            room,
+            mamba_cache_mode,
+            config.chunk_size,
         ),
     )
     if chunk is None:
@@ -172,9 +179,12 @@ def sketch(
     }
 
 
-def kv_bytes(config: HybridConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values of one token in one attention layer."""
-    return 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+def layer_states(
+    config: HybridConfig, kv_dtype: torch.dtype, ssm_dtype: torch.dtype, conv_dtype: torch.dtype
+) -> list[StateBytes]:
+    """Bytes that each layer keeps of a sequence."""
+    sizes = [dtype.itemsize for dtype in (kv_dtype, ssm_dtype, conv_dtype)]
+    return [kind.state_bytes(config, *sizes) for kind in config.kinds]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,11 +268,10 @@ class Change:
 
 def changes(config: HybridConfig, report: MemoryReport, budget: float, **asked: Any) -> list[Change]:
     """What would bring a report nearer to a budget, each on its own; `asked` as in `memory`."""
-    attention, mamba = (bool(config.layers_of(letter)) for letter in "*M")
     ways: dict[str, dict[str, Any]] = {}
-    if attention and report.load and report.load.kv_bytes > 1:
+    if report.kv and report.load and report.load.kv_bytes > 1:
         ways["8-bit keys and values (vLLM: --kv-cache-dtype fp8)"] = {"kv_dtype": torch.float8_e4m3fn}
-    if mamba and report.load and report.load.ssm_bytes > 2:
+    if report.ssm and report.load and report.load.ssm_bytes > 2:
         ways["SSM states in bfloat16"] = {"ssm_dtype": torch.bfloat16}
     if report.load and report.load.chunk > 128:
         ways["prefill in chunks of 128 tokens"] = {"chunk": 128}

@@ -29,8 +29,8 @@ from ...kernels.attention import cpu_workspace, decode_workspace, flash_backward
 from ...kernels.tracing import STATE
 from ..config import HybridConfig
 from ..errors import InputError
-from ..generate.cache import Cache, KeyValues
-from ..generate.decode import Step
+from ..generate.cache import Cache
+from ..generate.decode import DecodingStep
 from ..generate.generate import decode_one_token, prefill
 from ..hybrid import HybridLM
 from .hardware import Place, check_load, libraries, round_up
@@ -113,31 +113,24 @@ def walk(model: HybridLM, ids: Tensor, cache: Cache, chunk: int, tracker: Tracke
     if not decodes:
         return
     tracker.phase = "decode"
-    decode(model, logits.argmax(-1), cache, tracker)
+    decode(model, logits.argmax(-1), cache)
 
 
-def decode(model: HybridLM, token: Tensor, cache: Cache, tracker: Tracker) -> Any:
+def decode(model: HybridLM, token: Tensor, cache: Cache) -> Any:
     """A decoding step of token [B], on a GPU as `decode.Decoder` binds it, and `GraphedStep` warms up and captures:
     what is there until the next step."""
     if token.is_cpu:
         return decode_one_token(model, token, cache)
-    step = Step(model, cache, len(token))
-    for number, (_, mix, _) in enumerate(step.layers):
-        tracker.own(number, vars(mix).values())
-    step.layers = [
-        (norm, tracker.told(number, mix), attends) for number, (norm, mix, attends) in enumerate(step.layers)
-    ]
+    step = DecodingStep(model, cache)
     step.load(token, cache.lengths)
-    step.run(moves=False)
+    with step.unmoved():
+        step.run()
     return step, step.run()
 
 
 def advance(cache: Cache, tokens: int) -> None:
     """Lets a cache believe that it holds `tokens` more."""
     cache.length += tokens
-    for layer in cache.layers:
-        if isinstance(layer, KeyValues):
-            layer.length += tokens
 
 
 def without_memory(model: HybridLM, device: str) -> HybridLM:
@@ -199,17 +192,6 @@ class Tracker(TorchDispatchMode):
             block.mixer.register_forward_hook(lambda *_: self.enter(None))  # type: ignore[union-attr]
         return model
 
-    def told(self, layer: int, mix: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A mixer that says which layer it is while it runs."""
-
-        def mixed(*inputs: Any) -> Tensor:
-            self.enter(layer)
-            out = mix(*inputs)
-            self.enter(None)
-            return out
-
-        return mixed
-
     def enter(self, layer: int | None) -> None:
         self.layer = layer
 
@@ -217,12 +199,6 @@ class Tracker(TorchDispatchMode):
         """From here on peaks count; what is live already is no transient. Gives the bytes of it."""
         self.fixed, self.peak, self.uneven = set(self.live), Peak(self.now), False
         return self.now
-
-    def own(self, layer: int, values: Iterable[Any]) -> None:
-        """Says that tensors are a layer's, whenever they were made."""
-        for tensor in values:
-            if isinstance(tensor, Tensor) and (live := self.live.get(tensor.untyped_storage()._cdata)):
-                live.layer = layer
 
     def bytes_of(self, keys: Iterable[int]) -> int:
         """Of those of some storages that are still there."""

@@ -20,14 +20,7 @@ def flops_per_token(config: HybridConfig, context: int) -> float:
     element-wise work do not count."""
     products = config.vocab_size * config.hidden_size
     products += sum(config.pattern.count(kind) * size for kind, (_, size) in kind_sizes(config).items() if kind)
-    attention = len(config.layers_of("*")) * config.num_attention_heads * config.head_dim * 2 * context / 2
-    chunk, state = min(config.chunk_size, max(context, 1)), config.ssm_state_size
-    scan = len(config.layers_of("M")) * (
-        config.n_groups * state * chunk  # C B^T
-        + config.d_inner * chunk  # (L o C B^T) x
-        + 2 * config.d_inner * state  # into the state, and out of it
-    )
-    return 2.0 * (products + attention + scan)
+    return 2.0 * (products + sum(kind.work(config, context) for kind in config.kinds))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,7 +194,7 @@ def run_decode(traced: Traced, past: int) -> tuple[Moment, tuple[tuple[str, int]
         cache = traced.cache(past + 1, past)
         before = tracker.begin()
         logits = traced.empty(traced.config.vocab_size)
-        kept = decode(model, logits.argmax(-1), cache, tracker)
+        kept = decode(model, logits.argmax(-1), cache)
         left = {traced.config.pattern[layer]: size for layer, size in sorted(tracker.left().items())}
         del kept
         return Moment(tracker.peak.bytes - before, tracker.uneven), tuple(left.items())

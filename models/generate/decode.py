@@ -1,29 +1,26 @@
 """One decoding step of many sequences of unequal lengths, each in its row of a cache.
 
-A step is bound to a batch size once: what does not change from step to step is made ready, and on a GPU it is captured
-in a CUDA graph, so that no Python runs between its kernels. Shapes: [B] sequences, [V] vocabulary.
+A step is bound to a batch size once: what does not change from step to step is made ready, and on a GPU the model's
+call is captured in a CUDA graph, so that no Python runs between its kernels. Shapes: [B] sequences, [V] vocabulary.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ...kernels.linear import ONE_OR_TWO, laid_out, packed
 from ...kernels.linear_step import prepared_linear
 from ...kernels.mamba_step import PreparedNorm, takes_prepared
 from ...kernels.norm import rms_norm
-from ..attention import AttentionStep, Places
+from ..axes import Role, tensor_table
 from ..errors import InputError
 from ..hybrid import HybridLM
-from ..mamba2 import MambaStep, Stored, as_it_is
-from ..mlp import MLPStep
-from .cache import Cache, KeyValues, MambaState
+from .cache import Cache
 
 WARM_UP = 2  # runs before a capture: kernels are compiled, libraries find their workspace
 
@@ -37,7 +34,7 @@ class Decoder:
         self.packed: dict[Tensor, Tensor] = {}
         self.graphs = model.head_weight.is_cuda if graphs is None else graphs
         self.pool: Any = None  # the graphs' memory: they run one after the other, and share it
-        self.bound: dict[int, Step | GraphedStep] = {}
+        self.steps: dict[int, DecodingStep | GraphedStep] = {}
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -49,15 +46,16 @@ class Decoder:
                 f"decode: {len(tokens)} sequences of up to {max(lengths, default=0)} tokens do not fit a cache of"
                 f" {len(self.cache.lengths)} x {self.cache.max_length}"
             )
-        if len(tokens) not in self.bound:
-            self.bound[len(tokens)] = self.bind(tokens, lengths)
-        logits = self.bound[len(tokens)](tokens, lengths)
+        if len(tokens) not in self.steps:
+            self.steps[len(tokens)] = self.bind(tokens, lengths)
+        logits = self.steps[len(tokens)](tokens, lengths)
         self.cache.lengths[: len(tokens)] = [length + 1 for length in lengths]
         return logits
 
-    def bind(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Step | GraphedStep:
+    def bind(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> DecodingStep | GraphedStep:
         batch = len(tokens)
-        step = Step(self.model, self.cache, batch, self.stored if self.pack and batch > ONE_OR_TWO else as_it_is)
+        packs = self.pack and batch > ONE_OR_TWO
+        step = DecodingStep(self.model, self.cache.rows(0, batch), self.stored if packs else None)
         if not self.graphs:
             return step
         if self.pool is None:
@@ -66,36 +64,23 @@ class Decoder:
         return GraphedStep(step, self.pool)
 
     def stored(self, weight: Tensor) -> Tensor:
-        """A matrix, packed when it is first asked for."""
+        """A matrix, packed when it is first used."""
         if weight not in self.packed:
             self.packed[weight] = packed(weight, len(self.cache.lengths))
         return self.packed[weight]
 
 
-class Step:
-    """The step of a batch size: `tokens` and `lengths` [B] are read where they lie, caches are written in place."""
+class DecodingStep:
+    """`HybridLM.decode` of a batch size: `tokens` and `lengths` [B] are read where they lie, caches written in place.
+    What layers make once (`layer.Context`) is kept here; `stored` gives the order that a matrix is to be read in."""
 
-    def __init__(self, model: HybridLM, cache: Cache, batch: int, stored: Stored = as_it_is) -> None:
-        self.model, self.config, self.max_length = model, model.config, cache.max_length
-        self.inputs = torch.zeros((2, batch), dtype=torch.int64, device=model.head_weight.device)
+    def __init__(self, model: HybridLM, cache: Cache, stored: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.model, self.cache, self.stored = model, cache, stored
+        self.batch = len(cache.lengths)
+        self.inputs = torch.zeros((2, self.batch), dtype=torch.int64, device=model.head_weight.device)
         self.tokens, self.lengths = self.inputs.unbind()
-        self.states = [None if layer is None else layer.rows(0, batch) for layer in cache.layers]
-        self.head = prepared_linear(stored(model.head_weight), batch)
-        self.norm: Callable[[Tensor, Tensor], Tensor] = lambda x, weight: rms_norm(x, weight, model.config.norm_eps)
-        if takes_prepared(model.head_weight, model.norm_f.weight):
-            self.norm = PreparedNorm((batch, model.config.hidden_size), model.config.norm_eps)
-        self.layers: list[tuple[Tensor, Callable[..., Tensor], bool]] = []
-        blocks: Any = model.layers
-        for block, state in zip(blocks, self.states, strict=True):
-            mixer = block.mixer
-            if isinstance(state, MambaState):
-                mixer = MambaStep(mixer, state, stored)
-                mixer.prepare()
-            elif isinstance(state, KeyValues):
-                mixer = AttentionStep(mixer, state, stored)
-            else:
-                mixer = MLPStep(mixer, batch, stored)
-            self.layers.append((block.norm.weight, mixer, isinstance(state, KeyValues)))
+        self.products: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        self.made: dict[Hashable, Any] = {}
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
         self.load(tokens, lengths)
@@ -108,34 +93,64 @@ class Step:
         else:
             self.inputs.copy_(torch.tensor((tokens, lengths)))
 
-    def run(self, *, moves: bool = True) -> Tensor:
-        """Logits [B, V] of the tokens that are loaded; unless it `moves` the SSM and convolution states are afterwards
-        what they were, at the price of a copy of one layer's."""
-        config = self.config
-        hidden = F.embedding(self.tokens, self.model.embeddings.weight)
-        places = None
-        if "*" in config.pattern:
-            places = Places.of(self.lengths, config, self.max_length, hidden.dtype)
-        for (norm, mix, attends), state in zip(self.layers, self.states, strict=True):
-            u = self.norm(hidden, norm)
-            with contextlib.nullcontext() if moves else unmoved(state):
-                out = mix(u, places) if attends else mix(u)
-            hidden += out
-            del out  # or it would be there beside the next layer's tensors
-        return self.head(self.norm(hidden, self.model.norm_f.weight))
+    def run(self) -> Tensor:
+        """Logits [B, V] of the tokens that are loaded."""
+        return self.model.decode(self.tokens, self.lengths, self.cache, self)
+
+    def project(self, module: nn.Linear, x: Tensor) -> Tensor:
+        product = self.products.get(module)
+        if product is None:
+            weight = module.weight if self.stored is None else self.stored(module.weight)
+            product = self.products[module] = prepared_linear(weight, self.batch)
+        return product(x)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if not takes_prepared(x, weight):
+            return rms_norm(x, weight, eps)
+        return self.once("norm", lambda: PreparedNorm(tuple(x.shape), eps))(x, weight)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    @contextlib.contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """SSM and convolution states are after each layer what they were, at the price of a copy of one layer's."""
+        kept: list[Tensor] = []
+
+        def recurrent(layer: int) -> tuple[Tensor, ...]:
+            state = self.cache.layers[layer]
+            return () if state is None else state.recurrent()
+
+        def keep(block: Any, _: Any) -> None:
+            kept.extend(tensor.clone() for tensor in recurrent(block.layer))
+
+        def restore(block: Any, *_: Any) -> None:
+            for tensor in reversed(recurrent(block.layer)):
+                tensor.copy_(kept.pop())
+
+        hooks = [hook for block in self.model.layers for hook in (
+            block.register_forward_pre_hook(keep), block.register_forward_hook(restore)
+        )]  # fmt: skip
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class GraphedStep:
-    """A loaded step as a CUDA graph: one launch replays all its kernels. The runs before the capture move no states;
-    the keys and values that they write are those that the first replay writes again."""
+    """A loaded step as a CUDA graph: one launch replays all its kernels. The runs before the capture leave the states
+    as they were; the keys and values that they write are those that the first replay writes again."""
 
-    def __init__(self, step: Step, pool: Any) -> None:
+    def __init__(self, step: DecodingStep, pool: Any) -> None:
         self.step, self.graph = step, torch.cuda.CUDAGraph()
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(beside), step.unmoved():
             for _ in range(WARM_UP):
-                step.run(moves=False)
+                step.run()
         torch.cuda.current_stream().wait_stream(beside)
         with torch.cuda.graph(self.graph, pool=pool):
             self.logits = step.run()
@@ -146,20 +161,12 @@ class GraphedStep:
         return self.logits
 
 
-@contextlib.contextmanager
-def unmoved(state: KeyValues | MambaState | None) -> Iterator[None]:
-    """A layer's SSM and convolution state is afterwards what it was."""
-    tensors = (state.ssm, state.conv) if isinstance(state, MambaState) else ()
-    kept = [tensor.clone() for tensor in tensors]
-    yield
-    for tensor, before in zip(tensors, kept, strict=True):
-        tensor.copy_(before)
-
-
 @torch.no_grad()
 def lay_out(model: HybridLM) -> None:
     """Stores the matrices of a float32 model on the CPU as a decoding step reads them fastest. Values, shapes and
     memory stay; the order of sums changes, and with it their rounding."""
-    for weight in model.parameters():
-        if weight.dim() == 2 and weight.dtype == torch.float32 and weight.device.type == "cpu":
+    table = tensor_table(model.config)
+    for name, weight in model.named_parameters():
+        is_matrix = table[name].role in (Role.MATRIX, Role.TABLE)
+        if is_matrix and weight.dtype == torch.float32 and weight.device.type == "cpu":
             weight.data = laid_out(weight.data)

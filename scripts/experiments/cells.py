@@ -29,9 +29,10 @@ from ...models.fingerprint import digest, fingerprint_of, look_of, plain
 from ...models.folder import write_json
 from ...models.hybrid import HybridLM, initialize
 from ...models.provenance import provenance
-from ...prune.choose import Target, select
+from ...prune.choose import select
 from ...prune.kept import importance_kept
 from ...prune.scores import Scores, load_scores
+from ...prune.target import Target
 from .. import cache_teacher, compress
 from ..run.resolve import data_input, model_folder, sample, torch_device, torch_dtype
 from ..run.rounds import Round

@@ -17,10 +17,10 @@ from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError, guess
 from ...models.fingerprint import plain
 from ...models.tokenizer import check_vocabulary, load_tokenizer
-from ...prune.choose import Target
 from ...prune.repair import RepairOptions
 from ...prune.rounds import Cut, in_kinds, leftovers, named_round, plan_cuts
 from ...prune.scoring import Importance
+from ...prune.target import Target
 from .compose import build
 from .resolve import corpus
 from .show import gib, say, table

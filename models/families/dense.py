@@ -1,0 +1,137 @@
+"""Dense Transformers, llama (SmolLM2 among them) and qwen3: a block of attention and MLP is two of our layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import attention, mlp
+from ..errors import InputError
+from .family import Family
+from .nemotron_h import SPELLINGS
+from .spelling import read_fields, read_float, refuse_biases, unread
+
+if TYPE_CHECKING:
+    from ..config import HybridConfig
+
+DENSE = {
+    field: SPELLINGS[field]
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+                  "head_dim", "tie_word_embeddings", "max_position_embeddings", "bos_token_id", "eos_token_id",
+                  "pad_token_id")
+} | {"norm_eps": ("rms_norm_eps",)}  # fmt: skip
+# What transformers takes where a config.json is silent.
+DENSE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"norm_eps": 1e-6, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "qwen3": {"norm_eps": 1e-6, "max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None,
+              "head_dim": 128},
+}  # fmt: skip
+DENSE_ROPE_THETA = 10000.0
+ROPE = ("rope_parameters", "rope_scaling")
+ATTENTION, MLP = (kind.KIND.letter for kind in (attention, mlp))
+BLOCK = ATTENTION + MLP
+LAYER = "model.layers.{block}."
+
+
+def read_dense(hf: Mapping[str, Any]) -> dict[str, Any]:
+    name, layers = hf["model_type"], hf.get("num_hidden_layers")
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+        raise InputError(f"config: num_hidden_layers is {layers!r}; expected a whole number of at least 1")
+    refuse_biases(hf, ("attention_bias", "mlp_bias"))
+    if hf.get("use_sliding_window") or set(hf.get("layer_types") or ()) - {"full_attention"}:
+        raise InputError(f"config: {name} with sliding windows (use_sliding_window, layer_types) is not supported")
+    if hf.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config: hidden_act={hf['hidden_act']!r}; {name} has 'silu'")
+    pattern = BLOCK * layers
+    defaults = dict(DENSE_DEFAULTS[name])
+    if hf.get("num_attention_heads") is not None:
+        defaults["num_key_value_heads"] = hf["num_attention_heads"]
+    # A token that is null is none, and not the default.
+    defaults |= {field: None for field in defaults if field.endswith("token_id") and field in hf}
+    fields = {"family": name, "pattern": pattern, "rope_theta": read_rope_theta(hf), **fixed(name)}
+    fields |= read_fields(hf, DENSE, pattern, defaults)
+    fields["extra"] = unread(hf, DENSE, "num_hidden_layers", "hidden_act", "rope_theta", *ROPE)
+    return fields
+
+
+def fixed(name: str) -> dict[str, Any]:
+    """The fields that are the same in every model of the family."""
+    return {"activation": "silu", "gated_mlp": True, "qk_norm": name == "qwen3"}
+
+
+def read_rope_theta(hf: Mapping[str, Any]) -> float:
+    """The base of rotary positions, in transformers 5's spelling or the older one. Raises InputError for those that
+    are scaled, partial, or not the same in all layers."""
+    spelled = {} if hf.get("rope_theta") is None else {"rope_theta": hf["rope_theta"]}
+    for name in ROPE:
+        parameters = hf.get(name)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
+            raise InputError(f"config: {name} is {parameters!r}; expected one set of numbers for all layers")
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind != "default":
+            raise InputError(f"config: {name} has the rope type {kind!r}, which is not supported; known: 'default'")
+        if parameters.get("rope_theta") is not None:
+            spelled[f"{name}.rope_theta"] = parameters["rope_theta"]
+        if parameters.get("partial_rotary_factor", 1) != 1:
+            raise InputError(f"config: {name} turns a part of each head, which is not supported; expected the whole")
+    thetas = {name: read_float(value, name) for name, value in spelled.items()}
+    if len(set(thetas.values())) > 1:
+        said = ", ".join(f"{name}={value!r}" for name, value in spelled.items())
+        raise InputError(f"config: {said} say different things of the rotary positions")
+    return next(iter(thetas.values()), DENSE_ROPE_THETA)
+
+
+def write_dense(config: HybridConfig) -> dict[str, Any]:
+    if config.rope_theta is None:
+        raise InputError(f"config: {config.family} has rotary positions; expected a rope_theta")
+    hf: dict[str, Any] = {"num_hidden_layers": config.num_layers // len(BLOCK), "hidden_act": "silu"}
+    for field, spellings in DENSE.items():
+        value = getattr(config, field)
+        hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
+    hf["rope_theta"] = config.rope_theta
+    return hf | {name: value for name, value in config.extra.items() if name not in hf}
+
+
+def write_llama(config: HybridConfig) -> dict[str, Any]:
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"config: hidden_size {config.hidden_size} is no multiple of num_attention_heads"
+            f" {config.num_attention_heads}, which transformers refuses for llama; take a multiple"
+        )
+    return write_dense(config)
+
+
+LLAMA = Family(
+    read_dense,
+    write_llama,
+    "LlamaForCausalLM",
+    fixed=fixed("llama"),
+    outer={
+        "embeddings.weight": "model.embed_tokens.weight",
+        "norm_f.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    },
+    layers={
+        ATTENTION: {
+            "norm.weight": LAYER + "input_layernorm.weight",
+            "mixer.q_proj.weight": LAYER + "self_attn.q_proj.weight",
+            "mixer.k_proj.weight": LAYER + "self_attn.k_proj.weight",
+            "mixer.v_proj.weight": LAYER + "self_attn.v_proj.weight",
+            "mixer.o_proj.weight": LAYER + "self_attn.o_proj.weight",
+            "mixer.q_norm.weight": LAYER + "self_attn.q_norm.weight",
+            "mixer.k_norm.weight": LAYER + "self_attn.k_norm.weight",
+        },
+        MLP: {
+            "norm.weight": LAYER + "post_attention_layernorm.weight",
+            "mixer.gate_proj.weight": LAYER + "mlp.gate_proj.weight",
+            "mixer.up_proj.weight": LAYER + "mlp.up_proj.weight",
+            "mixer.down_proj.weight": LAYER + "mlp.down_proj.weight",
+        },
+    },
+    blocks=(BLOCK,),
+    ignored=(".rotary_emb.inv_freq",),
+)
+QWEN3 = dataclasses.replace(LLAMA, write=write_dense, architecture="Qwen3ForCausalLM", fixed=fixed("qwen3"))

@@ -1,0 +1,20 @@
+"""The families there are, by the model_type of their config.json. A new family is a file, and an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputError
+from . import dense, nemotron_h
+from .family import Family
+
+FAMILIES: dict[str, Family] = {"nemotron_h": nemotron_h.FAMILY, "llama": dense.LLAMA, "qwen3": dense.QWEN3}
+
+
+def read_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """HybridConfig's arguments from the contents of a config.json. Raises InputError."""
+    name = hf.get("model_type")
+    if name not in FAMILIES:
+        raise InputError(f"config: model_type is {name!r}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name].read(hf)

@@ -1,0 +1,136 @@
+"""Nemotron-H and Nemotron Nano 2, as published on the hub and as transformers (>= 5) writes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import attention, mamba2, mlp
+from ..errors import InputError
+from .family import Family
+from .spelling import read_fields, read_float, refuse_biases, unread
+
+if TYPE_CHECKING:
+    from ..config import HybridConfig
+
+# Field of HybridConfig -> its spellings in the wild, the published one first.
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size",),
+    "intermediate_size": ("intermediate_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim", "attention_head_dim"),
+    "mamba_num_heads": ("mamba_num_heads",),
+    "mamba_head_dim": ("mamba_head_dim",),
+    "n_groups": ("n_groups", "mamba_num_groups", "mamba_n_groups"),
+    "ssm_state_size": ("ssm_state_size", "mamba_state_dim"),
+    "conv_kernel": ("conv_kernel", "mamba_d_conv"),
+    "chunk_size": ("chunk_size", "mamba_chunk_size"),
+    "norm_eps": ("layer_norm_epsilon", "rms_norm_eps"),
+    "conv_bias": ("use_conv_bias", "mamba_conv_bias"),
+    "tie_word_embeddings": ("tie_word_embeddings",),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "bos_token_id": ("bos_token_id",),
+    "eos_token_id": ("eos_token_id",),
+    "pad_token_id": ("pad_token_id",),
+}
+MAMBA, ATTENTION, DENSE = (kind.KIND.letter for kind in (mamba2, attention, mlp))
+LAYER_TYPES = {
+    "mamba": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION, "full_attention": ATTENTION, "mlp": DENSE,
+}  # fmt: skip
+MIXTURE = "E"  # of experts, which is read by name in order to be refused by name
+TIME_STEP_LIMIT = ("time_step_limit", "mamba_dt_limit")
+BIASES = ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
+LAYER = "backbone.layers.{block}."
+
+
+def read_nemotron_h(hf: Mapping[str, Any]) -> dict[str, Any]:
+    pattern = read_pattern(hf)
+    fields: dict[str, Any] = {"family": "nemotron_h", "pattern": pattern}
+    fields |= read_fields(hf, SPELLINGS, pattern, {})
+    refuse_biases(hf, BIASES)
+    for name, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
+        if hf.get(name, expected) != expected:
+            raise InputError(f"config: {name}={hf[name]!r}; nemotron_h has {expected!r}")
+    for name in TIME_STEP_LIMIT:
+        if hf.get(name) is not None:
+            fields["dt_limit"] = tuple(read_float(value, name) for value in hf[name])
+    fields["extra"] = unread(hf, SPELLINGS, "num_hidden_layers", *TIME_STEP_LIMIT)
+    return fields
+
+
+def read_pattern(hf: Mapping[str, Any]) -> str:
+    """The layer pattern, from either spelling; where both are there they have to agree."""
+    spelled: dict[str, str] = {}
+    text = hf.get("hybrid_override_pattern")
+    if text is not None:
+        if not isinstance(text, str):
+            raise InputError(f"config: hybrid_override_pattern is {text!r}; expected a text such as 'M-M*-'")
+        if MIXTURE in text:
+            raise InputError("config: hybrid_override_pattern has 'E' (mixture of experts), which is not supported")
+        spelled["hybrid_override_pattern"] = text
+    for name in ("layers_block_type", "layer_types"):
+        types = hf.get(name)
+        if types is None:
+            continue
+        for position, kind in enumerate(types):
+            if kind not in LAYER_TYPES:
+                known = ", ".join(LAYER_TYPES)
+                raise InputError(f"config: {name}[{position}] is {kind!r}, which is not supported; known: {known}")
+        spelled[name] = "".join(LAYER_TYPES[kind] for kind in types)
+    if not spelled:
+        raise InputError("config: no layer pattern; expected hybrid_override_pattern, layers_block_type or layer_types")
+    if len(set(spelled.values())) > 1:
+        raise InputError(f"config: {' and '.join(spelled)} disagree on the layers")
+    (pattern,) = set(spelled.values())
+    layers = hf.get("num_hidden_layers")
+    if layers is not None and layers != len(pattern):
+        raise InputError(f"config: num_hidden_layers is {layers}, but the pattern has {len(pattern)} layers")
+    return pattern
+
+
+def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
+    hf: dict[str, Any] = {
+        "hybrid_override_pattern": config.pattern,
+        "num_hidden_layers": config.num_layers,
+        "mlp_hidden_act": "relu2",
+        "mamba_hidden_act": "silu",
+    }
+    hf |= dict.fromkeys(BIASES, False)
+    for field, spellings in SPELLINGS.items():
+        value = getattr(config, field)
+        # A width that the pattern does not use is left to the reader's default: 0 heads would not be valid there.
+        if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
+            hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
+    # (0, inf) is every reader's default, and plain JSON has no infinity; a finite upper limit is written.
+    low, high = config.dt_limit
+    if (low, high) != (0.0, math.inf):
+        hf[TIME_STEP_LIMIT[0]] = [low, {"__float__": "Infinity"} if high == math.inf else high]
+    return hf | {name: value for name, value in config.extra.items() if name not in hf}
+
+
+def mixer(*names: str) -> dict[str, str]:
+    """A layer's tensors, which are called as ours are."""
+    return {part: LAYER + part for part in ("norm.weight", *(f"mixer.{name}" for name in names))}
+
+
+FAMILY = Family(
+    read_nemotron_h,
+    write_nemotron_h,
+    "NemotronHForCausalLM",
+    fixed={"activation": "relu2", "gated_mlp": False, "qk_norm": False, "rope_theta": None},
+    prefixes=("backbone.", "model."),
+    outer={
+        "embeddings.weight": "backbone.embeddings.weight",
+        "norm_f.weight": "backbone.norm_f.weight",
+        "lm_head.weight": "lm_head.weight",
+    },
+    layers={
+        MAMBA: mixer("in_proj.weight", "conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias", "norm.weight",
+                     "out_proj.weight"),
+        ATTENTION: mixer("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
+        DENSE: mixer("up_proj.weight", "down_proj.weight"),
+    },
+)  # fmt: skip

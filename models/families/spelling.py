@@ -1,0 +1,62 @@
+"""What the families' config.json files have in common: fields in several spellings, numbers, defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputError
+from ..kinds import kinds_of
+
+REQUIRED = ("vocab_size", "hidden_size")
+# Code that a folder brings along is never run, so that a rewritten folder does not point at it either.
+DROPPED = ("auto_map", "architectures", "model_type", "layers_block_type", "layer_types", "hybrid_override_pattern",
+           "dtype", "torch_dtype")  # fmt: skip
+
+
+def read_fields(
+    hf: Mapping[str, Any], known: Mapping[str, tuple[str, ...]], pattern: str, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The fields that a config.json states in any of the `known` spellings, `defaults` where it is silent. Raises
+    InputError where spellings contradict each other, and where a field is missing that the pattern needs."""
+    fields = dict(defaults)
+    for field, spellings in known.items():
+        present = [name for name in spellings if hf.get(name) is not None]
+        if len({repr(hf[name]) for name in present}) > 1:
+            said = ", ".join(f"{name}={hf[name]!r}" for name in present)
+            raise InputError(f"config: {said} say different things of one width")
+        if present:
+            fields[field] = hf[present[0]]
+    # What a HybridConfig has no default for, and head_dim, which follows from the others.
+    needed = [*REQUIRED, *(name for kind in dict.fromkeys(kinds_of(pattern)) for name in kind.fields)]
+    for name in needed:
+        if name not in fields and name not in ("head_dim", "conv_kernel", "chunk_size"):
+            raise InputError(f"config: {' or '.join(known[name])} is missing; the layer pattern needs it")
+    hidden, heads = fields["hidden_size"], fields.get("num_attention_heads")
+    if "head_dim" in needed and "head_dim" not in fields and isinstance(hidden, int) and isinstance(heads, int):
+        fields["head_dim"] = hidden // heads if heads else 0
+    if isinstance(fields.get("eos_token_id"), list):
+        fields["eos_token_id"] = tuple(fields["eos_token_id"])
+    return fields
+
+
+def unread(hf: Mapping[str, Any], known: Mapping[str, tuple[str, ...]], *others: str) -> dict[str, Any]:
+    """What a config.json says beyond the fields that were read."""
+    used = {*others, *DROPPED, *(name for spellings in known.values() for name in spellings)}
+    return {name: value for name, value in hf.items() if name not in used}
+
+
+def refuse_biases(hf: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if hf.get(name):
+            raise InputError(f"config: {name}={hf[name]!r}; biases of projections are not supported, expected false")
+
+
+def read_float(value: Any, name: str) -> float:
+    """A number, or transformers' `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping) and set(value) == {"__float__"}:
+        value = value["__float__"]
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"config: {name} holds {value!r}, expected a number") from None

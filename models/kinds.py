@@ -1,0 +1,34 @@
+"""The layer kinds there are, by their letters in a pattern. A new kind is a file with a record, and an entry here."""
+
+from __future__ import annotations
+
+from . import attention, mamba2, mlp
+from .errors import InputError
+from .layer import LayerKind, ScoreSource
+
+KINDS: dict[str, LayerKind] = {kind.letter: kind for kind in (mamba2.KIND, attention.KIND, mlp.KIND)}
+
+
+def kinds_of(pattern: str) -> tuple[LayerKind, ...]:
+    """The kind of each layer of a pattern. Raises InputError for a letter that no kind has."""
+    for position, letter in enumerate(pattern):
+        if letter not in KINDS:
+            known = ", ".join(f"{kind.letter!r} ({kind.name})" for kind in KINDS.values())
+            raise InputError(
+                f"config: layer {position} of the pattern has the unknown letter {letter!r}; known: {known}"
+            )
+    return tuple(KINDS[letter] for letter in pattern)
+
+
+def score_sources() -> dict[str, ScoreSource]:
+    """What scores each axis of the layers, whichever kind has it."""
+    return {axis: source for kind in KINDS.values() for axis, source in kind.scores.items()}
+
+
+def kind_by_key(key: str, where: str) -> LayerKind:
+    """The kind that options name so. Raises InputError."""
+    for kind in KINDS.values():
+        if kind.key == key:
+            return kind
+    known = ", ".join(kind.key for kind in KINDS.values())
+    raise InputError(f"{where} names the unknown kind {key!r}; known: {known}")

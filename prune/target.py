@@ -1,0 +1,174 @@
+"""The size to prune to, and widths for a number of parameters.
+
+For so many parameters hidden_size shrinks, and intermediate_size by the square of its factor, as from Nemotron Nano 2's
+12B to its 9B (5120 to 4480, 20480 to 15680: arXiv 2508.14444); the parameters that this leaves go to intermediate_size.
+Heads of either kind stay as they are, as they did there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Self
+
+from ..models.axes import AXES
+from ..models.config import HybridConfig
+from ..models.cost.parameters import count_parameters
+from ..models.errors import InputError
+
+WIDE = 2048  # from this hidden size on
+HIDDEN, INNER = AXES["hidden"].width, AXES["ffn"].width
+
+
+def by_width(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What is given for widths by their config fields, in the order of the axes. Raises InputError for other names."""
+    known = [row.width for row in AXES.values()]
+    for name in given:
+        if name not in known:
+            raise InputError(f"{where}.{name} is no option here; known widths: {', '.join(known)}")
+    return {name: given[name] for name in known if given.get(name) is not None}
+
+
+class ByWidth:
+    """Options that name widths by their config fields, whichever axes there are, beside others of their own."""
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """The options with their types; all may be left out."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """What it says, by the names of its options; what is None is left out."""
+        own: Any = self
+        content = {field.name: getattr(self, field.name) for field in dataclasses.fields(own)}
+        content |= content.pop("widths")
+        return {name: value for name, value in content.items() if value is not None}
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """How pydantic reads one: as a dataclass of `option_types`."""
+        from pydantic_core import core_schema
+
+        fields = [(name, kind, None) for name, kind in cls.option_types().items()]
+        options = dataclasses.make_dataclass(cls.__name__, fields)
+
+        def built(read: Any) -> Self:
+            return cls(**{name: value for name, value in vars(read).items() if value is not None})
+
+        return core_schema.no_info_after_validator_function(built, handler.generate_schema(options))
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Target(ByWidth):
+    """The size to prune to: a number of layers, and widths of axes, named as in the config; None keeps the source's.
+    `keep_layers` names the source layers that stay, whatever the order of the scores. `parameters`, a share of the
+    source's or a count, stands for hidden_size and intermediate_size, or for the one not given.
+
+    Raises InputError for a width that no axis has.
+    """
+
+    layers: int | None
+    keep_layers: tuple[int, ...] | None
+    parameters: float | None
+    widths: Mapping[str, int]
+
+    def __init__(
+        self,
+        layers: int | None = None,
+        keep_layers: tuple[int, ...] | None = None,
+        parameters: float | None = None,
+        **widths: int | None,
+    ) -> None:
+        content = {"layers": layers, "keep_layers": keep_layers, "parameters": parameters}
+        for name, value in (content | {"widths": by_width(widths, "target")}).items():
+            object.__setattr__(self, name, value)
+
+    def __getattr__(self, name: str) -> int | None:
+        """A width by its config field, None where it stays: `target.hidden_size`."""
+        if any(row.width == name for row in AXES.values()):
+            return self.widths.get(name)
+        raise AttributeError(name)
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        own = {"layers": int | None, "keep_layers": tuple[int, ...] | None, "parameters": float | None}
+        return own | dict.fromkeys((row.width for row in AXES.values()), int | None)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some of it changed."""
+        return type(self)(**(self.options() | changes))
+
+
+def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
+    """The target with the widths that its `parameters` stand for where layers of that pattern stay. Raises
+    InputError."""
+    if target.parameters is None:
+        return target
+    smaller = config.replace(pattern=pattern, **target.widths)
+    goal = goal_of(config, target.parameters)
+    hidden, intermediate = widths_for(smaller, goal, target.hidden_size, target.intermediate_size)
+    sizes = {HIDDEN: hidden, INNER: intermediate}
+    return target.replace(
+        parameters=None, **{name: None if size == getattr(config, name) else size for name, size in sizes.items()}
+    )
+
+
+def alignment(config: HybridConfig) -> int:
+    """Widths are multiples of it: whole tiles of a GPU's matrix product where the model is large, and else what its
+    tensor cores like."""
+    return 64 if config.hidden_size >= WIDE else 8
+
+
+def goal_of(config: HybridConfig, parameters: float) -> float:
+    """Parameters requested: a share of the config's up to 1, or a count. Raises InputError."""
+    own = count_parameters(config)
+    goal = parameters * own if parameters <= 1 else parameters
+    if not 0 < goal <= own:
+        raise InputError(
+            f"target: parameters is {parameters:g}; expected a share of the model's, such as 0.75, or a count of at"
+            f" most its {own:,}"
+        )
+    return goal
+
+
+def widths_for(config: HybridConfig, goal: float, hidden: int | None, intermediate: int | None) -> tuple[int, int]:
+    """hidden_size and intermediate_size for `goal` parameters at most of a config whose layers and heads are the
+    target's; those that are given stay. Raises InputError where no width leaves so few, or both are given."""
+    has_mlp, align = any(INNER in kind.fields for kind in config.kinds), alignment(config)
+    if hidden is not None and (intermediate is not None or not has_mlp):
+        raise InputError("target: parameters stands beside the widths that it is to find; leave one of them out")
+
+    if hidden is not None:
+        config.replace(hidden_size=hidden).to_hf()  # says what is wrong with it
+
+    def fits(hidden: int, intermediate: int) -> bool:
+        smaller = config.replace(hidden_size=hidden, intermediate_size=intermediate)
+        return count_parameters(smaller) <= goal and unwritable(smaller) is None
+
+    for width in [hidden] if hidden is not None else downwards(config.hidden_size, align):
+        if intermediate is not None or not has_mlp:
+            inner = [intermediate or config.intermediate_size]
+        else:
+            least = 0 if hidden is not None else (width / config.hidden_size) ** 2 * config.intermediate_size
+            inner = [size for size in downwards(config.intermediate_size, align) if size >= least - align / 2]
+        if inner and fits(width, inner[-1]):
+            return width, inner[bisect.bisect_left(inner, True, key=functools.partial(fits, width))]
+    raise InputError(
+        f"target: no widths leave as few as {goal:,.0f} parameters; give a larger number, or fewer layers, too"
+    )
+
+
+def downwards(size: int, align: int) -> list[int]:
+    """The size itself, then the multiples of `align` below it."""
+    return [size, *range((size - 1) // align * align, 0, -align)]
+
+
+def unwritable(config: HybridConfig) -> str | None:
+    """Why no checkpoint folder can hold a model of this config; None where one can."""
+    try:
+        config.to_hf()
+    except InputError as error:
+        return str(error)
+    return None
