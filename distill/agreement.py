@@ -26,11 +26,11 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
         )
     ids = {path: special_ids(path, config.vocab_size) for path, config in configs.items()}
     for name in SPECIAL:
-        stated = [ids[path].get(name) for path in (teacher, student)]
-        if None not in stated and stated[0] != stated[1]:
+        ours, theirs = (ids[path].get(name) for path in (student, teacher))
+        if ours is not None and theirs is not None and ours != theirs:
             raise InputError(
-                f"teacher and student must share special tokens: {name} is {listed(stated[0])} in"
-                f" {teacher / 'config.json'} and {listed(stated[1])} in {student / 'config.json'}; set both alike"
+                f"teacher and student must share special tokens: {name} is {listed(theirs)} in"
+                f" {teacher / 'config.json'} and {listed(ours)} in {student / 'config.json'}; set both alike"
             )
     tokenizer = load_tokenizer(student)
     check_vocabulary(tokenizer, configs[student])
@@ -65,8 +65,8 @@ def special_ids(path: Path, vocabulary: int) -> dict[str, tuple[int, ...]]:
     return ids
 
 
-def listed(numbers: tuple[int, ...] | None) -> str:
-    return ", ".join(str(number) for number in numbers or ())
+def listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def check_tokens(teacher: Tokenizer, student: Tokenizer) -> None:
