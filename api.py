@@ -36,11 +36,12 @@ from .models.generate.sampling import Sampling
 from .models.hybrid import HybridLM
 from .models.named import data_path, model_config, model_folder, read_hardware
 from .models.tokenizer import check_vocabulary, load_tokenizer
-from .prune.choose import Target, select
+from .prune.choose import select
 from .prune.depth import score_layers, step_size
 from .prune.importance import score_widths
 from .prune.repair import Repair, repair_model
 from .prune.scores import Scores
+from .prune.target import Target
 
 Source = str | Path | HybridLM | Any  # the last: a model of transformers
 Data = str | Path | Sequence[str]

@@ -23,7 +23,7 @@ from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.kinds import KINDS, kind_by_key
 from ..models.offload import STREAM_BYTES, Layer, Layers, layers_of
-from .depth_metrics import METRICS, Reading
+from .depth_metrics import METRICS, DepthMetric, Reading
 from .importance import IGNORED_LABEL, TokenBatch
 from .scores import LayerScores
 
@@ -42,7 +42,7 @@ def score_layers(
     remove: int,
     pairs: bool = False,
     min_layers: Mapping[str, int] | None = None,
-    metric: str = "mse",
+    metric: str | DepthMetric = "mse",
     iterative: bool = True,
     table: str = "first",
     stream_bytes: int = STREAM_BYTES,
@@ -62,7 +62,8 @@ def score_layers(
     what a single layer needs for a batch. `on_step(done, total)` counts candidates times batches; `total` is what may
     be left at most. Raises InputError when the options contradict the model or each other.
     """
-    for name, value, known in (("metric", metric, METRICS), ("table", table, TABLES)):
+    name_of = metric if isinstance(metric, str) else metric.name
+    for name, value, known in (("metric", name_of, METRICS), ("table", table, TABLES)):
         if value not in known:
             raise InputError(f"depth: {name} is {value!r}; known: {', '.join(known)}")
     source = layers_of(model)
@@ -92,7 +93,7 @@ def score_layers(
         order += best
         values.append(measured[best])
         stack = tuple(layer for layer in stack if layer not in best)
-    return LayerScores(tuple(order), tuple(values), tuple(tables), race.layer_evaluations(), metric)
+    return LayerScores(tuple(order), tuple(values), tuple(tables), race.layer_evaluations(), name_of)
 
 
 def random_layers(
@@ -119,7 +120,9 @@ def random_layers(
 class Race:
     """Measures candidates for removal by a metric, batch after batch or in groups of them."""
 
-    def __init__(self, source: Layers, batches: Sequence[TokenBatch], metric: str, stream_bytes: int) -> None:
+    def __init__(
+        self, source: Layers, batches: Sequence[TokenBatch], metric: str | DepthMetric, stream_bytes: int
+    ) -> None:
         self.source, self.stream_bytes = source, stream_bytes
         self.ids = [batch.input_ids for batch in batches]
         self.seq_idx = [batch.seq_idx.to(source.device) for batch in batches]
@@ -137,7 +140,7 @@ class Race:
         if not tokens:
             raise InputError("depth: the data has no counted token; expected at least one sample of two tokens")
         with processes.together():
-            self.metric = METRICS[metric](source)
+            self.metric = METRICS[metric](source) if isinstance(metric, str) else metric
             self.norm = source.tensor("norm_f.weight")
         self.terms = tokens * self.metric.terms
         self.runs = self.done = self.pending = 0

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from ..kernels.norm import rms_norm
@@ -56,6 +57,24 @@ class Repair:
     @property
     def needs_data(self) -> bool:
         return self.rotate or self.least_squares or self.norms == "measured"
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairOptions:
+    """`Repair`, and on how many tokens; what is None is done where there is data."""
+
+    rotate: bool | None = None
+    norms: str = "count"
+    least_squares: bool | None = None
+    ridge: float = 0.01
+    tokens: PositiveInt = 32768
+
+    def __post_init__(self) -> None:
+        self.repair(with_data=False)  # which checks the rest
+
+    def repair(self, with_data: bool) -> Repair:
+        rotate, fit = (with_data if wish is None else wish for wish in (self.rotate, self.least_squares))
+        return Repair(rotate, self.norms, fit, self.ridge)
 
 
 @torch.no_grad()

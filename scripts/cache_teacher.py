@@ -1,9 +1,10 @@
-"""`limbeck cache-teacher`: the teacher's likeliest tokens at every token that `limbeck distill` will read with the same
-teacher, data, seed and distill options. Killed, the same command goes on where it was."""
+"""`limbeck cache-teacher`: the teacher's top-k tokens at every token that `limbeck distill` will read with the same
+teacher, data, seed and distill options. Killed, the same command resumes where it was."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from ..distill.text.mixture import Text
 from ..distill.text.packing import Batch
 from ..models import processes
 from ..models.checkpoint import load_model
+from ..models.device import torch_device, torch_dtype
 from ..models.folder import sha256_file
 from .distill import held_out
-from .run.resolve import corpus, data_input, model_folder, torch_device, torch_dtype
+from .run.resolve import corpus, data_input, model_folder
 from .run.show import progress, read_json, result, table
-from .run.stage import run_stage
+from .run.stage import stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +36,28 @@ class Options:
 
 
 def run(options: Options) -> None:
-    teacher, how = model_folder(options.teacher), options.distill
-    run_stage(
-        options.output,
-        name="cache-teacher",
-        inputs={"teacher": teacher, "data": data_input(options.data)},
-        options={
-            "cache": options.cache,
-            "rows": [[part.train.steps, part.batch, part.seq_len, part.evaluate_tokens] for part in how.plan()],
-            "repack": how.repack,
-            "seed": options.seed,
-            "dtype": options.dtype,
-        },
-        make=lambda folder, facts: fill(folder, teacher, options),
-        resumes=True,
-    )
+    source, how = model_folder(options.teacher), options.distill
+    chosen = {
+        "cache": options.cache,
+        "rows": [[part.train.steps, part.batch, part.seq_len, part.evaluate_tokens] for part in how.plan()],
+        "repack": how.repack,
+        "seed": options.seed,
+        "dtype": options.dtype,
+    }
+    inputs = {"teacher": source, "data": data_input(options.data)}
+    with stage(options.output, "cache-teacher", inputs=inputs, options=chosen, resumes=True) as work:
+        if not work.finished:
+            teacher = load_model(source, torch_dtype(options.dtype), torch_device(options.device))
+            text = corpus(options.data, "train", source)
+            measured = [held_out(options.data, source, part, options.seed) for part in how.plan()]
+            total = sum(part.train.steps * part.batch for part in how.plan())
+            total += sum(len(batch.input_ids) for batches in measured for batch in batches)
+            with progress("caching the teacher", total) as bar:
+                write_cache(teacher, batches(text, measured, options), work.folder, options.cache, bar.add)
+            processes.gather(None)  # every process has written its files
+            if processes.rank() == 0:
+                tokenizer = sha256_file(source / "tokenizer.json")
+                finish_cache(work.folder, teacher.config.vocab_size, tokenizer, options.cache)
     facts = read_json(options.output / "cache.json")
     rows = [(name, f"{facts[name]:,}") for name in ("k", "rows", "tokens")]
     rows.append(("bytes a token", f"{facts['bytes_per_token']:,.1f}"))
@@ -56,30 +65,8 @@ def run(options: Options) -> None:
     result(options.output, {"cache": str(options.output), **facts})
 
 
-def fill(folder: Path, teacher_folder: Path, options: Options) -> None:
-    teacher = load_model(teacher_folder, torch_dtype(options.dtype), torch_device(options.device))
-    text = corpus(options.data, "train", teacher_folder)
-    total = done = 0
-    for how in options.distill.plan():
-        measured = held_out(options.data, teacher_folder, how, options.seed)
-        total += how.train.steps * how.batch + sum(len(batch.input_ids) for batch in measured)
-    with progress("caching the teacher", total) as bar:
-
-        def on_rows(count: int) -> None:
-            nonlocal done
-            done += count
-            bar.set(done)
-
-        write_cache(teacher, batches(text, teacher_folder, options), folder, options.cache, on_rows)
-    processes.gather(None)  # every process has written its files
-    if processes.rank() == 0:
-        finish_cache(folder, teacher.config.vocab_size, sha256_file(teacher_folder / "tokenizer.json"), options.cache)
-
-
-def batches(text: Text, teacher_folder: Path, options: Options) -> Iterator[tuple[Batch, int]]:
+def batches(text: Text, held_out: list[list[Batch]], options: Options) -> Iterator[tuple[Batch, int]]:
     """What distill will read, held-out rows first, each batch with the rows that go through a model at once."""
-    for number, how in enumerate(options.distill.plan()):
-        for batch in held_out(options.data, teacher_folder, how, options.seed):
-            yield batch, how.rows
-        for batch in stage_batches(text, how, number, options.seed):
+    for number, (how, measured) in enumerate(zip(options.distill.plan(), held_out, strict=True)):
+        for batch in itertools.chain(measured, stage_batches(text, how, number, options.seed)):
             yield batch, how.rows

@@ -20,10 +20,13 @@ from ..distill.parallel import check_share
 from ..distill.report.report import write_page
 from ..models import processes
 from ..models.checkpoint import load_config
+from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError, check_counts
 from ..models.fingerprint import PROVENANCE, plain
+from ..prune.repair import RepairOptions
+from ..prune.scoring import Importance
 from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .run.resolve import data_input, model_config, model_folder
@@ -41,15 +44,15 @@ class Options:
     seed: int
     device: str
     dtype: str
-    importance: score.Importance
+    importance: Importance
     target: Target
     rounds: tuple[dict[str, Any], ...]
-    repair: prune.Mending
+    repair: RepairOptions
     distill: DistillOptions
     evaluate_tokens: int
     export_dtype: str
     hardware: Hardware
-    fit: memory_fit.Fit
+    fit: Fit
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
@@ -103,10 +106,10 @@ def prove(options: Options, source: str, distilled: str, out: Path, number: Iter
     export.run(export.Options(distilled, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
                               base=source, gap=str(out / "gap")))  # fmt: skip
     console.rule(f"{next(number)}. memory-fit: does it fit the card", align="left")
-    fits = {name: memory_fit.measure(model_config(str(folder)), options.hardware, options.fit)
+    fits = {name: options.fit.estimate(model_config(str(folder)), options.hardware)
             for name, folder in {"teacher": model_folder(source), "student": out / "exported"}.items()}  # fmt: skip
-    memory_fit.show(load_config(out / "exported"), *fits["student"], options.hardware)
-    finish(out, options, {name: memory_fit.as_json(*fit, options.hardware) for name, fit in fits.items()})
+    memory_fit.print_estimate(fits["student"])
+    finish(out, options, {name: estimate.to_json() for name, estimate in fits.items()})
 
 
 def shared(options: Options) -> dict[str, Any]:
@@ -185,7 +188,7 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
     for name, figures in gap["models"].items():
         config = load_config(sizes[name])
         values = [f"{figures[key]['value']:.4f}" for key in ("bits_per_byte", "kl")]
-        total = memory_fit.measure(config, options.hardware, options.fit)[0].total
+        total = options.fit.estimate(config, options.hardware).memory.total
         share = f"{figures['agreement']['value']:.1%}"
         rows.append((name, f"{count_parameters(config):,}", *values, share, gib(total)))
     console.rule("Result", align="left")

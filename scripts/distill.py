@@ -58,17 +58,22 @@ class Options:
 
 def run(options: Options) -> None:
     with many_processes(options.device), processes.together():
-        teacher, student = model_folder(options.teacher), model_folder(options.student)
-        inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
-        if options.teacher_cache is not None:
-            inputs["teacher_cache"] = cache_fingerprint(options.teacher_cache)
-        if options.distill.teacher_correction is not None:
-            teacher = inputs["teacher"] = correct_teacher(teacher, options)
-        with stage(options.output, "distill", inputs=inputs, options=options.fingerprint, scratch="training") as work:
-            if not work.finished:
-                distill(work, teacher, student, options)
+        train_student(options)
         if processes.rank() == 0:
             result(options.output, {"model": str(options.output), "metrics": str(options.output / "metrics.jsonl")})
+
+
+def train_student(options: Options) -> None:
+    """The stage, without its result.json."""
+    teacher, student = model_folder(options.teacher), model_folder(options.student)
+    inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
+    if options.teacher_cache is not None:
+        inputs["teacher_cache"] = cache_fingerprint(options.teacher_cache)
+    if options.distill.teacher_correction is not None:
+        teacher = inputs["teacher"] = correct_teacher(teacher, options)
+    with stage(options.output, "distill", inputs=inputs, options=options.fingerprint, scratch="training") as work:
+        if not work.finished:
+            distill(work, teacher, student, options)
 
 
 def correct_teacher(teacher: Path, options: Options) -> Path:

@@ -18,15 +18,14 @@ from ..distill.report.report import write_page
 from ..distill.text.mixture import whole
 from ..models.checkpoint import check_forward, load_config
 from ..models.config import HybridConfig
+from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
-from ..models.cost.speed import throughput
 from ..models.errors import InputError, check_counts
 from ..models.fingerprint import read_provenance
 from ..models.folder import write_json
 from ..models.placement import placed
 from ..models.tokenizer import load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
-from . import memory_fit
 from .run.resolve import corpus, data_input, model_folder, torch_device, torch_dtype
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
@@ -48,7 +47,7 @@ class Options:
     device: str
     dtype: str
     hardware: Hardware
-    fit: memory_fit.Fit
+    fit: Fit
     details: Details = dataclasses.field(default_factory=Details)
     scores: str | None = None
     probes: tuple[str, ...] = ()
@@ -150,18 +149,11 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     )
 
 
-def fitted(config: HybridConfig, hardware: Hardware, fit: memory_fit.Fit) -> dict[str, Any]:
-    """Memory and verdict as memory-fit says them, and the estimated tokens a second of a third of the context read and
-    two thirds written, as of the published 8k and 16k (arXiv 2508.14444), for the largest batch that fits."""
-    fit = fit.of(config)
-    report, answer = memory_fit.measure(config, hardware, fit)
-    read, asked = max(fit.length // 3, 1), fit.asked(hardware)
-    dtypes = {name: asked[name] for name in ("weight_dtype", "kv_dtype", "ssm_dtype")}
-    estimate = throughput(
-        config, hardware, input_tokens=read, output_tokens=max(fit.length - read, 1), budget=answer.budget, **dtypes
-    )
-    speed = None if estimate is None else dataclasses.asdict(estimate)
-    return memory_fit.as_json(report, answer, hardware) | {"throughput": speed}
+def fitted(config: HybridConfig, hardware: Hardware, fit: Fit) -> dict[str, Any]:
+    """What memory-fit says, and the estimated tokens a second."""
+    estimate = fit.estimate(config, hardware)
+    speed = estimate.throughput()
+    return estimate.to_json() | {"throughput": speed and dataclasses.asdict(speed)}
 
 
 def own_scores(work: Work, options: Options) -> Path | None:

@@ -1,85 +1,31 @@
 """`limbeck memory-fit`: does a model fit a card at a context and batch? Exit code 0 yes, 3 no.
 
-Three witnesses: the formula (always), the simulation of the inference path without memory, and a measured run.
+Three methods: the formula (always), the simulation of the inference path without memory, and a measured run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import PositiveInt
 
 from ..models.config import HybridConfig
+from ..models.cost.fit import Estimate, Fit
 from ..models.cost.hardware import GIB, Hardware
-from ..models.cost.inference import Change, MemoryReport, Verdict, changes, memory, verdict
+from ..models.cost.inference import MemoryReport
 from ..models.cost.parameters import count_parameters
-from ..models.cost.vllm import flags
+from ..models.device import torch_dtype
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
-from .run.resolve import DTYPES, model_config, model_folder, model_names, torch_dtype
+from .run.resolve import model_config, model_folder, model_names
 from .run.show import gib, progress, say, table
 
 if TYPE_CHECKING:
     from ..models.cost.peak import Measured
     from ..models.cost.simulate import Simulation
-
-KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
-LONGEST = 131072  # tokens of a context that nobody has chosen
-WITNESSES = {
-    "formula": (), "simulation": ("simulation",), "measurement": ("measurement",), "all": ("simulation", "measurement"),
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """Context (tokens a sequence; None: see `of`), batch (sequences), dtypes, and what of the card is not ours; tokens
-    of a prefill chunk, and vLLM's mode for the states of Mamba layers."""
-
-    context: int | None
-    batch: int
-    weight_dtype: str
-    kv_dtype: str
-    ssm_dtype: str
-    framework_share: float
-    reserve_gib: float
-    overhead_gib: float
-    chunk: int = 512
-    mamba_cache_mode: str = "none"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.framework_share < 1 or self.reserve_gib < 0 or self.overhead_gib < 0:
-            raise InputError("framework_share must be in [0, 1), reserve_gib and overhead_gib at least 0")
-        if self.kv_dtype not in KV_DTYPES:
-            raise InputError(f"fit.kv_dtype {self.kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
-
-    def of(self, config: HybridConfig) -> Fit:
-        """With a context where none was given: what the model is made for, at most `LONGEST`."""
-        if self.context is not None:
-            return self
-        return dataclasses.replace(self, context=min(LONGEST, config.max_position_embeddings))
-
-    @property
-    def length(self) -> int:
-        """The context, once there is one."""
-        assert self.context is not None
-        return self.context
-
-    def asked(self, hardware: Hardware) -> dict[str, Any]:
-        """The arguments of `cost.memory` beside context and batch."""
-        return {
-            "weight_dtype": torch_dtype(self.weight_dtype),
-            "kv_dtype": KV_DTYPES[self.kv_dtype],
-            "ssm_dtype": torch_dtype(self.ssm_dtype),
-            "chunk": self.chunk,
-            "place": hardware.place,
-            "mamba_cache_mode": self.mamba_cache_mode,
-        }
-
-    def budget(self, hardware: Hardware) -> float:
-        """Bytes of the card that are ours."""
-        return hardware.budget(self.framework_share, self.reserve_gib, self.overhead_gib)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +35,10 @@ class Options:
     context: int | None
     batch: int | None
     fit: Fit
-    witness: str
-    steps: int
+    method: Literal["formula", "simulation", "measurement", "all"]
+    steps: PositiveInt
     output: Path | None
-    mode: str = "inference"
-
-    def __post_init__(self) -> None:
-        if self.mode != "inference":  # train is a command of its own (scripts/run/main.py)
-            raise InputError(f"mode is {self.mode!r}; known: inference, train")
+    mode: Literal["inference", "train"] = "inference"  # train is a command of its own (scripts/run/main.py)
 
 
 def run(options: Options) -> None:
@@ -104,118 +46,90 @@ def run(options: Options) -> None:
     named = {name: value for name in ("context", "batch") if (value := getattr(options, name)) is not None}
     fit = dataclasses.replace(options.fit, **named).of(config)
     check(options, config, fit)
-    report, answer = measure(config, hardware, fit)
-    ways = [] if answer.fits else changes(config, report, answer.budget, **fit.asked(hardware))
-    show(config, report, answer, hardware)
-    show_vllm(config, report, answer, hardware, fit)
-    simulation = simulated(config, hardware, fit) if "simulation" in WITNESSES[options.witness] else None
-    measured = None
-    if "measurement" in WITNESSES[options.witness] and answer.fits:
-        measured = measured_run(options, config, fit, report)
-    compare(report, simulation, measured)
-    if ways:
-        rows = [(way.name, gib(way.saved), "fits" if way.fits else "does not fit") for way in ways]
+    estimate = fit.estimate(config, hardware)
+    print_estimate(estimate)
+    print_vllm(estimate)
+    simulation = simulated(estimate) if options.method in ("simulation", "all") else None
+    measured = measured_run(options, estimate) if options.method in ("measurement", "all") and estimate.fits else None
+    compare(estimate.memory, simulation, measured)
+    changes = estimate.changes()
+    if changes:
+        rows = [(each.name, gib(each.saved), "fits" if each.fits else "does not fit") for each in changes]
         table("What would help", ("change", "saves", "then"), rows)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
-            content = as_json(report, answer, hardware) | {
-                "vllm_flags": arguments(config, report, answer, hardware, fit)
+            content = estimate.to_json() | {
+                "vllm_flags": estimate.vllm_flags(),
+                "changes": [dataclasses.asdict(each) for each in changes],
+                "simulation": simulation and dataclasses.asdict(simulation),
+                "measurement": measured and dataclasses.asdict(measured),
             }
-            content |= {"changes": [dataclasses.asdict(way) for way in ways]}
-            content |= {"simulation": simulation and dataclasses.asdict(simulation)}
-            content |= {"measurement": measured and dataclasses.asdict(measured)}
             write_json(folder / "result.json", content)
-            draw(folder, options.model, config, report, answer, hardware)
+            draw(folder, options.model, estimate)
         say(f"result: {options.output / 'result.json'}, plots/memory.png and .svg beside it")
-    if not answer.fits:
+    if not estimate.fits:
         raise CheckFailed(
-            f"{options.model} does not fit {hardware.name} at {report.context:,} tokens x {report.batch}:"
-            f" {gib(-answer.margin)} too much; {advice(answer, ways)}"
+            f"{options.model} does not fit {hardware.name} at {fit.length:,} tokens x {fit.batch}:"
+            f" {gib(-estimate.verdict.margin)} too much; {estimate.advice()}"
         )
 
 
 def check(options: Options, config: HybridConfig, fit: Fit) -> None:
-    """Raises InputError for what `measure` lets pass, since a chain of stages asks for it too."""
-    if options.witness not in WITNESSES:
-        raise InputError(f"witness is {options.witness!r}; known: {', '.join(WITNESSES)}")
+    """Raises InputError for what an estimate lets pass, since a chain of stages makes one too."""
     if fit.length > config.max_position_embeddings:
         raise InputError(
             f"context {fit.length:,} is beyond the {config.max_position_embeddings:,} tokens that {options.model} is"
             f" made for; give context={config.max_position_embeddings} or less"
         )
-    if WITNESSES[options.witness] and fit.kv_dtype != fit.weight_dtype:
+    if options.method != "formula" and fit.kv_dtype != fit.weight_dtype:
         raise InputError(
-            f"witness={options.witness} runs the inference path, which keeps keys and values in the weights' dtype:"
+            f"method={options.method} runs the inference path, which keeps keys and values in the weights' dtype:"
             f" fit.kv_dtype is {fit.kv_dtype}, fit.weight_dtype {fit.weight_dtype}"
         )
-    if options.steps < 1:
-        raise InputError(f"steps is {options.steps}; expected at least 1 token to decode")
-    measures = "measurement" in WITNESSES[options.witness]
+    measures = options.method in ("measurement", "all")
     if measures and options.hardware.device == "cuda" and not torch.cuda.is_available():
         raise InputError(
-            f"witness={options.witness}: {options.hardware.name} is a GPU, and torch {torch.__version__} sees none"
-            " here; use witness=simulation, or hardware=cpu"
+            f"method={options.method}: {options.hardware.name} is a GPU, and torch {torch.__version__} sees none"
+            " here; use method=simulation, or hardware=cpu"
         )
 
 
-def measure(config: HybridConfig, hardware: Hardware, fit: Fit) -> tuple[MemoryReport, Verdict]:
-    """The bytes by formula, and the verdict on them. Raises InputError where the card has no memory."""
-    if not hardware.usable_gib > 0:
-        raise InputError(f"hardware.usable_gib is {hardware.usable_gib:g}; expected the card's memory in GiB")
-    if hardware.device not in ("cuda", "cpu") or hardware.multiprocessors < 1:
-        raise InputError(
-            f"hardware.device is {hardware.device!r} with {hardware.multiprocessors} multiprocessors;"
-            " expected cuda or cpu, and at least 1"
-        )
-    fit = fit.of(config)
-    budget = fit.budget(hardware)
-    report = memory(config, fit.length, fit.batch, budget=budget, **fit.asked(hardware))
-    return report, verdict(config, report, budget)
-
-
-def simulated(config: HybridConfig, hardware: Hardware, fit: Fit) -> Simulation:
+def simulated(estimate: Estimate) -> Simulation:
     from ..models.cost.simulate import simulate
 
+    fit = estimate.fit
     with progress("simulating the inference path", 1) as bar:
-        found = simulate(
-            config, fit.length, fit.batch, chunk=fit.chunk, weight_dtype=torch_dtype(fit.weight_dtype),
-            ssm_dtype=torch_dtype(fit.ssm_dtype), place=hardware.place,
+        simulation = simulate(
+            estimate.config, fit.length, fit.batch, chunk=fit.chunk, weight_dtype=torch_dtype(fit.weight_dtype),
+            ssm_dtype=torch_dtype(fit.ssm_dtype), place=estimate.hardware.place,
         )  # fmt: skip
         bar.set(1)
-    return found
+    return simulation
 
 
-def measured_run(options: Options, config: HybridConfig, fit: Fit, report: MemoryReport) -> Measured:
+def measured_run(options: Options, estimate: Estimate) -> Measured:
     """The run under a cap of the card's usable memory; of a named config with drawn weights."""
     from ..models.checkpoint import load_model
-    from ..models.cost.peak import check_room, random_model
-    from ..models.cost.peak import measure as measure_run
+    from ..models.cost.peak import check_room, measure, random_model
 
-    device = torch.device(options.hardware.device)
-    cap = options.hardware.usable_gib * GIB
-    check_room(config, report.peak, device, cap)
-    dtype = torch_dtype(fit.weight_dtype)
+    config, fit, device = estimate.config, estimate.fit, torch.device(options.hardware.device)
+    cap, dtype = options.hardware.usable_gib * GIB, torch_dtype(fit.weight_dtype)
+    check_room(config, estimate.memory.peak, device, cap)
     if options.model in model_names():
         model = random_model(config, dtype, device)
     else:
         model = load_model(model_folder(options.model), dtype, device).requires_grad_(False)
     with progress("measuring a run", 1) as bar:
-        found = measure_run(
+        measured = measure(
             model, fit.length, fit.batch, chunk=fit.chunk, steps=min(options.steps, fit.length - 1),
             ssm_dtype=torch_dtype(fit.ssm_dtype), cap=cap,
         )  # fmt: skip
         bar.set(1)
-    return found
+    return measured
 
 
-def advice(answer: Verdict, ways: list[Change]) -> str:
-    helps = next((way.name for way in ways if way.fits), None)
-    if answer.largest_context > 0:
-        return f"{answer.largest_context:,} tokens would fit at this batch, or {helps or 'prune further'}"
-    return f"no context fits at this batch: {helps or 'prune further, or take a larger card'}"
-
-
-def show(config: HybridConfig, report: MemoryReport, answer: Verdict, hardware: Hardware) -> None:
+def print_estimate(estimate: Estimate) -> None:
+    config, hardware, report, answer = estimate.config, estimate.hardware, estimate.memory, estimate.verdict
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
     rows = [
         (f"weights ({count_parameters(config):,} parameters)", gib(report.weights)),
@@ -245,42 +159,34 @@ def show(config: HybridConfig, report: MemoryReport, answer: Verdict, hardware: 
     say("fits" if answer.fits else "does not fit")
 
 
-def show_vllm(config: HybridConfig, report: MemoryReport, answer: Verdict, hardware: Hardware, fit: Fit) -> None:
-    found = report.vllm
+def print_vllm(estimate: Estimate) -> None:
+    vllm = estimate.memory.vllm
     rows = [
-        ("tokens a block", f"{found.block_size:,}"),
-        ("bytes of a block", gib(found.bytes_per_block)),
-        ("blocks in the budget beside the weights", f"{found.blocks:,}"),
-        ("blocks a request of this length", f"{found.blocks_per_request:,}"),
-        ("cache of one request", gib(found.bytes_per_request)),
-        ("requests of this length at once", f"{found.max_num_seqs:,}"),
-        ("largest --max-num-seqs that starts", f"{found.largest_max_num_seqs:,}" if "M" in config.pattern else "any"),
-        ("largest --max-model-len that starts", f"{found.largest_max_model_len:,}"),
+        ("tokens a block", f"{vllm.block_size:,}"),
+        ("bytes of a block", gib(vllm.bytes_per_block)),
+        ("blocks in the budget beside the weights", f"{vllm.blocks:,}"),
+        ("blocks a request of this length", f"{vllm.blocks_per_request:,}"),
+        ("cache of one request", gib(vllm.bytes_per_request)),
+        ("requests of this length at once", f"{vllm.max_num_seqs:,}"),
+        ("largest --max-num-seqs that starts", f"{vllm.largest_max_num_seqs:,}" if estimate.memory.ssm else "any"),
+        ("largest --max-model-len that starts", f"{vllm.largest_max_model_len:,}"),
     ]
-    table(f"vLLM, Mamba cache mode {found.mode}", ("", ""), rows)
-    if found.max_num_seqs:
-        say("vllm serve MODEL " + " ".join(arguments(config, report, answer, hardware, fit)))
+    table(f"vLLM, Mamba cache mode {vllm.mode}", ("", ""), rows)
+    if vllm.max_num_seqs:
+        say("vllm serve MODEL " + " ".join(estimate.vllm_flags()))
     else:
         say("vLLM would not start at this length: the blocks do not hold one request")
 
 
-def arguments(config: HybridConfig, report: MemoryReport, answer: Verdict, hardware: Hardware, fit: Fit) -> list[str]:
-    """The flags of `vllm serve` for this fit."""
-    return flags(
-        report.vllm, context=report.context, utilization=max(answer.budget, 0) / (hardware.usable_gib * GIB),
-        ssm_dtype=fit.ssm_dtype, kv_dtype=fit.kv_dtype, dtype=fit.weight_dtype, mamba=bool("M" in config.pattern),
-    )  # fmt: skip
-
-
 def compare(report: MemoryReport, simulation: Simulation | None, measured: Measured | None) -> None:
-    """The witnesses side by side, and where the simulation's peak is."""
+    """The methods side by side, and where the simulation's peak is."""
     rows = [("formula", gib(report.peak), "")]
     if simulation is not None:
         rows.append(("simulation", gib(simulation.peak), f"{simulation.peak / report.peak - 1:+.3%}"))
     if measured is not None:
         rows.append((f"measurement ({measured.device})", gib(measured.peak), f"{measured.peak / report.peak - 1:+.3%}"))
     if len(rows) > 1:
-        table("Peak by witness", ("", "peak", "against the formula"), rows)
+        table("Peak by method", ("", "peak", "against the formula"), rows)
     if simulation is not None:
         where = (
             "outside of the layers" if simulation.layer is None else f"layer {simulation.layer} ({simulation.letter})"
@@ -290,22 +196,10 @@ def compare(report: MemoryReport, simulation: Simulation | None, measured: Measu
             say(f"  {gib(size):>12}  {operator} {list(shape)}")
 
 
-def draw(
-    folder: Path, name: str, config: HybridConfig, report: MemoryReport, answer: Verdict, hardware: Hardware
-) -> None:
+def draw(folder: Path, name: str, estimate: Estimate) -> None:
     from ..distill.report.memory_plot import memory_plot
     from ..distill.report.plots import save_png, save_svg
 
-    figure = memory_plot(name, config, report, answer.budget, hardware.name)
+    figure = memory_plot(name, estimate.config, estimate.memory, estimate.verdict.budget, estimate.hardware.name)
     save_png(figure, folder, "memory")
     save_svg(figure, folder, "memory")
-
-
-def as_json(report: MemoryReport, answer: Verdict, hardware: Hardware) -> dict[str, Any]:
-    content = dataclasses.asdict(report) | {"total": report.total, "transient": report.transient, "peak": report.peak}
-    return {
-        "memory": content,
-        "verdict": dataclasses.asdict(answer),
-        "hardware": dataclasses.asdict(hardware),
-        "gib": GIB,
-    }

@@ -9,7 +9,7 @@ from typing import Any
 from ..distill.losses import DistillLoss
 from ..distill.options import DistillOptions, greatest
 from ..models.config import HybridConfig
-from ..models.cost.hardware import GIB
+from ..models.cost.hardware import GIB, Reserve
 from ..models.cost.parameters import count_parameters
 from ..models.cost.training import LINES, Knob, Training, TrainReport, knobs, train_memory
 from ..models.errors import CheckFailed, InputError
@@ -22,17 +22,10 @@ from .run.show import gib, say, table
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class Setup(Reserve):
     """How a step is done, beside what distill says; and what of the card is not ours."""
 
-    teacher: str
-    framework_share: float
-    reserve_gib: float
-    overhead_gib: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.framework_share < 1 or self.reserve_gib < 0 or self.overhead_gib < 0:
-            raise InputError("framework_share must be in [0, 1), reserve_gib and overhead_gib at least 0")
+    teacher: str = "online"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +52,14 @@ class Stage:
 
 def run(options: Options) -> None:
     teacher, how = model_config(options.model), options.training
-    if not options.hardware.usable_gib > 0:
-        raise InputError(f"hardware.usable_gib is {options.hardware.usable_gib:g}; expected the card's memory in GiB")
-    budget = options.hardware.budget(how.framework_share, how.reserve_gib, how.overhead_gib)
+    options.hardware.check()
+    budget = how.budget(options.hardware)
     stages = list(planned(options, teacher))
-    show(options, teacher, stages, budget)
+    print_stages(options, teacher, stages, budget)
     turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in stages
              if stage.report.total > budget}  # fmt: skip
     for name, found in turns.items():
-        show_knobs(name, found)
+        print_knobs(name, found)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
             write_json(folder / "result.json", as_json(options, stages, turns, budget))
@@ -133,7 +125,7 @@ def reads_teacher(loss: DistillLoss) -> bool:
     return greatest(loss.kl_weight) > 0 or greatest(loss.hidden.weight) > 0
 
 
-def show(options: Options, teacher: HybridConfig, stages: list[Stage], budget: float) -> None:
+def print_stages(options: Options, teacher: HybridConfig, stages: list[Stage], budget: float) -> None:
     """A column a stage, its fullest moment line by line; then a row a stage."""
     lines = [line for line in LINES if any(stage.report.lines[line] for stage in stages)]
     rows = [
@@ -161,7 +153,7 @@ def show(options: Options, teacher: HybridConfig, stages: list[Stage], budget: f
     say(f"teacher: {count_parameters(teacher):,} parameters")
 
 
-def show_knobs(name: str, found: list[Knob]) -> None:
+def print_knobs(name: str, found: list[Knob]) -> None:
     """What could be turned for a stage that does not fit."""
     rows = [
         (

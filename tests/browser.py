@@ -99,7 +99,7 @@ class Browser:
         return found
 
     def requests(self) -> list[str]:
-        """What was asked for since the page was opened, its own file among it."""
+        """What was requested since the page was opened, its own file among it."""
         sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
         return [found["request"]["url"] for found in sent]
 

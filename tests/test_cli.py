@@ -274,13 +274,13 @@ def test_prune_with_repair(workshop: Path, tmp_path: Path) -> None:
     model = f"model={workshop / 'model'}"
     assert limbeck("score", model, *data, f"output={tmp_path / 'scores'}", "importance.tokens=256")[0] == 0
     command = ["prune", model, f"scores={tmp_path / 'scores'}", "target.hidden_size=24", "target.mamba_num_heads=6"]
-    mend = ["repair.rotate=true", "repair.least_squares=true", "repair.norms=measured"]
-    out = tmp_path / "mended"
-    refused(*command, *mend, f"output={out}", says="need data=")
+    repair = ["repair.rotate=true", "repair.least_squares=true", "repair.norms=measured"]
+    out = tmp_path / "repaired"
+    refused(*command, *repair, f"output={out}", says="need data=")
     refused(*command, "repair.norms=some", f"output={out}", says="none, count, measured")
-    refused(*command, *mend, *data, f"output={out}", "repair.tokens=0", says="repair.tokens")
+    refused(*command, *repair, *data, f"output={out}", "repair.tokens=0", says="repair.tokens")
     assert not out.exists()
-    code, _, err = limbeck(*command, *mend, *data, f"output={out}", "repair.tokens=512")
+    code, _, err = limbeck(*command, *repair, *data, f"output={out}", "repair.tokens=512")
     assert code == 0, err
     assert load_model(out).config.hidden_size == 24
     selection = json.loads((out / "selection.json").read_text())

@@ -27,9 +27,10 @@ from limbeck.prune.importance import score_random
 from limbeck.prune.rounds import plan_cuts
 from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
-from limbeck.scripts import compress, memory_fit, search
-from limbeck.scripts.run.compose import BASES, build, compose_config, groups, known_keys, recipes
+from limbeck.scripts import compress, search
+from limbeck.scripts.run.compose import BASES, build, compose_config, groups, recipes
 from limbeck.scripts.run.main import COMMANDS, EXAMPLES
+from limbeck.scripts.run.mistakes import known_keys
 from limbeck.scripts.run.resolve import model_config, model_names
 from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import limbeck
@@ -117,7 +118,7 @@ def test_null_only_where_nothing_is_the_default() -> None:
         ("memory-fit model=zoo -m", "'-m' is no override"),
         ("memory-fit model=zoo fit=3", "fit.KEY=VALUE"),
         ("memory-fit model=zoo +foo=3", "foo is no option"),
-        ("memory-fit model=zoo ~fit.batch=1", "fit.batch is missing"),
+        ("memory-fit model=zoo ~steps=64", "steps is missing"),
         ("memory-fit model=zoo fit.batch=[1", "'fit.batch=[1' cannot be read"),
         ("memory-fit model=zoo fit.batch=1,2", "give one value"),
         ("memory-fit model=zoo fit.batch=two", "fit.batch is 'two'; expected a whole number"),
@@ -180,13 +181,13 @@ def test_the_model_half_of_a_recipe_at_real_size(name: str) -> None:
     for step in plan_cuts(config, [one.cut for one in options.plan()], REMOVED.get(name, ())):
         check_slices(step.before, step.selection, step.after)
         config = step.after
-    report, answer = memory_fit.measure(config, options.hardware, options.fit)
-    assert answer.fits
+    estimate = options.fit.estimate(config, options.hardware)
+    assert estimate.fits
     if name in FINAL:
         parameters, tensors, size, source_fits, named = FINAL[name]
         assert (count_parameters(config), num_tensors(config)) == (parameters, tensors)
-        assert round(report.total / GIB, 2) == size
-        before = memory_fit.measure(model_config(options.model), options.hardware, options.fit)[1]
+        assert round(estimate.memory.total / GIB, 2) == size
+        before = options.fit.estimate(model_config(options.model), options.hardware)
         assert before.fits == source_fits
         assert named is None or config.to_hf() == model_config(named).to_hf()
 
@@ -196,7 +197,7 @@ def test_the_sizes_that_the_search_recipe_finds_at_real_size() -> None:
     options = build(search.Options, compose_config("search", ["recipe=nemotron-nano-a10g-search", "output=x"]))
     config = model_config(options.model)
     depths = find_depths(config, options.space, options.rules, None)
-    budget = options.budget.budget(options.hardware)
+    budget = options.budget.limit(options.hardware)
     found = ranked(find_candidates(config, options.space, depths, budget, options.hardware).candidates, options.rank)
     assert [round(candidate.parameters / 1e9, 2) for candidate in found[:3]] == [8.97, 8.92, 8.89]
     check_slices(config, found[0].selection(config, score_random(config, 0)), found[0].config)

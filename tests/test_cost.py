@@ -56,11 +56,11 @@ def test_throughput_of_the_published_9b() -> None:
     """arXiv 2508.14444: 156.42 tokens/s at 8k in, 16k out, batch 8 on an A10G."""
     found = throughput(SMALL, A10G, input_tokens=8192, output_tokens=16384, batch=8)
     assert found is not None and found.tokens_per_second == pytest.approx(156.42, rel=0.02)
-    room = A10G.budget(0.05, 1.3, 0.6)
-    largest = throughput(SMALL, A10G, input_tokens=8192, output_tokens=16384, budget=room)
+    budget = A10G.budget(0.05, 1.3, 0.6)
+    largest = throughput(SMALL, A10G, input_tokens=8192, output_tokens=16384, budget=budget)
     assert largest is not None
-    assert memory(SMALL, 24576, largest.batch).total <= room < memory(SMALL, 24576, largest.batch + 1).total
-    assert throughput(LARGE, A10G, input_tokens=8192, output_tokens=16384, budget=room) is None
+    assert memory(SMALL, 24576, largest.batch).total <= budget < memory(SMALL, 24576, largest.batch + 1).total
+    assert throughput(LARGE, A10G, input_tokens=8192, output_tokens=16384, budget=budget) is None
     assert throughput(SMALL, NOWHERE, input_tokens=8, output_tokens=8, batch=1) is None
 
 

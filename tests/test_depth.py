@@ -24,7 +24,7 @@ METRICS = ("mse", "kl", "perplexity", "block_influence")
 
 @torch.no_grad()
 def stream(model: HybridLM, batch: Rows, stack: Sequence[int]) -> Tensor:
-    """The residual stream behind these layers."""
+    """The residual stream after these layers."""
     hidden = model.embed(batch.input_ids)
     for layer in stack:
         hidden = model.forward_layers(hidden, layer, layer + 1, seq_idx=batch.seq_idx)
@@ -47,8 +47,8 @@ def plainly(model: HybridLM, batches: Sequence[Rows], stack: Sequence[int], cut:
         if metric == "block_influence":
             begin = stack.index(cut[0])
             before = stream(model, batch, stack[:begin])[counted]
-            behind = stream(model, batch, stack[: begin + len(cut)])[counted]
-            found.append(1 - (before * behind).sum(-1) / before.norm(dim=-1) / behind.norm(dim=-1))
+            after = stream(model, batch, stack[: begin + len(cut)])[counted]
+            found.append(1 - (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1))
             continue
         student = logits(model, batch, rest)
         if metric == "perplexity":

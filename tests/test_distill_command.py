@@ -107,23 +107,23 @@ def test_cache_of_something_else_is_refused(workshop: Path, tmp_path: Path) -> N
 def test_killed_cache_goes_on(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ("cache.k=4", "cache.shard_bytes=2000")
     assert cache(workshop, tmp_path / "calm", *whole)[0] == 0
-    answer, asked = module.answer, []
+    answer, requested = module.answer, []
 
     def killed(*arguments: Any) -> Any:
-        asked.append(len(arguments[2]))
-        if len(asked) == 5:
+        requested.append(len(arguments[2]))
+        if len(requested) == 5:
             raise KeyboardInterrupt
         return answer(*arguments)
 
     monkeypatch.setattr(module, "answer", killed)
     assert cache(workshop, tmp_path / "rough", *whole)[0] != 0 and not (tmp_path / "rough").exists()
     (tmp_path / ".rough.partial" / "rows-00099.safetensors.partial").write_bytes(b"half")
-    monkeypatch.setattr(module, "answer", lambda *arguments: asked.append(len(arguments[2])) or answer(*arguments))
-    asked.clear()
+    monkeypatch.setattr(module, "answer", lambda *arguments: requested.append(len(arguments[2])) or answer(*arguments))
+    requested.clear()
     assert cache(workshop, tmp_path / "rough", *whole)[0] == 0
     assert not list((tmp_path / "rough").glob("*.partial"))
     calm, rough = (json.loads((tmp_path / name / "cache.json").read_text()) for name in ("calm", "rough"))
-    assert calm["rows"] == rough["rows"] and 0 < sum(asked) < calm["rows"]
+    assert calm["rows"] == rough["rows"] and 0 < sum(requested) < calm["rows"]
     assert distil(workshop, tmp_path / "out", f"teacher_cache={tmp_path / 'rough'}")[0] == 0
 
 

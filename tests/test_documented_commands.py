@@ -71,7 +71,7 @@ def test_lines_are_of_a_kind_that_is_known() -> None:
 
 
 def asked_of(words: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The command and its options, also where a launcher starts it or several jobs are asked for."""
+    """The command and its options, also where a launcher starts it or several jobs are requested."""
     rest = [word for word in words[1:] if word != "--multirun" and not word.startswith("hydra")]
     if "-m" in rest:
         module, *rest = rest[rest.index("-m") + 1 :]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from limbeck.models import export
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import train_tokenizer
-from limbeck.scripts import export
 from limbeck.tests.helpers import limbeck, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -86,10 +86,10 @@ def test_a_failed_check_leaves_nothing(source: Path, tmp_path: Path, monkeypatch
         patch.setattr(export, "stream_rows", careless)
         refused("differ from the source's by up to")
     with monkeypatch.context() as patch:
-        patch.setattr(export, "relative", lambda ours, theirs: 2e-4)
+        patch.setattr(export, "relative_rms", lambda ours, theirs: 2e-4)
         refused("0.0002 relative RMS")
     with monkeypatch.context() as patch:
-        patch.setattr(export, "relative", lambda ours, theirs: float("nan"))
+        patch.setattr(export, "relative_rms", lambda ours, theirs: float("nan"))
         refused("transformers' logits differ")
     assert limbeck("export", f"model={source}", f"output={out}")[0] == 0
 

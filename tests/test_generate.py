@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck.models.generate import answers
 from limbeck.models.generate.chat import ChatTemplate
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
-from limbeck.scripts import answers, generate
+from limbeck.scripts import generate
 from limbeck.tests.helpers import limbeck, make_workshop
 from rich.console import Console
 

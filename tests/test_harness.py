@@ -1,4 +1,4 @@
-"""lm-evaluation-harness asked through our adapter and through its own transformers model: the same answers."""
+"""lm-evaluation-harness run through our adapter and through its own transformers model: the same answers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(model: Any, tasks: list[str]) -> Any:
+def harness_results(model: Any, tasks: list[str]) -> Any:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -114,7 +114,7 @@ def test_the_same_as_the_harness_s_own_model(tasks: dict[str, str], exported: Pa
 
     ours = HarnessModel(load_model(exported), load_tokenizer(exported), row_tokens=400)
     theirs = HFLM(pretrained=str(exported), device="cpu", dtype="float32", batch_size=4)
-    found, expected = (asked(model, list(tasks.values())) for model in (ours, theirs))
+    found, expected = (harness_results(model, list(tasks.values())) for model in (ours, theirs))
     for name in tasks:
         numbers = [
             {key: value for key, value in side["results"][name].items() if isinstance(value, float)}
@@ -162,7 +162,7 @@ class Tight:
 
 @pytest.fixture(scope="module")
 def asking(exported: Path) -> tuple[list[tuple[Any, list[int], list[int]]], list[SimpleNamespace]]:
-    """Continuations to be scored, up to 60 tokens with their contexts, and prompts to go on with, one of them drawn."""
+    """Continuations to be scored, up to 60 tokens with their contexts, and prompts to continue, one of them drawn."""
     ids = load_tokenizer(exported).encode(Path(json.__file__).with_name("encoder.py").read_text())
     scored = [(None, ids[9 * i : 9 * i + 10 + 4 * i], ids[9 * i + 10 + 4 * i : 9 * i + 12 + 5 * i]) for i in range(10)]
     options: list[dict[str, Any]] = [{"until": ["\n\n"], "max_gen_toks": 8 + 2 * i} for i in range(5)]
@@ -253,7 +253,7 @@ def test_a_row_takes_what_is_foretold(exported: Path, asking: tuple) -> None:
 def test_slots_by_the_memory_that_is_free(exported: Path, asking: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = HarnessModel(load_model(exported), load_tokenizer(exported))
     found: list[int] = []
-    monkeypatch.setattr(ours, "decode", lambda asked, texts, left, length, slots: found.append(slots) or end(texts))
+    monkeypatch.setattr(ours, "decode", lambda requests, texts, left, length, slots: found.append(slots) or end(texts))
     for count in (1, 2, 3):
         monkeypatch.setattr(
             harness, "free_memory", lambda device, n=count: ours.headroom.slot_bytes(n, 200) / SHARE + 1

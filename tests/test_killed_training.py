@@ -63,7 +63,7 @@ def training(output: Path) -> Path:
 
 def wait_for(process: subprocess.Popen[bytes], output: Path, step: int, before: int = 0) -> None:
     """Until a run has logged a step, or ended. `before` is the number of the metrics file that an earlier run left; one
-    that goes on writes the part that counts anew."""
+    that resumes writes the part that counts anew."""
     metrics = training(output) / "metrics.jsonl"
     while process.poll() is None:
         if metrics.exists() and metrics.stat().st_ino != before:
@@ -123,7 +123,7 @@ def test_killed_at_random_steps(processes: int, kills: int, workshop: Path, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_stopped_politely_and_resumed_by_others(first: int, then: int, workshop: Path, tmp_path: Path) -> None:
-    """SIGTERM: the step's state is saved, the exit code says so; another number of processes goes on from there."""
+    """SIGTERM: the step's state is saved, the exit code says so; another number of processes resumes from there."""
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     options = {"distill.train.save_every": 1000}
     finish(command(workshop, calm, 1, **options))

@@ -116,17 +116,17 @@ def test_command(tmp_path: Path) -> None:
     assert found["vllm_flags"][1] == "--max-model-len 131072" and found["simulation"] is found["measurement"] is None
     assert (out / "plots" / "memory.png").stat().st_size > 20000
     assert "budget 19.66 GiB" in (out / "plots" / "memory.svg").read_text()
-    code, text, err = limbeck("memory-fit", "model=nemotron-nano-12b-v2", "fit.reserve_gib=1.3", "witness=measurement",
+    code, text, err = limbeck("memory-fit", "model=nemotron-nano-12b-v2", "fit.reserve_gib=1.3", "method=measurement",
                               "hardware.device=cpu")  # fmt: skip
     assert code == 3 and "does not fit" in err and "layers fewer" in text and "layers fewer" in err
 
 
-def test_three_witnesses_of_the_shipped_model() -> None:
+def test_three_methods_on_the_shipped_model() -> None:
     code, text, _ = limbeck(
         "memory-fit", "model=zoo", "hardware=cpu", "hardware.usable_gib=1", "fit.weight_dtype=float32", "steps=2",
-        "fit.kv_dtype=float32", "context=40", "batch=2", "witness=all", "fit.chunk=32",
+        "fit.kv_dtype=float32", "context=40", "batch=2", "method=all", "fit.chunk=32",
     )  # fmt: skip
-    assert code == 0 and "Peak by witness" in text and "measurement (cpu)" in text and "the simulated peak" in text
+    assert code == 0 and "Peak by method" in text and "measurement (cpu)" in text and "the simulated peak" in text
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_three_witnesses_of_the_shipped_model() -> None:
         (("fit.chunk=0",), "chunk"),
         (("context=131073",), "131,072"),
         (("hardware=a11g",), "a10g"),
-        (("witness=gut",), "formula"),
+        (("method=gut",), "formula"),
         (("steps=0",), "steps"),
         (("fit.kv_dtype=int4",), "float8_e4m3fn"),
-        (("fit.kv_dtype=float8_e4m3fn", "witness=simulation"), "fit.kv_dtype"),
+        (("fit.kv_dtype=float8_e4m3fn", "method=simulation"), "fit.kv_dtype"),
         (("fit.mamba_cache_mode=some",), "align"),
         (("hardware.device=tpu",), "cuda or cpu"),
     ],
@@ -151,7 +151,7 @@ def test_wrong_input(wrong: tuple[str, ...], said: str) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_measurement_needs_the_card() -> None:
-    code, _, err = limbeck("memory-fit", "model=nemotron-nano-9b-v2", "witness=measurement")
+    code, _, err = limbeck("memory-fit", "model=nemotron-nano-9b-v2", "method=measurement")
     assert code == 2 and "sees none" in err
 
 

@@ -104,7 +104,7 @@ class Poisoned:
 
 @pytest.mark.parametrize("infinite_gradient", (False, True))
 def test_a_step_that_is_not_finite_is_passed_over(infinite_gradient: bool, tmp_path: Path) -> None:
-    """The weights stay, the batch is named; the run goes on, or ends behind so many in a row, with the state from
+    """The weights stay, the batch is named; the run continues, or ends after so many in a row, with the state from
     before kept. Skipped steps are counted over a restart."""
     model = model_of(1)
     seen: list[dict[str, Tensor]] = []
@@ -190,7 +190,7 @@ def test_compiled_layers_train_alike(tmp_path: Path) -> None:
 
 
 def test_bfloat16_has_float32_copies(tmp_path: Path) -> None:
-    """Steps and gradients add up in the copies; vectors stay float32; a state goes on to the bit."""
+    """Steps and gradients add up in the copies; vectors stay float32; a state resumes to the bit."""
     how = options(steps=4, learning_rate=1e-4, micro_batch=2, save_every=2)
     full, half = prepare(model_of(1)), prepare(model_of(1), torch.bfloat16)
     dtypes = {name: weight.dtype for name, weight in half.model.named_parameters()}

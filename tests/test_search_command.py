@@ -88,7 +88,7 @@ def test_a_search_picks_what_prune_makes(workshop: Path, calm: Path, tmp_path: P
 
 
 def test_a_finished_search_is_not_done_again(workshop: Path, calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "fill", lambda *_: pytest.fail("done again"))
+    monkeypatch.setattr(command, "distil", lambda *_: pytest.fail("done again"))
     assert limbeck(*arguments(workshop, calm))[0] == 0
     code, _, err = limbeck(*arguments(workshop, calm), "measure=3")
     assert code == 2 and "measure was 4, now 3" in err

@@ -1,4 +1,4 @@
-"""`--multirun`: a folder a job, here, through submitit, and as Slurm would be asked."""
+"""`--multirun`: a folder a job, here, through submitit, and as Slurm would get them."""
 
 from __future__ import annotations
 

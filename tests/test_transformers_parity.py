@@ -172,7 +172,7 @@ PARTS = {"three": PROMPTS[::20], **{str(part): PROMPTS[10 * part - 10 : 10 * par
 
 @pytest.mark.parametrize("part", ("three", *(pytest.param(name, marks=pytest.mark.slow) for name in "12345")))
 def test_greedy_text_is_that_of_transformers(part: str, tmp_path: Path) -> None:
-    """The shipped model, exported: 64 tokens behind prompts that share the engine's batch, beside `generate` of the
+    """The shipped model, exported: 64 tokens after prompts that share the engine's batch, beside `generate` of the
     model that transformers opens, prompt by prompt."""
     exported = tmp_path / "exported"
     code, _, err = limbeck("export", "model=zoo", f"output={exported}", "dtype=float32")

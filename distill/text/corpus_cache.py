@@ -45,7 +45,8 @@ def content_digest(base: Path, names: Sequence[str]) -> str:
     """The sha256 of files' names and contents. It is taken once: while size and time of change of all of them stay as
     they are, the sum that CACHE/sums has is theirs. Raises InputError where one cannot be read."""
     try:
-        looks = [(name, *look(base / name)) for name in names]
+        stats = [(name, (base / name).stat()) for name in names]
+        looks = [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
         mark = hashlib.sha256(json.dumps([str(base.resolve()), looks]).encode()).hexdigest()[:32]
         known = cache_folder() / "sums" / f"{mark}.json"
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -60,11 +61,6 @@ def content_digest(base: Path, names: Sequence[str]) -> str:
     return digest
 
 
-def look(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
 def corpus_folder(facts: Mapping[str, Any]) -> Path:
     content = json.dumps({"format": FORMAT, **facts}, sort_keys=True)
     return cache_folder() / "tokens" / hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -74,7 +70,7 @@ def write_corpus(folder: Path, facts: Mapping[str, Any], documents: Iterable[Doc
     """Tokenises documents into a folder. Raises DiskError where the disk refuses."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep(folder.parent)
+        remove_leftovers(folder.parent)
         with tempfile.TemporaryDirectory(prefix=MAKING, dir=folder.parent, ignore_cleanup_errors=True) as temporary:
             write_tokens(Path(temporary), facts, documents, tokenizer)
             try:
@@ -126,7 +122,7 @@ def cached_corpus(
     return open_corpus(folder, tokenizer)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes left."""
     for path in folder.glob(f"{MAKING}*"):
         if time.time() - path.stat().st_mtime > STALE:

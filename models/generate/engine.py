@@ -246,7 +246,7 @@ class Engine:
     def leave(self, rows: Sequence[int]) -> None:
         """Takes sequences out of the batch; the last rows close the gaps."""
         before = len(self.running)
-        for row in sorted(rows, reverse=True):  # from the end, so that the row that moves stays in the batch
+        for row in sorted(rows, reverse=True):  # from the end: the last row, which moves, is then none that leaves
             last = self.running.pop()
             if row < len(self.running):
                 self.running[row] = last

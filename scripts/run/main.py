@@ -8,10 +8,8 @@ from __future__ import annotations
 import errno
 import importlib
 import os
-import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ...models.errors import CheckFailed, InputError, Stopped
 
@@ -21,10 +19,10 @@ COMMANDS = {
     "search": "the sizes that fit a card, ranked by memory, importance or loss; the best ones distilled briefly",
     "prune": "a smaller checkpoint from a model, its scores and a target size",
     "distill": "recover a student's accuracy from its teacher's logits",
-    "cache-teacher": "a teacher's likeliest tokens, kept for distill with teacher_cache=",
+    "cache-teacher": "a teacher's top-k tokens, kept for distill with teacher_cache=",
     "merge": "the weighted mean of two checkpoints of one config",
     "evaluate": "the gap between a teacher and its students: gap.json, gap.html",
-    "export": "a checkpoint in the dtype and shards asked for, read back and compared",
+    "export": "a checkpoint in a given dtype and shard size, read back and compared",
     "memory-fit": "does the model fit the card at this context? exit code 0 yes, 3 no",
     "train-fit": "does its distillation fit the GPUs? (memory-fit mode=train)",
     "generate": "text from a prompt, answers to a file of prompts, a chat at the terminal",
@@ -61,7 +59,6 @@ Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
 """
 # What a disk says when it is full, over quota, at a limit, read-only, broken or another's.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
-CONF = Path(__file__).parents[2] / "conf"
 MULTIRUN = "--multirun"
 
 
@@ -81,15 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             words.insert(0, "experiment")
         command, overrides = by_mode(words[0], words[1:])
         if command not in COMMANDS:
-            from .compose import guess
+            from ...models.errors import guess
 
             raise InputError(
                 f"{command!r} is no command; known: {', '.join(COMMANDS)}" + guess(command, list(COMMANDS))
             )
         if any(word in ("-h", "--help") for word in overrides):
-            print(describe(command))
+            from .help import describe
+
+            print(describe(command, COMMANDS[command], EXAMPLES[command]))
             return 0
-        return run(command, overrides)
+        return run_command(command, overrides)
     except InputError as error:
         return finish(2, str(error))
     except CheckFailed as error:
@@ -106,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return finish(2, refusal(error))
     except KeyboardInterrupt:
-        return finish(130, "interrupted; the same command goes on where this one stopped, where work can be resumed")
+        return finish(130, "interrupted; where work can be resumed, the same command does so")
 
 
 def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
@@ -118,7 +117,7 @@ def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
     return command, overrides
 
 
-def run(command: str, overrides: Sequence[str]) -> int:
+def run_command(command: str, overrides: Sequence[str]) -> int:
     """Composes the options of a command and runs it, or a sweep of it."""
     if MULTIRUN in overrides:
         from .sweep import sweep
@@ -144,36 +143,6 @@ def finish(code: int, message: str) -> int:
 def overview() -> str:
     rows = "\n".join(f"  {name:14}{text}" for name, text in COMMANDS.items())
     return f"limbeck COMMAND [recipe=NAME] [KEY=VALUE ...]\n\nCommands\n{rows}\n{EPILOGUE.rstrip()}"
-
-
-def describe(command: str) -> str:
-    """A command's options, as its configs explain them, the recipes that set them, and an example."""
-    from .compose import BASES, groups, recipes
-
-    lines = []
-    for name in [command, *([BASES[command]] if command in BASES else [])]:
-        text = (CONF / f"{name}.yaml").read_text(encoding="utf-8").partition("# Options\n")[2]
-        lines += [f"Options{'' if name == command else f' of {name}'} (KEY: default)"]
-        lines += ["  " + line for line in text.strip().splitlines()]
-    for group, (default, *others) in groups(command).items():
-        also = f"; also {', '.join(others)}" if others else ""
-        lines.append(f"  {group}:  # {group}={default}{also}")
-        lines += ["    " + line for line in group_lines(group, default)]
-    found = recipes(command)
-    if found:
-        lines += ["", "Recipes", *(f"  recipe={name:10} {purpose}" for name, purpose in found.items())]
-    lines += ["", f"Example: limbeck {command} {EXAMPLES[command]}"]
-    return f"limbeck {command}: {COMMANDS[command]}\n\n" + "\n".join(lines)
-
-
-def group_lines(group: str, name: str) -> list[str]:
-    """The options of a choice of a group; of one that builds on others theirs first, and then what it changes."""
-    text = (CONF / group / f"{name}.yaml").read_text(encoding="utf-8")
-    above, itself, below = text.partition("  - _self_\n")
-    parents = re.findall(r"^  - (\S+)$", above, re.M) if itself else []
-    lines = [line for parent in parents for line in group_lines(group, parent)]
-    lines += [f"# {group}={name} has"] if parents else []
-    return lines + [line for line in (below if itself else text).splitlines() if not line.startswith("#")]
 
 
 if __name__ == "__main__":

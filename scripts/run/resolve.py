@@ -6,18 +6,17 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
 from ...distill.text.packing import Batch
-from ...models.errors import InputError
+from ...models.device import DTYPES as DTYPES
+from ...models.device import torch_device as torch_device
+from ...models.device import torch_dtype as torch_dtype
 from ...models.errors import check_counts as check_counts
 from ...models.named import SHIPPED, data_path, model_config, model_folder, names  # noqa: F401 (for the commands)
 from .show import progress, table
 
 ZOO = SHIPPED["zoo"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def model_names() -> list[str]:
@@ -56,27 +55,3 @@ def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
     more than the source's `epochs`."""
     if isinstance(text, Mixture):
         table("The mixture", ("source", "share", "documents", "tokens", "epochs"), text.reading(plan))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; known: {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def torch_device(name: str) -> torch.device:
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"device {name!r} is unknown; expected auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use device=cpu")
-    if device.type not in ("cpu", "cuda"):
-        try:
-            torch.empty(1, device=device).fill_(0)
-        except (RuntimeError, NotImplementedError, AssertionError):
-            raise InputError(f"device {name!r}: torch {torch.__version__} has none here; use device=cpu") from None
-    return device

@@ -11,14 +11,16 @@ from typing import Any
 from ...distill.options import DistillOptions
 from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
+from ...models.cost.fit import Fit
 from ...models.cost.hardware import Hardware
 from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError, guess
 from ...models.fingerprint import plain
 from ...models.tokenizer import check_vocabulary, load_tokenizer
+from ...prune.repair import RepairOptions
 from ...prune.rounds import Cut, in_kinds, leftovers, named_round, plan_cuts
+from ...prune.scoring import Importance
 from ...prune.target import Target
-from .. import memory_fit, prune, score
 from .compose import build
 from .resolve import corpus
 from .show import gib, say, table
@@ -30,9 +32,9 @@ class Round:
 
     name: str
     seed: int
-    importance: score.Importance
+    importance: Importance
     target: Target
-    repair: prune.Mending
+    repair: RepairOptions
     distill: DistillOptions
 
     @property
@@ -40,7 +42,7 @@ class Round:
         how = self.importance
         return Cut(self.name, self.seed, self.target, how.remove_layers, how.pairs, how.min_layers)
 
-    def scored(self, config: HybridConfig) -> score.Importance:
+    def scored(self, config: HybridConfig) -> Importance:
         """How a model of this config is scored: as many layers as the target removes are put in order."""
         return self.importance.settled(config, self.cut.removed(config))
 
@@ -106,7 +108,7 @@ def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:
     }
 
 
-def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, fit: memory_fit.Fit) -> None:
+def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, fit: Fit) -> None:
     """Prints what the rounds come to: sizes, bytes, tokens, and whether that fits the card. Writes nothing."""
     names, columns, patterns = ["model"], [column([config], hardware, fit, "-")], {in_kinds(config)}
     steps = plan_cuts(config, [one.cut for one in rounds])
@@ -115,7 +117,7 @@ def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, 
         outcomes = [step.left(pattern) for pattern in sorted(patterns)]
         names.append(one.name or "student")
         columns.append(column(outcomes, hardware, fit, f"{one.distill.tokens:,}"))
-    budget = gib(hardware.budget(fit.framework_share, fit.reserve_gib, fit.overhead_gib))
+    budget = gib(fit.budget(hardware))
     title = f"Dry run: {fit.of(config).length:,} tokens x {fit.batch} within {budget} of {hardware.name}"
     table(title, ["", *names], [(row, *(values[row] for values in columns)) for row in columns[0]])
     if len(patterns) > 1:
@@ -128,10 +130,10 @@ def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, 
     say("dry run: of the model only its config was read, and nothing was written")
 
 
-def column(outcomes: Sequence[HybridConfig], hardware: Hardware, fit: memory_fit.Fit, tokens: str) -> dict[str, str]:
+def column(outcomes: Sequence[HybridConfig], hardware: Hardware, fit: Fit, tokens: str) -> dict[str, str]:
     """What the table says of a model, by row, over the mixes of layers that it may have."""
-    like, measured = outcomes[0], [memory_fit.measure(outcome, hardware, fit) for outcome in outcomes]
-    fits = [answer.fits for _, answer in measured]
+    like, estimates = outcomes[0], [fit.estimate(outcome, hardware) for outcome in outcomes]
+    fits = [estimate.fits for estimate in estimates]
     return {
         "layers": f"{like.num_layers}",
         "hidden": f"{like.hidden_size:,}",
@@ -139,8 +141,8 @@ def column(outcomes: Sequence[HybridConfig], hardware: Hardware, fit: memory_fit
         "attention heads": f"{like.num_attention_heads}" if like.num_attention_heads else "-",
         "Mamba heads": f"{like.mamba_num_heads} x {like.mamba_head_dim}" if like.mamba_num_heads else "-",
         "parameters": between([count_parameters(outcome) for outcome in outcomes], lambda count: f"{count:,.0f}"),
-        "weights": between([report.weights for report, _ in measured], gib),
-        "weights and caches": between([report.total for report, _ in measured], gib),
+        "weights": between([estimate.memory.weights for estimate in estimates], gib),
+        "weights and caches": between([estimate.memory.total for estimate in estimates], gib),
         "fits": "yes" if all(fits) else "if the right layers go" if any(fits) else "no",
         "tokens to distil": tokens,
     }

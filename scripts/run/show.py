@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from torch import Tensor
 
 from ...models.errors import gib as gib
 from ...models.folder import write_json
@@ -38,6 +39,9 @@ class Bar:
         changes = {} if total is None else {"total": total}
         self.display.update(self.task, completed=done, note=note, **changes)  # type: ignore[arg-type]
 
+    def add(self, count: float) -> None:
+        self.display.advance(self.task, count)
+
 
 @contextlib.contextmanager
 def progress(what: str, total: float | None = None, *, in_bytes: bool = False) -> Iterator[Bar]:
@@ -52,6 +56,15 @@ def progress(what: str, total: float | None = None, *, in_bytes: bool = False) -
     )
     with Progress(*columns, console=console, refresh_per_second=4) as display:
         yield Bar(display, display.add_task(what, total=total, note=""))
+
+
+def counted(bar: Bar, pieces: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same pieces of tensors; the bar counts their bytes once they are written."""
+    done = 0
+    for name, rows in pieces:
+        yield name, rows
+        done += rows.numel() * rows.element_size()
+        bar.set(done)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,23 +137,3 @@ def clear(folder: Path, scratch: str | None) -> None:
     (folder / BEGUN).unlink(missing_ok=True)
     if scratch is not None:
         shutil.rmtree(folder / scratch, ignore_errors=True)
-
-
-Facts = Work
-
-
-def run_stage(
-    folder: Path,
-    *,
-    name: str,
-    inputs: Mapping[str, Path | str],
-    options: Mapping[str, Any],
-    make: Callable[[Path, Work], None],
-    resumes: bool = False,
-    scratch: str | None = None,
-) -> bool:
-    """Goes, once nobody calls it any more."""
-    with stage(folder, name, inputs=inputs, options=options, resumes=resumes, scratch=scratch) as work:
-        if not work.finished:
-            make(work.folder, work)
-    return not work.finished

@@ -17,7 +17,7 @@ from typing import Any
 from ...models.errors import InputError, Stopped
 from ...models.folder import write_json
 from ...models.processes import set_up
-from .compose import VERBATIM, build, explain, split
+from .compose import build, explained, split_verbatim
 from .main import finish
 from .show import result, say, table
 
@@ -69,17 +69,8 @@ def sweep(command: str, overrides: Sequence[str]) -> None:
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
-    texts: dict[str, str] = {}
-    words: list[str] = []
-    for override in overrides:
-        key, value = split(command, override, sweeping=True)
-        if key in VERBATIM and not (key == "student" and value.startswith("{")):
-            texts[key] = value
-        elif override != "recipe=null":
-            words.append(override)
+    texts, words = split_verbatim(command, overrides, sweeping=True)
     if "output" not in texts:
         raise InputError(f"output is missing; give output=FOLDER, in which each job of --multirun has its own"
                          f" (limbeck {command} --help)")  # fmt: skip
@@ -90,29 +81,24 @@ def sweep(command: str, overrides: Sequence[str]) -> None:
         "hydra.sweep.dir": f"'{out / 'hydra'}'", "hydra.sweep.subdir": "${hydra.job.num}",
     }  # fmt: skip
     version.setbase("1.3")
-    failed: Exception | None = None
-    try:
-        search = create_automatic_config_search_path(None, None, "pkg://limbeck.conf")
-        hydra = Hydra.create_main_hydra2(task_name=f"limbeck-{command}", config_search_path=search)
-        hidden = [f"{key}={value}" for key, value in own.items()]
-        batches = hydra.multirun(command, Job(command, texts), [*words, *hidden], with_log_configuration=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        failed = error
-    finally:
-        GlobalHydra.instance().clear()
-    if failed is not None:
-        ours = [word for word in words if not word.lstrip("+~").startswith("hydra")]
-        raise InputError(explain(command, ours, failed))
-    tell(out, [found for batch in batches for found in batch])
+    hidden = [f"{key}={value}" for key, value in own.items()]
+    with explained(command, [word for word in words if not word.lstrip("+~").startswith("hydra")]):
+        try:
+            search = create_automatic_config_search_path(None, None, "pkg://limbeck.conf")
+            hydra = Hydra.create_main_hydra2(task_name=f"limbeck-{command}", config_search_path=search)
+            batches = hydra.multirun(command, Job(command, texts), [*words, *hidden], with_log_configuration=False)
+        finally:
+            GlobalHydra.instance().clear()
+    report(out, [job for batch in batches for job in batch])
 
 
-def tell(out: Path, jobs: Sequence[Any]) -> None:
+def report(out: Path, jobs: Sequence[Any]) -> None:
     """What each job was given, and the last figures that it logged."""
     rows = []
-    for found in jobs:
-        chosen = [word for word in found.overrides if word in varied(jobs)]
-        rows.append({"folder": found.return_value, "overrides": chosen, **figures_of(Path(found.return_value))})
-        say(f"{found.return_value}: {' '.join(chosen)}")
+    for job in jobs:
+        chosen = [word for word in job.overrides if word in varied(jobs)]
+        rows.append({"folder": job.return_value, "overrides": chosen, **figures_of(Path(job.return_value))})
+        say(f"{job.return_value}: {' '.join(chosen)}")
     shown = [name for name in FIGURES if any(name in row for row in rows)]
     if shown:
         lines = [(Path(row["folder"]).name, *(f"{row.get(name, math.nan):.4f}" for name in shown)) for row in rows]
@@ -123,7 +109,7 @@ def tell(out: Path, jobs: Sequence[Any]) -> None:
 
 def varied(jobs: Sequence[Any]) -> set[str]:
     """The overrides that not all jobs have."""
-    sets = [set(found.overrides) for found in jobs]
+    sets = [set(job.overrides) for job in jobs]
     return set.union(*sets) - set.intersection(*sets) if len(sets) > 1 else set.union(*sets)
 
 

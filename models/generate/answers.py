@@ -1,4 +1,4 @@
-"""A file of prompts and the file of answers to them: it appears whole, and an interrupted run goes on where it was."""
+"""A file of prompts and the file of answers to them: it appears whole, and an interrupted run resumes where it was."""
 
 from __future__ import annotations
 
@@ -6,49 +6,46 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..models.errors import InputError
-from ..models.folder import sync
-from ..models.generate.engine import Completion, Request
-from .run.show import progress, say
-
-if TYPE_CHECKING:
-    from .generate import Writer
+from ..errors import InputError
+from ..folder import sync
+from .engine import Completion, Request
+from .writer import Writer
 
 
-def answer_file(writer: Writer, prompts: Path, output: Path, batch: int) -> None:
+def answer_file(writer: Writer, prompts: Path, output: Path, on_answer: Callable[[int, int], None]) -> int:
     """Answers each line of a text file, or each object of a JSONL file ({"prompt": ...} or {"messages": [...]}),
-    `batch` at a time. A line of the output has the object's fields, "text", "finished", "tokens", and "logprobs" where
-    asked for.
+    as many at a time as the options' `batch`. A line of the output has the object's fields, "text", "finished",
+    "tokens", and "logprobs" where the options say so. `on_answer(done, total)` counts them; returns how many there are.
 
     Raises InputError where the output exists, a line cannot be read, or a prompt is too long.
     """
     if output.exists():
         raise InputError(f"{output} exists already; give an output file that does not")
-    asked = [(row, line_request(writer, row, number)) for number, row in enumerate(read_prompts(prompts))]
-    partial = output.with_name(f".{output.name}.partial")
-    journal = Journal(partial, digest(writer, asked))
-    todo = [number for number in range(len(asked)) if number not in journal.done]
+    lines = [(row, line_request(writer, row, number)) for number, row in enumerate(read_prompts(prompts))]
+    journal = Journal(output.with_name(f".{output.name}.partial"), digest(writer, lines))
+    todo = [number for number in range(len(lines)) if number not in journal.done]
     if todo:
-        longest = max(len(asked[number][1].prompt) for number in todo) + writer.options.max_new_tokens
-        engine = writer.engine(longest, min(batch, len(todo)))
-        found = {engine.add(asked[number][1]): (number, Completion()) for number in todo}
-        with progress("answers", len(asked)) as bar, journal:
+        longest = max(len(lines[number][1].prompt) for number in todo) + writer.options.max_new_tokens
+        engine = writer.engine(longest, min(writer.options.batch, len(todo)))
+        running = {engine.add(lines[number][1]): (number, Completion()) for number in todo}
+        with journal:
             for event in engine.stream():
-                number, completion = found[event.request]
+                number, completion = running[event.request]
                 completion.add(event)
                 if event.finished:
-                    journal.write(number, answer(asked[number][0], completion, writer.options.logprobs))
-                    bar.set(len(journal.done))
+                    journal.write(number, answer(lines[number][0], completion, writer.options.logprobs))
+                    on_answer(len(journal.done), len(lines))
     journal.finish(output)
-    say(f"result: {output} ({len(asked)} answers)")
+    return len(lines)
 
 
 def answer(row: dict[str, Any], completion: Completion, logprobs: bool) -> dict[str, Any]:
-    found = row | {"text": completion.text, "finished": completion.finished, "tokens": completion.tokens}
-    return found | {"logprobs": completion.logprobs} if logprobs else found
+    content = row | {"text": completion.text, "finished": completion.finished, "tokens": completion.tokens}
+    return content | {"logprobs": completion.logprobs} if logprobs else content
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -94,10 +91,10 @@ def line_request(writer: Writer, row: dict[str, Any], number: int) -> Request:
     return writer.reply(list(messages), number) if messages else writer.request(row["prompt"], number)
 
 
-def digest(writer: Writer, asked: list[tuple[dict[str, Any], Request]]) -> str:
+def digest(writer: Writer, lines: list[tuple[dict[str, Any], Request]]) -> str:
     """Changes with the prompts, the options and the model's files."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in writer.folder.glob("*.*"))
-    requests = [(row, dataclasses.asdict(request)) for row, request in asked]
+    requests = [(row, dataclasses.asdict(request)) for row, request in lines]
     options = (writer.options.dtype, writer.options.ssm_dtype)
     return hashlib.sha256(json.dumps([files, requests, options], sort_keys=True).encode()).hexdigest()
 

@@ -1,0 +1,129 @@
+"""Whether a model fits a card at a context and batch: the assumptions, the bytes by formula, and the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ..config import HybridConfig
+from ..device import DTYPES, torch_dtype
+from ..errors import InputError
+from .hardware import GIB, Hardware, Reserve
+from .inference import Change, MemoryReport, Verdict, changes, memory, verdict
+from .speed import Throughput, throughput
+from .vllm import flags
+
+KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
+LONGEST = 131072  # tokens of a context that nobody has chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit(Reserve):
+    """Context (tokens a sequence; None: see `of`), batch (sequences), dtypes, tokens of a prefill chunk, vLLM's mode
+    for the states of Mamba layers; and what of the card is not the model's."""
+
+    context: int | None = None
+    batch: int = 1
+    weight_dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    ssm_dtype: str = "float32"
+    chunk: int = 512
+    mamba_cache_mode: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv_dtype not in KV_DTYPES:
+            raise InputError(f"fit.kv_dtype {self.kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
+
+    def of(self, config: HybridConfig) -> Fit:
+        """With a context where none was given: what the model is made for, at most `LONGEST`."""
+        if self.context is not None:
+            return self
+        return dataclasses.replace(self, context=min(LONGEST, config.max_position_embeddings))
+
+    @property
+    def length(self) -> int:
+        """The context, once there is one."""
+        assert self.context is not None
+        return self.context
+
+    def assumptions(self, hardware: Hardware) -> dict[str, Any]:
+        """The arguments of `memory` beside context and batch."""
+        return {
+            "weight_dtype": torch_dtype(self.weight_dtype),
+            "kv_dtype": KV_DTYPES[self.kv_dtype],
+            "ssm_dtype": torch_dtype(self.ssm_dtype),
+            "chunk": self.chunk,
+            "place": hardware.place,
+            "mamba_cache_mode": self.mamba_cache_mode,
+        }
+
+    def estimate(self, config: HybridConfig, hardware: Hardware) -> Estimate:
+        """The bytes by formula, and the verdict on them. Raises InputError where the card has no memory."""
+        hardware.check()
+        fit = self.of(config)
+        budget = fit.budget(hardware)
+        report = memory(config, fit.length, fit.batch, budget=budget, **fit.assumptions(hardware))
+        return Estimate(config, hardware, fit, report, verdict(config, report, budget))
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a model takes of a card by formula, and whether the card has it."""
+
+    config: HybridConfig
+    hardware: Hardware
+    fit: Fit
+    memory: MemoryReport
+    verdict: Verdict
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict.fits
+
+    def changes(self) -> list[Change]:
+        """What would help a model that does not fit, from the least cost on."""
+        if self.fits:
+            return []
+        return changes(self.config, self.memory, self.verdict.budget, **self.fit.assumptions(self.hardware))
+
+    def advice(self) -> str:
+        """What would help, in half a sentence."""
+        helps = next((change.name for change in self.changes() if change.fits), None)
+        if self.verdict.largest_context > 0:
+            return f"{self.verdict.largest_context:,} tokens would fit at this batch, or {helps or 'prune further'}"
+        return f"no context fits at this batch: {helps or 'prune further, or take a larger card'}"
+
+    def vllm_flags(self) -> list[str]:
+        """The flags of `vllm serve` for this fit."""
+        return flags(
+            self.memory.vllm,
+            context=self.memory.context,
+            utilization=max(self.verdict.budget, 0) / (self.hardware.usable_gib * GIB),
+            ssm_dtype=self.fit.ssm_dtype,
+            kv_dtype=self.fit.kv_dtype,
+            dtype=self.fit.weight_dtype,
+            mamba=self.memory.ssm > 0,
+        )
+
+    def throughput(self) -> Throughput | None:
+        """Tokens a second, estimated: a third of the context read and two thirds written, as of the published 8k and
+        16k (arXiv 2508.14444), in the largest batch that fits."""
+        length, dtypes = self.fit.length, self.fit.assumptions(self.hardware)
+        read = max(length // 3, 1)
+        return throughput(
+            self.config, self.hardware, input_tokens=read, output_tokens=max(length - read, 1),
+            budget=self.verdict.budget, **{name: dtypes[name] for name in ("weight_dtype", "kv_dtype", "ssm_dtype")},
+        )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        report = self.memory
+        derived = {"total": report.total, "transient": report.transient, "peak": report.peak}
+        return {
+            "memory": dataclasses.asdict(report) | derived,
+            "verdict": dataclasses.asdict(self.verdict),
+            "hardware": dataclasses.asdict(self.hardware),
+            "gib": GIB,
+        }

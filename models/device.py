@@ -1,0 +1,33 @@
+"""Devices and dtypes by the names that options give them."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; known: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def torch_device(name: str) -> torch.device:
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one. Raises InputError where torch has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} is unknown; expected auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use device=cpu")
+    if device.type not in ("cpu", "cuda"):
+        try:
+            torch.empty(1, device=device).fill_(0)
+        except (RuntimeError, NotImplementedError, AssertionError):
+            raise InputError(f"device {name!r}: torch {torch.__version__} has none here; use device=cpu") from None
+    return device

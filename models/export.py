@@ -1,0 +1,164 @@
+"""A checkpoint in another dtype, read back and compared: with its source, and with transformers on the same folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
+from .errors import CheckFailed, InputError
+from .families.known import FAMILIES
+from .hybrid import HybridLM
+from .tensors import is_finite
+
+PARITY = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """How far transformers' class of the family is from ours on one folder, in relative RMS of the logits; or why the
+    two were not compared.
+
+    With Mamba layers there is a clamp to tell: transformers clamps the step dt from below at the config's
+    `time_step_min` (`dt_floor_transformers`), the published code and ours at its `time_step_limit` (`dt_floor`).
+    `relative_rms` is with transformers' clamp in both, and has to be small; with each at its own it is
+    `relative_rms_own_clamps`, which says what that clamp changes.
+    """
+
+    relative_rms: float | None = None
+    note: str | None = None
+    dt_floor: float | None = None
+    version: str | None = None
+    class_name: str | None = None
+    dt_floor_transformers: float | None = None
+    relative_rms_own_clamps: float | None = None
+
+    @property
+    def clamps(self) -> bool:
+        """Whether the comparison had steps dt to clamp."""
+        return self.dt_floor_transformers is not None
+
+    def to_json(self) -> dict[str, Any]:
+        content = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        if "class_name" in content:
+            content["class"] = content.pop("class_name")
+        return {"relative_rms": self.relative_rms} | content
+
+    def check(self) -> None:
+        """Raises CheckFailed where the two disagree."""
+        if self.relative_rms is not None and not self.relative_rms <= PARITY:
+            clamp = f", with dt clamped at {self.dt_floor_transformers:g} in both" if self.clamps else ""
+            raise CheckFailed(
+                f"export: transformers' logits differ by {self.relative_rms:.3g} relative RMS, more than"
+                f" {PARITY:g}{clamp}"
+            )
+
+    def sentence(self) -> str:
+        """The comparison in a sentence or two."""
+        if self.relative_rms is None:
+            return f"Not compared with transformers: {self.note}."
+        text = (
+            f"{self.class_name} of transformers {self.version} gives them up to {self.relative_rms:.1e} relative"
+            " RMS in float32"
+        )
+        if not self.clamps:
+            return text + "."
+        text += f", with the step dt clamped at its `time_step_min` ({self.dt_floor_transformers:g})."
+        if self.relative_rms_own_clamps is not None and self.relative_rms_own_clamps > PARITY:
+            text += (
+                f"\nWithout that clamp, as the published code has it, the logits differ by"
+                f" {self.relative_rms_own_clamps:.1e}; `time_step_min` in config.json sets it."
+            )
+        return text
+
+
+def write_export(
+    folder: Path, source: Path, dtype: torch.dtype, *, max_shard_bytes: int, check_tokens: int, seed: int
+) -> Parity:
+    """Writes the folder, reads it again and compares logits of random tokens in float32: with the source rounded to
+    the same dtype they have to be the same to the bit; transformers, where it is installed, has to agree too.
+
+    Raises CheckFailed, and InputError where the dtype cannot hold the weights.
+    """
+    checkpoint = open_checkpoint(source)
+    write_checkpoint(
+        folder,
+        checkpoint.config,
+        rounded_rows(checkpoint, dtype),
+        dtypes=dtype,
+        tokenizer_from=source,
+        max_shard_bytes=max_shard_bytes,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=generator)
+    expected = logits_of(load_model(source, dtype).float(), ids)
+    again = load_model(folder)
+    logits = logits_of(again, ids)
+    if not torch.equal(expected, logits):
+        worst = (expected - logits).abs().max().item()
+        raise CheckFailed(f"export: logits of the folder read back differ from the source's by up to {worst:.3g}")
+    parity = transformers_parity(folder, ids, again, logits)
+    parity.check()
+    return parity
+
+
+def rounded_rows(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors in `dtype`, rows by rows. Raises InputError where a number is beyond its range."""
+    for name, tensor in stream_rows(checkpoint):
+        rows = tensor.to(dtype)
+        if not is_finite(rows):
+            worst = tensor.abs().max().item()
+            raise InputError(
+                f"export: tensor {name} reaches {worst:.4g}, beyond {str(dtype).removeprefix('torch.')};"
+                " take dtype=bfloat16 or float32"
+            )
+        yield name, rows
+
+
+@torch.no_grad()
+def logits_of(model: HybridLM, ids: Tensor) -> Tensor:
+    return model(ids)
+
+
+def transformers_parity(folder: Path, ids: Tensor, model: HybridLM, logits: Tensor) -> Parity:
+    """transformers' native class of the family on the folder, beside the logits of ours."""
+    mamba = bool(model.config.mamba_num_heads)
+    floor = model.config.dt_limit[0] if mamba else None
+    if importlib.util.find_spec("transformers") is None:
+        return Parity(note="transformers is not installed", dt_floor=floor)
+    import transformers
+
+    version, name = transformers.__version__, FAMILIES[model.config.family].architecture
+    if not hasattr(transformers, name):
+        return Parity(note=f"transformers {version} has no {name}", dt_floor=floor)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    theirs = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(ids, use_cache=False).logits
+    own = relative_rms(logits, expected)
+    if not mamba:
+        return Parity(own, version=version, class_name=name)
+    theirs_floor = float(theirs.config.time_step_min)
+    clamped = HybridLM(model.config.replace(dt_limit=(theirs_floor, math.inf)), device="meta")
+    clamped.load_state_dict(model.state_dict(), assign=True)
+    return Parity(
+        relative_rms(logits_of(clamped.eval(), ids), expected),
+        dt_floor=floor,
+        version=version,
+        class_name=name,
+        dt_floor_transformers=theirs_floor,
+        relative_rms_own_clamps=own,
+    )
+
+
+def relative_rms(ours: Tensor, theirs: Tensor) -> float:
+    return ((theirs - ours).double().square().mean() / ours.double().square().mean()).sqrt().item()

@@ -1,0 +1,52 @@
+"""How a model is scored: the options of `limbeck score`, and what of them stands for which metric."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from ..models.config import HybridConfig
+from .depth import step_size
+from .width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores, WidthMetric
+
+
+@dataclasses.dataclass(frozen=True)
+class Importance:
+    """How to score; see conf/importance/, where each method has only what it reads."""
+
+    method: Literal["activation", "taylor", "magnitude", "random"]
+    remove_layers: int | None
+    pairs: bool
+    min_layers: dict[str, int]
+    depth_tokens: PositiveInt = 8192
+    depth_batch: PositiveInt = 1
+    depth_metric: Literal["mse", "kl", "perplexity", "block_influence"] = "mse"
+    iterative: bool = True
+    depth_table: Literal["first", "all"] = "first"
+    tokens: PositiveInt = 16384
+    aggregate_batch: str = "l2"
+    aggregate_sequence: str = "mean"
+    mamba_source: str = "x"
+    ffn_source: str = "pre"
+    times_output: bool = False
+
+    def width_metric(self, seed: int) -> WidthMetric:
+        """What scores the widths; `seed` is for the random baseline."""
+        if self.method == "random":
+            return RandomScores(seed)
+        if self.method == "magnitude":
+            return MagnitudeScores()
+        if self.method == "taylor":
+            return TaylorScores()
+        return ActivationScores(
+            self.aggregate_batch, self.aggregate_sequence, self.mamba_source, self.ffn_source, self.times_output
+        )
+
+    def settled(self, config: HybridConfig, removed: int | None = None) -> Importance:
+        """With the number of layers to put in order: where none is given as many as are `removed`, or one step's."""
+        if self.remove_layers is not None:
+            return self
+        count = step_size(config, self.pairs) if removed is None else removed
+        return dataclasses.replace(self, remove_layers=count)

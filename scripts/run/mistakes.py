@@ -1,0 +1,118 @@
+"""What an error of Hydra's or pydantic's says to whoever gave the options: one line, and what was probably meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...models.errors import guess
+from .compose import groups, hydra_config
+
+RENAMED = {"witness": "method"}
+EXPECTED = {
+    "int": "a whole number", "float": "a number", "finite": "a number", "string": "a text", "bool": "true or false",
+    "path": "a path", "dict": "a mapping",
+}  # fmt: skip
+
+
+def explain(command: str, overrides: Sequence[str], error: Exception) -> str:
+    """One line for an error of Hydra's: which override, and what was probably meant."""
+    known = known_keys(command)
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    for key in keys:
+        if key not in known:
+            return unknown(command, key, known)
+    missing = getattr(error, "full_key", None)
+    if "Missing mandatory value" in str(error) and missing:
+        return f"{missing} is missing; give {missing}=VALUE (limbeck {command} --help)"
+    what = str(error).strip().splitlines()[0]
+    if what.startswith("Ambiguous value"):
+        return f"{what}; give one value, or a list as KEY=[A,B]"
+    for key in keys:
+        if what.startswith(f"Could not override '{key}'"):
+            return f"{key} is not read with what else was chosen; leave it out (limbeck {command} --help)"
+    unread = getattr(error, "override", None)
+    return f"{unread!r} cannot be read: {what}; quote a value with special characters" if unread else what
+
+
+def unknown(command: str, key: str, known: Sequence[str] = ()) -> str:
+    near = f"; it is {RENAMED[key]}= now" if key in RENAMED else guess(key, known or known_keys(command))
+    return f"{key!r} is no option of limbeck {command}{near} (limbeck {command} --help)"
+
+
+def known_keys(command: str) -> list[str]:
+    """Every dotted key that a command's config has, the groups' keys among them."""
+    from omegaconf import OmegaConf
+
+    def keys_of(content: Any, prefix: str) -> list[str]:
+        if not isinstance(content, Mapping):
+            return []
+        return [key for name in content for key in (prefix + name, *keys_of(content[name], f"{prefix}{name}."))]
+
+    config = OmegaConf.to_container(hydra_config(command, ()), resolve=False)
+    return [*keys_of(config, ""), *groups(command), "recipe"]
+
+
+def complaint(errors: Sequence[Any], cls: Any, content: Any) -> str:
+    """One line for pydantic's errors of a dataclass: what was given, where, and what would be right."""
+    error = min(errors, key=rank)
+    kind, given, context = error["type"], error["input"], error.get("ctx", {})
+    names = names_of(error["loc"][1:], content, kind)
+    where = ".".join(names)
+    if kind == "unexpected_keyword_argument":
+        return f"{where} is no option here" + guess(
+            names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]])
+        )
+    if kind == "missing":
+        return f"{where} is missing; give {where}=VALUE"
+    if kind == "dataclass_type":
+        expected = f"options below it, such as {where}.KEY=VALUE"
+    elif kind in ("tuple_type", "list_type"):
+        expected = f"a list, such as {where}=[1,2]"
+    elif kind == "literal_error":
+        known = re.findall(r"'([^']*)'", context["expected"])
+        return f"{where} is {given!r}; known: {', '.join(known)}" + guess(str(given), known)
+    elif kind == "greater_than":
+        expected = f"at least {context['gt'] + 1}" if isinstance(context["gt"], int) else f"more than {context['gt']:g}"
+    elif kind == "greater_than_equal":
+        expected = f"at least {context['ge']:g}"
+    else:
+        expected = EXPECTED.get(kind.partition("_")[0], error["msg"])
+    return f"{where} is {given!r}; expected {expected}"
+
+
+def rank(error: Any) -> int:
+    """Among the errors of a union's members those say most that are of the member that was meant."""
+    if error["type"] == "unexpected_keyword_argument":
+        return 0
+    other = error["type"] == "dataclass_type" or (error["type"] != "missing" and isinstance(error["input"], Mapping))
+    return 2 if other else 1
+
+
+def names_of(place: Sequence[Any], content: Any, kind: str) -> list[str]:
+    """The keys on the way to a place of pydantic's, an item's number in brackets; the names of a union's members, which
+    stand there too, are left out."""
+    names: list[str] = []
+    for number, key in enumerate(place, 1):
+        if isinstance(content, Mapping) and key in content:
+            content = content[key]
+            names.append(str(key))
+        elif isinstance(content, (list, tuple)) and isinstance(key, int):
+            content = content[key]
+            names[-1] += f"[{key}]"
+        elif kind == "missing" and number == len(place):
+            names.append(str(key))
+    return names
+
+
+def fields_at(kind: Any, names: Sequence[str]) -> list[str]:
+    """The fields of the dataclasses at a place within a type."""
+    if dataclasses.is_dataclass(kind):
+        if not names:
+            return [field.name for field in dataclasses.fields(kind)]
+        return fields_at(typing.get_type_hints(kind).get(names[0]), names[1:])
+    rest = names[1:] if typing.get_origin(kind) is dict else names
+    return [field for argument in typing.get_args(kind) for field in fields_at(argument, rest)]
