@@ -8,7 +8,7 @@ packed text of the standard library, progress bar, metrics.jsonl. The peer has r
 models' logits, log_softmax, kl_div, backward, clipping, the same AdamW. The two take turns; a figure is the median of
 the steps but each turn's first. Memory is of a fresh process of its own: its highest above what it held before the
 models were there, behind a small step that wakes everything, by the system's account, and by that of tensors alive
-(models/cost/live_bytes.py).
+(benchmarks/live_bytes.py).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from typing import Any
 
 import torch
 from limbeck.benchmarks.cpu_vs_transformers import resident
+from limbeck.benchmarks.live_bytes import LiveBytes
 from limbeck.benchmarks.train_memory import random_rows
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.text.packing import Batch, Corpus, tokenize
 from limbeck.distill.text.resolve import documents
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost.live_bytes import LiveBytes
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.named import SHIPPED
@@ -47,9 +47,9 @@ from limbeck.models.processes import keep_memory
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import select
-from limbeck.prune.importance import score_magnitude
 from limbeck.prune.slice import slice_model
 from limbeck.prune.target import Target
+from limbeck.prune.width_metrics import MagnitudeScores
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -83,7 +83,7 @@ def models(setting: Setting) -> tuple[HybridLM, HybridLM]:
     if setting.vocabulary:
         teacher = HybridLM(teacher.config.replace(vocab_size=setting.vocabulary))
         initialize(teacher, torch.Generator().manual_seed(0))
-    scores = score_magnitude(teacher.config, teacher.state_dict().__getitem__)
+    scores = MagnitudeScores().scores(teacher.config, teacher.state_dict().__getitem__)
     student = slice_model(teacher, select(teacher.config, scores, (5,), TARGET))
     return student.train(), teacher.requires_grad_(False).eval()
 

@@ -6,6 +6,7 @@ Three methods: the formula (always), the simulation of the inference path withou
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -46,7 +47,9 @@ def run(options: Options) -> None:
     named = {name: value for name in ("context", "batch") if (value := getattr(options, name)) is not None}
     fit = dataclasses.replace(options.fit, **named).of(config)
     check(options, config, fit)
-    estimate = fit.estimate(config, hardware)
+    with progress("estimating the memory", 1) as bar:
+        estimate = fit.estimate(config, hardware)
+        bar.set(1)
     print_estimate(estimate)
     print_vllm(estimate)
     simulation = simulated(estimate) if options.method in ("simulation", "all") else None
@@ -133,8 +136,8 @@ def print_estimate(estimate: Estimate) -> None:
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
     rows = [
         (f"weights ({count_parameters(config):,} parameters)", gib(report.weights)),
-        (f"key-value cache ({len([k for k in config.pattern if k == '*'])} attention layers)", gib(report.kv)),
-        (f"SSM states ({len([k for k in config.pattern if k == 'M'])} Mamba layers)", gib(report.ssm)),
+        (f"key-value cache ({layers_with('token', config)})", gib(report.kv)),
+        (f"SSM states ({layers_with('ssm', config)})", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
         ("weights and caches together", gib(report.total)),
     ]
@@ -157,6 +160,12 @@ def print_estimate(estimate: Estimate) -> None:
     ]
     table(f"Memory at {report.context:,} tokens x {report.batch}", ("", ""), rows)
     say("fits" if answer.fits else "does not fit")
+
+
+def layers_with(state: str, config: HybridConfig) -> str:
+    """How many layers of which kinds keep this of a sequence."""
+    kinds = [kind.name for kind in config.kinds if getattr(kind.state_bytes(config, 1, 1, 1), state)]
+    return ", ".join(f"{count} {name} layers" for name, count in Counter(kinds).items()) or "no layers"
 
 
 def print_vllm(estimate: Estimate) -> None:
