@@ -6,7 +6,6 @@ Three methods: the formula (always), the simulation of the inference path withou
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -61,12 +60,10 @@ def run(options: Options) -> None:
         table("What would help", ("change", "saves", "then"), rows)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
-            content = estimate.to_json() | {
-                "vllm_flags": estimate.vllm_flags(),
-                "changes": [dataclasses.asdict(each) for each in changes],
-                "simulation": simulation and dataclasses.asdict(simulation),
-                "measurement": measured and dataclasses.asdict(measured),
-            }
+            content = estimate.to_json() | {"vllm_flags": estimate.vllm_flags()}
+            content |= {"changes": [dataclasses.asdict(each) for each in changes]}
+            content |= {"simulation": simulation and dataclasses.asdict(simulation)}
+            content |= {"measurement": measured and dataclasses.asdict(measured)}
             write_json(folder / "result.json", content)
             draw(folder, options.model, estimate)
         say(f"result: {options.output / 'result.json'}, plots/memory.png and .svg beside it")
@@ -98,14 +95,8 @@ def check(options: Options, config: HybridConfig, fit: Fit) -> None:
 
 
 def simulated(estimate: Estimate) -> Simulation:
-    from ..models.cost.simulate import simulate
-
-    fit = estimate.fit
     with progress("simulating the inference path", 1) as bar:
-        simulation = simulate(
-            estimate.config, fit.length, fit.batch, chunk=fit.chunk, weight_dtype=torch_dtype(fit.weight_dtype),
-            ssm_dtype=torch_dtype(fit.ssm_dtype), place=estimate.hardware.place,
-        )  # fmt: skip
+        simulation = estimate.simulate()
         bar.set(1)
     return simulation
 
@@ -136,8 +127,8 @@ def print_estimate(estimate: Estimate) -> None:
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
     rows = [
         (f"weights ({count_parameters(config):,} parameters)", gib(report.weights)),
-        (f"key-value cache ({layers_with('token', config)})", gib(report.kv)),
-        (f"SSM states ({layers_with('ssm', config)})", gib(report.ssm)),
+        (f"key-value cache ({estimate.layers_with('token')})", gib(report.kv)),
+        (f"SSM states ({estimate.layers_with('ssm')})", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
         ("weights and caches together", gib(report.total)),
     ]
@@ -160,12 +151,6 @@ def print_estimate(estimate: Estimate) -> None:
     ]
     table(f"Memory at {report.context:,} tokens x {report.batch}", ("", ""), rows)
     say("fits" if answer.fits else "does not fit")
-
-
-def layers_with(state: str, config: HybridConfig) -> str:
-    """How many layers of which kinds keep this of a sequence."""
-    kinds = [kind.name for kind in config.kinds if getattr(kind.state_bytes(config, 1, 1, 1), state)]
-    return ", ".join(f"{count} {name} layers" for name, count in Counter(kinds).items()) or "no layers"
 
 
 def print_vllm(estimate: Estimate) -> None:
@@ -210,5 +195,5 @@ def draw(folder: Path, name: str, estimate: Estimate) -> None:
     from ..distill.report.plots import save_png, save_svg
 
     figure = memory_plot(name, estimate.config, estimate.memory, estimate.verdict.budget, estimate.hardware.name)
-    save_png(figure, folder, "memory")
-    save_svg(figure, folder, "memory")
+    for save in (save_png, save_svg):
+        save(figure, folder, "memory")

@@ -206,7 +206,7 @@ def test_candidates_are_those_of_brute_force(seed: int) -> None:
     for keep in itertools.product((True, False), repeat=3):
         names = (("intermediate_size",), ("num_attention_heads",), ("mamba_num_heads", "mamba_head_dim"))
         gone = {name: None for kept, group in zip(keep, names, strict=True) if not kept for name in group}
-        part = brute_force(config, Space(**(vars(space) | gone)), order, budget)
+        part = brute_force(config, Space(**(space.options() | gone)), order, budget)
         letters = {letter for kept, letter in zip(keep, "-*M", strict=True) if kept}
         wanted |= {key: made for key, made in part.items() if set(made.pattern) == letters}
     assert {repr(candidate.config) for candidate in found} == wanted.keys()
