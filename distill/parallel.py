@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..models import processes
+from ..models.axes import tensor_table
 from ..models.checkpoint import load_model, open_checkpoint
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
@@ -94,7 +95,7 @@ class Trained:
 def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
     """A model as it is, or already split by `shard`. A `dtype` narrower than the model's becomes that of the matrices
     in forward and backward, while the optimizer moves copies in the model's; gradients are added up there, too."""
-    weights = []
+    weights, table = [], tensor_table(model.config)
     for name, parameter in list(model.named_parameters()):
         if not parameter.requires_grad:
             continue
@@ -102,7 +103,7 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
         mine: Any = parameter.detach()
         if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
             weights.append(TrainedWeight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
-        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and parameter.dim() > 1:
+        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and not table[name].is_vector:
             weights.append(TrainedWeight(name, shape, lowered(model, name, parameter, dtype), parameter))
         else:
             weights.append(TrainedWeight(name, shape, parameter, parameter))
@@ -141,13 +142,14 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
         groups.append(model.embeddings)
     groups.append(model)
     names = {module: name for name, module in model.named_modules()}
+    table = tensor_table(model.config)
     for group in groups:
         if read is not None:
             materialize(group, names[group], read)
         device = next(group.parameters()).device
         mesh = init_device_mesh(device.type, (processes.count(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
-        vectors = {parameter for parameter in group.parameters() if parameter.dim() < 2}
+        vectors = {own for name, own in group.named_parameters(names[group]) if table[name].is_vector}
         fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=vectors)
         assert isinstance(group, FSDPModule)
         group.set_gradient_divide_factor(1.0)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..models import processes
+from ..models.axes import tensor_table
 from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.hybrid import HybridLM
 from .average import averaged
@@ -304,8 +305,11 @@ def set_layers(model: HybridLM, options: TrainOptions) -> None:
 def make_optimizers(model: HybridLM | Trained, options: TrainOptions) -> Optimizers:
     """AdamW for everything, or Muon for the layers' matrices beside it. Weight decay is for matrices only."""
     trained = model if isinstance(model, Trained) else prepare(model)
-    matrices = [weight for weight in trained.weights if len(weight.shape) == 2]
-    muon = [weight for weight in matrices if weight.name.startswith("layers.")] if options.optimizer == "muon" else []
+    table = tensor_table(trained.model.config)
+    matrices = [weight for weight in trained.weights if table[weight.name].is_matrix]
+    muon = (
+        [weight for weight in matrices if table[weight.name].layer is not None] if options.optimizer == "muon" else []
+    )
     decayed = [weight.local for weight in matrices if weight not in muon]
     plain = [weight.local for weight in trained.weights if weight not in matrices]
     assert len(muon) + len(decayed) + len(plain) == len(trained.weights)

@@ -11,10 +11,11 @@ import jinja2
 import numpy as np
 from safetensors.numpy import load_file
 
+from ...models.axes import AXES
 from . import plots
 from .gap_sections import cards, gap_sections
 from .page import Cell, Section, Table, drawn, size
-from .words import AXES, DEPTH_METRICS, INNER, layer_name, removal_steps
+from .words import DEPTH_METRICS, layer_name, removal_steps, units_title
 
 
 def write_page(
@@ -81,13 +82,14 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     if turned:
         del units["hidden"]
     pictures = []
-    for kind, title in AXES.items():
+    for kind, row in AXES.items():
         names = [name for name in units if name.partition("(")[0] == kind]
         labels = {name: f"layer {name.partition('(')[2][:-1]}" if len(names) < 9 else name.partition("(")[2][:-1]
                   for name in names}  # fmt: skip
         if names:
             above = {"" if kind == "hidden" else labels[name]: units[name] for name in names}
             stays = {"" if kind == "hidden" else labels[name]: kept[name] for name in names if name in kept}
+            title = units_title(row)
             figure = plots.importance(title, above, stays)
             name = f"importance-{kind.replace('_', '-')}"
             pictures.append(drawn(folder, figure, name, f"Sorted importance of {title.lower()}", wide=True))
@@ -176,8 +178,7 @@ def unit_scores(folder: Path, pattern: str, selection: Mapping[str, Any] | None)
         if kind == "hidden":
             stay = range(len(pattern)) if selection is None else selection["layers"]
             values = values[[*stay, len(pattern)]].sum(0)
-        elif kind in INNER:
-            inner = f"{INNER[kind]}({layer})"
+        elif inner := next((f"{row.name}({layer})" for row in AXES.values() if row.within == kind), ""):
             columns = kept.get(inner)
             if columns is not None:
                 scores[inner] = np.linalg.norm(values, axis=0)

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LAYERS = {"M": "Mamba-2", "*": "attention", "-": "MLP"}
-AXES = {
-    "hidden": "Residual channels",
-    "ffn": "FFN neurons",
-    "mamba_heads": "Mamba heads",
-    "mamba_head_dim": "Mamba head channels",
-    "attn_heads": "Attention heads",
-}
-INNER = {"mamba_heads": "mamba_head_dim"}  # the axis within an axis, which has the columns of its scores
+from ...models.axes import AxisRow
+from ...models.kinds import KINDS, kinds_of
+
 # What scores.json may say of layers: the smaller, the sooner one may go.
 DEPTH_METRICS = {
     "mse": "MSE of the logits",
@@ -23,12 +17,18 @@ DEPTH_METRICS = {
 
 
 def layer_name(pattern: str, layer: int) -> str:
-    return LAYERS[pattern[layer]]
+    return kinds_of(pattern)[layer].name
 
 
 def layer_counts(pattern: str) -> dict[str, int]:
     """How many layers of each kind a model has, by the kind's name."""
-    return {name: pattern.count(letter) for letter, name in LAYERS.items() if letter in pattern}
+    return {kind.name: pattern.count(letter) for letter, kind in KINDS.items() if letter in pattern}
+
+
+def units_title(axis: AxisRow) -> str:
+    """What a picture of an axis's units is headed with."""
+    words = axis.units or axis.title
+    return words[:1].upper() + words[1:]
 
 
 def removal_steps(order: Sequence[int], values: Sequence[float]) -> list[tuple[tuple[int, ...], float]]:

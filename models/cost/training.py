@@ -231,10 +231,9 @@ def muon_work(config: HybridConfig, training: Training) -> int:
     if training.optimizer != "muon":
         return 0
     alike = config.replace(pattern="".join(sorted(set(config.pattern))))
-    shapes = [tensor.shape for tensor in tensor_table(alike).values() if tensor.layer is not None]
-    matrices = [shape for shape in shapes if len(shape) == 2]
+    shapes = [tensor.shape for tensor in tensor_table(alike).values() if tensor.layer is not None and tensor.is_matrix]
     width = 2 if training.on_gpu else 4
-    return max(math.prod(shape) * (2 * width + training.width) + 2 * min(shape) ** 2 * width for shape in matrices)
+    return max(math.prod(shape) * (2 * width + training.width) + 2 * min(shape[-2:]) ** 2 * width for shape in shapes)
 
 
 @dataclasses.dataclass(frozen=True)
