@@ -13,9 +13,10 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from .distill.gap.measure import TEACHER, GapReport, measure_gap
 from .distill.losses import distillation_loss
@@ -28,23 +29,26 @@ from .distill.text.packing import Batch
 from .distill.trainer import train
 from .models.checkpoint import load_model, save_model
 from .models.config import HybridConfig
-from .models.cost.hardware import Hardware, Reserve
-from .models.cost.inference import MemoryReport, Verdict, memory, verdict
-from .models.errors import InputError
+from .models.cost.fit import Estimate, Fit
+from .models.cost.hardware import Hardware
+from .models.device import torch_device
+from .models.errors import InputError, guess
 from .models.generate.engine import Engine, Request
 from .models.generate.sampling import Sampling
 from .models.hybrid import HybridLM
 from .models.named import data_path, model_config, model_folder, read_hardware
 from .models.tokenizer import check_vocabulary, load_tokenizer
 from .prune.choose import select
-from .prune.depth import score_layers, step_size
+from .prune.depth import random_layers, score_layers
 from .prune.importance import score_widths
 from .prune.repair import Repair, repair_model
 from .prune.scores import Scores
+from .prune.scoring import Importance
 from .prune.target import Target
 
 Source = str | Path | HybridLM | Any  # the last: a model of transformers
 Data = str | Path | Sequence[str]
+Options = TypeVar("Options")
 log = logging.getLogger("limbeck")
 
 
@@ -53,7 +57,7 @@ def load(
     *,
     tokenizer: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
+    device: str = "auto",
 ) -> HybridLM:
     """A model with its `.config` and `.tokenizer` (None where it has none), on a GPU where there is one unless told.
 
@@ -61,7 +65,7 @@ def load(
     folder with tokenizer.json; without it the source's own is taken, of a model of transformers that of the folder
     which it was read from.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch_device(device)
     if isinstance(source, HybridLM):
         return source
     if isinstance(source, (str, Path)):
@@ -87,6 +91,20 @@ def export(model: Source, output: str | Path, *, dtype: torch.dtype | None = Non
     model = load(model)
     save_model(model, output, dtype=dtype, tokenizer_from=None if model.tokenizer is None else model.tokenizer.folder)
     return Path(output)
+
+
+def checked(cls: type[Options], where: str, **options: Any) -> Options:
+    """A dataclass of options. Raises InputError where one is none of its fields, or of another type."""
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in options.keys() - set(known):
+        raise InputError(f"{where}: {name} is no option here{guess(name, known)}; known: {', '.join(known)}")
+    try:
+        return TypeAdapter(cls).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), InputError):
+        raise own
+    raise InputError(f"{where}: {'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")
 
 
 def read_text(model: HybridLM, data: Data, split: str) -> Text:
@@ -127,28 +145,27 @@ def read_sample(
 
 
 def score(
-    model: Source,
-    data: Data,
-    *,
-    remove_layers: int | None = None,
-    tokens: int = 16384,
-    depth_tokens: int = 8192,
-    seq_len: int | None = None,
-    batch: int | None = None,
-    seed: int = 0,
-    **options: Any,
+    model: Source, data: Data, *, seq_len: int | None = None, batch: int | None = None, seed: int = 0, **options: Any
 ) -> Scores:
-    """How much every unit and layer matters, by activations on text; `remove_layers` are put in the order of their
-    removal (None: the first). `options` are those of `prune.importance.score_widths`."""
+    """How much every unit and layer matters on text. `options` are those of `prune.scoring.Importance`: `method` is
+    "activation" unless told, and `remove_layers` are put in the order of their removal (None: the first)."""
     model = load(model)
-    read = read_text(model, data, "train")
-    seq_len, batch = fitted(model, read, seq_len, batch)
-    texts = {"seq_len": seq_len, "seed": seed}
-    widths = score_widths(model, list(read.sample(batch_size=batch, max_tokens=tokens, **texts)), **options)
-    alone = list(read.sample(batch_size=1, max_tokens=depth_tokens, **texts))
-    count = step_size(model.config, False) if remove_layers is None else remove_layers
-    layers = score_layers(model, alone, remove=count)
-    return Scores(widths, layers, {"method": "activation", "seed": seed, "pattern": model.config.pattern})
+    given = {"method": "activation", "remove_layers": None, "pairs": False, "min_layers": {}} | options
+    how = checked(Importance, "score", **given).settled(model.config)
+    text = read_text(model, data, "train")
+    seq_len, batch = fitted(model, text, seq_len, batch)
+    assert how.remove_layers is not None
+    limits: dict[str, Any] = {"remove": how.remove_layers, "pairs": how.pairs, "min_layers": how.min_layers}
+    if how.method == "random":
+        order = random_layers(model.config, seed=seed, **limits)
+    else:
+        sample = text.sample(batch_size=how.depth_batch, seq_len=seq_len, seed=seed, max_tokens=how.depth_tokens)
+        order = score_layers(
+            model, list(sample), metric=how.depth_metric, iterative=how.iterative, table=how.depth_table, **limits
+        )
+    sample = text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=how.tokens)
+    widths = score_widths(model, list(sample), how.width_metric(seed))
+    return Scores(widths, order, {"method": how.method, "seed": seed, "pattern": model.config.pattern})
 
 
 def prune(
@@ -164,20 +181,15 @@ def prune(
     **target: Any,
 ) -> HybridLM:
     """A smaller model of the units that score highest. `target` is the size: `parameters=0.75` (a share, or a count),
-    `layers=`, `hidden_size=` and the other fields of `prune.choose.Target`. `repair` on `data` rotates the stream and
+    `layers=`, `hidden_size=` and the other fields of `prune.target.Target`. `repair` on `data` rotates the stream and
     refits the matrices; without data it rescales the norms alone."""
     model = load(model)
-    try:
-        size = Target(**target)
-    except TypeError:
-        known = ", ".join(field.name for field in dataclasses.fields(Target))
-        raise InputError(f"prune: target {', '.join(target)}; known: {known}") from None
     if isinstance(repair, bool):
         read = repair and data is not None
         repair = Repair(rotate=read, norms="count" if repair else "none", least_squares=read)
     if repair.needs_data and data is None:
         raise InputError("prune: this repair needs data=")
-    selection = select(model.config, scores.widths, scores.layers.order, size)
+    selection = select(model.config, scores.widths, scores.layers.order, Target(**target))
     batches = read_sample(model, data, "train", tokens, seq_len, batch, seed) if data and repair.needs_data else []
     small = repair_model(model, selection, batches, repair)
     small.tokenizer = model.tokenizer
@@ -218,8 +230,8 @@ def distill(
         raise InputError("distill: the student is trained in place; expected a model of load or prune, not the teacher")
     text = read_text(student if student.tokenizer is not None else teacher, data, "train")
     seq_len, batch = fitted(student, text, seq_len, batch)
-    warmup = {"warmup_steps": min(20, steps // 5), "save_every": max(steps, 1)}
-    how = TrainOptions(**({"steps": steps, "learning_rate": learning_rate} | warmup | options))
+    few = {"warmup_steps": min(20, steps // 5), "save_every": max(steps, 1)}
+    how = checked(TrainOptions, "distill", **({"steps": steps, "learning_rate": learning_rate} | few | options))
     dtype, records = student.head_weight.dtype, []
     student.requires_grad_(True).train()
     trained = prepare(student.float() if dtype.itemsize < 4 else student, dtype)
@@ -299,43 +311,20 @@ def evaluate(
     return Evaluation(report, content)
 
 
-@dataclasses.dataclass(frozen=True)
-class MemoryFit:
-    """What a model takes at a context and batch, and whether a card has it."""
-
-    report: MemoryReport
-    verdict: Verdict
-    hardware: Hardware
-
-    @property
-    def fits(self) -> bool:
-        return self.verdict.fits
-
-
 def memory_fit(
-    model: Source | HybridConfig,
-    hardware: str | Hardware = "a10g",
-    context: int | None = None,
-    *,
-    batch: int = 1,
-    weight_dtype: torch.dtype = torch.bfloat16,
-    reserve: Reserve = Reserve(),  # noqa: B008 (frozen)
-    **options: Any,
-) -> MemoryFit:
-    """Whether a model fits a card, a name in conf/hardware/, at a context (None: the model's own, 131,072 at most).
-    `model` may be a config, or a name in conf/model/. `options` are those of `models.cost.inference.memory`."""
+    model: Source | HybridConfig, hardware: str | Hardware = "a10g", context: int | None = None, **options: Any
+) -> Estimate:
+    """Whether a model fits a card, a name in conf/hardware/, at a context (None: the model's own, 131,072 at most):
+    `.fits`, `.memory` in bytes, `.verdict`. `model` may be a config, or a name in conf/model/. `options` are those of
+    `models.cost.fit.Fit`."""
     if isinstance(model, (str, Path)):
         model = model_config(str(model))
     config = model if isinstance(model, HybridConfig) else load(model).config
-    card = hardware if isinstance(hardware, Hardware) else read_hardware(hardware)
     longest = config.max_position_embeddings
     if context is not None and context > longest:
         raise InputError(f"memory_fit: context {context:,} is beyond the {longest:,} tokens that the model is made for")
-    budget = reserve.budget(card)
-    length = min(131072, longest) if context is None else context
-    place: dict[str, Any] = {"weight_dtype": weight_dtype, "place": card.place}
-    report = memory(config, length, batch, budget=budget, **(place | options))
-    return MemoryFit(report, verdict(config, report, budget), card)
+    fit = checked(Fit, "memory_fit", context=context, **options)
+    return fit.estimate(config, hardware if isinstance(hardware, Hardware) else read_hardware(hardware))
 
 
 def generate(

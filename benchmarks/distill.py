@@ -47,9 +47,9 @@ from limbeck.models.processes import keep_memory
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import select
-from limbeck.prune.importance import score_magnitude
 from limbeck.prune.slice import slice_model
 from limbeck.prune.target import Target
+from limbeck.prune.width_metrics import MagnitudeScores
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -83,7 +83,7 @@ def models(setting: Setting) -> tuple[HybridLM, HybridLM]:
     if setting.vocabulary:
         teacher = HybridLM(teacher.config.replace(vocab_size=setting.vocabulary))
         initialize(teacher, torch.Generator().manual_seed(0))
-    scores = score_magnitude(teacher.config, teacher.state_dict().__getitem__)
+    scores = MagnitudeScores().scores(teacher.config, teacher.state_dict().__getitem__)
     student = slice_model(teacher, select(teacher.config, scores, (5,), TARGET))
     return student.train(), teacher.requires_grad_(False).eval()
 

@@ -38,12 +38,12 @@ from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
-from limbeck.prune.importance import score_magnitude, score_random, score_widths
+from limbeck.prune.importance import score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
 from limbeck.prune.target import Target
-from limbeck.prune.width_metrics import AGGREGATES, ActivationScores, TaylorScores
+from limbeck.prune.width_metrics import AGGREGATES, ActivationScores, MagnitudeScores, RandomScores, TaylorScores
 
 PLAIN = Repair(norms="none")
 REPAIRS = {
@@ -162,9 +162,9 @@ class Bench:
 
     def scored(self, method: str, seed: int) -> WidthScores:
         if method == "random":
-            return score_random(self.model.config, seed)
+            return RandomScores(seed).scores(self.model.config)
         if method == "magnitude":
-            return score_magnitude(self.model.config, self.model.state_dict().__getitem__)
+            return MagnitudeScores().scores(self.model.config, self.model.state_dict().__getitem__)
         return score_widths(self.model, self.calibration(seed), TaylorScores() if method == "taylor" else None)
 
     def order(self, kind: str, seed: int) -> tuple[int, ...]:

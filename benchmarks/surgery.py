@@ -30,8 +30,8 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.folder import atomic_folder
 from limbeck.models.provenance import provenance
-from limbeck.prune.importance import score_random
 from limbeck.prune.scores import LayerScores, Scores, save_scores
+from limbeck.prune.width_metrics import RandomScores
 from torch import Tensor
 
 # The published models (NVIDIA-NeMo/Megatron-Bridge, NVIDIA/Model-Optimizer), and what the 9B has to come out as.
@@ -77,7 +77,7 @@ def make_inputs(folder: Path, config: HybridConfig, shard: int) -> None:
     with atomic_folder(folder / "source") as source:
         write_checkpoint(source, config, random_tensors(config), dtypes=torch.bfloat16, max_shard_bytes=shard)
     order = LayerScores(REMOVED, (0.0,) * len(REMOVED))
-    save_scores(folder / "scores", Scores(score_random(config, 0), order))
+    save_scores(folder / "scores", Scores(RandomScores(0).scores(config), order))
 
 
 def drop_cache(folder: Path) -> None:

@@ -307,9 +307,8 @@ def make_optimizers(model: HybridLM | Trained, options: TrainOptions) -> Optimiz
     trained = model if isinstance(model, Trained) else prepare(model)
     table = tensor_table(trained.model.config)
     matrices = [weight for weight in trained.weights if table[weight.name].is_matrix]
-    muon = (
-        [weight for weight in matrices if table[weight.name].layer is not None] if options.optimizer == "muon" else []
-    )
+    uses_muon = options.optimizer == "muon"
+    muon = [weight for weight in matrices if uses_muon and table[weight.name].layer is not None]
     decayed = [weight.local for weight in matrices if weight not in muon]
     plain = [weight.local for weight in trained.weights if weight not in matrices]
     assert len(muon) + len(decayed) + len(plain) == len(trained.weights)

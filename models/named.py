@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import load_config
 from .config import HybridConfig
 from .cost.hardware import Hardware
-from .errors import InputError
+from .errors import InputError, guess
 
 CONF = Path(__file__).parents[1] / "conf"
 SHIPPED = {"zoo": Path(__file__).parent / "zoo"}
@@ -18,12 +16,6 @@ SHIPPED = {"zoo": Path(__file__).parent / "zoo"}
 
 def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that is most like this one, if any is."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def model_folder(name: str) -> Path:
@@ -34,7 +26,7 @@ def model_folder(name: str) -> Path:
     if name in names("model"):
         raise InputError(f"model {name!r} is a named config without weights; give a checkpoint folder, or zoo")
     known = [*SHIPPED, *names("model")]
-    near = nearest(name, known)
+    near = guess(name, known)
     raise InputError(f"model {name!r} is neither a folder nor a name; known: {', '.join(known)}{near}")
 
 
@@ -55,7 +47,7 @@ def read_hardware(name: str) -> Hardware:
     """A profile of conf/hardware/. Raises InputError for one that leaves the memory open."""
     if name not in names("hardware"):
         known = names("hardware")
-        raise InputError(f"hardware {name!r} is unknown; known: {', '.join(known)}{nearest(name, known)}")
+        raise InputError(f"hardware {name!r} is unknown; known: {', '.join(known)}{guess(name, known)}")
     content = read_yaml(CONF / "hardware" / f"{name}.yaml")
     if not isinstance(content["usable_gib"], (int, float)):
         raise InputError(f"hardware {name!r} leaves usable_gib open; give a Hardware with the memory that there is")

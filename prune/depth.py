@@ -55,7 +55,7 @@ def score_layers(
     `min_layers`, what must stay of a kind (mamba, attention, mlp), lets them.
     `metric`: "mse" the mean squared error of the logits against the original model's, "kl" KL(original || without),
     "perplexity" the mean cross-entropy of the labels (its logarithm), each of the model without the candidate;
-    "block_influence" 1 - mean cosine of the residual stream before and behind it.
+    "block_influence" 1 - mean cosine of the residual stream before and after it.
     The first step measures every candidate; later ones as much of each as it takes to find the best, unless `table`
     is "all". Of many processes each has batches of its own.
     `stream_bytes` bounds the residual streams that are held; beside them are the original's last ones, [N, H], and
@@ -71,8 +71,9 @@ def score_layers(
     size = step_size(config, pairs)
     least = check_removal(config, remove, size, min_layers or {})
     steps = remove // size
-    race = Race(source, batches, metric, stream_bytes)
-    race.announce(config, steps if iterative else min(steps, 1), size, on_step)
+    measured_steps = steps if iterative else min(steps, 1)
+    counts = [(config.num_layers - size * (step + 1)) // config.block_size + 1 for step in range(measured_steps)]
+    race = Race(source, batches, metric, stream_bytes, counts, on_step)
     stack = tuple(range(config.num_layers))
     order: list[int] = []
     values: list[float] = []
@@ -118,12 +119,18 @@ def random_layers(
 
 
 class Race:
-    """Measures candidates for removal by a metric, batch after batch or in groups of them."""
+    """Measures candidates for removal by a metric, batch after batch or in groups of them; so many at most a step."""
 
     def __init__(
-        self, source: Layers, batches: Sequence[TokenBatch], metric: str | DepthMetric, stream_bytes: int
+        self,
+        source: Layers,
+        batches: Sequence[TokenBatch],
+        metric: str | DepthMetric,
+        stream_bytes: int,
+        candidates: Sequence[int] = (),
+        on_step: OnStep | None = None,
     ) -> None:
-        self.source, self.stream_bytes = source, stream_bytes
+        self.source, self.stream_bytes, self.later, self.on_step = source, stream_bytes, list(candidates), on_step
         self.ids = [batch.input_ids for batch in batches]
         self.seq_idx = [batch.seq_idx.to(source.device) for batch in batches]
         labels = [batch.labels.to(source.device) for batch in batches]
@@ -144,15 +151,6 @@ class Race:
             self.norm = source.tensor("norm_f.weight")
         self.terms = tokens * self.metric.terms
         self.runs = self.done = self.pending = 0
-        self.later: list[int] = []
-        self.total = 0
-        self.on_step: OnStep | None = None
-
-    def announce(self, config: HybridConfig, steps: int, size: int, on_step: OnStep | None) -> None:
-        """Whom to tell, and the number of candidates of each step at most."""
-        stride = config.block_size
-        self.on_step = on_step
-        self.later = [(config.num_layers - size * (step + 1)) // stride + 1 for step in range(steps)]
         self.total = sum(self.later) * self.numbers
 
     def layer_evaluations(self) -> float:
@@ -322,7 +320,7 @@ def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapp
     Raises InputError where there is none (two neighbours may be of kinds that cannot spare both).
     """
     pattern = "".join(config.pattern[layer] for layer in stack)
-    found = [
+    candidates = [
         tuple(stack[i : i + size])
         for i in range(0, len(stack) - size + 1, config.block_size)
         if all(
@@ -330,12 +328,12 @@ def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapp
             for letter in set(pattern[i : i + size])
         )
     ]
-    if not found:
+    if not candidates:
         raise InputError(
             f"depth: min_layers lets no {'two neighbours' if size == 2 else 'layer'} of the {len(stack)} layers"
             f" {pattern} go; expected fewer layers to remove, or lower minima"
         )
-    return found
+    return candidates
 
 
 def check_removal(config: HybridConfig, remove: int, size: int, min_layers: Mapping[str, int]) -> dict[str, int]:

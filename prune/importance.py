@@ -15,20 +15,11 @@ from torch import Tensor
 from ..kernels.linear_kl import linear_cross_entropy
 from ..kernels.norm import rms_norm
 from ..models import processes
-from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, Observe
 from ..models.offload import STREAM_BYTES, Layers, layers_of
 from .scores import WidthScores, check_width_scores
-from .width_metrics import (
-    ActivationScores,
-    GetTensor,
-    MagnitudeScores,
-    RandomScores,
-    UnitMoments,
-    WidthMetric,
-    empty_moments,
-)
+from .width_metrics import ActivationScores, UnitMoments, WidthMetric, empty_moments
 
 IGNORED_LABEL = -100
 
@@ -199,11 +190,3 @@ def keeper(seen: dict[str, Tensor], names: Container[str]) -> Observe:
             seen[name] = tensor
 
     return observe
-
-
-def score_magnitude(config: HybridConfig, get_tensor: GetTensor) -> WidthScores:
-    return MagnitudeScores().scores(config, get_tensor)
-
-
-def score_random(config: HybridConfig, seed: int) -> WidthScores:
-    return RandomScores(seed).scores(config)

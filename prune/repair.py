@@ -1,4 +1,4 @@
-"""What pruning breaks, mended at once: rotation of the residual stream, norms rescaled, matrices refitted.
+"""What pruning breaks, repaired without training: the residual stream rotated, norms rescaled, matrices refitted.
 
 Three means, each an option, none of which leaves a trace in the architecture:
 
@@ -10,7 +10,7 @@ Three means, each an option, none of which leaves a trace in the architecture:
   stream gives what the original's gives, and the matrices that write into it so that the stream stays where the
   original's is, the contributions of removed layers included. Both pull towards the sliced weights (ridge).
 
-The walk holds one layer of either model and both streams of all calibration tokens, no more: it runs at any size.
+One layer of either model and both streams of all calibration tokens are in memory, no more: it runs at any size.
 Shapes: [N] counted tokens, [H] channels of the source, [h] those that stay, [K] inputs of a matrix.
 """
 
@@ -41,7 +41,7 @@ NORMS = ("none", "count", "measured")
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """What to mend; see the module. `ridge`: relative to the mean second moment of a matrix's inputs."""
+    """What to repair; see the module. `ridge`: relative to the mean second moment of a matrix's inputs."""
 
     rotate: bool = False
     norms: str = "count"
@@ -92,21 +92,21 @@ def repair_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of the pruned and repaired model (`slice_config`), in the order of its table and in the
     source's dtypes. `get_tensor` reads a tensor of the source by its internal name; layers run in `dtype` on
-    `device`. `on_step(done, total)` counts layers, once for each walk through the data. `finished` holds, by name, what
+    `device`. `on_step(done, total)` counts layers, once for each pass through the data. `finished` holds, by name, what
     reads a tensor that an interrupted run of just the same has made: a layer of which all are there is run, but not
-    mended again. Raises InputError where the data has no counted token.
+    repaired again. Raises InputError where the data has no counted token.
     """
-    walks = repair.norms == "measured" or repair.least_squares
-    turns = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
-    total = config.num_layers * (turns + walks)
-    if turns:
+    layerwise = repair.norms == "measured" or repair.least_squares
+    rotates = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
+    total = config.num_layers * (rotates + layerwise)
+    if rotates:
         count = None if on_step is None else lambda done: on_step(done, total)
         turn = principal_directions(get_tensor, config, batches, selection, device, dtype, count)
         get_tensor, selection = rotated(get_tensor, config, turn, device), rotated_selection(selection)
-    if walks:
+    if layerwise:
         done = total - config.num_layers
-        walk = Walk(get_tensor, config, selection, batches, repair, device, dtype, finished or {})
-        yield from walk.tensors(None if on_step is None else lambda layer: on_step(done + layer, total))
+        layers = LayerwiseRepair(get_tensor, config, selection, batches, repair, device, dtype, finished or {})
+        yield from layers.tensors(None if on_step is None else lambda layer: on_step(done + layer, total))
     else:
         yield from slice_tensors(get_tensor, config, selection, rescale_norms=repair.norms == "count")
 
@@ -121,27 +121,35 @@ def repair_model(
     return filled(slice_config(model.config, selection), tensors, model)
 
 
-class Fit:
-    """Least squares of targets [N, O] on inputs [N, K] that pulls towards given weights [O, K].
+class RidgeFit:
+    """Least squares of targets t [N, O] on inputs a [N, K] that pull towards given weights W0 [O, K].
 
-    Sums over batches are float64. `solve` gives W0 + E[(t - W0 a) a^T] (E[a a^T] + ridge mean(diag))^-1.
+    min over W of sum |t - W a|^2 + damp |W - W0|^2, which W = W0 + S_ta' (S_aa + damp)^-1 solves, with the sums
+    S_aa = sum a a^T and S_ta' = sum (t - W0 a) a^T. Both are float64: they square the condition of the inputs, and
+    tokens are many. The damping keeps W where it was along directions that the data hardly has (more inputs than tokens
+    leave S_aa singular); it is relative to the mean second moment, so that one `ridge` serves every layer, of each of
+    the `sizes` into which the inputs are split where several activations lie side by side.
     """
 
     def __init__(self) -> None:
-        self.moments: Tensor | float = 0.0
-        self.cross: Tensor | float = 0.0
+        self.moments: Tensor | float = 0.0  # S_aa [K, K]
+        self.cross: Tensor | float = 0.0  # sum t a^T [O, K]
 
     def add(self, targets: Tensor, inputs: Tensor) -> None:
         self.moments = self.moments + (inputs.T @ inputs).double()
         self.cross = self.cross + (targets.T @ inputs).double()
 
-    def solve(self, weights: Tensor, ridge: float) -> Tensor:
-        moments, cross = self.moments, self.cross
-        assert isinstance(moments, Tensor) and isinstance(cross, Tensor)
-        left = cross - weights.double() @ moments
-        damp = ridge * moments.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-        damped = moments + damp * torch.eye(len(moments), dtype=torch.float64, device=moments.device)
-        return weights.double() + torch.linalg.solve(damped, left.T).T
+    def sums(self) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.moments, Tensor) and isinstance(self.cross, Tensor)
+        return self.moments, self.cross
+
+    def solve(self, weights: Tensor, ridge: float, sizes: Sequence[int] = ()) -> Tensor:
+        """W [O, K] (float64) for W0 = weights."""
+        moments, cross = self.sums()
+        left, least = cross - weights.double() @ moments, torch.finfo(torch.float64).tiny
+        parts = moments.diagonal().split(list(sizes) or len(moments))
+        damp = torch.cat([(ridge * part.mean().clamp(min=least)).expand(len(part)) for part in parts])
+        return weights.double() + torch.linalg.solve(moments + damp.diag(), left.T).T
 
 
 def rms_ratios(normed: Iterable[Tensor], weight: Tensor, kept: Tensor, groups: int) -> Tensor:
@@ -157,8 +165,9 @@ def rms_ratios(normed: Iterable[Tensor], weight: Tensor, kept: Tensor, groups: i
     return total / count
 
 
-class Walk:
-    """Both models through the calibration data, layer by layer; what it yields is the pruned one, mended."""
+class LayerwiseRepair:
+    """Takes the original and the pruned model through the calibration data side by side, a layer at a time, and repairs
+    each layer of the pruned one before its stream moves on."""
 
     def __init__(
         self,
@@ -171,10 +180,10 @@ class Walk:
         dtype: torch.dtype,
         finished: Mapping[str, GetTensor],
     ) -> None:
-        self.read, self.config, self.selection, self.repair = get_tensor, config, selection, repair
-        self.made = finished
+        self.source_tensor, self.config, self.selection, self.repair = get_tensor, config, selection, repair
+        self.finished = finished
         self.held: dict[str, Tensor] = {}
-        self.place: Any = (device, dtype)
+        self.form: Any = (device, dtype)  # of weights and streams at work
         self.smaller = slice_config(config, selection)
         self.table, self.smaller_table = tensor_table(config), tensor_table(self.smaller)
         self.kept = kept_rows(hidden_of(config), selection.kept).to(device)
@@ -184,47 +193,53 @@ class Walk:
 
     def tensors(self, on_layer: Callable[[int], None] | None) -> Iterator[tuple[str, Tensor]]:
         """The pruned model's tensors in the order of its table, each in its source's dtype."""
-        yield self.finished("embeddings.weight", self.sliced("embeddings.weight"))
+        yield self.stored("embeddings.weight", self.sliced("embeddings.weight"))
         place = 0
         for layer in range(self.config.num_layers):
-            before = one_layer(self.config, layer, self.get_tensor, *self.place)
-            moved = False
+            original = one_layer(self.config, layer, self.get_tensor, *self.form)
             if layer in self.selection.layers:
-                mine = [name for name, axes in self.smaller_table.items() if axes.layer == place]
-                made = all(name in self.made for name in mine)
-                after = one_layer(self.smaller, place, self.remade if made else self.sliced, *self.place)
-                weights = {name[9:]: tensor for name, tensor in after.state_dict().items() if name[:9] == "layers.0."}
-                if self.repair.norms == "measured" and not made:
-                    self.measure_norms(layer, before, weights)
-                if self.repair.least_squares and not made:
-                    self.refit_readers(place, weights)
-                    self.refit_writer(before, after, weights)
-                    moved = True
-                for name in mine:
-                    name, tensor = self.finished(name, weights[name.split(".", 2)[2]])
-                    weights[name.split(".", 2)[2]].copy_(tensor)  # what is stored is what the next layers mend
-                    yield name, tensor
-                self.pruned.advance(after)
+                yield from self.repaired_layer(place, original)
                 place += 1
-            if not moved:
-                self.original.advance(before)
+            else:  # the pruned stream stays where it is: the next writer that is refitted adds what this layer did
+                self.original.advance(original)
             self.held.clear()
             if on_layer is not None:
                 on_layer(layer + 1)
-        for name, tensor in self.end():
-            yield self.finished(name, tensor)
+        for name, tensor in self.head():
+            yield self.stored(name, tensor)
+
+    def repaired_layer(self, place: int, original: HybridLM) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of layer `place` of the pruned model; both streams move through their layers."""
+        names = [name for name, spec in self.smaller_table.items() if spec.layer == place]
+        # A layer that an interrupted run has stored moves the streams on as it did then, so that the layers after it
+        # are refitted on the very numbers that they would have seen.
+        resumed = all(name in self.finished for name in names)
+        tensor_of = (lambda name: self.finished[name](name)) if resumed else self.sliced
+        pruned = one_layer(self.smaller, place, tensor_of, *self.form)
+        weights = {name[9:]: tensor for name, tensor in pruned.state_dict().items() if name[:9] == "layers.0."}
+        if self.repair.norms == "measured" and not resumed:
+            self.measure_norms(place, original, weights)
+        if self.repair.least_squares and not resumed:
+            # Norms, readers, writers, in this order: each is fitted on what the ones before it make of the stream.
+            self.refit_readers(place, weights)
+            self.refit_writers(original, pruned, weights)
+        else:
+            self.original.advance(original)
+        for name in names:
+            own = weights[name.split(".", 2)[2]]
+            _, tensor = self.stored(name, own)
+            own.copy_(tensor)  # rounded as it is stored: the next layers make up for the rounding, too
+            yield name, tensor
+        self.pruned.advance(pruned)
 
     def get_tensor(self, name: str) -> Tensor:
         """A tensor of the source, kept until its layer is done: from a file it is read, and turned, once."""
         if name not in self.held:
-            self.held[name] = self.read(name)
+            self.held[name] = self.source_tensor(name)
         return self.held[name]
 
-    def finished(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    def stored(self, name: str, tensor: Tensor) -> tuple[str, Tensor]:
         return name, tensor.to(self.get_tensor(source_name(name, self.selection)).dtype).cpu()
-
-    def remade(self, name: str) -> Tensor:
-        return self.made[name](name)
 
     def sliced(self, name: str) -> Tensor:
         """A tensor of the pruned model as slicing alone gives it."""
@@ -237,86 +252,92 @@ class Walk:
         """What stays of the first dimension of a tensor of the source."""
         return kept_rows(self.table[name].dimensions[0], self.selection.kept).to(self.kept.device)
 
-    def measure_norms(self, layer: int, before: HybridLM, weights: Mapping[str, Tensor]) -> None:
+    def measure_norms(self, place: int, original: HybridLM, weights: Mapping[str, Tensor]) -> None:
         """Scales the norms of a layer of the pruned model, in place."""
         norms = [("hidden", "norm.weight", 1)]
-        for inner, how in self.config.kinds[layer].norms.items():
-            norms.append((how.observed, f"mixer.{inner}", getattr(self.config, how.groups)))
-        for kind, name, groups in norms:
-            if name in weights:
-                source = f"layers.{layer}.{name}"
-                normed = (self.original.run(before, number)[1][kind] for number in range(len(self.original.hidden)))
-                ratio = rms_ratios(normed, self.get_tensor(source).to(*self.place), self.rows_kept(source), groups)
-                weights[name].copy_((weights[name].unflatten(0, (groups, -1)) * ratio[:, None]).flatten())
+        for name, norm in original.config.kinds[0].norms.items():
+            norms.append((norm.observed, f"mixer.{name}", getattr(self.config, norm.groups)))
+        for observed, name, groups in norms:
+            source, batches = f"layers.{self.selection.layers[place]}.{name}", range(len(self.original.hidden))
+            normed = (self.original.output(original, number)[1][observed] for number in batches)
+            ratio = rms_ratios(normed, self.get_tensor(source).to(*self.form), self.rows_kept(source), groups)
+            weights[name].copy_((weights[name].unflatten(0, (groups, -1)) * ratio[:, None]).flatten())
 
     def refit_readers(self, place: int, weights: Mapping[str, Tensor]) -> None:
-        """Refits, in place, the matrices of layer `place` that read the stream."""
-        norm = self.get_tensor(f"layers.{self.selection.layers[place]}.norm.weight").to(*self.place)
-        fit = self.stream_fit(norm, weights["norm.weight"])
-        mapping = fit.solve(self.selector(), self.repair.ridge)
-        for name, axes in self.smaller_table.items():
-            if axes.layer == place and axes.reads_stream:
-                weights[name.split(".", 2)[2]].copy_(self.refitted(name, mapping))
+        """Refits, in place, the matrices of layer `place` that read the stream: W' = W M, where M [H, h] leads the
+        pruned model's normed stream back to the original's. One fit serves all readers, whatever their outputs."""
+        norm = self.get_tensor(f"layers.{self.selection.layers[place]}.norm.weight").to(*self.form)
+        mapping = self.stream_fit(norm, weights["norm.weight"]).solve(self.selector(), self.repair.ridge)
+        for name, spec in self.smaller_table.items():
+            if spec.layer == place and spec.reads_stream:
+                weights[name.split(".", 2)[2]].copy_(self.through(mapping, name))
 
-    def refit_writer(self, before: HybridLM, after: HybridLM, weights: Mapping[str, Tensor]) -> None:
-        """Refits, in place, the matrix that leads a layer back into the stream, and moves the original's streams on."""
-        (writer,) = after.config.kinds[0].writers
-        fit = Fit()
+    def refit_writers(self, original: HybridLM, pruned: HybridLM, weights: Mapping[str, Tensor]) -> None:
+        """Refits, in place, the matrices that lead a layer back into the stream, and moves the original's streams on.
+
+        The target is where the original's stream is after the layer, less where the pruned one's is before it: beside
+        the layer's own part the errors of the layers before, and whole layers that were removed. Several writers add
+        up, so that they are one matrix on their inputs side by side: the joint fit is never worse than one after the
+        other, and asks for no order among them.
+        """
+        writers = {f"mixer.{name}": observed for name, observed in pruned.config.kinds[0].writers.items()}
+        sizes = [weights[name].shape[1] for name in writers]
+        fit = RidgeFit()
         for number, mask in enumerate(self.original.mask):
-            inputs = self.pruned.run(after, number)[1][after.config.kinds[0].writers[writer]]
-            ahead = self.original.hidden[number] = self.original.run(before, number)[0]
+            seen = self.pruned.output(pruned, number)[1]
+            inputs = torch.cat([seen[observed] for observed in writers.values()], 1)
+            ahead = self.original.hidden[number] = self.original.output(original, number)[0]
             fit.add(ahead[mask][:, self.kept] - self.pruned.hidden[number][mask], inputs)
-        weights[f"mixer.{writer}"].copy_(fit.solve(weights[f"mixer.{writer}"], self.repair.ridge))
+        joint = fit.solve(torch.cat([weights[name] for name in writers], 1), self.repair.ridge, sizes)
+        for name, part in zip(writers, joint.split(sizes, 1), strict=True):
+            weights[name].copy_(part)
 
-    def stream_fit(self, norm: Tensor, own: Tensor) -> Fit:
-        """The original's normed stream on the pruned model's: weights `norm` [H] and `own` [h]."""
-        fit, eps = Fit(), self.config.norm_eps
-        for rows, found in zip(self.original.counted(), self.pruned.counted(), strict=True):
-            fit.add(rms_norm(rows, norm, eps), rms_norm(found, own, eps))
+    def stream_fit(self, norm: Tensor, own: Tensor) -> RidgeFit:
+        """The original's normed stream on the pruned model's: norms of weights `norm` [H] and `own` [h]."""
+        fit, eps = RidgeFit(), self.config.norm_eps
+        for rows, own_rows in zip(self.original.counted(), self.pruned.counted(), strict=True):
+            fit.add(rms_norm(rows, norm, eps), rms_norm(own_rows, own, eps))
         return fit
 
     def selector(self) -> Tensor:
-        """The matrix [H, h] that puts the kept channels where they were."""
-        found = torch.zeros(self.config.hidden_size, len(self.kept), dtype=torch.float64, device=self.kept.device)
-        found[self.kept, torch.arange(len(self.kept), device=self.kept.device)] = 1
-        return found
+        """The matrix [H, h] that puts the kept channels where they were: M where nothing is refitted."""
+        matrix = torch.zeros(self.config.hidden_size, len(self.kept), dtype=torch.float64, device=self.kept.device)
+        matrix[self.kept, torch.arange(len(self.kept), device=self.kept.device)] = 1
+        return matrix
 
-    def refitted(self, name: str, mapping: Tensor) -> Tensor:
-        """A matrix that reads the stream, for the stream that `mapping` [H, h] leads back to the original's."""
+    def through(self, mapping: Tensor, name: str) -> Tensor:
+        """W M: the rows that stay of the source's matrix, for a stream that `mapping` [H, h] leads back to its own."""
         source = self.table[source_name(name, self.selection)]
         rows = [kept_rows(dimension, self.selection.kept) for dimension in source.dimensions[:-1]]
         return chosen(self.get_tensor(source.name), rows).to(mapping) @ mapping
 
-    def end(self) -> Iterator[tuple[str, Tensor]]:
-        """The final norm, and the head where it is a matrix of its own."""
-        source, weight = (get("norm_f.weight").to(*self.place) for get in (self.get_tensor, self.sliced))
+    def head(self) -> Iterator[tuple[str, Tensor]]:
+        """The final norm, and the head where it is a matrix of its own, which reads as a layer's matrices do."""
+        norm, weight = (get("norm_f.weight").to(*self.form) for get in (self.get_tensor, self.sliced))
         if self.repair.norms == "measured":
-            normed = (rms_norm(rows, source, self.config.norm_eps) for rows in self.original.counted())
-            weight = weight * rms_ratios(normed, source, self.kept, 1).to(weight)  # uncut, it is the source's own
-        fit = self.stream_fit(source, weight)
-        if self.config.tie_word_embeddings:
-            if self.repair.least_squares:
-                weight = self.tied_norm(fit, weight)
-            yield "norm_f.weight", weight
-            return
-        yield "norm_f.weight", weight
+            normed = (rms_norm(rows, norm, self.config.norm_eps) for rows in self.original.counted())
+            weight = weight * rms_ratios(normed, norm, self.kept, 1).to(weight)  # uncut, it is the source's own
+        tied, fit = self.config.tie_word_embeddings, None
         if self.repair.least_squares:
-            mapping = fit.solve(self.selector(), self.repair.ridge)
-            yield "lm_head.weight", self.refitted("lm_head.weight", mapping)
-        else:
-            yield "lm_head.weight", self.sliced("lm_head.weight")
+            fit = self.stream_fit(norm, weight)
+        yield "norm_f.weight", self.tied_norm(fit, weight) if fit and tied else weight
+        if not tied:
+            mapping = None if fit is None else fit.solve(self.selector(), self.repair.ridge)
+            head = "lm_head.weight"
+            yield head, self.sliced(head) if mapping is None else self.through(mapping, head)
 
-    def tied_norm(self, fit: Fit, weight: Tensor) -> Tensor:
+    def tied_norm(self, fit: RidgeFit, weight: Tensor) -> Tensor:
         """The final norm's weight [h] with which a head that has to stay the embedding comes nearest to the logits.
 
-        With e' = E' diag(d) x' for E diag(g) x, the normal equations of d are (E'^T E' * x'x'^T) d = diag of
-        E'^T E (g x) x'^T; in units of `weight`, so that ridge pulls towards it.
+        Only h numbers are free. With d for the norm's weight in units of `weight`, logits are E' diag(d) x' (E' the
+        kept columns, x' normed) and should be E x: the normal equations are
+        (E'^T E' * S_x'x') d = diag(E'^T E S_xx'), with * entry by entry, and ridge pulls d towards 1.
         """
         embedding = self.get_tensor("embeddings.weight").to(self.kept.device, torch.float64)
-        assert isinstance(fit.moments, Tensor) and isinstance(fit.cross, Tensor)
+        second, cross = fit.sums()
         small = embedding[:, self.kept]
-        moments = (small.T @ small) * fit.moments
-        right = ((small.T @ embedding) * fit.cross.T).sum(1)
+        moments = (small.T @ small) * second
+        right = ((small.T @ embedding) * cross.T).sum(1)
         damp = self.repair.ridge * moments.diagonal().mean()
         eye = torch.eye(len(moments), dtype=torch.float64, device=moments.device)
         return weight * torch.linalg.solve(moments + damp * eye, right + damp).to(weight)

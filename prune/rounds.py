@@ -16,9 +16,9 @@ from ..models.config import HybridConfig
 from ..models.errors import InputError
 from .choose import select
 from .depth import check_removal, random_layers, step_size
-from .importance import score_random
 from .slice import Selection, slice_config
 from .target import Target, with_widths
+from .width_metrics import RandomScores
 
 DRAWS = 10  # of layers, where a draw may leave nothing that the next can take
 
@@ -83,7 +83,7 @@ def plan_cuts(config: HybridConfig, cuts: Sequence[Cut], orders: Sequence[Sequen
     for number, cut in enumerate(cuts):
         with named_round(cut.name):
             order = orders[number] if number < len(orders) else cut.some_layers(config)
-            selection = select(config, score_random(config, cut.seed), order, cut.target)
+            selection = select(config, RandomScores(cut.seed).scores(config), order, cut.target)
             after = slice_config(config, selection)
             after.to_hf()
         yield CutStep(cut, config, selection, after)

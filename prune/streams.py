@@ -36,8 +36,8 @@ class Streams:
         for hidden, mask in zip(self.hidden, self.mask, strict=True):
             yield hidden[mask]
 
-    def run(self, layer: HybridLM, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch `number` through a layer: the stream behind it, and at the counted positions what passed inside."""
+    def output(self, layer: HybridLM, number: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch `number` through a layer: the stream after it, and at the counted positions what passed inside."""
         kind, seen = layer.config.kinds[0], dict[str, Tensor]()
         wanted = {"hidden", *kind.writers.values(), *(norm.observed for norm in kind.norms.values())}
 
@@ -50,7 +50,7 @@ class Streams:
 
     def advance(self, layer: HybridLM) -> None:
         for number in range(len(self.hidden)):
-            self.hidden[number] = self.run(layer, number)[0]
+            self.hidden[number] = self.output(layer, number)[0]
 
 
 def one_layer(

@@ -252,9 +252,9 @@ def square_sums(tensor: Tensor) -> list[Tensor]:
         squares = tensor[start:stop].float().square()
         for number, total in enumerate(sums):
             others = [other for other in range(tensor.dim()) if other != number]
-            found = squares.sum(others, dtype=torch.float64).cpu()
+            own = squares.sum(others, dtype=torch.float64).cpu()
             if number == 0:
-                total[start:stop] = found
+                total[start:stop] = own
             else:
-                total += found
+                total += own
     return sums

@@ -42,7 +42,7 @@ class Options:
     rounds: PositiveInt
     steps: PositiveInt
     prefill_chunk: PositiveInt
-    room: Reserve
+    reserve: Reserve
     output: Path | None
     device: str
     dtype: str
@@ -60,7 +60,9 @@ def run(options: Options) -> None:
         dtype = torch_dtype(options.dtype)
     types: dict[str, Any] = {"dtype": dtype, "ssm_dtype": torch_dtype(options.ssm_dtype)}
     loads = {
-        name: [load_of(text, config, options.batch, options.hardware, options.room, types) for text in options.lengths]
+        name: [
+            load_of(text, config, options.batch, options.hardware, options.reserve, types) for text in options.lengths
+        ]
         for name, config in configs.items()
     }
     here = profile_here(options, device) if options.measure else None

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..distill.agreement import check_agreement
 from ..distill.average import write_trained
 from ..distill.hidden import Pairing, make_pairing
 from ..distill.losses import Distillation, cross_entropy_loss
@@ -23,10 +22,11 @@ from ..models import processes
 from ..models.checkpoint import check_forward
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.tokenizer import check_agreement
 from .run.resolve import corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .run.show import result, say
 from .run.stage import Work, many_processes, stage
-from .run.tracking import check_mode, journal, speed_of, training_bar
+from .run.tracking import Mode, journal, speed_of, training_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,10 @@ class Options:
     dtype: str
     distill: DistillOptions
     shard: bool = True
-    wandb: str = "off"
+    wandb: Mode = "off"
     teacher_cache: Path | None = None
 
     def __post_init__(self) -> None:
-        check_mode(self.wandb)
         if self.teacher_cache is not None and self.distill.teacher_correction is not None:
             raise InputError(
                 "distill: teacher_cache holds what the teacher said as it was; leave teacher_correction out, and cache"

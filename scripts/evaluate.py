@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..distill.agreement import check_agreement
+from pydantic import PositiveInt
+
 from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, gap_content, load_models
 from ..distill.gap.measure import TEACHER, measure_gap
 from ..distill.gap.probes import check_probes
@@ -20,11 +21,11 @@ from ..models.checkpoint import check_forward, load_config
 from ..models.config import HybridConfig
 from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
-from ..models.errors import InputError, check_counts
+from ..models.errors import InputError
 from ..models.fingerprint import read_provenance
 from ..models.folder import write_json
 from ..models.placement import placed
-from ..models.tokenizer import load_tokenizer
+from ..models.tokenizer import check_agreement, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
 from .run.resolve import corpus, data_input, model_folder, torch_device, torch_dtype
 from .run.show import progress, read_json, result, say, table
@@ -40,9 +41,9 @@ class Options:
     data: str
     output: Path
     split: str
-    tokens: int
-    seq_len: int
-    batch: int
+    tokens: PositiveInt
+    seq_len: PositiveInt
+    batch: PositiveInt
     seed: int
     device: str
     dtype: str
@@ -54,7 +55,6 @@ class Options:
     tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_counts(self, "tokens", "seq_len", "batch")
         if TEACHER in self.student:
             raise InputError(f"student.{TEACHER} stands for the teacher itself; give the student another name")
 
@@ -110,6 +110,7 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
         with placed(model, away):
             check_forward({name: model})
     # What may be wrong with the rest shows before anything is measured.
+    say(f"estimating memory on {options.hardware.name}")
     fits = {name: fitted(load_config(path), options.hardware, options.fit) for name, path in folders.items()}
     read = corpus(options.data, options.split, folders[TEACHER])
     batches = read.sample(batch_size=options.batch, seq_len=options.seq_len, seed=seed, max_tokens=options.tokens)

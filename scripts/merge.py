@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ..distill.agreement import check_agreement
 from ..distill.average import merged_rows
 from ..models.checkpoint import open_checkpoint, write_checkpoint
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
+from ..models.tokenizer import check_agreement
 from .run.resolve import model_folder
 from .run.show import counted, progress, result, say
 from .run.stage import stage

@@ -23,7 +23,7 @@ from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 from .run.resolve import check_counts, data_input, documents, model_config, model_folder, text_in_tokens, torch_device
 from .run.show import progress, result, say
 from .run.stage import Work, many_processes, stage
-from .run.tracking import check_mode, journal, speed_of, training_bar
+from .run.tracking import Mode, journal, speed_of, training_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,9 @@ class Options:
     evaluate_tokens: int
     train: TrainOptions
     shard: bool = True
-    wandb: str = "off"
+    wandb: Mode = "off"
 
     def __post_init__(self) -> None:
-        check_mode(self.wandb)
         check_counts(self, "seq_len", "batch", "evaluate_tokens")
 
 

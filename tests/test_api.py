@@ -110,7 +110,7 @@ def test_memory_fit_is_the_command_s(tmp_path: Path) -> None:
     for model in (name, model_config(name)):
         fit = limbeck.memory_fit(model, hardware="a10g", context=131072)
         assert fit.fits and json.loads(json.dumps(dataclasses.asdict(fit.verdict))) == expected["verdict"]
-        assert fit.report.peak == expected["memory"]["peak"]
+        assert fit.memory.peak == expected["memory"]["peak"]
     assert not limbeck.memory_fit("nemotron-nano-12b-v2", read_hardware("a10g")).fits
 
 
@@ -134,6 +134,9 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
     (
         (lambda model, scores: limbeck.load("nvidia/NVIDIA-Nemotron-Nano-9B-v2"), "neither a folder nor a name"),
         (lambda model, scores: limbeck.load(3), "int"),
+        (lambda model, scores: limbeck.score(model, TEXTS, tokns=3), "did you mean 'tokens'"),
+        (lambda model, scores: limbeck.score(model, TEXTS, method="best"), "taylor"),
+        (lambda model, scores: limbeck.distill(model, "zoo", TEXTS, stepps=3), "in place"),
         (lambda model, scores: limbeck.prune(model, scores, width=3), "hidden_size"),
         (lambda model, scores: limbeck.prune(model, scores, hidden_size=999), "999"),
         (lambda model, scores: limbeck.prune(model, scores, layers=2), "remove_layers=4"),

@@ -12,8 +12,8 @@ from limbeck.distill.report.card import front_matter, read_licence, write_card
 from limbeck.models.checkpoint import load_config
 from limbeck.models.config import HybridConfig
 from limbeck.models.fingerprint import fingerprint_of
-from limbeck.prune.importance import score_random
 from limbeck.prune.scores import LayerScores, Scores, save_scores
+from limbeck.prune.width_metrics import RandomScores
 from limbeck.tests.helpers import limbeck, make_workshop, tiny_config
 from limbeck.tests.page_content import gap_of
 
@@ -160,7 +160,7 @@ def test_export_carries_figures_and_terms(workshop: Path, tmp_path: Path) -> Non
 
 
 def random_scores(folder: Path, config: HybridConfig) -> None:
-    save_scores(folder, Scores(score_random(config, 0), LayerScores(), {"pattern": config.pattern}))
+    save_scores(folder, Scores(RandomScores(0).scores(config), LayerScores(), {"pattern": config.pattern}))
 
 
 def test_scores_of_a_model_of_the_same_shape_make_no_map(workshop: Path, tmp_path: Path) -> None:

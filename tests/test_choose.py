@@ -10,9 +10,9 @@ from limbeck.models.axes import AXES, HIDDEN, Axis, axis_sizes
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.prune.choose import best, select
-from limbeck.prune.importance import score_random
 from limbeck.prune.slice import slice_config
 from limbeck.prune.target import Target, with_widths
+from limbeck.prune.width_metrics import RandomScores
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import random_config, tiny_config
 
@@ -30,16 +30,16 @@ def test_best_is_ascending_and_the_lower_index_wins_a_tie() -> None:
 
 def test_no_target_keeps_everything() -> None:
     config = tiny_config()
-    selection = select(config, score_random(config, 0), (), Target())
+    selection = select(config, RandomScores(0).scores(config), (), Target())
     assert selection.layers == tuple(range(6)) and selection.kept == {}
     same = Target(6, **{row.width: getattr(config, row.width) for row in AXES.values()})
-    selection = select(config, score_random(config, 0), (), same)
+    selection = select(config, RandomScores(0).scores(config), (), same)
     assert selection.kept == {axis: tuple(range(size)) for axis, size in axis_sizes(config).items()}
 
 
 def test_channels_are_ranked_by_the_layers_that_stay() -> None:
     config = tiny_config()
-    scores = score_random(config, 0)
+    scores = RandomScores(0).scores(config)
     rows = torch.zeros_like(scores[HIDDEN])
     rows[4, 7] = 100  # of the layer that goes
     rows[1, 3] = rows[2, 3] = 1
@@ -52,9 +52,9 @@ def test_channels_are_ranked_by_the_layers_that_stay() -> None:
 
 def test_layers_go_in_their_order() -> None:
     config = tiny_config()
-    selection = select(config, score_random(config, 0), (4, 3, 0), Target(layers=4, intermediate_size=10))
+    selection = select(config, RandomScores(0).scores(config), (4, 3, 0), Target(layers=4, intermediate_size=10))
     assert selection.layers == (0, 1, 2, 5)
-    selection = select(config, score_random(config, 0), (4, 0, 2), Target(layers=4, intermediate_size=10))
+    selection = select(config, RandomScores(0).scores(config), (4, 0, 2), Target(layers=4, intermediate_size=10))
     assert list(selection.kept) == [Axis("ffn", 1)]
 
 
@@ -88,7 +88,7 @@ def test_parameters_in_a_target() -> None:
         Target(parameters=0.8 * own, hidden_size=24),
         Target(layers=4, parameters=0.5),
     ):
-        smaller = slice_config(config, select(config, score_random(config, 0), (4, 1), target))
+        smaller = slice_config(config, select(config, RandomScores(0).scores(config), (4, 1), target))
         assert target.parameters is not None
         goal = target.parameters * (own if target.parameters < 1 else 1)
         assert 0.75 * goal < count_parameters(smaller) <= goal
@@ -109,12 +109,12 @@ def test_parameters_in_a_target() -> None:
 def test_parameters_that_cannot_be(changes: dict[str, Any], complaint: str) -> None:
     config = tiny_config()
     with pytest.raises(InputError, match=complaint):
-        select(config, score_random(config, 0), (), Target(**changes))
+        select(config, RandomScores(0).scores(config), (), Target(**changes))
 
 
 def test_named_layers_stay_whatever_the_order() -> None:
     config = tiny_config()
-    selection = select(config, score_random(config, 0), (4, 3), Target(keep_layers=(0, 3, 4), hidden_size=8))
+    selection = select(config, RandomScores(0).scores(config), (4, 3), Target(keep_layers=(0, 3, 4), hidden_size=8))
     assert selection.layers == (0, 3, 4)
     assert slice_config(config, selection).pattern == "M*-"
 
@@ -123,7 +123,7 @@ def test_mamba_heads_are_scored_on_the_kept_channels_only() -> None:
     """Two groups of two heads, three channels. Channel 2 is loud in head 1 alone, and goes with head_dim 2; the
     choice between heads 0 and 1 then turns."""
     config = tiny_config(pattern="M", mamba_num_heads=4, mamba_head_dim=3)
-    scores = score_random(config, 0)
+    scores = RandomScores(0).scores(config)
     scores[Axis("mamba_heads", 0)] = torch.tensor(
         [[3.0, 3.0, 0.0], [1.0, 1.0, 4.5], [5.0, 5.0, 0.0], [4.0, 4.0, 0.0]], dtype=torch.float64
     )
@@ -136,7 +136,7 @@ def test_mamba_heads_are_scored_on_the_kept_channels_only() -> None:
 
 def test_query_heads_are_ranked_inside_their_group() -> None:
     config = tiny_config(pattern="*", num_attention_heads=6, num_key_value_heads=2)
-    scores = score_random(config, 0)
+    scores = RandomScores(0).scores(config)
     heads = Axis("attn_heads", 0)
     scores[heads] = torch.tensor([1.0, 2.0, 3.0, 30.0, 20.0, 10.0], dtype=torch.float64)
     assert select(config, scores, (), Target(num_attention_heads=4)).kept[heads] == (1, 2, 3, 4)
@@ -164,7 +164,7 @@ def test_every_selection_is_one_that_slices(seed: int) -> None:
     if "M" in left:
         widths["mamba_num_heads"] = draw(config.mamba_num_heads, config.n_groups)
         widths["mamba_head_dim"] = draw(config.mamba_head_dim)
-    selection = select(config, score_random(config, seed), order, Target(layers=layers, **widths))
+    selection = select(config, RandomScores(seed).scores(config), order, Target(layers=layers, **widths))
     smaller = slice_config(config, selection)
     assert smaller.num_layers == layers
     assert {name: getattr(smaller, name) for name in widths} == widths
@@ -195,7 +195,7 @@ def test_every_selection_is_one_that_slices(seed: int) -> None:
 def test_targets_that_cannot_be(target: Target, said: str) -> None:
     config = tiny_config()
     with pytest.raises(InputError, match=said) as caught:
-        select(config, score_random(config, 0), (3, 1), target)
+        select(config, RandomScores(0).scores(config), (3, 1), target)
     assert "\n" not in str(caught.value)
 
 
@@ -203,8 +203,8 @@ def test_scores_of_another_model_are_refused() -> None:
     config = tiny_config()
     for changes in ({"hidden_size": 40}, {"pattern": "M-M*-"}, {"mamba_num_heads": 4}, {"pattern": "MMM*-M"}):
         with pytest.raises(InputError, match="expected the scores of this very model"):
-            select(config, score_random(tiny_config(**changes), 0), (), Target(hidden_size=8))
-    scores = score_random(config, 0)
+            select(config, RandomScores(0).scores(tiny_config(**changes)), (), Target(hidden_size=8))
+    scores = RandomScores(0).scores(config)
     scores[Axis("ffn", 1)][3] = torch.nan
     with pytest.raises(InputError, match="not finite"):
         select(config, scores, (), Target(hidden_size=8))

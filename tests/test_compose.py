@@ -23,10 +23,10 @@ from limbeck.models.cost.hardware import GIB
 from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.errors import InputError
 from limbeck.models.fingerprint import fingerprint_of
-from limbeck.prune.importance import score_random
 from limbeck.prune.rounds import plan_cuts
 from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
+from limbeck.prune.width_metrics import RandomScores
 from limbeck.scripts import compress, search
 from limbeck.scripts.run.compose import BASES, build, compose_config, groups, recipes
 from limbeck.scripts.run.main import COMMANDS, EXAMPLES
@@ -200,7 +200,7 @@ def test_the_sizes_that_the_search_recipe_finds_at_real_size() -> None:
     budget = options.budget.limit(options.hardware)
     found = ranked(find_candidates(config, options.space, depths, budget, options.hardware).candidates, options.rank)
     assert [round(candidate.parameters / 1e9, 2) for candidate in found[:3]] == [8.97, 8.92, 8.89]
-    check_slices(config, found[0].selection(config, score_random(config, 0)), found[0].config)
+    check_slices(config, found[0].selection(config, RandomScores(0).scores(config)), found[0].config)
 
 
 def check_slices(before: HybridConfig, selection: Selection, after: HybridConfig) -> None:

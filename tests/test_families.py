@@ -22,11 +22,11 @@ from limbeck.models.generate.generate import generate
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.prune.choose import kept_layers, select
 from limbeck.prune.depth import random_layers, score_layers
-from limbeck.prune.importance import score_random, score_widths
+from limbeck.prune.importance import score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.slice import slice_config
 from limbeck.prune.target import Target
-from limbeck.prune.width_metrics import ActivationScores
+from limbeck.prune.width_metrics import ActivationScores, RandomScores
 from limbeck.tests.helpers import (
     assert_close,
     cached_logits,
@@ -347,7 +347,7 @@ def test_depth_removes_whole_blocks(family: str) -> None:
         assert [layer + 1 for layer in order[::2]] == list(order[1::2]) and not any(layer % 2 for layer in order[::2])
     kept = random_layers(config, remove=4, seed=0, min_layers={"mlp": 3})
     assert len(kept.order) == 4
-    smaller = slice_config(config, select(config, score_random(config, 0), scores.order, Target(layers=4)))
+    smaller = slice_config(config, select(config, RandomScores(0).scores(config), scores.order, Target(layers=4)))
     assert HybridConfig.from_hf(smaller.to_hf()).pattern == "*-*-"
 
 

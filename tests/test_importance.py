@@ -14,10 +14,10 @@ from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
-from limbeck.prune.importance import score_magnitude, score_random, score_widths
+from limbeck.prune.importance import score_widths
 from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores, width_score_shapes
 from limbeck.prune.target import Target
-from limbeck.prune.width_metrics import ActivationScores, TaylorScores
+from limbeck.prune.width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores
 from limbeck.tests.helpers import assert_close, dense_config, random_model, tiny_config
 from limbeck.tests.pruning_helpers import Rows, draw_rows, naive_mse
 from torch import Tensor
@@ -226,7 +226,7 @@ def test_magnitude_is_the_norm_of_a_units_weights() -> None:
     config = tiny_config()
     model = random_model(config)
     weights = model.state_dict()
-    scores = score_magnitude(config, weights.__getitem__)
+    scores = MagnitudeScores().scores(config, weights.__getitem__)
     up, down = weights["layers.1.mixer.up_proj.weight"], weights["layers.1.mixer.down_proj.weight"]
     expected = (up.square().sum(1) + down.square().sum(0)).sqrt()
     assert_close("ffn", expected, scores[Axis("ffn", 1)], 1e-6)
@@ -329,7 +329,7 @@ def test_wrong_width_options_and_data() -> None:
 def test_scores_come_back_from_their_folder_in_the_same_bytes(tmp_path: Path) -> None:
     config = tiny_config()
     layers = LayerScores((3, 1), (0.5, 0.75), ({0: 1.5, 3: 0.5}, {0: 2.0, 1: 0.75}), 17)
-    scores = Scores(score_random(config, 1), layers, {"method": "random", "seed": 1})
+    scores = Scores(RandomScores(1).scores(config), layers, {"method": "random", "seed": 1})
     for name in ("a", "b"):
         save_scores(tmp_path / name, scores)
     for file in ("scores.safetensors", "scores.json"):
@@ -343,7 +343,7 @@ def test_scores_come_back_from_their_folder_in_the_same_bytes(tmp_path: Path) ->
 
 
 def test_a_broken_scores_folder(tmp_path: Path) -> None:
-    scores = Scores(score_random(tiny_config(), 1), LayerScores())
+    scores = Scores(RandomScores(1).scores(tiny_config()), LayerScores())
     with pytest.raises(InputError, match="does not exist"):
         load_scores(tmp_path / "none")
     for number, (file, content) in enumerate(

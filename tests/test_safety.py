@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.agreement import check_agreement
 from limbeck.distill.average import final_weights, merged_rows
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.options import TrainOptions
@@ -32,6 +31,7 @@ from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.errors import InputError, Stopped
 from limbeck.models.fingerprint import fingerprint_of
+from limbeck.models.tokenizer import check_agreement
 from limbeck.scripts.run.tracking import card_tflops, note_of
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, weights

@@ -18,10 +18,10 @@ from limbeck.models.errors import InputError
 from limbeck.models.offload import StreamedLayers, free_memory, open_layers
 from limbeck.prune.choose import select
 from limbeck.prune.depth import score_layers
-from limbeck.prune.importance import score_magnitude, score_widths
+from limbeck.prune.importance import score_widths
 from limbeck.prune.scores import WidthScores, load_scores
 from limbeck.prune.target import Target
-from limbeck.prune.width_metrics import ActivationScores, TaylorScores
+from limbeck.prune.width_metrics import ActivationScores, MagnitudeScores, TaylorScores
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import assert_close, dense_config, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.processes_helpers import launch
@@ -72,8 +72,8 @@ def test_streamed_is_resident_bit_by_bit(name: str, folders: dict[str, Path], mo
         for bound in (4 * one, 1000 * one) if small else (20 * one,):
             found = score_layers(streamed, batches, **options, stream_bytes=bound)
             assert (found.order, found.values, found.candidates[0]) == (whole.order, whole.values, whole.candidates[0])
-    magnitude = score_magnitude(config, open_checkpoint(folders[name]).tensor)
-    same_widths(score_magnitude(config, model.state_dict().__getitem__), magnitude, 0)
+    magnitude = MagnitudeScores().scores(config, open_checkpoint(folders[name]).tensor)
+    same_widths(MagnitudeScores().scores(config, model.state_dict().__getitem__), magnitude, 0)
 
 
 def test_a_walk_reads_each_layer_once_and_holds_two(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from limbeck.models.cost.inference import memory
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.choose import select
-from limbeck.prune.importance import score_random
 from limbeck.prune.patterns import Rules
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores
@@ -39,6 +38,7 @@ from limbeck.prune.search import (
 )
 from limbeck.prune.slice import slice_config
 from limbeck.prune.target import Target
+from limbeck.prune.width_metrics import RandomScores
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import dense_config, limbeck, random_config, random_model, tiny_config
 
@@ -84,7 +84,7 @@ def brute_force(config: HybridConfig, space: Space, order: tuple[int, ...], budg
         numbers = [None if value is None else int(value) for value in values]
         target = Target(**dict(zip(("layers", *widths), numbers, strict=True)))
         try:
-            smaller = slice_config(config, select(config, score_random(config, 0), order, target))
+            smaller = slice_config(config, select(config, RandomScores(0).scores(config), order, target))
         except InputError:
             continue
         used = {"hidden_size": smaller.hidden_size, "intermediate_size": smaller.intermediate_size}
@@ -210,7 +210,7 @@ def test_candidates_are_those_of_brute_force(seed: int) -> None:
         report = memory(candidate.config, 64, 2, chunk=None)
         assert candidate.memory == report and report.total <= budget.bytes
         assert candidate.parameters == sum(tensor.numel for tensor in tensor_table(candidate.config).values())
-        widths = score_random(config, seed)
+        widths = RandomScores(seed).scores(config)
         assert slice_config(config, candidate.selection(config, widths)) == candidate.config
         assert select(config, widths, order, candidate.target) == candidate.selection(config, widths)
         assert candidate.throughput is not None and candidate.throughput.tokens_per_second > 0
@@ -232,7 +232,7 @@ def test_ratios_ranges_and_alignment() -> None:
 
 def test_importance_is_the_share_that_stays() -> None:
     config = tiny_config()
-    widths = score_random(config, 0)
+    widths = RandomScores(0).scores(config)
     found = with_importance(config, widths, candidates_of(config, TINY_SPACE, (3, 4)))
     by_config = {(candidate.depth.label, repr(candidate.config)): candidate for candidate in found}
     assert by_config["6", repr(config)].importance == 1
@@ -249,7 +249,7 @@ def test_importance_is_the_share_that_stays() -> None:
 def test_importance_by_hand() -> None:
     """Two MLP layers of which one goes: FFN keeps half of its best share, hidden counts the norms that stay."""
     config = tiny_config(pattern="--", hidden_size=4, intermediate_size=4)
-    widths = score_random(config, 0)
+    widths = RandomScores(0).scores(config)
     widths[HIDDEN][:] = torch.tensor([[9.0, 9, 9, 9], [1, 2, 3, 4], [0, 0, 0, 10]], dtype=torch.float64)
     for axis in widths:
         if axis.kind == "ffn":
@@ -266,7 +266,7 @@ def test_importance_by_hand() -> None:
 
 def test_ranks_are_monotone() -> None:
     config = tiny_config()
-    found = with_importance(config, score_random(config, 0), candidates_of(config, TINY_SPACE, (3, 4)))
+    found = with_importance(config, RandomScores(0).scores(config), candidates_of(config, TINY_SPACE, (3, 4)))
     for rank, value in (("memory", lambda c: c.memory.total), ("importance", lambda c: c.importance)):
         values = [value(candidate) for candidate in ranked(reversed(found), rank)]
         assert values == sorted(values, reverse=True) and len(values) == len(found)
@@ -296,7 +296,7 @@ def test_the_loss_is_that_of_the_cut_model() -> None:
     config = tiny_config()
     model = random_model(config)
     batches = batches_of(config)
-    whole = select(config, score_random(config, 0), (), Target())
+    whole = select(config, RandomScores(0).scores(config), (), Target())
     total = tokens = 0.0
     for batch in batches:
         logits = model(batch.input_ids, seq_idx=batch.seq_idx).flatten(0, 1)
@@ -304,17 +304,17 @@ def test_the_loss_is_that_of_the_cut_model() -> None:
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         tokens += int((labels >= 0).sum())
     assert sliced_loss(model, whole, batches) == pytest.approx(total / tokens, rel=1e-9)
-    cut = select(config, score_random(config, 0), (), Target(hidden_size=16))
+    cut = select(config, RandomScores(0).scores(config), (), Target(hidden_size=16))
     assert sliced_loss(model, cut, batches) != sliced_loss(model, cut, batches, Repair(norms="none"))
 
 
 def test_the_loss_is_that_of_the_repaired_model() -> None:
     config = tiny_config()
     model, batches = random_model(config), batches_of(config)
-    cut = select(config, score_random(config, 0), (), Target(hidden_size=16))
+    cut = select(config, RandomScores(0).scores(config), (), Target(hidden_size=16))
     repair = Repair(rotate=True, least_squares=True)
     mended = repair_model(model, cut, batches, repair)
-    everything = select(mended.config, score_random(mended.config, 0), (), Target())
+    everything = select(mended.config, RandomScores(0).scores(mended.config), (), Target())
     expected = sliced_loss(mended, everything, batches)
     assert sliced_loss(model, cut, batches, repair, batches) == pytest.approx(expected, rel=1e-9)
     assert expected != sliced_loss(model, cut, batches)
@@ -335,7 +335,7 @@ def test_only_what_a_folder_can_hold_is_a_candidate() -> None:
 def test_a_loss_that_is_none_is_said() -> None:
     config = tiny_config()
     model, batches = random_model(config), batches_of(config)
-    whole = select(config, score_random(config, 0), (), Target())
+    whole = select(config, RandomScores(0).scores(config), (), Target())
     with torch.no_grad():
         model.norm_f.weight.fill_(torch.inf)
     with pytest.raises(CheckFailed, match="loss"):

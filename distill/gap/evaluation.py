@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 
 from ...models.checkpoint import load_config, load_model
 from ...models.cost.parameters import count_parameters
-from ...models.errors import InputError, check_counts, gib
+from ...models.errors import InputError, gib
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
 from ...models.placement import release_memory
@@ -32,19 +33,15 @@ Say = Callable[[str], None]
 class Details:
     """What is measured beside the figures of every token; see conf/evaluate.yaml."""
 
-    resamples: int = 1000
-    worst: int = 6
-    prompts: int = 32
-    prompt_tokens: int = 64
-    new_tokens: int = 64
+    resamples: PositiveInt = 1000
+    worst: NonNegativeInt = 6
+    prompts: NonNegativeInt = 32
+    prompt_tokens: PositiveInt = 64
+    new_tokens: PositiveInt = 64
     probe_lengths: tuple[int, ...] = (512, 1024)
-    probe_count: int = 20
+    probe_count: PositiveInt = 20
     task_shots: int | None = None
     task_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        check_counts(self, "resamples", "prompt_tokens", "new_tokens", "probe_count", group="details.")
-        check_counts(self, "worst", "prompts", least=0, group="details.")
 
     def check_length(self, longest: int) -> None:
         """Raises InputError where the texts that students continue are longer than what the models are made for."""

@@ -66,7 +66,7 @@ def explanations(name: str, place: str = "") -> Iterator[tuple[str, str]]:
         if key_of:
             above = [each for each in above if each[0] < len(key_of[1])] + [(len(key_of[1]), key_of[2])]
             words = [comment]
-        elif mark and line.startswith(" "):  # the comment goes on
+        elif mark and line.startswith(" "):  # the comment continues
             words.append(comment)
         if above:
             yield place + ".".join(key for _, key in above), " ".join(words)

@@ -6,6 +6,7 @@ Heavy imports wait until a command runs: `limbeck --help` reads nothing but this
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import os
 import sys
@@ -124,12 +125,19 @@ def run_command(command: str, overrides: Sequence[str]) -> int:
 
         sweep(command, [word for word in overrides if word != MULTIRUN])
         return 0
-    from ...models.processes import set_up
-    from .compose import build, compose_config
+    gc.disable()  # what is imported stays: to look through it for garbage again and again is a fifth of the start
+    try:
+        from ...models.processes import set_up
+        from .compose import build, compose_config
 
-    set_up()
-    module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
-    module.run(build(module.Options, compose_config(command, overrides)))
+        set_up()
+        module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
+        options = build(module.Options, compose_config(command, overrides))
+    finally:
+        if not gc.get_freeze_count():
+            gc.freeze()
+        gc.enable()
+    module.run(options)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ...models.errors import guess
 from .compose import groups, hydra_config
 
-RENAMED = {"witness": "method"}
+RENAMED = {"witness": "method", "room": "reserve"}
 EXPECTED = {
     "int": "a whole number", "float": "a number", "finite": "a number", "string": "a text", "bool": "true or false",
     "path": "a path", "dict": "a mapping",
@@ -39,7 +39,11 @@ def explain(command: str, overrides: Sequence[str], error: Exception) -> str:
 
 
 def unknown(command: str, key: str, known: Sequence[str] = ()) -> str:
-    near = f"; it is {RENAMED[key]}= now" if key in RENAMED else guess(key, known or known_keys(command))
+    near = (
+        f"; it is {RENAMED[name]} now"
+        if (name := key.split(".")[0]) in RENAMED
+        else guess(key, known or known_keys(command))
+    )
     return f"{key!r} is no option of limbeck {command}{near} (limbeck {command} --help)"
 
 

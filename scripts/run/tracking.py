@@ -14,24 +14,18 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ...distill.speed import speed_figures
 from ...models import processes
 from ...models.config import HybridConfig
-from ...models.errors import InputError
 from .compose import CONF
 from .show import progress, say
 
-MODES = ("off", "offline", "online")
+Mode = Literal["off", "offline", "online"]
 Record = Mapping[str, Any]
-
-
-def check_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise InputError(f"wandb is {mode!r}; known: {', '.join(MODES)}")
 
 
 @contextlib.contextmanager

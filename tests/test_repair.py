@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
+from limbeck.kernels.activation import relu2
 from limbeck.kernels.norm import rms_norm
-from limbeck.models.axes import HIDDEN, tensor_table
+from limbeck.models.axes import HIDDEN, Axis, Dimension, Factor, Parts, Role, tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
+from limbeck.models.kinds import KINDS
+from limbeck.models.layer import Context, LayerKind, ScoreSource
 from limbeck.prune.repair import Repair, repair_model, repair_tensors, rms_ratios
 from limbeck.prune.rotation import principal_directions, rotated
 from limbeck.prune.slice import Selection, filled, slice_config, slice_model
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
 from limbeck.tests.pruning_helpers import draw_selection
-from torch import Tensor
+from torch import Tensor, nn
 
 ALL = [
     Repair(rotate=rotate, norms=norms, least_squares=fit)
@@ -171,6 +175,56 @@ def test_least_squares_brings_the_stream_nearer(kinds: tuple[str, ...]) -> None:
     fitted = repair_model(model, selection, batches, Repair(least_squares=True, norms="measured"))
     assert fitted.config == slice_config(config, selection)
     assert (logits(fitted, batches) - expected).square().mean() < 0.7 * plain
+
+
+class TwoMLPs(nn.Module):
+    """Two branches on one input, whose outputs add up."""
+
+    def __init__(self, config: HybridConfig, layer: int, **place: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.left_in, self.right_in = (
+            nn.Linear(config.hidden_size, config.intermediate_size, bias=False, **place) for _ in range(2)
+        )
+        self.left_out, self.right_out = (
+            nn.Linear(config.intermediate_size, config.hidden_size, bias=False, **place) for _ in range(2)
+        )
+
+    def forward(self, u: Tensor, context: Context) -> Tensor:
+        left, right = relu2(context.project(self.left_in, u)), 1e-3 * relu2(context.project(self.right_in, u))
+        context.note("left_act", self.layer, left)
+        context.note("right_act", self.layer, right)
+        return context.project(self.left_out, left) + context.project(self.right_out, right)
+
+
+def two_mlp_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
+    ffn: Dimension = ((Factor(Axis("ffn", layer), config.intermediate_size),),)
+    shapes = {"in": (ffn, hidden), "out": (hidden, ffn)}
+    return {f"{name}_{end}.weight": (Role.MATRIX, shapes[end]) for name in ("left", "right") for end in shapes}
+
+
+def test_writers_of_one_layer_are_fitted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch whose inputs are a thousandth of the other's is refitted as well: cut to half, both find what is left,
+    and the stream comes nearer than by slices, or by refitting either alone."""
+    kind = LayerKind(
+        letter="=", name="two MLPs", key="two", fields=("intermediate_size",), tensors=two_mlp_tensors, build=TwoMLPs,
+        writers={"left_out.weight": "left_act", "right_out.weight": "right_act"},
+        scores={"ffn": ScoreSource({"": "left_act"})},
+    )  # fmt: skip
+    monkeypatch.setitem(KINDS, "=", kind)
+    config = tiny_config(pattern="=", intermediate_size=16, tie_word_embeddings=True)
+    model, batches = random_model(config), rows(config, count=20)
+    with torch.no_grad():
+        model.state_dict()["layers.0.mixer.right_out.weight"].mul_(1e3)
+    selection = Selection((0,), {Axis("ffn", 0): tuple(range(8))})
+    expected, errors = logits(model, batches), {}
+    for name, writers in {"none": {}, "both": kind.writers, "left": {"left_out.weight": "left_act"}}.items():
+        object.__setattr__(kind, "writers", writers)
+        repair = Repair(least_squares=bool(writers))
+        errors[name] = float(
+            (logits(repair_model(model, selection, batches, repair), batches) - expected).square().mean()
+        )
+    assert errors["both"] < 0.9 * errors["left"] < 0.9 * errors["none"], errors
 
 
 def test_wrong_options() -> None:
