@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 from ..models.config import HybridConfig
 from ..models.cost.fit import Estimate, Fit
 from ..models.cost.hardware import GIB, Hardware
-from ..models.cost.inference import MemoryReport
+from ..models.cost.inference import MemoryReport, layers_with
 from ..models.cost.parameters import count_parameters
 from ..models.device import torch_dtype
 from ..models.errors import CheckFailed, InputError
@@ -133,8 +133,8 @@ def print_estimate(estimate: Estimate) -> None:
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
     rows = [
         (f"weights ({count_parameters(config):,} parameters)", gib(report.weights)),
-        (f"key-value cache ({len([k for k in config.pattern if k == '*'])} attention layers)", gib(report.kv)),
-        (f"SSM states ({len([k for k in config.pattern if k == 'M'])} Mamba layers)", gib(report.ssm)),
+        (f"key-value cache ({layers_with(config, 'token')})", gib(report.kv)),
+        (f"SSM states ({layers_with(config, 'ssm')})", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
         ("weights and caches together", gib(report.total)),
     ]

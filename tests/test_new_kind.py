@@ -49,7 +49,7 @@ from limbeck.models.layer import Context, LayerKind, NormSource, NormWeight, Sco
 from limbeck.models.offload import open_layers
 from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
-from limbeck.prune.importance import score_magnitude, score_random, score_widths
+from limbeck.prune.importance import score_widths
 from limbeck.prune.kept import importance_kept
 from limbeck.prune.patterns import Rules, count_patterns, patterns
 from limbeck.prune.repair import Repair, repair_model
@@ -58,7 +58,7 @@ from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores, 
 from limbeck.prune.search import Budget, Requests, Space, find_candidates, find_depths, with_importance
 from limbeck.prune.slice import Selection, filled, slice_config, slice_model, slice_rows
 from limbeck.prune.target import Target
-from limbeck.prune.width_metrics import ActivationScores, TaylorScores
+from limbeck.prune.width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores
 from limbeck.scripts.prune import kept_units, print_sizes
 from limbeck.scripts.run.compose import build
 from limbeck.tests.helpers import assert_close, random_model
@@ -293,8 +293,8 @@ def test_every_metric_scores_its_axis(model: HybridLM, folder: Path) -> None:
         "activation": score_widths(model, batches),
         "times output": score_widths(model, batches, ActivationScores(times_output=True)),
         "taylor": score_widths(model, batches, TaylorScores()),
-        "magnitude": score_magnitude(config, model.state_dict().__getitem__),
-        "random": score_random(config, 0),
+        "magnitude": score_widths(model, (), MagnitudeScores()),
+        "random": score_widths(model, (), RandomScores(0)),
     }
     for name, scores in found.items():
         assert {axis: tuple(values.shape) for axis, values in scores.items()} == width_score_shapes(config), name
@@ -495,7 +495,7 @@ def test_rules_and_spaces_know_it(model: HybridLM) -> None:
         Rules(min_layers={"experts": 1})
     assert build(Target, {"conv_channels": 8}) == Target(conv_channels=8)
     space = build(Space, {"layers": [4, 6], "conv_channels": [6, 8, 12], "align": 4})
-    scores = score_random(config, 0)
+    scores = score_widths(model, (), RandomScores(0))
     order = LayerScores(order=(2, 3))
     depths = find_depths(config, space, rules, order)
     card = Hardware("testcard", 2.0, 1.0, 600.0, 70.0)

@@ -187,6 +187,12 @@ def layer_states(
     return [kind.state_bytes(config, *sizes) for kind in config.kinds]
 
 
+def layers_with(config: HybridConfig, part: str) -> str:
+    """The layers that keep this part of a `StateBytes`: "4 attention layers"."""
+    names = [kind.name for kind in config.kinds if getattr(kind.state_bytes(config, 1, 1, 1), part)]
+    return f"{', '.join(f'{names.count(name)} {name}' for name in dict.fromkeys(names)) or 'no'} layers"
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """Whether a report fits a budget, by how many bytes, and the largest context and batch that would (0: none)."""
