@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..models import processes
-from ..models.axes import tensor_table
+from ..models.axes import MATRICES
 from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.hybrid import HybridLM
 from .average import averaged
@@ -305,10 +305,9 @@ def set_layers(model: HybridLM, options: TrainOptions) -> None:
 def make_optimizers(model: HybridLM | Trained, options: TrainOptions) -> Optimizers:
     """AdamW for everything, or Muon for the layers' matrices beside it. Weight decay is for matrices only."""
     trained = model if isinstance(model, Trained) else prepare(model)
-    table = tensor_table(trained.model.config)
-    matrices = [weight for weight in trained.weights if table[weight.name].is_matrix]
+    matrices = [weight for weight in trained.weights if weight.spec.role in MATRICES]
     uses_muon = options.optimizer == "muon"
-    muon = [weight for weight in matrices if uses_muon and table[weight.name].layer is not None]
+    muon = [weight for weight in matrices if uses_muon and weight.spec.layer is not None]
     decayed = [weight.local for weight in matrices if weight not in muon]
     plain = [weight.local for weight in trained.weights if weight not in matrices]
     assert len(muon) + len(decayed) + len(plain) == len(trained.weights)

@@ -25,16 +25,14 @@ if TYPE_CHECKING:
 class AxisRow:
     """A row of `AXES`: one prunable width.
 
-    `width` is the config field that counts its units, `title` its name in tables, `units` what the report calls these
-    (by default the title). Units that live in groups of equal size keep equally many in each; `groups` is the config
-    field that counts those. An axis `within` another is ranked by the columns of that axis's scores [units, columns],
-    once for all of its units.
+    `width` is the config field that counts its units, `title` its name in tables and plots. Units that live in groups
+    of equal size keep equally many in each; `groups` is the config field that counts those. An axis `within` another
+    is ranked by the columns of that axis's scores [units, columns], once for all of its units.
     """
 
     name: str
     width: str
     title: str
-    units: str = ""
     groups: str | None = None
     within: str | None = None
 
@@ -42,11 +40,11 @@ class AxisRow:
 AXES: dict[str, AxisRow] = {
     row.name: row
     for row in (
-        AxisRow("hidden", "hidden_size", "hidden", "residual channels"),
-        AxisRow("ffn", "intermediate_size", "FFN", "FFN neurons"),
+        AxisRow("hidden", "hidden_size", "residual channels"),
+        AxisRow("ffn", "intermediate_size", "FFN neurons"),
         AxisRow("attn_heads", "num_attention_heads", "attention heads", groups="num_key_value_heads"),
         AxisRow("mamba_heads", "mamba_num_heads", "Mamba heads", groups="n_groups"),
-        AxisRow("mamba_head_dim", "mamba_head_dim", "Mamba head_dim", "Mamba head channels", within="mamba_heads"),
+        AxisRow("mamba_head_dim", "mamba_head_dim", "Mamba head channels", within="mamba_heads"),
     )
 }
 
@@ -92,6 +90,10 @@ class Role(enum.Enum):
     EXPERTS = "experts"
 
 
+MATRICES = (Role.MATRIX, Role.TABLE, Role.EXPERTS)  # multiply activations, or are looked up in: they decay in training
+VECTORS = (Role.NORM, Role.VECTOR)  # float32 in training, and whole in every process
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
     """One tensor: its dimensions, its role, and the layer that it belongs to (None for embedding, final norm, head)."""
@@ -113,16 +115,6 @@ class TensorSpec:
     def part(self) -> str:
         """The name within its layer, such as "norm.weight" or "mixer.in_proj.weight"."""
         return self.name if self.layer is None else self.name.split(".", 2)[2]
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether activations are multiplied by it, or rows looked up in it: what decays in training."""
-        return self.role in (Role.MATRIX, Role.TABLE, Role.EXPERTS)
-
-    @property
-    def is_vector(self) -> bool:
-        """Whether it is kept in float32 where matrices have fewer bits, and whole where they are split."""
-        return self.role in (Role.NORM, Role.VECTOR)
 
     @property
     def reads_stream(self) -> bool:

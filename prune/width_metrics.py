@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models import processes
-from ..models.axes import HIDDEN, Axis, segment_size, tensor_table
+from ..models.axes import HIDDEN, MATRICES, Axis, segment_size, tensor_table
 from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
@@ -226,7 +226,7 @@ def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_readers: b
             continue
         sums = square_sums(get_tensor(tensor.name))
         for number, dimension in enumerate(tensor.dimensions):
-            if only_readers and not (tensor.is_matrix and number == len(tensor.dimensions) - 1):
+            if only_readers and not (tensor.role in MATRICES and number == len(tensor.dimensions) - 1):
                 continue
             segments = sums[number].split([segment_size(segment) for segment in dimension])
             for segment, values in zip(dimension, segments, strict=True):

@@ -81,7 +81,7 @@ def test_an_interrupted_run_goes_on_behind_its_last_shard(
     monkeypatch.setattr(checkpoint.Checkpoint, "rows", counted)
     for number in (2, total - 1):
 
-        def write(self: TensorFile, name: str, rows: torch.Tensor, stop: int = number) -> None:
+        def write(self: TensorFile, name: str, rows: torch.Tensor, row: int | None = None, stop: int = number) -> None:
             if self.path.name.startswith(f"model-{stop:05d}"):
                 raise Killed
             real_write(self, name, rows)
@@ -112,7 +112,7 @@ def test_unfinished_work_of_other_options_is_not_taken_up(
 ) -> None:
     real = TensorFile.write
 
-    def write(self: TensorFile, name: str, rows: torch.Tensor) -> None:
+    def write(self: TensorFile, name: str, rows: torch.Tensor, row: int | None = None) -> None:
         if self.path.name.startswith("model-00003"):
             raise Killed
         real(self, name, rows)

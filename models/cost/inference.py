@@ -16,12 +16,10 @@ import torch
 
 from ..config import HybridConfig
 from ..layer import StateBytes
-from .hardware import GIB, Hardware, Place, check_load, libraries
-from .parameters import count_parameters, num_tensors
+from .hardware import Place, check_load, libraries
+from .parameters import count_parameters
 from .trace import transient
 from .vllm import VllmReport, allocate
-
-__all__ = ["GIB", "Hardware", "count_parameters", "memory", "num_tensors", "verdict"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,12 +183,6 @@ def layer_states(
     """Bytes that each layer keeps of a sequence."""
     sizes = [dtype.itemsize for dtype in (kv_dtype, ssm_dtype, conv_dtype)]
     return [kind.state_bytes(config, *sizes) for kind in config.kinds]
-
-
-def layers_with(config: HybridConfig, part: str) -> str:
-    """The layers that keep this part of a `StateBytes`: "4 attention layers"."""
-    names = [kind.name for kind in config.kinds if getattr(kind.state_bytes(config, 1, 1, 1), part)]
-    return f"{', '.join(f'{names.count(name)} {name}' for name in dict.fromkeys(names)) or 'no'} layers"
 
 
 @dataclasses.dataclass(frozen=True)

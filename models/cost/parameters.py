@@ -6,7 +6,7 @@ import functools
 import types
 from collections.abc import Mapping
 
-from ..axes import tensor_table
+from ..axes import MATRICES, tensor_table
 from ..config import HybridConfig
 
 
@@ -30,7 +30,7 @@ def shape_sizes(config: HybridConfig) -> Mapping[str, tuple[int, int]]:
         kind = "" if tensor.layer is None else config.pattern[tensor.layer]
         numel, matrices = sizes[kind]
         size = tensor.numel
-        sizes[kind] = numel + size, matrices + (size if tensor.is_matrix else 0)
+        sizes[kind] = numel + size, matrices + (size if tensor.role in MATRICES else 0)
     return types.MappingProxyType(sizes)
 
 
