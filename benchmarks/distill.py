@@ -8,7 +8,7 @@ packed text of the standard library, progress bar, metrics.jsonl. The peer has r
 models' logits, log_softmax, kl_div, backward, clipping, the same AdamW. The two take turns; a figure is the median of
 the steps but each turn's first. Memory is of a fresh process of its own: its highest above what it held before the
 models were there, behind a small step that wakes everything, by the system's account, and by that of tensors alive
-(models/cost/live_bytes.py).
+(benchmarks/live_bytes.py).
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from typing import Any
 
 import torch
 from limbeck.benchmarks.cpu_vs_transformers import resident
+from limbeck.benchmarks.live_bytes import LiveBytes
 from limbeck.benchmarks.train_memory import random_rows
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.text.packing import Batch, Corpus, tokenize
 from limbeck.distill.text.resolve import documents
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models.checkpoint import load_model
-from limbeck.models.cost.live_bytes import LiveBytes
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.named import SHIPPED

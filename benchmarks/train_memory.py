@@ -2,7 +2,7 @@
 
     python -m limbeck.benchmarks.train_memory [--json FILE]
 
-On a CPU in float32. Every storage counts while it lives (models/cost/live_bytes.py), models and optimizer state
+On a CPU in float32. Every storage counts while it lives (benchmarks/live_bytes.py), models and optimizer state
 among them; the peak is that of the second step, when all of that state is there.
 """
 
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from limbeck.benchmarks.live_bytes import LiveBytes
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
 from limbeck.distill.parallel import Trained, prepare
 from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import TrainOptions, train
 from limbeck.models import processes
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.live_bytes import LiveBytes
 from limbeck.models.cost.training import Training, TrainReport, train_memory
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.provenance import provenance

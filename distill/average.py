@@ -20,7 +20,7 @@ from ..models.checkpoint import Checkpoint, row_blocks, write_checkpoint
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from .options import TrainOptions
-from .parallel import Trained, stored_dtype
+from .parallel import WHOLE, Trained, stored_dtype
 from .state import AVERAGE, WEIGHTS, numbered, states
 
 
@@ -80,8 +80,8 @@ def write_trained(
     with processes.together():
         kept = final_weights(training, options)
         if processes.rank() == 0:
-            shapes = {name: axes.shape for name, axes in tensor_table(config).items()}
-            dtypes = {name: dtype if len(shape) > 1 else stored_dtype(dtype) for name, shape in shapes.items()}
+            table = tensor_table(config)
+            dtypes = {name: stored_dtype(dtype) if spec.role in WHOLE else dtype for name, spec in table.items()}
             write_checkpoint(folder, config, kept.tensors(), dtypes=dtypes, tokenizer_from=tokenizer_from)
             metrics = folder / "training" / "metrics.jsonl"
             if metrics.exists():

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..models import processes
+from ..models.axes import Role, TensorSpec, tensor_table
 from ..models.checkpoint import load_model, open_checkpoint
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 
+WHOLE = (Role.NORM, Role.VECTOR)  # in every process, in float32
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
 
 
@@ -30,11 +32,18 @@ class TrainedWeight:
     """A parameter in training. `local` is what the optimizer moves here: the parameter, its rows that are this
     process's (`split`), or a float32 copy where the model keeps it in fewer bits."""
 
-    name: str
-    shape: tuple[int, ...]
+    spec: TensorSpec
     parameter: nn.Parameter
     local: nn.Parameter
     split: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
 
     @property
     def rows(self) -> slice:
@@ -95,17 +104,18 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
     """A model as it is, or already split by `shard`. A `dtype` narrower than the model's becomes that of the matrices
     in forward and backward, while the optimizer moves copies in the model's; gradients are added up there, too."""
     weights = []
+    table = tensor_table(model.config)
     for name, parameter in list(model.named_parameters()):
         if not parameter.requires_grad:
             continue
-        shape = tuple(parameter.shape)
+        spec = table[name]
         mine: Any = parameter.detach()
         if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
-            weights.append(TrainedWeight(name, shape, parameter, nn.Parameter(mine.to_local()), split=True))
-        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and parameter.dim() > 1:
-            weights.append(TrainedWeight(name, shape, lowered(model, name, parameter, dtype), parameter))
+            weights.append(TrainedWeight(spec, parameter, nn.Parameter(mine.to_local()), split=True))
+        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and spec.role not in WHOLE:
+            weights.append(TrainedWeight(spec, lowered(model, name, parameter, dtype), parameter))
         else:
-            weights.append(TrainedWeight(name, shape, parameter, parameter))
+            weights.append(TrainedWeight(spec, parameter, parameter))
     return Trained(model, tuple(weights))
 
 
@@ -140,15 +150,17 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
     if not model.config.tie_word_embeddings:
         groups.append(model.embeddings)
     groups.append(model)
-    names = {module: name for name, module in model.named_modules()}
+    table = tensor_table(model.config)
+    prefixes = {module: f"{name}." if name else "" for name, module in model.named_modules()}
     for group in groups:
+        prefix = prefixes[group]
         if read is not None:
-            materialize(group, names[group], read)
+            materialize(group, prefix, read)
         device = next(group.parameters()).device
         mesh = init_device_mesh(device.type, (processes.count(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
-        vectors = {parameter for parameter in group.parameters() if parameter.dim() < 2}
-        fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=vectors)
+        whole = {parameter for name, parameter in group.named_parameters() if table[prefix + name].role in WHOLE}
+        fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=whole)
         assert isinstance(group, FSDPModule)
         group.set_gradient_divide_factor(1.0)
         group.set_force_sum_reduction_for_comms(True)  # gloo knows sums, but not sums of what is scaled first
@@ -160,7 +172,7 @@ def materialize(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -
     for name, parameter in list(module.named_parameters()):
         if parameter.is_meta:
             place, _, field = name.rpartition(".")
-            values = read(f"{prefix}.{name}" if prefix else name)
+            values = read(prefix + name)
             setattr(module.get_submodule(place), field, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..models import processes
+from ..models.axes import Role
 from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.hybrid import HybridLM
 from .average import averaged
@@ -34,6 +35,7 @@ from .text.prefetch import feed
 
 __all__ = ["TrainOptions", "make_optimizers", "states", "train"]
 
+DECAYED = (Role.MATRIX, Role.TABLE, Role.EXPERTS)
 HELD_OUT = ("validation_kl", "validation_loss")  # the first that an evaluation gives says which weights are best
 
 
@@ -304,8 +306,12 @@ def set_layers(model: HybridLM, options: TrainOptions) -> None:
 def make_optimizers(model: HybridLM | Trained, options: TrainOptions) -> Optimizers:
     """AdamW for everything, or Muon for the layers' matrices beside it. Weight decay is for matrices only."""
     trained = model if isinstance(model, Trained) else prepare(model)
-    matrices = [weight for weight in trained.weights if len(weight.shape) == 2]
-    muon = [weight for weight in matrices if weight.name.startswith("layers.")] if options.optimizer == "muon" else []
+    matrices = [weight for weight in trained.weights if weight.spec.role in DECAYED]
+    muon = (
+        []
+        if options.optimizer != "muon"
+        else [weight for weight in matrices if weight.spec.role is Role.MATRIX and weight.spec.layer is not None]
+    )
     decayed = [weight.local for weight in matrices if weight not in muon]
     plain = [weight.local for weight in trained.weights if weight not in matrices]
     assert len(muon) + len(decayed) + len(plain) == len(trained.weights)

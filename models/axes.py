@@ -40,11 +40,11 @@ class AxisRow:
 AXES: dict[str, AxisRow] = {
     row.name: row
     for row in (
-        AxisRow("hidden", "hidden_size", "hidden"),
-        AxisRow("ffn", "intermediate_size", "FFN"),
+        AxisRow("hidden", "hidden_size", "residual channels"),
+        AxisRow("ffn", "intermediate_size", "FFN neurons"),
         AxisRow("attn_heads", "num_attention_heads", "attention heads", groups="num_key_value_heads"),
         AxisRow("mamba_heads", "mamba_num_heads", "Mamba heads", groups="n_groups"),
-        AxisRow("mamba_head_dim", "mamba_head_dim", "Mamba head_dim", within="mamba_heads"),
+        AxisRow("mamba_head_dim", "mamba_head_dim", "Mamba head channels", within="mamba_heads"),
     )
 }
 

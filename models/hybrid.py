@@ -108,14 +108,17 @@ class HybridLM(nn.Module):
         seq_idx: Tensor | None = None,
         cache: Cache | None = None,
         observe: Observe | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """What the head reads, [B, T, hidden]. Where `seq_idx` [B, T] changes along a row, a new document begins:
         state, attention and positions start anew. With a cache the tokens follow those that it holds (any number
-        of them)."""
+        of them). `embedded` is the stream before the first layer, where the caller has looked it up already."""
         context = Context(seq_idx=seq_idx, observe=observe)
         if cache is not None:
             context.past, context.states = cache.length, cache.layers
-        hidden = self.run_layers(self.embed(input_ids), 0, self.config.num_layers, context)
+        hidden = self.run_layers(
+            self.embed(input_ids) if embedded is None else embedded, 0, self.config.num_layers, context
+        )
         context.note("residual", self.config.num_layers, hidden)
         hidden = rms_norm(hidden, self.norm_f.weight, self.config.norm_eps)
         context.note("hidden", self.config.num_layers, hidden)

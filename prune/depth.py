@@ -166,7 +166,7 @@ class Race:
         while True:
             # Terms are not negative, so sums only grow. Measured further is always the smallest sum so far; once that
             # one is complete every other is larger already, and it has won, however few batches the others have seen.
-            # Ties go to the first layer, as in a whole table. For a table, whoever is behind comes first.
+            # Ties go to the first layer, as in a whole table. For a whole table it is the one with the fewest groups.
             leader = min(allowed, key=lambda own: (reached[own] if whole else sums[own], sums[own], own))
             group = reached[leader]
             if group == len(groups):

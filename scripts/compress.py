@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import PositiveInt
+
 from ..distill.options import DistillOptions
 from ..distill.parallel import check_share
 from ..distill.report.report import write_page
@@ -23,7 +25,7 @@ from ..models.checkpoint import load_config
 from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
 from ..models.cost.parameters import count_parameters
-from ..models.errors import InputError, check_counts
+from ..models.errors import InputError
 from ..models.fingerprint import PROVENANCE, plain
 from ..prune.repair import RepairOptions
 from ..prune.scoring import Importance
@@ -49,7 +51,7 @@ class Options:
     rounds: tuple[dict[str, Any], ...]
     repair: RepairOptions
     distill: DistillOptions
-    evaluate_tokens: int
+    evaluate_tokens: PositiveInt
     export_dtype: str
     hardware: Hardware
     fit: Fit
@@ -60,7 +62,6 @@ class Options:
                 raise InputError(f"{name} is missing; give {name}=VALUE (limbeck compress --help)")
         if not self.rounds and self.target == Target():
             raise InputError("target is empty; give a size, such as target.parameters=0.75 (limbeck compress --help)")
-        check_counts(self, "evaluate_tokens")
         self.plan()
 
     def plan(self) -> tuple[Round, ...]:
@@ -118,15 +119,13 @@ def shared(options: Options) -> dict[str, Any]:
 
 
 def score_round(options: Options, model: str, one: Round, folder: Path) -> None:
-    length, batch = one.distill.seq_len, one.distill.rows
-    score.run(score.Options(model, output=folder, seq_len=length, batch=batch, seed=one.seed,
+    score.run(score.Options(model, output=folder, seq_len=one.distill.seq_len, batch=one.distill.rows, seed=one.seed,
                             importance=one.scored(load_config(model_folder(model))), **shared(options)))  # fmt: skip
 
 
 def prune_round(options: Options, model: str, one: Round, scores: Path, folder: Path) -> None:
-    length, batch = one.distill.seq_len, one.distill.rows
-    prune.run(prune.Options(model, scores, folder, one.target, one.repair,
-                            seq_len=length, batch=batch, seed=one.seed, **shared(options)))  # fmt: skip
+    prune.run(prune.Options(model, scores, folder, one.target, one.repair, seq_len=one.distill.seq_len,
+                            batch=one.distill.rows, seed=one.seed, **shared(options)))  # fmt: skip
 
 
 def distill_round(
@@ -137,8 +136,7 @@ def distill_round(
 
 
 def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], out: Path) -> None:
-    named = {name: str(folder) for name, folder in students.items()}
-    how = options.distill
+    how, named = options.distill, {name: str(folder) for name, folder in students.items()}
     scores = str(out / "scores") if (out / "scores" / "scores.json").is_file() else None  # of one round: the teacher's
     evaluate.run(evaluate.Options(teacher, named, output=out / "gap", split="test", tokens=options.evaluate_tokens,
                                   seq_len=how.seq_len, batch=how.rows, seed=options.seed, scores=scores,

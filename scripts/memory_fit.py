@@ -46,7 +46,9 @@ def run(options: Options) -> None:
     named = {name: value for name in ("context", "batch") if (value := getattr(options, name)) is not None}
     fit = dataclasses.replace(options.fit, **named).of(config)
     check(options, config, fit)
-    estimate = fit.estimate(config, hardware)
+    with progress("estimating the memory", 1) as bar:
+        estimate = fit.estimate(config, hardware)
+        bar.set(1)
     print_estimate(estimate)
     print_vllm(estimate)
     simulation = simulated(estimate) if options.method in ("simulation", "all") else None
@@ -58,12 +60,10 @@ def run(options: Options) -> None:
         table("What would help", ("change", "saves", "then"), rows)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
-            content = estimate.to_json() | {
-                "vllm_flags": estimate.vllm_flags(),
-                "changes": [dataclasses.asdict(each) for each in changes],
-                "simulation": simulation and dataclasses.asdict(simulation),
-                "measurement": measured and dataclasses.asdict(measured),
-            }
+            content = estimate.to_json() | {"vllm_flags": estimate.vllm_flags()}
+            content |= {"changes": [dataclasses.asdict(each) for each in changes]}
+            content |= {"simulation": simulation and dataclasses.asdict(simulation)}
+            content |= {"measurement": measured and dataclasses.asdict(measured)}
             write_json(folder / "result.json", content)
             draw(folder, options.model, estimate)
         say(f"result: {options.output / 'result.json'}, plots/memory.png and .svg beside it")
@@ -95,14 +95,8 @@ def check(options: Options, config: HybridConfig, fit: Fit) -> None:
 
 
 def simulated(estimate: Estimate) -> Simulation:
-    from ..models.cost.simulate import simulate
-
-    fit = estimate.fit
     with progress("simulating the inference path", 1) as bar:
-        simulation = simulate(
-            estimate.config, fit.length, fit.batch, chunk=fit.chunk, weight_dtype=torch_dtype(fit.weight_dtype),
-            ssm_dtype=torch_dtype(fit.ssm_dtype), place=estimate.hardware.place,
-        )  # fmt: skip
+        simulation = estimate.simulate()
         bar.set(1)
     return simulation
 
@@ -133,8 +127,8 @@ def print_estimate(estimate: Estimate) -> None:
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
     rows = [
         (f"weights ({count_parameters(config):,} parameters)", gib(report.weights)),
-        (f"key-value cache ({len([k for k in config.pattern if k == '*'])} attention layers)", gib(report.kv)),
-        (f"SSM states ({len([k for k in config.pattern if k == 'M'])} Mamba layers)", gib(report.ssm)),
+        (f"key-value cache ({estimate.layers_with('token')})", gib(report.kv)),
+        (f"SSM states ({estimate.layers_with('ssm')})", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
         ("weights and caches together", gib(report.total)),
     ]
@@ -201,5 +195,5 @@ def draw(folder: Path, name: str, estimate: Estimate) -> None:
     from ..distill.report.plots import save_png, save_svg
 
     figure = memory_plot(name, estimate.config, estimate.memory, estimate.verdict.budget, estimate.hardware.name)
-    save_png(figure, folder, "memory")
-    save_svg(figure, folder, "memory")
+    for save in (save_png, save_svg):
+        save(figure, folder, "memory")

@@ -64,9 +64,7 @@ class Options:
             needs = f"rank={self.rank}" if self.rank != "memory" else "distill_top"
             raise InputError(f"scores is missing, which {needs} needs; give scores=FOLDER (limbeck score makes it)")
         if self.data is None and self.trains:
-            raise InputError(
-                "data is missing, which rank=loss and distill_top need; give data=FOLDER, a file, or stdlib"
-            )
+            raise InputError("data is missing, which rank=loss and distill_top need; give data=FOLDER, file, or stdlib")
         if self.distill_top and not self.distill.train.evaluate_every:
             raise InputError("distill.train.evaluate_every is 0; picks are made by the held-out KL, give at least 1")
 
@@ -85,8 +83,7 @@ def run(options: Options) -> None:
     inputs.setdefault("model", json.dumps(config.to_hf(), sort_keys=True))
     scores = None
     if options.scores is not None:
-        inputs["scores"] = options.scores
-        scores = load_scores(options.scores)
+        inputs["scores"], scores = options.scores, load_scores(options.scores)
         check_width_scores(config, scores.widths, f"scores={options.scores}")
     depths = find_depths(config, options.space, options.rules, scores.layers if scores else None)
     budget = options.budget.limit(options.hardware)
@@ -131,16 +128,14 @@ def with_loss(
     """Measures the first candidates by importance; a file in `folder` for each, so that a kill loses one at most."""
     assert options.data is not None
     source = model_folder(options.model)
-    how = options.distill
-    rows: dict[str, Any] = {"seq_len": how.seq_len, "batch": how.batch, "seed": options.seed}
+    rows = {"seq_len": options.distill.seq_len, "batch": options.distill.batch, "seed": options.seed}
     batches = sample(options.data, "train", source, tokens=options.loss_tokens, **rows)
     calibration, repair = [], options.repair.repair(with_data=True)
     if repair.needs_data:
         calibration = sample(options.data, "train", source, tokens=options.repair.tokens, **rows)
     first = ranked(candidates, "importance")[: options.measure or None]
     folder.mkdir(parents=True, exist_ok=True)
-    losses: dict[str, float] = {}
-    model = None
+    losses, model = dict[str, float](), None
     with progress("measuring losses", len(first)) as bar:
         for done, candidate in enumerate(first, 1):
             file = folder / f"{candidate.name}.json"
@@ -182,8 +177,8 @@ def draw(folder: Path, candidates: Sequence[Candidate], named: Sequence[str]) ->
 
     shown = tradeoff_of(candidates, named)
     figure = tradeoff(shown.points, shown.front, shown.named, title=shown.title, xlabel=f"memory ({shown.unit})")
-    save_svg(figure, folder, "search")
-    save_png(figure, folder, "search")
+    for save in (save_svg, save_png):
+        save(figure, folder, "search")
 
 
 def print_candidates(content: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from limbeck.benchmarks.distill import PARTS, Setting, compare, models, three_steps
-from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.benchmarks.live_bytes import LiveBytes
 from limbeck.models.cost.parameters import count_parameters
 
 pytest.importorskip("transformers")

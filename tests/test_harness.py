@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from limbeck.benchmarks.live_bytes import LiveBytes
 from limbeck.distill.gap import harness
 from limbeck.distill.gap import tasks as module
 from limbeck.distill.gap.harness import SHARE, HarnessModel, Headroom, first_row
@@ -19,7 +20,6 @@ from limbeck.distill.gap.tasks import Tasks, answer_tasks, plan_tasks
 from limbeck.distill.report.gap_tables import task_table
 from limbeck.models.checkpoint import load_model
 from limbeck.models.cost.hardware import Place
-from limbeck.models.cost.live_bytes import LiveBytes
 from limbeck.models.errors import InputError
 from limbeck.models.generate.decode import Decoder
 from limbeck.models.tokenizer import load_tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from limbeck.models.cost.live_bytes import LiveBytes
+from limbeck.benchmarks.live_bytes import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 

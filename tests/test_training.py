@@ -18,6 +18,7 @@ from limbeck.distill.muon import Muon, orthogonalize
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import TrainedWeight
 from limbeck.distill.trainer import make_optimizers, train
+from limbeck.models.axes import Factor, Role, TensorSpec
 from limbeck.models.errors import InputError
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
@@ -107,7 +108,9 @@ def test_every_weight_is_in_one_group_and_the_teacher_in_none() -> None:
 def test_muon_is_torch_s_without_its_bfloat16(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    one = Muon([TrainedWeight("matrix", shape, ours, ours)], 0.02, weight_decay=0.1)
+    dimensions = tuple(((Factor(None, size),),) for size in shape)
+    weight = TrainedWeight(TensorSpec("matrix", dimensions, Role.MATRIX), ours, ours)
+    one = Muon([weight], 0.02, weight_decay=0.1)
     other = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         ours.grad = torch.randn(shape)

@@ -76,7 +76,8 @@ class Headroom:
         """Of scoring a row: the highest moment of the layers, or of the head after them, with a chunk's logits in
         float32 and (on a CPU) up to three tensors of a piece of them."""
         layers = memory(self.config, tokens + 1, 1, chunk=tokens, weight_dtype=self.dtype, place=self.place).activations
-        if self.place.device == "cpu" and "*" in self.config.pattern:
+        per_token = any(kind.state_bytes(self.config, 1, 1, 1).token for kind in self.config.kinds)
+        if self.place.device == "cpu" and per_token:  # a layer that looks back at every token makes a mask of pairs
             layers += PAIR_BYTES * tokens**2
         hidden = 2 * tokens * self.config.hidden_size * self.dtype.itemsize
         head = 4 * min(self.chunk, tokens) * self.config.vocab_size + 12 * max(CACHED, self.config.vocab_size)

@@ -15,8 +15,8 @@ from yaml import YAMLError
 
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
+from ...models.kinds import KINDS
 from .gap_rows import estimates, pair_rows, probe_rows, task_rows, titles
-from .words import layer_counts
 
 Table = tuple[list[str], list[list[str]]]  # columns, rows
 TERMS = re.compile(r"(licen[cs]e|notice|copying)([-._].*)?", re.IGNORECASE)
@@ -84,7 +84,7 @@ def write_card(
     )  # fmt: skip
     tags = ["limbeck", "pruned", config.family]
     head = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence.keys)
-    kinds = layer_counts(config.pattern)
+    kinds = {kind.name: count for kind in KINDS.values() if (count := len(config.layers_of(kind)))}
     text = environment.get_template("card.md.jinja").render(
         head=head.to_yaml(), config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
         parameters=f"{count_parameters(config):,}", kinds=list(kinds),

@@ -11,10 +11,12 @@ import jinja2
 import numpy as np
 from safetensors.numpy import load_file
 
+from ...models.axes import AXES
+from ...models.kinds import kinds_of
 from . import plots
 from .gap_sections import cards, gap_sections
 from .page import Cell, Section, Table, drawn, size
-from .words import AXES, DEPTH_METRICS, INNER, layer_name, removal_steps
+from .words import DEPTH_METRICS, removal_steps
 
 
 def write_page(
@@ -81,16 +83,16 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     if turned:
         del units["hidden"]
     pictures = []
-    for kind, title in AXES.items():
+    for kind, row in AXES.items():
         names = [name for name in units if name.partition("(")[0] == kind]
         labels = {name: f"layer {name.partition('(')[2][:-1]}" if len(names) < 9 else name.partition("(")[2][:-1]
                   for name in names}  # fmt: skip
         if names:
             above = {"" if kind == "hidden" else labels[name]: units[name] for name in names}
             stays = {"" if kind == "hidden" else labels[name]: kept[name] for name in names if name in kept}
-            figure = plots.importance(title, above, stays)
+            figure = plots.importance(row.title[:1].upper() + row.title[1:], above, stays)
             name = f"importance-{kind.replace('_', '-')}"
-            pictures.append(drawn(folder, figure, name, f"Sorted importance of {title.lower()}", wide=True))
+            pictures.append(drawn(folder, figure, name, f"Sorted importance of {row.title}", wide=True))
     note = f"Sorted within each layer, relative to its largest{'' if selection is None else '; pale: removed'}. "
     note += turned or "Channels are summed over the norms of the layers kept."
     yield Section("Importance of units", note, pictures)
@@ -107,7 +109,7 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     if values:
         rows = []
         for step, (layers, value) in enumerate(removal_steps(order, values), 1):
-            kinds = ", ".join(f"{layer} ({layer_name(content['pattern'], layer)})" for layer in layers)
+            kinds = ", ".join(f"{layer} ({kinds_of(content['pattern'])[layer].name})" for layer in layers)
             state = [] if selection is None else [Cell("removed" if set(layers) <= set(removed) else "kept")]
             rows.append((str(step), [Cell(kinds), Cell(f"{value:.4g}"), *state]))
         layer = "layer" if len(order) == len(values) else "layers"
@@ -168,6 +170,7 @@ def unit_scores(folder: Path, pattern: str, selection: Mapping[str, Any] | None)
     within them (Mamba heads) over those of them that stay; and these, where any was cut, over the units."""
     tensors = load_file(folder / "scores.safetensors")
     kept = {} if selection is None else selection["kept"]
+    within = {row.within: row.name for row in AXES.values() if row.within is not None}
     scores: dict[str, np.ndarray] = {}
     for name in sorted(tensors, key=lambda name: int(name.partition(".")[2] or -1)):
         values = tensors[name]
@@ -176,8 +179,8 @@ def unit_scores(folder: Path, pattern: str, selection: Mapping[str, Any] | None)
         if kind == "hidden":
             stay = range(len(pattern)) if selection is None else selection["layers"]
             values = values[[*stay, len(pattern)]].sum(0)
-        elif kind in INNER:
-            inner = f"{INNER[kind]}({layer})"
+        elif kind in within:
+            inner = f"{within[kind]}({layer})"
             columns = kept.get(inner)
             if columns is not None:
                 scores[inner] = np.linalg.norm(values, axis=0)

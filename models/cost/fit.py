@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ from .hardware import GIB, Hardware, Reserve
 from .inference import Change, MemoryReport, Verdict, changes, memory, verdict
 from .speed import Throughput, throughput
 from .vllm import flags
+
+if TYPE_CHECKING:
+    from .simulate import Simulation
 
 KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
 LONGEST = 131072  # tokens of a context that nobody has chosen
@@ -107,6 +111,21 @@ class Estimate:
             dtype=self.fit.weight_dtype,
             mamba=self.memory.ssm > 0,
         )
+
+    def layers_with(self, state: str) -> str:
+        """How many layers of which kinds keep this of a sequence: "token", "ssm" or "conv" (see `StateBytes`)."""
+        kinds = [kind.name for kind in self.config.kinds if getattr(kind.state_bytes(self.config, 1, 1, 1), state)]
+        return ", ".join(f"{count} {name} layers" for name, count in Counter(kinds).items()) or "no layers"
+
+    def simulate(self) -> Simulation:
+        """The inference path run without memory."""
+        from .simulate import simulate
+
+        fit = self.fit
+        return simulate(
+            self.config, fit.length, fit.batch, chunk=fit.chunk, weight_dtype=torch_dtype(fit.weight_dtype),
+            ssm_dtype=torch_dtype(fit.ssm_dtype), place=self.hardware.place,
+        )  # fmt: skip
 
     def throughput(self) -> Throughput | None:
         """Tokens a second, estimated: a third of the context read and two thirds written, as of the published 8k and

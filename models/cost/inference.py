@@ -16,12 +16,10 @@ import torch
 
 from ..config import HybridConfig
 from ..layer import StateBytes
-from .hardware import GIB, Hardware, Place, check_load, libraries
-from .parameters import count_parameters, num_tensors
+from .hardware import Place, check_load, libraries
+from .parameters import count_parameters
 from .trace import transient
 from .vllm import VllmReport, allocate
-
-__all__ = ["GIB", "Hardware", "count_parameters", "memory", "num_tensors", "verdict"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,20 +82,20 @@ def measure(
         with capped(head.device, cap):
             torch.cuda.reset_peak_memory_stats(head.device)
             others = torch.cuda.memory_allocated(head.device) - weights
-            seconds = run(model, context, batch, chunk, steps, ssm_dtype)
+            seconds = phase_seconds(model, context, batch, chunk, steps, ssm_dtype)
             peak = torch.cuda.max_memory_allocated(head.device) - max(others, 0)
             reserved = torch.cuda.max_memory_reserved(head.device)
     else:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells standard error when it starts and stops
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            seconds = run(model, context, batch, chunk, steps, ssm_dtype)
+            seconds = phase_seconds(model, context, batch, chunk, steps, ssm_dtype)
         peak = reserved = weights + highest(profiler)
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else "cpu"
     return Measured(peak, reserved, name, seconds[0], seconds[1] / max(steps, 1))
 
 
 @torch.inference_mode()
-def run(
+def phase_seconds(
     model: HybridLM, context: int, batch: int, chunk: int, steps: int, ssm_dtype: torch.dtype
 ) -> tuple[float, float]:
     """The seconds of the prefill, and of all steps together."""

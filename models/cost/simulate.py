@@ -6,7 +6,7 @@ storage from the operator that makes it to the moment that Python lets go of it,
 does (512 bytes; its splitting of segments is not modelled), and adds what an operator takes while it runs.
 
 Chunks of a long prompt differ by their past alone, on which every allocation depends monotonically: the first, the
-last two whole ones and the rest behind them are run, those between are skipped.
+last two whole ones and the rest after them are run, those between are skipped.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def simulate(
         ids = torch.empty(batch, max(context - 1, 1), dtype=torch.int64, device=place.device)
         prompt = tracker.now - weights - caches
         tracker.begin()
-        walk(model, ids, cache, chunk, tracker, decodes=context > 1)
+        pass_through(model, ids, cache, chunk, tracker, decodes=context > 1)
         peak = tracker.peak
         del model, cache, ids
     letter = "" if peak.layer is None else config.pattern[peak.layer]
@@ -99,7 +99,7 @@ def simulate(
     )
 
 
-def walk(model: HybridLM, ids: Tensor, cache: Cache, chunk: int, tracker: Tracker, decodes: bool) -> None:
+def pass_through(model: HybridLM, ids: Tensor, cache: Cache, chunk: int, tracker: Tracker, decodes: bool) -> None:
     """Prefill of ids [B, T], and one decoding step where the cache has room for it."""
     skipped = max(ids.shape[1] // chunk - 3, 0) * chunk  # between the first chunk and the last two
     rest = ids

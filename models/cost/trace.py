@@ -80,16 +80,19 @@ def transient(
     moments.append(head.peak)
     if context == 1:
         return Transient(max(moments), 0, 0)
-    more = sum((config.pattern.count(kind) - few.pattern.count(kind)) * size for kind, size in step_bytes(traced))
-    decode = decode_peaks(traced).at(context - 1) + more - 2 * head.logits
-    return Transient(max(moments), decode, 2 * head.logits)
+    steps = decode_peaks(traced)
+    highest = steps.at(context - 1)
+    more = sum((config.pattern.count(kind) - few.pattern.count(kind)) * size for kind, size in steps.left)
+    return Transient(max(moments), highest + more - 2 * head.logits, 2 * head.logits)
 
 
 class Moment(NamedTuple):
-    """Bytes at the highest moment of a run, and whether an operator's workspace is in them that grows unevenly."""
+    """Bytes at the highest moment of a run, whether an operator's workspace is in them that grows unevenly, and what is
+    left of a layer of each kind after it: (kind, bytes)."""
 
     bytes: int
     uneven: bool
+    left: tuple[tuple[str, int], ...] = ()
 
 
 class Growth:
@@ -106,6 +109,11 @@ class Growth:
             line = self.between(past)
             self.known[past] = self.run(past) if line is None else Moment(line, False)
         return self.known[past].bytes
+
+    @property
+    def left(self) -> tuple[tuple[str, int], ...]:
+        """What is left of layers, however many tokens there were."""
+        return next(iter(self.known.values())).left
 
     def between(self, past: int) -> int | None:
         below, above = (sorted(p for p in self.known if (p < past) == less) for less in (True, False))
@@ -146,14 +154,14 @@ def session(config: HybridConfig, weight_bytes: int, place: Place) -> tuple[Fake
 def chunk_peaks(traced: Traced, tokens: int) -> Growth:
     """Bytes at the highest moment of a chunk of the prompt, by the tokens before it."""
 
-    def run(past: int) -> Moment:
+    def moment(past: int) -> Moment:
         with running(traced) as (model, tracker):
             cache, ids = traced.cache(past + tokens, past), traced.empty(tokens, dtype=torch.int64)
             before = tracker.begin()
             model.hidden_states(ids, cache=cache)
             return Moment(tracker.peak.bytes - before, tracker.uneven)
 
-    return Growth(run)
+    return Growth(moment)
 
 
 class Head(NamedTuple):
@@ -178,23 +186,17 @@ def run_head(traced: Traced, tokens: int) -> Head:
 
 @functools.lru_cache(maxsize=4096)
 def decode_peaks(traced: Traced) -> Growth:
-    """Bytes at the highest moment of a decoding step, the logits before it included, by the tokens before it."""
-    return Growth(lambda past: run_decode(traced, past)[0])
+    """Bytes at the highest moment of a decoding step, the logits before it included, by the tokens before it; what is
+    left is there for further steps."""
 
+    def moment(past: int) -> Moment:
+        with running(traced) as (model, tracker):
+            cache = traced.cache(past + 1, past)
+            before = tracker.begin()
+            logits = traced.empty(traced.config.vocab_size)
+            kept = decode(model, logits.argmax(-1), cache)
+            left = {traced.config.pattern[layer]: size for layer, size in sorted(tracker.left().items())}
+            del kept
+            return Moment(tracker.peak.bytes - before, tracker.uneven, tuple(left.items()))
 
-@functools.lru_cache(maxsize=4096)
-def step_bytes(traced: Traced) -> tuple[tuple[str, int], ...]:
-    """Bytes that are kept of a layer of each kind for further steps: (kind, bytes)."""
-    return run_decode(traced, 1)[1]
-
-
-@functools.lru_cache(maxsize=4096)
-def run_decode(traced: Traced, past: int) -> tuple[Moment, tuple[tuple[str, int], ...]]:
-    with running(traced) as (model, tracker):
-        cache = traced.cache(past + 1, past)
-        before = tracker.begin()
-        logits = traced.empty(traced.config.vocab_size)
-        kept = decode(model, logits.argmax(-1), cache)
-        left = {traced.config.pattern[layer]: size for layer, size in sorted(tracker.left().items())}
-        del kept
-        return Moment(tracker.peak.bytes - before, tracker.uneven), tuple(left.items())
+    return Growth(moment)

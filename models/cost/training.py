@@ -20,6 +20,7 @@ import torch
 from ..axes import tensor_table
 from ..config import HybridConfig
 from ..errors import InputError
+from .inference import largest
 from .parameters import count_parameters, kind_sizes
 from .trace_step import StepLoad, forward_peak, step_trace
 
@@ -252,66 +253,62 @@ class Knob:
 def knobs(student: HybridConfig, teacher: HybridConfig | None, training: Training, budget: float) -> list[Knob]:
     """What to turn so that a step fits `budget` bytes, cheapest first; what changes nothing is left out."""
 
-    def held(how: Training) -> int:
-        return train_memory(student, teacher, how).total
+    def over(how: Training) -> float:
+        return train_memory(student, teacher, how).total - budget
 
-    def fits(how: Training) -> bool:
-        return held(how) <= budget
-
-    found, above = [], training
+    answers, above = [], training
     for turn in TURNS:
-        alone, name = turn(training, fits)
-        enough = fits(above)
-        before, (above, name) = above, (above, name) if enough else turn(above, fits)
+        alone, name = turn(training, over)
+        enough = over(above) <= 0
+        before, (above, name) = above, (above, name) if enough else turn(above, over)
         if alone != training or above != before:
-            together = None if enough else held(above)
-            found.append(Knob(name, held(training) - held(alone), fits(alone), together, fits(above)))
-    return found
+            together = None if enough else int(over(above) + budget)
+            saves = int(over(training) - over(alone))
+            answers.append(Knob(name, saves, over(alone) <= 0, together, over(above) <= 0))
+    return answers
 
 
 Turned = tuple[Training, str]
-Fits = Callable[[Training], bool]
+Over = Callable[[Training], float]  # bytes beyond the budget
 
 
-def checkpoint_blocks(how: Training, fits: Fits) -> Turned:
+def checkpoint_blocks(how: Training, over: Over) -> Turned:
     return dataclasses.replace(how, checkpointing=True), "activation checkpointing"
 
 
-def single_rows(how: Training, fits: Fits) -> Turned:
+def single_rows(how: Training, over: Over) -> Turned:
     return dataclasses.replace(how, micro_batch=1), "micro_batch 1"
 
 
-def half_width(how: Training, fits: Fits) -> Turned:
+def half_width(how: Training, over: Over) -> Turned:
     narrow = {name: min(getattr(how, name), torch.bfloat16, key=lambda dtype: dtype.itemsize) for name in DTYPES}
     return dataclasses.replace(how, **narrow), "bfloat16 weights, of the teacher too"
 
 
-def cache_teacher(how: Training, fits: Fits) -> Turned:
+def cache_teacher(how: Training, over: Over) -> Turned:
     return dataclasses.replace(how, teacher="cached" if how.teacher == "online" else how.teacher), "cached teacher"
 
 
-def more_processes(how: Training, fits: Fits) -> Turned:
+def more_processes(how: Training, over: Over) -> Turned:
     """The least number that fits, of those that share the batch evenly; none other helps."""
     for count in range(how.processes, MOST_PROCESSES + 1):
         if how.batch is None or how.batch % count == 0:
             rows = how.micro_batch if how.batch is None else min(how.micro_batch, how.batch // count)
             more = dataclasses.replace(how, processes=count, micro_batch=rows)
-            if fits(more):
+            if over(more) <= 0:
                 return more, f"{count:,} GPUs"
     return how, f"more than {MOST_PROCESSES:,} GPUs"
 
 
-def offload_teacher(how: Training, fits: Fits) -> Turned:
+def offload_teacher(how: Training, over: Over) -> Turned:
     return dataclasses.replace(how, teacher_offload=how.teacher_offload or how.teacher == "online"), "teacher offload"
 
 
-def shorter_rows(how: Training, fits: Fits) -> Turned:
+def shorter_rows(how: Training, over: Over) -> Turned:
     """The longest row that fits, of a multiple of 256 tokens; 256 if none does."""
-    low, high = 1, max(1, how.seq_len // 256)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(dataclasses.replace(how, seq_len=256 * middle)) else (low, middle - 1)
-    length = min(how.seq_len, 256 * low)
+    most = max(1, how.seq_len // 256)
+    count = largest(lambda count: over(dataclasses.replace(how, seq_len=256 * count)), 0, most, most)
+    length = min(how.seq_len, 256 * max(count, 1))
     return dataclasses.replace(how, seq_len=length), f"seq_len {length:,}"
 
 

@@ -232,7 +232,8 @@ class Engine:
     def read(self, sequence: Running) -> list[Event]:
         row, prompt = len(self.running), sequence.request.prompt
         chunk = torch.tensor([prompt[sequence.read : sequence.read + self.prefill_chunk]], device=self.device)
-        hidden = self.model.hidden_states(chunk, cache=self.cache.rows(row, 1))
+        embedded = self.model.embeddings(chunk)
+        hidden = self.model.hidden_states(chunk, cache=self.cache.rows(row, 1), embedded=embedded)
         sequence.read += chunk.shape[1]
         self.cache.lengths[row] = sequence.read
         if sequence.read < len(prompt):

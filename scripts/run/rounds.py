@@ -23,7 +23,7 @@ from ...prune.scoring import Importance
 from ...prune.target import Target
 from .compose import build
 from .resolve import corpus
-from .show import gib, say, table
+from .show import gib, progress, say, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +110,16 @@ def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:
 
 def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, fit: Fit) -> None:
     """Prints what the rounds come to: sizes, bytes, tokens, and whether that fits the card. Writes nothing."""
-    names, columns, patterns = ["model"], [column([config], hardware, fit, "-")], {in_kinds(config)}
+    names, patterns = ["model", *(one.name or "student" for one in rounds)], {in_kinds(config)}
     steps = plan_cuts(config, [one.cut for one in rounds])
-    for one, step in zip(rounds, steps, strict=True):
-        patterns = leftovers(step, patterns)
-        outcomes = [step.left(pattern) for pattern in sorted(patterns)]
-        names.append(one.name or "student")
-        columns.append(column(outcomes, hardware, fit, f"{one.distill.tokens:,}"))
+    with progress("estimating the memory", len(names)) as bar:
+        columns = [column([config], hardware, fit, "-")]
+        for one, step in zip(rounds, steps, strict=True):
+            bar.set(len(columns))
+            patterns = leftovers(step, patterns)
+            outcomes = [step.left(pattern) for pattern in sorted(patterns)]
+            columns.append(column(outcomes, hardware, fit, f"{one.distill.tokens:,}"))
+        bar.set(len(columns))
     budget = gib(fit.budget(hardware))
     title = f"Dry run: {fit.of(config).length:,} tokens x {fit.batch} within {budget} of {hardware.name}"
     table(title, ["", *names], [(row, *(values[row] for values in columns)) for row in columns[0]])
