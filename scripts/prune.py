@@ -58,16 +58,15 @@ class Options:
 
 
 def run(options: Options) -> None:
-    source = model_folder(options.model)
-    prune(source, options)
-    print_sizes(load_config(source), load_config(options.output))
+    prune(options)
+    print_sizes(load_config(model_folder(options.model)), load_config(options.output))
     result(options.output, {"model": str(options.output), "parameters": count_parameters(load_config(options.output))})
 
 
-def prune(source: Path, options: Options) -> None:
+def prune(options: Options) -> None:
     """The stage: the checkpoint, and selection.json, which says what was kept. Finished shards of an interrupted run
     are not made again."""
-    scores = load_scores(options.scores)
+    scores, source = load_scores(options.scores), model_folder(options.model)
     repair = options.repair.repair(with_data=options.data is not None)
     inputs: dict[str, Path | str] = {"model": source, "scores": options.scores}
     chosen: dict[str, Any] = {"target": options.target, "repair": plain(repair)}

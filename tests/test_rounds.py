@@ -77,7 +77,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def stopping_at(step: int) -> Callable[..., Any]:
-    """The trainer, interrupted behind its `step`th step of all calls."""
+    """The trainer, interrupted after its `step`th step of all calls."""
     real, seen = distill.train, 0
 
     def train(*arguments: Any, on_step: Callable[[dict[str, Any]], None], **options: Any) -> int:
@@ -258,8 +258,8 @@ def test_as_many_layers_are_put_in_order_as_the_target_removes(target: dict[str,
     (found,) = build(Options, compose_config("compress", ["model=x", "dry_run=true", *words])).plan()
     assert found.importance.remove_layers is None and found.scored(tiny_config()).remove_layers == removed
     assert found.importance.settled(tiny_config()).remove_layers == 1
-    asked = dataclasses.replace(found, importance=dataclasses.replace(found.importance, remove_layers=3))
-    assert asked.scored(tiny_config()).remove_layers == 3
+    requested = dataclasses.replace(found, importance=dataclasses.replace(found.importance, remove_layers=3))
+    assert requested.scored(tiny_config()).remove_layers == 3
 
 
 def test_compress_asks_for_a_size(workshop: Path, tmp_path: Path) -> None:

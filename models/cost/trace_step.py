@@ -180,12 +180,12 @@ def loss_of(
     model: HybridLM, ids: Tensor, seq_idx: Tensor | None, teacher_head: Tensor | None, load: StepLoad, marks: Marks
 ) -> Tensor:
     """As `distill.losses` has it; the teacher's answer is there before the student runs."""
-    labels, options = ids.flatten(), {"normalizer": 1.0}
+    labels, options = ids.flatten(), dict[str, Any](normalizer=1.0)
     if teacher_head is not None:
         target = torch.empty(labels.numel(), load.teacher_hidden, dtype=load.teacher_dtype)
     elif load.teacher == "cached":
-        tops = [torch.zeros(labels.numel(), TOP_K, dtype=dtype) for dtype in (torch.int64, torch.float32)]
-        top = TopK(*tops, torch.zeros(labels.numel()))
+        numbers, log_probs = (torch.zeros(labels.numel(), TOP_K, dtype=dtype) for dtype in (torch.int64, torch.float32))
+        top = TopK(numbers, log_probs, torch.zeros(labels.numel()))
     marks.begin()
     hidden = model.hidden_states(ids, seq_idx=seq_idx)
     marks.end(hidden)
