@@ -6,7 +6,7 @@ Shapes: [B, T] batch and tokens, [V] vocabulary. Parameters are named as in `axe
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -148,12 +148,12 @@ class HybridLM(nn.Module):
         return self.run_layers(hidden, start, stop, Context(seq_idx=seq_idx, observe=observe))
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, context: Context) -> Tensor:
-        tokens, blocks = hidden.shape[1], [self.layers[layer] for layer in range(start, stop)]
-        for share in dict.fromkeys(block.kind.share for block in blocks):  # type: ignore[union-attr]
+        tokens, blocks = hidden.shape[1], cast("list[Block]", [self.layers[layer] for layer in range(start, stop)])
+        for share in dict.fromkeys(block.kind.share for block in blocks):
             if share is not None:
                 context.shared[share] = share(self.config, context, tokens, hidden.device, hidden.dtype)
         for block in blocks:
-            context.note("residual", block.layer, hidden)  # type: ignore[arg-type]
+            context.note("residual", block.layer, hidden)
             hidden = hidden + block(hidden, context)
         return hidden
 

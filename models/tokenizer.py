@@ -166,11 +166,11 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
         )
     ids = {path: special_ids(path, config.vocab_size) for path, config in configs.items()}
     for name in SPECIAL:
-        stated = [ids[path].get(name) for path in (teacher, student)]
-        if None not in stated and stated[0] != stated[1]:
+        taught, learned = (ids[path].get(name) for path in (teacher, student))
+        if taught is not None and learned is not None and taught != learned:
             raise InputError(
-                f"teacher and student must share special tokens: {name} is {listed(stated[0])} in"
-                f" {teacher / 'config.json'} and {listed(stated[1])} in {student / 'config.json'}; set both alike"
+                f"teacher and student must share special tokens: {name} is {listed(taught)} in"
+                f" {teacher / 'config.json'} and {listed(learned)} in {student / 'config.json'}; set both alike"
             )
     tokenizer = load_tokenizer(student)
     check_vocabulary(tokenizer, configs[student])

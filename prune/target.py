@@ -54,7 +54,7 @@ class ByWidth:
         fields = [(name, kind, None) for name, kind in cls.option_types().items()]
         options = dataclasses.make_dataclass(cls.__name__, fields)
 
-        def built(read: Any) -> Self:
+        def built(read: Any) -> ByWidth:
             return cls(**{name: value for name, value in vars(read).items() if value is not None})
 
         return core_schema.no_info_after_validator_function(built, handler.generate_schema(options))

@@ -56,8 +56,9 @@ def run(options: Options) -> None:
     def write_finished() -> None:
         for plan in list(waiting):
             figures = {name: [load_cell(options.output, cell) for cell in row] for name, row in plan.cells.items()}
-            if all(None not in row for row in figures.values()):
-                write_tables(plan, options.output / CELLS, options.seeds, options.also, figures)
+            complete = {name: [cell for cell in row if cell is not None] for name, row in figures.items()}
+            if all(len(complete[name]) == len(row) for name, row in figures.items()):
+                write_tables(plan, options.output / CELLS, options.seeds, options.also, complete)
                 waiting.remove(plan)
 
     try:

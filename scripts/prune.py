@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import Tensor
 
-from ..models.axes import tensor_table
+from ..models.axes import AXES, tensor_table
 from ..models.checkpoint import (
     SHARD_BYTES,
     finished_shards,
@@ -36,15 +36,6 @@ from .run.resolve import data_input, model_folder, sample
 from .run.show import counted, progress, result, table
 from .run.stage import stage
 
-WIDTHS = (
-    ("layers", "num_layers"),
-    ("hidden", "hidden_size"),
-    ("FFN", "intermediate_size"),
-    ("attention heads", "num_attention_heads"),
-    ("Mamba heads", "mamba_num_heads"),
-    ("Mamba head_dim", "mamba_head_dim"),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -67,16 +58,15 @@ class Options:
 
 
 def run(options: Options) -> None:
-    source = model_folder(options.model)
-    prune(source, options)
-    print_sizes(load_config(source), load_config(options.output))
+    prune(options)
+    print_sizes(load_config(model_folder(options.model)), load_config(options.output))
     result(options.output, {"model": str(options.output), "parameters": count_parameters(load_config(options.output))})
 
 
-def prune(source: Path, options: Options) -> None:
+def prune(options: Options) -> None:
     """The stage: the checkpoint, and selection.json, which says what was kept. Finished shards of an interrupted run
     are not made again."""
-    scores = load_scores(options.scores)
+    scores, source = load_scores(options.scores), model_folder(options.model)
     repair = options.repair.repair(with_data=options.data is not None)
     inputs: dict[str, Path | str] = {"model": source, "scores": options.scores}
     chosen: dict[str, Any] = {"target": options.target, "repair": plain(repair)}
@@ -134,7 +124,8 @@ def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
 
 
 def print_sizes(before: HybridConfig, after: HybridConfig) -> None:
-    rows = [(name, getattr(before, field), getattr(after, field)) for name, field in WIDTHS if getattr(before, field)]
+    widths = [("layers", "num_layers"), *((row.title, row.width) for row in AXES.values())]
+    rows = [(n, getattr(before, f), getattr(after, f)) for n, f in widths if getattr(before, f, 0)]
     counts = count_parameters(before), count_parameters(after)
     rows += [("parameters", f"{counts[0]:,}", f"{counts[1]:,} ({counts[1] / counts[0]:.1%})")]
     table(f"Pruned to {after.pattern}", ("", "before", "after"), rows)

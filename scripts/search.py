@@ -157,7 +157,6 @@ def distil(folder: Path, options: Options, candidates: Sequence[Candidate]) -> l
         pruned, student = folder / "work" / candidate.name, folder / "students" / candidate.name
         say(f"distilling {candidate.name}")
         prune.prune(
-            model_folder(options.model),
             prune.Options(
                 options.model, options.scores, pruned, candidate.target, options.repair, options.data,
                 options.distill.seq_len, options.distill.batch, options.seed, options.device, options.dtype,

@@ -1,6 +1,6 @@
 """The figures that must not move while code does: computed here, recorded in tests/golden/, held by test_golden.
 
-`python -m limbeck.tests.golden_figures FOLDER` writes configs.json, zoo.json and commands.json anew. Everything that
+`python -m limbeck.tests.golden_figures FOLDER` writes configs.json and zoo.json anew. Everything that
 knows where a thing is in the package stands in the first lines; the rest goes through the command line, files and what
 is named there. The text is made here, number by number, so that no version of Python or of a data set decides it.
 """
@@ -36,7 +36,6 @@ from limbeck.models.families.family import stored_tensors
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.scripts.run.main import main
 from limbeck.scripts.run.resolve import ZOO, model_config
-from limbeck.tests.hops import hops
 from safetensors import safe_open
 from torch import Tensor
 
@@ -50,7 +49,7 @@ TRANSIENT_TOLERANCE = 1e-3
 BLOCKS = 8 * 512  # bytes of a few blocks of a GPU's allocator: of a tiny model one of them is per cents
 # What depends on the order in which a processor sums up.
 SCORE_TOLERANCE, FIGURE_TOLERANCE = 1e-4, 1e-3
-SURE = 0.01  # nats between the two likeliest tokens from which on every processor takes the same one
+SURE = 0.01  # nats between the two most probable tokens from which on every processor takes the same one
 
 EXACT = ("weights", "kv", "ssm", "conv", "prompt")
 PASSING = ("activations", "decode", "logits", "workspace", "peak")
@@ -96,7 +95,7 @@ SIMULATIONS: dict[str, dict[str, Any]] = {
 
 
 def main_of_recording(folder: Path) -> None:
-    """Writes the three files."""
+    """Writes both files."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place, settled():
         os.environ["LIMBECK_CACHE"] = str(Path(place) / "cache")
@@ -107,7 +106,6 @@ def main_of_recording(folder: Path) -> None:
             for row in rows:
                 row["sure"] = sure_characters(chain, name, row["prompt"], row["text"])
         write(folder / "zoo.json", {"machine": machine(), "tolerance": tolerances()} | found)
-        write(folder / "commands.json", {"commands": command_figures(chain)})
 
 
 def tolerances() -> dict[str, Any]:
@@ -498,7 +496,7 @@ def answers(chain: Chain, name: str) -> list[dict[str, Any]]:
 @torch.no_grad()
 def sure_characters(chain: Chain, name: str, prompt: str, text: str) -> int:
     """How much of a greedy text every processor has to write alike: the characters before the first token where the two
-    likeliest are less than `SURE` apart. For the recording alone."""
+    most probable are less than `SURE` apart. For the recording alone."""
     folder = ZOO if name == "zoo" else chain.model(name)
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
     ids, sure = [tokenizer.bos_token_id, *tokenizer.encode(prompt)], ""
@@ -511,41 +509,6 @@ def sure_characters(chain: Chain, name: str, prompt: str, text: str) -> int:
     return next(
         (n for n, pair in enumerate(zip(sure, text, strict=False)) if pair[0] != pair[1]), min(len(sure), len(text))
     )
-
-
-# How far it is from a command to the first tensor operation
-
-
-def commands(chain: Chain, number: int) -> dict[str, list[str]]:
-    """The five commands with tiny settings, the outputs apart by a number."""
-    data, out = f"data={chain.text}", lambda name: f"output={chain.root / f'{name}-{number}'}"
-    return {
-        "prune": ["prune", "model=zoo", f"scores={chain.scores('activation')}", out("prune"), *TARGETS[CUT]],
-        "score": [
-            "score", "model=zoo", data, out("score"), "seq_len=64", "batch=2", "device=cpu",
-            "importance.tokens=128", "importance.depth_tokens=64",
-        ],
-        "generate": ["generate", "prompt=def mean(values):", "max_new_tokens=2", "device=cpu"],
-        "evaluate": [
-            "evaluate", "teacher=zoo", f"+student.pruned={chain.model(CUT)}", data, out("evaluate"), "device=cpu",
-            "split=all", "tokens=128", "seq_len=64", "batch=1", "details.prompts=0", "details.worst=0",
-            "details.resamples=2",
-        ],
-        "distill": [
-            "distill", "teacher=zoo", f"student={chain.model(CUT)}", data, out("distill"), "device=cpu", "wandb=off",
-            "distill.train.steps=1", "distill.train.warmup_steps=0", "distill.seq_len=32", "distill.batch=1",
-            "distill.evaluate_tokens=32",
-        ],
-    }  # fmt: skip
-
-
-def command_figures(chain: Chain, number: int = 0) -> dict[str, Any]:
-    """Of each command the files on the stack and those entered before, see `hops`."""
-    found = {}
-    for name, argv in commands(chain, number).items():
-        stack, entered = hops(argv)
-        found[name] = {"on_the_stack": len(stack), "entered_before": len(entered), "stack": stack, "entered": entered}
-    return found
 
 
 def near(found: float, golden: float, relative: float, size: float | None = None) -> bool:

@@ -63,20 +63,20 @@ def test_layers_go_in_their_order() -> None:
 def test_widths_for_a_share_of_the_parameters(name: str, share: float) -> None:
     config = model_config(name)
     found = with_widths(config, config.pattern, Target(parameters=share))
-    asked = {key: getattr(found, key) or getattr(config, key) for key in ("hidden_size", "intermediate_size")}
-    smaller = config.replace(**asked)
+    requested = {key: getattr(found, key) or getattr(config, key) for key in ("hidden_size", "intermediate_size")}
+    smaller = config.replace(**requested)
     smaller.to_hf()
     least = 0.87 if name == "smollm2-135m" else 0.98  # llama's hidden is a multiple of its 9 heads
     assert least * share <= count_parameters(smaller) / count_parameters(config) <= share
-    assert found == Target(**{k: v for k, v in asked.items() if v != getattr(config, k)})
+    assert found == Target(**{k: v for k, v in requested.items() if v != getattr(config, k)})
 
 
 def test_the_published_widths_follow_from_the_published_number_of_parameters() -> None:
     config, student = (model_config(f"nemotron-nano-{size}-v2") for size in ("12b", "9b"))
     pattern = "".join(config.pattern[layer] for layer in range(62) if layer not in (7, 8, 17, 18, 48, 52))
     assert pattern == student.pattern
-    for asked in ({}, {"hidden_size": 4480}, {"intermediate_size": 15680}):
-        found = with_widths(config, pattern, Target(parameters=8_888_227_328, **asked))
+    for requested in ({}, {"hidden_size": 4480}, {"intermediate_size": 15680}):
+        found = with_widths(config, pattern, Target(parameters=8_888_227_328, **requested))
         assert (found.hidden_size, found.intermediate_size) == (student.hidden_size, student.intermediate_size)
 
 
@@ -144,7 +144,7 @@ def test_query_heads_are_ranked_inside_their_group() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_every_selection_is_one_that_slices(seed: int) -> None:
-    """Random targets on random models: the config comes out with just the widths asked for."""
+    """Random targets on random models: the config comes out with just the widths requested."""
     config = random_config(seed)
     generator = torch.Generator().manual_seed(seed)
 

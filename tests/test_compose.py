@@ -292,7 +292,7 @@ def test_unfinished_work_is_found_again_if_it_is_of_the_same_facts(source: Path,
     assert not out.exists() and (partial / "work" / "steps").read_text() == "ss"
     with pytest.raises(KeyboardInterrupt):
         made(out, source, seed=1, scratch="work", fail=KeyboardInterrupt())  # type: ignore[arg-type]
-    assert (partial / "work" / "steps").read_text() == "s", "work of another seed went on"
+    assert (partial / "work" / "steps").read_text() == "s", "work of another seed was resumed"
     assert made(out, source, seed=1, scratch="work")
 
 

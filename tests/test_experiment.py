@@ -101,7 +101,7 @@ def test_a_set_of_experiments(tmp_path: Path) -> None:
     assert "Spearman" in text and "| loss as pruned |" in text
 
 
-def test_the_order_foretold() -> None:
+def test_the_order_predicted() -> None:
     def cell(kept: float, pruned: float, early: float, late: float) -> dict[str, Any]:
         curve = [{"tokens": 10, "kl": early}, {"tokens": 20, "kl": late}]
         return {"models": {"pruned": {"cross_entropy": {"value": pruned}}}, "importance_kept": kept, "curve": curve}

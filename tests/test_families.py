@@ -135,7 +135,7 @@ def test_cached_generation_is_the_full_forward(family: str, seed: int) -> None:
 
 @pytest.mark.parametrize(("family", "seed"), CASES[::3], ids=IDS[::3])
 def test_packed_documents_equal_separate_ones(family: str, seed: int) -> None:
-    """Positions begin anew with each document; after a cache, those of the first one go on."""
+    """Positions begin anew with each document; after a cache, those of the first one continue."""
     config = dense_config(seed, family)
     model = random_model(config, seed)
     ids = torch.randint(config.vocab_size, (2, 24))
@@ -153,7 +153,7 @@ def test_packed_documents_equal_separate_ones(family: str, seed: int) -> None:
         found = model(ids, seq_idx=seq_idx, cache=cache)
         for row, cuts in enumerate(lengths):
             first = torch.cat((before[row], ids[row, : cuts[0]]))[None]
-            assert_close("goes on", model(first)[:, 7:], found[row : row + 1, : cuts[0]], 1e-12)
+            assert_close("continues", model(first)[:, 7:], found[row : row + 1, : cuts[0]], 1e-12)
             assert_close("begins anew", alone[row][:, cuts[0] :], found[row : row + 1, cuts[0] :], 1e-12)
 
 

@@ -5,7 +5,6 @@ Recorded by `python -m limbeck.tests.golden_figures tests/golden`; what may diff
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +14,6 @@ from limbeck.tests import golden_figures as figures
 
 CONFIGS = figures.recorded("configs")["configs"]
 GOLDEN = figures.recorded("zoo")
-COMMANDS = figures.recorded("commands")["commands"]
-RUNS = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -132,12 +129,3 @@ def test_generated_texts(name: str, zoo: dict[str, Any], same_machine: bool) -> 
             assert (found["text"], found["finished"]) == (golden["text"], golden["finished"])
         else:
             assert found["text"][: golden["sure"]] == golden["text"][: golden["sure"]]
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_distance_to_the_first_tensor_operation(name: str, chain: figures.Chain) -> None:
-    """No command gets farther from its first tensor operation than it was."""
-    stack, entered = figures.hops(figures.commands(chain, next(RUNS))[name])
-    golden = COMMANDS[name]
-    assert 0 < len(stack) <= golden["on_the_stack"], stack
-    assert 0 < len(entered) <= golden["entered_before"], entered

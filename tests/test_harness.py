@@ -238,7 +238,7 @@ def test_rows_and_slots_follow_free_memory() -> None:
         assert headroom.slots(1024, 2**33) >= headroom.slots(65536, 2**33)
 
 
-def test_a_row_takes_what_is_foretold(exported: Path, asking: tuple) -> None:
+def test_a_row_takes_what_is_predicted(exported: Path, asking: tuple) -> None:
     """Bytes alive while a row is scored."""
     ours = HarnessModel(load_model(exported), load_tokenizer(exported))
     ids = (asking[0][-1][1] + asking[0][-1][2]) * 24

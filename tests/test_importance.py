@@ -135,7 +135,7 @@ def test_units_that_contribute_nothing_rank_last() -> None:
     assert neuron not in kept[Axis("ffn", 1)]
     assert head not in kept[Axis("mamba_heads", 2)]
     assert channel not in kept[Axis("mamba_head_dim", 2)]
-    # A unit that is busy but that nobody reads: only the weights behind it can tell.
+    # A unit that is busy but that nobody reads: only the weights after it can tell.
     read = score_widths(model, [batch], ActivationScores(times_output=True))
     assert read[Axis("attn_heads", 3)][query] == 0 < widths[Axis("attn_heads", 3)][query]
     assert query not in select(config, read, (), Target(num_attention_heads=2)).kept[Axis("attn_heads", 3)]

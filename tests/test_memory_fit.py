@@ -75,27 +75,27 @@ def test_what_would_help_is_true(config: Any) -> None:
 def test_vllm_by_hand() -> None:
     """The 9B: blocks of 1312 tokens, 82 of 16, to hold a state of 5,316,608 bytes at 4096 bytes a token; with "all" 11
     of the scan's 128. Groups of 4 layers: one of attention, seven of Mamba."""
-    room = 10 * GIB
+    headroom = 10 * GIB
     for mode, block, states in (("none", 1312, 1), ("align", 1312, 2), ("all", 1408, 94)):
-        report = memory(SMALL, 131072, budget=room + 2 * 8888227328, mamba_cache_mode=mode).vllm
+        report = memory(SMALL, 131072, budget=headroom + 2 * 8888227328, mamba_cache_mode=mode).vllm
         needed = math.ceil(131072 / block) + 7 * states
         assert (report.block_size, report.blocks_per_request) == (block, needed)
         assert (
             report.bytes_per_block == 4 * block * 4096 and report.bytes_per_request == needed * report.bytes_per_block
         )
-        assert report.blocks == report.largest_max_num_seqs == room // report.bytes_per_block
-        assert report.max_num_seqs == room // report.bytes_per_request
+        assert report.blocks == report.largest_max_num_seqs == headroom // report.bytes_per_block
+        assert report.max_num_seqs == headroom // report.bytes_per_request
         longest = report.largest_max_model_len
         again = [memory(SMALL, longest + more, mamba_cache_mode=mode).vllm.bytes_per_request for more in (0, 1)]
-        assert again[0] <= room < again[1]
+        assert again[0] <= headroom < again[1]
     with pytest.raises(InputError, match="align"):
         memory(SMALL, 1024, mamba_cache_mode="some")
 
 
 def test_vllm_flags() -> None:
     report = memory(SMALL, 131072, budget=BUDGET, mamba_cache_mode="align").vllm
-    asked: dict[str, Any] = {"context": 131072, "utilization": 0.8915, "dtype": "bfloat16", "mamba": True}
-    found = flags(report, ssm_dtype="float32", kv_dtype="float8_e4m3fn", **asked)
+    requested: dict[str, Any] = {"context": 131072, "utilization": 0.8915, "dtype": "bfloat16", "mamba": True}
+    found = flags(report, ssm_dtype="float32", kv_dtype="float8_e4m3fn", **requested)
     assert found == [
         "--dtype bfloat16", "--max-model-len 131072", "--max-num-seqs 1", "--gpu-memory-utilization 0.891",
         "--enable-prefix-caching", "--kv-cache-dtype fp8", "--mamba-ssm-cache-dtype float32",
@@ -103,7 +103,7 @@ def test_vllm_flags() -> None:
     ]  # fmt: skip
     plain = memory(tiny_config(pattern="*-"), 64, budget=BUDGET).vllm
     assert "--no-enable-prefix-caching" in flags(
-        plain, ssm_dtype="float32", kv_dtype="bfloat16", **asked | {"mamba": False}
+        plain, ssm_dtype="float32", kv_dtype="bfloat16", **requested | {"mamba": False}
     )
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_an_interrupted_run_goes_on_behind_its_last_shard(
+def test_an_interrupted_run_goes_on_after_its_last_shard(
     mode: str, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm, out = workshop / f"calm-{mode}", tmp_path / "rough"
@@ -81,10 +82,10 @@ def test_an_interrupted_run_goes_on_behind_its_last_shard(
     monkeypatch.setattr(checkpoint.Checkpoint, "rows", counted)
     for number in (2, total - 1):
 
-        def write(self: TensorFile, name: str, rows: torch.Tensor, row: int | None = None, stop: int = number) -> None:
+        def write(self: TensorFile, *rows: Any, stop: int = number) -> None:
             if self.path.name.startswith(f"model-{stop:05d}"):
                 raise Killed
-            real_write(self, name, rows)
+            real_write(self, *rows)
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(TensorFile, "write", write)
@@ -112,10 +113,10 @@ def test_unfinished_work_of_other_options_is_not_taken_up(
 ) -> None:
     real = TensorFile.write
 
-    def write(self: TensorFile, name: str, rows: torch.Tensor, row: int | None = None) -> None:
+    def write(self: TensorFile, *rows: Any) -> None:
         if self.path.name.startswith("model-00003"):
             raise Killed
-        real(self, name, rows)
+        real(self, *rows)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(TensorFile, "write", write)

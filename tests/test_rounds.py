@@ -77,7 +77,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def stopping_at(step: int) -> Callable[..., Any]:
-    """The trainer, interrupted behind its `step`th step of all calls."""
+    """The trainer, interrupted after its `step`th step of all calls."""
     real, seen = distill.train, 0
 
     def train(*arguments: Any, on_step: Callable[[dict[str, Any]], None], **options: Any) -> int:
@@ -209,7 +209,7 @@ def test_a_dry_run_says_what_it_comes_to(
     assert code == 0 and not err and not list(tmp_path.iterdir())
     lines = [[part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     found = {name: values for name, *values in lines if name}
-    assert found["layers"] == ["62", "56", "56"] and found["hidden"] == ["5,120", "5,120", "4,480"]
+    assert found["layers"] == ["62", "56", "56"] and found["residual channels"] == ["5,120", "5,120", "4,480"]
     assert found["parameters"][0] == "12,310,001,152" and found["fits"] == ["no", "no", "yes"]
     assert found["tokens to distil"] == ["-", "60,001,615,872", "76,007,079,936"]
     assert "2-width distill, stage 2: 3,974 steps x 128 rows x 49,152 = 25,002,246,144 tokens" in text
@@ -258,8 +258,8 @@ def test_as_many_layers_are_put_in_order_as_the_target_removes(target: dict[str,
     (found,) = build(Options, compose_config("compress", ["model=x", "dry_run=true", *words])).plan()
     assert found.importance.remove_layers is None and found.scored(tiny_config()).remove_layers == removed
     assert found.importance.settled(tiny_config()).remove_layers == 1
-    asked = dataclasses.replace(found, importance=dataclasses.replace(found.importance, remove_layers=3))
-    assert asked.scored(tiny_config()).remove_layers == 3
+    requested = dataclasses.replace(found, importance=dataclasses.replace(found.importance, remove_layers=3))
+    assert requested.scored(tiny_config()).remove_layers == 3
 
 
 def test_compress_asks_for_a_size(workshop: Path, tmp_path: Path) -> None:

@@ -317,9 +317,9 @@ def test_the_loss_is_that_of_the_repaired_model() -> None:
     model, batches = random_model(config), batches_of(config)
     cut = select(config, RandomScores(0).scores(config), (), Target(hidden_size=16))
     repair = Repair(rotate=True, least_squares=True)
-    mended = repair_model(model, cut, batches, repair)
-    everything = select(mended.config, RandomScores(0).scores(mended.config), (), Target())
-    expected = sliced_loss(mended, everything, batches)
+    repaired = repair_model(model, cut, batches, repair)
+    everything = select(repaired.config, RandomScores(0).scores(repaired.config), (), Target())
+    expected = sliced_loss(repaired, everything, batches)
     assert sliced_loss(model, cut, batches, repair, batches) == pytest.approx(expected, rel=1e-9)
     assert expected != sliced_loss(model, cut, batches)
 

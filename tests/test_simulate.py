@@ -49,11 +49,11 @@ def counted_runs() -> Iterator[list[trace.Traced]]:
         yield runs
 
 
-def both(config: HybridConfig, context: int, batch: int, **asked: Any) -> tuple[int, Simulation]:
+def both(config: HybridConfig, context: int, batch: int, **options: Any) -> tuple[int, Simulation]:
     """What comes and goes: bytes by the estimate, and the simulation."""
-    place = asked.get("place", A10G)
-    report = memory(config, context, batch, **asked)
-    return report.transient + libraries(place, context), simulate(config, context, batch, **asked)
+    place = options.get("place", A10G)
+    report = memory(config, context, batch, **options)
+    return report.transient + libraries(place, context), simulate(config, context, batch, **options)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -185,13 +185,13 @@ def test_a_measured_run_of_the_shipped_model(context: int, batch: int, chunk: in
     """Every allocation of a CPU against estimate and simulation: within 2%, and what comes and goes within 5%. The
     second would copy keys and values if decoding two rows did."""
     model = shipped()
-    asked: dict[str, Any] = {"chunk": chunk, "weight_dtype": torch.float32, "ssm_dtype": state, "place": CPU}
+    options: dict[str, Any] = {"chunk": chunk, "weight_dtype": torch.float32, "ssm_dtype": state, "place": CPU}
     run = measure(model, context, batch, chunk=chunk, ssm_dtype=state)
-    report = memory(model.config, context, batch, **asked)
+    report = memory(model.config, context, batch, **options)
     assert run.peak == pytest.approx(report.peak, rel=0.02)
     assert run.peak - report.total == pytest.approx(report.prompt + report.transient, rel=0.05)
     if context < 500:  # many chunks take the simulation long
-        assert run.peak == pytest.approx(simulate(model.config, context, batch, **asked).peak, rel=0.02)
+        assert run.peak == pytest.approx(simulate(model.config, context, batch, **options).peak, rel=0.02)
 
 
 def test_inference_keeps_no_state_of_a_chunk() -> None:

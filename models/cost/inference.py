@@ -169,7 +169,7 @@ def sketch(
         batch: [
             dataclasses.replace(
                 caches_at(report, context, batch),
-                **{name: int(values[column][row]) for name, values in passing.items()},
+                **dict[str, Any]({name: int(values[column][row]) for name, values in passing.items()}),
             )
             for column, context in enumerate(contexts)
         ]

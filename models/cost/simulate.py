@@ -246,10 +246,10 @@ class Tracker(TorchDispatchMode):
 # torch paths are seen operator by operator.
 WORKSPACES: dict[str, Callable[[Any, int], tuple[int, ...]]] = {
     "limbeck::decode_attention": lambda args, processors: decode_workspace(
-        *args[0].shape[:2], args[1].shape[1], args[0].shape[2], processors
+        args[0].shape[0], args[0].shape[1], args[1].shape[1], args[0].shape[2], processors
     ),
     "aten::_scaled_dot_product_flash_attention": lambda args, processors: flash_workspace(
-        *args[0].shape[:3], args[1].shape[2], args[0].shape[3], processors
+        args[0].shape[0], args[0].shape[1], args[0].shape[2], args[1].shape[2], args[0].shape[3], processors
     ),
     "aten::_scaled_dot_product_flash_attention_backward": lambda args, _: flash_backward_workspace(*args[1:3]),
     "aten::_scaled_dot_product_flash_attention_for_cpu": lambda args, processors: cpu_workspace(

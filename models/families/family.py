@@ -89,14 +89,14 @@ class Family:
 
 
 class Piece(NamedTuple):
-    """`count` rows of `ours` from row `start` on are those of `stored` from row `begin` on, times `scale`. Rows are
+    """`rows` rows of `ours` from row `start` on are those of `stored` from row `begin` on, times `scale`. Rows are
     counted with all dimensions but the last flattened; the numbers of a vector are its rows."""
 
     ours: str
     start: int
     stored: str
     begin: int
-    count: int
+    rows: int
     scale: float = 1.0
 
 
@@ -152,7 +152,7 @@ def stored_tensors(config: HybridConfig) -> Mapping[str, StoredTensor]:
 
 
 def stored_shape(table: Mapping[str, TensorSpec], pieces: list[Piece]) -> tuple[int, ...]:
-    shape, rows = table[pieces[0].ours].shape, sum(piece.count for piece in pieces)
+    shape, rows = table[pieces[0].ours].shape, sum(piece.rows for piece in pieces)
     if len(pieces) == 1 and rows == flat_rows(shape):
         return shape
     return (rows, *shape[-1:]) if len(shape) > 1 else (rows,)
@@ -173,7 +173,7 @@ def assembled(
     first, last = start * each, stop * each
     parts = []
     for piece in pieces_of(config)[name]:
-        low, high = max(first, piece.start), min(last, piece.start + piece.count)
+        low, high = max(first, piece.start), min(last, piece.start + piece.rows)
         if low < high:
             begin = piece.begin - piece.start
             part = read(piece.stored, begin + low, begin + high)
@@ -190,7 +190,7 @@ def scattered(config: HybridConfig, name: str, start: int, rows: Tensor) -> Iter
     flat = rows.flatten(0, -2) if rows.dim() > 1 else rows
     first, last = start * each, start * each + len(flat)
     for piece in pieces_of(config)[name]:
-        low, high = max(first, piece.start), min(last, piece.start + piece.count)
+        low, high = max(first, piece.start), min(last, piece.start + piece.rows)
         if low < high:
             part = flat[low - first : high - first]
             yield piece.stored, piece.begin + low - piece.start, part if piece.scale == 1 else part / piece.scale
