@@ -15,12 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..models import processes
-from ..models.axes import tensor_table
+from ..models.axes import VECTORS, tensor_table
 from ..models.checkpoint import Checkpoint, row_blocks, write_checkpoint
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from .options import TrainOptions
-from .parallel import WHOLE, Trained, stored_dtype
+from .parallel import Trained, stored_dtype
 from .state import AVERAGE, WEIGHTS, numbered, states
 
 
@@ -81,7 +81,7 @@ def write_trained(
         kept = final_weights(training, options)
         if processes.rank() == 0:
             table = tensor_table(config)
-            dtypes = {name: stored_dtype(dtype) if spec.role in WHOLE else dtype for name, spec in table.items()}
+            dtypes = {name: stored_dtype(dtype) if spec.role in VECTORS else dtype for name, spec in table.items()}
             write_checkpoint(folder, config, kept.tensors(), dtypes=dtypes, tokenizer_from=tokenizer_from)
             metrics = folder / "training" / "metrics.jsonl"
             if metrics.exists():

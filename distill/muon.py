@@ -21,7 +21,10 @@ STEPS = 5
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """[rows, columns] with its singular vectors kept and its singular values moved near one; float32 on a CPU."""
+    """[rows, columns] with its singular vectors kept and its singular values moved near one; float32 on a CPU. Of a
+    stack each matrix for itself."""
+    if matrix.dim() > 2:
+        return torch.stack([orthogonalize(each) for each in matrix])
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     x = x.T if tall else x
@@ -61,4 +64,4 @@ class Muon(torch.optim.Optimizer):
             buffer.lerp_(local.grad, 1 - group["momentum"])
             update = orthogonalize(weight.whole(local.grad.lerp(buffer, group["momentum"])))[weight.rows]
             local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.add_(update.to(local.dtype), alpha=-0.2 * max(weight.shape) ** 0.5 * group["lr"])
+            local.add_(update.to(local.dtype), alpha=-0.2 * max(weight.shape[-2:]) ** 0.5 * group["lr"])

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..models import processes
-from ..models.axes import Role, TensorSpec, tensor_table
+from ..models.axes import VECTORS, TensorSpec, tensor_table
 from ..models.checkpoint import load_model, open_checkpoint
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 
-WHOLE = (Role.NORM, Role.VECTOR)  # in every process, in float32
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
 
 
@@ -112,7 +111,7 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
         mine: Any = parameter.detach()
         if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
             weights.append(TrainedWeight(spec, parameter, nn.Parameter(mine.to_local()), split=True))
-        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and spec.role not in WHOLE:
+        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and spec.role not in VECTORS:
             weights.append(TrainedWeight(spec, lowered(model, name, parameter, dtype), parameter))
         else:
             weights.append(TrainedWeight(spec, parameter, parameter))
@@ -159,7 +158,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
         device = next(group.parameters()).device
         mesh = init_device_mesh(device.type, (processes.count(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
-        whole = {parameter for name, parameter in group.named_parameters() if table[prefix + name].role in WHOLE}
+        whole = {parameter for name, parameter in group.named_parameters() if table[prefix + name].role in VECTORS}
         fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=whole)
         assert isinstance(group, FSDPModule)
         group.set_gradient_divide_factor(1.0)

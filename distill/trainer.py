@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..models import processes
-from ..models.axes import Role
+from ..models.axes import MATRICES
 from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.hybrid import HybridLM
 from .average import averaged
@@ -35,7 +35,6 @@ from .text.prefetch import feed
 
 __all__ = ["TrainOptions", "make_optimizers", "states", "train"]
 
-DECAYED = (Role.MATRIX, Role.TABLE, Role.EXPERTS)
 HELD_OUT = ("validation_kl", "validation_loss")  # the first that an evaluation gives says which weights are best
 
 
@@ -306,12 +305,9 @@ def set_layers(model: HybridLM, options: TrainOptions) -> None:
 def make_optimizers(model: HybridLM | Trained, options: TrainOptions) -> Optimizers:
     """AdamW for everything, or Muon for the layers' matrices beside it. Weight decay is for matrices only."""
     trained = model if isinstance(model, Trained) else prepare(model)
-    matrices = [weight for weight in trained.weights if weight.spec.role in DECAYED]
-    muon = (
-        []
-        if options.optimizer != "muon"
-        else [weight for weight in matrices if weight.spec.role is Role.MATRIX and weight.spec.layer is not None]
-    )
+    matrices = [weight for weight in trained.weights if weight.spec.role in MATRICES]
+    uses_muon = options.optimizer == "muon"
+    muon = [weight for weight in matrices if uses_muon and weight.spec.layer is not None]
     decayed = [weight.local for weight in matrices if weight not in muon]
     plain = [weight.local for weight in trained.weights if weight not in matrices]
     assert len(muon) + len(decayed) + len(plain) == len(trained.weights)

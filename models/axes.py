@@ -90,6 +90,10 @@ class Role(enum.Enum):
     EXPERTS = "experts"
 
 
+MATRICES = (Role.MATRIX, Role.TABLE, Role.EXPERTS)  # multiply activations, or are looked up in: they decay in training
+VECTORS = (Role.NORM, Role.VECTOR)  # float32 in training, and whole in every process
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
     """One tensor: its dimensions, its role, and the layer that it belongs to (None for embedding, final norm, head)."""

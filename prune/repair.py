@@ -32,7 +32,7 @@ from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .importance import TokenBatch
 from .rotation import hidden_of, principal_directions, rotated, rotated_selection
-from .slice import Selection, cut, filled, kept_rows, slice_config, slice_tensors, source_name
+from .slice import Selection, chosen, cut, filled, kept_rows, slice_config, slice_tensors, source_name
 from .streams import GetTensor, Streams, one_layer
 
 OnStep = Callable[[int, int], None]
@@ -307,8 +307,9 @@ class LayerwiseRepair:
 
     def through(self, mapping: Tensor, name: str) -> Tensor:
         """W M: the rows that stay of the source's matrix, for a stream that `mapping` [H, h] leads back to its own."""
-        source = source_name(name, self.selection)
-        return self.get_tensor(source)[self.rows_kept(source).cpu()].to(mapping) @ mapping
+        source = self.table[source_name(name, self.selection)]
+        rows = [kept_rows(dimension, self.selection.kept) for dimension in source.dimensions[:-1]]
+        return chosen(self.get_tensor(source.name), rows).to(mapping) @ mapping
 
     def head(self) -> Iterator[tuple[str, Tensor]]:
         """The final norm, and the head where it is a matrix of its own, which reads as a layer's matrices do."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models import processes
-from ..models.axes import HIDDEN, Axis, segment_size, tensor_table
+from ..models.axes import HIDDEN, MATRICES, Axis, segment_size, tensor_table
 from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
@@ -134,7 +134,7 @@ class ActivationScores(WidthMetric):
     def scores(self, config: HybridConfig, get_tensor: GetTensor, moments: UnitMoments) -> WidthScores:
         scores = aggregated(config, moments, self.aggregate_batch)
         if self.times_output:
-            readers = unit_weights(config, get_tensor, only_dimension=1)
+            readers = unit_weights(config, get_tensor, only_readers=True)
             for axis in scores.keys() - {HIDDEN}:
                 scores[axis] = scores[axis] * readers[axis]
         return scores
@@ -213,10 +213,10 @@ def aggregated(config: HybridConfig, moments: UnitMoments, aggregate: str) -> Wi
     return scores | {Axis(kind, layer): value for (kind, layer), value in results.items() if kind != "hidden"}
 
 
-def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_dimension: int | None = None) -> WidthScores:
+def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_readers: bool = False) -> WidthScores:
     """The L2 norm of each unit's entries in the tensors of two or more dimensions, shaped as scores.
 
-    With `only_dimension`, in those tensors alone where the axis is that dimension (1: the columns that read it).
+    With `only_readers`, the columns of matrices alone, which read it.
     What belongs to a Mamba head as a whole is spread evenly over its channels.
     """
     shapes = width_score_shapes(config)
@@ -226,7 +226,7 @@ def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_dimension:
             continue
         sums = square_sums(get_tensor(tensor.name))
         for number, dimension in enumerate(tensor.dimensions):
-            if only_dimension not in (None, number):
+            if only_readers and not (tensor.role in MATRICES and number == len(tensor.dimensions) - 1):
                 continue
             segments = sums[number].split([segment_size(segment) for segment in dimension])
             for segment, values in zip(dimension, segments, strict=True):

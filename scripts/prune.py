@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import Tensor
 
-from ..models.axes import tensor_table
+from ..models.axes import AXES, tensor_table
 from ..models.checkpoint import (
     SHARD_BYTES,
     finished_shards,
@@ -35,15 +35,6 @@ from ..prune.target import Target
 from .run.resolve import data_input, model_folder, sample
 from .run.show import counted, progress, result, table
 from .run.stage import stage
-
-WIDTHS = (
-    ("layers", "num_layers"),
-    ("hidden", "hidden_size"),
-    ("FFN", "intermediate_size"),
-    ("attention heads", "num_attention_heads"),
-    ("Mamba heads", "mamba_num_heads"),
-    ("Mamba head_dim", "mamba_head_dim"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +124,8 @@ def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
 
 
 def print_sizes(before: HybridConfig, after: HybridConfig) -> None:
-    rows = [(name, getattr(before, field), getattr(after, field)) for name, field in WIDTHS if getattr(before, field)]
+    widths = [("layers", "num_layers"), *((row.title, row.width) for row in AXES.values())]
+    rows = [(n, getattr(before, f), getattr(after, f)) for n, f in widths if getattr(before, f, 0)]
     counts = count_parameters(before), count_parameters(after)
     rows += [("parameters", f"{counts[0]:,}", f"{counts[1]:,} ({counts[1] / counts[0]:.1%})")]
     table(f"Pruned to {after.pattern}", ("", "before", "after"), rows)

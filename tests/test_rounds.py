@@ -209,7 +209,7 @@ def test_a_dry_run_says_what_it_comes_to(
     assert code == 0 and not err and not list(tmp_path.iterdir())
     lines = [[part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
     found = {name: values for name, *values in lines if name}
-    assert found["layers"] == ["62", "56", "56"] and found["hidden"] == ["5,120", "5,120", "4,480"]
+    assert found["layers"] == ["62", "56", "56"] and found["residual channels"] == ["5,120", "5,120", "4,480"]
     assert found["parameters"][0] == "12,310,001,152" and found["fits"] == ["no", "no", "yes"]
     assert found["tokens to distil"] == ["-", "60,001,615,872", "76,007,079,936"]
     assert "2-width distill, stage 2: 3,974 steps x 128 rows x 49,152 = 25,002,246,144 tokens" in text

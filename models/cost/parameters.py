@@ -6,10 +6,8 @@ import functools
 import types
 from collections.abc import Mapping
 
-from ..axes import Role, tensor_table
+from ..axes import MATRICES, tensor_table
 from ..config import HybridConfig
-
-MATRICES = (Role.MATRIX, Role.TABLE, Role.EXPERTS)
 
 
 def count_parameters(config: HybridConfig) -> int:

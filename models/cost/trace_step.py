@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...kernels.linear_kl import linear_cross_entropy, linear_kl
 from ...kernels.linear_topk_kl import TopK, linear_topk_kl
 from ...kernels.tracing import tracing
+from ..axes import VECTORS, tensor_table
 from ..config import HybridConfig
 from ..hybrid import HybridLM
 from .hardware import Place
@@ -137,11 +138,11 @@ def run_all(config: HybridConfig, load: StepLoad) -> tuple[Marks, int]:
 def mind(model: HybridLM, load: StepLoad) -> None:
     """Makes the weights ask for gradients, and these go where a step has them: matrices in few bits hand theirs over to
     float32 copies, vectors are float32."""
-    for module in model.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            dtype = load.dtype if weight.dim() > 1 else load.stored
-            parameter = nn.Parameter(weight.detach().to(dtype))
-            setattr(module, name, parameter)
+    table = tensor_table(model.config)
+    for path, weight in list(model.named_parameters()):
+        place, _, field = path.rpartition(".")
+        dtype = load.stored if table[path].role in VECTORS else load.dtype
+        setattr(model.get_submodule(place), field, nn.Parameter(weight.detach().to(dtype)))
     given: dict[nn.Parameter, Tensor] = {}
     for block in model.layers:
         block.recompute = load.checkpointing  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..axes import tensor_table
+from ..axes import MATRICES, tensor_table
 from ..config import HybridConfig
 from ..errors import InputError
 from .inference import largest
@@ -232,10 +232,10 @@ def muon_work(config: HybridConfig, training: Training) -> int:
     if training.optimizer != "muon":
         return 0
     alike = config.replace(pattern="".join(sorted(set(config.pattern))))
-    shapes = [tensor.shape for tensor in tensor_table(alike).values() if tensor.layer is not None]
-    matrices = [shape for shape in shapes if len(shape) == 2]
+    tensors = [tensor for tensor in tensor_table(alike).values() if tensor.layer is not None]
+    shapes = [tensor.shape for tensor in tensors if tensor.role in MATRICES]
     width = 2 if training.on_gpu else 4
-    return max(math.prod(shape) * (2 * width + training.width) + 2 * min(shape) ** 2 * width for shape in matrices)
+    return max(math.prod(shape) * (2 * width + training.width) + 2 * min(shape[-2:]) ** 2 * width for shape in shapes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...distill.options import DistillOptions
+from ...models.axes import AXES, AxisRow
 from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
 from ...models.cost.fit import Fit
@@ -139,16 +140,20 @@ def column(outcomes: Sequence[HybridConfig], hardware: Hardware, fit: Fit, token
     fits = [estimate.fits for estimate in estimates]
     return {
         "layers": f"{like.num_layers}",
-        "hidden": f"{like.hidden_size:,}",
-        "FFN": f"{like.intermediate_size:,}" if like.intermediate_size else "-",
-        "attention heads": f"{like.num_attention_heads}" if like.num_attention_heads else "-",
-        "Mamba heads": f"{like.mamba_num_heads} x {like.mamba_head_dim}" if like.mamba_num_heads else "-",
+        **{row.title: width(like, row) for row in AXES.values() if row.within is None},
         "parameters": between([count_parameters(outcome) for outcome in outcomes], lambda count: f"{count:,.0f}"),
         "weights": between([estimate.memory.weights for estimate in estimates], gib),
         "weights and caches": between([estimate.memory.total for estimate in estimates], gib),
         "fits": "yes" if all(fits) else "if the right layers go" if any(fits) else "no",
         "tokens to distil": tokens,
     }
+
+
+def width(config: HybridConfig, row: AxisRow) -> str:
+    """A width with those within it, such as "16 x 64"; "-" where the config has none."""
+    inner = [other.width for other in AXES.values() if other.within == row.name]
+    sizes = [getattr(config, name, 0) for name in (row.width, *inner)]
+    return " x ".join(f"{size:,}" for size in sizes) if sizes[0] else "-"
 
 
 def between(values: Sequence[float], form: Callable[[float], str]) -> str:
