@@ -228,7 +228,7 @@ def peak_memory(side: str, name: str) -> int:
     few = torch.randint(CONFIG.vocab_size, (1, 8))
     {"forward": forward, "training": training_step}[name.split()[0]](model, side, few)
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the eight tokens have left behind
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the eight tokens have left
     before = resident()
     highest, done = before, threading.Event()
 

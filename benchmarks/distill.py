@@ -7,7 +7,7 @@ third number is another vocabulary, with random weights). Ours is `distill.train
 packed text of the standard library, progress bar, metrics.jsonl. The peer has ready batches and a plain loop: both
 models' logits, log_softmax, kl_div, backward, clipping, the same AdamW. The two take turns; a figure is the median of
 the steps but each turn's first. Memory is of a fresh process of its own: its highest above what it held before the
-models were there, behind a small step that wakes everything, by the system's account, and by that of tensors alive
+models were there, after a small step that wakes everything, by the system's account, and by that of tensors alive
 (benchmarks/live_bytes.py).
 """
 
@@ -244,7 +244,7 @@ def peaks(side: str, setting: Setting) -> dict[str, int]:
     corpus()
     three_steps(side, Setting(1, 16, setting.vocabulary))
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what that has left behind
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what that has left
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the highest is what it is now
     three_steps(side, setting)

@@ -86,7 +86,7 @@ def check(op: Op, batch: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]
 
 
 def repeats(op: Op, batch: int, tokens: int, dtype: torch.dtype, tiny: bool) -> bool:
-    """Whether values and gradients are the same bits when asked for twice."""
+    """Whether values and gradients are the same bits when computed twice."""
     torch.manual_seed(0)
     inputs = op.make(batch, tokens, tiny)
     twice = [gradients(op, as_leaves(op, {k: t.clone() for k, t in inputs.items()}, dtype), op.fast) for _ in range(2)]

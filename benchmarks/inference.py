@@ -30,7 +30,7 @@ from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.hardware import GIB, Place
 from limbeck.models.cost.inference import memory, verdict
-from limbeck.models.cost.peak import check_room, measure, random_model
+from limbeck.models.cost.peak import check_memory, measure, random_model
 from limbeck.models.errors import CheckFailed
 from limbeck.models.generate.cache import Cache
 from limbeck.models.generate.decode import Decoder
@@ -75,7 +75,7 @@ class Plan:
         found = torch.cuda.get_device_properties(self.device)
         return Place("cuda", found.multi_processor_count, f"{found.major}.{found.minor}")
 
-    def asked(self) -> dict[str, Any]:
+    def assumptions(self) -> dict[str, Any]:
         return {"weight_dtype": self.dtype, "chunk": self.chunk, "place": self.place}
 
 
@@ -118,7 +118,7 @@ def decode(plan: Plan) -> dict[str, Any]:
     embedding, and the caches, at the bandwidth of a copy."""
     model = random_model(plan.hybrid, plan.dtype, plan.device)
     length = min(1024, plan.context)
-    report = memory(plan.hybrid, length, **plan.asked())
+    report = memory(plan.hybrid, length, **plan.assumptions())
     read = report.weights - plan.hybrid.vocab_size * plan.hybrid.hidden_size * plan.dtype.itemsize
     moved = read + report.kv + 2 * (report.ssm + report.conv)
     bandwidth = copy_bandwidth(plan)
@@ -170,15 +170,15 @@ def step_seconds(model: HybridLM, plan: Plan, batch: int, length: int) -> dict[s
 def capped_memory(plan: Plan) -> dict[str, Any]:
     """The long prompt under the cap: predicted and measured peak; and what is said of the model that does not fit."""
     context = plan.context + plan.steps
-    predicted = memory(plan.hybrid, context, **plan.asked()).peak
-    check_room(plan.hybrid, predicted, plan.device, plan.cap)
+    predicted = memory(plan.hybrid, context, **plan.assumptions()).peak
+    check_memory(plan.hybrid, predicted, plan.device, plan.cap)
     model = random_model(plan.hybrid, plan.dtype, plan.device)
     run = measure(model, context, chunk=plan.chunk, steps=plan.steps, cap=plan.cap)
     del model
     off = predicted / run.peak - 1
     found = dataclasses.asdict(run) | {"predicted": predicted, "off": off, "right": abs(off) <= MOST_OFF}
     try:
-        check_room(plan.large, memory(plan.large, context, **plan.asked()).peak, plan.device, plan.cap)
+        check_memory(plan.large, memory(plan.large, context, **plan.assumptions()).peak, plan.device, plan.cap)
     except CheckFailed as refusal:
         return found | {"large": str(refusal)}
     return found | {"large": "was not refused", "right": False}
@@ -193,7 +193,7 @@ def throughput(plan: Plan) -> list[dict[str, Any]]:
         model = random_model(config, plan.dtype, plan.device)
         for row in rows:
             first, last = row["input"], row["output"]
-            report = memory(config, first + last, **plan.asked())
+            report = memory(config, first + last, **plan.assumptions())
             batch = verdict(config, report, SHARE * plan.cap).largest_batch
             if batch:
                 row[name] = {"batch": batch, "tokens_per_second": speed(model, plan, batch, first, last)}

@@ -4,7 +4,7 @@
 
 The dense loss is the plain one: logits of student and teacher, two log_softmax, kl_div, backward to the student's
 hidden states and head. Each measurement is a process of its own, by turns; its extra memory is the high-water mark of
-its resident bytes above what it had with inputs alone, so the gradients that both leave behind count in both. Time is
+its resident bytes above what it had with inputs alone, so the gradients that both leave count in both. Time is
 that of the process on its processors, which a busy machine disturbs less than the clock on the wall (given as well).
 Values and gradients of both are compared first, at 64 tokens.
 """

@@ -3,7 +3,7 @@
     python -m limbeck.benchmarks.pruning OUTPUT [--smollm2 FOLDER] [--parts selection,repair,...] [--seeds 0,1,2]
 
 On the shipped model, and on SmolLM2-135M where its folder is given (benchmarks/smollm2.py makes it). Every cell is a
-file in OUTPUT/cells that is not made twice: a killed run goes on, and one that has all only prints. A seed draws the
+file in OUTPUT/cells that is not made twice: a killed run resumes, and one that has all only prints. A seed draws the
 calibration text (and the random scores); held-out text is the same for all. Tables give means and, in brackets, the
 least and the largest of the seeds. Plain is what the papers do: L2 over samples of means over tokens, layers by
 iterative logit MSE, slices as they are. Run it alone on the machine; one model's parts take one to two hours.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# What F.softplus and F.silu are behind Python; those have no `out`.
+# What F.softplus and F.silu call; those have no `out`.
 softplus_out: Callable[..., Tensor] = torch._C._nn.softplus
 silu_out: Callable[..., Tensor] = torch._C._nn.silu
 

@@ -2,7 +2,7 @@
 
 Reading goes tensor by tensor, or rows by rows; names, shapes and dtypes are checked against `axes.tensor_table` from
 the headers, before any weight is read. Writing streams too: memory holds what is handed over at a time, whatever the
-size of a shard. A shard has its name once it is whole, so that unfinished work goes on behind the last one.
+size of a shard. A shard has its name once it is whole, so that unfinished work resumes after the last one.
 """
 
 from __future__ import annotations
@@ -283,13 +283,13 @@ def write_checkpoint(
     `dtypes`, one for all or one for each name. Shards that are in the folder already stay, and what is yielded for
     them is skipped: see `finished_shards`. `tokenizer_from` is a folder whose tokenizer files are copied;
     `provenance` becomes limbeck.json.
-    Raises InputError where the config cannot be written, DiskError where the disk has less room than the weights take
+    Raises InputError where the config cannot be written, DiskError where the disk has less space than the weights take
     or refuses a write.
     """
     content = config.to_hf()  # what cannot be written is refused before the first weight is
     shards = plan_shards(config, dtypes, max_shard_bytes)
     missing = [shard for shard in shards if not (folder / shard.file).exists()]
-    check_room(folder, sum(shard.bytes for shard in missing))
+    check_disk(folder, sum(shard.bytes for shard in missing))
     place = {name: shard for shard in missing for name in shard.forms}
     rows_done: dict[str, int] = {}
     files: dict[str, TensorFile] = {}
@@ -376,8 +376,8 @@ def finished_shards(folder: Path, config: HybridConfig, shards: Iterable[Shard])
     return Checkpoint(folder, config, stored_as(config, places))
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """Raises DiskError where the disk of a folder has less room."""
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises DiskError where the disk of a folder has less space."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskError(

@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 class CheckFailed(Exception):
-    """A check that the user asked for says no (a memory fit, an export that does not read back alike)."""
+    """A check that the user requested says no (a memory fit, an export that does not read back alike)."""
 
 
 class DiskError(InputError):
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
 
 def guess(word: str, choices: Sequence[str]) -> str:
-    """What was probably meant, to be put behind what was wrong; nothing where no choice is near."""
+    """What was probably meant, to be put after what was wrong; nothing where no choice is near."""
     near = difflib.get_close_matches(word, choices, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 

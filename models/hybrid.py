@@ -130,7 +130,7 @@ class HybridLM(nn.Module):
         """Logits [B, V] after one more token [B] of each of the cache's rows, `lengths` [B] tokens long before it;
         its states advance in place, its own lengths stay.
 
-        Tensors are read where they lie and nothing is asked of the host, so that the call can be captured.
+        Tensors are read where they lie and nothing waits for the host, so that the call can be captured.
         """
         context = Context(lengths=lengths, max_length=cache.max_length, states=cache.layers, bound=bound)
         hidden = self.run_layers(self.embed(tokens.unsqueeze(1)), 0, self.config.num_layers, context)

@@ -64,7 +64,7 @@ class Mamba2Mixer(nn.Module):
         else:
             normed = self.mix_tokens(z, conv_in, dt, state, context.seq_idx)
         if context.observe is not None:
-            normed = normed.unflatten(-1, heads)  # what is shown is what goes on, so that gradients reach it
+            normed = normed.unflatten(-1, heads)  # what is shown is what is used, so that gradients reach it
             context.note("mamba_out", self.layer, normed)
             normed = normed.flatten(-2)
         return context.project(self.out_proj, normed)

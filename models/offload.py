@@ -37,7 +37,7 @@ class Layer:
     ready: torch.cuda.Event | None = None
 
     def run(self, hidden: Tensor, seq_idx: Tensor, observe: Observe | None = None) -> Tensor:
-        """The residual stream [B, T, hidden] behind the layer; `observe` is told the source's number."""
+        """The residual stream [B, T, hidden] after the layer; `observe` is told the source's number."""
         seen: Observe | None = None
         if observe is not None:
             seen = lambda kind, _, tensor: observe(kind, self.number, tensor)  # noqa: E731
@@ -53,7 +53,7 @@ class Layers(Protocol):
     streamed: bool
 
     def walk(self, numbers: Sequence[int]) -> Iterator[Layer]:
-        """These layers in turn; each may be used until the next is asked for."""
+        """These layers in turn; each may be used until the next one comes."""
         ...
 
     def embed(self, input_ids: Sequence[Tensor]) -> list[Tensor]:
@@ -92,7 +92,7 @@ class ResidentLayers:
 
 
 class StreamedLayers:
-    """The layers of a checkpoint folder, read from their files whenever they are asked for."""
+    """The layers of a checkpoint folder, read from their files whenever they are needed."""
 
     streamed = True
 

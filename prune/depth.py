@@ -173,7 +173,7 @@ class Race:
                 break
             # A pass for one candidate costs nearly as many prefixes and reads as for several, so whoever stands at the
             # same group goes along that the leader will not get rid of: whose sum is within what the leader's comes to
-            # if it goes on as it has. This guess decides only what is measured sooner, never who wins.
+            # if it continues as it has. This guess decides only what is measured sooner, never who wins.
             expected = sums[leader] * self.numbers / groups[group].start if group and not whole else math.inf
             chosen = [own for own in allowed if reached[own] == group and sums[own] <= expected]
             for begin in range(0, len(chosen), at_once):

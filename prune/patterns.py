@@ -128,7 +128,7 @@ def automaton(source: str, layers: int, rules: Rules) -> tuple[Callable[[State],
 
 
 def ways(source: str, layers: int, rules: Rules) -> Callable[[State], int]:
-    """How many patterns of `layers` letters go on from a state."""
+    """How many patterns of `layers` letters continue a state."""
     steps, _ = automaton(source, layers, rules)
     least = tuple(rules.least(letter) for letter in dict.fromkeys(source))
     missing = [letter for letter in KINDS if letter not in source and rules.least(letter)]

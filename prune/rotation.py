@@ -50,7 +50,7 @@ def principal_directions(
     """The rotation into the principal directions of the normed stream, the largest first: eigenvectors of the second
     moments, summed over the norms of the layers that stay and the final one.
 
-    Tied embeddings leave no matrix behind the final norm to fold its weights into, and weights survive a rotation only
+    Tied embeddings leave no matrix after the final norm to fold its weights into, and weights survive a rotation only
     where they are equal. So the channels whose weight is off the median (by more than `TIED_TOLERANCE` of it; half of
     those that stay at most, the farthest) are not turned, and the others share one weight.
     """

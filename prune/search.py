@@ -119,7 +119,7 @@ class Requests:
 
 @dataclasses.dataclass(frozen=True)
 class Depth:
-    """Source layers that stay; `named` where they were asked for as a pattern and not by the scores' order. `label`
+    """Source layers that stay; `named` where they were requested as a pattern and not by the scores' order. `label`
     tells depths apart: the number of layers, and a letter where several patterns have as many."""
 
     layers: tuple[int, ...]
@@ -130,7 +130,7 @@ class Depth:
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A size that fits: its config, the target that prunes to it, and what is known of it; proxies are None where they
-    were not asked for."""
+    were not requested."""
 
     name: str
     config: HybridConfig
@@ -355,7 +355,7 @@ def with_importance(
 
 def ranked(candidates: Iterable[Candidate], by: str) -> tuple[Candidate, ...]:
     """Best first: by `memory` the largest (the paper's order), by `importance` the one that keeps most, by `loss` the
-    lowest, those without a measured loss behind the others by importance. Names decide between equals."""
+    lowest, those without a measured loss after the others by importance. Names decide between equals."""
     if by == "memory":
         return tuple(sorted(candidates, key=lambda c: (-c.memory.total, -c.parameters, c.name)))
     if by == "importance":

@@ -112,7 +112,7 @@ def slice_rows(
     """`slice_tensors` in pieces: yields (name, rows), a block of the source's rows in memory at a time.
 
     `get_rows(name, start, stop)` reads rows of a tensor of the source, `dtypes` says in which dtype they are; `skip`
-    names tensors of the smaller model that are not asked for.
+    names tensors of the smaller model that are not wanted.
     """
     source_table = tensor_table(config)
     for name, axes in tensor_table(slice_config(config, selection)).items():

@@ -104,11 +104,11 @@ def simulated(estimate: Estimate) -> Simulation:
 def measured_run(options: Options, estimate: Estimate) -> Measured:
     """The run under a cap of the card's usable memory; of a named config with drawn weights."""
     from ..models.checkpoint import load_model
-    from ..models.cost.peak import check_room, measure, random_model
+    from ..models.cost.peak import check_memory, measure, random_model
 
     config, fit, device = estimate.config, estimate.fit, torch.device(options.hardware.device)
     cap, dtype = options.hardware.usable_gib * GIB, torch_dtype(fit.weight_dtype)
-    check_room(config, estimate.memory.peak, device, cap)
+    check_memory(config, estimate.memory.peak, device, cap)
     if options.model in model_names():
         model = random_model(config, dtype, device)
     else:

@@ -19,7 +19,7 @@ def test_how_it_works_names_what_exists() -> None:
     sources = "".join((ROOT / name).read_text() for name in files)
     named = set(re.findall(r"`(\w+)` (?:and `(\w+)` )?in `", text))
     functions = {name for pair in named for name in pair if name}
-    assert {"score_widths", "score_layers", "linear_kl", "channel_scores"} <= functions
+    assert {"score_widths", "score_layers", "linear_kl", "column_scores"} <= functions
     assert not [name for name in functions if f"def {name}(" not in sources]
 
 

@@ -65,17 +65,17 @@ def test_lines_are_of_a_kind_that_is_known() -> None:
             if not line.needs:
                 assert line.words[0] != "vllm" and not any("=/" in word for word in line.words), line
             elif line.words[0] != "vllm":
-                command, overrides = by_mode(*asked_of(line.words))
+                command, overrides = by_mode(*command_of(line.words))
                 module = importlib.import_module(f"limbeck.scripts.{command.replace('-', '_')}")
                 build(module.Options, compose_config(command, overrides))
 
 
-def asked_of(words: tuple[str, ...]) -> tuple[str, list[str]]:
+def command_of(words: tuple[str, ...]) -> tuple[str, list[str]]:
     """The command and its options, also where a launcher starts it or several jobs are requested."""
     rest = [word for word in words[1:] if word != "--multirun" and not word.startswith("hydra")]
     if "-m" in rest:
         module, *rest = rest[rest.index("-m") + 1 :]
-        if not module.endswith(".main"):
+        if module != "limbeck" and not module.endswith(".main"):
             return module.rpartition(".")[2], rest
     return rest[0], rest[1:]
 

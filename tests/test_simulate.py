@@ -17,7 +17,7 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.cost import trace
 from limbeck.models.cost.hardware import Place, libraries, round_up
 from limbeck.models.cost.inference import memory, verdict
-from limbeck.models.cost.peak import check_room, measure, random_model
+from limbeck.models.cost.peak import check_memory, measure, random_model
 from limbeck.models.cost.simulate import Simulation, Stand, Tracker, picked, simulate
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.generate.cache import Cache
@@ -236,9 +236,9 @@ def test_refusals() -> None:
         with pytest.raises(InputError, match="at least 1"):
             simulate(tiny_config(), *wrong[:2], chunk=wrong[2])
     with pytest.raises(CheckFailed, match="nothing was allocated"):
-        check_room(tiny_config(), 2**30, torch.device("cpu"), 2**20)
+        check_memory(tiny_config(), 2**30, torch.device("cpu"), 2**20)
     with pytest.raises(InputError, match="nothing was allocated"):
-        check_room(tiny_config(), 2**60, torch.device("cpu"), None)
+        check_memory(tiny_config(), 2**60, torch.device("cpu"), None)
     model = random_model(tiny_config(), torch.float32, torch.device("cpu"))
     assert isinstance(model.head_weight, nn.Parameter) and not model.head_weight.requires_grad
     with pytest.raises(InputError, match="leave no prompt"):

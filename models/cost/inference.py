@@ -97,7 +97,7 @@ def memory(
     fixed = [state.ssm + state.conv for state in states if state.ssm + state.conv]
     growing = [state.token for state in states if state.token]
     weights = count_parameters(config) * weight_dtype.itemsize
-    room = None if budget is None else budget - weights
+    headroom = None if budget is None else budget - weights
     report = MemoryReport(
         context=context,
         batch=batch,
@@ -111,7 +111,7 @@ def memory(
             context,
             max(growing, default=0),
             max(fixed, default=0),
-            room,
+            headroom,
             mamba_cache_mode,
             config.chunk_size,
         ),
@@ -264,8 +264,8 @@ class Change:
     fits: bool
 
 
-def changes(config: HybridConfig, report: MemoryReport, budget: float, **asked: Any) -> list[Change]:
-    """What would bring a report nearer to a budget, each on its own; `asked` as in `memory`."""
+def changes(config: HybridConfig, report: MemoryReport, budget: float, **options: Any) -> list[Change]:
+    """What would bring a report nearer to a budget, each on its own; `options` as in `memory`."""
     ways: dict[str, dict[str, Any]] = {}
     if report.kv and report.load and report.load.kv_bytes > 1:
         ways["8-bit keys and values (vLLM: --kv-cache-dtype fp8)"] = {"kv_dtype": torch.float8_e4m3fn}
@@ -277,19 +277,19 @@ def changes(config: HybridConfig, report: MemoryReport, budget: float, **asked: 
         ways["all of these"] = {name: value for way in ways.values() for name, value in way.items()}
     found = []
     for name, way in ways.items():
-        less = memory(config, report.context, report.batch, **(asked | way))
+        less = memory(config, report.context, report.batch, **(options | way))
         found.append(Change(name, report.peak - less.peak, less.peak <= budget))
-    return [*found, *fewer_layers(config, report, budget, asked)]
+    return [*found, *fewer_layers(config, report, budget, options)]
 
 
-def fewer_layers(config: HybridConfig, report: MemoryReport, budget: float, asked: dict[str, Any]) -> list[Change]:
+def fewer_layers(config: HybridConfig, report: MemoryReport, budget: float, options: dict[str, Any]) -> list[Change]:
     """The fewest layers to drop, last ones first and the most frequent kind each time; nothing where that is all."""
     pattern = config.pattern
     for count in range(1, config.num_layers):
         letter = max(dict.fromkeys(pattern), key=pattern.count)
         place = pattern.rindex(letter)
         pattern = pattern[:place] + pattern[place + 1 :]
-        less = memory(config.replace(pattern=pattern), report.context, report.batch, **asked)
+        less = memory(config.replace(pattern=pattern), report.context, report.batch, **options)
         if less.peak <= budget:
             gone = ", ".join(
                 f"{config.pattern.count(kind) - pattern.count(kind)} {kind}"

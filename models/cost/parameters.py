@@ -17,7 +17,7 @@ def count_parameters(config: HybridConfig) -> int:
 
 def kind_sizes(config: HybridConfig) -> Mapping[str, tuple[int, int]]:
     """Elements of all tensors, and of the matrices among them: of one layer of each kind by its letter, and of what
-    is outside of the layers under "". Layers of a kind are alike, so that the table is asked for one of each."""
+    is outside of the layers under "". Layers of a kind are alike, so that the table is made of one of each."""
     kinds = "".join(sorted(set(config.pattern)))
     return shape_sizes(config.replace(pattern=kinds, bos_token_id=None, eos_token_id=None, pad_token_id=None))
 

@@ -49,7 +49,7 @@ def random_model(config: HybridConfig, dtype: torch.dtype, device: torch.device,
     return model.eval()
 
 
-def check_room(config: HybridConfig, needed: int, device: torch.device, cap: float | None) -> None:
+def check_memory(config: HybridConfig, needed: int, device: torch.device, cap: float | None) -> None:
     """Before anything is allocated: raises CheckFailed where a run needs more than the cap, InputError where the
     machine has less."""
     name = f"{config.num_layers} layers, {needed / 2**30:.2f} GiB at the peak"

@@ -100,7 +100,7 @@ def simulate(
 
 
 def pass_through(model: HybridLM, ids: Tensor, cache: Cache, chunk: int, tracker: Tracker, decodes: bool) -> None:
-    """Prefill of ids [B, T], and one decoding step where the cache has room for it."""
+    """Prefill of ids [B, T], and one decoding step where it fits the cache."""
     skipped = max(ids.shape[1] // chunk - 3, 0) * chunk  # between the first chunk and the last two
     rest = ids
     if skipped:
@@ -265,7 +265,7 @@ UNEVEN = {"aten::_scaled_dot_product_flash_attention"}  # shares that jump up an
 
 class Stand(TorchFunctionMode):
     """Stands in for what a fake tensor on a device that is not there cannot do: indexing and copying by Python's ways
-    ask for the device's driver, and SDPA for its properties. The operators behind them do not."""
+    ask for the device's driver, and SDPA for its properties. The operators that they call do not."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__:

@@ -78,7 +78,7 @@ def measure(
 
 
 def read(model: HybridLM, cache: Cache, prompt: Tensor, chunk: int) -> int:
-    """A prompt [1, T] into row 0, chunk by chunk; the likeliest token after it."""
+    """A prompt [1, T] into row 0, chunk by chunk; the most probable token after it."""
     logits = prefill(model, prompt, cache.rows(0, 1), chunk)
     cache.lengths[0] = prompt.shape[1]
     return int(logits.argmax())

@@ -49,7 +49,7 @@ class Training:
     `batch` are the rows of a step, in all processes: more of them than go through at once come in several
     micro-batches, with gradients there from the start (None: so it is taken to be). `packed`: rows hold documents, as
     in all training here. `dtype` is that of weights in use and of activations; the optimizer moves float32 copies of
-    less. `teacher` is "online", "cached" (its likeliest tokens, from files) or "none" (cross-entropy). `processes`
+    less. `teacher` is "online", "cached" (its top-k tokens, from files) or "none" (cross-entropy). `processes`
     share weights, gradients and the optimizer's state (FSDP2).
     """
 

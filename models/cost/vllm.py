@@ -18,7 +18,7 @@ MODES = ("none", "align", "all")  # which Mamba states are kept for a common beg
 
 @dataclasses.dataclass(frozen=True)
 class VllmReport:
-    """What the allocator does with the cache: tokens a block, blocks and bytes of a request of the asked length, and
+    """What the allocator does with the cache: tokens a block, blocks and bytes of a request of that length, and
     (0 where no budget was given) of the budget: all blocks, requests of that length at once, and the largest
     --max-num-seqs and --max-model-len with which it starts."""
 
@@ -34,26 +34,33 @@ class VllmReport:
 
 
 def allocate(
-    attention: int, mamba: int, context: int, kv_token: int, mamba_layer: int, room: float | None, mode: str, chunk: int
+    attention: int,
+    mamba: int,
+    context: int,
+    kv_token: int,
+    mamba_layer: int,
+    headroom: float | None,
+    mode: str,
+    chunk: int,
 ) -> VllmReport:
-    """For `attention` and `mamba` layers, t = `kv_token`, bytes of a Mamba layer's state, and `room` bytes for caches.
+    """For `attention` and `mamba` layers, t = `kv_token`, bytes of a Mamba layer's state, and `headroom` bytes free.
 
     Modes (--mamba-cache-mode): "none" keeps one state a request, "align" two, "all" one for every block, whose length
     is then a multiple of the scan's `chunk` as well. Raises InputError for another mode.
     """
     if mode not in MODES:
         raise InputError(f"vLLM: Mamba cache mode {mode!r} is unknown; known: {', '.join(MODES)}")
-    room = max(room or 0, 0)
+    headroom = max(headroom or 0, 0)
     if not attention:
         per_request = mamba * mamba_layer
-        requests = int(room // per_request) if per_request else 0
+        requests = int(headroom // per_request) if per_request else 0
         return VllmReport(0, per_request, requests, mode, 1, per_request, requests, requests)
     unit = math.lcm(chunk, 16) if mode == "all" and mamba else 16
     block = unit * max(1, math.ceil(math.ceil(mamba_layer / kv_token) / unit))
     small, large = sorted((attention, mamba or attention))
     group = large if large < 1.5 * small else small
     per_block = group * block * kv_token
-    blocks = int(room // per_block)
+    blocks = int(headroom // per_block)
 
     def needed(tokens: int) -> int:
         states = {"none": 1, "align": 2, "all": math.ceil(tokens / block)}[mode]
@@ -69,7 +76,7 @@ def allocate(
     # Every sequence that decodes needs a Mamba block, or vLLM refuses to capture its CUDA graphs.
     at_most = blocks if mamba and longest else 0
     return VllmReport(
-        block, per_request, int(room // per_request), mode, needed(context), per_block, blocks, at_most, longest
+        block, per_request, int(headroom // per_request), mode, needed(context), per_block, blocks, at_most, longest
     )
 
 

@@ -198,7 +198,7 @@ def scattered(config: HybridConfig, name: str, start: int, rows: Tensor) -> Iter
 
 @functools.lru_cache(maxsize=16)
 def tensor_table_of(config: HybridConfig) -> Mapping[str, TensorSpec]:
-    """`axes.tensor_table`, kept: it is asked for with every block of rows."""
+    """`axes.tensor_table`, kept: it is needed with every block of rows."""
     return tensor_table(config)
 
 
