@@ -107,7 +107,7 @@ def test_cache_of_something_else_is_refused(workshop: Path, tmp_path: Path) -> N
 def test_killed_cache_goes_on(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = ("cache.k=4", "cache.shard_bytes=2000")
     assert cache(workshop, tmp_path / "calm", *whole)[0] == 0
-    answer, requested = module.answer, []
+    answer, requested = module.answers_to, []
 
     def killed(*arguments: Any) -> Any:
         requested.append(len(arguments[2]))
@@ -115,10 +115,12 @@ def test_killed_cache_goes_on(workshop: Path, tmp_path: Path, monkeypatch: pytes
             raise KeyboardInterrupt
         return answer(*arguments)
 
-    monkeypatch.setattr(module, "answer", killed)
+    monkeypatch.setattr(module, "answers_to", killed)
     assert cache(workshop, tmp_path / "rough", *whole)[0] != 0 and not (tmp_path / "rough").exists()
     (tmp_path / ".rough.partial" / "rows-00099.safetensors.partial").write_bytes(b"half")
-    monkeypatch.setattr(module, "answer", lambda *arguments: requested.append(len(arguments[2])) or answer(*arguments))
+    monkeypatch.setattr(
+        module, "answers_to", lambda *arguments: requested.append(len(arguments[2])) or answer(*arguments)
+    )
     requested.clear()
     assert cache(workshop, tmp_path / "rough", *whole)[0] == 0
     assert not list((tmp_path / "rough").glob("*.partial"))
