@@ -108,7 +108,7 @@ class Mamba2Mixer(nn.Module):
 
     def one_token(self, state: MambaState, many: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """`mix_tokens` of one token a row. What does not change from step to step is made here, once; for `many` steps
-        in float32 on a CPU buffers and views, too, without which a step of the shipped model takes STEP_GAIN longer."""
+        in float32 on a CPU buffers and views, too."""
         config = self.config
         # [C, K] with channels innermost, as the state; a clone, which works on fake tensors too.
         weight = self.conv1d.weight.squeeze(1).mT.clone(memory_format=torch.contiguous_format).mT

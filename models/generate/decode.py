@@ -80,6 +80,11 @@ class DecodingStep:
         self.inputs = torch.zeros((2, self.batch), dtype=torch.int64, device=model.head_weight.device)
         self.tokens, self.lengths = self.inputs.unbind()
         self.products: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        weight = model.norm_f.weight
+        self.norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+        if takes_prepared(model.head_weight, weight):
+            prepared = PreparedNorm((self.batch, 1, len(weight)), model.config.norm_eps)
+            self.norm = lambda x, weight, eps: prepared(x, weight)
         self.made: dict[Hashable, Any] = {}
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
@@ -103,11 +108,6 @@ class DecodingStep:
             weight = module.weight if self.stored is None else self.stored(module.weight)
             product = self.products[module] = prepared_linear(weight, self.batch)
         return product(x)
-
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if not takes_prepared(x, weight):
-            return rms_norm(x, weight, eps)
-        return self.once("norm", lambda: PreparedNorm(tuple(x.shape), eps))(x, weight)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self.made:
