@@ -72,7 +72,7 @@ def relu2_op(x: Tensor) -> Tensor:
     """relu2 by Triton."""
     y = x.new_empty(x.shape)
     if x.numel():
-        flat_launch("relu2_forward", x=x.contiguous(), y=y).run(x)
+        flat_launch("relu2_forward", x=x.contiguous(), y=y).enqueue(x)
     return y
 
 
@@ -80,7 +80,7 @@ def relu2_op(x: Tensor) -> Tensor:
 def relu2_backward_op(x: Tensor, dy: Tensor) -> Tensor:
     dx = x.new_empty(x.shape)
     if x.numel():
-        flat_launch("relu2_backward", x=x.contiguous(), dy=dy.contiguous(), dx=dx).run(x)
+        flat_launch("relu2_backward", x=x.contiguous(), dy=dy.contiguous(), dx=dx).enqueue(x)
     return dx
 
 
@@ -89,7 +89,7 @@ def swiglu_op(gate: Tensor, up: Tensor) -> Tensor:
     """swiglu by Triton."""
     y = gate.new_empty(gate.shape)
     if gate.numel():
-        flat_launch("swiglu_forward", gate=gate.contiguous(), up=up.contiguous(), y=y).run(gate)
+        flat_launch("swiglu_forward", gate=gate.contiguous(), up=up.contiguous(), y=y).enqueue(gate)
     return y
 
 
@@ -98,7 +98,7 @@ def swiglu_backward_op(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Te
     dgate, dup = gate.new_empty(gate.shape), up.new_empty(up.shape)
     if gate.numel():
         tensors = {"gate": gate.contiguous(), "up": up.contiguous(), "dy": dy.contiguous()}
-        flat_launch("swiglu_backward", **tensors, dgate=dgate, dup=dup).run(gate)
+        flat_launch("swiglu_backward", **tensors, dgate=dgate, dup=dup).enqueue(gate)
     return dgate, dup
 
 

@@ -96,7 +96,7 @@ def decode_attention_op(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None)
     y = q.new_empty(q.shape)
     if q.numel():
         for launch in decode_launches(q, k, v, lengths, y):
-            launch.run(q)
+            launch.enqueue(q)
     return y
 
 

@@ -294,7 +294,7 @@ def step_op(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu:
     if not takes_triton(x):
         return torch_step(state, x, weight, bias, "silu" if silu else None)
     y, bias = torch.empty(x.shape, dtype=x.dtype, device=x.device), None if bias is None else bias.contiguous()
-    triton_module("conv_triton").step_launch(state, x, weight, bias, silu, y, capability(x.device)).run(x)
+    triton_module("conv_triton").step_launch(state, x, weight, bias, silu, y, capability(x.device)).enqueue(x)
     return y
 
 

@@ -197,7 +197,7 @@ def conv_step(
     tl.store(p_y + i_b * CHANNELS + i_c, y.to(p_y.dtype.element_ty), mask=m_c)
 
 
-class Sizes(NamedTuple):
+class ConvSizes(NamedTuple):
     """Tokens and channels of a tile, warps."""
 
     tokens: int
@@ -207,7 +207,7 @@ class Sizes(NamedTuple):
 
 # For each compute capability: forward, backward, step.
 # Loads of 16 bytes a thread forward, where twice the tile spills registers; 4 bytes backward, many threads instead.
-SIZES = {known: (Sizes(16, 128, 4), Sizes(128, 256, 4), Sizes(1, 256, 4)) for known in CAPABILITIES}
+SIZES = {known: (ConvSizes(16, 128, 4), ConvSizes(128, 256, 4), ConvSizes(1, 256, 4)) for known in CAPABILITIES}
 
 
 class Conv(NamedTuple):
@@ -277,7 +277,7 @@ def step_launch(
 def forward(given: Conv) -> Tensor:
     """y [B, T, C] in the dtype of x."""
     y = torch.empty(given.x.shape, dtype=given.x.dtype, device=given.x.device)
-    forward_launch(given.placed(), y, capability(y.device)).run(y)
+    forward_launch(given.placed(), y, capability(y.device)).enqueue(y)
     return y
 
 
@@ -291,7 +291,7 @@ def backward(given: Conv, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Te
     dfirst = None if first is None else first.new_empty((batch, width - 1, channels))
     segments = -(-tokens // SIZES[device][1].tokens)
     sums = dx.new_empty((batch, segments, width + 1, channels), dtype=torch.float32)
-    backward_launch(conv, placed(dy), dx, dfirst, sums, device).run(dy)
+    backward_launch(conv, placed(dy), dx, dfirst, sums, device).enqueue(dy)
     total = sums.sum((0, 1))
     return (
         dx,

@@ -25,7 +25,7 @@ class Launch(NamedTuple):
     warps: int
     stages: int
 
-    def run(self, on: Tensor) -> None:
+    def enqueue(self, on: Tensor) -> None:
         """Launches on the device of a tensor."""
         with torch.cuda.device(on.device) if on.is_cuda else contextlib.nullcontext():
             self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)

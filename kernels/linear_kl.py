@@ -194,7 +194,7 @@ def linear_kl_op(
             teacher = product(teacher_hidden[rows], teacher_head.T, full=not need)
         per_token = (kl[rows], cross_entropy[rows], teacher_cross_entropy[rows], first[rows])
         target = None if labels is None else labels[rows]
-        chunk_launch(logits, teacher, target, weights[rows], per_token, options, need).run(hidden)
+        chunk_launch(logits, teacher, target, weights[rows], per_token, options, need).enqueue(hidden)
         del teacher
         # 1 / normalizer comes last: a float16 or bfloat16 gradient divided by all of a batch's tokens may underflow.
         if need_hidden:

@@ -121,7 +121,7 @@ def norm_op(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: i
     """Both norms by Triton: y, and one over the RMS [rows, n_groups]."""
     outputs = norm_shapes(x, z, weight, eps, n_groups)
     if x.numel():
-        forward_launch(x, z, weight, eps, outputs).run(x)
+        forward_launch(x, z, weight, eps, outputs).enqueue(x)
     return outputs
 
 
@@ -141,7 +141,7 @@ def norm_backward_op(
         outputs[2].zero_()
         return outputs
     launch, parts = backward_launch(dy, x, z, weight, rms, outputs)
-    launch.run(x)
+    launch.enqueue(x)
     outputs[2].copy_(parts.sum(0))
     return outputs
 

@@ -13,7 +13,7 @@ from .ssd import TILE_ELEMENTS, shares_of_heads
 from .ssd_triton import scan_forward, scan_gradients, scan_walk
 
 
-class Sizes(NamedTuple):
+class ScanSizes(NamedTuple):
     """Of one kernel: the most tokens and the most of head_dim in a tile, warps, stages of loads."""
 
     tokens: int
@@ -26,14 +26,14 @@ class Sizes(NamedTuple):
 # else 4): forward, walk, gradients. Chosen by offline compilation: with more tokens in a tile, fewer warps or other
 # stages registers spill.
 SIZES = {
-    (80, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 3), Sizes(32, 16, 8, 1)),
-    (80, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
-    (86, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 3), Sizes(32, 16, 8, 2)),
-    (86, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
-    (89, 2): (Sizes(32, 64, 8, 1), Sizes(32, 16, 4, 3), Sizes(32, 16, 8, 2)),
-    (89, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
-    (90, 2): (Sizes(32, 64, 8, 3), Sizes(32, 16, 4, 3), Sizes(32, 16, 8, 2)),
-    (90, 4): (Sizes(16, 16, 8, 1), Sizes(16, 16, 4, 1), Sizes(16, 32, 8, 1)),
+    (80, 2): (ScanSizes(32, 64, 8, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 8, 1)),
+    (80, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
+    (86, 2): (ScanSizes(32, 64, 8, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 8, 2)),
+    (86, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
+    (89, 2): (ScanSizes(32, 64, 8, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 8, 2)),
+    (89, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
+    (90, 2): (ScanSizes(32, 64, 8, 3), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 8, 2)),
+    (90, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
 }
 STATE_ELEMENTS = 10240  # of the float32 state that one program keeps in registers: 80 x 128
 
@@ -76,7 +76,7 @@ class Scan(NamedTuple):
         factors of matrix products; float16 might overflow."""
         return torch.bfloat16 if self.dot is tl.bfloat16 else torch.float32
 
-    def sizes(self, device: int) -> tuple[Sizes, Sizes, Sizes]:
+    def sizes(self, device: int) -> tuple[ScanSizes, ScanSizes, ScanSizes]:
         return SIZES[device, self.kept.itemsize]
 
     def tile_tokens(self, most: int) -> int:
@@ -172,7 +172,7 @@ def scan(given: Scan) -> tuple[Tensor, Tensor]:
     y = torch.empty(given.x.shape, dtype=given.x.dtype, device=given.x.device)
     batch, _, heads, head_dim = given.x.shape
     last = y.new_empty((batch, heads, head_dim, given.B.shape[3]), dtype=torch.float32)
-    forward_launch(given.placed(), y, last, capability(y.device)).run(y)
+    forward_launch(given.placed(), y, last, capability(y.device)).enqueue(y)
     return y, last
 
 
@@ -185,9 +185,9 @@ def scan_backward(given: Scan, dy: Tensor, dlast: Tensor | None) -> tuple[Tensor
     shape = (batch, chunks, heads, head_dim, scan.B.shape[3])
     states, dstates = (x.new_empty(shape, dtype=scan.kept) for _ in range(2))
     dfirst = None if scan.initial_state is None else torch.empty_like(scan.initial_state)
-    walk_launch(scan, x, scan.B, scan.initial_state, states, None, device, False).run(x)
+    walk_launch(scan, x, scan.B, scan.initial_state, states, None, device, False).enqueue(x)
     dlast = None if dlast is None else dlast.contiguous()
-    walk_launch(scan, dy, scan.C, dlast, dstates, dfirst, device, True).run(x)
+    walk_launch(scan, dy, scan.C, dlast, dstates, dfirst, device, True).enqueue(x)
     groups = scan.B.shape[2]
     shares = shares_of_heads(batch, chunks, groups, heads // groups)
     summed = {"dB": scan.B, "dC": scan.C}
@@ -197,7 +197,7 @@ def scan_backward(given: Scan, dy: Tensor, dlast: Tensor | None) -> tuple[Tensor
     }
     into |= {"dx": x.new_empty(x.shape), "ddt": scan.dt.new_empty(scan.dt.shape)}
     into["sums"] = x.new_empty((3, batch, chunks, heads), dtype=torch.float32)
-    gradients_launch(scan, dy, states, dstates, into, device).run(x)
+    gradients_launch(scan, dy, states, dstates, into, device).enqueue(x)
     dA, dbias, dD = (sums.sum((0, 1)) for sums in into["sums"])
     dB, dC = (into[name][0] if shares == 1 else into[name].sum(0) for name in ("dB", "dC"))
     return (

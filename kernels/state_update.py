@@ -89,7 +89,7 @@ def update_op(
     A, D, dt_bias = (None if tensor is None else tensor.contiguous() for tensor in (A, D, dt_bias))  # type: ignore[assignment]
     options = (dt_softplus, limit_low, limit_high)
     launch = triton_module("state_triton").update_launch
-    launch(state, x, dt, A, B, C, D, dt_bias, options, y, capability(x.device)).run(x)
+    launch(state, x, dt, A, B, C, D, dt_bias, options, y, capability(x.device)).enqueue(x)
     return y
 
 

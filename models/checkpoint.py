@@ -12,7 +12,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .axes import tensor_table
 from .config import HybridConfig
-from .errors import CheckFailed, DiskError, InputError
+from .errors import CheckFailed, InputError
 from .families.family import (
     StoredTensor,
     assembled,
@@ -35,11 +35,10 @@ from .families.family import (
 )
 from .folder import atomic_folder, write_json
 from .hybrid import HybridLM
+from .shards import INDEX, SHARD_BYTES, SINGLE, Shard, check_disk, main_dtype, plan_shards, write_index
 from .tensors import DTYPES as ALL_DTYPES
-from .tensors import Form, TensorFile, ahead, is_finite
+from .tensors import TensorFile, ahead, is_finite
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
 PIECE_BYTES = 2**26  # of a tensor in memory, where it is streamed
 DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point}
 # What belongs to the tokenizer and goes along with the weights.
@@ -56,7 +55,7 @@ COMPANIONS = (
 )
 
 
-class Place(NamedTuple):
+class StoredPlace(NamedTuple):
     """Where a stored tensor lies: the file, its name there, and the dtype."""
 
     file: Path
@@ -68,7 +67,7 @@ class Place(NamedTuple):
 class Stored:
     """Where a tensor of the table lies: the places of what it is stored as, by published names, and their dtype."""
 
-    places: Mapping[str, Place]
+    places: Mapping[str, StoredPlace]
     dtype: torch.dtype
 
 
@@ -114,7 +113,7 @@ def open_file(path: Path) -> Any:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def read_rows(place: Place, begin: int, end: int) -> Tensor:
+def read_rows(place: StoredPlace, begin: int, end: int) -> Tensor:
     """Rows begin..end-1 of a stored tensor, counted as by `families.family.Piece`. Raises InputError as
     `Checkpoint.tensor`."""
     with open_file(place.file) as file:
@@ -161,7 +160,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = Path(path)
     config = load_config(path)
     expected = stored_tensors(config)
-    places: dict[str, Place] = {}
+    places: dict[str, StoredPlace] = {}
     for file in weight_files(path):
         with open_file(file) as opened:
             for name in opened.keys():  # noqa: SIM118
@@ -170,7 +169,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
                     continue
                 if known in places:
                     raise InputError(f"{file}: tensor {name} is also in {places[known].file.name}; expected it once")
-                places[known] = Place(file, name, DTYPES[opened.get_slice(name).get_dtype()])
+                places[known] = StoredPlace(file, name, DTYPES[opened.get_slice(name).get_dtype()])
     missing = [name for name in expected if name not in places]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -180,7 +179,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(path, config, stored_as(config, places))
 
 
-def stored_as(config: HybridConfig, places: Mapping[str, Place]) -> dict[str, Stored]:
+def stored_as(config: HybridConfig, places: Mapping[str, StoredPlace]) -> dict[str, Stored]:
     """The tensors of the table whose every piece has a place, by published name. Raises InputError where the pieces of
     one have several dtypes."""
     stored: dict[str, Stored] = {}
@@ -319,12 +318,7 @@ def write_checkpoint(
                 file.discard()
     assert not place, f"tensors of the checkpoint that were not given: {sorted(place)}"
     write_index(folder, shards)
-    counts: dict[torch.dtype, int] = {}
-    for shard in shards:
-        for dtype, shape in shard.forms.values():
-            counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
-    main_dtype = max(counts, key=lambda key: counts[key])
-    write_json(folder / "config.json", content | {"torch_dtype": str(main_dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", content | {"torch_dtype": str(main_dtype(shards)).removeprefix("torch.")})
     for name in COMPANIONS if tokenizer_from not in (None, folder) else ():  # the folder may have its own already
         if (Path(tokenizer_from) / name).is_file():  # type: ignore[arg-type]
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)  # type: ignore[arg-type]
@@ -332,66 +326,15 @@ def write_checkpoint(
         write_json(folder / "limbeck.json", dict(provenance))
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """A file of weights, before it is written: its name, and the tensors by their stored names."""
-
-    file: str
-    forms: Mapping[str, Form]
-
-    @property
-    def bytes(self) -> int:
-        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.forms.values())
-
-
-def plan_shards(
-    config: HybridConfig, dtypes: torch.dtype | Mapping[str, torch.dtype], max_shard_bytes: int = SHARD_BYTES
-) -> tuple[Shard, ...]:
-    """The files of a checkpoint: its tensors in the table's order, as many to a file as `max_shard_bytes` hold."""
-    groups: list[dict[str, Form]] = [{}]
-    filled = 0
-    for name, tensor in stored_tensors(config).items():
-        dtype = dtypes[tensor.pieces[0].ours] if isinstance(dtypes, Mapping) else dtypes
-        size = math.prod(tensor.shape) * dtype.itemsize
-        if groups[-1] and filled + size > max_shard_bytes:
-            groups.append({})
-            filled = 0
-        groups[-1][name] = (dtype, tensor.shape)
-        filled += size
-    if len(groups) == 1:
-        return (Shard(SINGLE, groups[0]),)
-    return tuple(
-        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", group) for number, group in enumerate(groups, 1)
-    )
-
-
 def finished_shards(folder: Path, config: HybridConfig, shards: Iterable[Shard]) -> Checkpoint:
     """What an earlier, interrupted `write_checkpoint` has left in a folder: a checkpoint of some of the tensors."""
     places = {
-        name: Place(folder / shard.file, name, dtype)
+        name: StoredPlace(folder / shard.file, name, dtype)
         for shard in shards
         if (folder / shard.file).exists()
         for name, (dtype, _) in shard.forms.items()
     }
     return Checkpoint(folder, config, stored_as(config, places))
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Raises DiskError where the disk of a folder has less space."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise DiskError(
-            f"{folder.parent}: the weights take {needed / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left;"
-            " free space, or give an output elsewhere"
-        )
-
-
-def write_index(folder: Path, shards: Sequence[Shard]) -> None:
-    """The index of a folder of several files."""
-    if len(shards) > 1:
-        weight_map = {name: shard.file for shard in shards for name in shard.forms}
-        total = sum(shard.bytes for shard in shards)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def model_dtypes(model: HybridLM) -> dict[str, torch.dtype]:

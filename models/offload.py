@@ -36,7 +36,7 @@ class Layer:
     number: int
     ready: torch.cuda.Event | None = None
 
-    def run(self, hidden: Tensor, seq_idx: Tensor, observe: Observe | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, seq_idx: Tensor, observe: Observe | None = None) -> Tensor:
         """The residual stream [B, T, hidden] after the layer; `observe` is told the source's number."""
         seen: Observe | None = None
         if observe is not None:
@@ -52,7 +52,7 @@ class Layers(Protocol):
     dtype: torch.dtype
     streamed: bool
 
-    def walk(self, numbers: Sequence[int]) -> Iterator[Layer]:
+    def in_turn(self, numbers: Sequence[int]) -> Iterator[Layer]:
         """These layers in turn; each may be used until the next one comes."""
         ...
 
@@ -77,7 +77,7 @@ class ResidentLayers:
         self.device, self.dtype = model.embeddings.weight.device, model.embeddings.weight.dtype
         self.weights = model.state_dict()
 
-    def walk(self, numbers: Sequence[int]) -> Iterator[Layer]:
+    def in_turn(self, numbers: Sequence[int]) -> Iterator[Layer]:
         return (Layer(self.model, number, number) for number in numbers)
 
     def embed(self, input_ids: Sequence[Tensor]) -> list[Tensor]:
@@ -100,7 +100,7 @@ class StreamedLayers:
         self.checkpoint, self.config, self.device, self.dtype = checkpoint, checkpoint.config, device, dtype
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def walk(self, numbers: Sequence[int]) -> Iterator[Layer]:
+    def in_turn(self, numbers: Sequence[int]) -> Iterator[Layer]:
         with ThreadPoolExecutor(1) as reader:
             ahead = [reader.submit(self.read, number) for number in numbers[:1]]
             for place in range(len(numbers)):

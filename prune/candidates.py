@@ -10,7 +10,7 @@ from typing import Any
 from ..models.cost.hardware import GIB, Hardware, Reserve
 from ..models.device import torch_dtype
 from ..models.errors import InputError, gib
-from .search import Budget, Candidate, pareto
+from .search import Budget, Candidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,3 +101,13 @@ def best_rows(content: Mapping[str, Any], count: int) -> tuple[list[str], list[l
         rows.append(row)
     columns = ["candidate", "memory\nheadroom", "tokens/s\nbatch", *(["\n".join(proxies)] if proxies else [])]
     return columns, rows
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points (cost, value) that no other beats, ascending in cost: less cost, more value; of equal
+    points the first."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front

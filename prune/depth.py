@@ -252,7 +252,7 @@ class Race:
         after = any(begin + size < len(stack) for begin in begins)
         hidden = self.source.embed([self.ids[number] for number in numbers])
         streams: dict[Candidate, list[Tensor]] = {}
-        for place, layer in enumerate(self.source.walk(stack[: len(stack) if after else last])):
+        for place, layer in enumerate(self.source.in_turn(stack[: len(stack) if after else last])):
             if place in begins:
                 streams[begins[place]] = list(hidden)
             for begin, candidate in begins.items():
@@ -284,7 +284,7 @@ class Race:
         costs = torch.zeros(len(candidates), len(numbers), dtype=torch.float64, device=self.source.device)
         hidden = self.source.embed([self.ids[number] for number in numbers])
         held: dict[int, list[Tensor]] = {}
-        for place, layer in enumerate(self.source.walk(stack[: max(rows) + size])):
+        for place, layer in enumerate(self.source.in_turn(stack[: max(rows) + size])):
             if place in rows:
                 held[place] = list(hidden)
             self.advance(layer, hidden, numbers)
@@ -300,7 +300,7 @@ class Race:
     def advance(self, layer: Layer, hidden: list[Tensor], numbers: Sequence[int]) -> None:
         """Moves a stream of these batches on, in place of the list."""
         for place, number in enumerate(numbers):
-            hidden[place] = layer.run(hidden[place], self.seq_idx[number])
+            hidden[place] = layer.forward(hidden[place], self.seq_idx[number])
         self.runs += len(numbers)
 
     def head_input(self, number: int, hidden: Tensor) -> Tensor:

@@ -124,10 +124,10 @@ def forward_pass(source: Layers, group: list[TokenBatch], names: Container[str])
     """Moves the batches' streams through all layers and the final norm; layer after layer, batch after batch."""
     streams = source.embed([batch.input_ids for batch in group])
     seq_idx = [batch.seq_idx.to(source.device) for batch in group]
-    for layer in source.walk(range(source.config.num_layers)):
+    for layer in source.in_turn(range(source.config.num_layers)):
         for number, stream in enumerate(streams):
             seen: dict[str, Tensor] = {}
-            streams[number] = layer.run(stream, seq_idx[number], keeper(seen, names))
+            streams[number] = layer.forward(stream, seq_idx[number], keeper(seen, names))
             yield Sight(layer.number, number, seen, {})
     norm = source.tensor("norm_f.weight")
     for number, stream in enumerate(streams):
@@ -142,10 +142,10 @@ def backward_pass(source: Layers, group: list[TokenBatch], names: Container[str]
     """
     config, seq_idx = source.config, [batch.seq_idx.to(source.device) for batch in group]
     before = [source.embed([batch.input_ids for batch in group])]
-    for layer in source.walk(range(config.num_layers)):
+    for layer in source.in_turn(range(config.num_layers)):
         before.append([])
         for number, stream in enumerate(before[-2]):
-            before[-1].append(layer.run(stream, seq_idx[number]))
+            before[-1].append(layer.forward(stream, seq_idx[number]))
             yield Sight(layer.number, number, {}, {})
     norm = source.tensor("norm_f.weight")
     head = source.tensor("embeddings.weight" if config.tie_word_embeddings else "lm_head.weight")
@@ -155,11 +155,11 @@ def backward_pass(source: Layers, group: list[TokenBatch], names: Container[str]
         normed, own, gradient = loss_gradients(stream, norm, config.norm_eps, head, labels)
         gradients.append(gradient)
         yield Sight(config.num_layers, number, {"hidden": normed}, {"hidden": own})
-    for layer in source.walk(range(config.num_layers)[::-1]):
+    for layer in source.in_turn(range(config.num_layers)[::-1]):
         for number, stream in enumerate(before.pop()):
             seen: dict[str, Tensor] = {}
             with torch.enable_grad():
-                after = layer.run(stream.requires_grad_(), seq_idx[number], keeper(seen, names))
+                after = layer.forward(stream.requires_grad_(), seq_idx[number], keeper(seen, names))
             gradients[number], *rest = torch.autograd.grad(after, [stream, *seen.values()], gradients[number])
             yield Sight(layer.number, number, seen, dict(zip(seen, rest, strict=True)))
 

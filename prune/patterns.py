@@ -155,13 +155,13 @@ def patterns(source: str, layers: int, rules: Rules | None = None) -> Iterator[s
     steps, start = automaton(source, layers, rules)
     count = ways(source, layers, rules)
 
-    def walk(state: State, before: str) -> Iterator[str]:
+    def continued(state: State, before: str) -> Iterator[str]:
         if state.kept == layers:
             yield before
             return
         for letter, after in steps(state):
             if count(after):
-                yield from walk(after, before + letter)
+                yield from continued(after, before + letter)
 
     if count(start):
-        yield from walk(start, "")
+        yield from continued(start, "")

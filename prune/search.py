@@ -397,13 +397,3 @@ def sliced_loss(
     if not abs(total) < float("inf"):
         raise CheckFailed(f"search: the loss of the model cut to {smaller.config.pattern} is {total}")
     return total / tokens
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, value) that no other beats, ascending in cost: less cost, more value; of equal
-    points the first."""
-    front: list[int] = []
-    for index in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1], i)):
-        if not front or points[index][1] > points[front[-1]][1]:
-            front.append(index)
-    return front

@@ -206,7 +206,7 @@ def test_a_step_never_asks_the_host(name: str) -> None:
                 fake = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
                 module.register_parameter(key, nn.Parameter(fake, requires_grad=False))
         step = DecodingStep(model, Cache(config, 4, 1000, dtype=torch.bfloat16, device="cuda").rows(0, 3))
-        logits = step.run()
+        logits = step.logits_of_loaded()
     assert logits.shape == (3, config.vocab_size) and logits.device.type == "cuda" and logits.dtype == torch.bfloat16
 
 

@@ -107,11 +107,11 @@ def test_a_walk_reads_each_layer_once_and_holds_two(folders: dict[str, Path], mo
 
 def test_layers_are_dropped_when_a_walk_is_given_up(folders: dict[str, Path]) -> None:
     streamed = open_layers(folders["hybrid"], torch.float32, CPU, offload="disk")
-    for layer in streamed.walk(range(7)):
+    for layer in streamed.in_turn(range(7)):
         assert layer.number == 0 and layer.model.config.pattern == "M"
         break
-    assert [layer.number for layer in streamed.walk((2, 5))] == [2, 5]
-    assert list(streamed.walk(())) == []
+    assert [layer.number for layer in streamed.in_turn((2, 5))] == [2, 5]
+    assert list(streamed.in_turn(())) == []
 
 
 def test_auto_takes_what_fits(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

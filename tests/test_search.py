@@ -19,6 +19,7 @@ from limbeck.models.cost.hardware import GIB, Hardware
 from limbeck.models.cost.inference import memory
 from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
+from limbeck.prune.candidates import pareto
 from limbeck.prune.choose import select
 from limbeck.prune.patterns import Rules
 from limbeck.prune.repair import Repair, repair_model
@@ -31,7 +32,6 @@ from limbeck.prune.search import (
     Space,
     find_candidates,
     find_depths,
-    pareto,
     ranked,
     sliced_loss,
     with_importance,

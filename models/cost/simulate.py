@@ -124,8 +124,8 @@ def decode(model: HybridLM, token: Tensor, cache: Cache) -> Any:
     step = DecodingStep(model, cache)
     step.load(token, cache.lengths)
     with step.unmoved():
-        step.run()
-    return step, step.run()
+        step.logits_of_loaded()
+    return step, step.logits_of_loaded()
 
 
 def advance(cache: Cache, tokens: int) -> None:

@@ -75,9 +75,8 @@ def throughput(
         )
     if hardware.bandwidth_gb_s <= 0 or hardware.bf16_tflops <= 0:
         return None
-    dtypes: dict[str, Any] = {
-        "weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype, "conv_dtype": conv_dtype
-    }  # fmt: skip
+    names = ("weight_dtype", "kv_dtype", "ssm_dtype", "conv_dtype")
+    dtypes: Any = dict(zip(names, (weight_dtype, kv_dtype, ssm_dtype, conv_dtype), strict=True))
     if batch is None:
         if budget is None:
             raise InputError("throughput: give a batch, or a budget in bytes that the batch has to fit")
@@ -86,13 +85,11 @@ def throughput(
         if batch < 1:
             return None
     rate = hardware.bf16_tflops * 1e12 * compute_efficiency
-    bandwidth = hardware.bandwidth_gb_s * 1e9 * bandwidth_efficiency
-    middle = input_tokens + output_tokens // 2
+    bandwidth, middle = hardware.bandwidth_gb_s * 1e9 * bandwidth_efficiency, input_tokens + output_tokens // 2
     report = memory(config, middle, batch, chunk=None, **dtypes)
     head = config.vocab_size * config.hidden_size
     weights = report.weights - (0 if config.tie_word_embeddings else head * weight_dtype.itemsize)
-    head_flops = 2.0 * head
-    prefill_flops = input_tokens * (flops_per_token(config, input_tokens) - head_flops) + head_flops
+    prefill_flops = input_tokens * (flops_per_token(config, input_tokens) - 2.0 * head) + 2.0 * head
     prefill = max(batch * prefill_flops / rate, weights / bandwidth)
     # A step's attention looks back on all of the context, a prefill's on half of it: hence twice.
     step_flops = batch * flops_per_token(config, 2 * middle)

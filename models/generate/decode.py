@@ -89,7 +89,7 @@ class DecodingStep:
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
         self.load(tokens, lengths)
-        return self.run()
+        return self.logits_of_loaded()
 
     def load(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> None:
         if isinstance(tokens, Tensor):
@@ -98,7 +98,7 @@ class DecodingStep:
         else:
             self.inputs.copy_(torch.tensor((tokens, lengths)))
 
-    def run(self) -> Tensor:
+    def logits_of_loaded(self) -> Tensor:
         """Logits [B, V] of the tokens that are loaded."""
         return self.model.decode(self.tokens, self.lengths, self.cache, self)
 
@@ -150,10 +150,10 @@ class GraphedStep:
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside), step.unmoved():
             for _ in range(WARM_UP):
-                step.run()
+                step.logits_of_loaded()
         torch.cuda.current_stream().wait_stream(beside)
         with torch.cuda.graph(self.graph, pool=pool):
-            self.logits = step.run()
+            self.logits = step.logits_of_loaded()
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
         self.step.load(tokens, lengths)
