@@ -75,26 +75,32 @@ def throughput(
         )
     if hardware.bandwidth_gb_s <= 0 or hardware.bf16_tflops <= 0:
         return None
-    names = ("weight_dtype", "kv_dtype", "ssm_dtype", "conv_dtype")
-    dtypes: Any = dict(zip(names, (weight_dtype, kv_dtype, ssm_dtype, conv_dtype), strict=True))
+    dtypes: Any = {
+        "weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype, "conv_dtype": conv_dtype
+    }  # fmt: skip
     if batch is None:
-        if budget is None:
-            raise InputError("throughput: give a batch, or a budget in bytes that the batch has to fit")
-        one = memory(config, input_tokens + output_tokens, 1, chunk=None, **dtypes)
-        batch = verdict(config, one, budget).largest_batch if one.total > one.weights else int(one.total <= budget)
+        batch = largest_batch_of(config, input_tokens + output_tokens, budget, dtypes)
         if batch < 1:
             return None
     rate = hardware.bf16_tflops * 1e12 * compute_efficiency
     bandwidth, middle = hardware.bandwidth_gb_s * 1e9 * bandwidth_efficiency, input_tokens + output_tokens // 2
     report = memory(config, middle, batch, chunk=None, **dtypes)
     head = config.vocab_size * config.hidden_size
-    weights = report.weights - (0 if config.tie_word_embeddings else head * weight_dtype.itemsize)
+    weights = report.weights - head * weight_dtype.itemsize * (not config.tie_word_embeddings)
     prefill_flops = input_tokens * (flops_per_token(config, input_tokens) - 2.0 * head) + 2.0 * head
     prefill = max(batch * prefill_flops / rate, weights / bandwidth)
     # A step's attention looks back on all of the context, a prefill's on half of it: hence twice.
     step_flops = batch * flops_per_token(config, 2 * middle)
     step = max(step_flops / rate, (weights + report.kv + 2 * (report.ssm + report.conv)) / bandwidth)
     return Throughput(batch, batch * output_tokens / (prefill + output_tokens * step), prefill, step)
+
+
+def largest_batch_of(config: HybridConfig, context: int, budget: float | None, dtypes: Any) -> int:
+    """As many sequences as fit a budget; one or none of a model that keeps nothing. Raises InputError without one."""
+    if budget is None:
+        raise InputError("throughput: give a batch, or a budget in bytes that the batch has to fit")
+    one = memory(config, context, 1, chunk=None, **dtypes)
+    return verdict(config, one, budget).largest_batch if one.total > one.weights else int(one.total <= budget)
 
 
 @dataclasses.dataclass(frozen=True)
