@@ -281,8 +281,8 @@ def test_opcheck() -> None:
 def test_what_the_model_calls_is_what_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter the public functions launch Triton kernels, as on a GPU, and not the torch path."""
     launched: list[Any] = []
-    run = launch.Launch.run
-    monkeypatch.setattr(launch.Launch, "run", lambda self, on: (launched.append(self.kernel), run(self, on)))
+    run = launch.Launch.enqueue
+    monkeypatch.setattr(launch.Launch, "enqueue", lambda self, on: (launched.append(self.kernel), run(self, on)))
     case, calls = ScanCase(4), []
     x = case.x.detach().requires_grad_()
     y = ssd_scan(x, case.dt, case.A, case.B, case.C, dt_softplus=True)
