@@ -1,7 +1,8 @@
 """Divergences between a student's and a teacher's distribution over the vocabulary, each with its code and formulas.
 
-To add one: a member of `Divergence` and its row of FORMULAS here, and its branches in steps 2 and 3 of
-linear_kl_triton.chunk_loss. Options, help, the torch path, the launch, the reference and the tests read these two.
+To add one: a member of `Divergence` and its row of FORMULAS here, and in linear_kl_triton its code at the top, and in
+chunk_loss its branches in steps 2 and 3 (the last `else` of each is JSD's), SUMMED_FIRST where the gradient needs the
+loss's own sum, and what is stored at the end. Options, help, the torch path, the launch, the reference and the tests read these two.
 Sources: arXiv 1503.02531 (forward KL at a temperature), 2306.08543 (reverse KL), 2306.13649 (Jensen-Shannon).
 Shapes: [t] tokens, [V] vocabulary.
 """

@@ -180,6 +180,8 @@ def new_mamba_state(
 
 
 def mamba_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
+    """The mixer's tensors; the norm before the mixer, which every layer has, is axes.tensor_table's. B and C belong to
+    groups and keep their rows when heads go."""
     heads = Factor(Axis("mamba_heads", layer), config.mamba_num_heads)
     head_dim = Factor(Axis("mamba_head_dim", layer), config.mamba_head_dim)
     inner: Dimension = ((heads, head_dim),)
