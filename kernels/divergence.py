@@ -2,7 +2,8 @@
 
 To add one: a member of `Divergence` and its row of FORMULAS here, and in linear_kl_triton its code at the top, and in
 chunk_loss its branches in steps 2 and 3 (the last `else` of each is JSD's), SUMMED_FIRST where the gradient needs the
-loss's own sum, and what is stored at the end. Options, help, the torch path, the launch, the reference and the tests read these two.
+loss's own sum, and what is stored at the end. Options, the torch path, the launch, the reference and the tests read
+these two.
 Sources: arXiv 1503.02531 (forward KL at a temperature), 2306.08543 (reverse KL), 2306.13649 (Jensen-Shannon).
 Shapes: [t] tokens, [V] vocabulary.
 """

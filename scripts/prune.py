@@ -86,8 +86,8 @@ def prune(options: Options) -> None:
         dtypes = {name: stored[source_name(name, selection)] for name in tensor_table(config)}
         shards = plan_shards(config, dtypes, options.max_shard_bytes)
         finished = finished_shards(work.folder, config, shards)
-        # Both ways give generators: no weight is read before write_checkpoint takes its first rows. (The stage hashes the
-        # inputs' files in a thread of its own meanwhile.)
+        # Both ways give generators: no weight is read before write_checkpoint takes its first rows. (The stage hashes
+        # the inputs' files in a thread of its own meanwhile.)
         tensors: Iterator[tuple[str, Tensor]]
         with contextlib.ExitStack() as stack:
             if repair.needs_data:
