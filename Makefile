@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 BIN = .venv/bin
 TESTS ?=
 # mypy does not look into folders without __init__.py by itself.
-SOURCES = api.py $(wildcard $(foreach folder,benchmarks distill kernels models prune scripts,$(folder)/*.py $(folder)/*/*.py))
+SOURCES = api.py $(filter-out %/__init__.py,$(wildcard $(foreach folder,benchmarks distill kernels models prune scripts,$(folder)/*.py $(folder)/*/*.py)))
 MODULES = $(addprefix -m limbeck.,$(subst /,.,$(SOURCES:.py=)))
 
 .PHONY: install demo test test-slow lint
