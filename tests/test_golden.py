@@ -1,6 +1,6 @@
 """Figures recorded before code was moved: tensors, bytes, scores, weights and texts are still the same.
 
-Recorded by `python -m limbeck.tests.golden_figures tests/golden`; what may differ, and by how much, stands there.
+Recorded by `python -m limbeck.tests.golden_chain tests/golden`; tolerances stand in golden_figures.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from limbeck.models.config import HybridConfig
+from limbeck.tests import golden_chain
 from limbeck.tests import golden_figures as figures
 
 CONFIGS = figures.recorded("configs")["configs"]
@@ -17,14 +18,14 @@ GOLDEN = figures.recorded("zoo")
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[figures.Chain]:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[golden_chain.Chain]:
     with figures.settled():
-        yield figures.Chain.run(tmp_path_factory.mktemp("golden"))
+        yield golden_chain.Chain.run(tmp_path_factory.mktemp("golden"))
 
 
 @pytest.fixture(scope="module")
-def zoo(chain: figures.Chain) -> dict[str, Any]:
-    return figures.zoo_figures(chain)
+def zoo(chain: golden_chain.Chain) -> dict[str, Any]:
+    return golden_chain.zoo_figures(chain)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,113 @@
+"""How the dense families spell a config.json: every spelling read alike, wrong ones refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from limbeck.models.checkpoint import save_model
+from limbeck.models.config import HybridConfig
+from limbeck.models.errors import InputError
+from limbeck.models.hybrid import HybridLM
+from limbeck.tests.helpers import (
+    dense_config,
+)
+
+DENSE = ("llama", "qwen3")
+
+
+def spelled(family: str, **changes: Any) -> dict[str, Any]:
+    hf = dense_config(8, family).to_hf()
+    return {key: value for key, value in (hf | changes).items() if value != "absent"}
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"rope_scaling": None},
+        {"rope_theta": "absent", "rope_parameters": {"rope_theta": 12345.0, "rope_type": "default"}},
+        {"rope_theta": 12345.0, "rope_parameters": {"rope_type": "default"}},
+        {"rope_theta": 12345, "rope_scaling": {"type": "default", "rope_theta": 12345.0}},
+        {"attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "sliding_window": 4096},
+        {"layer_types": ["full_attention"] * 9},
+        {"model_type": "same", "auto_map": {"AutoModel": "x.Y"}},
+    ),
+)
+def test_every_spelling_is_read_alike(family: str, change: dict[str, Any]) -> None:
+    change = {key: family if value == "same" else value for key, value in change.items()}
+    found = HybridConfig.from_hf(
+        spelled(family, rope_theta=12345.0) | {k: v for k, v in change.items() if v != "absent"}
+    )
+    assert found == dense_config(8, family).replace(rope_theta=12345.0)
+    assert "auto_map" not in found.to_hf() and "layer_types" not in found.to_hf()
+
+
+def test_a_silent_config_is_transformers_default() -> None:
+    transformers = pytest.importorskip("transformers")
+    least = {"num_hidden_layers": 2, "vocab_size": 40, "hidden_size": 32, "num_attention_heads": 4,
+             "intermediate_size": 20}  # fmt: skip
+    llama = HybridConfig.from_hf({"model_type": "llama", **least})
+    qwen3 = HybridConfig.from_hf({"model_type": "qwen3", **least, "num_key_value_heads": 2})
+    for found, theirs in (
+        (llama, transformers.LlamaConfig(**least)),
+        (qwen3, transformers.Qwen3Config(**least, num_key_value_heads=2)),
+    ):
+        assert found.pattern == "*-*-" and found.rope_theta == theirs.rope_parameters["rope_theta"] == 10000.0
+        assert found.norm_eps == theirs.rms_norm_eps
+        for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings",
+                     "bos_token_id", "eos_token_id", "pad_token_id"):  # fmt: skip
+            assert getattr(found, name) == getattr(theirs, name), name
+    assert HybridConfig.from_hf({"model_type": "llama", **least, "eos_token_id": [2, 3]}).eos_token_id == (2, 3)
+    assert HybridConfig.from_hf({"model_type": "llama", **least, "eos_token_id": None}).eos_token_id is None
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    (
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "all layers"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "part of each head"),
+        ({"rope_parameters": {"rope_theta": 7.0}}, "different things"),
+        ({"rope_theta": "big"}, "rope_theta holds 'big'"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"layer_types": ["sliding_attention"]}, "sliding"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"num_hidden_layers": "absent"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"hidden_size": "absent"}, "hidden_size"),
+        ({"num_attention_heads": "absent"}, "num_attention_heads"),
+        ({"head_dim": 7}, "even head_dim"),
+    ),
+)
+def test_wrong_configs_are_refused(family: str, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        HybridConfig.from_hf(spelled(family, **change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    (
+        ({"pattern": "*--*"}, "whole blocks"),
+        ({"pattern": "*-*"}, "whole blocks"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"qk_norm": True}, "qk_norm is True"),
+        ({"activation": "relu2", "gated_mlp": False}, "activation is 'relu2'"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 40}, "no multiple"),
+        ({"family": "qwen3"}, "qk_norm is False"),
+        ({"family": "nemotron_h"}, "activation is 'silu'"),
+    ),
+)
+def test_what_cannot_be_said_is_not_written(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    config = dense_config(8, "llama").replace(**change)
+    with pytest.raises(InputError, match=said) as caught:
+        save_model(HybridLM(config), tmp_path / "out")
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
