@@ -7,6 +7,7 @@ Shapes: [B, T] batch and tokens, [L] tokens in the cache, [H] query heads, [K] k
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from ..kernels.rotary import rotary, rotary_angles
 from ..kernels.ssd import document_numbers
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
-from .layer import Context, LayerKind, NormWeight, ScoreSource, StateBytes
+from .layer import Context, LayerKind, NormWeight, ScoreSource, StateBytes, zeros
 
 if TYPE_CHECKING:
     from .config import HybridConfig
@@ -33,10 +34,11 @@ class Attention(nn.Module):
         self.config, self.layer = config, layer
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False, **place)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False, **place)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False, **place)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False, **place)
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, queries, bias, **place)
+        self.k_proj = nn.Linear(hidden, keys, bias, **place)
+        self.v_proj = nn.Linear(hidden, keys, bias, **place)
+        self.o_proj = nn.Linear(queries, hidden, bias, **place)
         if config.qk_norm:
             self.q_norm = NormWeight(config.head_dim, **place)
             self.k_norm = NormWeight(config.head_dim, **place)
@@ -142,7 +144,9 @@ def share_positions(
 def angles_at(positions: Tensor | None, config: HybridConfig, dtype: torch.dtype) -> Angles | None:
     if positions is None or config.rope_theta is None:
         return None
-    return rotary_angles(positions, config.head_dim, config.rope_theta, dtype)
+    theta, scaling = config.rope_theta, config.rope_scaling
+    slowed = None if scaling is None else functools.partial(scaling.slowed, theta=theta)
+    return rotary_angles(positions, config.head_dim, theta, dtype, slowed)
 
 
 def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Any:
@@ -183,6 +187,9 @@ def attention_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Pa
         "v_proj.weight": (Role.MATRIX, (key, hidden)),
         "o_proj.weight": (Role.MATRIX, (hidden, query)),
     }
+    if config.attention_bias:
+        biases = {"q_proj.bias": query, "k_proj.bias": key, "v_proj.bias": key, "o_proj.bias": hidden}
+        tensors |= {name: (Role.VECTOR, (dimension,)) for name, dimension in biases.items()}
     if config.qk_norm:
         tensors["q_norm.weight"] = tensors["k_norm.weight"] = (Role.NORM, (fixed(config.head_dim),))
     return tensors
@@ -219,5 +226,6 @@ KIND = LayerKind(
     work=score_and_mix,
     writers={"o_proj.weight": "attn_heads"},
     scores={"attn_heads": ScoreSource({"": "attn_heads"}, reduce=True)},
+    initial=dict.fromkeys(("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias"), zeros),
     size_label=lambda config: f"A{config.num_attention_heads}",
 )

@@ -17,6 +17,7 @@ from .families.family import Family, write_config
 from .families.known import FAMILIES, read_config
 from .kinds import kinds_of
 from .layer import LayerKind
+from .rope import RopeScaling
 
 ACTIVATIONS = ("relu2", "silu")
 
@@ -25,8 +26,9 @@ ACTIVATIONS = ("relu2", "silu")
 class HybridConfig:
     """Every number that shapes a model; the names are the field's (nemotron_h's where it has one).
 
-    Widths that a pattern does not use stay 0. `dt_limit` clamps the step after softplus; `extra` carries what
-    the source's config.json says beyond the fields here, so that a rewritten folder keeps it.
+    Widths that a pattern does not use stay 0. The biases are those of all projections of attention, and of the MLP.
+    `dt_limit` clamps the step after softplus; `extra` carries what the source's config.json says beyond the fields
+    here, so that a rewritten folder keeps it.
 
     Raises InputError from the constructor when the numbers contradict each other.
     """
@@ -50,7 +52,10 @@ class HybridConfig:
     gated_mlp: bool = False
     conv_bias: bool = True
     qk_norm: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
     rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     dt_limit: tuple[float, float] = (0.0, math.inf)
     max_position_embeddings: int = 131072
@@ -75,6 +80,8 @@ class HybridConfig:
             raise InputError(f"config: rotary positions need an even head_dim, found {self.head_dim}")
         if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
             raise InputError(f"config: rope_theta is {self.rope_theta}; expected a number above 0")
+        if self.rope_scaling is not None and self.rope_theta is None:
+            raise InputError("config: rope_scaling stretches rotary positions; expected a rope_theta beside it")
         if self.activation not in ACTIVATIONS:
             raise InputError(f"config: activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         low, high = self.dt_limit

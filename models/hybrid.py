@@ -135,7 +135,8 @@ class HybridLM(nn.Module):
         context = Context(lengths=lengths, max_length=cache.max_length, states=cache.layers, bound=bound)
         hidden = self.run_layers(self.embed(tokens.unsqueeze(1)), 0, self.config.num_layers, context)
         hidden = context.norm(hidden, self.norm_f.weight, self.config.norm_eps)
-        return context.project(self.head, hidden).squeeze(1)  # type: ignore[arg-type]
+        head: Any = self.head  # an embedding where they are tied
+        return (linear(hidden, head.weight) if bound is None else bound.project(head, hidden)).squeeze(1)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, hidden]"""

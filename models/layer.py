@@ -90,8 +90,10 @@ class Context:
             self.observe(name, layer, tensor)
 
     def project(self, module: nn.Linear, x: Tensor) -> Tensor:
-        """x [B, T, K] times a module's weight [N, K] transposed."""
-        return linear(x, module.weight) if self.bound is None else self.bound.project(module, x)
+        """x [B, T, K] times a module's weight [N, K] transposed, and its bias [N] added where it has one."""
+        y = linear(x, module.weight) if self.bound is None else self.bound.project(module, x)
+        # In training biases are float32, as all vectors are; the stream keeps its dtype.
+        return y if module.bias is None else y + module.bias.to(y.dtype)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The RMSNorm of x [B, T, H]."""
@@ -134,6 +136,11 @@ class NormSource:
 
     observed: str
     groups: str
+
+
+def zeros(weight: Tensor, generator: torch.Generator, config: HybridConfig) -> None:
+    """How biases begin."""
+    weight.zero_()
 
 
 def no_check(config: HybridConfig) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..kernels.activation import relu2, swiglu
 from .axes import Axis, Dimension, Factor, Parts, Role
 from .errors import InputError
-from .layer import Context, LayerKind, ScoreSource
+from .layer import Context, LayerKind, ScoreSource, zeros
 
 if TYPE_CHECKING:
     from .config import HybridConfig
@@ -24,10 +24,11 @@ class MLP(nn.Module):
                 " known: relu2 without a gate, silu with one"
             )
         self.layer = layer
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, **place)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False, **place)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.up_proj = nn.Linear(hidden, inner, bias, **place)
+        self.down_proj = nn.Linear(inner, hidden, bias, **place)
         if config.gated_mlp:
-            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False, **place)
+            self.gate_proj = nn.Linear(hidden, inner, bias, **place)
         self.gated = config.gated_mlp
 
     def forward(self, u: Tensor, context: Context) -> Tensor:
@@ -47,6 +48,9 @@ def mlp_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
     }
     if config.gated_mlp:
         tensors["gate_proj.weight"] = (Role.MATRIX, (ffn, hidden))
+    if config.mlp_bias:
+        for name, (_, (outputs, _)) in list(tensors.items()):
+            tensors[name.replace(".weight", ".bias")] = (Role.VECTOR, (outputs,))
     return tensors
 
 
@@ -60,6 +64,7 @@ KIND = LayerKind(
     writers={"down_proj.weight": "ffn_act"},
     # "act" is what down_proj reads: after the activation, and the gate where there is one.
     scores={"ffn": ScoreSource({"pre": "ffn", "act": "ffn_act"}, option="ffn_source")},
+    initial=dict.fromkeys(("up_proj.bias", "down_proj.bias", "gate_proj.bias"), zeros),
     aligned=(("intermediate_size",),),
     size_label=lambda config: f"F{config.intermediate_size}",
 )

@@ -282,12 +282,13 @@ class LayerwiseRepair:
         """
         writers = {f"mixer.{name}": observed for name, observed in pruned.config.kinds[0].writers.items()}
         sizes = [weights[name].shape[1] for name in writers]
+        biases = sum(weights[bias] for name in writers if (bias := name.replace(".weight", ".bias")) in weights)
         fit = RidgeFit()
         for number, mask in enumerate(self.original.mask):
             seen = self.pruned.output(pruned, number)[1]
             inputs = torch.cat([seen[observed] for observed in writers.values()], 1)
             ahead = self.original.hidden[number] = self.original.output(original, number)[0]
-            fit.add(ahead[mask][:, self.kept] - self.pruned.hidden[number][mask], inputs)
+            fit.add(ahead[mask][:, self.kept] - self.pruned.hidden[number][mask] - biases, inputs)
         joint = fit.solve(torch.cat([weights[name] for name in writers], 1), self.repair.ridge, sizes)
         for name, part in zip(writers, joint.split(sizes, 1), strict=True):
             weights[name].copy_(part)

@@ -98,8 +98,10 @@ def rotated(get_tensor: GetTensor, config: HybridConfig, rotation: Rotation, dev
             return (turn.T @ tensor.to(turn)).to(tensor)
         if axes.role is Role.TABLE:
             return (tensor.to(turn) @ turn).to(tensor)
-        if axes.role is not Role.NORM or not on_hidden(axes.dimensions[0]):
+        if not on_hidden(axes.dimensions[0]):
             return tensor
+        if axes.role is Role.VECTOR:  # a bias, which is added to the stream
+            return (tensor.to(turn) @ turn).to(tensor)
         if name == "norm_f.weight" and config.tie_word_embeddings:
             own, shared = (tensor.to(turn) @ turn)[: rotation.fixed], tensor.median().to(turn)
             return torch.cat([own, shared.expand(len(tensor) - rotation.fixed)]).to(tensor)

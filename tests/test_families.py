@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,6 +24,7 @@ from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.slice import slice_config
 from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import ActivationScores, RandomScores
+from limbeck.tests.family_helpers import theirs_of
 from limbeck.tests.helpers import (
     assert_close,
     cached_logits,
@@ -45,23 +43,6 @@ CASES = [(family, seed) for family in DENSE for seed in range(12)]
 
 
 IDS = [f"{family}-{seed}" for family, seed in CASES]
-
-
-def theirs_of(config: HybridConfig, folder: Path) -> Any:
-    """transformers' model of a config, by way of its config.json alone, with weights that all matter."""
-    transformers = pytest.importorskip("transformers")
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    torch.manual_seed(1)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder)).eval()
-    assert type(model).__name__ == FAMILIES[config.family].architecture
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.normal_(0, 1 / math.sqrt(weight.shape[1]))
-            else:
-                weight.uniform_(0.5, 1.5)
-    return model
 
 
 def draw_ids(config: HybridConfig, seed: int) -> torch.Tensor:

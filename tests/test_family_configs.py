@@ -63,6 +63,9 @@ def test_a_silent_config_is_transformers_default() -> None:
     assert HybridConfig.from_hf({"model_type": "llama", **least, "eos_token_id": None}).eos_token_id is None
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize(
     ("change", "said"),
@@ -75,8 +78,12 @@ def test_a_silent_config_is_transformers_default() -> None:
         ({"rope_parameters": {"rope_theta": 7.0}}, "different things"),
         ({"rope_theta": "big"}, "rope_theta holds 'big'"),
         ({"rope_theta": 0}, "rope_theta is 0"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor 0.5"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_slow": 40}}, "beta_slow 40"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}, "rope_parameters": {"rope_theta": 12345.0}}, "different"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor 1.0"),
+        ({"rope_scaling": LLAMA3 | {"factor": "eight"}}, "rope_scaling.factor holds 'eight'"),
+        ({"attention_bias": 1}, "attention_bias is 1"),
         ({"use_sliding_window": True}, "sliding"),
         ({"layer_types": ["sliding_attention"]}, "sliding"),
         ({"hidden_act": "gelu"}, "gelu"),
@@ -103,6 +110,7 @@ def test_wrong_configs_are_refused(family: str, change: dict[str, Any], said: st
         ({"activation": "relu2", "gated_mlp": False}, "activation is 'relu2'"),
         ({"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 40}, "no multiple"),
         ({"family": "qwen3"}, "qk_norm is False"),
+        ({"family": "qwen3", "qk_norm": True, "mlp_bias": True}, "mlp_bias is True"),
         ({"family": "nemotron_h"}, "activation is 'silu'"),
     ),
 )

@@ -10,7 +10,8 @@ from .. import attention, mlp
 from ..errors import InputError
 from .family import Family
 from .nemotron_h import SPELLINGS
-from .spelling import read_fields, read_float, refuse_biases, unread
+from .positions import KEYS, read_rope, write_rope
+from .spelling import read_fields, read_switch, refuse_biases, unread
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
@@ -27,8 +28,8 @@ DENSE_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"norm_eps": 1e-6, "max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None,
               "head_dim": 128},
 }  # fmt: skip
-DENSE_ROPE_THETA = 10000.0
-ROPE = ("rope_parameters", "rope_scaling")
+# Which projections may have biases; Qwen3's MLP has none.
+BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen3": ("attention_bias",)}
 ATTENTION, MLP = (kind.KIND.letter for kind in (attention, mlp))
 BLOCK = ATTENTION + MLP
 LAYER = "model.layers.{block}."
@@ -38,7 +39,7 @@ def read_dense(hf: Mapping[str, Any]) -> dict[str, Any]:
     name, layers = hf["model_type"], hf.get("num_hidden_layers")
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
         raise InputError(f"config: num_hidden_layers is {layers!r}; expected a whole number of at least 1")
-    refuse_biases(hf, ("attention_bias", "mlp_bias"))
+    refuse_biases(hf, tuple({"attention_bias", "mlp_bias"} - {*BIASES[name]}))
     if hf.get("use_sliding_window") or set(hf.get("layer_types") or ()) - {"full_attention"}:
         raise InputError(f"config: {name} with sliding windows (use_sliding_window, layer_types) is not supported")
     if hf.get("hidden_act", "silu") != "silu":
@@ -49,39 +50,17 @@ def read_dense(hf: Mapping[str, Any]) -> dict[str, Any]:
         defaults["num_key_value_heads"] = hf["num_attention_heads"]
     # A token that is null is none, and not the default.
     defaults |= {field: None for field in defaults if field.endswith("token_id") and field in hf}
-    fields = {"family": name, "pattern": pattern, "rope_theta": read_rope_theta(hf), **fixed(name)}
+    fields = {"family": name, "pattern": pattern, **read_rope(hf), **fixed(name)}
     fields |= read_fields(hf, DENSE, pattern, defaults)
-    fields["extra"] = unread(hf, DENSE, "num_hidden_layers", "hidden_act", "rope_theta", *ROPE)
+    fields |= {bias: read_switch(hf, bias) for bias in BIASES[name]}
+    fields["extra"] = unread(hf, DENSE, "num_hidden_layers", "hidden_act", "mlp_bias", "attention_bias", *KEYS)
     return fields
 
 
 def fixed(name: str) -> dict[str, Any]:
     """The fields that are the same in every model of the family."""
-    return {"activation": "silu", "gated_mlp": True, "qk_norm": name == "qwen3"}
-
-
-def read_rope_theta(hf: Mapping[str, Any]) -> float:
-    """The base of rotary positions, in transformers 5's spelling or the older one. Raises InputError for those that
-    are scaled, partial, or not the same in all layers."""
-    spelled = {} if hf.get("rope_theta") is None else {"rope_theta": hf["rope_theta"]}
-    for name in ROPE:
-        parameters = hf.get(name)
-        if parameters is None:
-            continue
-        if not isinstance(parameters, Mapping) or any(isinstance(value, Mapping) for value in parameters.values()):
-            raise InputError(f"config: {name} is {parameters!r}; expected one set of numbers for all layers")
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default":
-            raise InputError(f"config: {name} has the rope type {kind!r}, which is not supported; known: 'default'")
-        if parameters.get("rope_theta") is not None:
-            spelled[f"{name}.rope_theta"] = parameters["rope_theta"]
-        if parameters.get("partial_rotary_factor", 1) != 1:
-            raise InputError(f"config: {name} turns a part of each head, which is not supported; expected the whole")
-    thetas = {name: read_float(value, name) for name, value in spelled.items()}
-    if len(set(thetas.values())) > 1:
-        said = ", ".join(f"{name}={value!r}" for name, value in spelled.items())
-        raise InputError(f"config: {said} say different things of the rotary positions")
-    return next(iter(thetas.values()), DENSE_ROPE_THETA)
+    own = {"activation": "silu", "gated_mlp": True, "qk_norm": name == "qwen3"}
+    return own if "mlp_bias" in BIASES[name] else own | {"mlp_bias": False}
 
 
 def write_dense(config: HybridConfig) -> dict[str, Any]:
@@ -91,7 +70,7 @@ def write_dense(config: HybridConfig) -> dict[str, Any]:
     for field, spellings in DENSE.items():
         value = getattr(config, field)
         hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
-    hf["rope_theta"] = config.rope_theta
+    hf |= {bias: getattr(config, bias) for bias in BIASES[config.family]} | write_rope(config)
     return hf | {name: value for name, value in config.extra.items() if name not in hf}
 
 
@@ -121,6 +100,10 @@ LLAMA = Family(
             "mixer.k_proj.weight": LAYER + "self_attn.k_proj.weight",
             "mixer.v_proj.weight": LAYER + "self_attn.v_proj.weight",
             "mixer.o_proj.weight": LAYER + "self_attn.o_proj.weight",
+            "mixer.q_proj.bias": LAYER + "self_attn.q_proj.bias",
+            "mixer.k_proj.bias": LAYER + "self_attn.k_proj.bias",
+            "mixer.v_proj.bias": LAYER + "self_attn.v_proj.bias",
+            "mixer.o_proj.bias": LAYER + "self_attn.o_proj.bias",
             "mixer.q_norm.weight": LAYER + "self_attn.q_norm.weight",
             "mixer.k_norm.weight": LAYER + "self_attn.k_norm.weight",
         },
@@ -129,6 +112,9 @@ LLAMA = Family(
             "mixer.gate_proj.weight": LAYER + "mlp.gate_proj.weight",
             "mixer.up_proj.weight": LAYER + "mlp.up_proj.weight",
             "mixer.down_proj.weight": LAYER + "mlp.down_proj.weight",
+            "mixer.gate_proj.bias": LAYER + "mlp.gate_proj.bias",
+            "mixer.up_proj.bias": LAYER + "mlp.up_proj.bias",
+            "mixer.down_proj.bias": LAYER + "mlp.down_proj.bias",
         },
     },
     blocks=(BLOCK,),

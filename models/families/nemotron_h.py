@@ -120,7 +120,8 @@ FAMILY = Family(
     read_nemotron_h,
     write_nemotron_h,
     "NemotronHForCausalLM",
-    fixed={"activation": "relu2", "gated_mlp": False, "qk_norm": False, "rope_theta": None},
+    fixed={"activation": "relu2", "gated_mlp": False, "qk_norm": False, "rope_theta": None, "attention_bias": False,
+           "mlp_bias": False},
     prefixes=("backbone.", "model."),
     outer={
         "embeddings.weight": "backbone.embeddings.weight",

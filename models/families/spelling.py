@@ -46,6 +46,14 @@ def unread(hf: Mapping[str, Any], known: Mapping[str, tuple[str, ...]], *others:
     return {name: value for name, value in hf.items() if name not in used}
 
 
+def read_switch(hf: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """True or false. Raises InputError for anything else."""
+    value = default if hf.get(name) is None else hf[name]
+    if not isinstance(value, bool):
+        raise InputError(f"config: {name} is {value!r}; expected true or false")
+    return value
+
+
 def refuse_biases(hf: Mapping[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         if hf.get(name):
