@@ -349,7 +349,7 @@ def generate(
         raise InputError(f"generate: prompts is {prompts!r}; expected a list of texts, one at least")
     requests = [
         Request(
-            [model.tokenizer.bos_token_id, *model.tokenizer.encode(prompt)],
+            model.tokenizer.prompt(prompt),
             max_new_tokens,
             Sampling(temperature, top_k, top_p, min_p, seed + number),
             stop=tuple(stop),

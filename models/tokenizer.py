@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,33 @@ SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 # Words with the character before them, numbers by threes, a line break with the indentation that follows, symbols
 # with the line break that follows: 3.8 bytes a token on Python sources with 4,096 tokens, against 3.4 with GPT-2's.
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a SentencePiece vocabulary spells a byte
 PATTERN = r"[^\r\n\p{L}\p{N}_]?[\p{L}_]+|\p{N}{1,3}|[\r\n]+[ \t]*| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|[ \t]+(?!\S)|\s+"
 
 
 class Tokenizer:
-    """A folder's tokenizer.json with the ids of its special tokens.
-
-    `token_bytes` [V] counts the UTF-8 bytes that each token stands for, 0 for special ones (byte-level tokenizers).
+    """A folder's tokenizer.json with the ids of its special tokens; without a `bos_token_id` (Qwen3) texts begin with
+    nothing. `token_bytes` [V]: see `byte_counts`.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path, bos: str | None, eos: str | None, pad: str | None):
         self.backend, self.folder = backend, folder
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self.bos_token_id = self.special(bos, "bos_token")
+        self.bos_token_id = None if bos is None else self.special(bos, "bos_token")
         self.eos_token_id = self.special(eos, "eos_token")
         self.pad_token_id = self.eos_token_id if pad is None else self.special(pad, "pad_token")
+
+    @property
+    def begin(self) -> list[int]:
+        """What a document or a prompt begins with: bos, or nothing."""
+        return [] if self.bos_token_id is None else [self.bos_token_id]
+
+    def prompt(self, text: str) -> list[int]:
+        """A text to be continued. Raises InputError where that is no token at all."""
+        ids = [*self.begin, *self.encode(text)]
+        if not ids:
+            raise InputError(f"the prompt is empty, and {self.folder} has no bos_token to begin with; give some text")
+        return ids
 
     @property
     def token_bytes(self) -> Tensor:
@@ -63,21 +76,51 @@ class Tokenizer:
 
 @functools.lru_cache(maxsize=8)
 def byte_counts(backend: tokenizers.Tokenizer) -> Tensor:
-    """UTF-8 bytes of each token [V], 0 for special ones: a byte-level vocabulary spells a byte with one character."""
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    numbers, sizes = (np.fromiter(values, np.int64, len(vocabulary)) for values in
-                      (vocabulary.values(), map(len, vocabulary)))  # fmt: skip
-    counts = np.zeros(backend.get_vocab_size(with_added_tokens=True), np.int64)
-    counts[numbers] = sizes
-    counts[[number for number, token in backend.get_added_tokens_decoder().items() if token.special]] = 0
+    """UTF-8 bytes of text that each token stands for within a text [V], 0 for special ones: what the decoder gives back
+    for it, not how it is spelled. (`<0xE6>` of a SentencePiece vocabulary is a byte, its "\u2581" a space.)
+
+    A byte-level vocabulary spells a byte with one character, and needs no decoding; of the others each token is decoded
+    after another one, since decoders take a space away at the beginning. That one space of a text is counted too.
+    """
+    vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
+    kinds = decoder_kinds(json.loads(backend.to_str()).get("decoder"))
+    counts = np.zeros(max(vocabulary.values(), default=-1) + 1, np.int64)
+    if "ByteLevel" in kinds:
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        for token, number in vocabulary.items():
+            counts[number] = len(token) if alphabet.issuperset(token) else len(token.encode())
+        for number, whole in added.items():  # these are spelled as they are
+            counts[number] = len(whole.content.encode())
+    else:
+        numbers = list(vocabulary.values())
+        first = next(
+            (number for token, number in vocabulary.items() if token.isalpha() and token.isascii()), numbers[0]
+        )
+        alone, *texts = backend.decode_batch([[first, first], *([first, number, first] for number in numbers)],
+                                             skip_special_tokens=False)  # fmt: skip
+        counts[numbers] = [max(0, len(text.encode()) - len(alone.encode())) for text in texts]
+        if "ByteFallback" in kinds:
+            counts[[number for token, number in vocabulary.items() if BYTE.fullmatch(token)]] = 1
+    counts[[number for number, whole in added.items() if whole.special]] = 0
     return torch.from_numpy(counts)
+
+
+def decoder_kinds(decoder: Any) -> set[str]:
+    """The types of a tokenizer.json's decoder and of those in it."""
+    if not isinstance(decoder, dict):
+        return set()
+    return {decoder.get("type", "")}.union(*map(decoder_kinds, decoder.get("decoders") or ()))
 
 
 @functools.lru_cache(maxsize=8)
 def read_backend(content: bytes) -> tokenizers.Tokenizer:
     """The library's tokenizer; by content, since teacher and student each bring a copy of one file and 131,072 tokens
-    take 0.4 s."""
-    return tokenizers.Tokenizer.from_buffer(content)
+    take 0.4 s. A file may hold how one batch was once cut and padded: that is not part of the vocabulary (transformers
+    switches both off, too), and a text would lose its end to it."""
+    backend = tokenizers.Tokenizer.from_buffer(content)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -93,8 +136,9 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     settings = tokenizer_settings(folder)
 
     def text(name: str, fallback: str) -> str | None:
-        value = settings.get(name)
-        return value if value is not None else fallback if backend.token_to_id(fallback) is not None else None
+        if name in settings and (settings[name] is not None or name == "bos_token"):  # null: it has none, and says so
+            return settings[name]
+        return fallback if backend.token_to_id(fallback) is not None else None
 
     return Tokenizer(backend, folder, text("bos_token", BOS), text("eos_token", EOS), text("pad_token", PAD))
 
@@ -179,7 +223,7 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
     notes = []
     for name in SPECIAL[:2]:
         stated, used = ids[student].get(name), getattr(tokenizer, name)
-        if stated is not None and used not in stated:
+        if stated is not None and used is not None and used not in stated:
             notes.append(
                 f"{student / 'config.json'} has {name} {listed(stated)}, its tokenizer {used}: training uses the"
                 " tokenizer's"

@@ -91,7 +91,7 @@ def text_from(corpus: Corpus, begin: int, size: int, tokenizer: Tokenizer) -> li
     left = corpus.tokens
     while left and len(ids) < size:
         part = corpus.ids[begin : begin + min(left, size)]
-        ids += part[(part != tokenizer.bos_token_id) & (part != tokenizer.eos_token_id)].tolist()
+        ids += part[~np.isin(part, [*tokenizer.begin, tokenizer.eos_token_id])].tolist()
         left, begin = left - len(part), (begin + len(part)) % corpus.tokens
     return ids[:size]
 

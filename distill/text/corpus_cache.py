@@ -29,7 +29,7 @@ from ...models.tokenizer import Tokenizer
 from .documents import Document
 from .packing import Corpus, Indexed, encoded
 
-FORMAT = 1  # to be raised when what is written for the same facts changes
+FORMAT = 2  # to be raised when what is written for the same facts changes
 MAKING = ".making-"  # how unfinished folders' names begin
 HEADER = 248  # bytes of the header of ids.safetensors, whose length is known before the number of tokens is
 STALE = 2 * 86400  # seconds after which an unfinished folder is nobody's

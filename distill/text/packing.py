@@ -191,8 +191,8 @@ class Sample(Indexed[Batch]):
 
 
 def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its tokens, `<s> ... </s>`. Some hundred go to the tokenizer at once, which works on all
-    processors (RAYON_NUM_THREADS)."""
+    """Each document with its tokens, `<s> ... </s>` (`... </s>` where the tokenizer has no bos). Some hundred go to the
+    tokenizer at once, which works on all processors (RAYON_NUM_THREADS)."""
     waiting: list[Document] = []
     characters = 0
     for document in itertools.chain(documents, (None,)):
@@ -201,7 +201,7 @@ def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tup
             characters += len(document.text)
         if document is None or len(waiting) == AT_ONCE or characters >= AT_ONCE_CHARACTERS:
             for some, ids in zip(waiting, tokenizer.encode_many([some.text for some in waiting]), strict=True):
-                yield some, np.array([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], dtype=np.int32)
+                yield some, np.array([*tokenizer.begin, *ids, tokenizer.eos_token_id], dtype=np.int32)
             waiting, characters = [], 0
 
 

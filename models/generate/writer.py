@@ -63,7 +63,7 @@ class Writer:
         """A request for a text, or for a user's message where one chats; `seed` counts from the options'."""
         if self.template is not None:
             return self.reply([{"role": "user", "content": prompt}], seed)
-        return self.request_of([self.tokenizer.bos_token_id, *self.tokenizer.encode(prompt)], seed)
+        return self.request_of(self.tokenizer.prompt(prompt), seed)
 
     def reply(self, messages: list[Message], seed: int = 0) -> Request:
         """A request for the assistant's next message; a template spells out its own special tokens."""
