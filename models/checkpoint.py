@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,7 +33,9 @@ from .families.family import (
     tensor_table_of,
 )
 from .folder import atomic_folder, write_json
+from .foreign import SETTINGS, check_regular, read_object
 from .hybrid import HybridLM
+from .schema import read_index
 from .shards import INDEX, SHARD_BYTES, SINGLE, Shard, check_disk, main_dtype, plan_shards, write_index
 from .tensors import DTYPES as ALL_DTYPES
 from .tensors import TensorFile, ahead, is_finite
@@ -103,6 +104,7 @@ class Checkpoint:
 
 def open_file(path: Path) -> Any:
     """A safetensors file, memory-mapped. Raises InputError where it is not a whole one."""
+    check_regular(path)
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -130,25 +132,14 @@ def read_rows(place: StoredPlace, begin: int, end: int) -> Tensor:
     return tensor
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; expected a folder with config.json and safetensors") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no valid JSON: {error}") from None
-
-
 def load_config(path: Path | str) -> HybridConfig:
     """The config of a checkpoint folder. Raises InputError."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path} is no folder; expected a checkpoint folder with config.json and safetensors")
-    content = read_json(path / "config.json")
-    if not isinstance(content, dict):
-        raise InputError(f"{path / 'config.json'} holds {type(content).__name__}, expected an object")
+    if not (path / "config.json").exists():
+        raise InputError(f"{path / 'config.json'} is missing; expected a folder with config.json and safetensors")
+    content = read_object(path / "config.json", SETTINGS)
     try:
         return HybridConfig.from_hf(content)
     except InputError as error:
@@ -203,12 +194,9 @@ def weight_files(path: Path) -> list[Path]:
         return [path / SINGLE]
     if not (path / INDEX).exists():
         raise InputError(f"{path}: no weights; expected {SINGLE} or {INDEX}")
-    index = read_json(path / INDEX)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-        raise InputError(f"{path / INDEX} has no weight_map")
-    files = [path / name for name in sorted(set(index["weight_map"].values()))]
+    files = [path / name for name in sorted(set(read_index(path / INDEX).values()))]
     for file in files:
-        if file.parent != path or not file.exists():
+        if not file.exists():
             raise InputError(f"{file} is missing; {INDEX} names it")
     return files
 

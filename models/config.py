@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .axes import HIDDEN, Factor, dimension_size
 from .errors import InputError
 from .families.family import Family, write_config
 from .families.known import FAMILIES, read_config
@@ -20,6 +21,7 @@ from .layer import LayerKind
 from .rope import RopeScaling
 
 ACTIVATIONS = ("relu2", "silu")
+MOST_NUMBERS = 2**40  # of a tensor: 2 TB in bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +129,25 @@ class HybridConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> HybridConfig:
         """Reads the contents of a config.json, in any spelling that `families` knows. Raises InputError."""
-        fields = read_config(config)
-        return (FAMILIES[fields["family"]].config or cls)(**fields)
+        fields = read_config(config, HybridConfig)
+        read = (FAMILIES[fields["family"]].config or cls)(**fields)
+        check_size(read)
+        return read
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a config.json in the published spelling of the family."""
         return write_config(self)
+
+
+def check_size(config: HybridConfig) -> None:
+    """Raises InputError where a tensor has more numbers than a disk holds, or a model more tensors than an index names:
+    a layer of each kind is counted."""
+    hidden = ((Factor(HIDDEN, config.hidden_size),),)
+    first = {kind: layer for layer, kind in reversed(tuple(enumerate(config.kinds)))}
+    sizes = {"embeddings.weight": config.vocab_size * config.hidden_size}
+    for kind, layer in first.items():
+        for name, (_, dimensions) in kind.tensors(config, layer, hidden).items():
+            sizes[f"layers.{layer}.mixer.{name}"] = math.prod(map(dimension_size, dimensions))
+    name, size = max(sizes.items(), key=lambda item: item[1])
+    if size > MOST_NUMBERS:
+        raise InputError(f"config: {name} has {size:,} numbers; expected {MOST_NUMBERS:,} at most")

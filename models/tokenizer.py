@@ -15,10 +15,12 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from .checkpoint import load_config, read_json
+from .checkpoint import load_config
 from .config import HybridConfig
 from .errors import InputError
 from .folder import write_json
+from .foreign import SETTINGS, first_line, read_bytes, read_object
+from .schema import LARGEST_WIDTH, TokenizerSettings, read_as
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -36,7 +38,7 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path, bos: str | None, eos: str | None, pad: str | None):
         self.backend, self.folder = backend, folder
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = vocabulary_size(backend)
         self.bos_token_id = None if bos is None else self.special(bos, "bos_token")
         self.eos_token_id = self.special(eos, "eos_token")
         self.pad_token_id = self.eos_token_id if pad is None else self.special(pad, "pad_token")
@@ -75,6 +77,12 @@ class Tokenizer:
 
 
 @functools.lru_cache(maxsize=8)
+def vocabulary_size(backend: tokenizers.Tokenizer) -> int:
+    """The largest id and one: some vocabularies leave ids out."""
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+@functools.lru_cache(maxsize=8)
 def byte_counts(backend: tokenizers.Tokenizer) -> Tensor:
     """UTF-8 bytes of text that each token stands for within a text [V], 0 for special ones: what the decoder gives back
     for it, not how it is spelled. (`<0xE6>` of a SentencePiece vocabulary is a byte, its "\u2581" a space.)
@@ -84,7 +92,7 @@ def byte_counts(backend: tokenizers.Tokenizer) -> Tensor:
     """
     vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
     kinds = decoder_kinds(json.loads(backend.to_str()).get("decoder"))
-    counts = np.zeros(max(vocabulary.values(), default=-1) + 1, np.int64)
+    counts = np.zeros(vocabulary_size(backend), np.int64)
     if "ByteLevel" in kinds:
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         for token, number in vocabulary.items():
@@ -127,12 +135,19 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer of a checkpoint folder. Raises InputError where tokenizer.json is missing or broken."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path} is missing; the folder needs its tokenizer beside the weights")
     try:
-        backend = read_backend(path.read_bytes())
+        backend = read_backend(read_bytes(path))
+    except InputError:
+        raise
     except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path} is no tokenizer: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path} is no tokenizer: {first_line(error)}") from None
+    if not 0 < vocabulary_size(backend) <= LARGEST_WIDTH:
+        most = vocabulary_size(backend) - 1
+        raise InputError(
+            f"{path} has tokens up to number {most:,}; expected one at least, and {LARGEST_WIDTH:,} at most"
+        )
     settings = tokenizer_settings(folder)
 
     def text(name: str, fallback: str) -> str | None:
@@ -146,12 +161,9 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
     """A folder's tokenizer_config.json, special tokens as plain texts; empty where there is none. Raises InputError."""
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no valid JSON: {error}") from None
+    settings = read_as(TokenizerSettings, path)
     return {
         name: value.get("content") if name.endswith("_token") and isinstance(value, dict) else value
         for name, value in settings.items()
@@ -233,7 +245,7 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
 
 def special_ids(path: Path, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """The special ids that a config.json states. Raises InputError where one is outside of the vocabulary."""
-    content: dict[str, Any] = read_json(path / "config.json")
+    content = read_object(path / "config.json", SETTINGS)
     ids = {}
     for name in SPECIAL:
         value = content.get(name)

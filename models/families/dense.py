@@ -119,5 +119,6 @@ LLAMA = Family(
     },
     blocks=(BLOCK,),
     ignored=(".rotary_emb.inv_freq",),
+    spellings=DENSE,
 )
 QWEN3 = dataclasses.replace(LLAMA, write=write_dense, architecture="Qwen3ForCausalLM", fixed=fixed("qwen3"))

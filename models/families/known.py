@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
+from ..schema import check_config, shown
 from . import dense, nemotron_h
 from .family import Family
 
 FAMILIES: dict[str, Family] = {"nemotron_h": nemotron_h.FAMILY, "llama": dense.LLAMA, "qwen3": dense.QWEN3}
 
 
-def read_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """HybridConfig's arguments from the contents of a config.json. Raises InputError."""
+def read_config(hf: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """The arguments of HybridConfig, which is `config`, from the contents of a config.json. Raises InputError."""
     name = hf.get("model_type")
-    if name not in FAMILIES:
-        raise InputError(f"config: model_type is {name!r}; supported: {', '.join(FAMILIES)}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise InputError(f"config: model_type is {shown(name)}; supported: {', '.join(FAMILIES)}")
+    check_config(hf, FAMILIES[name], FAMILIES[name].config or config)
     return FAMILIES[name].read(hf)

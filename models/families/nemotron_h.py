@@ -123,6 +123,7 @@ FAMILY = Family(
     fixed={"activation": "relu2", "gated_mlp": False, "qk_norm": False, "rope_theta": None, "attention_bias": False,
            "mlp_bias": False},
     prefixes=("backbone.", "model."),
+    spellings=SPELLINGS,
     outer={
         "embeddings.weight": "backbone.embeddings.weight",
         "norm_f.weight": "backbone.norm_f.weight",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ..checkpoint import load_config, load_model
 from ..config import HybridConfig
 from ..device import torch_device, torch_dtype
 from ..errors import InputError
+from ..schema import GenerationSettings, read_as
 from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .chat import ChatTemplate, Message
 from .engine import Engine, Request
@@ -110,11 +110,8 @@ def stop_tokens(folder: Path, config: HybridConfig) -> tuple[int, ...]:
     of a turn."""
     ends = [config.eos_token_id]
     path = folder / "generation_config.json"
-    if path.is_file():
-        try:
-            ends.append(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
-        except (ValueError, AttributeError):
-            raise InputError(f"{path} is no valid JSON object") from None
+    if path.exists():
+        ends.append(read_as(GenerationSettings, path).get("eos_token_id"))
     numbers = [number for each in ends for number in (each if isinstance(each, (list, tuple)) else (each,))]
     return tuple(sorted({number for number in numbers if isinstance(number, int)}))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from ...models.errors import gib as gib
 from ...models.folder import write_json
+from ...models.foreign import read_json as read_json
 
 # Names of files and pieces of programs are shown as they are: [/b] is no markup, and :key: no picture.
 console = Console(highlight=False, markup=False, emoji=False)
@@ -87,8 +87,3 @@ def result(folder: Path, content: dict[str, Any]) -> None:
     """Writes result.json into a finished folder, and says where it is."""
     write_json(folder / "result.json", content)
     say(f"result: {folder / 'result.json'}")
-
-
-def read_json(path: Path) -> Any:
-    """A file that we wrote ourselves."""
-    return json.loads(path.read_text(encoding="utf-8"))
