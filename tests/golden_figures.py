@@ -65,7 +65,7 @@ LOADS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BUDGETS: dict[str, dict[str, Any]] = {
     f"{mode}, {context}": {"context": context, "budget": 22.06e9, "mamba_cache_mode": mode, "chunk": None}
-    for mode, context in (("none", 8192), ("align", 8192), ("all", 100000))
+    for mode, context in (("none", 8192), ("align", 8192), ("align", 100000))
 }
 TRAININGS: dict[str, Training] = {
     "plain": Training(),

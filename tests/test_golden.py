@@ -92,7 +92,9 @@ def test_weights(name: str, zoo: dict[str, Any], same_machine: bool) -> None:
     for tensor, expected in golden["tensors"].items():
         now = found["tensors"][tensor]
         assert figures.same_fingerprint(now, expected, figures.FIGURE_TOLERANCE, norm_only), (tensor, now, expected)
-    assert figures.same_fingerprint(found["logits"], golden["logits"], figures.FIGURE_TOLERANCE)
+    # A rotation cuts along directions of nearly equal weight as the processor rounds: 1.4e-3 between an AMD and an Intel.
+    near = 5 * figures.FIGURE_TOLERANCE if norm_only else figures.FIGURE_TOLERANCE
+    assert figures.same_fingerprint(found["logits"], golden["logits"], near)
 
 
 def test_training(zoo: dict[str, Any]) -> None:

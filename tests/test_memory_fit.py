@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.benchmarks import inference
+from limbeck.models.cost.fit import Fit
 from limbeck.models.cost.hardware import GIB, Hardware
 from limbeck.models.cost.inference import changes, memory, verdict
 from limbeck.models.cost.vllm import flags
@@ -73,29 +74,40 @@ def test_what_would_help_is_true(config: Any) -> None:
 
 
 def test_vllm_by_hand() -> None:
-    """The 9B: blocks of 1312 tokens, 82 of 16, to hold a state of 5,316,608 bytes at 4096 bytes a token; with "all" 11
-    of the scan's 128. Groups of 4 layers: one of attention, seven of Mamba."""
+    """The 9B: blocks of 1312 tokens, 82 of 16, to hold a state of 5,316,608 bytes at 4096 bytes a token. Groups of 4
+    layers: one of attention, seven of Mamba."""
     headroom = 10 * GIB
-    for mode, block, states in (("none", 1312, 1), ("align", 1312, 2), ("all", 1408, 94)):
+    for mode, states in (("none", 1), ("align", 2)):
         report = memory(SMALL, 131072, budget=headroom + 2 * 8888227328, mamba_cache_mode=mode).vllm
-        needed = math.ceil(131072 / block) + 7 * states
-        assert (report.block_size, report.blocks_per_request) == (block, needed)
-        assert (
-            report.bytes_per_block == 4 * block * 4096 and report.bytes_per_request == needed * report.bytes_per_block
-        )
+        needed = math.ceil(131072 / 1312) + 7 * states
+        assert (report.block_size, report.blocks_per_request) == (1312, needed)
+        assert report.bytes_per_block == 4 * 1312 * 4096 and report.bytes_per_request == needed * report.bytes_per_block
         assert report.blocks == report.largest_max_num_seqs == headroom // report.bytes_per_block
-        assert report.max_num_seqs == headroom // report.bytes_per_request
+        free = headroom - report.bytes_per_block  # the null block
+        assert report.max_num_seqs == free // report.bytes_per_request
         longest = report.largest_max_model_len
         again = [memory(SMALL, longest + more, mamba_cache_mode=mode).vllm.bytes_per_request for more in (0, 1)]
-        assert again[0] <= headroom < again[1]
+        assert again[0] <= free < again[1]
     with pytest.raises(InputError, match="align"):
-        memory(SMALL, 1024, mamba_cache_mode="some")
+        memory(SMALL, 1024, mamba_cache_mode="all")
+
+
+def test_vllm_keeps_a_null_block() -> None:
+    """As many blocks as a request needs are one too few: vLLM 0.32 refuses the 9B's 131,072 tokens with 107 blocks and
+    estimates 129,888 for them."""
+    block = 4 * 1312 * 4096
+    reports = [memory(SMALL, 131072, budget=2 * 8888227328 + n * block).vllm for n in (107, 108)]
+    assert [report.blocks_per_request for report in reports] == [107, 107]
+    assert [report.max_num_seqs for report in reports] == [0, 1]
+    assert [report.largest_max_model_len for report in reports] == [129888, 131200]
+    mamba = memory(tiny_config(pattern="M-M"), 64, budget=1e6).vllm
+    assert mamba.max_num_seqs == mamba.blocks - 1 == mamba.largest_max_num_seqs - 1
 
 
 def test_vllm_flags() -> None:
     report = memory(SMALL, 131072, budget=BUDGET, mamba_cache_mode="align").vllm
     requested: dict[str, Any] = {"context": 131072, "utilization": 0.8915, "dtype": "bfloat16", "mamba": True}
-    found = flags(report, ssm_dtype="float32", kv_dtype="float8_e4m3fn", **requested)
+    found = flags(report, A10G, ssm_dtype="float32", kv_dtype="float8_e4m3fn", **requested)
     assert found == [
         "--dtype bfloat16", "--max-model-len 131072", "--max-num-seqs 1", "--gpu-memory-utilization 0.891",
         "--enable-prefix-caching", "--kv-cache-dtype fp8", "--mamba-ssm-cache-dtype float32",
@@ -103,8 +115,25 @@ def test_vllm_flags() -> None:
     ]  # fmt: skip
     plain = memory(tiny_config(pattern="*-"), 64, budget=BUDGET).vllm
     assert "--no-enable-prefix-caching" in flags(
-        plain, ssm_dtype="float32", kv_dtype="bfloat16", **requested | {"mamba": False}
+        plain, A10G, ssm_dtype="float32", kv_dtype="bfloat16", **requested | {"mamba": False}
     )
+
+
+@pytest.mark.parametrize(
+    ("card", "given"),
+    (
+        (A10G, True),
+        (Hardware("a100-80g", 79.25, 79.0, 2039, 312, "8.0", 108), True),
+        (Hardware("h100", 79.65, 79.0, 3350, 989, "9.0"), False),
+    ),
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_block_longer_than_a_step_is_given(card: Hardware, given: bool) -> None:
+    """Blocks of 2,608 tokens with 8-bit keys and values, where vLLM's default is 2,048 on small cards and A100s."""
+    fit = Fit(context=131072, kv_dtype="float8_e4m3fn", mamba_cache_mode="align")
+    estimate = fit.estimate(SMALL, card)
+    assert estimate.memory.vllm.block_size == 2608
+    assert ("--max-num-batched-tokens 2608" in estimate.vllm_flags()) == given
 
 
 def test_command(tmp_path: Path) -> None:

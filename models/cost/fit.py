@@ -104,6 +104,7 @@ class Estimate:
         """The flags of `vllm serve` for this fit."""
         return flags(
             self.memory.vllm,
+            self.hardware,
             context=self.memory.context,
             utilization=max(self.verdict.budget, 0) / (self.hardware.usable_gib * GIB),
             ssm_dtype=self.fit.ssm_dtype,

@@ -113,7 +113,6 @@ def memory(
             max(fixed, default=0),
             headroom,
             mamba_cache_mode,
-            config.chunk_size,
         ),
     )
     if chunk is None:

@@ -1,9 +1,11 @@
 """What vLLM's hybrid allocator makes of a config: blocks, pages, requests, and the flags to start it with.
 
-Source: vllm-project/vllm, vllm/v1/core/kv_cache_utils.py and vllm/platforms/interface.py; flags: vllm/config/cache.py.
+Source: vllm-project/vllm 0.32, vllm/v1/core/kv_cache_utils.py, vllm/platforms/interface.py and, for the check of
+--max-num-seqs, vllm/config/compilation.py; flags: vllm/config/cache.py, and vllm/engine/arg_utils.py for the defaults.
 Attention and Mamba layers share one pool of blocks. An attention block is made so many tokens long that a Mamba state
 fits a page of it, the page of a Mamba layer is padded up to that, and layers are put in groups of equal size: a block
-is one page of each layer of one group. Letters: g layers a group, t bytes of a token's keys and values in a layer.
+is one page of each layer of one group. The pool keeps one block, its null block, for itself. Letters: g layers a
+group, t bytes of a token's keys and values in a layer.
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ import dataclasses
 import math
 
 from ..errors import InputError
+from .hardware import Hardware
 
-MODES = ("none", "align", "all")  # which Mamba states are kept for a common beginning of prompts
+MODES = ("none", "align")  # which Mamba states are kept for a common beginning of prompts
+LARGE_GIB, LARGEST_GIB = 70, 160  # memory of a card from which on vLLM takes more tokens at once
 
 
 @dataclasses.dataclass(frozen=True)
 class VllmReport:
     """What the allocator does with the cache: tokens a block, blocks and bytes of a request of that length, and
-    (0 where no budget was given) of the budget: all blocks, requests of that length at once, and the largest
-    --max-num-seqs and --max-model-len with which it starts."""
+    (0 where no budget was given) of the budget: all blocks, the null block among them, requests of that length at
+    once, and the largest --max-num-seqs and --max-model-len (whole blocks of tokens) with which it starts."""
 
     block_size: int
     bytes_per_request: int
@@ -41,50 +45,68 @@ def allocate(
     mamba_layer: int,
     headroom: float | None,
     mode: str,
-    chunk: int,
 ) -> VllmReport:
     """For `attention` and `mamba` layers, t = `kv_token`, bytes of a Mamba layer's state, and `headroom` bytes free.
 
-    Modes (--mamba-cache-mode): "none" keeps one state a request, "align" two, "all" one for every block, whose length
-    is then a multiple of the scan's `chunk` as well. Raises InputError for another mode.
+    Modes (--mamba-cache-mode): "none" keeps one state a request, "align" two. Raises InputError for another mode.
     """
     if mode not in MODES:
         raise InputError(f"vLLM: Mamba cache mode {mode!r} is unknown; known: {', '.join(MODES)}")
     headroom = max(headroom or 0, 0)
     if not attention:
-        per_request = mamba * mamba_layer
-        requests = int(headroom // per_request) if per_request else 0
-        return VllmReport(0, per_request, requests, mode, 1, per_request, requests, requests)
-    unit = math.lcm(chunk, 16) if mode == "all" and mamba else 16
-    block = unit * max(1, math.ceil(math.ceil(mamba_layer / kv_token) / unit))
+        states = {"none": 1, "align": 2}[mode]
+        per_request = mamba * mamba_layer * states
+        blocks = int(headroom // (mamba * mamba_layer)) if mamba else 0
+        requests = max(blocks - 1, 0) // states
+        return VllmReport(0, per_request, requests, mode, states, mamba * mamba_layer, blocks, blocks)
+    block = 16 * max(1, math.ceil(mamba_layer / (16 * kv_token)))
     small, large = sorted((attention, mamba or attention))
     group = large if large < 1.5 * small else small
     per_block = group * block * kv_token
     blocks = int(headroom // per_block)
+    usable = max(blocks - 1, 0)
 
     def needed(tokens: int) -> int:
-        states = {"none": 1, "align": 2, "all": math.ceil(tokens / block)}[mode]
+        states = {"none": 1, "align": 2}[mode]
         return math.ceil(attention / group) * math.ceil(tokens / block) + math.ceil(mamba / group) * states
 
     per_request = per_block * needed(context)
     longest = 0  # in whole blocks of tokens, each of which costs at least one of the pool's
-    low, high = 0, blocks
+    low, high = 0, usable
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if needed(middle * block) <= blocks else (low, middle - 1)
+        low, high = (middle, high) if needed(middle * block) <= usable else (low, middle - 1)
     longest = low * block
     # Every sequence that decodes needs a Mamba block, or vLLM refuses to capture its CUDA graphs.
     at_most = blocks if mamba and longest else 0
     return VllmReport(
-        block, per_request, int(headroom // per_request), mode, needed(context), per_block, blocks, at_most, longest
+        block, per_request, usable // needed(context), mode, needed(context), per_block, blocks, at_most, longest
     )
 
 
+def default_batched_tokens(card: Hardware) -> int:
+    """--max-num-batched-tokens where nobody gives it, by the card's memory and name (vllm/engine/arg_utils.py)."""
+    if card.device != "cuda":
+        return 2048
+    if card.total_gib >= LARGEST_GIB:
+        return 16384
+    return 8192 if card.total_gib >= LARGE_GIB and "a100" not in card.name else 2048
+
+
 def flags(
-    report: VllmReport, *, context: int, utilization: float, ssm_dtype: str, kv_dtype: str, dtype: str, mamba: bool
+    report: VllmReport,
+    card: Hardware,
+    *,
+    context: int,
+    utilization: float,
+    ssm_dtype: str,
+    kv_dtype: str,
+    dtype: str,
+    mamba: bool,
 ) -> list[str]:
     """The arguments of `vllm serve` for requests of `context` tokens. Prefix caching, and with it the Mamba cache mode,
-    is given always: its default has changed between versions."""
+    is given always: its default has changed between versions. Where a step has to take a whole block at once (mode
+    "align"), it is given at least as many tokens."""
     found = [
         f"--dtype {dtype}",
         f"--max-model-len {context}",
@@ -98,4 +120,6 @@ def flags(
         found.append(f"--mamba-ssm-cache-dtype {ssm_dtype}")
         if report.mode != "none":
             found.append(f"--mamba-cache-mode {report.mode}")
+            if report.block_size > default_batched_tokens(card):
+                found.append(f"--max-num-batched-tokens {report.block_size}")
     return found
