@@ -93,7 +93,7 @@ def test_weights(name: str, zoo: dict[str, Any], same_machine: bool) -> None:
         now = found["tensors"][tensor]
         assert figures.same_fingerprint(now, expected, figures.FIGURE_TOLERANCE, norm_only), (tensor, now, expected)
     if norm_only:
-        # A rotation cuts along directions of nearly equal weight as the processor rounds: between an AMD and an Intel the
+        # A rotation cuts along directions of nearly equal weight as the processor rounds: from an AMD to an Intel the
         # sum (600 times the norm) moved by 1e-4 of itself, the product by 1.4e-3 of the norm.
         (total, norm, product), expected = found["logits"], golden["logits"]
         assert figures.all_near((total, norm), expected[:2], figures.FIGURE_TOLERANCE)
