@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from limbeck.distill.gap.measure import Estimate, measure_gap
-from limbeck.distill.text.documents import Document
 from limbeck.distill.text.packing import tokenize
+from limbeck.distill.text.records import Document
 from limbeck.distill.text.resolve import documents
 from limbeck.models.checkpoint import load_model
 from limbeck.models.config import HybridConfig

@@ -36,8 +36,11 @@ class Tokenizer:
     nothing. `token_bytes` [V]: see `byte_counts`.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, bos: str | None, eos: str | None, pad: str | None):
-        self.backend, self.folder = backend, folder
+    def __init__(
+        self, backend: tokenizers.Tokenizer, folder: Path, bos: str | None, eos: str | None, pad: str | None,
+        adds_bos: bool = True,
+    ):  # fmt: skip
+        self.backend, self.folder, self.adds_bos = backend, folder, adds_bos
         self.vocab_size = vocabulary_size(backend)
         self.bos_token_id = None if bos is None else self.special(bos, "bos_token")
         self.eos_token_id = self.special(eos, "eos_token")
@@ -45,8 +48,8 @@ class Tokenizer:
 
     @property
     def begin(self) -> list[int]:
-        """What a document or a prompt begins with: bos, or nothing."""
-        return [] if self.bos_token_id is None else [self.bos_token_id]
+        """What a document or a prompt begins with: bos, or nothing where there is none or add_bos_token is false."""
+        return [] if self.bos_token_id is None or not self.adds_bos else [self.bos_token_id]
 
     def prompt(self, text: str) -> list[int]:
         """A text to be continued. Raises InputError where that is no token at all."""
@@ -155,7 +158,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             return settings[name]
         return fallback if backend.token_to_id(fallback) is not None else None
 
-    return Tokenizer(backend, folder, text("bos_token", BOS), text("eos_token", EOS), text("pad_token", PAD))
+    named = text("bos_token", BOS), text("eos_token", EOS), text("pad_token", PAD)
+    return Tokenizer(backend, folder, *named, adds_bos=settings.get("add_bos_token") is not False)
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:

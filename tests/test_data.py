@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.text.documents import Document, of_split, read_documents, split_of, unique
+from limbeck.distill.text.documents import of_split, read_documents, split_of, unique
 from limbeck.distill.text.packing import Batch, Corpus, Packing, tokenize
+from limbeck.distill.text.records import Document
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 

@@ -16,8 +16,10 @@ import torch
 from limbeck.distill.text import corpus_cache
 from limbeck.distill.text import resolve as inputs
 from limbeck.distill.text.corpus_cache import cached_corpus, content_digest, corpus_folder
-from limbeck.distill.text.documents import Document, Hub, read_documents, rows_of, split_of
+from limbeck.distill.text.documents import read_documents, split_of
+from limbeck.distill.text.hub import Hub, rows_of
 from limbeck.distill.text.packing import Batch, Corpus, tokenize
+from limbeck.distill.text.records import Document
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, train_tokenizer
 from limbeck.tests.helpers import make_workshop
@@ -53,7 +55,7 @@ def test_corpus_on_disk_is_the_one_in_memory(tokenizer: Tokenizer, monkeypatch: 
         calls.append(1)
         yield from documents()
 
-    monkeypatch.setattr("limbeck.distill.text.packing.AT_ONCE", 7)
+    monkeypatch.setattr("limbeck.distill.text.pieces.AT_ONCE", 7)
     first, second = (cached_corpus(facts, source, tokenizer) for _ in range(2))
     assert len(calls) == 1
     for found in (first, second):
@@ -134,12 +136,14 @@ def test_records_are_read_line_by_line(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="no Parquet"):
         list(read_documents(str(tmp_path / "b.parquet")))
-    with pytest.raises(InputError, match="no 'text'"):
+    with pytest.raises(InputError, match="has the columns 'q', 'a'; expected a column 'text'"):
         list(read_documents(str(tmp_path / "a.jsonl")))
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_dict({"n": [1]}).to_parquet(str(tmp_path / "b.parquet"))
-    with pytest.raises(InputError, match="no column 'text'; it has n"):
+    with pytest.raises(InputError, match="has the columns 'n'; expected a column 'text'"):
         list(read_documents(str(tmp_path / "b.parquet")))
+    with pytest.raises(InputError, match="no column 'body'; it has n"):
+        list(read_documents(str(tmp_path / "b.parquet"), ("body",)))
 
 
 COMMIT = "0123456789" * 4

@@ -30,8 +30,8 @@ from limbeck.distill.gap.token_groups import (
     group_documents,
     token_classes,
 )
-from limbeck.distill.text.documents import Document
 from limbeck.distill.text.packing import Corpus, tokenize
+from limbeck.distill.text.records import Document
 from limbeck.models.checkpoint import load_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer

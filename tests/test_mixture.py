@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from limbeck.distill.text import resolve as inputs
-from limbeck.distill.text.documents import Document
 from limbeck.distill.text.mixture import BLOCK, Mixture, Source, labels, whole
 from limbeck.distill.text.packing import Batch, Packing, epoch_rows, joined, tokenize
+from limbeck.distill.text.records import Document
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, train_tokenizer
 from limbeck.scripts.run.resolve import data_path
@@ -179,7 +179,6 @@ def test_epochs_of_sources_are_stated_and_kept(mixture: Mixture) -> None:
         {"weight": 0},
         {"weight": -1},
         {"epochs": -1},
-        {"columns": []},
         {"limit": 5},
         {"streaming": True, "path": "hf:a/b"},
         {"weight": "much"},

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from limbeck.distill.text.documents import Document
 from limbeck.distill.text.packing import Batch, Packing, tokenize
+from limbeck.distill.text.records import Document
 from limbeck.kernels.causal_conv1d import causal_conv1d
 from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.kernels.ssd import ssd_scan

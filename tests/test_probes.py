@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from limbeck.distill.gap.probes import KINDS, Probe, check_probes, make_probe, retrieve, text_from
-from limbeck.distill.text.documents import Document
 from limbeck.distill.text.packing import Corpus, tokenize
+from limbeck.distill.text.records import Document
 from limbeck.models.checkpoint import load_model
 from limbeck.models.errors import InputError
 from limbeck.models.generate.generate import generate

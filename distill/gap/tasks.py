@@ -24,7 +24,7 @@ from ...models.hybrid import HybridLM
 from ...models.placement import placed
 from ...models.tokenizer import Tokenizer, load_tokenizer
 from ..text.corpus_cache import cache_folder
-from ..text.documents import first_line
+from ..text.formats import first_line
 
 SUFFIXES = (".yaml", ".yml")  # of task files
 DATA_KEYS = ("dataset_path", "dataset_kwargs")  # of a task file

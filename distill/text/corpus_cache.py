@@ -26,10 +26,10 @@ from ...models.errors import DiskError, InputError
 from ...models.folder import finish_folder, sha256_file, write_json
 from ...models.tensors import refusal, save_tensors
 from ...models.tokenizer import Tokenizer
-from .documents import Document
 from .packing import Corpus, Indexed, encoded
+from .records import Document
 
-FORMAT = 2  # to be raised when what is written for the same facts changes
+FORMAT = 3  # to be raised when what is written for the same facts changes
 MAKING = ".making-"  # how unfinished folders' names begin
 HEADER = 248  # bytes of the header of ids.safetensors, whose length is known before the number of tokens is
 STALE = 2 * 86400  # seconds after which an unfinished folder is nobody's
@@ -66,13 +66,16 @@ def corpus_folder(facts: Mapping[str, Any]) -> Path:
     return cache_folder() / "tokens" / hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def write_corpus(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer) -> None:
-    """Tokenises documents into a folder. Raises DiskError where the disk refuses."""
+def write_corpus(
+    folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer, notes: Iterable[str]
+) -> None:
+    """Tokenises documents into a folder, the notes beside, which are read last. Raises DiskError where the disk
+    refuses."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder.parent)
         with tempfile.TemporaryDirectory(prefix=MAKING, dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-            write_tokens(Path(temporary), facts, documents, tokenizer)
+            write_tokens(Path(temporary), facts, documents, tokenizer, notes)
             try:
                 finish_folder(Path(temporary), folder)
             except OSError:
@@ -82,7 +85,9 @@ def write_corpus(folder: Path, facts: Mapping[str, Any], documents: Iterable[Doc
         raise DiskError(f"{refusal(error, folder.parent)} (or set LIMBECK_CACHE to another folder)") from None
 
 
-def write_tokens(folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+def write_tokens(
+    folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer, notes: Iterable[str]
+) -> None:
     lengths: list[int] = []
     names: list[bytes] = []
     with (folder / "ids.safetensors").open("wb") as stream:
@@ -101,7 +106,7 @@ def write_tokens(folder: Path, facts: Mapping[str, Any], documents: Iterable[Doc
         "names": torch.frombuffer(bytearray(b"".join(names) or b"\0"), dtype=torch.uint8),
     }
     save_tensors(folder / "documents.safetensors", tensors)
-    write_json(folder / "corpus.json", {**facts, "documents": len(names), "tokens": sum(lengths)})
+    write_json(folder / "corpus.json", {**facts, "documents": len(names), "tokens": sum(lengths), "notes": list(notes)})
 
 
 def open_corpus(folder: Path, tokenizer: Tokenizer) -> Corpus:
@@ -109,16 +114,22 @@ def open_corpus(folder: Path, tokenizer: Tokenizer) -> Corpus:
     with safe_open(folder / "documents.safetensors", "np") as file:
         starts, ends, names = (file.get_tensor(name) for name in ("starts", "name_ends", "names"))
     ids = np.memmap(folder / "ids.safetensors", "<i4", "r", 8 + HEADER, (int(starts[-1]),))
-    return Corpus(ids, starts, DocumentNames(names, ends), tokenizer.token_bytes, tokenizer.pad_token_id)
+    notes = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["notes"]
+    named = DocumentNames(names, ends)
+    return Corpus(ids, starts, named, tokenizer.token_bytes, tokenizer.pad_token_id, notes=tuple(notes))
 
 
 def cached_corpus(
-    facts: Mapping[str, Any], documents: Callable[[], Iterator[Document]], tokenizer: Tokenizer
+    facts: Mapping[str, Any],
+    documents: Callable[[], Iterator[Document]],
+    tokenizer: Tokenizer,
+    notes: Iterable[str] = (),
 ) -> Corpus:
-    """The corpus that was made of these facts, or is made now of the documents."""
+    """The corpus that was made of these facts, or is made now of the documents; `notes` are what reading them left to
+    say."""
     folder = corpus_folder(facts)
     if not folder.exists():
-        write_corpus(folder, facts, documents(), tokenizer)
+        write_corpus(folder, facts, documents(), tokenizer, notes)
     return open_corpus(folder, tokenizer)
 
 

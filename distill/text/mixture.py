@@ -39,17 +39,17 @@ class Source:
     path: str
     weight: float = 1.0
     epochs: float = 0.0
-    columns: tuple[str, ...] = ("text",)
+    columns: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     streaming: bool = False
     limit: int = 0
 
     def __post_init__(self) -> None:
-        if not (0 < self.weight < math.inf and self.epochs >= 0 and self.limit >= 0 and self.columns):
+        if not (0 < self.weight < math.inf and self.epochs >= 0 and self.limit >= 0):
             raise InputError(
                 f"data: source {self.path}: weight ({self.weight}) must be more than 0, epochs ({self.epochs}) and"
-                f" limit ({self.limit}) 0 or more, columns ({', '.join(self.columns)}) at least one"
+                f" limit ({self.limit}) 0 or more"
             )
         if (self.streaming or self.limit) and not self.path.startswith("hf:"):
             raise InputError(f"data: source {self.path}: streaming and limit are for hf:OWNER/NAME; leave them out")

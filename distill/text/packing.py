@@ -7,8 +7,8 @@ alone, so that any batch can be sought by its number. Shapes: [B] rows, [T] toke
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ...models.errors import InputError
 from ...models.tokenizer import Tokenizer
-from .documents import Document
+from .pieces import encoded_texts
+from .records import Document
 
 IGNORED = -100
-AT_ONCE, AT_ONCE_CHARACTERS = 256, 2**22  # documents that go to the tokenizer together
 Item = TypeVar("Item", covariant=True)
 
 
@@ -72,7 +72,7 @@ class Indexed(Sequence[Item]):
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Tokenised documents: ids laid end to end, and where each begins (one more entry than documents). In batches they
-    are numbered from `first_document` on, so that those of several corpora stay apart."""
+    are numbered from `first_document` on, so that those of several corpora stay apart; `notes`: what was left out."""
 
     ids: Ids
     starts: np.ndarray
@@ -80,6 +80,7 @@ class Corpus:
     token_bytes: Tensor
     pad_token_id: int
     first_document: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -191,18 +192,17 @@ class Sample(Indexed[Batch]):
 
 
 def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its tokens, `<s> ... </s>` (`... </s>` where the tokenizer has no bos). Some hundred go to the
-    tokenizer at once, which works on all processors (RAYON_NUM_THREADS)."""
-    waiting: list[Document] = []
-    characters = 0
-    for document in itertools.chain(documents, (None,)):
-        if document is not None:
-            waiting.append(document)
-            characters += len(document.text)
-        if document is None or len(waiting) == AT_ONCE or characters >= AT_ONCE_CHARACTERS:
-            for some, ids in zip(waiting, tokenizer.encode_many([some.text for some in waiting]), strict=True):
-                yield some, np.array([*tokenizer.begin, *ids, tokenizer.eos_token_id], dtype=np.int32)
-            waiting, characters = [], 0
+    """Each document with its tokens, `<s> ... </s>` (`... </s>` where the tokenizer has no bos)."""
+    names: collections.deque[Document] = collections.deque()
+
+    def texts() -> Iterator[str]:
+        for document in documents:
+            names.append(document)
+            yield document.text
+
+    for ids in encoded_texts(texts(), tokenizer):
+        framed = np.concatenate((tokenizer.begin, ids, [tokenizer.eos_token_id]), dtype=np.int32, casting="unsafe")
+        yield names.popleft(), framed
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Corpus:

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,13 +19,18 @@ from ...models.errors import InputError
 from ...models.folder import sha256_file
 from ...models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .corpus_cache import cached_corpus, content_digest
-from .documents import HUB, STDLIB, Document, OnProgress, content_of, first_line, of_split, read_documents, unique
+from .documents import STDLIB, content_of, of_split, read_documents, unique
+from .formats import first_line
+from .hub import HUB
 from .mixture import Mixture, Source, Text
 from .packing import Batch, Corpus, tokenize
+from .records import Document, Notes, OnProgress
 
 Data = str | Sequence[str]
 # Called with what begins and whether it is counted in bytes; gives what is told how far it has come.
 Progress = Callable[[str, bool], AbstractContextManager[OnProgress | None]]
+TOLD: set[tuple[str, str]] = set()
+log = logging.getLogger("limbeck")
 EXPECTED = "expected sources: [{path: ..., weight: ...}, ...]"
 
 
@@ -112,13 +118,27 @@ def documents(data: Data, split: str) -> Iterator[Document]:
         yield from of_split(unique(numbered), split, "data")
         return
     for source in sources_of(data):
-        yield from of_split(read_source(source), split, f"data={source.path}")
+        notes = Notes()
+        yield from of_split(read_source(source, notes=notes), split, f"data={source.path}")
+        tell(source.path, notes)
 
 
-def read_source(source: Source, on_progress: OnProgress | None = None) -> Iterator[Document]:
+def read_source(
+    source: Source, on_progress: OnProgress | None = None, notes: Notes | None = None
+) -> Iterator[Document]:
     path = content(source.path) if source.path.startswith(HUB) else source.path
-    read = read_documents(path, source.columns, on_progress, streaming=source.streaming, limit=source.limit)
+    read = read_documents(
+        path, source.columns, on_progress, streaming=source.streaming, limit=source.limit, notes=notes
+    )
     return (document for document in read if source.takes(document.name))
+
+
+def tell(path: str, notes: Iterable[str]) -> None:
+    """Says what was left out of a source, once in a run, though several splits of it are read."""
+    for note in notes:
+        if (path, note) not in TOLD and processes.rank() == 0:
+            TOLD.add((path, note))
+            log.warning("data=%s: %s", path, note)
 
 
 def corpus(data: Data, split: str, model: Path, progress: Progress = untold) -> Text:
@@ -162,11 +182,15 @@ def tokenized(source: Source, split: str, tokenizer: Tokenizer, progress: Progre
         "content": content(source.path), "columns": source.columns, "limit": source.limit, "split": split,
         "include": source.include, "exclude": source.exclude,
         "tokenizer": sha256_file(tokenizer.folder / "tokenizer.json"),
-        "bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id,
+        "begin": tokenizer.begin, "eos": tokenizer.eos_token_id,
     }  # fmt: skip
+
+    notes = Notes()
 
     def read() -> Iterator[Document]:
         with progress(f"tokenising {source.path} ({split})", local_file(source.path) is not None) as on_progress:
-            yield from of_split(read_source(source, on_progress), split, f"data={source.path}")
+            yield from of_split(read_source(source, on_progress, notes), split, f"data={source.path}")
 
-    return cached_corpus(facts, read, tokenizer)
+    made = cached_corpus(facts, read, tokenizer, notes)
+    tell(source.path, made.notes)
+    return made
