@@ -19,9 +19,10 @@ from ..models.axes import VECTORS, tensor_table
 from ..models.checkpoint import Checkpoint, row_blocks, write_checkpoint
 from ..models.config import HybridConfig
 from ..models.errors import InputError
+from ..models.fingerprint import SPEED
 from .options import TrainOptions
 from .parallel import Trained, stored_dtype
-from .state import AVERAGE, WEIGHTS, numbered, states
+from .state import AVERAGE, METRICS, WEIGHTS, numbered, states
 
 
 @contextlib.contextmanager
@@ -64,8 +65,9 @@ def final_weights(folder: Path, options: TrainOptions) -> FinalWeights:
         said = json.loads((best[-1] / "best.json").read_text(encoding="utf-8"))
         return FinalWeights((best[-1] / WEIGHTS,), {"kept": "best", **said})
     if options.average_states > 1:
-        steps = [int(state.name.removeprefix("state-")) for state in all_states]
-        return FinalWeights(tuple(state / WEIGHTS for state in all_states), {"kept": "mean", "steps": steps})
+        last_ones = all_states[-options.average_states :]
+        steps = [int(state.name.removeprefix("state-")) for state in last_ones]
+        return FinalWeights(tuple(state / WEIGHTS for state in last_ones), {"kept": "mean", "steps": steps})
     if options.ema_decay:
         return FinalWeights((all_states[-1] / AVERAGE,), {"kept": "moving average", "step": last})
     return FinalWeights((all_states[-1] / WEIGHTS,), {"kept": "last", "step": last})
@@ -75,17 +77,17 @@ def write_trained(
     folder: Path, training: Path, options: TrainOptions, config: HybridConfig, dtype: torch.dtype, tokenizer_from: Path
 ) -> dict[str, Any]:
     """What a finished training left in `folder/training` or below it, as a checkpoint in `folder`: weights, tokenizer,
-    metrics.jsonl; returns which weights they are. Matrices have the dtype that they were used in. Every process has to
-    call it; the first writes."""
+    metrics.jsonl, speed.jsonl; returns which weights they are. Matrices have the dtype that they were used in. Every
+    process has to call it; the first writes."""
     with processes.together():
         kept = final_weights(training, options)
         if processes.rank() == 0:
             table = tensor_table(config)
             dtypes = {name: stored_dtype(dtype) if spec.role in VECTORS else dtype for name, spec in table.items()}
             write_checkpoint(folder, config, kept.tensors(), dtypes=dtypes, tokenizer_from=tokenizer_from)
-            metrics = folder / "training" / "metrics.jsonl"
-            if metrics.exists():
-                shutil.copyfile(metrics, folder / "metrics.jsonl")
+            for name in (METRICS, SPEED):
+                if (folder / "training" / name).exists():
+                    shutil.copyfile(folder / "training" / name, folder / name)
     return kept.said
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..models import processes
+from ..models.fingerprint import SPEED
 from .average import final_weights
 from .options import DistillOptions, TrainOptions
 from .parallel import Trained
-from .state import fill_weights, states
+from .state import METRICS, Say, drop_damaged, fill_weights, states
 from .text.mixture import Text
 from .text.packing import Batch
 
@@ -28,8 +29,12 @@ def stage_batches(text: Text, how: DistillOptions, stage: int, seed: int, start:
     return itertools.islice(source, how.train.steps - start)
 
 
-def current_stage(folders: Sequence[Path]) -> int:
-    """The number of the last stage that has begun, by the states in its folder; every process has to call it."""
+def current_stage(folders: Sequence[Path], say: Say = print) -> int:
+    """The number of the last stage that has begun, by the whole states in its folder; every process has to call it."""
+    with processes.together():
+        if processes.rank() == 0:
+            for folder in folders:
+                drop_damaged(folder, say)
     begun = (number for number, folder in enumerate(folders) if states(folder))
     return int(processes.from_first(max(begun, default=0)))
 
@@ -47,12 +52,14 @@ def hand_on(student: Trained, folders: Sequence[Path], number: int, options: Tra
 
 
 def join_metrics(folders: Sequence[Path], target: Path) -> None:
-    """The stages' records as one file: each with the number of its stage, steps and tokens counted from the first."""
-    records: list[dict[str, Any]] = []
-    for stage, folder in enumerate(folders, 1):
-        before: Mapping[str, int] = records[-1] if records else {"step": 0, "tokens": 0}
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            counted = {name: record[name] + before[name] for name in ("step", "tokens")}
-            records.append({"stage": stage} | record | counted)
-    target.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    """The stages' records as one file, and what they took as another: each with the number of its stage, steps and
+    tokens counted from the first."""
+    for name in (METRICS, SPEED):
+        records: list[dict[str, Any]] = []
+        for stage, folder in enumerate(folders, 1):
+            before: Mapping[str, int] = records[-1] if records else {}
+            for line in (folder / name).read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                counted = {each: record[each] + before.get(each, 0) for each in ("step", "tokens") if each in record}
+                records.append({"stage": stage} | record | counted)
+        (target / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

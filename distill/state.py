@@ -1,7 +1,8 @@
 """What training needs to resume: folders `state-<step>`, whole or not there, in safetensors and JSON.
 
 Tensors are written whole, one after the other, whatever part of them each process has: a state is read by any number
-of processes. The first process writes; each reads its rows. An older state goes once the newer one has its name.
+of processes. The first process writes; each reads its rows. The two newest stay, the others go once a newer one has its
+name: a state that does not have the sums that were taken of it is not used, and training resumes from the one before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from ..models import processes
 from ..models.errors import InputError
-from ..models.folder import atomic_folder, write_json
+from ..models.folder import atomic_folder, sha256_files, write_json
 from ..models.tensors import TensorFile
 from .parallel import Trained, TrainedWeight
 
 WEIGHTS, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
+METRICS, SUMS = "metrics.jsonl", "sums.json"
+Say = Callable[[str], None]
 Optimizers = dict[str, torch.optim.Optimizer]
 
 
@@ -60,7 +63,8 @@ def save_state(
     *,
     states_kept: int = 1,
 ) -> None:
-    """Writes `folder/state-<step>/`; then all but the newest `states_kept` states go, and what was best before.
+    """Writes `folder/state-<step>/`, with what `folder/metrics.jsonl` has so far; then all but the newest `states_kept`
+    states (two at least) go, and what was best before.
 
     Every process has to call it. Raises DiskError, in all of them, where the disk refuses."""
     target = folder / f"state-{progress.step:08d}"
@@ -75,8 +79,11 @@ def save_state(
         write_whole(place(temporary, OPTIMIZER), optimizer_tensors(trained, optimizers))
         if temporary is not None:
             write_json(temporary / "state.json", dataclasses.asdict(progress))
+            if (folder / METRICS).exists():
+                shutil.copyfile(folder / METRICS, temporary / METRICS)
+            write_sums(temporary)
     if processes.rank() == 0:  # only now: at every moment one whole state is there
-        kept = states(folder)[-states_kept:]
+        kept = states(folder)[-max(2, states_kept) :]
         for old in (*states(folder), *numbered(folder, "best")):
             if old not in kept and old.name != f"best-{progress.best_step or 0:08d}":
                 shutil.rmtree(old)
@@ -91,6 +98,28 @@ def save_best(trained: Trained, tensors: Mapping[str, Tensor], folder: Path, pro
         write_whole(place(temporary, WEIGHTS), ((w.name, w, tensors[w.name]) for w in trained.weights))
         if temporary is not None:
             write_json(temporary / "best.json", {"step": progress.step, "value": progress.best_value})
+            write_sums(temporary)
+
+
+def write_sums(folder: Path) -> None:
+    write_json(folder / SUMS, sha256_files(folder, sorted(folder.iterdir())))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a state has the files that were written, as they were."""
+    try:
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        return sums == sha256_files(folder, [folder / name for name in sums])
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def drop_damaged(folder: Path, say: Say) -> None:
+    """Removes the states and bests in a folder that are not as they were written, and says so."""
+    for path in (*states(folder), *numbered(folder, "best")):
+        if not is_whole(path):
+            say(f"{path} is damaged and not used: training resumes from what was saved before it")
+            shutil.rmtree(path)
 
 
 def written(target: Path) -> contextlib.AbstractContextManager[Path | None]:
@@ -138,11 +167,18 @@ def write_whole(path: Path | None, tensors: Iterable[tuple[str, TrainedWeight | 
             raise error
 
 
-def load_state(trained: Trained, optimizers: Optimizers, average: dict[str, Tensor], folder: Path) -> Progress:
-    """Fills model, optimizers and average from the newest state, and clears what a killed run has left."""
-    if processes.rank() == 0:
-        for leftover in folder.glob(".*.partial"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def load_state(
+    trained: Trained, optimizers: Optimizers, average: dict[str, Tensor], folder: Path, say: Say = print
+) -> Progress:
+    """Fills model, optimizers and average from the newest whole state, and clears what a killed run has left. The lines
+    of metrics.jsonl are those that were saved with it."""
+    with processes.together():
+        if processes.rank() == 0:
+            for leftover in (*folder.glob(".*.partial"), *folder.glob(".*.lock")):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            drop_damaged(folder, say)
+            kept = states(folder)
+            restore_metrics(folder, kept[-1] if kept else None)
     all_states = processes.from_first(states(folder))
     if not all_states:
         remove_bests(folder, 0)
@@ -163,6 +199,10 @@ def load_state(trained: Trained, optimizers: Optimizers, average: dict[str, Tens
     # A best beyond the state is of steps that come again, and is written again then.
     progress = Progress(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
     remove_bests(folder, progress.step)
+    if progress.best_step is not None and not processes.from_first(
+        (folder / f"best-{progress.best_step:08d}").exists()
+    ):
+        progress.best_step = progress.best_value = None
     return progress
 
 
@@ -203,18 +243,25 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
         stream.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def trim_metrics(path: Path, step: int) -> None:
-    """Drops what was logged beyond the state that training resumes from, and a line cut off by a kill."""
+def restore_metrics(folder: Path, state: Path | None) -> None:
+    """Makes metrics.jsonl what it was when a state was saved; without a state no line counts."""
+    if state is None or not (state / METRICS).exists():
+        (folder / METRICS).unlink(missing_ok=True)
+        return
+    temporary = folder / (METRICS + ".partial")
+    shutil.copyfile(state / METRICS, temporary)
+    os.replace(temporary, folder / METRICS)
+
+
+def trim_lines(path: Path, step: int) -> None:
+    """Drops what was logged beyond a step, and a line cut off by a kill."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

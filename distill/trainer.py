@@ -24,12 +24,13 @@ from torch import Tensor
 from ..models import processes
 from ..models.axes import MATRICES
 from ..models.errors import CheckFailed, InputError, Stopped
+from ..models.fingerprint import SPEED
 from ..models.hybrid import HybridLM
 from .average import averaged
 from .muon import Muon
 from .options import TrainOptions
 from .parallel import Trained, prepare, reshard, share, squares
-from .state import Optimizers, append_line, load_state, save_best, save_state, states, trim_metrics
+from .state import METRICS, Optimizers, Say, append_line, load_state, save_best, save_state, states, trim_lines
 from .stop import SIGNALS, Stopper
 from .text.prefetch import feed
 
@@ -73,20 +74,22 @@ def train(
     on_step: OnStep | None = None,
     stop_after: int | None = None,
     describe: Callable[[float], dict[str, float]] | None = None,
+    say: Say = print,
 ) -> int:
     """Trains a model in place to `options.steps`, resuming from the newest state in `folder`; returns the step reached.
 
     `loss_of(model, rows, normalizer)` is the sum of the rows' token losses over the normalizer (the number of
     labels of the whole batch, in all processes); `batches(start)` yields the whole batches from number `start` on,
-    the same in every process. Figures go to `folder/metrics.jsonl`, and to `on_step`; `describe(tokens a second)`
-    adds some. `stop_after` ends early, after so many steps of this call.
+    the same in every process. Figures go to `folder/metrics.jsonl`, and to `on_step`, with the tokens a second and what
+    `describe(tokens a second)` adds to them, which differ from run to run and go to `folder/speed.jsonl`. `stop_after`
+    ends early, after so many steps of this call. `say` hears of what is odd: a damaged state, a warm-up without an end.
 
     Raises Stopped after a step in which SIGINT or SIGTERM came, with its state saved; InputError where a batch
     does not fit the processes or does not come, and where `max_skipped` steps in a row were not finite.
     """
     trained = model if isinstance(model, Trained) else prepare(model)
     with Stopper() as stopper, ending_all():
-        run = TrainingRun(trained, loss_of, options, folder, stopper, evaluate, on_step, describe)
+        run = TrainingRun(trained, loss_of, options, folder, stopper, evaluate, on_step, describe, say)
         return run.to_the_end(batches, stop_after)
 
 
@@ -102,21 +105,23 @@ class TrainingRun:
     evaluate: Evaluate | None
     on_step: OnStep | None
     describe: Callable[[float], dict[str, float]] | None
+    say: Say = print
 
     def __post_init__(self) -> None:
         with processes.together():
             if processes.rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = self.folder / "metrics.jsonl"
+                check_warmup(self.options, self.say)
+        self.metrics = self.folder / METRICS
         set_layers(self.trained.model, self.options)
         self.optimizers = make_optimizers(self.trained, self.options)
         # The average starts from the weights before the first step: it has to be there before a state is read into it.
         decay = self.options.ema_decay
         self.average = {w.name: w.local.detach().clone() for w in self.trained.weights} if decay else {}
-        self.progress = load_state(self.trained, self.optimizers, self.average, self.folder)
+        self.progress = load_state(self.trained, self.optimizers, self.average, self.folder, self.say)
         self.saved = self.progress.step if states(self.folder) else None
         if processes.rank() == 0:  # lines beyond the state are of steps that come again
-            trim_metrics(self.metrics, self.progress.step)
+            trim_lines(self.folder / SPEED, self.progress.step)
         self.clock, self.seen = time.perf_counter(), 0
 
     def to_the_end(self, batches: Callable[[int], Iterator[Any]], stop_after: int | None) -> int:
@@ -159,14 +164,16 @@ class TrainingRun:
             record |= {"loss": loss, "gradient_norm": norm}
         else:
             record["skipped"] = {"loss": str(loss), "gradient_norm": str(norm), **ids_of(batch, progress.step - 1)}
-        record |= {"learning_rate": options.rate(progress.step - 1), **self.speed()}
+        record |= {"learning_rate": options.rate(progress.step - 1)}
+        speed = self.speed()
         last = progress.step == options.steps
         held_out = self.held_out(last)
         record |= held_out
         if processes.rank() == 0 and (last or progress.step % options.log_every == 0 or held_out or not finite):
             append_line(self.metrics, record)
+            append_line(self.folder / SPEED, {"step": progress.step, **speed})
         if self.on_step is not None:
-            self.on_step(record)
+            self.on_step(record | speed)
         if progress.in_a_row >= options.max_skipped:
             raise InputError(self.complaint(loss, norm, batch))
         return signal
@@ -267,6 +274,15 @@ def ending_all() -> Iterator[None]:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+
+
+def check_warmup(options: TrainOptions, say: Say) -> None:
+    """Says so where the rate never rises to what was given."""
+    if options.warmup_steps > options.steps:
+        say(
+            f"note: warmup_steps is {options.warmup_steps:,}, the run has {options.steps:,}: the rate ends at"
+            f" {options.rate(options.steps - 1):.2g} and never reaches learning_rate ({options.learning_rate:g})"
+        )
 
 
 def check_rows(batch: Rows) -> None:

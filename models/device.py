@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from .dtype_names import dtype_name
 from .errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r} is unknown; known: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    known = dtype_name(name)
+    if known not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; known: {', '.join(DTYPES)}, and bf16, fp16, fp32 for short")
+    return DTYPES[known]
 
 
 def torch_device(name: str) -> torch.device:

@@ -2,6 +2,7 @@
 
 It holds no time or path, so that equal work gives equal bytes. The sums of large inputs are taken by a thread while
 the stage works: until they are known, files count as the same by name, size and time of change (their `look`).
+It holds the sums of what the stage left, too: whoever reads the folder next finds what has been damaged since.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ import torch
 
 from .. import __version__
 from .errors import InputError
-from .folder import sha256_file, write_json
+from .folder import sha256_file, sha256_files, write_json
 
 PROVENANCE = "limbeck.json"
 RESULT = "result.json"
+SPEED = "speed.jsonl"  # what a training took, by steps: it differs from run to run, and is no part of the result
 LOGS = "wandb"
+
+
+class MadeOtherwise(InputError):
+    """A folder is there, whole, and of other inputs or options."""
 
 
 class Fingerprint:
@@ -79,7 +85,9 @@ class Fingerprint:
             left = json.loads(mark.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return left["look"] == self.look or left["fingerprint"] == self.content()["fingerprint"]
+        if not isinstance(left, dict):
+            return False
+        return left.get("look") == self.look or left.get("fingerprint") == self.content()["fingerprint"]
 
     def content(self) -> dict[str, Any]:
         """The contents of limbeck.json: the inputs by sha256, and the fingerprint of all. Waits for the sums."""
@@ -100,17 +108,26 @@ class Fingerprint:
             raise InputError(f"an input of {self.name} changed while it was read ({names}); run the same command again")
         return content
 
+    def sealed(self, folder: Path, notes: Mapping[str, Any], apart: tuple[str, ...]) -> dict[str, Any]:
+        """What limbeck.json says of a folder once the work in it is done: `unchanged_content`, notes, and the sums of
+        its files (those `apart`, which go, aside) and of all that itself."""
+        content = self.unchanged_content() | dict(notes)  # first: its thread writes into the folder until it ends
+        files = [file for file in content_files(folder) if file.relative_to(folder).parts[0] not in apart]
+        content |= {"files": sha256_files(folder, files)}
+        return content | {"sum": digest(content)}
+
     def check_finished(self, folder: Path) -> None:
-        """Raises InputError unless the folder was made of just this."""
+        """Raises InputError unless the folder is whole (MadeOtherwise, where it is) and was made of just this."""
         try:
             made = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
             fingerprint = made["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{folder} exists already and is not of limbeck; give an output that does not") from None
+        fingerprint_of(folder)  # says what is damaged
         content = self.content()
         if fingerprint != content["fingerprint"]:
             made = {key: value for key, value in made.items() if key in content}  # not the notes
-            raise InputError(
+            raise MadeOtherwise(
                 f"{folder} exists already, made otherwise ({'; '.join(differences(made, content)[:3])});"
                 " give another output, or remove the folder to make it anew"
             )
@@ -136,22 +153,48 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files below a folder that are its content: in one of ours, not what made it, nor result.json, which is
-    written once it is finished, nor the logs in wandb/."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    if folder / PROVENANCE in files:
-        files = [file for file in files if file not in (folder / PROVENANCE, folder / RESULT)]
-        files = [file for file in files if folder / LOGS not in file.parents]
-    return files
+    """The files below a folder that are its content; see `content_files` for one of ours."""
+    if (folder / PROVENANCE).is_file():
+        return content_files(folder)
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def content_files(folder: Path) -> list[Path]:
+    """The files of a folder of ours: not what made it, nor result.json, which is written once it is finished, nor what
+    holds times (speed.jsonl, the logs in wandb/)."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SPEED)
+    files = [file for file in files if file not in (folder / PROVENANCE, folder / RESULT)]
+    return [file for file in files if folder / LOGS not in file.parents]
 
 
 def fingerprint_of(value: Path | str) -> str:
-    """The sha256 of a file, or of a folder's files; a text stands for itself."""
+    """The sha256 of a file, or of a folder's files; a text stands for itself. Raises InputError where a folder of ours
+    is not as it was left."""
     if isinstance(value, str):
         return value
-    if value.is_dir():
-        return digest({file.relative_to(value).as_posix(): sha256_file(file) for file in files_of(value)})
-    return sha256_file(value)
+    if not value.is_dir():
+        return sha256_file(value)
+    sums = sha256_files(value, files_of(value))
+    check_sums(value, sums)
+    return digest(sums)
+
+
+def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Raises InputError where the files of a folder, of these sums, are not those that its limbeck.json has."""
+    path = folder / PROVENANCE
+    try:
+        made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError):
+        made = None
+    if isinstance(made, dict) and "sum" not in made and "files" not in made:
+        return  # of no stage (a model that ships), or from before there were sums
+    what = f"remove {folder} to make it anew, or its {PROVENANCE} alone to take it as it is"
+    if not isinstance(made, dict) or made.get("sum") != digest({k: v for k, v in made.items() if k != "sum"}):
+        raise InputError(f"{path} is damaged; {what}")
+    for name, expected in made["files"].items():
+        if sums.get(name) != expected:
+            state = "missing" if name not in sums else "not as it was left: damaged, or changed by hand"
+            raise InputError(f"{folder / name} is {state} ({made['made_by']} left it); {what}")
 
 
 def look_of(value: Path | str) -> Any:

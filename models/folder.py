@@ -2,41 +2,98 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from .errors import InputError
+
+
+@contextlib.contextmanager
+def owned(path: Path) -> Iterator[bool]:
+    """While it lasts this process alone writes `path`: a lock beside it, which a process that dies lets go. Gives
+    whether one that died has left its lock there.
+
+    Raises InputError where another process has the lock, or the place cannot be written.
+    """
+    place = path.with_name(f".{path.name}.lock")
+    left, lock = place.exists(), FileLock(place, timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"{path} is being written by another process{owner(place)}; wait for it, or give another output"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    try:
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            facts = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            place.write_text(json.dumps(facts), encoding="utf-8")
+        yield left
+    finally:
+        place.unlink(
+            missing_ok=True
+        )  # while it is held: who waits for this file sees that it is gone, and makes his own
+        lock.release()
+
+
+def owner(place: Path) -> str:
+    """Who has a lock, in brackets; nothing where it does not say."""
+    try:
+        facts = json.loads(place.read_text(encoding="utf-8"))
+        return f" (process {facts['process']} on {facts['host']}, since {facts['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path`; on leaving it is synced to disk and renamed to `path`, on an error removed.
 
-    Raises InputError where `path` exists already, or its parent cannot be written.
+    Raises InputError where `path` exists already, its parent cannot be written, or another process writes it.
     """
     path = Path(path)
+    check_new(path)
+    with owned(path) as left:
+        check_new(path)  # it may have appeared while the lock was another's
+        temporary = partial_of(path, left)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        try:
+            yield temporary
+            finish_folder(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_new(path: Path) -> None:
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already; give an output folder that does not")
+
+
+def partial_of(path: Path, ours: bool) -> Path:
+    """The temporary folder beside `path`. Raises InputError where one is there that is not `ours`, and not empty."""
     temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        yield temporary
-        finish_folder(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    there = temporary.exists() or temporary.is_symlink()
+    if there and not ours and not (temporary.is_dir() and not temporary.is_symlink() and not any(temporary.iterdir())):
+        raise InputError(f"{temporary} is not of limbeck, and {path} is made there; move it, or give another output")
+    return temporary
 
 
 def finish_folder(temporary: Path, path: Path) -> None:
@@ -67,3 +124,11 @@ def write_json(path: Path, content: Any) -> None:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_files(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """The sums of files by their names below a folder, several read at a time."""
+    files = list(files)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        sums = pool.map(sha256_file, files)
+        return {file.relative_to(folder).as_posix(): found for file, found in zip(files, sums, strict=True)}

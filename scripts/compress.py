@@ -24,7 +24,7 @@ from ..models import processes
 from ..models.checkpoint import load_config
 from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
-from ..models.cost.parameters import count_parameters
+from ..models.device import torch_device, torch_dtype
 from ..models.errors import InputError
 from ..models.fingerprint import PROVENANCE, plain
 from ..prune.repair import RepairOptions
@@ -32,9 +32,12 @@ from ..prune.scoring import Importance
 from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .run.resolve import data_input, model_config, model_folder
-from .run.rounds import Round, check_feasible, rehearse, rounds_of, student_folders
-from .run.show import console, gib, read_json, result, say, table
-from .run.stage import many_processes, stage
+from .run.rounds import Round, check_feasible, print_figures, rehearse, rounds_of, student_folders
+from .run.show import console, read_json, result, say
+from .run.stage import check_ours, many_processes, owned_by_run, stage
+
+# What only the last stages read: another value makes these anew, and leaves the rest as it is.
+LATE = ("evaluate_tokens", "export_dtype", "hardware", "fit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,8 @@ class Options:
                 raise InputError(f"{name} is missing; give {name}=VALUE (limbeck compress --help)")
         if not self.rounds and self.target == Target():
             raise InputError("target is empty; give a size, such as target.parameters=0.75 (limbeck compress --help)")
+        for name in ("dtype", "export_dtype"):
+            torch_dtype(getattr(self, name))
         self.plan()
 
     def plan(self) -> tuple[Round, ...]:
@@ -79,8 +84,9 @@ def run(options: Options) -> None:
                 lambda: rehearse(model_config(options.model), rounds, options.hardware, options.fit)
             )
         assert options.data is not None and options.output is not None
-        processes.in_first(functools.partial(claim, options, options.data, options.output))
-        compress(options, options.output)
+        with owned_by_run(options.output):
+            processes.in_first(functools.partial(claim, options, options.data, options.output))
+            compress(options, options.output)
 
 
 def compress(options: Options, out: Path) -> None:
@@ -105,7 +111,7 @@ def prove(options: Options, source: str, distilled: str, out: Path, number: Iter
     measure_gap(options, source, student_folders(out, options.plan()), out)
     console.rule(f"{next(number)}. export: a folder for others", align="left")
     export.run(export.Options(distilled, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
-                              base=source, gap=str(out / "gap")))  # fmt: skip
+                              base=source, gap=str(out / "gap")), replaces=True)  # fmt: skip
     console.rule(f"{next(number)}. memory-fit: does it fit the card", align="left")
     fits = {name: options.fit.estimate(model_config(str(folder)), options.hardware)
             for name, folder in {"teacher": model_folder(source), "student": out / "exported"}.items()}  # fmt: skip
@@ -138,24 +144,24 @@ def distill_round(
 def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], out: Path) -> None:
     how, named = options.distill, {name: str(folder) for name, folder in students.items()}
     scores = str(out / "scores") if (out / "scores" / "scores.json").is_file() else None  # of one round: the teacher's
-    evaluate.run(evaluate.Options(teacher, named, output=out / "gap", split="test", tokens=options.evaluate_tokens,
-                                  seq_len=how.seq_len, batch=how.rows, seed=options.seed, scores=scores,
-                                  hardware=options.hardware, fit=options.fit, **shared(options)))  # fmt: skip
+    wanted = evaluate.Options(teacher, named, output=out / "gap", split="test", tokens=options.evaluate_tokens,
+                              seq_len=how.seq_len, batch=how.rows, seed=options.seed, scores=scores,
+                              hardware=options.hardware, fit=options.fit, **shared(options))  # fmt: skip
+    evaluate.run(wanted, replaces=True)
 
 
 def claim(options: Options, data: str, root: Path) -> None:
-    """Makes the output folder this run's. Raises InputError where it is not new or this very run's, and, of a new one,
+    """Makes the output folder this run's. Raises InputError where it is not new or this very run's (but for LATE), and
     where a stage could not do what is wanted of it."""
     source, rounds = model_folder(options.model), options.plan()
     content = plain(options) | {"distill": options.distill.chosen}
-    for name in ("output", "device", "data", "dry_run", *(() if options.rounds else ("rounds",))):
+    for name in ("output", "device", "data", "dry_run", *LATE, *(() if options.rounds else ("rounds",))):
         content.pop(name)
     known = {"scores", "pruned", "distilled", "gap", "exported", "run", "report", "result.json"}
-    known |= {one.name for one in rounds}
-    if root.exists() and (not root.is_dir() or not (root / "run").is_dir()):
-        strangers = [path.name for path in root.iterdir()] if root.is_dir() else [root.name]
-        if [name for name in strangers if name.strip(".").removesuffix(".partial") not in known]:
-            raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
+    check_ours(root, known | {one.name for one in rounds}, root / "run")
+    torch_device(options.device)
+    options.fit.estimate(load_config(source), options.hardware)  # says what is wrong with either
+    evaluate.Details().check_length(load_config(source).max_position_embeddings)
     if not (root / "run").exists():
         check_feasible(data, source, rounds)
     with stage(root / "run", "compress", inputs={"model": source, "data": data_input(data)}, options=content):
@@ -169,7 +175,7 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
     parts = [(one, name) for one in rounds for name in ("scores", "pruned", "distilled")]
     folders = {f"{one.name} {name}".strip(): out / one.name / name for one, name in parts}
     folders |= {name: out / name for name in ("gap", "exported")}
-    with stage(out / "report", "report", inputs=folders, options={"memory": fits}) as work:
+    with stage(out / "report", "report", inputs=folders, options={"memory": fits}, replaces=True) as work:
         if not work.finished:
             write_page(
                 work.folder,
@@ -182,17 +188,9 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
                 memory=gap["memory"],
                 selection=read_json(last / "pruned" / "selection.json"),
             )
-    sizes, rows = {"teacher": model_folder(options.model), **student_folders(out, rounds)}, []
-    for name, figures in gap["models"].items():
-        config = load_config(sizes[name])
-        values = [f"{figures[key]['value']:.4f}" for key in ("bits_per_byte", "kl")]
-        total = options.fit.estimate(config, options.hardware).memory.total
-        share = f"{figures['agreement']['value']:.1%}"
-        rows.append((name, f"{count_parameters(config):,}", *values, share, gib(total)))
+    sizes = {"teacher": model_folder(options.model), **student_folders(out, rounds)}
     console.rule("Result", align="left")
-    length = options.fit.of(load_config(model_folder(options.model))).length
-    context = f"memory at {length:,} tokens x {options.fit.batch}"
-    table("", ("model", "parameters", "bits per byte", "KL", "top-1 agreement", context), rows)
+    print_figures(gap, {name: load_config(sizes[name]) for name in gap["models"]}, options.hardware, options.fit)
     if gap["recovery"] is not None:
         say(f"recovered {gap['recovery']['value']:.1%} of the cross-entropy that pruning lost")
     say(f"page:   {out / 'report' / 'report.html'}")

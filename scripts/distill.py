@@ -92,7 +92,8 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
             batches, training = functools.partial(stage_batches, text, how, 0, options.seed), work.folder / "training"
             speed = speed_of(model.model.config, None, how.seq_len, model.device)
             with training_bar("correcting the teacher", how.train.steps) as on_step:
-                train(model, cross_entropy_loss, batches, how.train, training, on_step=on_step, describe=speed)
+                train(model, cross_entropy_loss, batches, how.train, training, on_step=on_step, describe=speed,
+                      say=say)  # fmt: skip
             work.notes["weights"] = write_trained(
                 work.folder, training, how.train, model.model.config, dtype, tokenizer_from=teacher
             )
@@ -120,12 +121,14 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
             if isinstance(teacher, CachedTeacher):  # what one that was made for something else is most likely to lack
                 last = stage_batches(text, how, number, seed, how.train.steps - 1)
                 teacher.check_holds([*last, *held_out(options.data, student_folder, how, seed)])
+        if processes.rank() == 0:
+            work.content()  # a damaged input shows before the first step
         say_epochs(text, [(how.train.steps * how.batch, how.seq_len) for how in plan])
     training = work.folder / "training"
     folders = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
     configs = student.model.config, teacher.config if isinstance(teacher, HybridLM) else None
     with journal(options.wandb, work.folder, options.output.name, work.options) as note_down:
-        for number in range(current_stage(folders), len(plan)):
+        for number in range(current_stage(folders, say), len(plan)):
             how = plan[number]
             measured = held_out(options.data, student_folder, how, seed)
             title = f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling"
@@ -134,11 +137,11 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
                     student, Distillation(teacher, how.loss, pairing),
                     functools.partial(stage_batches, text, how, number, seed), how.train, folders[number],
                     evaluate=functools.partial(held_out_figures, teacher, sample=measured), on_step=on_step,
-                    describe=speed_of(*configs, how.seq_len, student.device),
+                    describe=speed_of(*configs, how.seq_len, student.device), say=say,
                 )  # fmt: skip
             hand_on(student, folders, number, how.train)
     if options.distill.stages and processes.rank() == 0:
-        join_metrics(folders, training / "metrics.jsonl")
+        join_metrics(folders, training)
     work.notes["weights"] = write_trained(
         work.folder, folders[-1], plan[-1].train, student.model.config, dtype, tokenizer_from=student_folder
     )

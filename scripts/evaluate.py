@@ -64,7 +64,7 @@ class Options:
         return Tasks(self.tasks, self.details.task_shots, self.details.task_limit)
 
 
-def run(options: Options) -> None:
+def run(options: Options, replaces: bool = False) -> None:
     folders = {TEACHER: model_folder(options.teacher)}
     folders |= {name: model_folder(folder) for name, folder in options.student.items()}
     inputs: dict[str, Path | str] = {**folders, "data": data_input(options.data)}
@@ -79,7 +79,7 @@ def run(options: Options) -> None:
         if name != TEACHER and (folder / "tokenizer.json").is_file():  # one without is taken at its word
             check_agreement(folders[TEACHER], folder)
     facts = {name: getattr(options, name) for name in CHOSEN} | {"tasks": options.suites.content()}
-    with stage(options.output, "evaluate", inputs=inputs, options=facts) as work:
+    with stage(options.output, "evaluate", inputs=inputs, options=facts, replaces=replaces) as work:
         if not work.finished:
             evaluate(work, folders, options)
     gap = read_json(options.output / "gap.json")

@@ -32,7 +32,7 @@ class Options:
     gap: str | None = None
 
 
-def run(options: Options) -> None:
+def run(options: Options, replaces: bool = False) -> None:
     source = model_folder(options.model)
     inputs = {"model": source}
     if options.base is not None:
@@ -40,7 +40,8 @@ def run(options: Options) -> None:
     if options.gap is not None:
         inputs["gap"] = gap_folder(options.gap)
     sizes = {"max_shard_bytes": options.max_shard_bytes, "check_tokens": options.check_tokens, "seed": options.seed}
-    with stage(options.output, "export", inputs=inputs, options={"dtype": options.dtype} | sizes) as work:
+    chosen = {"dtype": options.dtype} | sizes
+    with stage(options.output, "export", inputs=inputs, options=chosen, replaces=replaces) as work:
         if not work.finished:
             gap, name = measured(options, work)
             parity = write_export(work.folder, source, torch_dtype(options.dtype), **sizes)

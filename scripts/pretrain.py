@@ -89,7 +89,7 @@ def pretrain(work: Work, options: Options) -> None:
     ):
         train(
             student, cross_entropy_loss, lambda start: batches(start=start), options.train, training,
-            evaluate=evaluate, on_step=on_step, describe=speed,
+            evaluate=evaluate, on_step=on_step, describe=speed, say=say,
         )  # fmt: skip
     work.notes["weights"] = write_trained(
         work.folder, training, options.train, config, torch.float32, tokenizer_from=tokenizer_from

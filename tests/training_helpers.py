@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.text.packing import Batch
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.helpers import random_model, tiny_config
@@ -47,3 +48,8 @@ def batches_from(start: int) -> Iterator[Batch]:
 
 def weights(model: HybridLM) -> dict[str, torch.Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+
+def teach() -> Any:
+    """The loss of a model's teacher."""
+    return distillation_loss(model_of(0), DistillLoss())

@@ -38,6 +38,9 @@ class Fit(Reserve):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("weight_dtype", "ssm_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise InputError(f"fit.{name} {getattr(self, name)!r} is unknown; known: {', '.join(DTYPES)}")
         if self.kv_dtype not in KV_DTYPES:
             raise InputError(f"fit.kv_dtype {self.kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
 

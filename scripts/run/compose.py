@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...models.dtype_names import dtype_name
 from ...models.errors import InputError
 from ...models.errors import guess as guess
 
@@ -45,7 +46,20 @@ def compose_config(command: str, overrides: Sequence[str]) -> dict[str, Any]:
     content.pop("recipe", None)
     for key, value in texts.items():
         content[key] = None if value == "null" and content[key] is None else value
-    return typing.cast(dict[str, Any], content)
+    return typing.cast(dict[str, Any], with_dtypes(content))
+
+
+def with_dtypes(content: Any) -> Any:
+    """The content with every dtype under its one name, so that bf16 and bfloat16 are the same options."""
+    if isinstance(content, list):
+        return [with_dtypes(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    of_dtype = {key for key in content if isinstance(key, str) and (key == "dtype" or key.endswith("_dtype"))}
+    return {
+        key: dtype_name(value) if key in of_dtype and isinstance(value, str) else with_dtypes(value)
+        for key, value in content.items()
+    }
 
 
 def hydra_config(command: str, words: Sequence[str]) -> Any:

@@ -159,3 +159,16 @@ def width(config: HybridConfig, row: AxisRow) -> str:
 def between(values: Sequence[float], form: Callable[[float], str]) -> str:
     low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low}\nto {high}"
+
+
+def print_figures(gap: Mapping[str, Any], configs: Mapping[str, HybridConfig], hardware: Hardware, fit: Fit) -> None:
+    """The table of what matters: of each model (the teacher first) its size, its gap, and its memory on the card."""
+    rows = []
+    for name, config in configs.items():
+        figures = gap["models"][name]
+        values = [f"{figures[key]['value']:.4f}" for key in ("bits_per_byte", "kl")]
+        share, total = f"{figures['agreement']['value']:.1%}", fit.estimate(config, hardware).memory.total
+        rows.append((name, f"{count_parameters(config):,}", *values, share, gib(total)))
+    length = fit.of(configs["teacher"]).length
+    context = f"memory at {length:,} tokens x {fit.batch}"
+    table("", ("model", "parameters", "bits per byte", "KL", "top-1 agreement", context), rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 from ...models import processes
 from ...models.errors import DiskError, InputError
-from ...models.fingerprint import PROVENANCE, Fingerprint
-from ...models.folder import finish_folder, write_json
+from ...models.fingerprint import PROVENANCE, Fingerprint, MadeOtherwise
+from ...models.folder import finish_folder, owned, partial_of, write_json
 from .resolve import torch_device
 from .show import console
 
@@ -67,62 +68,125 @@ def stage(
     options: Mapping[str, Any],
     resumes: bool = False,
     scratch: str | None = None,
+    replaces: bool = False,
 ) -> Iterator[Work]:
     """Makes `folder` of what the block writes into `work.folder`, unless it is there already with the same fingerprint:
     then `work.finished` is true, and the block should leave it alone.
 
     With `resumes` the temporary folder outlives a kill and a full disk, and the block sees what it has done; a
-    `scratch` folder within is no part of the result, and goes once the folder has its name. All of a run's processes
-    enter the block, with the first one's folder; it alone writes.
-    Raises InputError where the folder was made from something else, and where an input changes meanwhile.
+    `scratch` folder within is no part of the result, and goes once the folder has its name. With `replaces` a folder
+    that was made otherwise goes when the new one is done. All of a run's processes enter the block, with the first
+    one's folder; it alone writes, and meanwhile no other command does.
+    Raises InputError where the folder was made from something else, is damaged, lies within an input, or is another
+    process's, and where an input is damaged or changes meanwhile.
     """
     writes, keeps = processes.rank() == 0, resumes or scratch is not None
-    with processes.together():
-        made_of = Fingerprint(name, inputs, options)
-    with processes.together():
-        temporary = unfinished(folder, made_of, keeps) if writes else None
-    temporary = processes.from_first(temporary)
-    if temporary is None:
-        if writes and keeps:
-            clear(folder, scratch)
-        yield Work(folder, True, made_of)
-        return
-    work = Work(temporary, False, made_of)
-    with processes.together():
-        if writes:
-            made_of.begin(temporary / BEGUN if keeps else None)
-        try:
-            yield work
-            if writes:
-                write_json(temporary / PROVENANCE, made_of.unchanged_content() | work.notes)
-                made_of.leave()
-                finish_folder(temporary, folder)
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            made_of = Fingerprint(name, inputs, options)
+            check_apart(folder, made_of)
+        with processes.together():
+            temporary = unfinished(folder, made_of, keeps, replaces, held) if writes else None
+        temporary = processes.from_first(temporary)
+        if temporary is None:
+            if writes and keeps:
                 clear(folder, scratch)
-        except BaseException as error:
-            made_of.leave()
-            if writes and not (keeps and is_worth_keeping(error, temporary, scratch)):
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            yield Work(folder, True, made_of)
+            return
+        work = Work(temporary, False, made_of)
+        with processes.together():
+            if writes:
+                made_of.begin(temporary / BEGUN if keeps else None)
+            try:
+                yield work
+                if writes:
+                    apart = (BEGUN, *([scratch] if scratch is not None else []))
+                    write_json(temporary / PROVENANCE, made_of.sealed(temporary, work.notes, apart))
+                    made_of.leave()
+                    put_in_place(temporary, folder)
+                    clear(folder, scratch)
+            except BaseException as error:
+                made_of.leave()
+                if writes and not (keeps and is_worth_keeping(error, temporary, scratch)):
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise
 
 
-def unfinished(folder: Path, made_of: Fingerprint, keeps: bool) -> Path | None:
+@contextlib.contextmanager
+def owned_by_run(folder: Path) -> Iterator[None]:
+    """The folder of several stages is this run's alone, of however many processes. Raises InputError in all of them."""
+    with contextlib.ExitStack() as held:
+        with processes.together():
+            if processes.rank() == 0:
+                held.enter_context(owned(folder))
+        yield
+
+
+def check_apart(folder: Path, made_of: Fingerprint) -> None:
+    """Raises InputError where the folder lies within one of its inputs, which would never stay as it was read."""
+    place = folder.expanduser().resolve()
+    for key, value in made_of.inputs.items():
+        if isinstance(value, Path) and value.is_dir() and value.resolve() in (place, *place.parents):
+            raise InputError(
+                f"output {folder} lies within {key}={value}, which would change while it is read; give an output"
+                " outside of it"
+            )
+
+
+def check_ours(root: Path, known: set[str], mark: Path) -> None:
+    """Raises InputError where a folder of several stages is there without the stage `mark` that claims it, and has
+    more than what is `known` of them."""
+    if not root.exists() or (root.is_dir() and mark.is_dir()):
+        return
+    strangers = [path.name for path in root.iterdir()] if root.is_dir() else [root.name]
+    if [name for name in strangers if re.sub(r"\.(partial|lock|old)$", "", name.strip(".")) not in known]:
+        raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
+
+
+def unfinished(
+    folder: Path, made_of: Fingerprint, keeps: bool, replaces: bool, held: contextlib.ExitStack
+) -> Path | None:
     """The temporary folder beside `folder`: as unfinished work of the same fingerprint left it, or new; None where
-    `folder` is finished."""
-    if folder.exists() or folder.is_symlink():
-        made_of.check_finished(folder)
+    `folder` is finished, else `held` owns it from here on."""
+
+    def finished() -> bool:
+        if not folder.exists() and not folder.is_symlink():
+            return False
+        try:
+            made_of.check_finished(folder)
+        except MadeOtherwise:
+            if replaces:
+                return False
+            raise
+        return True
+
+    if finished():
         return None
-    temporary = folder.with_name(f".{folder.name}.partial")
-    mark = temporary / BEGUN
+    left = held.enter_context(owned(folder))
+    if finished():  # by whoever owned it just now
+        return None
+    mark = folder.with_name(f".{folder.name}.partial") / BEGUN
+    temporary = partial_of(folder, left or mark.is_file())
     try:
         if temporary.exists() and not (keeps and made_of.began(mark)):
             shutil.rmtree(temporary)
         if not temporary.exists():
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
             if keeps:
                 write_json(mark, {"look": made_of.look, "fingerprint": None})
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from None
     return temporary
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Gives the finished folder its name; one that it replaces is whole until then."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    finish_folder(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def is_worth_keeping(error: BaseException, temporary: Path, scratch: str | None) -> bool:

@@ -1,0 +1,250 @@
+"""A folder that is written: by one process at a time, to the same bytes each time, and known when it is damaged."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from limbeck.distill.options import TrainOptions
+from limbeck.distill.state import is_whole, states
+from limbeck.distill.trainer import train
+from limbeck.models.checkpoint import save_model
+from limbeck.models.errors import InputError
+from limbeck.models.folder import atomic_folder, owned
+from limbeck.scripts.run.stage import stage
+from limbeck.tests.helpers import compress_command, limbeck, make_workshop, random_model, tiny_config
+from limbeck.tests.training_helpers import batches_from, model_of, teach, weights
+
+TIMES = {"result.json", "speed.jsonl"}  # what may differ between two runs
+DISTILL = ("distill.train.steps=12", "distill.train.save_every=2", "distill.train.log_every=1", "distill.seq_len=32",
+           "distill.train.warmup_steps=2", "distill.train.evaluate_every=6", "distill.batch=2", "device=cpu",
+           "distill.evaluate_tokens=64", "wandb=off")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = make_workshop(tmp_path_factory.mktemp("workshop"))
+    student = random_model(tiny_config(vocab_size=320, pad_token_id=0, hidden_size=24), 5)
+    save_model(student.float(), work / "student", tokenizer_from=work / "words")
+    return work
+
+
+def distill_words(work: Path, out: Path, *more: str) -> list[str]:
+    places = [f"teacher={work / 'model'}", f"student={work / 'student'}", f"data={work / 'text'}", f"output={out}"]
+    return ["distill", *places, *DISTILL, *more]
+
+
+def holder(folder: str, told: Any) -> None:
+    with owned(Path(folder)):
+        told.put(os.getpid())
+        time.sleep(600)
+
+
+def test_a_lock_is_one_process_s_and_dies_with_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    told: Any = context.Queue()
+    other = context.Process(target=holder, args=(str(tmp_path / "out"), told))
+    other.start()
+    number = told.get(timeout=60)
+    for attempt in (owned, atomic_folder):
+        with (
+            pytest.raises(
+                InputError, match=rf"out is being written by another process \(process {number} on .*, since"
+            ),
+            attempt(tmp_path / "out"),
+        ):
+            pass
+    assert number == other.pid
+    os.kill(number, signal.SIGKILL)
+    other.join()
+    with owned(tmp_path / "out") as left:
+        assert left, "the dead process's lock was not seen"
+    with owned(tmp_path / "out") as left:
+        assert not left
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_ours_is_not_cleared(tmp_path: Path) -> None:
+    own = tmp_path / ".out.partial"
+    own.mkdir()
+    (own / "mine").write_text("x")
+    with pytest.raises(InputError, match=r"\.out\.partial is not of limbeck"), atomic_folder(tmp_path / "out"):
+        pass
+    with (
+        pytest.raises(InputError, match=r"\.out\.partial is not of limbeck"),
+        stage(tmp_path / "out", "test", inputs={}, options={}),
+    ):
+        pass
+    assert (own / "mine").read_text() == "x" and not (tmp_path / "out").exists()
+
+
+def test_output_within_an_input(workshop: Path) -> None:
+    for place in (workshop / "model" / "out", workshop / "text" / "deep" / "out"):
+        code, _, err = limbeck(*distill_words(workshop, place))
+        assert code == 2 and err.count("\n") == 1 and "lies within" in err, err
+        assert not place.parent.exists() or place.parent == workshop / "model"
+        assert not list(place.parent.glob(".*"))
+
+
+def race(commands: list[list[str]], delays: list[float]) -> list[tuple[int, str]]:
+    """Commands that start one shortly after the other: exit codes, and what they say on their error output."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    begun = []
+    for words, delay in zip(commands, delays, strict=True):
+        time.sleep(delay)
+        begun.append(subprocess.Popen([sys.executable, "-m", "limbeck", *words], stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.PIPE, env=environment, text=True))  # fmt: skip
+    ended = [process.communicate(timeout=300)[1] for process in begun]
+    return [(process.returncode, err) for process, err in zip(begun, ended, strict=True)]
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("pairs", (1, pytest.param(20, marks=pytest.mark.slow)))
+def test_two_processes_at_one_output(pairs: int, workshop: Path, tmp_path: Path) -> None:
+    """Whatever the second one's seed, and when it starts: one result, of one seed, and the other command is told."""
+    draw = random.Random(pairs)
+    for pair in range(pairs):
+        out, seeds = tmp_path / str(pair), (0, draw.choice((0, 1)))
+        commands = [distill_words(workshop, out, f"seed={seed}") for seed in seeds]
+        ended = race(commands, [0, draw.uniform(0, 3)])
+        codes = sorted(code for code, _ in ended)
+        made = json.loads((out / "limbeck.json").read_text())["options"]["seed"]
+        if codes == [0, 0]:  # the second came when all was done
+            assert seeds[0] == seeds[1]
+        else:
+            assert codes == [0, 2]
+            (line,) = [err for code, err in ended if code == 2]
+            assert line.count("\n") == 1 and ("another process" in line or "made otherwise" in line), line
+            assert made == seeds[[code for code, _ in ended].index(0)]
+        steps = [json.loads(text)["step"] for text in (out / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 13))
+        calm = tmp_path / f"calm-{made}"
+        if not calm.exists():
+            assert limbeck(*distill_words(workshop, calm, f"seed={made}"))[0] == 0
+        assert same_files(out, calm)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders have the same files, those that hold times aside, to the byte."""
+    contents = [
+        {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file() and path.name not in TIMES
+        }
+        for folder in (one, other)
+    ]
+    assert contents[0].keys() == contents[1].keys()
+    differing = [name for name in contents[0] if contents[0][name] != contents[1][name]]
+    assert not differing, differing
+    return True
+
+
+def test_two_undisturbed_runs_are_the_same(workshop: Path, tmp_path: Path) -> None:
+    """Of the whole chain: every file but those that hold times. (result.json names the folder.)"""
+    for name in ("one", "two"):
+        code, _, err = limbeck(*compress_command(workshop, tmp_path / name))
+        assert code == 0, err
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    assert (tmp_path / "one" / "distilled" / "speed.jsonl").stat().st_size > 0
+
+
+def damaged(path: Path, draw: random.Random, how: str) -> None:
+    """One bit of a file flipped, or the file cut."""
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(bytes(content[: draw.randrange(len(content))]))
+        return
+    place = draw.randrange(len(content))
+    content[place] ^= 1 << draw.randrange(8)
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(("how", "count"), [
+    ("flip", 3), ("cut", 3), pytest.param("flip", 20, marks=pytest.mark.slow),
+    pytest.param("cut", 20, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_damaged_state_is_not_used(how: str, count: int, tmp_path: Path) -> None:
+    """Training falls back to the state before, says so, and comes to the same weights; with none left, anew."""
+    options = TrainOptions(steps=9, learning_rate=0.01, warmup_steps=2, save_every=2, log_every=1)
+    calm = model_of(1)
+    train(calm, teach(), batches_from, options, tmp_path / "calm")
+    train(model_of(1), teach(), batches_from, options, tmp_path / "rough", stop_after=7)
+    draw = random.Random(count)
+    for number in range(count):
+        folder = shutil.copytree(tmp_path / "rough", tmp_path / str(number))
+        both = draw.random() < 0.3
+        for state in states(folder)[0 if both else -1 :]:
+            damaged(draw.choice(sorted(state.iterdir())), draw, how)
+            assert not is_whole(state)
+        said: list[str] = []
+        rough = model_of(1)
+        train(rough, teach(), batches_from, options, folder, say=said.append)
+        assert len(said) == 1 + both and "state-00000006 is damaged and not used" in said[-1]
+        assert all((weights(rough)[name] == weight).all() for name, weight in weights(calm).items())
+        lines = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("calm", str(number))]
+        assert lines[0] == lines[1]
+
+
+def test_a_cut_line_of_the_log_is_written_again(tmp_path: Path) -> None:
+    options = TrainOptions(steps=6, learning_rate=0.01, warmup_steps=2, save_every=2, log_every=1)
+    train(model_of(1), teach(), batches_from, options, tmp_path / "calm")
+    train(model_of(1), teach(), batches_from, options, tmp_path / "rough", stop_after=4)
+    for name in ("metrics.jsonl", "speed.jsonl"):
+        log = tmp_path / "rough" / name
+        log.write_bytes(log.read_bytes()[:-9])
+    train(model_of(1), teach(), batches_from, options, tmp_path / "rough")
+    assert (tmp_path / "rough" / "metrics.jsonl").read_bytes() == (tmp_path / "calm" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("how", "count"), [
+    ("flip", 3), ("cut", 3), pytest.param("flip", 20, marks=pytest.mark.slow),
+    pytest.param("cut", 20, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_damaged_folder_is_noticed_by_the_next_stage(how: str, count: int, workshop: Path, tmp_path: Path) -> None:
+    """By whoever reads it next, and by the command that made it: a line, exit code 2, and nothing is made of it."""
+    scores, pruned = tmp_path / "scores", tmp_path / "pruned"
+    score = ["score", f"model={workshop / 'model'}", f"data={workshop / 'text'}", "seq_len=32", "batch=2",
+             "importance.tokens=64", "importance.depth_tokens=64", "device=cpu", f"output={scores}"]  # fmt: skip
+    prune = ["prune", f"model={workshop / 'model'}", f"scores={scores}", "target.hidden_size=24", "device=cpu"]
+    assert limbeck(*score)[0] == 0 and limbeck(*prune, f"output={pruned}")[0] == 0
+    export = ["export", f"model={pruned}", "dtype=float32", f"output={tmp_path / 'out'}"]
+    draw = random.Random(f"{how}{count}")
+    before = json.loads((pruned / "limbeck.json").read_text())
+    for number in range(count):
+        source, commands = draw.choice(
+            [
+                (scores, [[*prune, f"output={tmp_path / 'out'}"], score]),
+                (pruned, [export, [*prune, f"output={pruned}"]]),
+            ]
+        )
+        kept = shutil.copytree(source, tmp_path / f"kept-{number}")
+        path = draw.choice([file for file in sorted(source.iterdir()) if file.name != "result.json"])
+        damaged(path, draw, how)
+        for words in commands:
+            code, _, err = limbeck(*words)
+            if path.name == "limbeck.json" and is_same_json(path, kept / path.name):
+                continue  # without effect
+            assert code == 2 and err.startswith("limbeck: ") and err.count("\n") == 1, (path, err)
+            assert not (tmp_path / "out").exists()
+        shutil.rmtree(source)
+        kept.rename(source)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert json.loads((pruned / "limbeck.json").read_text()) == before
+
+
+def is_same_json(one: Path, other: Path) -> bool:
+    try:
+        return json.loads(one.read_text()) == json.loads(other.read_text())
+    except ValueError:
+        return False
