@@ -56,11 +56,12 @@ class PreparedStep:
         D: Tensor,
         dt_bias: Tensor,
         dt_limit: tuple[float, float],
-        norm_weight: Tensor,
+        norm_weight: Tensor | None,
         eps: float,
         n_groups: int,
     ) -> None:
-        """conv_weight [C, K], A (negative), D and dt_bias [H], norm_weight [H P]."""
+        """conv_weight [C, K], A (negative), D and dt_bias [H], norm_weight [H P] (None: the gate
+        alone, without a norm)."""
         (batch, heads, head_dim, state), (channels, width) = ssm.shape, conv_weight.shape
         inner, per_group = heads * head_dim, heads // n_groups * head_dim
         self.dt_limit = None if dt_limit == (0.0, math.inf) else dt_limit
@@ -106,5 +107,7 @@ class PreparedStep:
         torch.bmm(self.rows, self.columns, out=self.y)
         self.y_heads.addcmul_(self.x, self.D)
         silu_out(z, out=self.gated).mul_(self.y_flat)
+        if self.norm_weight is None:
+            return self.gated
         self.grouped.mul_(self.norm.inverse(self.grouped))
         return self.gated.mul_(self.norm_weight)

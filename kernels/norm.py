@@ -21,20 +21,23 @@ from .rows import cdiv, flat_rows, multiprocessors
 TILE, LARGEST, STAGES = 2048, 8192, 2
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., C], weight [C].
+def rms_norm(x: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight inside each of n_groups groups of the last dimension; x [..., C], weight [C].
 
-    Raises ValueError where shapes disagree.
+    Raises ValueError where shapes disagree or the groups do not divide C.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight has shape {tuple(weight.shape)}, expected ({x.shape[-1]},)")
-    if takes_triton(x) and x.shape[-1] <= LARGEST:
-        return norm_op(x, None, weight, eps, 1)[0]
+    check_groups(x, n_groups, "rms_norm")
+    if takes_triton(x) and x.shape[-1] <= LARGEST * n_groups:
+        return norm_op(x, None, weight, eps, n_groups)[0]
+    if not torch.is_grad_enabled() and n_groups > 1:
+        return normalize(x, None, weight, eps, n_groups)[0]
     if not torch.is_grad_enabled():
         work = working_dtype(x)
         u = x.to(work)
         return (u * inverse_rms(u, eps)).mul_(weight.to(work)).to(x.dtype)
-    return TorchNorm.apply(x, None, weight, eps, 1)
+    return TorchNorm.apply(x, None, weight, eps, n_groups)
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int) -> Tensor:
@@ -44,8 +47,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: i
     """
     if weight.shape != x.shape[-1:] or z.shape != x.shape:
         raise ValueError(f"gated_rms_norm: x {tuple(x.shape)}, z {tuple(z.shape)}, weight {tuple(weight.shape)} differ")
-    if n_groups < 1 or x.shape[-1] % n_groups:
-        raise ValueError(f"gated_rms_norm: {x.shape[-1]} channels are not divisible by {n_groups} groups")
+    check_groups(x, n_groups, "gated_rms_norm")
     if takes_triton(x) and x.shape[-1] <= LARGEST * n_groups:
         return norm_op(x, z, weight, eps, n_groups)[0]
     if not torch.is_grad_enabled():
@@ -53,8 +55,13 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: i
     return TorchNorm.apply(x, z, weight, eps, n_groups)
 
 
+def check_groups(x: Tensor, n_groups: int, where: str) -> None:
+    if n_groups < 1 or x.shape[-1] % n_groups:
+        raise ValueError(f"{where}: {x.shape[-1]} channels are not divisible by {n_groups} groups")
+
+
 class TorchNorm(torch.autograd.Function):
-    """Both norms: the plain one is the gated one without a gate, in one group."""
+    """Both norms: the plain one is the gated one without a gate."""
 
     @staticmethod
     def forward(ctx, x, z, weight, eps, n_groups):

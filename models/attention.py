@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from ..kernels.ssd import document_numbers
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
 from .layer import Context, LayerKind, NormWeight, ScoreSource, StateBytes, zeros
+from .multipliers import scaled
 
 if TYPE_CHECKING:
     from .config import HybridConfig
@@ -48,10 +50,12 @@ class Attention(nn.Module):
         config, split = self.config, (-1, self.config.head_dim)
         positions: Positions = context.shared[share_positions]
         cached: KeyValues | None = context.state(self.layer)
+        u = scaled(u, config.multipliers.attention_in)
         q, k, v = (context.project(p, u).unflatten(-1, split) for p in (self.q_proj, self.k_proj, self.v_proj))
         if config.qk_norm:
             q = rms_norm(q, self.q_norm.weight, config.norm_eps)
             k = rms_norm(k, self.k_norm.weight, config.norm_eps)
+        q = scaled(q, score_multiplier(config))
         if positions.angles is not None:
             q, k = rotary(q, *positions.angles), rotary(k, *positions.angles)
         if positions.rows is not None:  # a decoding step: one token a row, rows of any lengths
@@ -64,7 +68,13 @@ class Attention(nn.Module):
                 k, v = cached.append(k, v, context.past)
             y = attention(q, k, v, positions.mask).transpose(1, 2)
         context.note("attn_heads", self.layer, y)
-        return context.project(self.o_proj, y.flatten(2))
+        return scaled(context.project(self.o_proj, y.flatten(2)), config.multipliers.attention_out)
+
+
+def score_multiplier(config: HybridConfig) -> float:
+    """Of a query: operators multiply scores by 1 / sqrt(head_dim), and keys enter them alone, as queries do."""
+    scale = config.multipliers.attention
+    return config.multipliers.key * (1.0 if scale is None else scale * math.sqrt(config.head_dim))
 
 
 @dataclasses.dataclass
@@ -225,6 +235,7 @@ KIND = LayerKind(
     state_bytes=key_value_bytes,
     work=score_and_mix,
     writers={"o_proj.weight": "attn_heads"},
+    multipliers={"o_proj.weight": lambda config: config.multipliers.attention_out},
     scores={"attn_heads": ScoreSource({"": "attn_heads"}, reduce=True)},
     initial=dict.fromkeys(("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias"), zeros),
     size_label=lambda config: f"A{config.num_attention_heads}",

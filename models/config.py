@@ -18,6 +18,7 @@ from .families.family import Family, write_config
 from .families.known import FAMILIES, read_config
 from .kinds import kinds_of
 from .layer import LayerKind
+from .multipliers import ONES, Multipliers
 from .rope import RopeScaling
 
 ACTIVATIONS = ("relu2", "silu")
@@ -29,6 +30,7 @@ class HybridConfig:
     """Every number that shapes a model; the names are the field's (nemotron_h's where it has one).
 
     Widths that a pattern does not use stay 0. The biases are those of all projections of attention, and of the MLP.
+    Without `mamba_rms_norm` a Mamba mixer has the gate alone; with it the norm stands after the gate, unless told.
     `dt_limit` clamps the step after softplus; `extra` carries what the source's config.json says beyond the fields
     here, so that a rewritten folder keeps it.
 
@@ -54,6 +56,9 @@ class HybridConfig:
     gated_mlp: bool = False
     conv_bias: bool = True
     qk_norm: bool = False
+    mamba_rms_norm: bool = True
+    norm_before_gate: bool = False
+    multipliers: Multipliers = ONES
     attention_bias: bool = False
     mlp_bias: bool = False
     rope_theta: float | None = None

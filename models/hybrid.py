@@ -17,6 +17,7 @@ from ..kernels.norm import rms_norm
 from .axes import Role, tensor_table
 from .config import HybridConfig
 from .layer import Bound, Context, NormWeight, Observe
+from .multipliers import scaled
 
 if TYPE_CHECKING:
     from .generate.cache import Cache
@@ -34,6 +35,7 @@ class Block(nn.Module):
     def __init__(self, config: HybridConfig, layer: int, **place: Any) -> None:
         super().__init__()
         self.kind, self.layer, self.norm_eps = config.kinds[layer], layer, config.norm_eps
+        self.multiplier = config.multipliers.residual
         self.norm = NormWeight(config.hidden_size, **place)
         self.mixer = self.kind.build(config, layer, **place)
 
@@ -46,7 +48,7 @@ class Block(nn.Module):
     def mix(self, hidden: Tensor, context: Context) -> Tensor:
         u = context.norm(hidden, self.norm.weight, self.norm_eps)
         context.note("hidden", self.layer, u)
-        return self.mixer(u, context)
+        return scaled(self.mixer(u, context), self.multiplier)
 
 
 class HybridLM(nn.Module):
@@ -110,9 +112,12 @@ class HybridLM(nn.Module):
         observe: Observe | None = None,
         embedded: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads, [B, T, hidden]. Where `seq_idx` [B, T] changes along a row, a new document begins:
-        state, attention and positions start anew. With a cache the tokens follow those that it holds (any number
-        of them). `embedded` is the stream before the first layer, where the caller has looked it up already."""
+        """What the head reads, [B, T, hidden]: the final norm, times the multiplier of the logits, so that whoever
+        multiplies with the head's matrix has the model's logits.
+
+        Where `seq_idx` [B, T] changes along a row, a new document begins: state, attention and positions start anew.
+        With a cache the tokens follow those that it holds (any number of them). `embedded` is the stream before the
+        first layer, where the caller has looked it up already."""
         context = Context(seq_idx=seq_idx, observe=observe)
         if cache is not None:
             context.past, context.states = cache.length, cache.layers
@@ -122,6 +127,7 @@ class HybridLM(nn.Module):
         context.note("residual", self.config.num_layers, hidden)
         hidden = rms_norm(hidden, self.norm_f.weight, self.config.norm_eps)
         context.note("hidden", self.config.num_layers, hidden)
+        hidden = scaled(hidden, self.config.multipliers.logits)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return hidden
@@ -135,12 +141,13 @@ class HybridLM(nn.Module):
         context = Context(lengths=lengths, max_length=cache.max_length, states=cache.layers, bound=bound)
         hidden = self.run_layers(self.embed(tokens.unsqueeze(1)), 0, self.config.num_layers, context)
         hidden = context.norm(hidden, self.norm_f.weight, self.config.norm_eps)
+        hidden = scaled(hidden, self.config.multipliers.logits)
         head: Any = self.head  # an embedding where they are tied
         return (linear(hidden, head.weight) if bound is None else bound.project(head, hidden)).squeeze(1)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, hidden]"""
-        return self.embeddings(input_ids)
+        return scaled(self.embeddings(input_ids), self.config.multipliers.embedding)
 
     def forward_layers(
         self, hidden: Tensor, start: int, stop: int, *, seq_idx: Tensor | None = None, observe: Observe | None = None

@@ -7,7 +7,7 @@ a kind (mamba2.py, attention.py, mlp.py); kinds.py lists them. Shapes: [B, T] ba
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -76,7 +76,7 @@ class Context:
     past: int = 0
     lengths: Tensor | None = None
     max_length: int = 0
-    states: list[Any] | None = None
+    states: Sequence[Any] | Mapping[int, Any] | None = None
     observe: Observe | None = None
     shared: dict[Callable[..., Any], Any] = dataclasses.field(default_factory=dict)
     bound: Bound | None = None
@@ -175,6 +175,7 @@ class LayerKind:
     build: Callable[..., nn.Module]  # (config, layer, device=, dtype=) -> forward(u [B, T, hidden], context)
     writers: Mapping[str, str]  # tensor that writes the residual stream -> activation that it reads
     scores: Mapping[str, ScoreSource]  # axis -> what scores it; an axis within another has no row here
+    multipliers: Mapping[str, Callable[[HybridConfig], float]] = dataclasses.field(default_factory=dict)
     norms: Mapping[str, NormSource] = dataclasses.field(default_factory=dict)
     # tensor -> how it is filled at first, where its role does not say
     initial: Mapping[str, Callable[[Tensor, torch.Generator, HybridConfig], None]] = dataclasses.field(

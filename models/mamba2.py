@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.activation import swiglu
 from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.mamba_step import PreparedStep, takes_prepared
-from ..kernels.norm import gated_rms_norm
+from ..kernels.norm import gated_rms_norm, rms_norm
 from ..kernels.ssd import ssd_scan
 from ..kernels.state_update import state_update
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
 from .layer import Context, LayerKind, NormSource, NormWeight, ScoreSource, StateBytes
+from .multipliers import scaled
 
 if TYPE_CHECKING:
     from .config import HybridConfig
@@ -47,14 +49,16 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads, **place))
         self.D = nn.Parameter(torch.empty(heads, **place))
         self.dt_bias = nn.Parameter(torch.empty(heads, **place))
-        self.norm = NormWeight(config.d_inner, **place)
+        self.norm = NormWeight(config.d_inner, **place) if config.mamba_rms_norm else None
         self.out_proj = nn.Linear(config.d_inner, config.hidden_size, bias=False, **place)
 
     def forward(self, u: Tensor, context: Context) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]; with a state, the tokens continue from it, and it advances in place."""
         config, heads = self.config, (self.config.mamba_num_heads, self.config.mamba_head_dim)
         state: MambaState | None = context.state(self.layer)
-        z, conv_in, dt = context.project(self.in_proj, u).split((config.d_inner, config.conv_dim, heads[0]), -1)
+        projected, multipliers = context.project(self.in_proj, u), context.shared[share_multipliers]
+        projected = projected if multipliers is None else projected * multipliers
+        z, conv_in, dt = projected.split((config.d_inner, config.conv_dim, heads[0]), -1)
         if context.observe is not None:
             context.note("mamba_x", self.layer, conv_in[..., : config.d_inner].unflatten(-1, heads))
             context.note("mamba_z", self.layer, z.unflatten(-1, heads))
@@ -62,18 +66,16 @@ class Mamba2Mixer(nn.Module):
             step = context.once(self, lambda: self.one_token(state, many=context.bound is not None))
             normed = step(z, conv_in, dt)
         else:
-            normed = self.mix_tokens(z, conv_in, dt, state, context.seq_idx)
+            normed = self.mix_tokens(z, conv_in, dt, state, context)
         if context.observe is not None:
             normed = normed.unflatten(-1, heads)  # what is shown is what is used, so that gradients reach it
             context.note("mamba_out", self.layer, normed)
             normed = normed.flatten(-2)
-        return context.project(self.out_proj, normed)
+        return scaled(context.project(self.out_proj, normed), config.multipliers.mamba_out)
 
-    def mix_tokens(
-        self, z: Tensor, conv_in: Tensor, dt: Tensor, state: MambaState | None, seq_idx: Tensor | None
-    ) -> Tensor:
+    def mix_tokens(self, z: Tensor, conv_in: Tensor, dt: Tensor, state: MambaState | None, context: Context) -> Tensor:
         """What out_proj reads, [B, T, H P], of z [B, T, H P], conv_in [B, T, C] and dt [B, T, H]."""
-        config = self.config
+        config, seq_idx = self.config, context.seq_idx
         conv_out = causal_conv1d(
             conv_in,
             self.conv1d.weight[:, 0],
@@ -104,7 +106,19 @@ class Mamba2Mixer(nn.Module):
         if state is not None:
             y, last = y
             state.ssm.copy_(last)
-        return gated_rms_norm(y.flatten(-2), z, self.norm.weight, config.norm_eps, config.n_groups)
+        return self.gated(y.flatten(-2), z, context)
+
+    def gated(self, y: Tensor, z: Tensor, context: Context | None = None) -> Tensor:
+        """What out_proj reads, of the scan's y and the gate z, [..., H P] each: normed after the gate, before it, or
+        not at all."""
+        if self.norm is None:
+            return swiglu(z, y)
+        weight, eps, groups = self.norm.weight, self.config.norm_eps, self.config.n_groups
+        before = self.config.norm_before_gate
+        normed = rms_norm(y, weight, eps, groups) if before else gated_rms_norm(y, z, weight, eps, groups)
+        if context is not None:
+            context.note("mamba_normed", self.layer, normed)
+        return swiglu(z, normed) if before else normed
 
     def one_token(self, state: MambaState, many: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """`mix_tokens` of one token a row. What does not change from step to step is made here, once; for `many` steps
@@ -113,10 +127,11 @@ class Mamba2Mixer(nn.Module):
         # [C, K] with channels innermost, as the state; a clone, which works on fake tensors too.
         weight = self.conv1d.weight.squeeze(1).mT.clone(memory_format=torch.contiguous_format).mT
         A = -torch.exp(self.A_log.float())
-        if many and takes_prepared(state.ssm, state.conv, self.norm.weight, weight):
+        norm = None if self.norm is None else self.norm.weight
+        if many and takes_prepared(state.ssm, state.conv, self.D, weight) and not config.norm_before_gate:
             return PreparedStep(
                 state.conv, state.ssm, weight, self.conv1d.bias, A, self.D, self.dt_bias, config.dt_limit,
-                self.norm.weight, config.norm_eps, config.n_groups,
+                norm, config.norm_eps, config.n_groups,
             )  # fmt: skip
         options: dict[str, Any] = {
             "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit,
@@ -126,8 +141,7 @@ class Mamba2Mixer(nn.Module):
             conv_out = causal_conv1d_step(state.conv, conv_in.squeeze(1), weight, self.conv1d.bias)
             x, B, C = self.split_heads(conv_out)
             y = state_update(state.ssm, x, dt.squeeze(1), A, B, C, **options)
-            y = y.flatten(1).unsqueeze(1)
-            return gated_rms_norm(y, z, self.norm.weight, config.norm_eps, config.n_groups)
+            return self.gated(y.flatten(1).unsqueeze(1), z)
 
         return step
 
@@ -179,6 +193,20 @@ def new_mamba_state(
     )
 
 
+def share_multipliers(
+    config: HybridConfig, context: Context, tokens: int, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """The multipliers of what in_proj gives, z | x | B | C | dt; None where all are 1."""
+    by = config.multipliers.in_proj
+    if set(by) == {1.0}:
+        return None
+    state = config.n_groups * config.ssm_state_size
+    sizes = (config.d_inner, config.d_inner, state, state, config.mamba_num_heads)
+    return torch.cat(
+        [torch.full((size,), one, device=device, dtype=dtype) for size, one in zip(sizes, by, strict=True)]
+    )
+
+
 def mamba_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
     """The mixer's tensors; the norm before the mixer, which every layer has, is axes.tensor_table's. B and C belong to
     groups and keep their rows when heads go."""
@@ -194,9 +222,10 @@ def mamba_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
         "A_log": (Role.VECTOR, (per_head,)),
         "D": (Role.VECTOR, (per_head,)),
         "dt_bias": (Role.VECTOR, (per_head,)),
-        "norm.weight": (Role.NORM, (inner,)),
         "out_proj.weight": (Role.MATRIX, (hidden, inner)),
     }
+    if config.mamba_rms_norm:
+        tensors["norm.weight"] = (Role.NORM, (inner,))
     if config.conv_bias:
         tensors["conv1d.bias"] = (Role.VECTOR, (conv_channels,))
     return tensors
@@ -249,13 +278,15 @@ KIND = LayerKind(
     check=check_groups,
     tensors=mamba_tensors,
     build=Mamba2Mixer,
+    share=share_multipliers,
     new_state=new_mamba_state,
     state_bytes=mamba_state_bytes,
     work=scan_work,
     writers={"out_proj.weight": "mamba_out"},
+    multipliers={"out_proj.weight": lambda config: config.multipliers.mamba_out},
     # Heads and head channels are ranked by one matrix [heads, head_dim] (arXiv 2504.11409, section 3).
     scores={"mamba_heads": ScoreSource({"x": "mamba_x", "z": "mamba_z", "out": "mamba_out"}, option="mamba_source")},
-    norms={"norm.weight": NormSource("mamba_out", "n_groups")},
+    norms={"norm.weight": NormSource("mamba_normed", "n_groups")},
     initial={
         "A_log": initial_decay,
         "D": ones,

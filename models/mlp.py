@@ -10,6 +10,7 @@ from ..kernels.activation import relu2, swiglu
 from .axes import Axis, Dimension, Factor, Parts, Role
 from .errors import InputError
 from .layer import Context, LayerKind, ScoreSource, zeros
+from .multipliers import scaled
 
 if TYPE_CHECKING:
     from .config import HybridConfig
@@ -30,14 +31,16 @@ class MLP(nn.Module):
         if config.gated_mlp:
             self.gate_proj = nn.Linear(hidden, inner, bias, **place)
         self.gated = config.gated_mlp
+        self.multipliers = config.multipliers.mlp_gate, config.multipliers.mlp_out
 
     def forward(self, u: Tensor, context: Context) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]; with a gate, "ffn" shows the up projection without it."""
+        gate, out = self.multipliers
         up = context.project(self.up_proj, u)
-        active = swiglu(context.project(self.gate_proj, u), up) if self.gated else relu2(up)
+        active = swiglu(scaled(context.project(self.gate_proj, u), gate), up) if self.gated else relu2(up)
         context.note("ffn", self.layer, up)
         context.note("ffn_act", self.layer, active)
-        return context.project(self.down_proj, active)
+        return scaled(context.project(self.down_proj, active), out)
 
 
 def mlp_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
@@ -62,6 +65,7 @@ KIND = LayerKind(
     tensors=mlp_tensors,
     build=MLP,
     writers={"down_proj.weight": "ffn_act"},
+    multipliers={"down_proj.weight": lambda config: config.multipliers.mlp_out},
     # "act" is what down_proj reads: after the activation, and the gate where there is one.
     scores={"ffn": ScoreSource({"pre": "ffn", "act": "ffn_act"}, option="ffn_source")},
     initial=dict.fromkeys(("up_proj.bias", "down_proj.bias", "gate_proj.bias"), zeros),

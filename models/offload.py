@@ -21,6 +21,7 @@ from .config import HybridConfig
 from .cost.parameters import count_parameters
 from .errors import InputError
 from .hybrid import HybridLM, Observe
+from .multipliers import scaled
 
 OFFLOADS = ("auto", "none", "disk")
 STREAM_BYTES = 4 * 2**30
@@ -140,7 +141,7 @@ class StreamedLayers:
                 rows = self.checkpoint.rows(name, start, stop)
                 for hidden, ids, mask in zip(found, places, inside, strict=True):
                     hidden[mask.to(self.device)] = rows[ids[mask] - start].to(self.device, self.dtype)
-        return found
+        return [scaled(hidden, self.config.multipliers.embedding) for hidden in found]
 
     def tensor(self, name: str) -> Tensor:
         return self.placed(self.checkpoint.tensor(name))

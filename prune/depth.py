@@ -22,6 +22,7 @@ from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.kinds import KINDS, kind_by_key
+from ..models.multipliers import scaled
 from ..models.offload import STREAM_BYTES, Layer, Layers, layers_of
 from .depth_metrics import METRICS, DepthMetric, Reading
 from .importance import IGNORED_LABEL, TokenBatch
@@ -305,7 +306,9 @@ class Race:
 
     def head_input(self, number: int, hidden: Tensor) -> Tensor:
         """What the head reads at the counted tokens of a batch, [N, H]."""
-        return rms_norm(hidden[self.counted[number]], self.norm, self.source.config.norm_eps)
+        config = self.source.config
+        normed = rms_norm(hidden[self.counted[number]], self.norm, config.norm_eps)
+        return scaled(normed, config.multipliers.logits)
 
 
 def step_size(config: HybridConfig, pairs: bool) -> int:

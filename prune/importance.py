@@ -15,8 +15,10 @@ from torch import Tensor
 from ..kernels.linear_kl import linear_cross_entropy
 from ..kernels.norm import rms_norm
 from ..models import processes
+from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, Observe
+from ..models.multipliers import scaled
 from ..models.offload import STREAM_BYTES, Layers, layers_of
 from .scores import WidthScores, check_width_scores
 from .width_metrics import ActivationScores, UnitMoments, WidthMetric, empty_moments
@@ -152,7 +154,7 @@ def backward_pass(source: Layers, group: list[TokenBatch], names: Container[str]
     gradients = []
     for number, stream in enumerate(before.pop()):
         labels = group[number].labels.to(source.device)
-        normed, own, gradient = loss_gradients(stream, norm, config.norm_eps, head, labels)
+        normed, own, gradient = loss_gradients(stream, norm, config, head, labels)
         gradients.append(gradient)
         yield Sight(config.num_layers, number, {"hidden": normed}, {"hidden": own})
     for layer in source.in_turn(range(config.num_layers)[::-1]):
@@ -165,15 +167,15 @@ def backward_pass(source: Layers, group: list[TokenBatch], names: Container[str]
 
 
 def loss_gradients(
-    stream: Tensor, norm: Tensor, eps: float, head: Tensor, labels: Tensor
+    stream: Tensor, norm: Tensor, config: HybridConfig, head: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the head reads [B, T, H], and the gradients with respect to it and to the last stream [B, T, H] of the sum
-    over samples of each one's mean cross-entropy (one loss a sample, whose gradients do not touch the others')."""
+    """What the final norm gives [B, T, H], and the gradients with respect to it and to the last stream [B, T, H] of the
+    sum over samples of each one's mean cross-entropy (one loss a sample, whose gradients do not touch the others')."""
     with torch.enable_grad():
-        normed = rms_norm(stream.requires_grad_(), norm, eps)
+        normed = rms_norm(stream.requires_grad_(), norm, config.norm_eps)
         losses = [
             linear_cross_entropy(rows, head, own).loss
-            for rows, own in zip(normed, labels, strict=True)
+            for rows, own in zip(scaled(normed, config.multipliers.logits), labels, strict=True)
             if bool((own != IGNORED_LABEL).any())
         ]
         if not losses:

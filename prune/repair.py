@@ -30,6 +30,7 @@ from ..models.axes import HIDDEN, tensor_table
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.multipliers import scaled
 from .importance import TokenBatch
 from .rotation import hidden_of, principal_directions, rotated, rotated_selection
 from .slice import Selection, chosen, cut, filled, kept_rows, slice_config, slice_tensors, source_name
@@ -187,8 +188,8 @@ class LayerwiseRepair:
         self.smaller = slice_config(config, selection)
         self.table, self.smaller_table = tensor_table(config), tensor_table(self.smaller)
         self.kept = kept_rows(hidden_of(config), selection.kept).to(device)
-        self.original = Streams(get_tensor, batches, device, dtype)
-        self.pruned = Streams(get_tensor, batches, device, dtype)
+        self.original = Streams(config, get_tensor, batches, device, dtype)
+        self.pruned = Streams(config, get_tensor, batches, device, dtype)
         self.pruned.hidden = [hidden[..., self.kept] for hidden in self.original.hidden]
 
     def tensors(self, on_layer: Callable[[int], None] | None) -> Iterator[tuple[str, Tensor]]:
@@ -256,7 +257,8 @@ class LayerwiseRepair:
         """Scales the norms of a layer of the pruned model, in place."""
         norms = [("hidden", "norm.weight", 1)]
         for name, norm in original.config.kinds[0].norms.items():
-            norms.append((norm.observed, f"mixer.{name}", getattr(self.config, norm.groups)))
+            if f"mixer.{name}" in weights:
+                norms.append((norm.observed, f"mixer.{name}", getattr(self.config, norm.groups)))
         for observed, name, groups in norms:
             source, batches = f"layers.{self.selection.layers[place]}.{name}", range(len(self.original.hidden))
             normed = (self.original.output(original, number)[1][observed] for number in batches)
@@ -282,16 +284,26 @@ class LayerwiseRepair:
         """
         writers = {f"mixer.{name}": observed for name, observed in pruned.config.kinds[0].writers.items()}
         sizes = [weights[name].shape[1] for name in writers]
-        biases = sum(weights[bias] for name in writers if (bias := name.replace(".weight", ".bias")) in weights)
+        # What a writer gives is multiplied and added: its inputs are multiplied instead, and its bias is taken off.
+        factors = [self.writer_multiplier(pruned, name) for name in writers]
+        biases: Any = 0
+        for name, factor in zip(writers, factors, strict=True):
+            if (bias := name.replace(".weight", ".bias")) in weights:
+                biases = biases + factor * weights[bias]
         fit = RidgeFit()
         for number, mask in enumerate(self.original.mask):
             seen = self.pruned.output(pruned, number)[1]
-            inputs = torch.cat([seen[observed] for observed in writers.values()], 1)
+            inputs = torch.cat([scaled(seen[o], by) for o, by in zip(writers.values(), factors, strict=True)], 1)
             ahead = self.original.hidden[number] = self.original.output(original, number)[0]
             fit.add(ahead[mask][:, self.kept] - self.pruned.hidden[number][mask] - biases, inputs)
         joint = fit.solve(torch.cat([weights[name] for name in writers], 1), self.repair.ridge, sizes)
         for name, part in zip(writers, joint.split(sizes, 1), strict=True):
             weights[name].copy_(part)
+
+    def writer_multiplier(self, pruned: HybridLM, name: str) -> float:
+        """What the product with a layer's writer is multiplied by before it is added to the stream."""
+        own = pruned.config.kinds[0].multipliers.get(name.removeprefix("mixer."))
+        return self.config.multipliers.residual * (1.0 if own is None else own(self.config))
 
     def stream_fit(self, norm: Tensor, own: Tensor) -> RidgeFit:
         """The original's normed stream on the pruned model's: norms of weights `norm` [H] and `own` [h]."""

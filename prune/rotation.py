@@ -55,7 +55,7 @@ def principal_directions(
     those that stay at most, the farthest) are not turned, and the others share one weight.
     """
     moments = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=device)
-    streams = Streams(get_tensor, batches, device, dtype)
+    streams = Streams(config, get_tensor, batches, device, dtype)
     for layer in range(config.num_layers + 1):
         if layer == config.num_layers or layer in selection.layers:
             for rows in streams.counted():

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.multipliers import scaled
 from .importance import IGNORED_LABEL, TokenBatch
 
 GetTensor = Callable[[str], Tensor]
@@ -22,10 +23,16 @@ class Streams:
     """The residual streams of all calibration batches, [B, T, H] each, moved on layer by layer."""
 
     def __init__(
-        self, get_tensor: GetTensor, batches: Sequence[TokenBatch], device: torch.device | str, dtype: torch.dtype
+        self,
+        config: HybridConfig,
+        get_tensor: GetTensor,
+        batches: Sequence[TokenBatch],
+        device: torch.device | str,
+        dtype: torch.dtype,
     ) -> None:
-        embedding = get_tensor("embeddings.weight")
-        self.hidden = [embedding[batch.input_ids.to(embedding.device)].to(device, dtype) for batch in batches]
+        embedding, by = get_tensor("embeddings.weight"), config.multipliers.embedding
+        rows = (embedding[batch.input_ids.to(embedding.device)] for batch in batches)
+        self.hidden = [scaled(row.to(device, dtype), by) for row in rows]
         self.seq_idx = [batch.seq_idx.to(device) for batch in batches]
         self.mask = [(batch.labels != IGNORED_LABEL).to(device) for batch in batches]
         if not any(bool(mask.any()) for mask in self.mask):

@@ -19,6 +19,11 @@ from limbeck.models.hybrid import HybridLM
 from limbeck.tests.helpers import assert_close, cached_logits, random_model
 
 
+def some_slow(count: int, quick: int) -> list[Any]:
+    """Seeds, the first few for every day."""
+    return [seed if seed < quick else pytest.param(seed, marks=pytest.mark.slow) for seed in range(count)]
+
+
 def theirs_of(config: HybridConfig, folder: Path) -> Any:
     """transformers' model of a config, by way of its config.json alone, with weights that all matter."""
     transformers = pytest.importorskip("transformers")
@@ -32,7 +37,7 @@ def theirs_of(config: HybridConfig, folder: Path) -> Any:
             if weight.dim() >= 2:
                 weight.normal_(0, 1 / math.sqrt(weight.shape[-1]))
             elif name.endswith("dt_bias"):
-                weight.uniform_(-4, 1)
+                weight.uniform_(-4, 0)
             elif name.endswith("bias"):
                 weight.normal_(0, 0.3)
             else:
@@ -48,7 +53,8 @@ def check_parity(config: HybridConfig, seed: int, folder: Path) -> None:
     ours = load_model(folder / "theirs")
     assert ours.config == config
     assert ours.config.to_hf().items() >= config.to_hf().items()
-    ids = torch.randint(config.vocab_size, (1 + seed % 3, (2, 1, 7, 16, 33, 40)[seed % 6]))
+    # Token 0 may be the padding, whose row has no gradient there.
+    ids = torch.randint(1, config.vocab_size, (1 + seed % 3, (2, 1, 7, 16, 33, 40)[seed % 6]))
     expected, found = theirs(ids, use_cache=False).logits, ours(ids)
     assert_close("logits", expected, found, 1e-5)
     check_gradients(ours, theirs, expected, found)
@@ -73,14 +79,15 @@ def check_gradients(ours: HybridLM, theirs: Any, expected: torch.Tensor, found: 
             flat = weight.grad.flatten(0, -2) if weight.dim() > 1 else weight.grad
             rows = flat[piece.start - pieces_of(ours.config)[name][0].start :][: piece.rows]
             stored.setdefault(piece.stored, []).append(rows)
+    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
     for name, parts in stored.items():
-        gradient, single = gradients[name], expected.shape[1] == 1
-        # Queries and keys of a single token decide nothing, nor does what all keys have in common where there are no
-        # positions: their gradient is zero but for rounding.
-        nothing = single and any(part in name for part in ("q_", "k_"))
-        nothing |= name.endswith("k_proj.bias") and ours.config.rope_theta is None
-        if not nothing:
-            assert_close(name, gradient, torch.cat(parts).view(gradient.shape), 1e-4)
+        gradient, own = gradients[name], torch.cat(parts).view(gradients[name].shape)
+        # Where all but nothing is left of larger terms (queries of a single token, what all keys have in common without
+        # positions, a step before a norm of one token), the gradient is rounding.
+        if float(gradient.abs().max()) <= 1e-4 * largest:
+            assert float((gradient - own).abs().max()) <= 1e-6 * largest, name
+        else:
+            assert_close(name, gradient, own, 1e-4)
 
 
 def check_our_folder(ours: HybridLM, theirs: Any, ids: torch.Tensor, folder: Path) -> None:

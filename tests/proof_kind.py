@@ -141,7 +141,7 @@ def read_proof(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_proof(config: HybridConfig) -> dict[str, Any]:
-    left_out = (*SAME, "family", "dt_limit")
+    left_out = (*SAME, "family", "dt_limit", "multipliers")
     return {name: getattr(config, name) for name in OWN if name not in left_out}
 
 

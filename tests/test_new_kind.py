@@ -316,7 +316,7 @@ def test_rules_and_spaces_know_it(model: HybridLM) -> None:
     config, rules = model.config, Rules(min_layers={"conv": 1})
     assert count_patterns("C-*-C-", 4, rules) == len(list(patterns("C-*-C-", 4, rules)))
     assert all("C" in pattern for pattern in patterns("C-*-C-", 2, rules))
-    with pytest.raises(InputError, match="mlp, conv"):
+    with pytest.raises(InputError, match=r"known: .*, conv"):
         Rules(min_layers={"experts": 1})
     assert build(Target, {"conv_channels": 8}) == Target(conv_channels=8)
     space = build(Space, {"layers": [4, 6], "conv_channels": [6, 8, 12], "align": 4})

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import attention, mlp
 from ..errors import InputError
-from .family import Family
+from .family import PLAIN, Family
 from .nemotron_h import SPELLINGS
 from .positions import KEYS, read_rope, write_rope
-from .spelling import read_fields, read_switch, refuse_biases, unread
+from .spelling import read_fields, read_layers, read_switch, refuse_biases, stated, unread
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
@@ -36,30 +36,24 @@ LAYER = "model.layers.{block}."
 
 
 def read_dense(hf: Mapping[str, Any]) -> dict[str, Any]:
-    name, layers = hf["model_type"], hf.get("num_hidden_layers")
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-        raise InputError(f"config: num_hidden_layers is {layers!r}; expected a whole number of at least 1")
+    name = hf["model_type"]
     refuse_biases(hf, tuple({"attention_bias", "mlp_bias"} - {*BIASES[name]}))
     if hf.get("use_sliding_window") or set(hf.get("layer_types") or ()) - {"full_attention"}:
         raise InputError(f"config: {name} with sliding windows (use_sliding_window, layer_types) is not supported")
     if hf.get("hidden_act", "silu") != "silu":
         raise InputError(f"config: hidden_act={hf['hidden_act']!r}; {name} has 'silu'")
-    pattern = BLOCK * layers
-    defaults = dict(DENSE_DEFAULTS[name])
-    if hf.get("num_attention_heads") is not None:
-        defaults["num_key_value_heads"] = hf["num_attention_heads"]
-    # A token that is null is none, and not the default.
-    defaults |= {field: None for field in defaults if field.endswith("token_id") and field in hf}
+    pattern = BLOCK * read_layers(hf)
     fields = {"family": name, "pattern": pattern, **read_rope(hf), **fixed(name)}
-    fields |= read_fields(hf, DENSE, pattern, defaults)
+    fields |= read_fields(hf, DENSE, pattern, stated(hf, DENSE_DEFAULTS[name]))
     fields |= {bias: read_switch(hf, bias) for bias in BIASES[name]}
-    fields["extra"] = unread(hf, DENSE, "num_hidden_layers", "hidden_act", "mlp_bias", "attention_bias", *KEYS)
+    biases = [bias for bias in BIASES[name] if fields[bias]]  # that there is none goes along, where it is said
+    fields["extra"] = unread(hf, DENSE, "num_hidden_layers", "hidden_act", *biases, *KEYS)
     return fields
 
 
 def fixed(name: str) -> dict[str, Any]:
     """The fields that are the same in every model of the family."""
-    own = {"activation": "silu", "gated_mlp": True, "qk_norm": name == "qwen3"}
+    own = {"activation": "silu", "gated_mlp": True, "qk_norm": name == "qwen3", **PLAIN}
     return own if "mlp_bias" in BIASES[name] else own | {"mlp_bias": False}
 
 
@@ -70,7 +64,7 @@ def write_dense(config: HybridConfig) -> dict[str, Any]:
     for field, spellings in DENSE.items():
         value = getattr(config, field)
         hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
-    hf |= {bias: getattr(config, bias) for bias in BIASES[config.family]} | write_rope(config)
+    hf |= {bias: True for bias in BIASES[config.family] if getattr(config, bias)} | write_rope(config)
     return hf | {name: value for name, value in config.extra.items() if name not in hf}
 
 

@@ -19,9 +19,14 @@ from torch import Tensor
 
 from ..axes import TensorSpec, tensor_table
 from ..errors import InputError
+from ..multipliers import ONES
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
+
+
+# What most families cannot say otherwise.
+PLAIN: dict[str, Any] = {"multipliers": ONES, "mamba_rms_norm": True, "norm_before_gate": False}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,15 @@ from typing import Any
 
 from ..errors import InputError
 from ..schema import check_config, shown
-from . import dense, nemotron_h
+from . import dense, falcon_h1, nemotron_h
 from .family import Family
 
-FAMILIES: dict[str, Family] = {"nemotron_h": nemotron_h.FAMILY, "llama": dense.LLAMA, "qwen3": dense.QWEN3}
+FAMILIES: dict[str, Family] = {
+    "nemotron_h": nemotron_h.FAMILY,
+    "falcon_h1": falcon_h1.FAMILY,
+    "llama": dense.LLAMA,
+    "qwen3": dense.QWEN3,
+}
 
 
 def read_config(hf: Mapping[str, Any], config: type) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import attention, mamba2, mlp
 from ..errors import InputError
-from .family import Family
-from .spelling import read_fields, read_float, refuse_biases, unread
+from .family import PLAIN, Family
+from .spelling import TIME_STEP_LIMIT, read_fields, read_limit, refuse_biases, unread, write_limit
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
@@ -41,7 +40,7 @@ LAYER_TYPES = {
     "mamba": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION, "full_attention": ATTENTION, "mlp": DENSE,
 }  # fmt: skip
 MIXTURE = "E"  # of experts, which is read by name in order to be refused by name
-TIME_STEP_LIMIT = ("time_step_limit", "mamba_dt_limit")
+TIME_STEP_LIMITS = (TIME_STEP_LIMIT, "mamba_dt_limit")
 BIASES = ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
 LAYER = "backbone.layers.{block}."
 
@@ -54,10 +53,8 @@ def read_nemotron_h(hf: Mapping[str, Any]) -> dict[str, Any]:
     for name, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
         if hf.get(name, expected) != expected:
             raise InputError(f"config: {name}={hf[name]!r}; nemotron_h has {expected!r}")
-    for name in TIME_STEP_LIMIT:
-        if hf.get(name) is not None:
-            fields["dt_limit"] = tuple(read_float(value, name) for value in hf[name])
-    fields["extra"] = unread(hf, SPELLINGS, "num_hidden_layers", *TIME_STEP_LIMIT)
+    fields |= read_limit(hf, *TIME_STEP_LIMITS)
+    fields["extra"] = unread(hf, SPELLINGS, "num_hidden_layers", *TIME_STEP_LIMITS)
     return fields
 
 
@@ -104,10 +101,7 @@ def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
         # A width that the pattern does not use is left to the reader's default: 0 heads would not be valid there.
         if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
             hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
-    # (0, inf) is every reader's default, and plain JSON has no infinity; a finite upper limit is written.
-    low, high = config.dt_limit
-    if (low, high) != (0.0, math.inf):
-        hf[TIME_STEP_LIMIT[0]] = [low, {"__float__": "Infinity"} if high == math.inf else high]
+    hf |= write_limit(config)
     return hf | {name: value for name, value in config.extra.items() if name not in hf}
 
 
@@ -121,7 +115,7 @@ FAMILY = Family(
     write_nemotron_h,
     "NemotronHForCausalLM",
     fixed={"activation": "relu2", "gated_mlp": False, "qk_norm": False, "rope_theta": None, "attention_bias": False,
-           "mlp_bias": False},
+           "mlp_bias": False, **PLAIN},
     prefixes=("backbone.", "model."),
     spellings=SPELLINGS,
     outer={

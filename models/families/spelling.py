@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..kinds import kinds_of
 
+if TYPE_CHECKING:
+    from ..config import HybridConfig
+
+TIME_STEP_LIMIT = "time_step_limit"
 REQUIRED = ("vocab_size", "hidden_size")
 # Code that a folder brings along is never run, so that a rewritten folder does not point at it either.
 DROPPED = ("auto_map", "architectures", "model_type", "layers_block_type", "layer_types", "hybrid_override_pattern",
@@ -38,6 +43,47 @@ def read_fields(
     if isinstance(fields.get("eos_token_id"), list):
         fields["eos_token_id"] = tuple(fields["eos_token_id"])
     return fields
+
+
+def stated(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of a family, as transformers has them: as many key-value heads as heads, and a token that is null is
+    none."""
+    own = dict(defaults)
+    if hf.get("num_attention_heads") is not None:
+        own["num_key_value_heads"] = hf["num_attention_heads"]
+    return own | {field: None for field in own if field.endswith("token_id") and field in hf}
+
+
+def read_layers(hf: Mapping[str, Any]) -> int:
+    """`num_hidden_layers`. Raises InputError."""
+    layers = hf.get("num_hidden_layers")
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+        raise InputError(f"config: num_hidden_layers is {layers!r}; expected a whole number of at least 1")
+    return layers
+
+
+def same_in_all(hf: Mapping[str, Any], known: set[str]) -> None:
+    """Raises InputError where a list of the layers' types names one that is not known."""
+    for name in ("layer_types", "layers_block_type"):
+        others = set(hf.get(name) or ()) - known
+        if others:
+            raise InputError(f"config: {name} names {sorted(others)[0]!r}, which is not supported; known: {min(known)}")
+
+
+def read_limit(hf: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """`dt_limit` where a file states it, by any of the names."""
+    for name in names or (TIME_STEP_LIMIT,):
+        if hf.get(name) is not None:
+            return {"dt_limit": tuple(read_float(value, name) for value in hf[name])}
+    return {}
+
+
+def write_limit(config: HybridConfig) -> dict[str, Any]:
+    """(0, inf) is every reader's default, and plain JSON has no infinity; a finite upper limit is written."""
+    low, high = config.dt_limit
+    if (low, high) == (0.0, math.inf):
+        return {}
+    return {TIME_STEP_LIMIT: [low, {"__float__": "Infinity"} if high == math.inf else high]}
 
 
 def unread(hf: Mapping[str, Any], known: Mapping[str, tuple[str, ...]], *others: str) -> dict[str, Any]:

@@ -232,7 +232,7 @@ class Engine:
     def read(self, sequence: Running) -> list[Event]:
         row, prompt = len(self.running), sequence.request.prompt
         chunk = torch.tensor([prompt[sequence.read : sequence.read + self.prefill_chunk]], device=self.device)
-        embedded = self.model.embeddings(chunk)
+        embedded = self.model.embed(chunk)
         hidden = self.model.hidden_states(chunk, cache=self.cache.rows(row, 1), embedded=embedded)
         sequence.read += chunk.shape[1]
         self.cache.lengths[row] = sequence.read
