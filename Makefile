@@ -6,7 +6,7 @@ TESTS ?=
 SOURCES = api.py $(filter-out %/__init__.py,$(wildcard $(foreach folder,benchmarks distill kernels models prune scripts,$(folder)/*.py $(folder)/*/*.py)))
 MODULES = $(addprefix -m limbeck.,$(subst /,.,$(SOURCES:.py=)))
 
-.PHONY: install demo test test-slow lint
+.PHONY: install demo test test-slow test-clients lint
 
 install: .venv/installed
 
@@ -27,6 +27,11 @@ test: lint
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow $(TESTS)
+
+# Exports in the programs that serve them; what is not installed is skipped with a reason.
+test-clients: install
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[clients]'
+	$(BIN)/python -m pytest -q -m clients -rs $(TESTS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,5 @@
-"""`limbeck export`: a checkpoint in a given dtype and shard size, read back and compared before it appears."""
+"""`limbeck export`: a checkpoint in a given dtype as a folder of its own or a GGUF file, read back and compared before
+it appears."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from ..distill.report.card import read_licence, write_card
+from ..distill.report.card import TRANSFORMERS, Published, llama_cpp, read_licence, write_card
 from ..models.checkpoint import load_config
 from ..models.device import torch_dtype
-from ..models.errors import InputError
+from ..models.errors import InputError, gib
 from ..models.export import write_export
 from ..models.fingerprint import PROVENANCE
 from ..models.folder import write_json
+from ..models.gguf.export import write_gguf_export
+from ..models.gguf.file import KINDS_OF_FILE, gguf_package
 from .run.resolve import model_folder
 from .run.show import read_json, result, table
 from .run.stage import Work, stage
@@ -30,31 +33,74 @@ class Options:
     seed: int
     base: str | None = None
     gap: str | None = None
+    format: str = "hf"
+    pre_tokenizer: str | None = None
+
+
+FORMATS = ("hf", "gguf")
+
+
+def check(options: Options) -> None:
+    """Raises InputError where the options do not fit the format, or what it needs is not installed."""
+    if options.format not in FORMATS:
+        raise InputError(f"format={options.format} is unknown; known: {', '.join(FORMATS)}")
+    if options.format == "gguf":
+        gguf_package()
+        if options.dtype not in KINDS_OF_FILE:
+            raise InputError(f"dtype={options.dtype} is none of format=gguf; known: {', '.join(KINDS_OF_FILE)}")
+    elif options.pre_tokenizer is not None:
+        raise InputError("pre_tokenizer is llama.cpp's; give format=gguf with it, or leave it out")
+    else:
+        torch_dtype(options.dtype)
 
 
 def run(options: Options, replaces: bool = False) -> None:
+    check(options)
     source = model_folder(options.model)
     inputs = {"model": source}
     if options.base is not None:
         inputs["base"] = model_folder(options.base)
     if options.gap is not None:
         inputs["gap"] = gap_folder(options.gap)
-    sizes = {"max_shard_bytes": options.max_shard_bytes, "check_tokens": options.check_tokens, "seed": options.seed}
-    chosen = {"dtype": options.dtype} | sizes
-    with stage(options.output, "export", inputs=inputs, options=chosen, replaces=replaces) as work:
+    with stage(options.output, "export", inputs=inputs, options=settings(options), replaces=replaces) as work:
         if not work.finished:
             gap, name = measured(options, work)
-            parity = write_export(work.folder, source, torch_dtype(options.dtype), **sizes)
-            content = {"dtype": options.dtype, "read_back": "identical", "transformers": parity.to_json()}
-            write_json(work.folder / "export.json", content)
+            published = write_gguf(options, source, work) if options.format == "gguf" else write_hf(source, work)
             licence = read_licence(inputs.get("base", source))
             picture = None if options.gap is None else inputs["gap"] / "plots" / "gap.png"
             if picture is not None and not picture.is_file():
                 picture = None
-            config = load_config(work.folder)
-            write_card(work.folder, config, options.dtype, parity.sentence(), licence, gap, name, picture)
+            write_card(work.folder, load_config(source), published, licence, gap, name, picture)
     print_checks(options.output)
     result(options.output, {"model": str(options.output)})
+
+
+def settings(options: Options) -> dict[str, Any]:
+    """The options that the weights follow from."""
+    given = {"dtype": options.dtype, "check_tokens": options.check_tokens, "seed": options.seed}
+    if options.format == "hf":
+        return given | {"max_shard_bytes": options.max_shard_bytes}
+    return given | {"format": options.format, "pre_tokenizer": options.pre_tokenizer}
+
+
+def write_hf(source: Path, work: Work) -> Published:
+    dtype = work.options["dtype"]
+    sizes = {name: work.options[name] for name in ("max_shard_bytes", "check_tokens", "seed")}
+    parity = write_export(work.folder, source, torch_dtype(dtype), **sizes)
+    write_json(
+        work.folder / "export.json", {"dtype": dtype, "read_back": "identical", "transformers": parity.to_json()}
+    )
+    checked = f"Read back before it was published, the logits are those of the source rounded to {dtype}, to the bit.\n"
+    return Published(dtype, TRANSFORMERS, checked + parity.sentence())
+
+
+def write_gguf(options: Options, source: Path, work: Work) -> Published:
+    sizes = {"check_tokens": options.check_tokens, "seed": options.seed}
+    found = write_gguf_export(work.folder, source, options.dtype, pre_tokenizer=options.pre_tokenizer, **sizes)
+    write_json(
+        work.folder / "export.json", {"format": "gguf", "dtype": options.dtype, "gguf": dataclasses.asdict(found)}
+    )
+    return Published(options.dtype, llama_cpp(found.file), found.sentence())
 
 
 def gap_folder(name: str) -> Path:
@@ -82,6 +128,14 @@ def measured(options: Options, work: Work) -> tuple[dict[str, Any] | None, str |
 
 def print_checks(folder: Path) -> None:
     content = read_json(folder / "export.json")
+    if content.get("format") == "gguf":
+        found = content["gguf"]
+        rows = [
+            (found["file"], gib(found["bytes"])),
+            ("logits beside the source's", f"{found['relative_rms']:.1e} relative RMS, KL {found['kl']:.2g} nats"),
+            ("pre-tokenizer", found["pre_tokenizer"]),
+        ]
+        return table(f"Exported to {folder}", ("check", ""), rows)
     theirs = content["transformers"]
     rows = [("read back", content["read_back"]), ("transformers", theirs.get("note", ""))]
     if theirs["relative_rms"] is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from limbeck.distill.report.card import front_matter, read_licence, write_card
+from limbeck.distill.report.card import TRANSFORMERS, Published, front_matter, read_licence, write_card
 from limbeck.models.checkpoint import load_config
 from limbeck.models.config import HybridConfig
 from limbeck.models.fingerprint import fingerprint_of
@@ -49,11 +49,15 @@ def test_a_folders_terms(tmp_path: Path) -> None:
     assert found.keys == {"license": "other"}
     assert [path.name for path in found.files] == ["LICENCE-weights.pdf", "LICENSE", "Notice.txt"]
     (tmp_path / "out").mkdir()
-    write_card(tmp_path / "out", tiny_config(), "bfloat16", "Not compared.", found)
+    write_card(tmp_path / "out", tiny_config(), published("bfloat16", "Not compared."), found)
     text = (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "Notice.txt").read_text() == "Notice.txt"
     assert "\nlicense: other\n" in text.split("---")[1] and "[LICENSE](LICENSE)" in text and "`license: other`." in text
     assert "Not compared." in text and "How near" not in text
+
+
+def published(dtype: str, checked: str = "") -> Published:
+    return Published(dtype, TRANSFORMERS, checked)
 
 
 def measured(*names: str) -> dict[str, Any]:
@@ -65,7 +69,7 @@ def measured(*names: str) -> dict[str, Any]:
 
 def test_figures_of_the_gap(tmp_path: Path) -> None:
     gap = measured("pruned", "distilled")
-    write_card(tmp_path, tiny_config(), "float16", "", read_licence(tmp_path), gap, "distilled")
+    write_card(tmp_path, tiny_config(), published("float16"), read_licence(tmp_path), gap, "distilled")
     text = (tmp_path / "README.md").read_text()
     for name, model in gap["models"].items():
         line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
@@ -94,7 +98,7 @@ def test_further_figures_and_tasks(tmp_path: Path) -> None:
     answers = {"acc,none": 0.5, "acc_stderr,none": 0.0125, "acc_norm,none": 0.25, "acc_norm_stderr,none": 0.01}
     gap["tasks"] = {name: {"next|line": answers} for name in gap["models"]}
     (pair,) = (pair for pair in gap["differences"] if pair["first"] != "teacher")
-    write_card(tmp_path, tiny_config(), "float16", "", read_licence(tmp_path), gap, "distilled")
+    write_card(tmp_path, tiny_config(), published("float16"), read_licence(tmp_path), gap, "distilled")
     text = (tmp_path / "README.md").read_text()
     found = rows_of(text, "| model | cross-entropy |")
     assert list(found) == ["teacher", "pru\\|ned", "distilled"]
@@ -115,7 +119,7 @@ def test_further_figures_and_tasks(tmp_path: Path) -> None:
         "next\\|line, acc_norm": dict.fromkeys(found, "0.2500 \N{PLUS-MINUS SIGN} 0.0100"),
     }
     gap["continuation"] = {}
-    write_card(tmp_path, tiny_config(), "float16", "", read_licence(tmp_path), gap, "distilled")
+    write_card(tmp_path, tiny_config(), published("float16"), read_licence(tmp_path), gap, "distilled")
     text = (tmp_path / "README.md").read_text()
     assert list(rows_of(text, "| model | cross-entropy |")["teacher"])[-1] == "ECE" and "greedy" not in text
 

@@ -27,6 +27,37 @@ FURTHER = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Opened:
+    """How a published model is opened: the library that the hub knows, and lines of a language."""
+
+    library: str
+    language: str
+    code: str
+
+
+TRANSFORMERS = Opened(
+    "transformers",
+    "python",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    'model = AutoModelForCausalLM.from_pretrained(".")\n'
+    'tokenizer = AutoTokenizer.from_pretrained(".")',
+)
+
+
+def llama_cpp(file: str) -> Opened:
+    return Opened("gguf", "bash", f"llama-cli -m {file} -p 'Once upon a time'")
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What an export is: its dtype, how it is opened, and how it was compared, in sentences."""
+
+    dtype: str
+    opened: Opened
+    checked: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Licence:
     """What a model folder says of its terms: the keys license, license_name and license_link of its card (or license of
     its config), and files with the terms."""
@@ -61,8 +92,7 @@ def front_matter(card: Path) -> dict[str, str]:
 def write_card(
     folder: Path,
     config: HybridConfig,
-    dtype: str,
-    checked: str,
+    published: Published,
     licence: Licence,
     gap: Mapping[str, Any] | None = None,
     name: str | None = None,
@@ -70,8 +100,8 @@ def write_card(
 ) -> None:
     """Writes README.md into the folder, and copies the files with the base model's terms beside it.
 
-    `checked` says how the folder was compared; `gap` is gap.json's content, `name` what it calls this model, and
-    `picture` a PNG of its figures, which is copied as gap.png."""
+    `gap` is gap.json's content, `name` what it calls this model, and `picture` a PNG of its figures, which is copied as
+    gap.png."""
     from huggingface_hub import ModelCardData
 
     for path in licence.files:
@@ -83,10 +113,12 @@ def write_card(
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     tags = ["limbeck", "pruned", config.family]
-    head = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence.keys)
+    head = ModelCardData(
+        library_name=published.opened.library, pipeline_tag="text-generation", tags=tags, **licence.keys
+    )
     kinds = {kind.name: count for kind in KINDS.values() if (count := len(config.layers_of(kind)))}
     text = environment.get_template("card.md.jinja").render(
-        head=head.to_yaml(), config=config, dtype=dtype, checked=checked, licence=licence, gap=gap, name=name,
+        head=head.to_yaml(), config=config, published=published, licence=licence, gap=gap, name=name,
         parameters=f"{count_parameters(config):,}", kinds=list(kinds),
         layers=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         tables=[] if gap is None else [near(gap), further(gap)], others=[] if gap is None else others(gap),

@@ -1,0 +1,92 @@
+"""A checkpoint as a GGUF file for llama.cpp, read back and compared with its source before it appears."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..checkpoint import Checkpoint, load_model, open_checkpoint
+from ..errors import CheckFailed
+from ..export import logits_of, relative_rms
+from .file import load_gguf, read_gguf, write_gguf
+from .vocabulary import read_vocabulary
+
+# Of a block's largest number by 127, the step of Q8_0: half a step, and what rounding the step to 16 bits adds.
+STEP_ERROR = 0.5 + 127 * 2**-11
+
+
+@dataclasses.dataclass(frozen=True)
+class GgufAgreement:
+    """What a GGUF file holds beside its source, in float32 arithmetic: logits of random tokens in relative RMS,
+    KL(source || file) in nats a token; the file's name and bytes, the pre-tokenizer it names, and whether that cuts
+    `same_text`."""
+
+    file: str
+    bytes: int
+    pre_tokenizer: str
+    relative_rms: float
+    kl: float
+    same_text: bool
+
+    def sentence(self) -> str:
+        """The comparison in a sentence or two."""
+        text = (
+            f"Read back before it was published, `{self.file}` gives the source's logits up to"
+            f" {self.relative_rms:.1e} relative RMS (KL {self.kl:.2g} nats a token) in float32 arithmetic."
+        )
+        if self.same_text:
+            return text
+        return text + (
+            "\nllama.cpp has no pre-tokenizer that cuts text as this model's: the file names"
+            f" `{self.pre_tokenizer}`, and some texts become other tokens there. Give it token ids where they have to"
+            " be the same."
+        )
+
+
+def write_gguf_export(
+    folder: Path, source: Path, dtype: str, *, pre_tokenizer: str | None, check_tokens: int, seed: int
+) -> GgufAgreement:
+    """Fills an existing folder with one file, and compares it tensor by tensor: in float types the source's numbers
+    rounded, to the bit; in q8_0 each number within a step of its block.
+
+    Raises CheckFailed, and InputError for what llama.cpp cannot run or a dtype cannot hold.
+    """
+    checkpoint = open_checkpoint(source)
+    vocabulary = read_vocabulary(source, checkpoint.config, pre_tokenizer)
+    path = folder / f"model-{dtype}.gguf"
+    write_gguf(path, checkpoint, vocabulary, dtype, source.resolve().name)
+    check_tensors(path, checkpoint)
+    ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
+    logits = [logits_of(load_model(source), ids), logits_of(load_gguf(path, checkpoint.config), ids)]
+    rms, kl = relative_rms(*logits), divergence(*logits)
+    return GgufAgreement(path.name, path.stat().st_size, vocabulary.pre, rms, kl, vocabulary.same_text)
+
+
+def check_tensors(path: Path, checkpoint: Checkpoint) -> None:
+    """Raises CheckFailed at the first tensor that is not the checkpoint's within its type."""
+    for entry, kind, ours in read_gguf(path, checkpoint.config):
+        expected = checkpoint.tensor(entry.spec.name).float()
+        if entry.form is not None:
+            expected = entry.form.read(checkpoint.config, entry.form.written(checkpoint.config, expected))
+        if kind == "Q8_0":
+            blocks = (ours - expected).unflatten(-1, (-1, 32)).abs().amax(-1)
+            steps = expected.unflatten(-1, (-1, 32)).abs().amax(-1) / 127
+            right = bool((blocks <= STEP_ERROR * steps + 2**-24).all())
+        else:
+            right = torch.equal(ours, rounded(expected, kind))
+        if not right:
+            raise CheckFailed(f"export: tensor {entry.spec.name} of {path.name} is not the source's in {kind}")
+
+
+def rounded(tensor: Tensor, kind: str) -> Tensor:
+    return tensor.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).float()
+
+
+def divergence(source: Tensor, file: Tensor) -> float:
+    """KL(source || file) in nats a token of logits [B, T, V]."""
+    p, q = (F.log_softmax(logits.double(), -1) for logits in (source, file))
+    return (p.exp() * (p - q)).sum(-1).mean().item()

@@ -1,0 +1,98 @@
+"""A folder's tokenizer as a GGUF file says it: tokens with their kinds, merges, special ids, the chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import HybridConfig
+from ..errors import InputError
+from ..generate.chat import read_template
+from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from .pretokenizers import pre_tokenizer
+
+# Kinds of tokens (gguf.TokenType).
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What stands under `tokenizer.` in the file: `ggml` below tokenizer.ggml., lists and numbers, and the template;
+    and whether llama.cpp makes the same tokens of a text."""
+
+    ggml: Mapping[str, Any]
+    chat_template: str | None
+    same_text: bool
+
+    @property
+    def pre(self) -> str:
+        return str(self.ggml["pre"])
+
+
+def read_vocabulary(folder: Path, config: HybridConfig, chosen: str | None = None) -> Vocabulary:
+    """A byte-level BPE with every row of the model's embeddings named. Raises InputError for other tokenizers, and
+    where llama.cpp would cut text otherwise (unless a pre-tokenizer was `chosen`)."""
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, config)
+    path = folder / "tokenizer.json"
+    content = json.loads(tokenizer.backend.to_str())
+    merges = merges_of(content, path)
+    pre, same_text = pre_tokenizer(content, path, chosen)
+    tokens, kinds = tokens_of(tokenizer, config.vocab_size)
+    ggml = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
+    ids = special_ids_of(tokenizer, config)
+    try:
+        template: str | None = read_template(folder)[0]
+    except InputError:  # base models have none
+        template = None
+    return Vocabulary(ggml | ids, template, same_text)
+
+
+def merges_of(content: Mapping[str, Any], path: Path) -> list[str]:
+    """The merges of a byte-level BPE, each two pieces with a space between. Raises InputError for anything else."""
+    model = content["model"]
+    kind, normalizer = model["type"], content.get("normalizer")
+    levels = json.dumps(content.get("pre_tokenizer"))
+    if kind != "BPE" or '"ByteLevel"' not in levels:
+        what = "BPE of characters" if kind == "BPE" else kind
+        raise InputError(f"{path} is a tokenizer of type {what}; format=gguf takes a byte-level BPE")
+    if normalizer is not None and normalizer.get("type") != "NFC":  # llama.cpp has none; most text is in NFC already
+        raise InputError(f"{path} has a normalizer {normalizer.get('type')}, which llama.cpp does not have")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(name):
+            raise InputError(f"{path} has {name}={model[name]!r}, which llama.cpp does not have")
+    return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+
+
+def tokens_of(tokenizer: Tokenizer, count: int) -> tuple[list[str], list[int]]:
+    """Every token's text and kind by its id; ids without one, as rows that fill up a width, are unused."""
+    names = {number: text for text, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    added = tokenizer.backend.get_added_tokens_decoder()
+    tokens, kinds = [], []
+    for number in range(count):
+        tokens.append(names.get(number, f"[PAD{number}]"))
+        if number not in names:
+            kinds.append(UNUSED)
+        elif number in added:
+            kinds.append(CONTROL if added[number].special else USER_DEFINED)
+        else:
+            kinds.append(NORMAL)
+    return tokens, kinds
+
+
+def special_ids_of(tokenizer: Tokenizer, config: HybridConfig) -> dict[str, Any]:
+    """The ids that begin, end and fill text; of a config's several ends the further two are those of a turn and of a
+    message, which end text there too."""
+    ids: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "padding_token_id": tokenizer.pad_token_id,
+    }
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else ()
+    others = [number for number in ends if number != tokenizer.eos_token_id]
+    ids |= dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
+    stated = {name: number for name, number in ids.items() if number is not None}
+    return stated | {"add_bos_token": bool(tokenizer.begin), "add_eos_token": False}

@@ -1,0 +1,113 @@
+"""Exports in the programs that serve them: `make test-clients`, each skipped with a reason where a package is missing.
+
+llama.cpp on the GGUF files of every family: logits of float32 within 1e-4 relative RMS of ours, the same greedy tokens,
+perplexity within 0.1%, the same tokens of a text; bfloat16 and q8_0 load and stay near.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from limbeck.models.checkpoint import load_model, save_model
+from limbeck.models.export import relative_rms
+from limbeck.models.generate.engine import Engine, Request
+from limbeck.models.generate.sampling import Sampling
+from limbeck.models.gguf.export import divergence
+from limbeck.models.gguf.pretokenizers import KNOWN
+from limbeck.models.named import SHIPPED
+from limbeck.models.tokenizer import load_tokenizer
+from limbeck.tests.gguf_helpers import FOLDERS, SAMPLES, gguf_config, write_folder, write_tokenizer
+from limbeck.tests.helpers import limbeck, random_model
+from limbeck.tests.llama_cpp import LlamaCpp
+from torch import Tensor
+from torch.nn import functional as F
+
+pytestmark = pytest.mark.clients
+NEAR = {"bfloat16": 0.1, "q8_0": 0.1}  # relative RMS of the logits: llama.cpp rounds activations, too
+TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("xllamacpp")
+    return tmp_path_factory.mktemp("clients")
+
+
+def gguf_of(source: Path, root: Path, dtype: str, *options: str) -> Path:
+    out = root / f"{source.name}-{dtype}"
+    code, _, err = limbeck("export", f"model={source}", f"output={out}", "format=gguf", f"dtype={dtype}", *options)
+    assert code == 0, err
+    (path,) = out.glob("*.gguf")
+    return path
+
+
+def prompts_of(source: Path) -> list[list[int]]:
+    """Twenty prompts of the standard library's text, in the folder's tokens."""
+    text = Path(torch.__file__).with_name("functional.py").read_text()
+    tokenizer = load_tokenizer(source)
+    return [tokenizer.prompt(text[start : start + 120]) for start in range(3000, 43000, 2000)]
+
+
+def greedy_of_ours(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    longest = max(map(len, prompts)) + TOKENS
+    engine = Engine(model, max_length=longest, slots=len(prompts), prepare=False)
+    requests = [Request(prompt, TOKENS, Sampling(0.0), stop_tokens=()) for prompt in prompts]
+    return [list(each.tokens) for each in engine.complete(requests)]
+
+
+def same_or_tied(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> None:
+    """The same tokens; or, where they first differ, two logits that are as good as equal."""
+    first = next((place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+    if first is not None:
+        logits = model(torch.tensor([prompt + ours[:first]]))[0, -1]
+        gap = (logits[ours[first]] - logits[theirs[first]]).abs().item()
+        assert gap <= 1e-4 * logits.abs().max().item(), (first, gap)
+
+
+def perplexity(logits: Tensor, ids: list[int]) -> float:
+    return F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).exp().item()
+
+
+@torch.no_grad()
+def compare(source: Path, root: Path, *options: str) -> None:
+    model, prompts = load_model(source), prompts_of(source)
+    ids = [number for prompt in prompts[:4] for number in prompt][:200]
+    ours, greedy = model(torch.tensor([ids]))[0], greedy_of_ours(model, prompts)
+    exact = LlamaCpp(gguf_of(source, root, "float32", *options))
+    theirs = exact.logits(ids)
+    assert relative_rms(ours, theirs) < 1e-4
+    assert perplexity(theirs, ids) == pytest.approx(perplexity(ours, ids), rel=1e-3)
+    for prompt, mine in zip(prompts, greedy, strict=True):
+        same_or_tied(model, prompt, mine, exact.greedy(prompt, TOKENS))
+    exact.close()
+    for dtype, limit in NEAR.items():
+        rounded = LlamaCpp(gguf_of(source, root, dtype, *options))
+        theirs = rounded.logits(ids)
+        assert relative_rms(ours, theirs) < limit and divergence(ours, theirs) < 0.05, dtype
+        rounded.close()
+
+
+def test_llama_cpp_runs_the_shipped_model(root: Path) -> None:
+    compare(SHIPPED["zoo"], root, "pre_tokenizer=gpt-2")
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_llama_cpp_runs_every_family(name: str, root: Path) -> None:
+    compare(write_folder(root, name), root)
+
+
+@pytest.mark.parametrize("pre", KNOWN)
+def test_llama_cpp_makes_the_same_tokens(pre: str, root: Path) -> None:
+    folder = root / f"words-{pre}"
+    size = write_tokenizer(folder, pre, **({"bos_token": None} if pre == "qwen2" else {}))
+    save_model(random_model(gguf_config("llama", size), 0, torch.float32), root / pre, tokenizer_from=folder)
+    opened, tokenizer = LlamaCpp(gguf_of(root / pre, root, "float32")), load_tokenizer(folder)
+    for text in SAMPLES:
+        assert opened.tokenize(text) == tokenizer.prompt(text), (pre, text)
+    lib, vocab = opened.lib, opened.vocab
+    assert lib.llama_vocab_eos(vocab) == tokenizer.eos_token_id
+    assert lib.llama_vocab_get_add_bos(vocab) == (tokenizer.bos_token_id is not None)
+    opened.close()
