@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..models import processes
-from ..models.axes import VECTORS, tensor_table
+from ..models.axes import WHOLE, tensor_table
 from ..models.checkpoint import Checkpoint, row_blocks, write_checkpoint
 from ..models.config import HybridConfig
 from ..models.errors import InputError
@@ -83,7 +83,7 @@ def write_trained(
         kept = final_weights(training, options)
         if processes.rank() == 0:
             table = tensor_table(config)
-            dtypes = {name: stored_dtype(dtype) if spec.role in VECTORS else dtype for name, spec in table.items()}
+            dtypes = {name: stored_dtype(dtype) if spec.role in WHOLE else dtype for name, spec in table.items()}
             write_checkpoint(folder, config, kept.tensors(), dtypes=dtypes, tokenizer_from=tokenizer_from)
             for name in (METRICS, SPEED):
                 if (folder / "training" / name).exists():

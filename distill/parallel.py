@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..models import processes
-from ..models.axes import VECTORS, TensorSpec, tensor_table
+from ..models.axes import WHOLE, TensorSpec, tensor_table
 from ..models.checkpoint import load_model, open_checkpoint
 from ..models.errors import InputError
-from ..models.hybrid import HybridLM
+from ..models.hybrid import HybridLM, set_tensor
 
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
 
@@ -76,6 +76,10 @@ class Trained:
     def device(self) -> torch.device:
         return self.weights[0].local.device
 
+    def carried(self) -> dict[str, Tensor]:
+        """What belongs to the model and no optimizer moves, whole in every process, by name."""
+        return dict(self.model.named_buffers())
+
     def gradients(self) -> list[Tensor]:
         """The gradients of the locals, summed over the processes. Every process has to call it."""
         for weight in self.weights:
@@ -111,7 +115,7 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
         mine: Any = parameter.detach()
         if hasattr(mine, "to_local"):  # a DTensor: fully_shard was here
             weights.append(TrainedWeight(spec, parameter, nn.Parameter(mine.to_local()), split=True))
-        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and spec.role not in VECTORS:
+        elif dtype is not None and dtype.itemsize < parameter.dtype.itemsize and spec.role not in WHOLE:
             weights.append(TrainedWeight(spec, lowered(model, name, parameter, dtype), parameter))
         else:
             weights.append(TrainedWeight(spec, parameter, parameter))
@@ -158,7 +162,7 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
         device = next(group.parameters()).device
         mesh = init_device_mesh(device.type, (processes.count(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
-        whole = {parameter for name, parameter in group.named_parameters() if table[prefix + name].role in VECTORS}
+        whole = {parameter for name, parameter in group.named_parameters() if table[prefix + name].role in WHOLE}
         fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=whole)
         assert isinstance(group, FSDPModule)
         group.set_gradient_divide_factor(1.0)
@@ -167,12 +171,10 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
 
 
 def materialize(module: nn.Module, prefix: str, read: Callable[[str], Tensor]) -> None:
-    """Gives every parameter on the meta device its values."""
-    for name, parameter in list(module.named_parameters()):
-        if parameter.is_meta:
-            place, _, field = name.rpartition(".")
-            values = read(prefix + name)
-            setattr(module.get_submodule(place), field, nn.Parameter(values, requires_grad=parameter.requires_grad))
+    """Gives every parameter and buffer on the meta device its values."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta:
+            set_tensor(module, name, read(prefix + name), trained=tensor.requires_grad)
 
 
 def process_device(device: torch.device) -> torch.device:
@@ -237,7 +239,7 @@ def load_sharded(
     """
     checkpoint = open_checkpoint(path)
     model = HybridLM(checkpoint.config, device="meta").requires_grad_(not frozen)
-    shard(model, dtype, lambda name: checkpoint.tensor(name).to(device=device, dtype=stored))
+    shard(model, dtype, lambda name: checkpoint.loaded(name, stored, device))
     return model.eval()
 
 

@@ -73,9 +73,9 @@ def save_state(
     # The folder has its name once all of it is on the disk. A run that is killed before that leaves a .partial folder
     # and the older state, from which the same steps come again, to the same bits.
     with processes.together(), written(target) as temporary:
-        write_whole(place(temporary, WEIGHTS), ((w.name, w, w.local) for w in trained.weights))
+        write_whole(place(temporary, WEIGHTS), model_parts(trained, {w.name: w.local for w in trained.weights}))
         if average:
-            write_whole(place(temporary, AVERAGE), ((w.name, w, average[w.name]) for w in trained.weights))
+            write_whole(place(temporary, AVERAGE), model_parts(trained, average))
         write_whole(place(temporary, OPTIMIZER), optimizer_tensors(trained, optimizers))
         if temporary is not None:
             write_json(temporary / "state.json", dataclasses.asdict(progress))
@@ -95,7 +95,7 @@ def save_best(trained: Trained, tensors: Mapping[str, Tensor], folder: Path, pro
     if processes.from_first(target.exists()):
         return
     with processes.together(), written(target) as temporary:
-        write_whole(place(temporary, WEIGHTS), ((w.name, w, tensors[w.name]) for w in trained.weights))
+        write_whole(place(temporary, WEIGHTS), model_parts(trained, tensors))
         if temporary is not None:
             write_json(temporary / "best.json", {"step": progress.step, "value": progress.best_value})
             write_sums(temporary)
@@ -129,6 +129,12 @@ def written(target: Path) -> contextlib.AbstractContextManager[Path | None]:
 
 def place(folder: Path | None, name: str) -> Path | None:
     return None if folder is None else folder / name
+
+
+def model_parts(trained: Trained, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, TrainedWeight | None, Tensor]]:
+    """Every tensor of a model whose weights have these parts here, as `write_whole` takes it."""
+    yield from ((weight.name, weight, parts[weight.name]) for weight in trained.weights)
+    yield from ((name, None, tensor) for name, tensor in trained.carried().items())
 
 
 def optimizer_tensors(trained: Trained, optimizers: Optimizers) -> Iterator[tuple[str, TrainedWeight | None, Tensor]]:
@@ -186,7 +192,7 @@ def load_state(
     newest = all_states[-1]  # as the first process sees it: on a shared disk another may not see it yet
     read_weights(trained, newest / WEIGHTS)
     if average and (newest / AVERAGE).exists():  # a run resumed with ema_decay added begins its average here
-        read_parts(newest / AVERAGE, {w.name: (w, average[w.name]) for w in trained.weights})
+        read_parts(newest / AVERAGE, trained, average)
     by_name = {weight.name: weight for weight in trained.weights}
     with safe_open(newest / OPTIMIZER, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
@@ -216,26 +222,31 @@ def remove_bests(folder: Path, step: int) -> None:
 
 def read_weights(trained: Trained, path: Path) -> None:
     """Fills a model from a file of whole tensors."""
-    read_parts(path, {weight.name: (weight, weight.local) for weight in trained.weights})
+    read_parts(path, trained, {weight.name: weight.local for weight in trained.weights})
     trained.moved()
 
 
 @torch.no_grad()
 def fill_weights(trained: Trained, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Fills a model with whole tensors, of which each process takes its rows."""
-    by_name = {weight.name: weight for weight in trained.weights}
+    by_name, carried = {weight.name: weight for weight in trained.weights}, trained.carried()
     for name, tensor in tensors:
-        by_name[name].local.copy_(tensor[by_name[name].rows])
+        if name in carried:
+            carried[name].copy_(tensor)
+        else:
+            by_name[name].local.copy_(tensor[by_name[name].rows])
     trained.moved()
 
 
 @torch.no_grad()
-def read_parts(path: Path, targets: Mapping[str, tuple[TrainedWeight, Tensor]]) -> None:
+def read_parts(path: Path, trained: Trained, parts: Mapping[str, Tensor]) -> None:
+    """Fills the parts of a model's weights that are here, and what it carries."""
     with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        assert names == targets.keys(), f"{path} is of another model"
-        for name, (weight, target) in targets.items():
-            target.copy_(file.get_slice(name)[weight.rows] if weight.shape else file.get_tensor(name))
+        targets = list(model_parts(trained, parts))
+        assert set(file.keys()) == {name for name, _, _ in targets}, f"{path} is of another model"
+        for name, weight, target in targets:
+            rows = weight is not None and weight.shape
+            target.copy_(file.get_slice(name)[weight.rows] if rows else file.get_tensor(name))  # type: ignore[union-attr]
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:

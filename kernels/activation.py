@@ -40,7 +40,7 @@ class TorchRelu2(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        return torch.relu(x).mul_(dy).mul_(2)
+        return relu2_gradient(x, dy)
 
 
 class TorchSwiglu(torch.autograd.Function):
@@ -52,12 +52,24 @@ class TorchSwiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        sigmoid = torch.sigmoid(gate)
-        active = gate * sigmoid
-        dup = active * dy
-        # silu' = sigmoid + silu (1 - sigmoid)
-        dgate = torch.addcmul(active, active, sigmoid, value=-1).add_(sigmoid).mul_(up).mul_(dy)
-        return dgate, dup
+        return swiglu_gradients(gate, up, dy)
+
+
+def relu2_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """The gradient of relu2's x for one of its answer; the shapes are equal."""
+    return relu2_backward_op(x, dy) if takes_triton(x) else torch.relu(x).mul_(dy).mul_(2)
+
+
+def swiglu_gradients(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of swiglu's gate and up for one of its answer; the shapes are equal."""
+    if takes_triton(gate):
+        return swiglu_backward_op(gate, up, dy)
+    sigmoid = torch.sigmoid(gate)
+    active = gate * sigmoid
+    dup = active * dy
+    # silu' = sigmoid + silu (1 - sigmoid)
+    dgate = torch.addcmul(active, active, sigmoid, value=-1).add_(sigmoid).mul_(up).mul_(dy)
+    return dgate, dup
 
 
 def flat_launch(name: str, **tensors: Tensor) -> Launch:

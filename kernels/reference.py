@@ -105,6 +105,21 @@ def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     return gate / (1 + torch.exp(-gate)) * up
 
 
+def expert_mlp_reference(
+    x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor, gate: Tensor | None = None
+) -> Tensor:
+    """sum_k w_tk down_e(act(up_e x_t)), token by token and choice by choice; shapes as in moe.expert_mlp."""
+    outputs = []
+    for t in range(len(x)):
+        y = torch.zeros_like(x[t])
+        for expert, weight in zip(indices[t].tolist(), weights[t], strict=True):
+            hidden = up[expert] @ x[t]
+            active = relu2_reference(hidden) if gate is None else swiglu_reference(gate[expert] @ x[t], hidden)
+            y = y + weight * (down[expert] @ active)
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
 def rotary_reference(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """x [B, T, H, D] at positions [B, T], each pair of channels (i, i + D / 2) a complex number that is turned
     (arXiv 2104.09864, eq. 34)."""

@@ -17,6 +17,8 @@ import enum
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from .config import HybridConfig
 
@@ -45,6 +47,9 @@ AXES: dict[str, AxisRow] = {
         AxisRow("attn_heads", "num_attention_heads", "attention heads", groups="num_key_value_heads"),
         AxisRow("mamba_heads", "mamba_num_heads", "Mamba heads", groups="n_groups"),
         AxisRow("mamba_head_dim", "mamba_head_dim", "Mamba head channels", within="mamba_heads"),
+        AxisRow("experts", "n_routed_experts", "experts", groups="n_group"),
+        AxisRow("expert_ffn", "moe_intermediate_size", "expert neurons"),
+        AxisRow("shared_ffn", "moe_shared_expert_intermediate_size", "shared expert neurons"),
     )
 }
 
@@ -80,7 +85,8 @@ HIDDEN = Axis("hidden")
 
 class Role(enum.Enum):
     """What a tensor is for. A matrix [outputs, inputs] multiplies activations, a table is looked up by token, a norm's
-    weight scales what it has normalised; expert stacks are matrices [experts, outputs, inputs]."""
+    weight scales what it has normalised; expert stacks are matrices [experts, outputs, inputs], a router the matrix
+    [experts, inputs] that chooses among them. A buffer is carried along, and neither counted nor trained."""
 
     MATRIX = "matrix"
     NORM = "norm"
@@ -88,10 +94,15 @@ class Role(enum.Enum):
     TABLE = "table"
     CONVOLUTION = "convolution"
     EXPERTS = "experts"
+    ROUTER = "router"
+    BUFFER = "buffer"
 
 
-MATRICES = (Role.MATRIX, Role.TABLE, Role.EXPERTS)  # multiply activations, or are looked up in: they decay in training
-VECTORS = (Role.NORM, Role.VECTOR)  # float32 in training, and whole in every process
+# Multiply activations, or are looked up in: they decay in training.
+MATRICES = (Role.MATRIX, Role.TABLE, Role.EXPERTS, Role.ROUTER)
+STACKED = (Role.MATRIX, Role.EXPERTS, Role.ROUTER)  # [..., outputs, inputs]
+PRECISE = (Role.ROUTER, Role.BUFFER)  # float32 at least, wherever they are: a choice between near scores hangs on it
+WHOLE = (Role.NORM, Role.VECTOR, *PRECISE)  # float32 in training, and whole in every process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +130,20 @@ class TensorSpec:
     @property
     def reads_stream(self) -> bool:
         """Whether its inputs are the normed residual stream: a matrix with columns on hidden."""
-        return self.role in (Role.MATRIX, Role.EXPERTS) and on_hidden(self.dimensions[-1])
+        return self.role in STACKED and on_hidden(self.dimensions[-1])
 
     @property
     def writes_stream(self) -> bool:
         """Whether its outputs are added to the residual stream: a layer's matrix with rows on hidden."""
-        return self.role in (Role.MATRIX, Role.EXPERTS) and on_hidden(self.dimensions[-2])
+        return self.role in STACKED and on_hidden(self.dimensions[-2])
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype that it has in a model, or a folder, of `dtype`."""
+        return torch.promote_types(dtype, torch.float32) if self.is_precise else dtype
+
+    @property
+    def is_precise(self) -> bool:
+        return self.role in PRECISE
 
 
 Parts = dict[str, tuple[Role, tuple[Dimension, ...]]]  # a layer's tensors by their names below `mixer.`

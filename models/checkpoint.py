@@ -34,7 +34,7 @@ from .families.family import (
 )
 from .folder import atomic_folder, write_json
 from .foreign import SETTINGS, check_regular, read_object
-from .hybrid import HybridLM
+from .hybrid import HybridLM, set_tensor
 from .schema import read_index
 from .shards import INDEX, SHARD_BYTES, SINGLE, Shard, check_disk, main_dtype, plan_shards, write_index
 from .tensors import DTYPES as ALL_DTYPES
@@ -93,6 +93,10 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """One tensor, read from its file. Raises InputError where it holds NaN or infinity."""
         return self.rows(name, 0, None)
+
+    def loaded(self, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """One tensor as a model of `dtype` has it, on a device. Raises InputError as `tensor`."""
+        return self.tensor(name).to(device=device, dtype=tensor_table_of(self.config)[name].dtype(dtype))
 
     def rows(self, name: str, start: int, stop: int | None) -> Tensor:
         """Rows start..stop-1 of one tensor. They lie in the file until they are used. Raises InputError as above."""
@@ -222,13 +226,11 @@ def check_tensor(
 
 
 def load_model(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> HybridLM:
-    """A model from a folder, every weight in `dtype` on `device`, in evaluation mode. Raises InputError."""
+    """A model from a folder, in `dtype` (`TensorSpec.dtype`) on `device`, in evaluation mode. Raises InputError."""
     checkpoint = open_checkpoint(path)
     model = HybridLM(checkpoint.config, device="meta")
     for name in checkpoint.names():
-        place, _, field = name.rpartition(".")
-        weight = checkpoint.tensor(name).to(device=device, dtype=dtype)
-        setattr(model.get_submodule(place), field, torch.nn.Parameter(weight))
+        set_tensor(model, name, checkpoint.loaded(name, dtype, device))
     return model.eval()
 
 

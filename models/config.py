@@ -1,6 +1,6 @@
 """What a hybrid model is: the layer pattern and every width. A pruned model is just another config.
 
-The pattern has one letter a layer (kinds.py), `M` a Mamba-2 mixer, `*` attention, `-` an MLP; each layer is
+The pattern has one letter a layer (kinds.py), `M` a Mamba-2 mixer, `*` attention, `-` an MLP, `E` experts; each is
 x + mixer(RMSNorm(x)). A dense Transformer block is the pattern `*-`.
 """
 
@@ -31,8 +31,8 @@ class HybridConfig:
 
     Widths that a pattern does not use stay 0. The biases are those of all projections of attention, and of the MLP.
     Without `mamba_rms_norm` a Mamba mixer has the gate alone; with it the norm stands after the gate, unless told.
-    `dt_limit` clamps the step after softplus; `extra` carries what the source's config.json says beyond the fields
-    here, so that a rewritten folder keeps it.
+    `dt_limit` clamps the step after softplus; `router` is how experts are chosen (moe.ROUTERS); `extra` carries what
+    the source's config.json says beyond the fields here, so that a rewritten folder keeps it.
 
     Raises InputError from the constructor when the numbers contradict each other.
     """
@@ -63,6 +63,16 @@ class HybridConfig:
     mlp_bias: bool = False
     rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    moe_shared_expert_intermediate_size: int = 0
+    moe_latent_size: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    router: str = "sigmoid"
     tie_word_embeddings: bool = False
     dt_limit: tuple[float, float] = (0.0, math.inf)
     max_position_embeddings: int = 131072
@@ -81,6 +91,10 @@ class HybridConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"config: {name} is {value!r}; the pattern needs a whole number of at least 1")
+        for name in (name for kind in kinds for name in kind.optional):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InputError(f"config: {name} is {value!r}; expected a whole number, 0 for none")
         for kind in kinds:
             kind.check(self)
         if self.rope_theta is not None and self.head_dim % 2:

@@ -166,10 +166,18 @@ class HybridLM(nn.Module):
         return hidden
 
 
+def set_tensor(module: nn.Module, name: str, tensor: Tensor, *, trained: bool = True) -> None:
+    """Puts a tensor in the place of a module's parameter (`trained`: with gradients) or buffer of that name."""
+    place, _, field = name.rpartition(".")
+    owner = module.get_submodule(place)
+    buffers = dict(owner.named_buffers(recurse=False))
+    setattr(owner, field, tensor if field in buffers else nn.Parameter(tensor, requires_grad=trained))
+
+
 @torch.no_grad()
 def initialize(model: HybridLM, generator: torch.Generator, *, std: float = 0.02) -> None:
     """Fills every weight in place: as its kind says, else by its role: norms one, matrices and tables normal(0, std),
-    those that write the residual stream divided by sqrt(layers)."""
+    those that write the residual stream divided by sqrt(layers), buffers zero."""
     table, config = tensor_table(model.config), model.config
     for name, weight in model.named_parameters():
         spec = table[name]
@@ -181,3 +189,5 @@ def initialize(model: HybridLM, generator: torch.Generator, *, std: float = 0.02
             weight.fill_(1)
         else:
             weight.normal_(0, std / math.sqrt(config.num_layers) if spec.writes_stream else std, generator=generator)
+    for buffer in model.buffers():
+        buffer.zero_()

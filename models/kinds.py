@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from . import attention, mamba2, mlp, parallel
+from . import attention, mamba2, mlp, moe, parallel
 from .errors import InputError
 from .layer import LayerKind, ScoreSource
 
-KINDS: dict[str, LayerKind] = {kind.letter: kind for kind in (mamba2.KIND, attention.KIND, mlp.KIND, parallel.KIND)}
+KINDS: dict[str, LayerKind] = {
+    kind.letter: kind for kind in (mamba2.KIND, attention.KIND, mlp.KIND, moe.KIND, parallel.KIND)
+}
 
 
 def kinds_of(pattern: str) -> tuple[LayerKind, ...]:

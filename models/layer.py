@@ -155,6 +155,10 @@ def no_work(config: HybridConfig, context: int) -> float:
     return 0.0
 
 
+def all_of_them(config: HybridConfig) -> tuple[int, int]:
+    return 1, 1
+
+
 def no_label(config: HybridConfig) -> str:
     return ""
 
@@ -164,7 +168,8 @@ class LayerKind:
     """One kind of layer. Tensors go by their names below `mixer.`, axes by those of axes.AXES.
 
     `letter` stands for it in patterns, `name` in tables, `key` in options (min_layers) and metrics. `fields` are the
-    whole numbers of at least 1 that it needs of a config; `check` raises InputError where they contradict each other.
+    whole numbers of at least 1 that it needs of a config, `optional` those that are 0 where a part is not there;
+    `check` raises InputError where they contradict each other.
     """
 
     letter: str
@@ -175,6 +180,7 @@ class LayerKind:
     build: Callable[..., nn.Module]  # (config, layer, device=, dtype=) -> forward(u [B, T, hidden], context)
     writers: Mapping[str, str]  # tensor that writes the residual stream -> activation that it reads
     scores: Mapping[str, ScoreSource]  # axis -> what scores it; an axis within another has no row here
+    optional: tuple[str, ...] = ()
     multipliers: Mapping[str, Callable[[HybridConfig], float]] = dataclasses.field(default_factory=dict)
     norms: Mapping[str, NormSource] = dataclasses.field(default_factory=dict)
     # tensor -> how it is filled at first, where its role does not say
@@ -188,9 +194,11 @@ class LayerKind:
     new_state: Callable[..., LayerState] | None = None
     state_bytes: Callable[[HybridConfig, int, int, int], StateBytes] = no_bytes  # (config, bytes of kv, ssm, conv)
     work: Callable[[HybridConfig, int], float] = no_work  # multiply-adds of a token beside its matrices, at a context
+    # Of its expert stacks a token uses so many, and there are so many: (experts chosen, experts).
+    chosen: Callable[[HybridConfig], tuple[int, int]] = all_of_them
     aligned: tuple[tuple[str, ...], ...] = ()  # products of config fields that kernels like to be multiples of 8
     size_label: Callable[[HybridConfig], str] = no_label  # its widths in a few letters, for the names of candidates
 
     def widths(self) -> tuple[str, ...]:
-        """The config fields among `fields` that count the units of an axis."""
-        return tuple(row.width for row in AXES.values() if row.width in self.fields)
+        """Its config fields that count the units of an axis."""
+        return tuple(row.width for row in AXES.values() if row.width in (*self.fields, *self.optional))

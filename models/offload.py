@@ -20,7 +20,8 @@ from .checkpoint import Checkpoint, load_model, open_checkpoint, row_blocks
 from .config import HybridConfig
 from .cost.parameters import count_parameters
 from .errors import InputError
-from .hybrid import HybridLM, Observe
+from .families.family import tensor_table_of
+from .hybrid import HybridLM, Observe, set_tensor
 from .multipliers import scaled
 
 OFFLOADS = ("auto", "none", "disk")
@@ -110,7 +111,7 @@ class StreamedLayers:
                     ahead.append(reader.submit(self.read, numbers[place + 1]))
                 if layer.ready is not None:  # copied in a stream of its own
                     torch.cuda.current_stream(self.device).wait_event(layer.ready)
-                    for weight in layer.model.layers.parameters():
+                    for weight in (*layer.model.layers.parameters(), *layer.model.layers.buffers()):
                         weight.record_stream(torch.cuda.current_stream(self.device))
                 yield layer
                 layer.model.layers = nn.ModuleList()  # whoever still holds the layer holds no weights
@@ -121,10 +122,8 @@ class StreamedLayers:
         model = HybridLM(alone, device="meta").eval()
         ready = None
         with torch.cuda.stream(self.copies):  # nothing without one
-            for name, _ in list(model.layers[0].named_parameters()):
-                place, _, field = name.rpartition(".")
-                weight = nn.Parameter(self.tensor(f"layers.{number}.{name}"), requires_grad=False)
-                setattr(model.layers[0].get_submodule(place), field, weight)
+            for name in model.layers[0].state_dict():
+                set_tensor(model.layers[0], name, self.tensor(f"layers.{number}.{name}"), trained=False)
             if self.copies is not None:
                 ready = torch.cuda.Event()
                 ready.record(self.copies)
@@ -144,19 +143,19 @@ class StreamedLayers:
         return [scaled(hidden, self.config.multipliers.embedding) for hidden in found]
 
     def tensor(self, name: str) -> Tensor:
-        return self.placed(self.checkpoint.tensor(name))
+        return self.placed(self.checkpoint.tensor(name), tensor_table_of(self.config)[name].dtype(self.dtype))
 
     def head_pieces(self) -> Iterator[tuple[int, Tensor]]:
         name = "embeddings.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         for start in range(0, self.config.vocab_size, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, self.config.vocab_size)
-            yield start, self.placed(self.checkpoint.rows(name, start, stop))
+            yield start, self.placed(self.checkpoint.rows(name, start, stop), self.dtype)
 
-    def placed(self, stored: Tensor) -> Tensor:
-        """On the device, in the dtype; to a GPU through pinned memory, without waiting."""
+    def placed(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """On the device, in a dtype; to a GPU through pinned memory, without waiting."""
         if self.device.type != "cuda":
-            return stored.to(self.device, self.dtype)
-        return stored.pin_memory().to(self.device, non_blocking=True).to(self.dtype)
+            return stored.to(self.device, dtype)
+        return stored.pin_memory().to(self.device, non_blocking=True).to(dtype)
 
 
 def layers_of(model: HybridLM | Layers) -> Layers:

@@ -12,7 +12,7 @@ import torch
 
 from .config import HybridConfig
 from .errors import DiskError
-from .families.family import stored_tensors
+from .families.family import stored_tensors, tensor_table_of
 from .folder import write_json
 from .tensors import Form
 
@@ -37,9 +37,11 @@ def plan_shards(
 ) -> tuple[Shard, ...]:
     """The files of a checkpoint: its tensors in the table's order, as many to a file as `max_shard_bytes` hold."""
     groups: list[dict[str, Form]] = [{}]
+    table = tensor_table_of(config)
     filled = 0
     for name, tensor in stored_tensors(config).items():
-        dtype = dtypes[tensor.pieces[0].ours] if isinstance(dtypes, Mapping) else dtypes
+        ours = tensor.pieces[0].ours
+        dtype = dtypes[ours] if isinstance(dtypes, Mapping) else table[ours].dtype(dtypes)
         size = math.prod(tensor.shape) * dtype.itemsize
         if groups[-1] and filled + size > max_shard_bytes:
             groups.append({})

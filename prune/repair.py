@@ -223,7 +223,7 @@ class LayerwiseRepair:
         if self.repair.least_squares and not resumed:
             # Norms, readers, writers, in this order: each is fitted on what the ones before it make of the stream.
             self.refit_readers(place, weights)
-            self.refit_writers(original, pruned, weights)
+            self.refit_writers(place, original, pruned, weights)
         else:
             self.original.advance(original)
         for name in names:
@@ -274,15 +274,19 @@ class LayerwiseRepair:
             if spec.layer == place and spec.reads_stream:
                 weights[name.split(".", 2)[2]].copy_(self.through(mapping, name))
 
-    def refit_writers(self, original: HybridLM, pruned: HybridLM, weights: Mapping[str, Tensor]) -> None:
+    def refit_writers(self, place: int, original: HybridLM, pruned: HybridLM, weights: Mapping[str, Tensor]) -> None:
         """Refits, in place, the matrices that lead a layer back into the stream, and moves the original's streams on.
 
         The target is where the original's stream is after the layer, less where the pruned one's is before it: beside
         the layer's own part the errors of the layers before, and whole layers that were removed. Several writers add
         up, so that they are one matrix on their inputs side by side: the joint fit is never worse than one after the
-        other, and asks for no order among them.
+        other, and asks for no order among them. What the layer adds by other ways, as experts do, stays as it is.
         """
-        writers = {f"mixer.{name}": observed for name, observed in pruned.config.kinds[0].writers.items()}
+        known = {f"mixer.{name}": observed for name, observed in pruned.config.kinds[0].writers.items()}
+        writers = {name: observed for name, observed in known.items() if name in weights}
+        others = any(s.writes_stream and s.part not in writers for s in self.smaller_table.values() if s.layer == place)
+        if not writers:
+            return self.original.advance(original)
         sizes = [weights[name].shape[1] for name in writers]
         # What a writer gives is multiplied and added: its inputs are multiplied instead, and its bias is taken off.
         factors = [self.writer_multiplier(pruned, name) for name in writers]
@@ -290,13 +294,16 @@ class LayerwiseRepair:
         for name, factor in zip(writers, factors, strict=True):
             if (bias := name.replace(".weight", ".bias")) in weights:
                 biases = biases + factor * weights[bias]
-        fit = RidgeFit()
+        fit, whole = RidgeFit(), torch.cat([weights[name] for name in writers], 1)
         for number, mask in enumerate(self.original.mask):
-            seen = self.pruned.output(pruned, number)[1]
+            stream, seen = self.pruned.output(pruned, number)
             inputs = torch.cat([scaled(seen[o], by) for o, by in zip(writers.values(), factors, strict=True)], 1)
             ahead = self.original.hidden[number] = self.original.output(original, number)[0]
-            fit.add(ahead[mask][:, self.kept] - self.pruned.hidden[number][mask] - biases, inputs)
-        joint = fit.solve(torch.cat([weights[name] for name in writers], 1), self.repair.ridge, sizes)
+            target = ahead[mask][:, self.kept] - self.pruned.hidden[number][mask] - biases
+            if others:
+                target -= (stream - self.pruned.hidden[number])[mask] - biases - inputs @ whole.T
+            fit.add(target, inputs)
+        joint = fit.solve(whole, self.repair.ridge, sizes)
         for name, part in zip(writers, joint.split(sizes, 1), strict=True):
             weights[name].copy_(part)
 

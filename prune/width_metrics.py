@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..models import processes
-from ..models.axes import HIDDEN, MATRICES, Axis, segment_size, tensor_table
+from ..models.axes import HIDDEN, MATRICES, Axis, Role, TensorSpec, segment_size, tensor_table
 from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
@@ -226,7 +226,7 @@ def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_readers: b
             continue
         sums = square_sums(get_tensor(tensor.name))
         for number, dimension in enumerate(tensor.dimensions):
-            if only_readers and not (tensor.role in MATRICES and number == len(tensor.dimensions) - 1):
+            if only_readers and not reads_units(tensor, number):
                 continue
             segments = sums[number].split([segment_size(segment) for segment in dimension])
             for segment, values in zip(dimension, segments, strict=True):
@@ -243,6 +243,14 @@ def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_readers: b
                     factors = factors[:, None] / target.shape[1]
                 target += factors
     return {axis: value.sqrt() for axis, value in squares.items()}
+
+
+def reads_units(tensor: TensorSpec, number: int) -> bool:
+    """Whether a tensor reads the units along its dimension `number`: a matrix those of its columns, and the last stack
+    of experts the experts."""
+    own = tensor.dimensions[-1][0][0].axis
+    last = tensor.role is Role.EXPERTS and own is not None and own != HIDDEN
+    return tensor.role in MATRICES and (number == len(tensor.dimensions) - 1 or (last and number == 0))
 
 
 def square_sums(tensor: Tensor) -> list[Tensor]:

@@ -47,8 +47,23 @@ TINY: dict[str, Any] = {
 }
 
 
+EXPERTS: dict[str, Any] = {
+    "pattern": "ME*E-E",
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "moe_shared_expert_intermediate_size": 20,
+    "routed_scaling_factor": 2.5,
+}
+
+
 def tiny_config(**changes: Any) -> HybridConfig:
     return HybridConfig(**(TINY | changes))
+
+
+def moe_config(**changes: Any) -> HybridConfig:
+    """The tiny model with experts."""
+    return tiny_config(**(EXPERTS | changes))
 
 
 def random_config(seed: int) -> HybridConfig:
@@ -115,6 +130,8 @@ def random_model(config: HybridConfig, seed: int = 0, dtype: torch.dtype = torch
         for name, weight in model.named_parameters():
             if name.endswith((".D", "norm.weight", "norm_f.weight")):
                 weight.uniform_(0.5, 1.5, generator=generator)
+        for buffer in model.buffers():
+            buffer.normal_(0, 0.2, generator=generator)
     return model.eval()
 
 

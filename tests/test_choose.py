@@ -32,7 +32,7 @@ def test_no_target_keeps_everything() -> None:
     config = tiny_config()
     selection = select(config, RandomScores(0).scores(config), (), Target())
     assert selection.layers == tuple(range(6)) and selection.kept == {}
-    same = Target(6, **{row.width: getattr(config, row.width) for row in AXES.values()})
+    same = Target(6, **{row.width: size for row in AXES.values() if (size := getattr(config, row.width))})
     selection = select(config, RandomScores(0).scores(config), (), same)
     assert selection.kept == {axis: tuple(range(size)) for axis, size in axis_sizes(config).items()}
 

@@ -21,7 +21,9 @@ from limbeck.scripts.run.resolve import model_config, model_names
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
 
 PUBLISHED = {"nemotron-nano-12b-v2": (12_310_001_152, 369), "nemotron-nano-9b-v2": (8_888_227_328, 341),
-             "qwen3-8b": (8_190_735_360, 399), "smollm2-135m": (134_515_008, 272)}  # fmt: skip
+             "qwen3-8b": (8_190_735_360, 399), "smollm2-135m": (134_515_008, 272),
+             "nemotron-3-nano-30b-a3b": (31_577_937_344, 6243), "nemotron-3-nano-4b": (3_973_556_832, 263),
+             "nemotron-3-super-120b-a12b": (120_668_687_360, 41_643)}  # fmt: skip
 
 
 def closed_formula(c: HybridConfig) -> int:
@@ -32,7 +34,9 @@ def closed_formula(c: HybridConfig) -> int:
     nq, nkv = c.num_attention_heads, c.num_key_value_heads
     attention = h * (nq + 2 * nkv) * c.head_dim + nq * c.head_dim * h + h + 2 * c.head_dim * c.qk_norm
     mlp = (2 + c.gated_mlp) * h * c.intermediate_size + h
-    kinds = {"M": mamba, "*": attention, "-": mlp}
+    width, shared = c.moe_latent_size or h, 2 * h * (c.moe_shared_expert_intermediate_size + c.moe_latent_size)
+    experts = h + c.n_routed_experts * (h + 2 * c.moe_intermediate_size * width) + shared
+    kinds = {"M": mamba, "*": attention, "-": mlp, "E": experts}
     return sum(kinds[letter] for letter in c.pattern) + h + (2 - c.tie_word_embeddings) * c.vocab_size * h
 
 
@@ -93,7 +97,7 @@ def test_every_spelling_is_read_alike(other: dict[str, Any]) -> None:
     (
         ({"hybrid_override_pattern": None}, "no layer pattern"),
         ({"hybrid_override_pattern": "M-X*-M"}, "'X'"),
-        ({"hybrid_override_pattern": "ME"}, "mixture of experts"),
+        ({"hybrid_override_pattern": "ME", "num_hidden_layers": 2}, "n_routed_experts|needs a width"),
         ({"hybrid_override_pattern": "M-", "layers_block_type": ["mlp", "mlp"], "num_hidden_layers": 2}, "disagree"),
         ({"num_hidden_layers": 7}, "7"),
         ({"mamba_num_heads": 7}, "7"),
@@ -223,4 +227,4 @@ def test_generate_refuses(wrong: dict[str, Any]) -> None:
 
 
 def test_named_configs_are_read() -> None:
-    assert {model_config(name).num_layers for name in model_names()} == {62, 56, 52, 12, 72, 60}
+    assert {model_config(name).num_layers for name in model_names()} == {62, 56, 52, 12, 72, 60, 88, 42}

@@ -17,7 +17,7 @@ import torch
 from ..config import HybridConfig
 from ..layer import StateBytes
 from .hardware import Place, check_load, libraries
-from .parameters import count_parameters
+from .parameters import weight_bytes
 from .trace import transient
 from .vllm import VllmReport, allocate
 
@@ -96,7 +96,7 @@ def memory(
     states = layer_states(config, kv_type, ssm_dtype, conv_type)
     fixed = [state.ssm + state.conv for state in states if state.ssm + state.conv]
     growing = [state.token for state in states if state.token]
-    weights = count_parameters(config) * weight_dtype.itemsize
+    weights = weight_bytes(config, weight_dtype)
     headroom = None if budget is None else budget - weights
     report = MemoryReport(
         context=context,

@@ -5,35 +5,86 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Mapping
+from typing import NamedTuple
 
-from ..axes import MATRICES, tensor_table
+import torch
+
+from ..axes import MATRICES, Role, tensor_table
 from ..config import HybridConfig
+from ..families.family import stored_tensors
+
+
+class KindSize(NamedTuple):
+    """Of one layer: `parameters`, those of the `matrices` among them, and those of the `experts` among these, of which
+    a token uses a share; `wide` numbers, buffers among them, are float32 at least (`axes.PRECISE`), `buffers` no
+    parameters."""
+
+    parameters: int = 0
+    matrices: int = 0
+    experts: int = 0
+    wide: int = 0
+    buffers: int = 0
 
 
 def count_parameters(config: HybridConfig) -> int:
     """Parameters, summed over the table of axes."""
-    return sum(config.pattern.count(kind) * numel if kind else numel for kind, (numel, _) in kind_sizes(config).items())
+    return sum(size.parameters * count for size, count in counted(config))
 
 
-def kind_sizes(config: HybridConfig) -> Mapping[str, tuple[int, int]]:
-    """Elements of all tensors, and of the matrices among them: of one layer of each kind by its letter, and of what
-    is outside of the layers under "". Layers of a kind are alike, so that the table is made of one of each."""
+def count_active(config: HybridConfig) -> int:
+    """Parameters that a token meets, embedding and head included: of the experts those that it chooses."""
+    return round(count_parameters(config) - unused(config, 1))
+
+
+def unused(config: HybridConfig, tokens: int) -> float:
+    """Parameters of the experts that none of so many tokens chooses, on average and each choice as likely as any other:
+    of E experts, k a token, each is left by all of them with probability (1 - k / E)^tokens."""
+    sizes, left = kind_sizes(config), 0.0
+    for kind in dict.fromkeys(config.kinds):
+        chosen, experts = kind.chosen(config)
+        left += config.pattern.count(kind.letter) * sizes[kind.letter].experts * (1 - chosen / experts) ** tokens
+    return left
+
+
+def weight_bytes(config: HybridConfig, dtype: torch.dtype) -> int:
+    """Bytes of all weights and buffers of a model in a dtype."""
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    return sum(
+        ((size.parameters + size.buffers - size.wide) * dtype.itemsize + size.wide * wide) * count
+        for size, count in counted(config)
+    )
+
+
+def counted(config: HybridConfig) -> list[tuple[KindSize, int]]:
+    """The sizes of all parts, and how many there are of each."""
+    return [(size, config.pattern.count(kind) if kind else 1) for kind, size in kind_sizes(config).items()]
+
+
+def kind_sizes(config: HybridConfig) -> Mapping[str, KindSize]:
+    """The size of one layer of each kind by its letter, and of what is outside of the layers under "". Layers of a kind
+    are alike, so that the table is made of one of each."""
     kinds = "".join(sorted(set(config.pattern)))
     return shape_sizes(config.replace(pattern=kinds, bos_token_id=None, eos_token_id=None, pad_token_id=None))
 
 
 @functools.lru_cache(maxsize=1024)
-def shape_sizes(config: HybridConfig) -> Mapping[str, tuple[int, int]]:
+def shape_sizes(config: HybridConfig) -> Mapping[str, KindSize]:
     """`kind_sizes` of a config whose pattern names each kind once; a search asks for thousands, many of them alike."""
-    sizes = dict.fromkeys(("", *config.pattern), (0, 0))
+    sizes = dict.fromkeys(("", *config.pattern), KindSize())
     for tensor in tensor_table(config).values():
         kind = "" if tensor.layer is None else config.pattern[tensor.layer]
-        numel, matrices = sizes[kind]
-        size = tensor.numel
-        sizes[kind] = numel + size, matrices + (size if tensor.role in MATRICES else 0)
+        size, buffer = tensor.numel, tensor.role is Role.BUFFER
+        own = KindSize(
+            0 if buffer else size,
+            size if tensor.role in MATRICES else 0,
+            size if tensor.role is Role.EXPERTS else 0,
+            size if tensor.is_precise else 0,
+            size if buffer else 0,
+        )
+        sizes[kind] = KindSize(*(one + other for one, other in zip(sizes[kind], own, strict=True)))
     return types.MappingProxyType(sizes)
 
 
 def num_tensors(config: HybridConfig) -> int:
     """Tensors of a checkpoint of this config."""
-    return len(tensor_table(config))
+    return len(stored_tensors(config))

@@ -45,6 +45,8 @@ def random_model(config: HybridConfig, dtype: torch.dtype, device: torch.device,
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(torch.empty_like(weight, device=device), requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty_like(buffer, device=device))
     initialize(model, torch.Generator(device=device).manual_seed(seed))
     return model.eval()
 
@@ -77,7 +79,7 @@ def measure(
     if not 0 <= steps < context:
         raise InputError(f"measurement: {steps} steps leave no prompt of {context} tokens")
     head = model.head_weight
-    weights = sum(weight.untyped_storage().nbytes() for weight in model.parameters())
+    weights = sum(tensor.untyped_storage().nbytes() for tensor in (*model.parameters(), *model.buffers()))
     if head.device.type == "cuda":
         with capped(head.device, cap):
             torch.cuda.reset_peak_memory_stats(head.device)

@@ -139,6 +139,8 @@ def without_memory(model: HybridLM, device: str) -> HybridLM:
         for name, weight in module.named_parameters(recurse=False):
             fake = torch.empty(weight.shape, dtype=weight.dtype, device=device)
             module.register_parameter(name, nn.Parameter(fake, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
     return model
 
 

@@ -11,15 +11,15 @@ from ..config import HybridConfig
 from ..errors import InputError
 from .hardware import Hardware
 from .inference import memory, verdict
-from .parameters import kind_sizes
+from .parameters import kind_sizes, unused, weight_bytes
 
 
 def flops_per_token(config: HybridConfig, context: int) -> float:
     """FLOPs (a multiply-add is two) of one token's forward pass in a sequence of `context` tokens: every matrix
-    product, attention to half of the context on average, and the SSD scan in chunks. Embedding look-ups and
-    element-wise work do not count."""
-    products = config.vocab_size * config.hidden_size
-    products += sum(config.pattern.count(kind) * size for kind, (_, size) in kind_sizes(config).items() if kind)
+    product (of experts those that are chosen), attention to half of the context on average, and the SSD scan in chunks.
+    Embedding look-ups and element-wise work do not count."""
+    products = config.vocab_size * config.hidden_size - unused(config, 1)
+    products += sum(config.pattern.count(kind) * size.matrices for kind, size in kind_sizes(config).items() if kind)
     return 2.0 * (products + sum(kind.work(config, context) for kind in config.kinds))
 
 
@@ -53,9 +53,9 @@ def throughput(
     None, for as many as fit `budget` (bytes) at full length (one, where a model has no caches).
 
     Prefill and every decoding step take whichever is longer: their FLOPs at compute_efficiency x the card's bf16
-    rate, or their bytes at bandwidth_efficiency x its bandwidth. A step reads all weights but the embedding (of which
-    it needs a row a sequence), reads the keys and values so far, and reads and writes the SSM and convolution states;
-    prefill reads the weights once, and the head works on the last token alone. Launches, sampling and the scheduler
+    rate, or their bytes at bandwidth_efficiency x its bandwidth. A step reads the weights (`weights_read`) and the keys
+    and values so far, and reads and writes the SSM and convolution states; prefill reads the weights once, and the head
+    works on the last token alone. Launches, sampling and the scheduler
     are not in it: it ranks configs on one card, and says nothing of a serving stack. The default efficiencies are
     assumptions, the bandwidth's such that the published 9B comes out within 2% of the 156.42 tokens/s measured on an
     A10G (arXiv 2508.14444: 8k in, 16k out, batch 8).
@@ -86,13 +86,19 @@ def throughput(
     bandwidth, middle = hardware.bandwidth_gb_s * 1e9 * bandwidth_efficiency, input_tokens + output_tokens // 2
     report = memory(config, middle, batch, chunk=None, **dtypes)
     head = config.vocab_size * config.hidden_size
-    weights = report.weights - head * weight_dtype.itemsize * (not config.tie_word_embeddings)
     prefill_flops = input_tokens * (flops_per_token(config, input_tokens) - 2.0 * head) + 2.0 * head
-    prefill = max(batch * prefill_flops / rate, weights / bandwidth)
+    prefill = max(batch * prefill_flops / rate, weights_read(config, weight_dtype, batch * input_tokens) / bandwidth)
     # A step's attention looks back on all of the context, a prefill's on half of it: hence twice.
     step_flops = batch * flops_per_token(config, 2 * middle)
-    step = max(step_flops / rate, (weights + report.kv + 2 * (report.ssm + report.conv)) / bandwidth)
+    step_bytes = weights_read(config, weight_dtype, batch) + report.kv + 2 * (report.ssm + report.conv)
+    step = max(step_flops / rate, step_bytes / bandwidth)
     return Throughput(batch, batch * output_tokens / (prefill + output_tokens * step), prefill, step)
+
+
+def weights_read(config: HybridConfig, dtype: torch.dtype, tokens: int) -> float:
+    """Bytes of weights that a pass of so many tokens reads: all but the embedding and the experts that none chooses."""
+    head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return weight_bytes(config, dtype) - (head + unused(config, tokens)) * dtype.itemsize
 
 
 def largest_batch_of(config: HybridConfig, context: int, budget: float | None, dtypes: Any) -> int:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...kernels.linear_kl import linear_cross_entropy, linear_kl
 from ...kernels.linear_topk_kl import TopK, linear_topk_kl
 from ...kernels.tracing import tracing
-from ..axes import VECTORS, tensor_table
+from ..axes import WHOLE, tensor_table
 from ..config import HybridConfig
 from ..hybrid import HybridLM
 from .hardware import Place
@@ -141,7 +141,7 @@ def mind(model: HybridLM, load: StepLoad) -> None:
     table = tensor_table(model.config)
     for path, weight in list(model.named_parameters()):
         place, _, field = path.rpartition(".")
-        dtype = load.stored if table[path].role in VECTORS else load.dtype
+        dtype = load.stored if table[path].role in WHOLE else load.dtype
         setattr(model.get_submodule(place), field, nn.Parameter(weight.detach().to(dtype)))
     given: dict[nn.Parameter, Tensor] = {}
     for block in model.layers:

@@ -151,7 +151,7 @@ def standing(student: HybridConfig, teacher: HybridConfig | None, training: Trai
     """What is there between the steps."""
     size, single, stored = count_parameters(student), 0, training.stored
     if training.optimizer == "muon":
-        single = sum(kind_sizes(student)[letter][1] for letter in student.pattern)
+        single = sum(kind_sizes(student)[letter].matrices for letter in student.pattern)
     narrow = training.width < stored
     held = 0 if teacher is None or training.teacher_offload else count_parameters(teacher)
     return {
@@ -178,7 +178,7 @@ def moments_of(
     before = gradients if training.accumulates else 0
     apart, target, load = training.processes > 1, 0, training.load(teacher)
     whole = pieces(student, b) if apart else 0
-    turned = 2 * whole + max(sizes[kind][0] for kind in student.pattern) * stored * apart
+    turned = 2 * whole + max(sizes[kind].parameters for kind in student.pattern) * stored * apart
     if teacher is not None:
         c, away = training.teacher_dtype.itemsize, apart or training.teacher_offload
         target = teacher.vocab_size * teacher.hidden_size * c * away
@@ -199,7 +199,7 @@ def moments_of(
     done = 0 if student.tie_word_embeddings else head * stored
     for layer in reversed(range(student.num_layers)):
         kind = student.pattern[layer]
-        done += sizes[kind][0] * stored
+        done += sizes[kind].parameters * stored
         yield (
             f"layer {layer} ({kind}) backward",
             {
@@ -223,7 +223,7 @@ def moments_of(
 
 def pieces(config: HybridConfig, width: int) -> int:
     """The two largest blocks and the head, in one piece."""
-    sizes = sorted(kind_sizes(config)[letter][0] for letter in config.pattern)
+    sizes = sorted(kind_sizes(config)[letter].parameters for letter in config.pattern)
     return width * (config.vocab_size * config.hidden_size + sum(sizes[-2:]))
 
 

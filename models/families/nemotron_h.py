@@ -1,13 +1,13 @@
-"""Nemotron-H and Nemotron Nano 2, as published on the hub and as transformers (>= 5) writes them."""
+"""Nemotron-H, Nemotron Nano 2 and Nemotron 3, as published on the hub and as transformers (>= 5) writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import attention, mamba2, mlp
+from .. import attention, mamba2, mlp, moe
 from ..errors import InputError
-from .family import PLAIN, Family
+from .family import PLAIN, Family, Units
 from .spelling import TIME_STEP_LIMIT, read_fields, read_limit, refuse_biases, unread, write_limit
 
 if TYPE_CHECKING:
@@ -35,11 +35,23 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "eos_token_id": ("eos_token_id",),
     "pad_token_id": ("pad_token_id",),
 }
-MAMBA, ATTENTION, DENSE = (kind.KIND.letter for kind in (mamba2, attention, mlp))
+# What a config.json has of experts; without such layers it stays what it is, for readers whose defaults differ.
+EXPERT_SPELLINGS: dict[str, tuple[str, ...]] = {
+    "n_routed_experts": ("n_routed_experts", "num_local_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok",),
+    "moe_intermediate_size": ("moe_intermediate_size",),
+    "moe_shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size",),
+    "moe_latent_size": ("moe_latent_size",),
+    "n_group": ("n_group",),
+    "topk_group": ("topk_group",),
+    "norm_topk_prob": ("norm_topk_prob",),
+    "routed_scaling_factor": ("routed_scaling_factor",),
+}
+MAMBA, ATTENTION, DENSE, MIXTURE = (kind.KIND.letter for kind in (mamba2, attention, mlp, moe))
 LAYER_TYPES = {
     "mamba": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION, "full_attention": ATTENTION, "mlp": DENSE,
+    "moe": MIXTURE,
 }  # fmt: skip
-MIXTURE = "E"  # of experts, which is read by name in order to be refused by name
 TIME_STEP_LIMITS = (TIME_STEP_LIMIT, "mamba_dt_limit")
 BIASES = ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
 LAYER = "backbone.layers.{block}."
@@ -48,14 +60,31 @@ LAYER = "backbone.layers.{block}."
 def read_nemotron_h(hf: Mapping[str, Any]) -> dict[str, Any]:
     pattern = read_pattern(hf)
     fields: dict[str, Any] = {"family": "nemotron_h", "pattern": pattern}
-    fields |= read_fields(hf, SPELLINGS, pattern, {})
+    known, defaults = dict(SPELLINGS), dict[str, Any]()
+    if MIXTURE in pattern:
+        known |= EXPERT_SPELLINGS
+        defaults = {"n_group": 1, "topk_group": 1}
+        check_shared(hf)
+    fields |= read_fields(hf, known, pattern, defaults)
     refuse_biases(hf, BIASES)
     for name, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
         if hf.get(name, expected) != expected:
             raise InputError(f"config: {name}={hf[name]!r}; nemotron_h has {expected!r}")
     fields |= read_limit(hf, *TIME_STEP_LIMITS)
-    fields["extra"] = unread(hf, SPELLINGS, "num_hidden_layers", *TIME_STEP_LIMITS)
+    fields["extra"] = unread(hf, known, "num_hidden_layers", *TIME_STEP_LIMITS)
     return fields
+
+
+def check_shared(hf: Mapping[str, Any]) -> None:
+    """Raises InputError unless there is one shared expert: of several, readers make different widths (transformers
+    one's, vLLM that times their number)."""
+    count, width = hf.get("n_shared_experts", 1), hf.get("moe_shared_expert_intermediate_size")
+    if count != 1:
+        raise InputError(f"config: n_shared_experts is {count!r}; expected 1, a single one of their whole width")
+    if not width:
+        raise InputError(
+            f"config: moe_shared_expert_intermediate_size is {width!r}; nemotron_h's shared expert needs a width"
+        )
 
 
 def read_pattern(hf: Mapping[str, Any]) -> str:
@@ -65,8 +94,6 @@ def read_pattern(hf: Mapping[str, Any]) -> str:
     if text is not None:
         if not isinstance(text, str):
             raise InputError(f"config: hybrid_override_pattern is {text!r}; expected a text such as 'M-M*-'")
-        if MIXTURE in text:
-            raise InputError("config: hybrid_override_pattern has 'E' (mixture of experts), which is not supported")
         spelled["hybrid_override_pattern"] = text
     for name in ("layers_block_type", "layer_types"):
         types = hf.get(name)
@@ -96,7 +123,16 @@ def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
         "mamba_hidden_act": "silu",
     }
     hf |= dict.fromkeys(BIASES, False)
-    for field, spellings in SPELLINGS.items():
+    known = dict(SPELLINGS)
+    if MIXTURE in config.pattern:
+        known |= EXPERT_SPELLINGS
+        hf["n_shared_experts"] = 1
+        if not config.moe_shared_expert_intermediate_size:
+            raise InputError(
+                "config: moe_shared_expert_intermediate_size is 0; nemotron_h has a shared expert in each layer of"
+                " experts, expected at least 1"
+            )
+    for field, spellings in known.items():
         value = getattr(config, field)
         # A width that the pattern does not use is left to the reader's default: 0 heads would not be valid there.
         if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
@@ -115,9 +151,9 @@ FAMILY = Family(
     write_nemotron_h,
     "NemotronHForCausalLM",
     fixed={"activation": "relu2", "gated_mlp": False, "qk_norm": False, "rope_theta": None, "attention_bias": False,
-           "mlp_bias": False, **PLAIN},
+           "mlp_bias": False, "router": "sigmoid", **PLAIN},
     prefixes=("backbone.", "model."),
-    spellings=SPELLINGS,
+    spellings=SPELLINGS | EXPERT_SPELLINGS,
     outer={
         "embeddings.weight": "backbone.embeddings.weight",
         "norm_f.weight": "backbone.norm_f.weight",
@@ -128,5 +164,9 @@ FAMILY = Family(
                      "out_proj.weight"),
         ATTENTION: mixer("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
         DENSE: mixer("up_proj.weight", "down_proj.weight"),
+        MIXTURE: mixer("gate.weight", "gate.e_score_correction_bias", "shared_experts.up_proj.weight",
+                       "shared_experts.down_proj.weight", "fc1_latent_proj.weight", "fc2_latent_proj.weight")
+        | {f"mixer.experts.{end}_proj": Units(LAYER + "mixer.experts.{unit}." + end + "_proj.weight")
+           for end in ("up", "down")},
     },
 )  # fmt: skip

@@ -123,7 +123,8 @@ def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, 
         bar.set(len(columns))
     budget = gib(fit.budget(hardware))
     title = f"Dry run: {fit.of(config).length:,} tokens x {fit.batch} within {budget} of {hardware.name}"
-    table(title, ["", *names], [(row, *(values[row] for values in columns)) for row in columns[0]])
+    rows = [(row, *(values[row] for values in columns)) for row in columns[0]]
+    table(title, ["", *names], [row for row in rows if set(row[1:]) != {"-"}])  # no widths that no model has
     if len(patterns) > 1:
         say("Which layers go is known once they are scored; from and to are the least and the most that can be left.")
     for one in rounds:

@@ -1,0 +1,64 @@
+"""Products over groups of rows (moe.py) in torch: group after group on a CPU, by torch's grouped product on a GPU.
+
+Shapes: [m] rows, [E] groups, `ends` [E] (int32) where each ends; [N] outputs, [K] inputs of a group's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .launch import capability
+
+ALIGNED = 8  # numbers of bfloat16 that torch's grouped product wants rows to be multiples of: 16 bytes
+
+
+def groups_of_rows(ends: Tensor) -> Iterator[tuple[int, int, int]]:
+    """(group, first row, end) of the groups that have rows; the only look at where they end from the host."""
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        if end > start:
+            yield group, start, end
+        start = end
+
+
+def segment_product(x: Tensor, weight: Tensor, ends: Tensor, turned: bool) -> Tensor:
+    """`moe.grouped_product`, group after group; a group without rows is not read."""
+    y = x.new_empty(len(x), weight.shape[2 if turned else 1])
+    for group, start, end in groups_of_rows(ends):
+        matrix = weight[group] if turned else weight[group].mT
+        torch.mm(x[start:end], matrix, out=y[start:end])
+    return y
+
+
+def segment_gradient(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """`moe.grouped_gradient`, group after group."""
+    gradient = x.new_zeros(len(ends), y.shape[1], x.shape[1])
+    for group, start, end in groups_of_rows(ends):
+        torch.mm(y[start:end].mT, x[start:end], out=gradient[group])
+    return gradient
+
+
+def takes_torch_grouped(*operands: Tensor) -> bool:
+    """Whether torch's grouped product takes these: bfloat16 on a GPU from compute capability 8.0 on, aligned."""
+    if not operands[0].is_cuda or not hasattr(F, "grouped_mm") or capability(operands[0].device) < 80:
+        return False
+    return all(
+        tensor.dtype == torch.bfloat16
+        and tensor.is_contiguous()
+        and not any(size % ALIGNED for size in tensor.shape[1:])
+        for tensor in operands
+    )
+
+
+def torch_product(x: Tensor, weight: Tensor, ends: Tensor, turned: bool) -> Tensor:
+    """`moe.grouped_product` by torch's."""
+    return F.grouped_mm(x, weight if turned else weight.mT, offs=ends)
+
+
+def torch_gradient(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """`moe.grouped_gradient` by torch's: groups lie along the dimension that is summed over."""
+    return F.grouped_mm(y.mT, x, offs=ends)
