@@ -180,7 +180,7 @@ def load_state(
     of metrics.jsonl are those that were saved with it."""
     with processes.together():
         if processes.rank() == 0:
-            for leftover in (*folder.glob(".*.partial"), *folder.glob(".*.lock")):
+            for leftover in (*folder.glob(".*.partial"), *folder.glob(".*.writing")):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             drop_damaged(folder, say)
             kept = states(folder)

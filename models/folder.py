@@ -26,7 +26,7 @@ def owned(path: Path) -> Iterator[bool]:
 
     Raises InputError where another process has the lock, or the place cannot be written.
     """
-    place = path.with_name(f".{path.name}.lock")
+    place = path.with_name(f".{path.name}.writing")
     left, lock = place.exists(), FileLock(place, timeout=0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from ...models.dtype_names import dtype_name
 from ...models.errors import InputError
 from ...models.errors import guess as guess
+from .outside import is_own_recipe, own_recipes, searched
 
 CONF = Path(__file__).parents[2] / "conf"
 # Paths, names and prompts are meant as the shell passes them, parentheses, quotes and all: Hydra's grammar does not
@@ -29,24 +30,60 @@ BASES = {"train-fit": "compress"}  # whose options and recipes a command takes b
 Options = TypeVar("Options")
 
 
-def compose_config(command: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed config of a command as plain dicts. Raises InputError, in one line, for what Hydra refuses."""
+def compose_config(
+    command: str, overrides: Sequence[str], folders: Sequence[Path] = (), *, complete: bool = True
+) -> dict[str, Any]:
+    """The composed config of a command as plain dicts; `folders` hold choices of groups beside those of conf/. What is
+    not `complete` may lack options (`???`). Raises InputError, in one line, for what Hydra refuses."""
     from omegaconf import OmegaConf
 
-    texts, words = split_verbatim(command, overrides)
-    with explained(command, words):
-        config = hydra_config(command, words)
+    texts, words = split_verbatim(command, overrides, folders=folders)
+    with own_recipes(words) as (named, own), explained(command, words):
+        config = layered(command, named, [*folders, *own])
         for key in texts:
-            if key not in config.keys():  # noqa: SIM118 - `in` is false for a missing value
-                raise no_option(command, key)
-            if OmegaConf.is_missing(config, key):
-                config[key] = ""
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            top, _, below = key.partition(".")
+            if top not in config.keys() or (below and not OmegaConf.is_dict(config[top])):  # noqa: SIM118 - `in` is
+                raise no_option(command, key)  # false for a missing value
+            if OmegaConf.is_missing(config, top):
+                config[top] = ""
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
     assert isinstance(content, dict)
     content.pop("recipe", None)
+    return typing.cast(dict[str, Any], with_dtypes(with_texts(content, texts)))
+
+
+def with_texts(content: dict[Any, Any], texts: Mapping[str, str]) -> dict[Any, Any]:
+    """The content with texts that were taken as they are; `student.NAME` is one of the mapping `student`."""
     for key, value in texts.items():
-        content[key] = None if value == "null" and content[key] is None else value
-    return typing.cast(dict[str, Any], with_dtypes(content))
+        top, _, below = key.partition(".")
+        if below:
+            content[top] = {**content[top], below: value}
+        else:
+            content[key] = None if value == "null" and content.get(key) is None else value
+    return content
+
+
+def layered(command: str, words: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The config in which what comes later wins: a group that is chosen after the recipe is as its choice has it. (To
+    Hydra a recipe is the last of the defaults wherever it stands.) A single KEY=VALUE goes before both."""
+    chosen = [word for word in words if word.partition("=")[0].lstrip("+~") in {*groups(command), "recipe"}]
+    places = [place for place, word in enumerate(chosen) if word.startswith("recipe=")]
+    later = [word.partition("=")[0] for word in chosen[places[-1] + 1 :]] if places else []
+    config = hydra_config(command, words, folders)
+    if not later:
+        return config
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf, open_dict
+
+    values = [word for word in words if word not in chosen]
+    base = hydra_config(command, chosen, folders)
+    plain = hydra_config(command, [word for word in chosen if not word.startswith("recipe=")], folders)
+    with open_dict(base):
+        for group in later:
+            OmegaConf.update(base, group, OmegaConf.select(plain, group), merge=False)
+    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(values), base)
+    return base
 
 
 def with_dtypes(content: Any) -> Any:
@@ -62,11 +99,11 @@ def with_dtypes(content: Any) -> Any:
     }
 
 
-def hydra_config(command: str, words: Sequence[str]) -> Any:
+def hydra_config(command: str, words: Sequence[str], folders: Sequence[Path] = ()) -> Any:
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("limbeck.conf", version_base="1.3"):
-        return compose(config_name=command, overrides=list(words))
+        return compose(config_name=command, overrides=[*words, *searched(folders)])
 
 
 @contextlib.contextmanager
@@ -90,40 +127,46 @@ def no_option(command: str, key: str) -> InputError:
 
 
 def split_verbatim(
-    command: str, overrides: Sequence[str], *, sweeping: bool = False
+    command: str, overrides: Sequence[str], *, sweeping: bool = False, folders: Sequence[Path] = ()
 ) -> tuple[dict[str, str], list[str]]:
     """The texts that are taken as they are, and the overrides for Hydra. Raises InputError as `split` does."""
     texts: dict[str, str] = {}
     words: list[str] = []
     for override in overrides:
-        key, value = split(command, override, sweeping=sweeping)
-        if key in VERBATIM and not (key == "student" and value.startswith("{")):
+        key, value = split(command, override, sweeping=sweeping, folders=folders)
+        name = key.lstrip("+")
+        if name.startswith("student.") and value:
+            texts[name] = value
+        elif key in VERBATIM and not (key == "student" and value.startswith("{")):
             texts[key] = value
         elif override != "recipe=null":  # the default, which Hydra refuses to be told
             words.append(override)
     return texts, words
 
 
-def split(command: str, override: str, *, sweeping: bool = False) -> tuple[str, str]:
-    """KEY and VALUE of an override. Raises InputError where it is none, or picks what is not there. Where values are
-    swept over, Hydra sees to itself and to the choices."""
+def split(command: str, override: str, *, sweeping: bool = False, folders: Sequence[Path] = ()) -> tuple[str, str]:
+    """KEY and VALUE of an override, or ~KEY, which takes an option away. Raises InputError where it is none, or picks
+    what is not there. Where values are swept over, Hydra sees to itself and to the choices."""
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
-    if not (name and equals):
+    if not name or not (equals or key.startswith("~")):
         raise InputError(f"{override!r} is no override; expected KEY=VALUE (limbeck {command} --help lists the keys)")
     of_hydra = name.split(".")[0].split("/")[0] == "hydra"
     if sweeping and (of_hydra or "," in value):
         return key, value
     if of_hydra:
         raise no_option(command, name)
+    if not equals:
+        return key, value
     choices = groups(command) | {"recipe": list(recipes(command))}
-    if name in choices and value not in choices[name] and override != "recipe=null":
-        known = ", ".join(choices[name]) or "none"
-        below = "" if name == "recipe" else f"; or {name}.KEY=VALUE"
+    known = [*choices.get(name, ()), *(path.stem for folder in folders for path in (folder / name).glob("*.yaml"))]
+    if name in choices and value not in known and override != "recipe=null" and not is_own_recipe(override):
+        below = ", or a .yaml file" if name == "recipe" else f"; or {name}.KEY=VALUE"
         raise InputError(
-            f"{override}: limbeck {command} has no such {name}; known: {known}{below}" + guess(value, choices[name])
+            f"{override}: limbeck {command} has no such {name}; known: {', '.join(known) or 'none'}{below}"
+            + guess(value, known)
         )
-    if key in VERBATIM and not value and key != "prompt":
+    if (key in VERBATIM or name.startswith("student.")) and not value and key != "prompt":
         raise InputError(f"{override} is empty; give {key}=VALUE (limbeck {command} --help)")
     return key, value
 

@@ -60,36 +60,14 @@ Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
 """
 # What a disk says when it is full, over quota, at a limit, read-only, broken or another's.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
-MULTIRUN = "--multirun"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `limbeck ARGUMENTS` and returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if words[0] in ("-V", "--version"):
-        from ... import __version__
-
-        print(f"limbeck {__version__}")
-        return 0
     try:
-        if words[0].startswith("experiment="):
-            words.insert(0, "experiment")
-        command, overrides = by_mode(words[0], words[1:])
-        if command not in COMMANDS:
-            from ...models.errors import guess
-
-            raise InputError(
-                f"{command!r} is no command; known: {', '.join(COMMANDS)}" + guess(command, list(COMMANDS))
-            )
-        if any(word in ("-h", "--help") for word in overrides):
-            from .help import describe
-
-            print(describe(command, COMMANDS[command], EXAMPLES[command]))
-            return 0
-        return run_command(command, overrides)
+        code = dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
     except InputError as error:
         return finish(2, str(error))
     except CheckFailed as error:
@@ -109,6 +87,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return finish(130, "interrupted; where work can be resumed, the same command does so")
 
 
+def dispatch(words: list[str]) -> int:
+    """The overview, a command's help, or the command. Raises what a command raises."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        from ... import __version__
+
+        print(f"limbeck {__version__}")
+        return 0
+    if words[0].startswith("experiment="):
+        words.insert(0, "experiment")
+    command, overrides = by_mode(words[0], words[1:])
+    if command not in COMMANDS:
+        from ...models.errors import guess
+
+        raise InputError(f"{command!r} is no command; known: {', '.join(COMMANDS)}" + guess(command, list(COMMANDS)))
+    if any(word in ("-h", "--help") for word in overrides):
+        from .help import describe
+
+        print(describe(command, COMMANDS[command], EXAMPLES[command]))
+        return 0
+    return run_command(command, overrides)
+
+
 def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
     """`memory-fit mode=train` is the command train-fit, whose teacher is what compress calls the model."""
     if command == "memory-fit" and "mode=train" in overrides:
@@ -118,21 +121,31 @@ def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
     return command, overrides
 
 
-def run_command(command: str, overrides: Sequence[str]) -> int:
-    """Composes the options of a command and runs it, or a sweep of it."""
-    if MULTIRUN in overrides:
+def run_command(command: str, words: Sequence[str]) -> int:
+    """Composes the options of a command and runs it, or a sweep of it, or prints them (`--cfg job`)."""
+    from .outside import CommandLine
+
+    line = CommandLine.parse(words)
+    if line.sweeps:
         from .sweep import sweep
 
-        sweep(command, [word for word in overrides if word != MULTIRUN])
+        sweep(command, line.overrides, line.folders)
         return 0
     gc.disable()  # what is imported stays: to look through it for garbage again and again is a fifth of the start
     try:
-        from ...models.processes import set_up
         from .compose import build, compose_config
+
+        content = compose_config(command, line.overrides, line.folders, complete=not line.shows_config)
+        if line.shows_config:
+            import yaml
+
+            print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), end="")
+            return 0
+        from ...models.processes import set_up
 
         set_up()
         module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
-        options = build(module.Options, compose_config(command, overrides))
+        options = build(module.Options, content)
     finally:
         if not gc.get_freeze_count():
             gc.freeze()

@@ -139,7 +139,7 @@ def check_ours(root: Path, known: set[str], mark: Path) -> None:
     if not root.exists() or (root.is_dir() and mark.is_dir()):
         return
     strangers = [path.name for path in root.iterdir()] if root.is_dir() else [root.name]
-    if [name for name in strangers if re.sub(r"\.(partial|lock|old)$", "", name.strip(".")) not in known]:
+    if [name for name in strangers if re.sub(r"\.(partial|writing|old)$", "", name.strip(".")) not in known]:
         raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
 
 

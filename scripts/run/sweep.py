@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ...models.errors import InputError, Stopped
-from ...models.folder import write_json
+from ...models.folder import owned, write_json
 from ...models.processes import set_up
-from .compose import build, explained, split_verbatim
+from .compose import build, explained, split_verbatim, with_dtypes, with_texts
 from .main import finish
+from .outside import own_recipes, quoted, searched
 from .show import result, say, table
 
 FIGURES = ("loss", "validation_loss", "validation_kl", "validation_agreement")
@@ -41,13 +42,13 @@ class Job:
         assert isinstance(content, dict)
         content.pop("recipe", None)
         folder = str(Path(self.texts["output"]) / str(HydraConfig.get().job.num))
-        given = {str(key): value for key, value in content.items()} | self.texts | {"output": folder}
+        given = with_texts({str(key): value for key, value in content.items()}, self.texts | {"output": folder})
         for key, value in given.items():
             if value == "???":
                 raise InputError(f"{key} is missing; give {key}=VALUE (limbeck {self.command} --help)")
         module = importlib.import_module(f"..{self.command.replace('-', '_')}", __package__)
         try:
-            module.run(build(module.Options, given))
+            module.run(build(module.Options, with_dtypes(given)))
         except Stopped as error:  # not this job alone
             raise SystemExit(finish(128 + error.signal, str(error))) from None
         return folder
@@ -63,26 +64,28 @@ def join_tasks() -> None:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
 
 
-def sweep(command: str, overrides: Sequence[str]) -> None:
+def sweep(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> None:
     """Runs every job, and lists their folders in OUTPUT/sweep.json. Raises InputError, also where a job did."""
     from hydra import version
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.global_hydra import GlobalHydra
 
-    texts, words = split_verbatim(command, overrides, sweeping=True)
+    texts, words = split_verbatim(command, overrides, sweeping=True, folders=folders)
     if "output" not in texts:
         raise InputError(f"output is missing; give output=FOLDER, in which each job of --multirun has its own"
                          f" (limbeck {command} --help)")  # fmt: skip
     out = Path(texts["output"])
-    own = {
+    fixed = {
         "hydra/job_logging": "none", "hydra/hydra_logging": "none", "hydra.output_subdir": "null",
         "hydra.job.name": f"limbeck-{command}", "hydra.job.chdir": "false",
-        "hydra.sweep.dir": f"'{out / 'hydra'}'", "hydra.sweep.subdir": "${hydra.job.num}",
+        "hydra.sweep.dir": quoted(str(out / "hydra")), "hydra.sweep.subdir": "${hydra.job.num}",
     }  # fmt: skip
     version.setbase("1.3")
-    hidden = [f"{key}={value}" for key, value in own.items()]
-    with explained(command, [word for word in words if not word.lstrip("+~").startswith("hydra")]):
+    hidden = [f"{key}={value}" for key, value in fixed.items()]
+    given = [word for word in words if not word.lstrip("+~").startswith("hydra")]
+    with owned(out), own_recipes(words, out / "hydra") as (words, own), explained(command, given):
+        hidden += searched([*folders, *own])
         try:
             search = create_automatic_config_search_path(None, None, "pkg://limbeck.conf")
             hydra = Hydra.create_main_hydra2(task_name=f"limbeck-{command}", config_search_path=search)
