@@ -10,7 +10,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from ..models.axes import AXES
@@ -108,11 +109,18 @@ def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
         return target
     smaller = config.replace(pattern=pattern, **target.widths)
     goal = goal_of(config, target.parameters)
-    hidden, intermediate = widths_for(smaller, goal, target.hidden_size, target.intermediate_size)
-    sizes = {HIDDEN: hidden, INNER: intermediate}
+    hidden, intermediate = widths_for(smaller, goal, target.hidden_size, target.intermediate_size, target.widths)
+    sizes = {HIDDEN: hidden, INNER: intermediate, **tied_widths(smaller, hidden, target.widths)}
     return target.replace(
         parameters=None, **{name: None if size == getattr(config, name) else size for name, size in sizes.items()}
     )
+
+
+def tied_widths(config: HybridConfig, hidden: int, given: Mapping[str, int]) -> dict[str, int]:
+    """The widths that go with another hidden_size where a family's readers derive one from the other, but for those
+    that are given, which stay as they are."""
+    tied = {} if HIDDEN in given else config.family_record.tied(config, hidden)
+    return {name: size for name, size in tied.items() if name not in given}
 
 
 def alignment(config: HybridConfig) -> int:
@@ -133,9 +141,12 @@ def goal_of(config: HybridConfig, parameters: float) -> float:
     return goal
 
 
-def widths_for(config: HybridConfig, goal: float, hidden: int | None, intermediate: int | None) -> tuple[int, int]:
+def widths_for(
+    config: HybridConfig, goal: float, hidden: int | None, intermediate: int | None, given: Mapping[str, int]
+) -> tuple[int, int]:
     """hidden_size and intermediate_size for `goal` parameters at most of a config whose layers and heads are the
-    target's; those that are given stay. Raises InputError where no width leaves so few, or both are given."""
+    target's; those that are given stay, what is tied to hidden_size goes with it (`tied_widths`). Raises InputError
+    where no width leaves so few, or both are given."""
     has_mlp, align = any(INNER in kind.fields for kind in config.kinds), alignment(config)
     if hidden is not None and (intermediate is not None or not has_mlp):
         raise InputError("target: parameters stands beside the widths that it is to find; leave one of them out")
@@ -143,21 +154,39 @@ def widths_for(config: HybridConfig, goal: float, hidden: int | None, intermedia
     if hidden is not None:
         config.replace(hidden_size=hidden).to_hf()  # says what is wrong with it
 
+    def sized(hidden: int, intermediate: int) -> HybridConfig:
+        return config.replace(**{HIDDEN: hidden, INNER: intermediate, **tied_widths(config, hidden, given)})
+
     def fits(hidden: int, intermediate: int) -> bool:
-        smaller = config.replace(hidden_size=hidden, intermediate_size=intermediate)
+        smaller = sized(hidden, intermediate)
         return count_parameters(smaller) <= goal and unwritable(smaller) is None
 
-    for width in [hidden] if hidden is not None else downwards(config.hidden_size, align):
+    widths, coarse = [hidden] if hidden is not None else downwards(config.hidden_size, align), False
+    if hidden is None and tied_widths(config, config.hidden_size, given):
+        widths = [width for width in widths if unwritable(sized(width, config.intermediate_size)) is None]
+        coarse = True
+    for width, below in itertools.pairwise([*widths, 0]):
         if intermediate is not None or not has_mlp:
             inner = [intermediate or config.intermediate_size]
         else:
             least = 0 if hidden is not None else (width / config.hidden_size) ** 2 * config.intermediate_size
+            if coarse:
+                least = least_inner(sized, config.intermediate_size, width, below)
             inner = [size for size in downwards(config.intermediate_size, align) if size >= least - align / 2]
         if inner and fits(width, inner[-1]):
             return width, inner[bisect.bisect_left(inner, True, key=functools.partial(fits, width))]
     raise InputError(
         f"target: no widths leave as few as {goal:,.0f} parameters; give a larger number, or fewer layers, too"
     )
+
+
+def least_inner(sized: Callable[[int, int], HybridConfig], whole: int, width: int, below: int) -> float:
+    """The intermediate_size at which a hidden_size has no more parameters than the next one `below` has with the whole
+    of it: where widths are few, the MLP makes up for what lies between two of them."""
+    if not below or whole == 1:
+        return 0
+    most, next_most = (count_parameters(sized(size, whole)) for size in (width, below))
+    return whole - (most - next_most) / ((most - count_parameters(sized(width, 1))) / max(whole - 1, 1))
 
 
 def downwards(size: int, align: int) -> list[int]:

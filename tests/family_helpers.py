@@ -71,23 +71,26 @@ def check_gradients(ours: HybridLM, theirs: Any, expected: torch.Tensor, found: 
     (found * along).sum().backward()
     gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
     assert gradients.keys() == set(stored_tensors(ours.config))
-    stored: dict[str, list[torch.Tensor]] = {}
+    stored = {name: torch.full_like(gradient, torch.nan) for name, gradient in gradients.items()}
     for name, weight in ours.named_parameters():
         assert weight.grad is not None, name
         for piece in pieces_of(ours.config)[name]:
-            assert piece.scale == 1
-            flat = weight.grad.flatten(0, -2) if weight.dim() > 1 else weight.grad
-            rows = flat[piece.start - pieces_of(ours.config)[name][0].start :][: piece.rows]
-            stored.setdefault(piece.stored, []).append(rows)
+            rows, place = (flat_rows(tensor) for tensor in (weight.grad, stored[piece.stored]))
+            place[piece.begin : piece.begin + piece.rows] = rows[piece.start : piece.start + piece.rows]
     largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    for name, parts in stored.items():
-        gradient, own = gradients[name], torch.cat(parts).view(gradients[name].shape)
+    for name, own in stored.items():
+        gradient = gradients[name]
         # Where all but nothing is left of larger terms (queries of a single token, what all keys have in common without
         # positions, a step before a norm of one token), the gradient is rounding.
         if float(gradient.abs().max()) <= 1e-4 * largest:
             assert float((gradient - own).abs().max()) <= 1e-6 * largest, name
         else:
             assert_close(name, gradient, own, 1e-4)
+
+
+def flat_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A view with all dimensions but the last as rows, as `Piece` counts them."""
+    return tensor.view(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor
 
 
 def check_our_folder(ours: HybridLM, theirs: Any, ids: torch.Tensor, folder: Path) -> None:
@@ -107,10 +110,11 @@ def check_our_folder(ours: HybridLM, theirs: Any, ids: torch.Tensor, folder: Pat
 def check_steps(ours: HybridLM, theirs: Any) -> None:
     """A prompt in two parts and cached steps after it: as transformers', and as a decoder's."""
     ids = torch.randint(ours.config.vocab_size, (2, 15))
-    expected, found = cached_logits(ours, theirs, ids, 9)
-    assert_close("cached", expected, found, 1e-5)
     whole = ours(ids)
-    assert_close("prefill", whole, found, 1e-5)
+    if any(kind.state_bytes(ours.config, 1, 1, 1).token for kind in ours.config.kinds):
+        expected, found = cached_logits(ours, theirs, ids, 9)  # transformers cannot without attention
+        assert_close("cached", expected, found, 1e-5)
+        assert_close("prefill", whole, found, 1e-5)
     cache = Cache(ours.config, 2, 20)
     ours(ids[:, :4], cache=cache)
     ours(ids[:, 4:9], cache=cache)

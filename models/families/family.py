@@ -66,7 +66,8 @@ class Family:
     each layer stands for itself. `prefixes` are what a stored name's first part may be called, the published one first.
     `ignored` are endings of tensors that old checkpoints hold though they follow from the config. `spellings` are the
     names in a config.json of HybridConfig's fields, which say what types those have to be of. `config` is the class
-    of its configs where a kind of its layers needs fields of its own.
+    of its configs where a kind of its layers needs fields of its own. `tied` names the widths that go with another
+    hidden_size, where the family's readers derive sizes from it.
     """
 
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -80,6 +81,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     spellings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     config: type[HybridConfig] | None = None
+    tied: Callable[[HybridConfig, int], Mapping[str, int]] = lambda config, hidden: {}
 
     @property
     def block_size(self) -> int:

@@ -7,11 +7,12 @@ from typing import Any
 
 from ..errors import InputError
 from ..schema import check_config, shown
-from . import dense, falcon_h1, nemotron_h
+from . import dense, falcon_h1, granite, nemotron_h
 from .family import Family
 
 FAMILIES: dict[str, Family] = {
     "nemotron_h": nemotron_h.FAMILY,
+    "granitemoehybrid": granite.FAMILY,
     "falcon_h1": falcon_h1.FAMILY,
     "llama": dense.LLAMA,
     "qwen3": dense.QWEN3,

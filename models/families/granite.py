@@ -1,0 +1,241 @@
+"""Granite 4 hybrids (`granitemoehybrid`): a block is a Mamba-2 mixer or attention, then a gated MLP; multipliers of the
+embedding, of what layers add, of attention's scores and of the logits. Spelling and defaults: transformers'.
+
+Its readers derive two sizes from others: attention's head_dim is hidden_size / num_attention_heads, and the Mamba mixer
+has mamba_expand (a whole number) x hidden_size channels. So a width goes with others, which `tied` names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from .. import attention, mamba2, mlp
+from ..errors import InputError
+from ..multipliers import Multipliers
+from .family import Family, Fused
+from .positions import KEYS, read_rope, write_rope
+from .spelling import (
+    read_fields,
+    read_float,
+    read_layers,
+    read_limit,
+    read_switch,
+    refuse_biases,
+    stated,
+    unread,
+    write_limit,
+)
+
+if TYPE_CHECKING:
+    from ..config import HybridConfig
+
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size",),
+    "intermediate_size": ("shared_intermediate_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "mamba_num_heads": ("mamba_n_heads",),
+    "mamba_head_dim": ("mamba_d_head",),
+    "n_groups": ("mamba_n_groups",),
+    "ssm_state_size": ("mamba_d_state",),
+    "conv_kernel": ("mamba_d_conv",),
+    "chunk_size": ("mamba_chunk_size",),
+    "norm_eps": ("rms_norm_eps",),
+    "tie_word_embeddings": ("tie_word_embeddings",),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "bos_token_id": ("bos_token_id",),
+    "eos_token_id": ("eos_token_id",),
+    "pad_token_id": ("pad_token_id",),
+}
+DEFAULTS: dict[str, Any] = {
+    "n_groups": 1, "conv_kernel": 4, "chunk_size": 256, "norm_eps": 1e-6, "max_position_embeddings": 2048,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
+}  # fmt: skip
+EXPAND = 2  # where a file is silent
+SWITCHES = {"conv_bias": ("mamba_conv_bias", True), "attention_bias": ("attention_bias", False)}
+MULTIPLIERS = {
+    "embedding": "embedding_multiplier",
+    "residual": "residual_multiplier",
+    "attention": "attention_multiplier",
+    "logits_scaling": "logits_scaling",
+}
+MAMBA, ATTENTION, MLP = (kind.KIND.letter for kind in (mamba2, attention, mlp))
+LAYER_TYPES = {
+    "mamba": MAMBA, "attention": ATTENTION, "linear_attention": MAMBA, "full_attention": ATTENTION,
+}  # fmt: skip
+WRITTEN_TYPES = {letter: name for name, letter in reversed(LAYER_TYPES.items())}  # the published spelling
+TYPES = ("layer_types", "layers_block_type")
+LAYER = "model.layers.{block}."
+SHARED = LAYER + "shared_mlp.input_linear.weight"
+FIXED = {
+    "activation": "silu", "gated_mlp": True, "qk_norm": False, "mamba_rms_norm": True, "norm_before_gate": False,
+    "mlp_bias": False,
+}  # fmt: skip
+
+
+def read_granite(hf: Mapping[str, Any]) -> dict[str, Any]:
+    refuse_biases(hf, ("mamba_proj_bias",))
+    if hf.get("num_local_experts", 8):
+        raise InputError(
+            f"config: num_local_experts is {hf.get('num_local_experts', 8)!r} (mixture of experts), which is not"
+            " supported; expected 0"
+        )
+    if hf.get("hidden_act", "silu") != "silu":
+        raise InputError(f"config: hidden_act={hf['hidden_act']!r}; granitemoehybrid has 'silu'")
+    pattern = "".join(letter + MLP for letter in read_types(hf))
+    known = dict(hf)
+    expand, hidden, heads = hf.get("mamba_expand", EXPAND), hf.get("hidden_size"), hf.get("mamba_n_heads")
+    whole = isinstance(expand, int) and isinstance(hidden, int)
+    if hf.get("mamba_d_head", "auto") == "auto" and whole and isinstance(heads, int) and heads:
+        known["mamba_d_head"] = expand * hidden // heads
+    fields: dict[str, Any] = {"family": "granitemoehybrid", "pattern": pattern, **FIXED}
+    fields |= read_fields(known, SPELLINGS, pattern, stated(hf, DEFAULTS)) | read_limit(hf)
+    fields |= {field: read_switch(hf, *how) for field, how in SWITCHES.items()}
+    for kind in (mamba2.KIND, attention.KIND):
+        if kind.letter not in pattern:  # what is said of a mixer that is not there
+            fields = {name: value for name, value in fields.items() if name not in kind.fields}
+    if MAMBA in pattern and whole and fields["mamba_num_heads"] * fields["mamba_head_dim"] != expand * hidden:
+        raise InputError(
+            f"config: mamba_n_heads ({fields['mamba_num_heads']}) x mamba_d_head ({fields['mamba_head_dim']}) is not"
+            f" mamba_expand ({expand}) x hidden_size ({hidden})"
+        )
+    turns = hf.get("position_embedding_type") == "rope"
+    fields |= read_rope(hf) if turns else {"rope_theta": None}
+    numbers = {field: hf.get(name) for field, name in MULTIPLIERS.items()}
+    own = {field: read_float(value, MULTIPLIERS[field]) for field, value in numbers.items() if value is not None}
+    fields["multipliers"] = dataclasses.replace(Multipliers(attention=1.0), **dict[str, Any](own))
+    read = [*(name for name, _ in SWITCHES.values()), *MULTIPLIERS.values(), *(KEYS if turns else ())]
+    fields["extra"] = unread(
+        hf, SPELLINGS, "num_hidden_layers", "hidden_act", "mamba_expand", "time_step_limit", "mamba_proj_bias",
+        "position_embedding_type", "num_local_experts", *read,
+    )  # fmt: skip
+    return fields
+
+
+def read_types(hf: Mapping[str, Any]) -> str:
+    """The letter of each block's first layer. Raises InputError."""
+    layers, spelled = read_layers(hf), dict[str, str]()
+    for name in TYPES:
+        types = hf.get(name)
+        if types is None:
+            continue
+        for position, kind in enumerate(types):
+            if kind not in LAYER_TYPES:
+                known = ", ".join(LAYER_TYPES)
+                raise InputError(f"config: {name}[{position}] is {kind!r}, which is not supported; known: {known}")
+        spelled[name] = "".join(LAYER_TYPES[kind] for kind in types)
+        if len(types) != layers:
+            raise InputError(f"config: num_hidden_layers is {layers}, but {name} has {len(types)} layers")
+    if len(set(spelled.values())) > 1:
+        raise InputError(f"config: {' and '.join(spelled)} disagree on the layers")
+    return next(iter(spelled.values()), MAMBA * layers)
+
+
+def write_granite(config: HybridConfig) -> dict[str, Any]:
+    own = config.multipliers
+    own.refuse_others({*MULTIPLIERS}, "granitemoehybrid")
+    if ATTENTION in config.pattern:
+        check_attention(config)
+    kinds = config.pattern[:: config.block_size]
+    hf: dict[str, Any] = {
+        "num_hidden_layers": len(kinds),
+        "layer_types": [WRITTEN_TYPES[letter] for letter in kinds],
+        "hidden_act": "silu",
+        "num_local_experts": 0,
+        "position_embedding_type": "nope" if config.rope_theta is None else "rope",
+        "mamba_proj_bias": False,
+    }
+    for field, spellings in SPELLINGS.items():
+        value = getattr(config, field)
+        # A width that the pattern does not use is left to the reader's default: 0 heads would not be valid there.
+        if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
+            hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
+    if MAMBA in config.pattern:
+        check_expansion(config)
+        hf["mamba_expand"] = config.d_inner // config.hidden_size
+    else:  # readers check the widths of a mixer that is not there
+        hf |= {"mamba_n_heads": 1, "mamba_d_head": config.hidden_size, "mamba_expand": 1}
+    hf |= ({} if config.rope_theta is None else write_rope(config)) | write_limit(config)
+    hf |= {name: getattr(config, field) for field, (name, _) in SWITCHES.items()}
+    hf |= {name: getattr(own, field) for field, name in MULTIPLIERS.items()}
+    if own.attention is None:
+        hf["attention_multiplier"] = config.head_dim**-0.5
+    return hf | {name: value for name, value in config.extra.items() if name not in hf}
+
+
+def check_attention(config: HybridConfig) -> None:
+    """Raises InputError, with sizes that work, unless head_dim is what readers derive."""
+    hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
+    if heads * size != hidden:
+        groups = config.num_key_value_heads
+        near = sorted(range(groups, max(heads, hidden // size) + 1, groups), key=lambda n: abs(n * size - hidden))[:3]
+        ways = (f"hidden_size={number * size} num_attention_heads={number}" for number in sorted(near))
+        raise InputError(
+            f"config: hidden_size {hidden} with num_attention_heads {heads} of head_dim {size}: readers of"
+            f" granitemoehybrid take hidden_size / num_attention_heads for head_dim; give {' or '.join(ways)}"
+        )
+
+
+def check_expansion(config: HybridConfig) -> None:
+    """Raises InputError, with sizes that work, unless the mixer's channels are a whole number of times hidden_size."""
+    hidden, heads, size = config.hidden_size, config.mamba_num_heads, config.mamba_head_dim
+    if config.d_inner % hidden:
+        working = [number for number in range(config.n_groups, 4 * hidden // size + 1, config.n_groups)
+                   if number * size % hidden == 0]  # fmt: skip
+        listed = f"mamba_num_heads={' or '.join(map(str, working[:4]))}" if working else "another hidden_size"
+        raise InputError(
+            f"config: mamba_num_heads {heads} x mamba_head_dim {size} is no multiple of hidden_size {hidden}, which"
+            f" readers of granitemoehybrid ask for (mamba_expand); give {listed}"
+        )
+
+
+def tied(config: HybridConfig, hidden: int) -> dict[str, int]:
+    """The heads that go with another hidden_size: as many of each kind as keep head sizes and expansion. Not whole ones
+    are left as they are, so that the config of the result says what would work."""
+    sizes: dict[str, int] = {}
+    if ATTENTION in config.pattern and hidden % (config.head_dim * config.num_key_value_heads) == 0:
+        sizes["num_attention_heads"] = hidden // config.head_dim
+    if MAMBA in config.pattern:
+        heads, left = divmod(config.mamba_num_heads * hidden, config.hidden_size)
+        if not left and heads and heads % config.n_groups == 0:
+            sizes["mamba_num_heads"] = heads
+    return sizes
+
+
+def tensors(stored: str, *names: str) -> dict[str, str]:
+    """A mixer's tensors, which are called as ours are, and the norm before it."""
+    own = {f"mixer.{name}": f"{LAYER}{stored}.{name}" for name in names}
+    return {"norm.weight": LAYER + "input_layernorm.weight"} | own
+
+
+FAMILY = Family(
+    read_granite,
+    write_granite,
+    "GraniteMoeHybridForCausalLM",
+    fixed=FIXED,
+    outer={
+        "embeddings.weight": "model.embed_tokens.weight",
+        "norm_f.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+    },
+    layers={
+        MAMBA: tensors("mamba", "in_proj.weight", "conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias",
+                       "norm.weight", "out_proj.weight"),
+        ATTENTION: tensors("self_attn", *(f"{x}_proj.{kind}" for x in "qkvo" for kind in ("weight", "bias"))),
+        MLP: {
+            "norm.weight": LAYER + "post_attention_layernorm.weight",
+            "mixer.gate_proj.weight": Fused(SHARED),
+            "mixer.up_proj.weight": Fused(SHARED, after=("mixer.gate_proj.weight",)),
+            "mixer.down_proj.weight": LAYER + "shared_mlp.output_linear.weight",
+        },
+    },
+    blocks=(MAMBA + MLP, ATTENTION + MLP),
+    ignored=(".rotary_emb.inv_freq",),
+    # mamba_d_head may be "auto".
+    spellings={field: names for field, names in SPELLINGS.items() if field != "mamba_head_dim"}
+    | {field: (name,) for field, (name, _) in SWITCHES.items()},
+    tied=tied,
+)  # fmt: skip

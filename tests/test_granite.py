@@ -1,0 +1,149 @@
+"""Granite 4 hybrids: multipliers, and sizes that follow from others, beside transformers' class."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from limbeck.models.config import HybridConfig
+from limbeck.models.cost.parameters import count_parameters
+from limbeck.models.errors import InputError
+from limbeck.models.multipliers import Multipliers
+from limbeck.models.rope import Llama3Rope
+from limbeck.prune.target import Target, with_widths
+from limbeck.tests.family_helpers import check_parity, some_slow
+
+
+def granite_config(seed: int, **changes: Any) -> HybridConfig:
+    """Everything that matters drawn: expansions of 1 to 3, positions or none, blocks of either kind alone."""
+    draw = random.Random(seed)
+    kv, groups, size = draw.choice((1, 2)), draw.choice((1, 1, 2)), draw.choice((4, 8))
+    heads = kv * draw.choice((1, 2, 3))
+    hidden, own = heads * size, draw.choice((2, 4))
+    blocks = [draw.choice(("M-", "M-", "*-")) for _ in range(draw.randint(1, 4))]
+    rope = draw.random() < 0.4
+    fields: dict[str, Any] = {
+        "family": "granitemoehybrid", "pattern": "".join(blocks), "vocab_size": draw.randint(20, 90),
+        "hidden_size": hidden, "intermediate_size": draw.choice((12, 24, 40)), "num_attention_heads": heads,
+        "num_key_value_heads": kv, "head_dim": size, "norm_eps": draw.choice((1e-5, 1e-6)),
+        "activation": "silu", "gated_mlp": True, "rope_theta": draw.choice((1e4, 1e7)) if rope else None,
+        "rope_scaling": Llama3Rope(8.0, 1.0, 4.0, 16) if rope and draw.random() < 0.5 else None,
+        "attention_bias": draw.random() < 0.2, "tie_word_embeddings": draw.random() < 0.5,
+        "max_position_embeddings": 256, "pad_token_id": 0,
+        "multipliers": Multipliers(
+            embedding=draw.choice((1.0, 3.0, 12.0)), residual=draw.choice((0.22, 0.5, 1.0)),
+            attention=draw.choice((0.0625, 0.3, 1.0)), logits_scaling=draw.choice((1.0, 6.0, 8.0)),
+        ),
+    }  # fmt: skip
+    if "*-" not in blocks:
+        fields |= {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": 0, "attention_bias": False}
+    if "M-" in blocks:
+        inner = hidden * draw.choice((1, 2, 3))
+        fields |= {
+            "mamba_num_heads": inner // own, "mamba_head_dim": own, "n_groups": groups if inner // own % 2 == 0 else 1,
+            "ssm_state_size": draw.choice((4, 8, 16)), "conv_kernel": draw.choice((2, 4)),
+            "chunk_size": draw.choice((4, 8)), "conv_bias": draw.random() < 0.8,
+        }  # fmt: skip
+    return HybridConfig(**(fields | changes))
+
+
+@pytest.mark.parametrize("seed", some_slow(24, 8))
+def test_transformers_computes_the_same(seed: int, tmp_path: Path) -> None:
+    check_parity(granite_config(seed), seed, tmp_path)
+
+
+def public(**changes: Any) -> dict[str, Any]:
+    """A config.json as published, small."""
+    hf = {
+        "model_type": "granitemoehybrid", "num_hidden_layers": 3, "layer_types": ["mamba", "attention", "mamba"],
+        "vocab_size": 40, "hidden_size": 32, "intermediate_size": 16, "shared_intermediate_size": 24,
+        "num_local_experts": 0, "num_experts_per_tok": 0, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2,
+        "position_embedding_type": "nope", "embedding_multiplier": 12, "attention_multiplier": 0.015625,
+        "residual_multiplier": 0.22, "logits_scaling": 6, "tie_word_embeddings": True, "rope_theta": 10000,
+    }  # fmt: skip
+    return {name: value for name, value in (hf | changes).items() if value != "absent"}
+
+
+def test_public_spellings_are_read() -> None:
+    config = HybridConfig.from_hf(public())
+    assert (config.pattern, config.head_dim, config.intermediate_size, config.rope_theta) == ("M-*-M-", 8, 24, None)
+    assert config.multipliers == Multipliers(12, 0.22, logits_scaling=6, attention=1 / 64)
+    assert config.extra == {"intermediate_size": 16, "num_experts_per_tok": 0, "rope_theta": 10000}
+    again = config.to_hf()
+    assert HybridConfig.from_hf(again) == config
+    assert {name: again[name] for name in public()} == public()
+    newer = ["linear_attention", "full_attention", "linear_attention"]
+    assert HybridConfig.from_hf(public(layer_types=newer)) == config
+    assert HybridConfig.from_hf(public(layer_types="absent", layers_block_type=newer)) == config
+    assert HybridConfig.from_hf(public(mamba_d_head="auto", time_step_limit=[0, {"__float__": "Infinity"}])) == config
+    assert HybridConfig.from_hf(public(layer_types=None)).pattern == "M-M-M-"
+    turned = HybridConfig.from_hf(public(position_embedding_type="rope"))
+    assert turned.rope_theta == 10000 and turned.to_hf()["position_embedding_type"] == "rope"
+    dense = HybridConfig.from_hf(public(layer_types=["attention"] * 3))
+    assert dense.mamba_num_heads == 0 and HybridConfig.from_hf(dense.to_hf()) == dense
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    (
+        ({"mamba_expand": 3}, "mamba_expand"),
+        ({"mamba_n_heads": 7}, r"mamba_n_heads \(7\)"),
+        ({"layer_types": ["mamba", "attention"]}, "layer_types has 2 layers"),
+        ({"layer_types": ["mamba", "attention", "mlp"]}, "'mlp'"),
+        ({"layers_block_type": ["mamba"] * 3}, "disagree"),
+        ({"mamba_proj_bias": True}, "mamba_proj_bias"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"residual_multiplier": "little"}, "residual_multiplier holds 'little'"),
+        ({"logits_scaling": 0}, "logits_scaling is 0"),
+        ({"shared_intermediate_size": "absent"}, "shared_intermediate_size is missing"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+    ),
+)
+def test_wrong_configs_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        HybridConfig.from_hf(public(**change))
+    assert "\n" not in str(caught.value)
+
+
+H_1B = HybridConfig.from_hf(
+    public(num_hidden_layers=40, layer_types=["attention" if n % 10 == 5 else "mamba" for n in range(40)],
+           vocab_size=100352, hidden_size=1536, shared_intermediate_size=4096, num_attention_heads=12,
+           num_key_value_heads=4, mamba_n_heads=48, mamba_d_head=64, mamba_d_state=128)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    (
+        ({"hidden_size": 1280}, "hidden_size=1024 num_attention_heads=8 or hidden_size=1536 num_attention_heads=12"),
+        ({"num_attention_heads": 8}, "hidden_size=1024 num_attention_heads=8"),
+        ({"hidden_size": 1024, "num_attention_heads": 8, "mamba_num_heads": 40}, "mamba_num_heads=16 or 32 or 48"),
+        ({"hidden_size": 1024, "num_attention_heads": 8, "mamba_head_dim": 40}, "mamba_expand"),
+        ({"multipliers": Multipliers(key=2.0)}, "key is 2.0"),
+        ({"pattern": "MM"}, "whole blocks"),
+    ),
+)
+def test_what_its_readers_would_refuse_is_not_written(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        H_1B.replace(**changes).to_hf()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_published_size() -> None:
+    assert count_parameters(H_1B) == 1_461_538_368
+    smaller = H_1B.replace(hidden_size=1024, num_attention_heads=8)
+    assert [smaller.replace(mamba_num_heads=heads).to_hf()["mamba_expand"] for heads in (16, 32, 48)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("share", (0.95, 0.7, 0.4, 0.2))
+def test_widths_for_a_number_of_parameters_go_together(share: float) -> None:
+    """The heads of both kinds go with hidden_size, and the MLP makes up for the steps between."""
+    target = with_widths(H_1B, H_1B.pattern, Target(parameters=share))
+    after = H_1B.replace(**target.widths)
+    assert after.to_hf()["mamba_expand"] == 2 and after.head_dim * after.num_attention_heads == after.hidden_size
+    assert 0.93 * share <= count_parameters(after) / count_parameters(H_1B) <= share
+    held = with_widths(H_1B, H_1B.pattern, Target(parameters=max(share, 0.7), hidden_size=1536))
+    assert held.widths.keys() <= {"hidden_size", "intermediate_size"}
