@@ -29,8 +29,9 @@ class TrainOptions:
     What is left in the end: `keep` the "last" weights or the "best" by held-out figures; with `ema_decay` above 0
     their exponential moving average; with `average_states` above 1 the mean of so many last states.
     `activation_checkpointing` keeps a layer's input alone and runs the layer twice; `compile` goes through
-    torch.compile. A step whose loss or gradient is not finite is skipped; `max_skipped` of them in a row end the
-    run, as do `data_timeout` seconds without a batch.
+    torch.compile. `expert_balance` above 0 moves the correction biases of a mixture's routers so far after each step
+    (distill/balance.py); at 0 they stay as they are. A step whose loss or gradient is not finite is skipped;
+    `max_skipped` of them in a row end the run, as do `data_timeout` seconds without a batch.
     """
 
     steps: int
@@ -54,6 +55,7 @@ class TrainOptions:
     average_states: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
+    expert_balance: float = 0.0
     max_skipped: int = 10
     data_timeout: float = 600.0
 
@@ -75,6 +77,8 @@ class TrainOptions:
                 f"training: max_skipped ({self.max_skipped}) and average_states ({self.average_states}) must be at"
                 f" least 1, data_timeout ({self.data_timeout}) more than 0"
             )
+        if not 0 <= self.expert_balance < math.inf:
+            raise InputError(f"training: expert_balance is {self.expert_balance}; expected 0 (none) or more, as 0.001")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"training: ema_decay is {self.ema_decay}; expected 0 (none) to below 1, such as 0.999")
         if self.average_states > 1 and (self.ema_decay or self.keep == "best"):

@@ -27,6 +27,7 @@ from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.fingerprint import SPEED
 from ..models.hybrid import HybridLM
 from .average import averaged
+from .balance import ExpertBalance
 from .muon import Muon
 from .options import TrainOptions
 from .parallel import Trained, prepare, reshard, share, squares
@@ -90,7 +91,11 @@ def train(
     trained = model if isinstance(model, Trained) else prepare(model)
     with Stopper() as stopper, ending_all():
         run = TrainingRun(trained, loss_of, options, folder, stopper, evaluate, on_step, describe, say)
-        return run.to_the_end(batches, stop_after)
+        try:
+            return run.to_the_end(batches, stop_after)
+        finally:
+            if run.balance is not None:
+                run.balance.detach()
 
 
 @dataclasses.dataclass
@@ -115,6 +120,8 @@ class TrainingRun:
         self.metrics = self.folder / METRICS
         set_layers(self.trained.model, self.options)
         self.optimizers = make_optimizers(self.trained, self.options)
+        rate = self.options.expert_balance
+        self.balance = ExpertBalance(self.trained.model, rate) if rate else None
         # The average starts from the weights before the first step: it has to be there before a state is read into it.
         decay = self.options.ema_decay
         self.average = {w.name: w.local.detach().clone() for w in self.trained.weights} if decay else {}
@@ -153,6 +160,7 @@ class TrainingRun:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.move(norm)
+        loads = {} if self.balance is None else self.balance.move(finite)
         self.trained.zero_grad()
         progress.step += 1  # a skipped step counts: the schedule and the data's position follow from this number alone
         progress.tokens += batch.input_ids.numel()
@@ -161,7 +169,7 @@ class TrainingRun:
         self.seen += batch.input_ids.numel()
         record: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
         if finite:
-            record |= {"loss": loss, "gradient_norm": norm}
+            record |= {"loss": loss, "gradient_norm": norm, **loads}
         else:
             record["skipped"] = {"loss": str(loss), "gradient_norm": str(norm), **ids_of(batch, progress.step - 1)}
         record |= {"learning_rate": options.rate(progress.step - 1)}
