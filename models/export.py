@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
+from .config import HybridConfig
 from .errors import CheckFailed, InputError
 from .families.known import FAMILIES
+from .folder import write_json
+from .foreign import read_object
 from .hybrid import HybridLM
 from .tensors import is_finite
 
 PARITY = 1e-4
+LARGEST_LENGTH = 2**40  # beyond it a number of tokens means that none is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,7 @@ def write_export(
         tokenizer_from=source,
         max_shard_bytes=max_shard_bytes,
     )
+    state_length(folder, checkpoint.config)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=generator)
     expected = logits_of(load_model(source, dtype).float(), ids)
@@ -108,6 +113,18 @@ def write_export(
     parity = transformers_parity(folder, ids, again, logits)
     parity.check()
     return parity
+
+
+def state_length(folder: Path, config: HybridConfig) -> None:
+    """Says in the folder's tokenizer_config.json for how many tokens the model is made, unless it does: clients cut
+    and warn by it (`model_max_length`; transformers writes 1e30 where it knows none)."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = read_object(path)
+    stated = settings.get("model_max_length")
+    if not isinstance(stated, int) or stated > LARGEST_LENGTH:
+        write_json(path, settings | {"model_max_length": config.max_position_embeddings})
 
 
 def rounded_rows(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

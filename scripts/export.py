@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import PositiveInt
 
 from ..distill.report.card import TRANSFORMERS, Published, llama_cpp, read_licence, write_card
+from ..models.cautions import cautions
 from ..models.checkpoint import load_config
 from ..models.device import torch_dtype
 from ..models.errors import InputError, gib
@@ -19,7 +20,7 @@ from ..models.folder import write_json
 from ..models.gguf.export import write_gguf_export
 from ..models.gguf.file import KINDS_OF_FILE, gguf_package
 from .run.resolve import model_folder
-from .run.show import read_json, result, table
+from .run.show import read_json, result, say, table
 from .run.stage import Work, stage
 
 
@@ -87,11 +88,11 @@ def write_hf(source: Path, work: Work) -> Published:
     dtype = work.options["dtype"]
     sizes = {name: work.options[name] for name in ("max_shard_bytes", "check_tokens", "seed")}
     parity = write_export(work.folder, source, torch_dtype(dtype), **sizes)
-    write_json(
-        work.folder / "export.json", {"dtype": dtype, "read_back": "identical", "transformers": parity.to_json()}
-    )
+    content = {"dtype": dtype, "read_back": "identical", "transformers": parity.to_json()}
+    found = cautions(load_config(source))
+    write_json(work.folder / "export.json", content | ({"cautions": found} if found else {}))
     checked = f"Read back before it was published, the logits are those of the source rounded to {dtype}, to the bit.\n"
-    return Published(dtype, TRANSFORMERS, checked + parity.sentence())
+    return Published(dtype, TRANSFORMERS, checked + parity.sentence(), tuple(found))
 
 
 def write_gguf(options: Options, source: Path, work: Work) -> Published:
@@ -128,6 +129,8 @@ def measured(options: Options, work: Work) -> tuple[dict[str, Any] | None, str |
 
 def print_checks(folder: Path) -> None:
     content = read_json(folder / "export.json")
+    for caution in content.get("cautions", ()):
+        say(f"caution: {caution}")
     if content.get("format") == "gguf":
         found = content["gguf"]
         rows = [

@@ -13,6 +13,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from ..models.axes import AXES, tensor_table
+from ..models.cautions import cautions
 from ..models.checkpoint import (
     SHARD_BYTES,
     finished_shards,
@@ -33,7 +34,7 @@ from ..prune.scores import load_scores
 from ..prune.slice import Selection, slice_config, slice_rows, source_name
 from ..prune.target import Target
 from .run.resolve import data_input, model_folder, sample
-from .run.show import counted, progress, result, table
+from .run.show import counted, progress, result, say, table
 from .run.stage import stage
 
 
@@ -131,3 +132,5 @@ def print_sizes(before: HybridConfig, after: HybridConfig) -> None:
     counts = count_parameters(before), count_parameters(after)
     rows += [("parameters", f"{counts[0]:,}", f"{counts[1]:,} ({counts[1] / counts[0]:.1%})")]
     table(f"Pruned to {after.pattern}", ("", "before", "after"), rows)
+    for caution in cautions(after):
+        say(f"caution: {caution}")

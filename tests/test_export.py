@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models import export
-from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
+from limbeck.models.cautions import cautions
+from limbeck.models.checkpoint import load_config, load_model, open_checkpoint, save_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import train_tokenizer
 from limbeck.tests.helpers import limbeck, random_model, tiny_config
@@ -45,8 +47,10 @@ def test_weights_are_the_sources_rounded(dtype: str, source: Path, tmp_path: Pat
     for name in before.names():
         kind = getattr(torch, dtype)
         assert after.stored[name].dtype == kind and torch.equal(after.tensor(name), before.tensor(name).to(kind)), name
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
+    settings, own = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (out, source))
+    assert settings == own | {"model_max_length": 131072}
     config = json.loads((out / "config.json").read_text())
     assert config["torch_dtype"] == dtype and config["architectures"] == ["NemotronHForCausalLM"]
     card = (out / "README.md").read_text()
@@ -116,6 +120,40 @@ def test_wrong_input(source: Path, tmp_path: Path) -> None:
     (tmp_path / "taken" / "mine").write_text("mine")
     assert limbeck("export", f"model={source}", f"output={tmp_path / 'taken'}")[0] == 2
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine"]
+
+
+def test_a_dense_model_says_nothing_of_experts(source: Path, tmp_path: Path) -> None:
+    """transformers writes them into every config.json, and other readers take the model for one with experts."""
+    shutil.copytree(source, tmp_path / "model")
+    content = json.loads((source / "config.json").read_text())
+    others = {"num_experts_per_tok": 2, "n_routed_experts": 8, "num_nextn_predict_layers": 0, "expand": 2,
+              "mtp_layers_block_type": ["full_attention", "moe"]}  # fmt: skip
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content | others))
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 10**30}))
+    out = tmp_path / "out"
+    assert limbeck("export", f"model={tmp_path / 'model'}", f"output={out}", "check_tokens=16")[0] == 0
+    found = json.loads((out / "config.json").read_text())
+    assert found == content | {"expand": 2, "torch_dtype": "bfloat16"} and found["model_type"] == "nemotron_h"
+    assert json.loads((out / "tokenizer_config.json").read_text())["model_max_length"] == 131072
+
+
+def test_what_others_will_not_do_is_said(source: Path, tmp_path: Path) -> None:
+    """No attention layer left, and rows of in_proj that are no multiple of 8: at the export, and in its card."""
+    config = tiny_config(vocab_size=load_config(source).vocab_size, pattern="M-M", mamba_head_dim=4, mamba_num_heads=6)
+    assert cautions(load_config(source)) == [] and len(cautions(config)) == 2
+    save_model(random_model(config, 0, torch.float32), tmp_path / "model", tokenizer_from=source)
+    out = tmp_path / "out"
+    code, text, _ = limbeck("export", f"model={tmp_path / 'model'}", f"output={out}", "check_tokens=16")
+    card = (out / "README.md").read_text()
+    assert code == 0 and "in_proj has 118 rows" in card and "use_cache=False" in card and "What to know" in card
+    assert text.count("caution: ") == 2
+    assert "What to know" not in exported_card(source, tmp_path / "other")
+
+
+def exported_card(source: Path, out: Path) -> str:
+    assert limbeck("export", f"model={source}", f"output={out}", "check_tokens=16")[0] == 0
+    return (out / "README.md").read_text()
 
 
 def test_without_transformers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,11 +50,13 @@ def llama_cpp(file: str) -> Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What an export is: its dtype, how it is opened, and how it was compared, in sentences."""
+    """What an export is: its dtype, how it is opened, how it was compared, and what others will not do with it, in
+    sentences."""
 
     dtype: str
     opened: Opened
     checked: str
+    cautions: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "eos_token_id": ("eos_token_id",),
     "pad_token_id": ("pad_token_id",),
 }
-# What a config.json has of experts; without such layers it stays what it is, for readers whose defaults differ.
+# What a config.json has of experts.
 EXPERT_SPELLINGS: dict[str, tuple[str, ...]] = {
     "n_routed_experts": ("n_routed_experts", "num_local_experts"),
     "num_experts_per_tok": ("num_experts_per_tok",),
@@ -52,6 +52,12 @@ LAYER_TYPES = {
     "mamba": MAMBA, "linear_attention": MAMBA, "attention": ATTENTION, "full_attention": ATTENTION, "mlp": DENSE,
     "moe": MIXTURE,
 }  # fmt: skip
+# And what else only such a model, or one with a head for further tokens, has. Readers take a config.json with any of it
+# for one with experts (llama.cpp's converter does), so that no other says it.
+EXPERT_FIELDS = (
+    *(name for names in EXPERT_SPELLINGS.values() for name in names), "n_shared_experts", "moe_shared_expert_overlap",
+    "output_router_logits", "num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern",
+)  # fmt: skip
 TIME_STEP_LIMITS = (TIME_STEP_LIMIT, "mamba_dt_limit")
 BIASES = ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
 LAYER = "backbone.layers.{block}."
@@ -138,7 +144,9 @@ def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
         if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
             hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
     hf |= write_limit(config)
-    return hf | {name: value for name, value in config.extra.items() if name not in hf}
+    hf |= {name: value for name, value in config.extra.items() if name not in hf}
+    absent = () if MIXTURE in config.pattern else EXPERT_FIELDS
+    return {name: value for name, value in hf.items() if name not in absent}
 
 
 def mixer(*names: str) -> dict[str, str]:
