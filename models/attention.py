@@ -188,9 +188,10 @@ def token_positions(tokens: int, past: int, seq_idx: Tensor | None, device: torc
 
 
 def attention_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
-    # Key and value heads stay; whole query heads come and go inside their kv group.
+    # Whole query heads come and go inside their key-value head, and all of them with it.
     query: Dimension = ((Factor(Axis("attn_heads", layer), config.num_attention_heads), Factor(None, config.head_dim)),)
-    key = fixed(config.num_key_value_heads * config.head_dim)
+    groups = Factor(Axis("kv_groups", layer), config.num_key_value_heads)
+    key: Dimension = ((groups, Factor(None, config.head_dim)),)
     tensors: Parts = {
         "q_proj.weight": (Role.MATRIX, (query, hidden)),
         "k_proj.weight": (Role.MATRIX, (key, hidden)),

@@ -3,7 +3,7 @@
 A dimension is a run of segments, a segment is a row-major product of factors, and a factor is an axis (or None
 where the size is fixed) with its size. The rows of Mamba's `in_proj`, z | x | B, C | dt, read
 
-    (mamba_heads x mamba_head_dim) + (mamba_heads x mamba_head_dim) + fixed(2 * groups * state) + mamba_heads
+    (mamba_heads x mamba_head_dim) + (mamba_heads x mamba_head_dim) + ssm_state + ssm_state + mamba_heads
 
 The tensors of a layer are listed by its kind (mamba2.py, attention.py, mlp.py, ...); embedding, final norm and head
 here. Shapes, the parameter count, memory, validation and slicing are read from the table, and nowhere else.
@@ -28,8 +28,11 @@ class AxisRow:
     """A row of `AXES`: one prunable width.
 
     `width` is the config field that counts its units, `title` its name in tables and plots. Units that live in groups
-    of equal size keep equally many in each; `groups` is the config field that counts those. An axis `within` another
-    is ranked by the columns of that axis's scores [units, columns], once for all of its units.
+    of equal size keep equally many in each; `groups` is the config field that counts those, and with `per_group` the
+    width counts the units of one group. An axis `within` another is ranked by the columns of that axis's scores
+    [units, columns], once for all of its units. Where a row's width counts the groups of another's units (key-value
+    heads), its units go with all that live in them, and are worth what those are. `letter` stands for a width in the
+    names of candidates that have another than the source, where no label of a kind does.
     """
 
     name: str
@@ -37,6 +40,8 @@ class AxisRow:
     title: str
     groups: str | None = None
     within: str | None = None
+    per_group: bool = False
+    letter: str = ""
 
 
 AXES: dict[str, AxisRow] = {
@@ -44,9 +49,11 @@ AXES: dict[str, AxisRow] = {
     for row in (
         AxisRow("hidden", "hidden_size", "residual channels"),
         AxisRow("ffn", "intermediate_size", "FFN neurons"),
+        AxisRow("kv_groups", "num_key_value_heads", "key-value heads", letter="K"),
         AxisRow("attn_heads", "num_attention_heads", "attention heads", groups="num_key_value_heads"),
         AxisRow("mamba_heads", "mamba_num_heads", "Mamba heads", groups="n_groups"),
         AxisRow("mamba_head_dim", "mamba_head_dim", "Mamba head channels", within="mamba_heads"),
+        AxisRow("ssm_state", "ssm_state_size", "SSM state indices", groups="n_groups", per_group=True, letter="N"),
         AxisRow("experts", "n_routed_experts", "experts", groups="n_group"),
         AxisRow("expert_ffn", "moe_intermediate_size", "expert neurons"),
         AxisRow("shared_ffn", "moe_shared_expert_intermediate_size", "shared expert neurons"),
@@ -70,6 +77,10 @@ class Axis(NamedTuple):
     def groups(self, config: HybridConfig) -> int:
         """How many groups its units live in."""
         return 1 if self.row.groups is None else getattr(config, self.row.groups)
+
+    def units(self, config: HybridConfig, width: int) -> int:
+        """How many units its layer has at a width."""
+        return width * self.groups(config) if self.row.per_group else width
 
 
 class Factor(NamedTuple):
@@ -152,6 +163,22 @@ Parts = dict[str, tuple[Role, tuple[Dimension, ...]]]  # a layer's tensors by th
 def columns_of(axis: Axis) -> list[Axis]:
     """The axes that are ranked by the columns of this one's scores."""
     return [Axis(row.name, axis.layer) for row in AXES.values() if row.within == axis.kind]
+
+
+def group_row(row: AxisRow) -> AxisRow | None:
+    """The row whose units are the groups of this one's, where there is one."""
+    return next((other for other in AXES.values() if other.width == row.groups), None)
+
+
+def group_axis(axis: Axis) -> Axis | None:
+    """The axis whose units are the groups of this one's, where there is one."""
+    row = group_row(axis.row)
+    return None if row is None else Axis(row.name, axis.layer)
+
+
+def holds_units(row: AxisRow) -> bool:
+    """Whether the row's units are groups of another's."""
+    return any(other.groups == row.width for other in AXES.values())
 
 
 def segment_size(segment: Segment) -> int:

@@ -57,8 +57,9 @@ class HybridLM(nn.Module):
     `observe(name, layer, tensor)`, where a method takes it, sees activations as they pass: "residual" before a
     layer, "hidden" after its norm (both also at `num_layers`, around the final norm), and what the kinds of layers
     show of themselves: "ffn" what `up_proj` gives, "ffn_act" what `down_proj` reads (after the activation, and the gate
-    where there is one), "attn_heads" [B, T, heads, head_dim] before `o_proj`, and "mamba_x", "mamba_z" (from `in_proj`)
-    and "mamba_out" (before `out_proj`), each [B, T, heads, head_dim].
+    where there is one), "attn_heads" [B, T, heads, head_dim] before `o_proj`, "mamba_x", "mamba_z" (from `in_proj`)
+    and "mamba_out" (before `out_proj`), each [B, T, heads, head_dim], and "mamba_c" [B, T, groups * state]. An
+    observer whose `names` have them sees "mamba_state" and "mamba_reach" as well, alike (kernels/state_energy.py).
 
     `tokenizer` is that of the folder, where `api.load` found one.
     """

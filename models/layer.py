@@ -89,6 +89,10 @@ class Context:
         if self.observe is not None:
             self.observe(name, layer, tensor)
 
+    def wants(self, name: str) -> bool:
+        """Whether the observer names that activation: what nothing else needs is computed for such observers alone."""
+        return name in getattr(self.observe, "names", ())
+
     def project(self, module: nn.Linear, x: Tensor) -> Tensor:
         """x [B, T, K] times a module's weight [N, K] transposed, and its bias [N] added where it has one."""
         y = linear(x, module.weight) if self.bound is None else self.bound.project(module, x)

@@ -20,6 +20,7 @@ from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.mamba_step import PreparedStep, takes_prepared
 from ..kernels.norm import gated_rms_norm, rms_norm
 from ..kernels.ssd import ssd_scan
+from ..kernels.state_energy import state_energy
 from ..kernels.state_update import state_update
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
@@ -88,18 +89,27 @@ class Mamba2Mixer(nn.Module):
             conv_out, last = conv_out
             state.conv.copy_(last)
         x, B, C = self.split_heads(conv_out)
+        A = -torch.exp(self.A_log.float())
+        options: dict[str, Any] = {
+            "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit, "chunk_size": config.chunk_size,
+            "seq_idx": seq_idx,
+        }  # fmt: skip
+        if context.observe is not None:
+            C = C.flatten(-2)
+            context.note("mamba_c", self.layer, C)
+            C = C.unflatten(-1, (config.n_groups, -1))
+            for name, to_come in (("mamba_state", False), ("mamba_reach", True)):
+                if context.wants(name):
+                    energy = state_energy(x, dt, A, B, C, to_come=to_come, **options)
+                    context.note(name, self.layer, energy.flatten(-2))
         y = ssd_scan(
             x,
             dt,
-            -torch.exp(self.A_log.float()),
+            A,
             B,
             C,
             D=self.D,
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            dt_limit=config.dt_limit,
-            chunk_size=config.chunk_size,
-            seq_idx=seq_idx,
+            **options,
             initial_state=None if state is None else state.ssm,
             return_final_state=state is not None,
         )
@@ -209,12 +219,13 @@ def share_multipliers(
 
 def mamba_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
     """The mixer's tensors; the norm before the mixer, which every layer has, is axes.tensor_table's. B and C belong to
-    groups and keep their rows when heads go."""
+    groups, keep their rows when heads go, and lose the same state indices."""
     heads = Factor(Axis("mamba_heads", layer), config.mamba_num_heads)
     head_dim = Factor(Axis("mamba_head_dim", layer), config.mamba_head_dim)
     inner: Dimension = ((heads, head_dim),)
     per_head: Dimension = ((heads,),)
-    b_and_c = fixed(2 * config.n_groups * config.ssm_state_size)
+    state = Factor(Axis("ssm_state", layer), config.n_groups * config.ssm_state_size)
+    b_and_c: Dimension = ((state,), (state,))
     conv_channels = inner + b_and_c
     tensors: Parts = {
         "in_proj.weight": (Role.MATRIX, (inner + inner + b_and_c + per_head, hidden)),  # z | x | B, C | dt
@@ -285,7 +296,13 @@ KIND = LayerKind(
     writers={"out_proj.weight": "mamba_out"},
     multipliers={"out_proj.weight": lambda config: config.multipliers.mamba_out},
     # Heads and head channels are ranked by one matrix [heads, head_dim] (arXiv 2504.11409, section 3).
-    scores={"mamba_heads": ScoreSource({"x": "mamba_x", "z": "mamba_z", "out": "mamba_out"}, option="mamba_source")},
+    scores={
+        "mamba_heads": ScoreSource({"x": "mamba_x", "z": "mamba_z", "out": "mamba_out"}, option="mamba_source"),
+        # C reads the state: scaled at an index it does what scaling the index itself would.
+        "ssm_state": ScoreSource(
+            {"now": "mamba_state", "to_come": "mamba_reach", "c": "mamba_c"}, option="state_source"
+        ),
+    },
     norms={"norm.weight": NormSource("mamba_normed", "n_groups")},
     initial={
         "A_log": initial_decay,
@@ -294,6 +311,6 @@ KIND = LayerKind(
         "conv1d.weight": initial_conv,
         "conv1d.bias": initial_conv,
     },
-    aligned=(("mamba_num_heads", "mamba_head_dim"),),
+    aligned=(("mamba_num_heads", "mamba_head_dim"), ("ssm_state_size",)),
     size_label=lambda config: f"M{config.mamba_num_heads}x{config.mamba_head_dim}",
 )

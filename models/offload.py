@@ -7,7 +7,7 @@ head are read in runs of rows. Either source runs the same code on the same numb
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +29,18 @@ STREAM_BYTES = 4 * 2**30
 HEAD_ROWS = 8192
 
 
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """An observer that is told another number of the layer."""
+
+    observe: Observe
+    number: int
+    names: Container[str]
+
+    def __call__(self, name: str, _: int, tensor: Tensor) -> None:
+        self.observe(name, self.number, tensor)
+
+
 @dataclasses.dataclass
 class Layer:
     """Layer `number` of the source: the place `index` of a model."""
@@ -40,9 +52,7 @@ class Layer:
 
     def forward(self, hidden: Tensor, seq_idx: Tensor, observe: Observe | None = None) -> Tensor:
         """The residual stream [B, T, hidden] after the layer; `observe` is told the source's number."""
-        seen: Observe | None = None
-        if observe is not None:
-            seen = lambda kind, _, tensor: observe(kind, self.number, tensor)  # noqa: E731
+        seen = None if observe is None else Numbered(observe, self.number, getattr(observe, "names", ()))
         return self.model.forward_layers(hidden, self.index, self.index + 1, seq_idx=seq_idx, observe=seen)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..models.axes import AXES, HIDDEN, Axis, AxisRow, axis_sizes, columns_of
+from ..models.axes import AXES, HIDDEN, Axis, AxisRow, axis_sizes, columns_of, group_axis, group_row, holds_units
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from .scores import WidthScores, check_width_scores
@@ -34,19 +34,30 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
         layers = named_layers(config, target.keep_layers, target.layers)
     target = with_widths(config, "".join(config.pattern[layer] for layer in layers), target)
     sizes = {axis: size for axis, size in axis_sizes(config).items() if axis.layer is None or axis.layer in layers}
-    counts = {row.name: check_width(config, sizes, row, target.widths.get(row.width)) for row in AXES.values()}
+    counts = {row.name: check_width(config, sizes, row, target) for row in AXES.values()}
     kept: dict[Axis, tuple[int, ...]] = {}
     for axis in sizes:
-        count = counts[axis.kind]
-        if count is None:
+        width = counts[axis.kind]
+        if width is None or holds_units(axis.row):
             continue
+        count = axis.units(config, width)
         if axis == HIDDEN:
             kept[axis] = best(widths[axis][[*layers, config.num_layers]].sum(0), count)
         elif axis.row.within is not None:
             kept[axis] = best(column_scores(widths[Axis(axis.row.within, axis.layer)]), count)
         else:
+            if axis not in widths:
+                raise InputError(
+                    f"target: {axis.row.width} is {width}, but the scores have none for {axis.row.title};"
+                    " score the model again"
+                )
             columns = [counts[other.kind] or sizes[other] for other in columns_of(axis)]
-            kept[axis] = best(unit_scores(widths[axis], *columns), count, axis.groups(config))
+            scores, owner = unit_scores(widths[axis], *columns), group_axis(axis)
+            groups = counts[owner.kind] if owner else None
+            if owner is None or groups is None:
+                kept[axis] = best(scores, count, axis.groups(config))
+            else:
+                kept[owner], kept[axis] = best_in_groups(scores.reshape(axis.groups(config), -1), groups, count)
     return Selection(layers, kept)
 
 
@@ -88,20 +99,31 @@ def named_layers(config: HybridConfig, layers: tuple[int, ...], count: int | Non
     return layers
 
 
-def check_width(config: HybridConfig, sizes: Mapping[Axis, int], row: AxisRow, count: int | None) -> int | None:
+def check_width(config: HybridConfig, sizes: Mapping[Axis, int], row: AxisRow, target: Target) -> int | None:
     """A width of the target, checked against the source's axes that stay. Raises InputError."""
+    name = row.width
+    count = target.widths.get(name)
     if count is None:
         return None
-    name = row.width
-    size = next((size for axis, size in sizes.items() if axis.kind == row.name), None)
-    if size is None:
+    if not any(axis.kind == row.name for axis in sizes):
         raise InputError(f"target: {name} is {count}, but no layer of the pruned model has that width; leave it out")
+    size = getattr(config, name)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
         raise InputError(f"target: {name} is {count}; expected a whole number of 1..{size}, the source's width")
-    if row.groups is not None and count % getattr(config, row.groups):
+    if row.groups is None or row.per_group:
+        return count
+    all_groups, held = getattr(config, row.groups), group_row(row)
+    groups = (None if held is None else target.widths.get(held.width)) or all_groups
+    if count % groups:
+        advice = "" if held is None else f"; give a multiple, or another {row.groups} as well"
         raise InputError(
-            f"target: {name} is {count}; expected a multiple of {row.groups} ({getattr(config, row.groups)}),"
-            " because every group keeps equally many heads"
+            f"target: {name} is {count}; expected a multiple of {row.groups} ({groups}),"
+            f" because every group keeps equally many heads{advice}"
+        )
+    if count > size // all_groups * groups:
+        raise InputError(
+            f"target: {name} is {count} with {row.groups} {groups}; expected at most {size // all_groups * groups},"
+            f" because each of the source's {all_groups} groups has {size // all_groups} heads"
         )
     return count
 
@@ -117,6 +139,16 @@ def unit_scores(scores: Tensor, columns: int | None = None) -> Tensor:
     if columns is None:
         return scores
     return torch.linalg.vector_norm(scores[:, best(column_scores(scores), columns)], dim=1)
+
+
+def best_in_groups(scores: Tensor, groups: int, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of scores [groups, units of each] the `groups` best groups, and `count` units of these, equally many of each: a
+    group is worth the L2 norm of the scores that stay of it. Both ascending, units numbered over all groups."""
+    per_group = scores.shape[1]
+    stays = scores.topk(count // groups, dim=1).values
+    kept = best(torch.linalg.vector_norm(stays, dim=1), groups)
+    own = best(scores[list(kept)].flatten(), count, groups)
+    return kept, tuple(kept[unit // per_group] * per_group + unit % per_group for unit in own)
 
 
 def best(scores: Tensor, count: int, groups: int = 1) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ Shapes: [B, T] samples and tokens, [U...] the units of an axis.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sized
 from typing import NamedTuple, Protocol
 
@@ -17,7 +18,7 @@ from ..kernels.norm import rms_norm
 from ..models import processes
 from ..models.config import HybridConfig
 from ..models.errors import InputError
-from ..models.hybrid import HybridLM, Observe
+from ..models.hybrid import HybridLM
 from ..models.multipliers import scaled
 from ..models.offload import STREAM_BYTES, Layers, layers_of
 from .scores import WidthScores, check_width_scores
@@ -129,7 +130,7 @@ def forward_pass(source: Layers, group: list[TokenBatch], names: Container[str])
     for layer in source.in_turn(range(source.config.num_layers)):
         for number, stream in enumerate(streams):
             seen: dict[str, Tensor] = {}
-            streams[number] = layer.forward(stream, seq_idx[number], keeper(seen, names))
+            streams[number] = layer.forward(stream, seq_idx[number], Keeper(seen, names))
             yield Sight(layer.number, number, seen, {})
     norm = source.tensor("norm_f.weight")
     for number, stream in enumerate(streams):
@@ -161,7 +162,7 @@ def backward_pass(source: Layers, group: list[TokenBatch], names: Container[str]
         for number, stream in enumerate(before.pop()):
             seen: dict[str, Tensor] = {}
             with torch.enable_grad():
-                after = layer.forward(stream.requires_grad_(), seq_idx[number], keeper(seen, names))
+                after = layer.forward(stream.requires_grad_(), seq_idx[number], Keeper(seen, names))
             gradients[number], *rest = torch.autograd.grad(after, [stream, *seen.values()], gradients[number])
             yield Sight(layer.number, number, seen, dict(zip(seen, rest, strict=True)))
 
@@ -184,11 +185,13 @@ def loss_gradients(
     return normed, own, gradient
 
 
-def keeper(seen: dict[str, Tensor], names: Container[str]) -> Observe:
-    """What keeps the activations of these names."""
+@dataclasses.dataclass(frozen=True)
+class Keeper:
+    """An observer that keeps the activations of these names."""
 
-    def observe(name: str, _: int, tensor: Tensor) -> None:
-        if name in names:
-            seen[name] = tensor
+    seen: dict[str, Tensor]
+    names: Container[str]
 
-    return observe
+    def __call__(self, name: str, _: int, tensor: Tensor) -> None:
+        if name in self.names:
+            self.seen[name] = tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..models.axes import HIDDEN, columns_of, tensor_table
+from ..models.axes import HIDDEN, columns_of, dimension_size, segment_size, tensor_table
 from ..models.config import HybridConfig
 from .scores import WidthScores
 from .slice import Selection
@@ -30,12 +30,14 @@ def scored_weights(config: HybridConfig, widths: WidthScores) -> dict[str, int]:
 
 
 def axis_weights(config: HybridConfig) -> dict[str, int]:
-    """Of each kind of axis, the parameters of the tensors that lie on it; one that lies on two counts for both."""
+    """Of each kind of axis, the parameters that lie on it; one that lies on two counts for both."""
     weights: dict[str, int] = {}
     for tensor in tensor_table(config).values():
-        factors = [factor for dimension in tensor.dimensions for segment in dimension for factor in segment]
-        for kind in {factor.axis.kind for factor in factors if factor.axis is not None}:
-            weights[kind] = weights.get(kind, 0) + tensor.numel
+        for dimension in tensor.dimensions:
+            beside = tensor.numel // dimension_size(dimension)
+            for segment in dimension:
+                for kind in {axis.kind for axis, _ in segment if axis is not None}:
+                    weights[kind] = weights.get(kind, 0) + beside * segment_size(segment)
     return dict(sorted(weights.items()))
 
 

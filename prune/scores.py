@@ -2,8 +2,8 @@
 
 Width scores hold one float64 tensor an axis, on the CPU, larger = more important:
 hidden [num_layers + 1, hidden] (a row for each layer's norm and one for the final norm), ffn(i) [ffn],
-attn_heads(i) [heads], and mamba_heads(i) [heads, head_dim], which ranks heads and head channels both: a head's
-score counts only the channels that are kept, so that it is known no earlier than choose.py.
+attn_heads(i) [heads], ssm_state(i) [groups * state], and mamba_heads(i) [heads, head_dim], which ranks heads and head
+channels both: a head's score counts only the channels that are kept, so that it is known no earlier than choose.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..models.axes import HIDDEN, Axis, axis_sizes, columns_of
+from ..models.axes import HIDDEN, Axis, axis_sizes, columns_of, holds_units
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
@@ -59,14 +59,18 @@ def width_score_shapes(config: HybridConfig) -> dict[Axis, tuple[int, ...]]:
     for axis, size in sizes.items():
         if axis == HIDDEN:
             shapes[axis] = (config.num_layers + 1, size)
-        elif axis.row.within is None:
+        elif axis.row.within is None and not holds_units(axis.row):
             shapes[axis] = (size, *(sizes[columns] for columns in columns_of(axis)))
     return shapes
 
 
 def check_width_scores(config: HybridConfig, widths: WidthScores, where: str) -> None:
-    """Raises InputError unless `widths` are finite and are scores of a model of this config."""
-    shapes = width_score_shapes(config)
+    """Raises InputError unless `widths` are finite and are scores of a model of this config. Scores that were made
+    before a kind of axis could be cut have none of it."""
+    scored = {axis.kind for axis in widths}
+    shapes = {
+        axis: shape for axis, shape in width_score_shapes(config).items() if axis.kind in scored or axis == HIDDEN
+    }
     for axis in shapes.keys() | widths.keys():
         found = tuple(widths[axis].shape) if axis in widths else None
         if found != shapes.get(axis):

@@ -30,6 +30,7 @@ class Importance:
     aggregate_sequence: str = "mean"
     mamba_source: str = "x"
     ffn_source: str = "pre"
+    state_source: str = "now"
     times_output: bool = False
 
     def width_metric(self, seed: int) -> WidthMetric:
@@ -41,8 +42,9 @@ class Importance:
         if self.method == "taylor":
             return TaylorScores()
         return ActivationScores(
-            self.aggregate_batch, self.aggregate_sequence, self.mamba_source, self.ffn_source, self.times_output
-        )
+            self.aggregate_batch, self.aggregate_sequence, self.mamba_source, self.ffn_source, self.state_source,
+            self.times_output,
+        )  # fmt: skip
 
     def settled(self, config: HybridConfig, removed: int | None = None) -> Importance:
         """With the number of layers to put in order: where none is given as many as are `removed`, or one step's."""

@@ -13,26 +13,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import torch
-
-from ..kernels.linear_kl import linear_cross_entropy
-from ..models.axes import AXES
+from ..models.axes import AXES, group_row
 from ..models.config import HybridConfig
 from ..models.cost.hardware import GIB, Hardware
 from ..models.cost.inference import MemoryReport, memory
 from ..models.cost.parameters import count_parameters
 from ..models.cost.speed import Throughput, throughput
-from ..models.errors import CheckFailed, InputError
-from ..models.hybrid import HybridLM
+from ..models.errors import InputError
 from ..models.kinds import KINDS
 from .choose import kept_layers, select
-from .importance import TokenBatch
 from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, embed, odd_gap
-from .repair import Repair, repair_model
 from .scores import LayerScores, WidthScores
 from .slice import Selection
-from .target import HIDDEN, INNER, ByWidth, Target, by_width, unwritable
+from .target import HIDDEN, INNER, ByWidth, Target, by_width, followed, unwritable
 
 RANKS = ("memory", "importance", "loss")
 
@@ -270,7 +264,7 @@ def find_candidates(
                     smaller, hardware, budget=budget.bytes,
                     **dataclasses.asdict(requests) | {"batch": requests.batch or None}, **budget.dtypes,
                 )  # fmt: skip
-            name, parameters = name_of(smaller, depth), count_parameters(smaller)
+            name, parameters = name_of(smaller, depth, config), count_parameters(smaller)
             candidates.append(Candidate(name, smaller, depth, Target(**changed), parameters, report, speed))
     if not aligned:
         raise InputError(f"space: none of {combinations} combinations is aligned (align={space.align}, whole groups)")
@@ -295,6 +289,9 @@ def grid(base: HybridConfig, space: Space) -> Iterable[dict[str, float]]:
         widths = dict(zip(axes, values, strict=True))
         if ratios is not None:
             widths[INNER] *= widths[HIDDEN]
+        for row in AXES.values():
+            if group_row(row) is not None and row.width in widths and space.widths.get(row.width) is None:
+                widths[row.width] = followed(base, row, int(widths[str(row.groups)]))
         yield widths
 
 
@@ -313,17 +310,23 @@ def is_aligned(config: HybridConfig, widths: Mapping[str, float], align: int) ->
             size = math.prod(widths[name] for name in fields)
             if size % align and size != math.prod(getattr(config, name) for name in fields):
                 return False
-    return not any(
-        row.groups is not None and row.width in widths and widths[row.width] % getattr(config, row.groups)
-        for row in AXES.values()
-    )
+    for row in AXES.values():
+        if row.groups is None or row.per_group or row.width not in widths:
+            continue
+        every = getattr(config, row.groups)
+        groups = widths.get(row.groups, every)
+        if widths[row.width] % groups or widths[row.width] // groups > getattr(config, row.width) // every:
+            return False
+    return True
 
 
-def name_of(config: HybridConfig, depth: Depth) -> str:
+def name_of(config: HybridConfig, depth: Depth, source: HybridConfig) -> str:
     """Short, readable, a folder's name, and different for every size of a space: such as L56-H4480-F15680-M128x80."""
+    rows = [row for row in AXES.values() if row.letter and row.width in widths_of(config)]
+    others = [f"{row.letter}{new}" for row in rows if (new := getattr(config, row.width)) != getattr(source, row.width)]
     kinds = sorted(dict.fromkeys(config.kinds), key=lambda kind: list(KINDS).index(kind.letter), reverse=True)
     sizes = [kind.size_label(config) for kind in kinds]
-    name = "-".join([f"L{depth.label}", f"H{config.hidden_size}", *filter(None, sizes)])
+    name = "-".join([f"L{depth.label}", f"H{config.hidden_size}", *filter(None, sizes), *others])
     assert PurePath(name).name == name
     return name
 
@@ -336,7 +339,7 @@ def with_importance(
     weights = scored_weights(config, widths)
 
     def share(candidate: Candidate, kind: str) -> float:
-        rows = [AXES[kind], *(row for row in AXES.values() if row.within == kind)]
+        rows = [AXES[kind], *(row for row in AXES.values() if row.within == kind or row.width == AXES[kind].groups)]
         counts = {row.width: candidate.target.widths.get(row.width) for row in rows}
         key = (candidate.depth.layers, kind, *counts.values())
         if key not in known:
@@ -368,32 +371,3 @@ def ranked(candidates: Iterable[Candidate], by: str) -> tuple[Candidate, ...]:
             key=lambda c: unmeasured if c.loss is None else c.loss,
         )
     )
-
-
-@torch.no_grad()
-def sliced_loss(
-    model: HybridLM,
-    selection: Selection,
-    batches: Sequence[TokenBatch],
-    repair: Repair | None = None,
-    calibration: Sequence[TokenBatch] = (),
-) -> float:
-    """Cross-entropy (nats a token) of the model cut in memory, over the positions of `batches` whose label counts;
-    repaired on `calibration` as `repair` says.
-
-    Raises CheckFailed where it is not finite, InputError where nothing counts.
-    """
-    smaller = repair_model(model, selection, calibration, repair or Repair()).eval()
-    device = smaller.head_weight.device
-    total, tokens = 0.0, 0
-    for batch in batches:
-        labels = batch.labels.to(device).flatten()
-        hidden = smaller.hidden_states(batch.input_ids.to(device), seq_idx=batch.seq_idx.to(device)).flatten(0, 1)
-        found = linear_cross_entropy(hidden, smaller.head_weight, labels, normalizer=1.0)
-        total += float(found.cross_entropy.double().sum())
-        tokens += int((labels >= 0).sum())
-    if not tokens:
-        raise InputError("search: the data has no counted token; expected at least one sample of two tokens")
-    if not abs(total) < float("inf"):
-        raise CheckFailed(f"search: the loss of the model cut to {smaller.config.pattern} is {total}")
-    return total / tokens

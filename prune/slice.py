@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 import torch
 from torch import Tensor
 
-from ..models.axes import Axis, Dimension, Role, TensorSpec, axis_sizes, segment_size, tensor_table
+from ..models.axes import Axis, Dimension, Role, TensorSpec, axis_sizes, group_axis, segment_size, tensor_table
 from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
@@ -52,11 +52,16 @@ def slice_config(config: HybridConfig, selection: Selection) -> HybridConfig:
     for axis, size in sizes.items():
         kept = selection.kept.get(axis, range(size))
         check_units(axis, size, kept)
-        if axis.groups(config) > 1:
-            check_groups(axis, size, kept, axis.groups(config))
-        if widths.setdefault(axis.row.width, len(kept)) != len(kept):
+        owner = group_axis(axis)
+        groups = range(axis.groups(config))
+        if len(groups) > 1:
+            check_groups(
+                axis, size // len(groups), kept, groups if owner is None else selection.kept.get(owner, groups)
+            )
+        width = len(kept) // axis.units(config, 1)
+        if widths.setdefault(axis.row.width, width) != width:
             raise InputError(
-                f"selection: {axis} keeps {len(kept)} units where an earlier layer keeps {widths[axis.row.width]};"
+                f"selection: {axis} keeps {width} units where an earlier layer keeps {widths[axis.row.width]};"
                 " expected the same number in every layer of a kind"
             )
     pattern = "".join(config.pattern[layer] for layer in layers)
@@ -69,13 +74,13 @@ def check_units(axis: Axis, size: int, kept: Sequence[int]) -> None:
         raise InputError(f"selection: {axis} keeps {abridged(kept)}; expected distinct units within 0..{size - 1}")
 
 
-def check_groups(axis: Axis, size: int, kept: Sequence[int], groups: int) -> None:
-    """Raises InputError unless every group keeps equally many units and the groups stay in their order."""
-    per_group, left = size // groups, len(kept) // groups
-    if len(kept) % groups or any(unit // per_group != position // left for position, unit in enumerate(kept)):
+def check_groups(axis: Axis, per_group: int, kept: Sequence[int], groups: Sequence[int]) -> None:
+    """Raises InputError unless each of the groups that stay, and no other, keeps equally many units, in their order."""
+    left = len(kept) // len(groups)
+    if len(kept) % len(groups) or any(unit // per_group != groups[n // left] for n, unit in enumerate(kept)):
         raise InputError(
             f"selection: {axis} keeps {abridged(kept)}; expected equally many units of each of"
-            f" its {groups} groups of {per_group}, group after group"
+            f" its {len(groups)} groups {abridged(groups)} of {per_group}, group after group"
         )
 
 

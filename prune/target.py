@@ -2,24 +2,28 @@
 
 For so many parameters hidden_size shrinks, and intermediate_size by the square of its factor, as from Nemotron Nano 2's
 12B to its 9B (5120 to 4480, 20480 to 15680: arXiv 2508.14444); the parameters that this leaves go to intermediate_size.
-Heads of either kind stay as they are, as they did there.
+Heads of either kind stay as they are, as they did there. Where such aligned sizes miss the number by more than 0.1%,
+nearby and finer ones are tried.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
-from ..models.axes import AXES
+from ..models.axes import AXES, AxisRow, group_row
 from ..models.config import HybridConfig
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 
 WIDE = 2048  # from this hidden size on
+FINE = 8  # what tensor cores like
+NEAR = 1e-3  # of the parameters requested
+NEARBY = 4  # hidden sizes to try below the first
 HIDDEN, INNER = AXES["hidden"].width, AXES["ffn"].width
 
 
@@ -103,8 +107,15 @@ class Target(ByWidth):
 
 
 def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
-    """The target with the widths that its `parameters` stand for where layers of that pattern stay. Raises
-    InputError."""
+    """The target with the widths that its `parameters` stand for where layers of that pattern stay, and those that
+    follow from others (the heads of key-value heads). Raises InputError."""
+    held = ((row, group_row(row)) for row in AXES.values())
+    followers = {
+        row.width: followed(config, row, target.widths[own.width])
+        for row, own in held
+        if own and own.width in target.widths and row.width not in target.widths
+    }
+    target = target.replace(**followers)
     if target.parameters is None:
         return target
     smaller = config.replace(pattern=pattern, **target.widths)
@@ -114,6 +125,11 @@ def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
     return target.replace(
         parameters=None, **{name: None if size == getattr(config, name) else size for name, size in sizes.items()}
     )
+
+
+def followed(config: HybridConfig, row: AxisRow, groups: int) -> int:
+    """The units of a row in so many of the source's groups, as many in each as there."""
+    return getattr(config, row.width) // max(getattr(config, str(row.groups)), 1) * groups
 
 
 def tied_widths(config: HybridConfig, hidden: int, given: Mapping[str, int]) -> dict[str, int]:
@@ -126,7 +142,7 @@ def tied_widths(config: HybridConfig, hidden: int, given: Mapping[str, int]) -> 
 def alignment(config: HybridConfig) -> int:
     """Widths are multiples of it: whole tiles of a GPU's matrix product where the model is large, and else what its
     tensor cores like."""
-    return 64 if config.hidden_size >= WIDE else 8
+    return 64 if config.hidden_size >= WIDE else FINE
 
 
 def goal_of(config: HybridConfig, parameters: float) -> float:
@@ -144,40 +160,63 @@ def goal_of(config: HybridConfig, parameters: float) -> float:
 def widths_for(
     config: HybridConfig, goal: float, hidden: int | None, intermediate: int | None, given: Mapping[str, int]
 ) -> tuple[int, int]:
-    """hidden_size and intermediate_size for `goal` parameters at most of a config whose layers and heads are the
-    target's; those that are given stay, what is tied to hidden_size goes with it (`tied_widths`). Raises InputError
-    where no width leaves so few, or both are given."""
+    """hidden_size and intermediate_size for `goal` parameters at most, and within `NEAR` of it if multiples of 1 allow
+    that, of a config whose layers and heads are the target's; those that are given stay, what is tied to hidden_size
+    goes with it (`tied_widths`). Raises InputError where no width leaves so few, or both are given."""
     has_mlp, align = any(INNER in kind.fields for kind in config.kinds), alignment(config)
-    if hidden is not None and (intermediate is not None or not has_mlp):
+    free = has_mlp and intermediate is None
+    if hidden is not None and not free:
         raise InputError("target: parameters stands beside the widths that it is to find; leave one of them out")
-
     if hidden is not None:
         config.replace(hidden_size=hidden).to_hf()  # says what is wrong with it
 
     def sized(hidden: int, intermediate: int) -> HybridConfig:
         return config.replace(**{HIDDEN: hidden, INNER: intermediate, **tied_widths(config, hidden, given)})
 
-    def fits(hidden: int, intermediate: int) -> bool:
-        smaller = sized(hidden, intermediate)
-        return count_parameters(smaller) <= goal and unwritable(smaller) is None
+    def left(hidden: int, inner: int) -> float:
+        """The share of the goal that is left, infinite where the sizes cannot be."""
+        smaller = sized(hidden, inner)
+        count = count_parameters(smaller)
+        return math.inf if count > goal or unwritable(smaller) is not None else 1 - count / goal
 
-    widths, coarse = [hidden] if hidden is not None else downwards(config.hidden_size, align), False
-    if hidden is None and tied_widths(config, config.hidden_size, given):
-        widths = [width for width in widths if unwritable(sized(width, config.intermediate_size)) is None]
-        coarse = True
-    for width, below in itertools.pairwise([*widths, 0]):
-        if intermediate is not None or not has_mlp:
-            inner = [intermediate or config.intermediate_size]
-        else:
-            least = 0 if hidden is not None else (width / config.hidden_size) ** 2 * config.intermediate_size
-            if coarse:
-                least = least_inner(sized, config.intermediate_size, width, below)
+    def with_inner(width: int, align: int, least: float = 0) -> list[tuple[int, int]]:
+        """The width with the largest inner size that fits; none where none does."""
+        inner = [intermediate or config.intermediate_size]
+        if free:
             inner = [size for size in downwards(config.intermediate_size, align) if size >= least - align / 2]
-        if inner and fits(width, inner[-1]):
-            return width, inner[bisect.bisect_left(inner, True, key=functools.partial(fits, width))]
-    raise InputError(
-        f"target: no widths leave as few as {goal:,.0f} parameters; give a larger number, or fewer layers, too"
+        if not inner or left(width, inner[-1]) == math.inf:
+            return []
+        return [(width, inner[bisect.bisect_left(inner, True, key=lambda size: left(width, size) < math.inf)])]
+
+    widths, whole = [hidden] if hidden is not None else downwards(config.hidden_size, align), config.intermediate_size
+    coarse = hidden is None and bool(tied_widths(config, config.hidden_size, given))
+    if coarse:
+        widths = [width for width in widths if unwritable(sized(width, whole)) is None]
+    pairs: list[tuple[int, int]] = []
+    for width, smaller in itertools.pairwise([*widths, 0]):
+        least = 0 if hidden is not None else (width / config.hidden_size) ** 2 * whole
+        pairs = with_inner(width, align, least_inner(sized, whole, width, smaller) if coarse and free else least)
+        if pairs:
+            break
+    else:
+        raise InputError(
+            f"target: no widths leave as few as {goal:,.0f} parameters; give a larger number, or fewer layers, too"
+        )
+    above, below = (
+        [size for size in widths if sign * (size - width) > 0 and not unwritable(sized(size, whole))]
+        for sign in (1, -1)
     )
+    finer = [] if free or hidden is not None else downwards((above or [width])[-1], FINE)
+    # Whole tiles came first; now what tensor cores like, then another hidden size, and odd sizes last.
+    others: Iterator[list[tuple[int, int]]] = itertools.chain(
+        (with_inner(width, FINE) for _ in range(free)),
+        (with_inner(size, FINE) for size in finer if size > width),
+        (with_inner(size, align) for size in [*below[:NEARBY], *above[-1:]] if free),
+        (with_inner(min(pairs, key=lambda pair: left(*pair))[0], step) for step in (4, 2, 1) if free),
+    )
+    while min(left(*pair) for pair in pairs) > NEAR and (more := next(others, None)) is not None:
+        pairs += more
+    return min(pairs, key=lambda pair: left(*pair))
 
 
 def least_inner(sized: Callable[[int, int], HybridConfig], whole: int, width: int, below: int) -> float:

@@ -91,15 +91,18 @@ class ActivationScores(WidthMetric):
 
     Aggregates are "mean" (of absolute values), "l2" and "var". Activations: RMSNorm outputs (hidden), X W_up or what
     down_proj reads (`ffn_source` "pre" or "act"; in a gated MLP only "act" sees the gate), the L2 norm over head_dim of
-    the attention output (attn_heads), and the x part of in_proj's output, z, or out_proj's input (`mamba_source`).
-    With `times_output` the scores of neurons, attention and Mamba heads are multiplied by the L2 norm of the weights
-    that read the unit, so that a unit nobody reads scores zero. Raises InputError for an unknown option.
+    the attention output (attn_heads), the x part of in_proj's output, z, or out_proj's input (`mamba_source`), and what
+    an index of the SSM state adds to the output ("now"), to all outputs "to_come", or C (`state_source`; see
+    kernels/state_energy.py). With `times_output` the scores of neurons, attention and Mamba heads are multiplied by the
+    L2 norm of the weights that read the unit, so that a unit nobody reads scores zero. Raises InputError for an unknown
+    option.
     """
 
     aggregate_batch: str = "l2"
     aggregate_sequence: str = "mean"
     mamba_source: str = "x"
     ffn_source: str = "pre"
+    state_source: str = "now"
     times_output: bool = False
 
     def __post_init__(self) -> None:
@@ -135,7 +138,7 @@ class ActivationScores(WidthMetric):
         scores = aggregated(config, moments, self.aggregate_batch)
         if self.times_output:
             readers = unit_weights(config, get_tensor, only_readers=True)
-            for axis in scores.keys() - {HIDDEN}:
+            for axis in readers.keys() - {HIDDEN}:
                 scores[axis] = scores[axis] * readers[axis]
         return scores
 
@@ -189,10 +192,9 @@ class RandomScores(WidthMetric):
         self, config: HybridConfig, get_tensor: GetTensor | None = None, moments: UnitMoments | None = None
     ) -> WidthScores:
         generator = torch.Generator().manual_seed(self.seed)
-        return {
-            axis: torch.rand(shape, generator=generator, dtype=torch.float64)
-            for axis, shape in width_score_shapes(config).items()
-        }
+        # Those of the groups' own widths last: a seed draws what it did before they could be cut.
+        shapes = sorted(width_score_shapes(config).items(), key=lambda item: item[0].row.per_group)
+        return {axis: torch.rand(shape, generator=generator, dtype=torch.float64) for axis, shape in shapes}
 
 
 def empty_moments(config: HybridConfig, device: torch.device) -> dict[tuple[str, int], Moments]:
@@ -216,11 +218,12 @@ def aggregated(config: HybridConfig, moments: UnitMoments, aggregate: str) -> Wi
 def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_readers: bool = False) -> WidthScores:
     """The L2 norm of each unit's entries in the tensors of two or more dimensions, shaped as scores.
 
-    With `only_readers`, the columns of matrices alone, which read it.
+    With `only_readers`, the columns of matrices alone, which read it; axes that none has are left out.
     What belongs to a Mamba head as a whole is spread evenly over its channels.
     """
     shapes = width_score_shapes(config)
     squares = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in shapes.items()}
+    met = set()
     for tensor in tensor_table(config).values():
         if len(tensor.dimensions) < 2:
             continue
@@ -231,9 +234,10 @@ def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_readers: b
             segments = sums[number].split([segment_size(segment) for segment in dimension])
             for segment, values in zip(dimension, segments, strict=True):
                 axis = next((axis for axis, _ in segment if axis is not None), None)
-                if axis is None:
+                if axis is None or axis not in squares:  # what all heads of a key-value head share ranks none of them
                     continue
                 target = squares[axis]
+                met.add(axis)
                 if axis == HIDDEN:
                     target = target[config.num_layers if tensor.layer is None else tensor.layer]
                 factors = values.reshape([size for _, size in segment])
@@ -242,7 +246,7 @@ def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_readers: b
                 elif factors.dim() < target.dim():  # Mamba heads without their channels: dt
                     factors = factors[:, None] / target.shape[1]
                 target += factors
-    return {axis: value.sqrt() for axis, value in squares.items()}
+    return {axis: value.sqrt() for axis, value in squares.items() if axis in met}
 
 
 def reads_units(tensor: TensorSpec, number: int) -> bool:

@@ -28,9 +28,9 @@ from ..prune.search import (
     find_candidates,
     find_depths,
     ranked,
-    sliced_loss,
     with_importance,
 )
+from ..prune.sliced_loss import sliced_loss
 from . import distill, prune
 from .run.resolve import data_input, model_config, model_folder, sample
 from .run.show import gib, progress, read_json, result, say, table

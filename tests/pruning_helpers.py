@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 import torch
-from limbeck.models.axes import axis_sizes
+from limbeck.models.axes import Axis, axis_sizes, group_axis
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.slice import Selection, slice_model
@@ -15,20 +15,24 @@ from torch import Tensor
 
 
 def draw_selection(config: HybridConfig, kinds: Sequence[str], draw: random.Random) -> Selection:
-    """Random units of the named axes, equally many in each layer, and in each group."""
+    """Random units of the named axes, equally many in each layer, and in each group; those that live in groups that
+    are named go with them."""
     layers = list(range(config.num_layers))
     if "layers" in kinds:
         layers = sorted(draw.sample(layers, draw.randint(1, len(layers))))
     counts: dict[str, int] = {}
-    kept = {}
-    for axis, size in axis_sizes(config).items():
-        if axis.kind not in kinds or (axis.layer is not None and axis.layer not in layers):
+    kept: dict[Axis, tuple[int, ...]] = {}
+    sizes = axis_sizes(config)
+    for axis in sorted(sizes, key=lambda axis: group_axis(axis) is not None):  # groups before what lives in them
+        owner = group_axis(axis)
+        followed = owner is not None and owner.kind in kinds
+        if not (axis.kind in kinds or followed) or (axis.layer is not None and axis.layer not in layers):
             continue
-        groups = axis.groups(config)
-        per_group = size // groups
-        count = counts.setdefault(axis.kind, draw.randint(1, per_group))
+        per_group = sizes[axis] // axis.groups(config)
+        count = counts.setdefault(axis.kind, draw.randint(1, per_group) if axis.kind in kinds else per_group)
+        groups = kept[owner] if owner is not None and followed else range(axis.groups(config))
         kept[axis] = tuple(
-            group * per_group + unit for group in range(groups) for unit in sorted(draw.sample(range(per_group), count))
+            g * per_group + unit for g in groups for unit in sorted(draw.sample(range(per_group), count))
         )
     return Selection(tuple(layers), kept)
 

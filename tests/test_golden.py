@@ -68,7 +68,7 @@ def test_scores(name: str, zoo: dict[str, Any]) -> None:
     found, golden = zoo["scores"][name], GOLDEN["scores"][name]
     assert (found["order"], found["metric"]) == (golden["order"], golden["metric"])
     assert figures.all_near(found["values"], golden["values"], figures.SCORE_TOLERANCE)
-    assert found["widths"].keys() == golden["widths"].keys()
+    assert found["widths"].keys() >= golden["widths"].keys()  # later there were more axes
     for axis, expected in golden["widths"].items():
         now = found["widths"][axis]
         assert figures.same_fingerprint(now[:3], expected[:3], figures.SCORE_TOLERANCE), axis

@@ -33,10 +33,10 @@ from limbeck.prune.search import (
     find_candidates,
     find_depths,
     ranked,
-    sliced_loss,
     with_importance,
 )
 from limbeck.prune.slice import slice_config
+from limbeck.prune.sliced_loss import sliced_loss
 from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import RandomScores
 from limbeck.scripts.run.resolve import model_config

@@ -17,8 +17,8 @@ from limbeck.models.checkpoint import load_config
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.prune.search import (
     Candidate,
-    sliced_loss,
 )
+from limbeck.prune.sliced_loss import sliced_loss
 from limbeck.scripts import search as command
 from limbeck.tests.helpers import limbeck, make_workshop
 

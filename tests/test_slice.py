@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from limbeck.models.axes import AXES, HIDDEN, Axis, axis_sizes, tensor_table
+from limbeck.models.axes import AXES, HIDDEN, Axis, axis_sizes, group_axis, tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
@@ -50,9 +50,7 @@ def test_shapes_count_and_contents(seed: int, kinds: Sequence[str]) -> None:
     assert list(tensors) == list(table)
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {n: t.shape for n, t in table.items()}
     assert sum(tensor.numel() for tensor in tensors.values()) == count_parameters(smaller)
-    assert (smaller.n_groups, smaller.ssm_state_size, smaller.conv_kernel) == (
-        config.n_groups, config.ssm_state_size, config.conv_kernel
-    )  # fmt: skip
+    assert (smaller.n_groups, smaller.conv_kernel) == (config.n_groups, config.conv_kernel)
     weights = model.state_dict()
     hidden = list(selection.kept.get(HIDDEN, range(config.hidden_size)))
     for new, old in enumerate(selection.layers):
@@ -64,15 +62,17 @@ def test_shapes_count_and_contents(seed: int, kinds: Sequence[str]) -> None:
         inner = [head * config.mamba_head_dim + channel for head in heads for channel in channels]
         states = 2 * config.n_groups * config.ssm_state_size
         di = config.d_inner
+        every = range(states // 2)
+        both = [*(kept := selection.kept.get(Axis("ssm_state", old), every)), *(states // 2 + n for n in kept)]
         rows = [
             *inner,
             *(di + i for i in inner),
-            *range(2 * di, 2 * di + states),
+            *(2 * di + n for n in both),
             *(2 * di + states + h for h in heads),
         ]
         assert torch.equal(found, source[rows][:, hidden])
         conv = weights[f"layers.{old}.mixer.conv1d.weight"]
-        assert torch.equal(tensors[f"layers.{new}.mixer.conv1d.weight"], conv[[*inner, *range(di, di + states)]])
+        assert torch.equal(tensors[f"layers.{new}.mixer.conv1d.weight"], conv[[*inner, *(di + n for n in both)]])
         per_group = [sum(head // (config.mamba_num_heads // config.n_groups) == g for head in heads)
                      for g in range(config.n_groups)]  # fmt: skip
         assert len(set(per_group)) == 1
@@ -102,6 +102,8 @@ def silence(model: HybridLM, selection: Selection) -> None:
             if letter == "-":
                 weights[prefix + "up_proj.weight"][gone[Axis("ffn", layer)]] = 0
             elif letter == "*":
+                values = weights[prefix + "v_proj.weight"].unflatten(0, (config.num_key_value_heads, -1))
+                values[gone[Axis("kv_groups", layer)]] = 0
                 columns = weights[prefix + "o_proj.weight"].unflatten(1, (config.num_attention_heads, -1))
                 columns[:, gone[Axis("attn_heads", layer)]] = 0
             else:
@@ -110,6 +112,12 @@ def silence(model: HybridLM, selection: Selection) -> None:
                           weights[prefix + "conv1d.weight"][: config.d_inner]]  # fmt: skip
                 if config.conv_bias:
                     zeroed.append(weights[prefix + "conv1d.bias"][: config.d_inner])
+                b_rows = [weights[prefix + "in_proj.weight"][2 * config.d_inner :],
+                          weights[prefix + "conv1d.weight"][config.d_inner :]]  # fmt: skip
+                if config.conv_bias:
+                    b_rows.append(weights[prefix + "conv1d.bias"][config.d_inner :])
+                for rows in b_rows:  # B is zero there, and so is that part of the state
+                    rows[gone[Axis("ssm_state", layer)]] = 0
                 for rows in zeroed:  # x is zero there, and so is the scan's output
                     grouped = rows.unflatten(0, shape)
                     grouped[gone[Axis("mamba_heads", layer)]] = 0
@@ -147,6 +155,8 @@ def test_selections_that_cannot_be() -> None:
         Selection(layers, {heads: (4, 5, 0, 1)}),
         Selection(layers, {Axis("mamba_heads", i): (0, 1, 2, 4, 5) for i in (0, 2, 5)}),
         Selection(layers, {Axis("ffn", 1): (1, 2)}),
+        Selection(layers, {Axis("kv_groups", 3): (1,)}),  # without its heads
+        Selection(layers, {Axis("kv_groups", 3): (1,), Axis("attn_heads", 3): (0, 1)}),  # another's heads
         Selection(layers, {Axis("ffn", 0): (1,)}),
     ):
         with pytest.raises(InputError):
@@ -164,14 +174,10 @@ def test_silent_units_of_every_axis_at_once(seed: int) -> None:
     tied = {"tie_word_embeddings": draw.random() < 0.5}
     config = tiny_config(pattern="".join(pattern), norm_eps=1e-24, **heads, **gated, **tied)
     layers = tuple(sorted(draw.sample(range(6), 5)))
-    left = {kind: draw.random() for kind in AXES}
-    kept = {}
-    for axis, size in axis_sizes(config).items():
-        if axis.layer in (None, *layers):
-            groups = axis.groups(config)
-            share = size // groups
-            count = 1 + int(left[axis.kind] * (share - 1))
-            kept[axis] = tuple(g * share + u for g in range(groups) for u in sorted(draw.sample(range(share), count)))
+    selection = draw_selection(config, tuple(AXES), draw)
+    while any(len(units) == axis_sizes(config)[axis] for axis, units in selection.kept.items()):
+        selection = draw_selection(config, tuple(AXES), draw)
+    kept = {axis: units for axis, units in selection.kept.items() if axis.layer in (None, *layers)}
     selection = Selection(layers, kept)
     model = random_model(config, seed)
     silence(model, selection)
@@ -188,11 +194,13 @@ def test_silent_units_of_every_axis_at_once(seed: int) -> None:
 def test_a_permutation_inside_the_groups_leaves_the_logits(seed: int) -> None:
     draw = random.Random(seed)
     config = random_config(seed)
-    kept = {}
-    for axis, size in axis_sizes(config).items():
-        groups = axis.groups(config)
-        share = size // groups
-        kept[axis] = tuple(group * share + unit for group in range(groups) for unit in draw.sample(range(share), share))
+    kept: dict[Axis, tuple[int, ...]] = {}
+    sizes = axis_sizes(config)
+    for axis in sorted(sizes, key=lambda axis: group_axis(axis) is not None):  # groups before what lives in them
+        groups, owner = axis.groups(config), group_axis(axis)
+        share = sizes[axis] // groups
+        order = range(groups) if owner is None else kept[owner]
+        kept[axis] = tuple(group * share + unit for group in order for unit in draw.sample(range(share), share))
     model = random_model(config, seed)
     shuffled = slice_model(model, Selection(tuple(range(config.num_layers)), kept))
     ids = torch.randint(config.vocab_size, (2, 13))

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...models.axes import AXES
 from ...models.dtype_names import dtype_name
 from ...models.errors import InputError
 from ...models.errors import guess as guess
@@ -26,6 +27,7 @@ VERBATIM = (
     "model", "init", "teacher", "student", "teacher_cache", "base", "other", "against", "data", "output", "scores",
     "gap", "prompt", "prompts", "system", "also",
 )  # fmt: skip
+WIDTHS = "target/widths"  # which models/axes.py writes
 BASES = {"train-fit": "compress"}  # whose options and recipes a command takes beside its own
 Options = TypeVar("Options")
 
@@ -102,8 +104,24 @@ def with_dtypes(content: Any) -> Any:
 def hydra_config(command: str, words: Sequence[str], folders: Sequence[Path] = ()) -> Any:
     from hydra import compose, initialize_config_module
 
+    register_widths()
     with initialize_config_module("limbeck.conf", version_base="1.3"):
         return compose(config_name=command, overrides=[*words, *searched(folders)])
+
+
+def register_widths() -> None:
+    """Makes known to Hydra an option for the width of every axis, of targets and search spaces: `target: widths`."""
+    from hydra.core.config_store import ConfigStore
+
+    group, name = WIDTHS.split("/")
+    ConfigStore.instance().store(name=name, group=group, node={row.width: None for row in AXES.values()})
+
+
+def config_text(name: str) -> str:
+    """A config of conf/ by its name, such as "target/default"."""
+    if name == WIDTHS:
+        return "".join(f"{row.width}: null  # {row.title}\n" for row in AXES.values())
+    return (CONF / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .compose import CONF, groups, hydra_config, recipes
+from .compose import config_text, groups, hydra_config, recipes
 
 COLUMN, WIDTH = 30, 120
 
@@ -48,7 +48,7 @@ def option_lines(content: Mapping[Any, Any], said: Mapping[str, str], above: str
 
 def explanations(name: str, place: str = "") -> Iterator[tuple[str, str]]:
     """The dotted keys of a config with the comments beside them, those of the configs that it builds on first."""
-    text = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+    text = config_text(name)
     group = str(Path(name).parent)
     for choice in re.findall(r"^  - (?:override )?(\S.*)$", text, re.M):
         key, colon, value = choice.partition(": ")

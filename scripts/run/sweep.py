@@ -17,7 +17,7 @@ from typing import Any
 from ...models.errors import InputError, Stopped
 from ...models.folder import owned, write_json
 from ...models.processes import set_up
-from .compose import build, explained, split_verbatim, with_dtypes, with_texts
+from .compose import build, explained, register_widths, split_verbatim, with_dtypes, with_texts
 from .main import finish
 from .outside import own_recipes, quoted, searched
 from .show import result, say, table
@@ -82,6 +82,7 @@ def sweep(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) 
         "hydra.sweep.dir": quoted(str(out / "hydra")), "hydra.sweep.subdir": "${hydra.job.num}",
     }  # fmt: skip
     version.setbase("1.3")
+    register_widths()
     hidden = [f"{key}={value}" for key, value in fixed.items()]
     given = [word for word in words if not word.lstrip("+~").startswith("hydra")]
     with owned(out), own_recipes(words, out / "hydra") as (words, own), explained(command, given):
