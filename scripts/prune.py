@@ -23,7 +23,7 @@ from ..models.checkpoint import (
     write_checkpoint,
 )
 from ..models.config import HybridConfig
-from ..models.cost.parameters import count_parameters
+from ..models.cost.parameters import count_active, count_parameters
 from ..models.device import torch_device, torch_dtype
 from ..models.errors import InputError
 from ..models.fingerprint import plain
@@ -131,6 +131,9 @@ def print_sizes(before: HybridConfig, after: HybridConfig) -> None:
     rows = [(n, getattr(before, f), getattr(after, f)) for n, f in widths if getattr(before, f, 0)]
     counts = count_parameters(before), count_parameters(after)
     rows += [("parameters", f"{counts[0]:,}", f"{counts[1]:,} ({counts[1] / counts[0]:.1%})")]
+    active = count_active(before), count_active(after)
+    if active[0] < counts[0]:
+        rows += [("active parameters", f"{active[0]:,}", f"{active[1]:,} ({active[1] / active[0]:.1%})")]
     table(f"Pruned to {after.pattern}", ("", "before", "after"), rows)
     for caution in cautions(after):
         say(f"caution: {caution}")

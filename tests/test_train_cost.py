@@ -23,6 +23,8 @@ LARGE, SMALL = model_config("nemotron-nano-12b-v2"), model_config("nemotron-nano
 
 
 DENSE = {"family": "qwen3", "pattern": "*-*-", "gated_mlp": True, "activation": "silu", "qk_norm": True}
+EXPERTS = {"pattern": "ME*E", "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+           "moe_shared_expert_intermediate_size": 128}  # fmt: skip
 CASES = {
     "one micro-batch": (wide(), {"micro_batch": 2, "seq_len": 128}),
     "accumulation": (wide(), {"seq_len": 128, "batch": 2}),
@@ -31,6 +33,11 @@ CASES = {
     "muon, checkpointing": (wide(), {"seq_len": 100, "batch": 2, "checkpointing": True, "optimizer": "muon"}),
     "no teacher": (wide(pattern="M", tie_word_embeddings=True), {"seq_len": 128, "teacher": "none"}),
     "Mamba, checkpointing": (wide(pattern="MM"), {"seq_len": 130, "checkpointing": True}),
+    "experts": (wide(**EXPERTS), {"micro_batch": 2, "seq_len": 128}),
+    "experts, bfloat16, checkpointing": (
+        wide(**EXPERTS),
+        {"micro_batch": 2, "seq_len": 128, "checkpointing": True, "dtype": torch.bfloat16},
+    ),
     "dense": (wide(**DENSE, rope_theta=1e4), {"seq_len": 256}),
     "dense, checkpointing": (wide(**DENSE, rope_theta=1e4), {"seq_len": 256, "checkpointing": True}),
 }
@@ -73,7 +80,7 @@ def test_what_a_gpu_keeps_by_hand(config: HybridConfig, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("gradients", ("new", "added"))
 def test_few_layers_tell_of_all(on_gpu: bool, checkpointing: bool, gradients: str) -> None:
     """A step of every layer on tensors without memory has the highest moments that the plan puts together."""
-    config = wide(pattern="*-MM*--M-", rope_theta=1e4)
+    config = wide(**EXPERTS | {"pattern": "*-MEM*-E-M-"}, rope_theta=1e4)
     load = StepLoad(2, 128, True, torch.bfloat16, on_gpu, checkpointing, gradients, "online", 96)
     training = Training(
         micro_batch=2, seq_len=128, batch=2 if gradients == "new" else 4, device="cuda" if on_gpu else "cpu",

@@ -14,7 +14,7 @@ from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
 from ...models.cost.fit import Fit
 from ...models.cost.hardware import Hardware
-from ...models.cost.parameters import count_parameters
+from ...models.cost.parameters import count_active, count_parameters
 from ...models.errors import InputError, guess
 from ...models.fingerprint import plain
 from ...models.tokenizer import check_vocabulary, load_tokenizer
@@ -143,11 +143,18 @@ def column(outcomes: Sequence[HybridConfig], hardware: Hardware, fit: Fit, token
         "layers": f"{like.num_layers}",
         **{row.title: width(like, row) for row in AXES.values() if row.within is None},
         "parameters": between([count_parameters(outcome) for outcome in outcomes], lambda count: f"{count:,.0f}"),
+        "active parameters": active(outcomes),
         "weights": between([estimate.memory.weights for estimate in estimates], gib),
         "weights and caches": between([estimate.memory.total for estimate in estimates], gib),
         "fits": "yes" if all(fits) else "if the right layers go" if any(fits) else "no",
         "tokens to distil": tokens,
     }
+
+
+def active(outcomes: Sequence[HybridConfig]) -> str:
+    """Parameters that a token meets; "-" where these are all."""
+    counts = [count_active(outcome) for outcome in outcomes]
+    return between(counts, lambda count: f"{count:,.0f}") if counts[0] < count_parameters(outcomes[0]) else "-"
 
 
 def width(config: HybridConfig, row: AxisRow) -> str:
