@@ -31,7 +31,7 @@ class Parity:
     """How far transformers' class of the family is from ours on one folder, in relative RMS of the logits; or why the
     two were not compared.
 
-    With Mamba layers there is a clamp to tell: transformers clamps the step dt from below at the config's
+    With nemotron_h's Mamba layers there is a clamp to tell: transformers clamps the step dt from below at the config's
     `time_step_min` (`dt_floor_transformers`), the published code and ours at its `time_step_limit` (`dt_floor`).
     `relative_rms` is with transformers' clamp in both, and has to be small; with each at its own it is
     `relative_rms_own_clamps`, which says what that clamp changes.
@@ -162,9 +162,10 @@ def transformers_parity(folder: Path, ids: Tensor, model: HybridLM, logits: Tens
     with torch.no_grad():
         expected = theirs(ids, use_cache=False).logits
     own = relative_rms(logits, expected)
-    if not mamba:
+    least = getattr(theirs.config, "time_step_min", None)  # which transformers has for nemotron_h alone
+    if not mamba or least is None:
         return Parity(own, version=version, class_name=name)
-    theirs_floor = float(theirs.config.time_step_min)
+    theirs_floor = float(least)
     clamped = HybridLM(model.config.replace(dt_limit=(theirs_floor, math.inf)), device="meta")
     clamped.load_state_dict(model.state_dict(), assign=True)
     return Parity(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +10,8 @@ import pytest
 from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
 from limbeck.models.multipliers import Multipliers
+from limbeck.tests.family_draws import falcon_config
 from limbeck.tests.family_helpers import check_parity, some_slow
-
-
-def falcon_config(seed: int, **changes: Any) -> HybridConfig:
-    """Everything that matters drawn; by turns without a norm after the scan, with one before the gate, and after it."""
-    draw = random.Random(seed)
-
-    def number() -> float:
-        return round(draw.choice((0.5, 0.8, 1.0, 1.25)) * draw.choice((1, 1, -1)), 3)
-
-    groups, kv = draw.choice((1, 1, 2)), draw.choice((1, 2))
-    fields: dict[str, Any] = {
-        "family": "falcon_h1", "pattern": "P-" * draw.randint(1, 3), "vocab_size": draw.randint(20, 90),
-        "hidden_size": draw.choice((16, 24, 40)), "intermediate_size": draw.choice((12, 24, 40)),
-        "num_attention_heads": kv * draw.choice((1, 2, 3)), "num_key_value_heads": kv,
-        "head_dim": draw.choice((4, 8, 12)), "mamba_num_heads": groups * draw.choice((1, 2, 3)),
-        "mamba_head_dim": draw.choice((4, 6, 16)), "n_groups": groups, "ssm_state_size": draw.choice((4, 8, 16)),
-        "conv_kernel": draw.choice((2, 4)), "chunk_size": draw.choice((4, 8)), "norm_eps": draw.choice((1e-5, 1e-6)),
-        "conv_bias": draw.random() < 0.8, "activation": "silu", "gated_mlp": True,
-        "mamba_rms_norm": seed % 3 > 0, "norm_before_gate": seed % 3 < 2, "rope_theta": draw.choice((1e4, 1e11)),
-        "attention_bias": draw.random() < 0.2, "mlp_bias": draw.random() < 0.2,
-        "tie_word_embeddings": draw.random() < 0.5, "max_position_embeddings": 256, "pad_token_id": 0,
-        "multipliers": Multipliers(
-            embedding=abs(number()) * 5, head=abs(number()) / 20, key=number(), attention_in=number(),
-            attention_out=number(), mamba_in=number(), mamba_out=number(), mlp_gate=number(), mlp_out=number(),
-            mamba_parts=tuple(number() for _ in range(5)),
-        ),
-    }  # fmt: skip
-    return HybridConfig(**(fields | changes))
 
 
 @pytest.mark.parametrize("seed", some_slow(24, 9))
