@@ -3,8 +3,9 @@
 
 Each maker gives a `loss_of(model, rows, normalizer)` for `trainer.train`: the sum of the rows' token losses over
 the normalizer, so that the gradient does not depend on how a batch is split. Rows carry input_ids, labels and seq_idx
-[B, T]; tokens whose label is -100 count for nothing, in any part of the loss. A loss that changes with the steps has a
-method `at(step)` beside, which the trainer calls before a step, counted from 0.
+[B, T]; tokens whose label is -100 count for nothing, in any part of the loss, and others by their weights where there
+are some. A loss that changes with the steps has a method `at(step)` beside, which the trainer calls before a step,
+counted from 0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ LossOf = Callable[[HybridLM, Any, float], Tensor]
 def cross_entropy_loss(model: HybridLM, rows: Any, normalizer: float) -> Tensor:
     """Next-token cross-entropy in nats, for pretraining."""
     hidden = model.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
-    return linear_cross_entropy(hidden, model.head_weight, rows.labels.flatten(), normalizer=normalizer).loss
+    labels = rows.labels.flatten()
+    return linear_cross_entropy(
+        hidden, model.head_weight, labels, token_weights=token_weights(rows), normalizer=normalizer
+    ).loss
+
+
+def token_weights(rows: Any) -> Tensor | None:
+    """The weights of the labels of rows [B * T], where they have some."""
+    weights = getattr(rows, "weights", None)
+    return None if weights is None else weights.flatten()
 
 
 class Distillation:
@@ -77,12 +87,15 @@ class Distillation:
             temperature=self.options.temperature,
             divergence=self.options.divergence,
             labels=rows.labels.flatten(),
+            token_weights=token_weights(rows),
             kl_weight=self.kl_weight,
             ce_weight=self.ce_weight,
             normalizer=normalizer,
         ).loss
         if active is not None and ours is not None and theirs is not None:
             distance = active.distance(ours.take(), theirs.take())
+            if (weights := token_weights(rows)) is not None:
+                distance = distance * weights.view_as(distance)
             loss = loss + self.hidden_weight * distance[rows.labels >= 0].sum() / normalizer
         return loss
 
@@ -94,6 +107,7 @@ class Distillation:
             teacher.targets(rows),
             tail=self.options.tail,
             labels=rows.labels.flatten(),
+            token_weights=token_weights(rows),
             kl_weight=self.kl_weight,
             ce_weight=self.ce_weight,
             normalizer=normalizer,

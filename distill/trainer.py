@@ -190,7 +190,7 @@ class TrainingRun:
         """Leaves the batch's gradients with the weights: its loss, their norm, and the signal that came, or 0."""
         mine = share(batch.input_ids.shape[0])
         micro = self.options.micro_batch or len(mine)
-        normalizer = float((batch.labels >= 0).sum())
+        normalizer = counted(batch)
         loss = torch.zeros((), dtype=torch.float64, device=self.trained.device)
         for start in range(mine.start, mine.stop, micro):
             rows = batch.rows(start, min(start + micro, mine.stop)).to(self.trained.device)
@@ -300,6 +300,13 @@ def check_rows(batch: Rows) -> None:
             f"a batch has {rows} rows, which {processes.count()} processes cannot share evenly; give a batch that is a"
             f" multiple of {processes.count()}"
         )
+
+
+def counted(batch: Any) -> float:
+    """How many labels count, each as its weight says; 1 where none does, and the loss is 0."""
+    weights = getattr(batch, "weights", None)
+    total = (batch.labels >= 0).sum() if weights is None else weights[batch.labels >= 0].sum()
+    return float(total) or 1.0
 
 
 def ids_of(batch: Any, number: int) -> dict[str, Any]:

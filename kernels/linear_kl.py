@@ -53,6 +53,7 @@ def linear_kl(
     temperature: float = 1.0,
     divergence: str = "forward",
     labels: Tensor | None = None,
+    token_weights: Tensor | None = None,
     ignore_index: int = IGNORED,
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -62,8 +63,8 @@ def linear_kl(
     """Distillation loss of student_hidden [T, Hs] under student_head [V, Hs] against the teacher's [T, Ht], [V, Ht].
 
     loss = sum_t (kl_weight T^2 divergence_t + ce_weight cross_entropy_t) / normalizer, with the temperature T, over
-    the tokens whose label [T] is not `ignore_index`. The normalizer is by default their number; give the whole batch's
-    when this is a part of it.
+    the tokens whose label [T] is not `ignore_index`, each times its `token_weights` [T] where they are given. The
+    normalizer is by default the sum of the weights; give the whole batch's when this is a part of it.
     `divergence` is the option of a `divergence.Divergence`; of "mse" T divides the logits, too.
     Gradients reach the student's hidden states and head; the teacher gets none. Buffers are [chunk_tokens, V].
 
@@ -83,7 +84,7 @@ def linear_kl(
         raise ValueError(f"linear_kl: temperature is {temperature}, expected more than 0")
     if ce_weight and labels is None:
         raise ValueError("linear_kl: ce_weight needs labels")
-    weights, scale = weigh(tokens, labels, ignore_index, normalizer, student_hidden)
+    weights, scale = weigh(tokens, labels, ignore_index, normalizer, student_hidden, token_weights)
     chunk_tokens = chunk_tokens or default_chunk(vocabulary, student_hidden)
     options = (temperature, DIVERGENCES[divergence], kl_weight, ce_weight, chunk_tokens)
     loss, kl, cross_entropy, teacher_cross_entropy, agreement = fused_loss(
@@ -99,13 +100,14 @@ def linear_cross_entropy(
     head: Tensor,
     labels: Tensor,
     *,
+    token_weights: Tensor | None = None,
     ignore_index: int = IGNORED,
     normalizer: Tensor | float | None = None,
     chunk_tokens: int | None = None,
 ) -> LinearCrossEntropy:
     """sum_t cross_entropy_t / normalizer of hidden [T, H] under head [V, H] for labels [T]; see `linear_kl`."""
     check_head("model", hidden, head)
-    weights, scale = weigh(hidden.shape[0], labels, ignore_index, normalizer, hidden)
+    weights, scale = weigh(hidden.shape[0], labels, ignore_index, normalizer, hidden, token_weights)
     options = (1.0, Divergence.FORWARD, 0.0, 1.0, chunk_tokens or default_chunk(head.shape[0], hidden))
     loss, _, cross_entropy, _, top1 = fused_loss(
         hidden, head, None, None, clean(labels, ignore_index), weights, scale, options
@@ -153,14 +155,19 @@ def weigh(
     ignore_index: int,
     normalizer: Tensor | float | None,
     hidden: Tensor,
+    token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [T], 1 or 0 where ignored, and one over the normalizer."""
+    """Weights [T], 1 unless given or 0 where ignored, and one over the normalizer."""
     if labels is not None and tuple(labels.shape) != (tokens,):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected ({tokens},)")
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weights = torch.ones(tokens, dtype=work, device=hidden.device)
     if labels is not None:
         weights = weights * (labels != ignore_index)
+    if token_weights is not None:
+        if tuple(token_weights.shape) != (tokens,):
+            raise ValueError(f"token_weights has shape {tuple(token_weights.shape)}, expected ({tokens},)")
+        weights = weights * token_weights
     if normalizer is None:
         normalizer = weights.sum()
     total = torch.as_tensor(normalizer, dtype=work, device=hidden.device)

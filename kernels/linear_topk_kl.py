@@ -65,6 +65,7 @@ def linear_topk_kl(
     *,
     tail: bool = True,
     labels: Tensor | None = None,
+    token_weights: Tensor | None = None,
     ignore_index: int = IGNORED,
     kl_weight: float = 1.0,
     ce_weight: float = 0.0,
@@ -74,8 +75,9 @@ def linear_topk_kl(
     """Distillation loss of hidden states [T, H] under a head [V, H] against the teacher's top-k tokens.
 
     loss = sum_t (kl_weight KL_t + ce_weight cross_entropy_t) / normalizer over the tokens whose label [T] is not
-    `ignore_index`; the normalizer is by default their number. `tail` keeps the bucket of the rest. Log-probabilities
-    may be rounded: they are made to add up to one. Gradients reach hidden states and head.
+    `ignore_index`, each times its `token_weights`; the normalizer is by default their sum. `tail`
+    keeps the bucket of the rest. Log-probabilities may be rounded: they are made to add up to one. Gradients reach
+    hidden states and head.
 
     Raises ValueError where shapes disagree.
     """
@@ -88,7 +90,7 @@ def linear_topk_kl(
         )
     if ce_weight and labels is None:
         raise ValueError("linear_topk_kl: ce_weight needs labels")
-    weights, scale = weigh(tokens, labels, ignore_index, normalizer, hidden)
+    weights, scale = weigh(tokens, labels, ignore_index, normalizer, hidden, token_weights)
     log_probs, log_tail = (part.to(weights.dtype) for part in target[1:])
     if not tail:
         log_tail = torch.full_like(log_tail, -torch.inf)

@@ -79,7 +79,9 @@ def test_templates_find_what_they_expect(template: str, expected: str, tmp_path:
 
 def test_reasoning_is_a_word_of_the_system_message(tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ enable_thinking }}"
-    chat = ChatTemplate(write_template(tmp_path / "f", template))
+    variable = ChatTemplate(write_template(tmp_path / "g", template))
+    assert variable.render([{"role": "user", "content": "u"}], True) == "[user]uTrue"  # the template goes by it alone
+    chat = ChatTemplate(write_template(tmp_path / "f", template + "{# /think, /no_think #}"))
     user = [{"role": "user", "content": "u"}]
     assert chat.render(user) == "[user]u"
     assert chat.render(user, True) == "[system]/think[user]uTrue"

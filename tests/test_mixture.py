@@ -21,7 +21,7 @@ from limbeck.scripts.run.resolve import data_path
 from limbeck.tests.helpers import limbeck, make_workshop
 
 TEXTS = [f"# {i}\nvalue = {'x' * (i % 17)} + {i}\n" for i in range(90)]
-FIELDS = [field.name for field in dataclasses.fields(Batch)]
+FIELDS = [field.name for field in dataclasses.fields(Batch) if field.default is dataclasses.MISSING]
 
 
 @pytest.fixture(scope="module")

@@ -26,10 +26,14 @@ from ...models.errors import DiskError, InputError
 from ...models.folder import finish_folder, sha256_file, write_json
 from ...models.tensors import refusal, save_tensors
 from ...models.tokenizer import Tokenizer
-from .packing import Corpus, Indexed, encoded
+from .encoding import encoded
+from .notes import Notes
+from .packing import Corpus, Indexed
+from .reading import Reading
 from .records import Document
 
-FORMAT = 3  # to be raised when what is written for the same facts changes
+FORMAT = 4  # to be raised when what is written for the same facts changes
+PARTS = "parts.safetensors"  # only where there are conversations
 MAKING = ".making-"  # how unfinished folders' names begin
 HEADER = 248  # bytes of the header of ids.safetensors, whose length is known before the number of tokens is
 STALE = 2 * 86400  # seconds after which an unfinished folder is nobody's
@@ -67,15 +71,16 @@ def corpus_folder(facts: Mapping[str, Any]) -> Path:
 
 
 def write_corpus(
-    folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer, notes: Iterable[str]
-) -> None:
+    folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer, reading: Reading,
+    notes: Notes,
+) -> None:  # fmt: skip
     """Tokenises documents into a folder, the notes beside, which are read last. Raises DiskError where the disk
     refuses."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder.parent)
         with tempfile.TemporaryDirectory(prefix=MAKING, dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-            write_tokens(Path(temporary), facts, documents, tokenizer, notes)
+            write_tokens(Path(temporary), facts, documents, tokenizer, reading, notes)
             try:
                 finish_folder(Path(temporary), folder)
             except OSError:
@@ -86,20 +91,31 @@ def write_corpus(
 
 
 def write_tokens(
-    folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer, notes: Iterable[str]
-) -> None:
+    folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer, reading: Reading,
+    notes: Notes,
+) -> None:  # fmt: skip
     lengths: list[int] = []
     names: list[bytes] = []
-    with (folder / "ids.safetensors").open("wb") as stream:
+    with (folder / "ids.safetensors").open("wb") as stream, (folder / PARTS).open("wb") as beside:
         stream.write(bytes(8 + HEADER))
-        for document, ids in encoded(documents, tokenizer):
-            stream.write(ids.astype("<i4").tobytes())
-            lengths.append(len(ids))
+        beside.write(bytes(8 + HEADER))
+        has_chats = False
+        for document in encoded(documents, tokenizer, reading, notes):
+            stream.write(document.ids.astype("<i4").tobytes())
+            if document.chat and not has_chats:
+                beside.seek(sum(lengths), os.SEEK_CUR)  # texts so far, whose parts are zeros
+                has_chats = True
+            if has_chats:
+                beside.write(document.parts.tobytes())
+            lengths.append(len(document.ids))
             names.append(document.name.encode("utf-8", "surrogateescape"))
         # A safetensors header of fixed length, now that the number of tokens is known: the file is read as any other.
-        form = {"dtype": "I32", "shape": [sum(lengths)], "data_offsets": [0, 4 * sum(lengths)]}
-        stream.seek(0)
-        stream.write(HEADER.to_bytes(8, "little") + json.dumps({"ids": form}).encode().ljust(HEADER))
+        for file, name, dtype, size in ((stream, "ids", "I32", 4), (beside, "parts", "U8", 1)):
+            form = {"dtype": dtype, "shape": [sum(lengths)], "data_offsets": [0, size * sum(lengths)]}
+            file.seek(0)
+            file.write(HEADER.to_bytes(8, "little") + json.dumps({name: form}).encode().ljust(HEADER))
+    if not has_chats:
+        (folder / PARTS).unlink()
     tensors = {
         "starts": torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0),
         "name_ends": torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0),
@@ -109,28 +125,34 @@ def write_tokens(
     write_json(folder / "corpus.json", {**facts, "documents": len(names), "tokens": sum(lengths), "notes": list(notes)})
 
 
-def open_corpus(folder: Path, tokenizer: Tokenizer) -> Corpus:
+def open_corpus(folder: Path, tokenizer: Tokenizer, reading: Reading) -> Corpus:
     """The corpus in a folder; its tokens are read when they are needed."""
     with safe_open(folder / "documents.safetensors", "np") as file:
         starts, ends, names = (file.get_tensor(name) for name in ("starts", "name_ends", "names"))
     ids = np.memmap(folder / "ids.safetensors", "<i4", "r", 8 + HEADER, (int(starts[-1]),))
     notes = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["notes"]
-    named = DocumentNames(names, ends)
-    return Corpus(ids, starts, named, tokenizer.token_bytes, tokenizer.pad_token_id, notes=tuple(notes))
+    parts = None
+    if (folder / PARTS).is_file():
+        parts = np.memmap(folder / PARTS, np.uint8, "r", 8 + HEADER, (int(starts[-1]),))
+    return Corpus(
+        ids, starts, DocumentNames(names, ends), tokenizer.token_bytes, tokenizer.pad_token_id, notes=tuple(notes),
+        parts=parts, prompts=reading.prompts, long=reading.long,
+    )  # fmt: skip
 
 
 def cached_corpus(
     facts: Mapping[str, Any],
     documents: Callable[[], Iterator[Document]],
     tokenizer: Tokenizer,
-    notes: Iterable[str] = (),
+    reading: Reading | None = None,
+    notes: Notes | None = None,
 ) -> Corpus:
     """The corpus that was made of these facts, or is made now of the documents; `notes` are what reading them left to
     say."""
-    folder = corpus_folder(facts)
+    folder, reading = corpus_folder(facts), reading or Reading()
     if not folder.exists():
-        write_corpus(folder, facts, documents(), tokenizer, notes)
-    return open_corpus(folder, tokenizer)
+        write_corpus(folder, facts, documents(), tokenizer, reading, Notes() if notes is None else notes)
+    return open_corpus(folder, tokenizer, reading)
 
 
 def remove_leftovers(folder: Path) -> None:

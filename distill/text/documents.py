@@ -14,7 +14,8 @@ from pathlib import Path
 from ...models.errors import InputError
 from .formats import READERS, kind_of, readable, rows_of_file
 from .hub import HUB, Hub
-from .records import Document, Notes, OnProgress, known_shape, row_document
+from .notes import Notes
+from .records import Document, OnProgress, known_shape, row_document
 
 SPLITS = ("train", "validation", "test")
 STDLIB = "stdlib"
@@ -52,7 +53,7 @@ def unique(documents: Iterable[Document]) -> Iterator[Document]:
     """The documents with text, each text once; the first name counts."""
     seen: set[bytes] = set()
     for document in documents:
-        digest = hashlib.sha256(document.text.encode()).digest()
+        digest = hashlib.sha256(document.content.encode()).digest()
         if document.text and digest not in seen:
             seen.add(digest)
             yield document

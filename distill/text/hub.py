@@ -9,7 +9,8 @@ from typing import Any
 
 from ...models.errors import InputError
 from .formats import Row, check_columns, first_line
-from .records import Document, Notes, OnProgress, row_document
+from .notes import Notes
+from .records import Document, OnProgress, row_document
 
 HUB = "hf:"
 

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 from ...models.errors import InputError
-from .packing import Batch, Corpus, Ids, Indexed, Packing, Sample, epoch_rows, joined, sampled_rows
+from .packing import AnyRows, Batch, Corpus, Ids, Indexed, Sample, epoch_rows, joined, sampled_rows
+from .reading import Reading
 
 BLOCK = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Source(Reading):
     """Where text comes from, and its share. `path` is `stdlib`, a file, a folder or hf:OWNER/NAME[...]; `columns` are
     those of a record that make its text; `epochs` is how often it may be read at most (0: any number). Of its documents
     those count whose name (a path below the folder) is like one of `include`, where there are any, and like none of
@@ -46,6 +47,7 @@ class Source:
     limit: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (0 < self.weight < math.inf and self.epochs >= 0 and self.limit >= 0):
             raise InputError(
                 f"data: source {self.path}: weight ({self.weight}) must be more than 0, epochs ({self.epochs}) and"
@@ -58,7 +60,7 @@ class Source:
 
     def rows(self, corpus: Corpus, seq_len: int) -> int:
         """Rows of an epoch of its corpus. Raises InputError where there is none."""
-        if (count := (corpus.tokens - 1) // seq_len) < 1:
+        if (count := corpus.rows(seq_len)) < 1:
             raise InputError(
                 f"data: source {self.path}: {corpus.tokens} tokens do not fill one row of {seq_len}; give more text"
             )
@@ -154,7 +156,7 @@ class Mixture:
         """Batches without end, from number `start` on. Raises InputError where a source does not fill one row."""
         sizes = self.rows(seq_len)
         shares = np.array(self.shares())
-        epochs: dict[int, tuple[int, Packing, np.ndarray]] = {}
+        epochs: dict[int, tuple[int, AnyRows, np.ndarray]] = {}
         row = start * batch_size
         block, place = divmod(row, BLOCK)
         order = self.block(block, seed)

@@ -7,9 +7,9 @@ alone, so that any batch can be sought by its number. Shapes: [B] rows, [T] toke
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from ...models.errors import InputError
 from ...models.tokenizer import Tokenizer
-from .pieces import encoded_texts
+from .conversations import KIND, PROMPT
+from .encoding import Encoded, encoded
+from .notes import Notes
+from .reading import Reading
 from .records import Document
 
 IGNORED = -100
@@ -29,25 +32,46 @@ Item = TypeVar("Item", covariant=True)
 class Batch:
     """Rows of packed tokens. `labels` are the next tokens, -100 where there is none in the same document; `seq_idx`
     numbers the documents along a row; `n_bytes` are the UTF-8 bytes that a label stands for; `doc_id` numbers the
-    documents of the corpus. All [B, T]."""
+    documents of the corpus; `weights` are those of the labels in the loss, where not all are 1; `parts` are what of a
+    conversation a label is (`conversations.PARTS`), where there are any. All [B, T]."""
 
     input_ids: Tensor
     labels: Tensor
     seq_idx: Tensor
     n_bytes: Tensor
     doc_id: Tensor
+    weights: Tensor | None = None
+    parts: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        columns = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Batch(*(None if column is None else change(column) for column in columns))  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+        return self.each(lambda column: column.to(device))
 
     def rows(self, start: int, stop: int) -> Batch:
         """Some of the rows."""
-        return Batch(*(getattr(self, field.name)[start:stop] for field in dataclasses.fields(self)))
+        return self.each(lambda column: column[start:stop])
 
 
 def joined(parts: Sequence[Batch]) -> Batch:
     """Batches one below the other."""
-    return Batch(*(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(Batch)))
+    if any(part.weights is not None for part in parts):
+        parts = [dataclasses.replace(part, weights=weights_of(part)) for part in parts]
+    if any(part.parts is not None for part in parts):
+        parts = [
+            part if part.parts is not None
+            else dataclasses.replace(part, parts=torch.zeros_like(part.labels, dtype=torch.uint8))
+            for part in parts
+        ]  # fmt: skip
+    columns = ([getattr(part, field.name) for part in parts] for field in dataclasses.fields(Batch))
+    return Batch(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def weights_of(batch: Batch) -> Tensor:
+    """The weights of a batch's labels, 1 where there are no others."""
+    return torch.ones_like(batch.labels, dtype=torch.float32) if batch.weights is None else batch.weights
 
 
 class Ids(Protocol):
@@ -69,10 +93,14 @@ class Indexed(Sequence[Item]):
         return self.item(places) if isinstance(places, int) else [self.item(number) for number in places]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
     """Tokenised documents: ids laid end to end, and where each begins (one more entry than documents). In batches they
-    are numbered from `first_document` on, so that those of several corpora stay apart; `notes`: what was left out."""
+    are numbered from `first_document` on, so that those of several corpora stay apart; `notes`: what was left out.
+
+    Where there are conversations, `parts` are what each token is part of, with the bits of `conversations`: documents
+    are kept whole (see `bins`), as `long` says those that are too long, and `prompts` is the weight in the loss of what
+    is neither text nor the assistant's."""
 
     ids: Ids
     starts: np.ndarray
@@ -81,6 +109,9 @@ class Corpus:
     pad_token_id: int
     first_document: int = 0
     notes: tuple[str, ...] = ()
+    parts: Ids | None = None
+    prompts: float = 0.0
+    long: str = "split"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -88,6 +119,10 @@ class Corpus:
     @property
     def tokens(self) -> int:
         return len(self.ids)
+
+    def rows(self, seq_len: int) -> int:
+        """Rows of an epoch."""
+        return (self.tokens - 1) // seq_len if self.parts is None else len(binned(self, seq_len))
 
     def sample(
         self, *, batch_size: int, seq_len: int, seed: int | None = None, max_tokens: int | None = None
@@ -97,7 +132,7 @@ class Corpus:
 
     def batches_per_epoch(self, batch_size: int, seq_len: int) -> int:
         """How many whole batches the corpus fills. Raises InputError where it fills none."""
-        count = (self.tokens - 1) // seq_len // batch_size
+        count = self.rows(seq_len) // batch_size
         if count < 1:
             raise InputError(
                 f"data: {self.tokens} tokens do not fill one batch of {batch_size} rows x {seq_len} tokens;"
@@ -124,17 +159,28 @@ class Corpus:
                 yield rows.batch(shuffled[place : place + batch_size])
                 number += 1
 
-    def batch(self, ids: np.ndarray, owner: np.ndarray) -> Batch:
-        """Windows [rows, T + 1] as a batch [rows, T]."""
+    def batch(
+        self, ids: np.ndarray, owner: np.ndarray, pieces: np.ndarray | None = None, parts: np.ndarray | None = None
+    ) -> Batch:
+        """Windows [rows, T + 1] as a batch [rows, T]; `pieces` number what belongs together where documents do not."""
         tokens, labels = torch.from_numpy(ids[:, :-1].astype(np.int64)), torch.from_numpy(ids[:, 1:].astype(np.int64))
         owner = np.where(owner < 0, -1, owner + self.first_document).astype(np.int64)
-        documents, following = torch.from_numpy(owner[:, :-1].copy()), torch.from_numpy(owner[:, 1:])
+        documents = torch.from_numpy(owner[:, :-1].copy())
         # A document's last token has no label: its successor in the row begins another one (padding is document -1).
-        labels = labels.masked_fill((documents != following) | (documents < 0), IGNORED)
+        together = owner if pieces is None else pieces
+        apart = torch.from_numpy(together[:, 1:] != together[:, :-1])
+        labels = labels.masked_fill(apart | (documents < 0), IGNORED)
+        weights = kinds = None
+        if parts is not None:
+            kinds = torch.from_numpy(parts[:, 1:] & KIND)
+            weights = torch.where(kinds == PROMPT, self.prompts, 1.0)
+            labels = labels.masked_fill(weights == 0, IGNORED)
+            weights = None if self.prompts in (0, 1) else weights
         n_bytes = torch.where(labels >= 0, self.token_bytes[labels.clamp_min(0)], 0)
         change = torch.zeros_like(documents)
-        change[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        return Batch(tokens, labels, change.cumsum(1).to(torch.int32), n_bytes.to(torch.int32), documents)
+        change[:, 1:] = apart[:, :-1]
+        numbered = change.cumsum(1).to(torch.int32)
+        return Batch(tokens, labels, numbered, n_bytes.to(torch.int32), documents, weights, kinds)
 
 
 class Packing:
@@ -171,10 +217,25 @@ class Packing:
         return self.corpus.batch(ids, owner)
 
 
+class AnyRows(Protocol):
+    """Rows of a corpus, each put together when it is read."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch: ...
+
+
+@functools.lru_cache(maxsize=16)
+def binned(corpus: Corpus, seq_len: int) -> AnyRows:
+    from .bins import Bins
+
+    return Bins(corpus, seq_len)
+
+
 class Sample(Indexed[Batch]):
     """Picked rows as batches, each put together when it is read; rows of several packings follow one another."""
 
-    def __init__(self, parts: Sequence[tuple[Packing, np.ndarray]], batch_size: int) -> None:
+    def __init__(self, parts: Sequence[tuple[AnyRows, np.ndarray]], batch_size: int) -> None:
         self.parts, self.batch_size = parts, batch_size
         self.rows = sum(len(picked) for _, picked in parts)
 
@@ -191,31 +252,26 @@ class Sample(Indexed[Batch]):
         return joined(batches)
 
 
-def encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray]]:
-    """Each document with its tokens, `<s> ... </s>` (`... </s>` where the tokenizer has no bos)."""
-    names: collections.deque[Document] = collections.deque()
-
-    def texts() -> Iterator[str]:
-        for document in documents:
-            names.append(document)
-            yield document.text
-
-    for ids in encoded_texts(texts(), tokenizer):
-        framed = np.concatenate((tokenizer.begin, ids, [tokenizer.eos_token_id]), dtype=np.int32, casting="unsafe")
-        yield names.popleft(), framed
-
-
-def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Corpus:
+def tokenize(documents: Iterable[Document], tokenizer: Tokenizer, source: Reading | None = None) -> Corpus:
     """Documents in memory to tokens in memory; see `corpus_cache` for those on disk."""
-    read, parts = zip(*encoded(documents, tokenizer), strict=True)
-    starts = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
-    names = tuple(document.name for document in read)
-    return Corpus(np.concatenate(parts), starts, names, tokenizer.token_bytes, tokenizer.pad_token_id)
+    reading, notes = source or Reading(), Notes()
+    read: list[Encoded] = list(encoded(documents, tokenizer, reading, notes))
+    starts = np.concatenate(([0], np.cumsum([len(each.ids) for each in read])))
+    names = tuple(each.name for each in read)
+    ids = np.concatenate([each.ids for each in read])
+    parts = np.concatenate([each.parts for each in read]) if any(each.chat for each in read) else None
+    return Corpus(
+        ids, starts, names, tokenizer.token_bytes, tokenizer.pad_token_id, notes=tuple(notes), parts=parts,
+        prompts=reading.prompts, long=reading.long,
+    )  # fmt: skip
 
 
-def epoch_rows(corpus: Corpus, seq_len: int, seed: int, epoch: int, repack: bool) -> tuple[Packing, np.ndarray]:
+def epoch_rows(corpus: Corpus, seq_len: int, seed: int, epoch: int, repack: bool) -> tuple[AnyRows, np.ndarray]:
     """An epoch's rows, and the order in which they come."""
     generator = torch.Generator().manual_seed(seed + epoch)
+    if corpus.parts is not None:  # documents apart from one another make the same rows in any company
+        bins = binned(corpus, seq_len)
+        return bins, torch.randperm(len(bins), generator=generator).numpy()
     order = torch.randperm(len(corpus), generator=generator)
     if not repack:  # the first epoch's documents; the rows' order below stays this epoch's own
         order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
@@ -223,7 +279,7 @@ def epoch_rows(corpus: Corpus, seq_len: int, seed: int, epoch: int, repack: bool
     return rows, torch.randperm(len(rows), generator=generator).numpy()
 
 
-def sampled_rows(corpus: Corpus, seq_len: int, seed: int | None, max_tokens: int | None) -> tuple[Packing, np.ndarray]:
+def sampled_rows(corpus: Corpus, seq_len: int, seed: int | None, max_tokens: int | None) -> tuple[AnyRows, np.ndarray]:
     """Rows for measuring and the numbers of those to take: every token once, or up to `max_tokens` of them. The last
     row is padded.
 
@@ -231,9 +287,13 @@ def sampled_rows(corpus: Corpus, seq_len: int, seed: int | None, max_tokens: int
     are among them (without a seed: evenly spaced rows). At least one row.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    count = len(corpus)
-    order = np.arange(count) if generator is None else torch.randperm(count, generator=generator).numpy()
-    rows = Packing(corpus, order, seq_len, pad=True)
+    rows: AnyRows
+    if corpus.parts is not None:
+        rows = binned(corpus, seq_len)
+    else:
+        count = len(corpus)
+        order = np.arange(count) if generator is None else torch.randperm(count, generator=generator).numpy()
+        rows = Packing(corpus, order, seq_len, pad=True)
     wanted = len(rows) if max_tokens is None else min(len(rows), max(max_tokens // seq_len, 1))
     if wanted == len(rows):
         return rows, np.arange(wanted)

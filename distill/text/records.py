@@ -5,35 +5,32 @@ What has no text is left out and counted; what holds nothing known is refused wi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...models.errors import InputError
+from .conversations import Conversation, read_conversation
 from .formats import Row
+from .notes import Notes
 
 OnProgress = Callable[[int, int], None]  # how much is read, of how much in all (0: not known); bytes of files, or rows
 CHATS = ("messages", "conversations")
-EXPECTED = "a column 'text', or columns: [...] in a mixture's .yaml for other names"
+EXPECTED = "a column 'text', messages, conversations, or prompt and completion; or name others as data.columns=[...]"
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
+    """A text, or a conversation, of which `text` is what is said in it."""
+
     name: str
     text: str
+    chat: Conversation | None = None
 
-
-class Notes:
-    """What was left out while text was read, counted by its kind, with where it came first."""
-
-    def __init__(self) -> None:
-        self.counts: dict[str, tuple[int, str]] = {}
-
-    def add(self, kind: str, where: str) -> None:
-        count, first = self.counts.get(kind, (0, where))
-        self.counts[kind] = (count + 1, first)
-
-    def __iter__(self) -> Iterator[str]:
-        return (f"{count:,} {kind} (the first: {first})" for kind, (count, first) in self.counts.items())
+    @property
+    def content(self) -> str:
+        """What makes two documents the same one."""
+        return self.text if self.chat is None else json.dumps([self.chat.messages, self.chat.tools], sort_keys=True)
 
 
 def shape_of(record: Any, columns: Sequence[str]) -> str | None:
@@ -60,10 +57,11 @@ def row_document(row: Row, name: str, number: int, columns: Sequence[str], notes
     shape = shape_of(record, columns)
     if shape is None:
         raise InputError(f"data: {row.where} {holding(record)}; expected {EXPECTED}")
-    if shape == "chat":
-        raise InputError(f"data: {row.where} is a conversation ({', '.join(record)}); expected a text")
     wanted = list(columns) or ["text"]
-    if any(record.get(column, "") is None for column in wanted):
+    chat = read_conversation(record, row.where) if shape == "chat" else None
+    if chat is not None:
+        return Document(f"{name}:{number}", scalar_text(chat.text), chat)
+    if shape == "chat" or any(record.get(column, "") is None for column in wanted):
         if notes is not None:
             notes.add("records whose text is null are skipped", row.where)
         return None

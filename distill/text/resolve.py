@@ -1,5 +1,5 @@
 """What `data=` may be, and its text in documents and in tokens: `stdlib`, a file, a folder, hf:OWNER/NAME[...], a
-mixture's .yaml, or a list of texts in memory."""
+mixture's .yaml, any of these with options, or a list of texts or of rows with conversations in memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from ...models import processes
 from ...models.checkpoint import load_config
@@ -20,13 +21,16 @@ from ...models.folder import sha256_file
 from ...models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .corpus_cache import cached_corpus, content_digest
 from .documents import STDLIB, content_of, of_split, read_documents, unique
-from .formats import first_line
+from .formats import Row, first_line
 from .hub import HUB
 from .mixture import Mixture, Source, Text
+from .notes import Notes
 from .packing import Batch, Corpus, tokenize
-from .records import Document, Notes, OnProgress
+from .reading import TextData
+from .records import Document, OnProgress, row_document
 
-Data = str | Sequence[str]
+NamedData = str | TextData  # what lies somewhere
+Data = NamedData | Sequence[str | Mapping[str, Any]]
 # Called with what begins and whether it is counted in bytes; gives what is told how far it has come.
 Progress = Callable[[str, bool], AbstractContextManager[OnProgress | None]]
 TOLD: set[tuple[str, str]] = set()
@@ -39,16 +43,19 @@ def untold(what: str, in_bytes: bool) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def mixture_file(data: str) -> Path | None:
+def mixture_file(data: NamedData) -> Path | None:
     """The .yaml file of a mixture, where data= is one."""
-    path = Path(data).expanduser()
-    is_file = local_file(data) is not None and path.suffix in (".yaml", ".yml") and path.is_file()
+    name = data if isinstance(data, str) else data.path
+    path = Path(name).expanduser()
+    is_file = local_file(name) is not None and path.suffix in (".yaml", ".yml") and path.is_file()
     return path if is_file else None
 
 
-def sources_of(data: str) -> tuple[Source, ...]:
+def sources_of(data: NamedData) -> tuple[Source, ...]:
     """The sources of data=: one for `stdlib`, hf:OWNER/NAME, a file or a folder; those of a mixture for a .yaml file,
-    whose relative paths begin at its folder. Raises InputError."""
+    whose relative paths begin at its folder; all with the options that data= has itself. Raises InputError."""
+    if isinstance(data, TextData):
+        return tuple(dataclasses.replace(source, **data.changes) for source in sources_of(data.path))
     path = mixture_file(data)
     if path is None:
         return (Source(data),)
@@ -102,9 +109,11 @@ def content(path: str) -> str:
 
 def data_input(data: Data) -> Path | str:
     """data= as an input of a stage: a path, whose contents count, or a text that says what is read."""
-    if not isinstance(data, str):
+    if not isinstance(data, NamedData):
         return "texts:" + hashlib.sha256(json.dumps(list(data)).encode()).hexdigest()
-    if mixture_file(data) is not None:
+    if isinstance(data, TextData) and not data.changes:
+        return data_input(data.path)
+    if isinstance(data, TextData) or mixture_file(data) is not None:
         return json.dumps([{**dataclasses.asdict(source), "path": content(source.path)} for source in sources_of(data)])
     if data == STDLIB:
         return data
@@ -113,14 +122,22 @@ def data_input(data: Data) -> Path | str:
 
 def documents(data: Data, split: str) -> Iterator[Document]:
     """The documents of a split of data=, source after source; texts in memory are named text-0, text-1, ..."""
-    if not isinstance(data, str):
-        numbered = (Document(f"text-{number}", text) for number, text in enumerate(data))
-        yield from of_split(unique(numbered), split, "data")
+    if not isinstance(data, NamedData):
+        yield from of_split(unique(memory_documents(data)), split, "data")
         return
     for source in sources_of(data):
         notes = Notes()
         yield from of_split(read_source(source, notes=notes), split, f"data={source.path}")
         tell(source.path, notes)
+
+
+def memory_documents(data: Sequence[str | Mapping[str, Any]]) -> Iterator[Document]:
+    """Raises InputError where a row holds nothing known."""
+    for number, value in enumerate(data):
+        if isinstance(value, str):
+            yield Document(f"text-{number}", value)
+        elif (document := row_document(Row(value, f"row {number}"), "row", number, (), None)) is not None:
+            yield document
 
 
 def read_source(
@@ -150,7 +167,7 @@ def corpus(data: Data, split: str, model: Path, progress: Progress = untold) -> 
 def text_in_tokens(data: Data, split: str, tokenizer_from: Path, progress: Progress = untold) -> Text:
     """`corpus` for a tokenizer that has no model yet. Texts in memory stay there."""
     tokenizer = load_tokenizer(tokenizer_from)
-    if not isinstance(data, str):
+    if not isinstance(data, NamedData):
         return tokenize(documents(data, split), tokenizer)
     sources = sources_of(data)
     corpora = [tokenized_by_turns(source, split, tokenizer, progress) for source in sources]
@@ -176,11 +193,18 @@ def tokenized_by_turns(source: Source, split: str, tokenizer: Tokenizer, progres
     return made
 
 
+def template_digest(folder: Path) -> str:
+    """What stands for the chat template of a folder: the sha256 of the files that may have one."""
+    files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return ":".join(sha256_file(path) if path.is_file() else "" for path in files)
+
+
 def tokenized(source: Source, split: str, tokenizer: Tokenizer, progress: Progress) -> Corpus:
     """A split of a source in tokens, from the cache or made now."""
     facts = {
         "content": content(source.path), "columns": source.columns, "limit": source.limit, "split": split,
-        "include": source.include, "exclude": source.exclude,
+        "include": source.include, "exclude": source.exclude, "special_tokens": source.special_tokens,
+        "reasoning_share": source.reasoning_share, "template": template_digest(tokenizer.folder),
         "tokenizer": sha256_file(tokenizer.folder / "tokenizer.json"),
         "begin": tokenizer.begin, "eos": tokenizer.eos_token_id,
     }  # fmt: skip
@@ -191,6 +215,6 @@ def tokenized(source: Source, split: str, tokenizer: Tokenizer, progress: Progre
         with progress(f"tokenising {source.path} ({split})", local_file(source.path) is not None) as on_progress:
             yield from of_split(read_source(source, on_progress, notes), split, f"data={source.path}")
 
-    made = cached_corpus(facts, read, tokenizer, notes)
+    made = cached_corpus(facts, read, tokenizer, source, notes)
     tell(source.path, made.notes)
     return made

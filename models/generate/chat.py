@@ -1,29 +1,42 @@
-"""Chat templates: messages to a prompt, by the Jinja template of a checkpoint folder, in a sandbox and a process of
+"""Chat templates: messages to a text, by the Jinja template of a checkpoint folder, in a sandbox and a process of
 its own with bounds on time and memory.
 
-Templates find what transformers gives them: trimmed blocks, `raise_exception`, `strftime_now`, a `tojson` that leaves
-letters as they are, loop controls, the special tokens, `add_generation_prompt` and `enable_thinking`.
+Templates find what transformers gives them: trimmed blocks, {% generation %} blocks, `raise_exception`, `strftime_now`,
+a `tojson` that leaves letters as they are, loop controls, the special tokens, `tools` and `documents` (none where there
+are none), `add_generation_prompt` and `enable_thinking`; messages come without their null fields, and with their
+reasoning by every name that it has had.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from ..errors import InputError
 from ..foreign import SETTINGS, read_text
 from ..tokenizer import tokenizer_settings
 from .template_worker import SECONDS
 
-Message = Mapping[str, str]
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+Message = Mapping[str, Any]
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's thoughts are called
+BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Rendering(NamedTuple):
+    """A text, where in it {% generation %} blocks begin and end, and instead of both what the template did wrong."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...] = ()
+    wrong: str | None = None
 
 
 class TemplateProcess:
@@ -41,29 +54,40 @@ class TemplateProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
         weakref.finalize(self, end_process, self.process)
-        answer = self.answer({"source": source})
+        (answer,) = self.answers({"source": source}, 1)
         if "failed" in answer:
             raise InputError(f"{where}: the chat template cannot be read: {one_line(answer['failed'])}")
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The template's text. Raises InputError, in one line, for whatever the template does wrong."""
-        answer = self.answer({"variables": variables})
-        if "refused" in answer:
-            raise InputError(f"the chat template refuses: {one_line(answer['refused'])}")
-        if "failed" in answer:
-            raise InputError(f"{self.where}: the chat template fails: {one_line(answer['failed'])}")
-        return str(answer["text"]).encode("utf-8", "replace").decode()  # halves of surrogate pairs
+        (rendering,) = self.renderings([variables])
+        if rendering.wrong is not None:
+            raise InputError(rendering.wrong)
+        return rendering.text
 
-    def answer(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def renderings(self, many: Sequence[Mapping[str, Any]]) -> list[Rendering]:
+        """The template's texts of some variables each."""
+        return [self.rendering(answer) for answer in self.answers({"variables": list(many)}, len(many))]
+
+    def rendering(self, answer: Mapping[str, Any]) -> Rendering:
+        if "refused" in answer:
+            return Rendering("", wrong=f"the chat template refuses: {one_line(answer['refused'])}")
+        if "failed" in answer:
+            return Rendering("", wrong=f"{self.where}: the chat template fails: {one_line(answer['failed'])}")
+        text = str(answer["text"]).encode("utf-8", "replace").decode()  # halves of surrogate pairs
+        return Rendering(text, tuple((begin, end) for begin, end in answer["spans"]))
+
+    def answers(self, given: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(given).encode() + b"\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if line:
-            return cast(dict[str, Any], json.loads(line))
+            return cast(list[dict[str, Any]], json.loads(line))
         late = self.process.wait() == -signal.SIGPROF
-        return {"failed": f"it takes more than {self.seconds:g} s" if late else "it breaks Python, or takes its memory"}
+        why = f"it takes more than {self.seconds:g} s" if late else "it breaks Python, or takes its memory"
+        return [{"failed": why}] * count
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
@@ -80,44 +104,85 @@ def one_line(text: str) -> str:
 
 
 class ChatTemplate:
-    """A folder's template. Raises InputError where there is none, or it is no Jinja."""
+    """A folder's template, or the two of them where one is for conversations with tools. Raises InputError where there
+    is none, or it is no Jinja."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        source, self.special = read_template(folder)
-        self.process = TemplateProcess(source, str(folder))
+        self.sources, self.special = read_templates(folder)
+        self.processes = {name: TemplateProcess(source, str(folder)) for name, source in self.sources.items()}
 
-    def render(self, messages: Sequence[Message], reasoning: bool | None = None) -> str:
-        """The prompt that ends where the assistant begins. `reasoning` adds "/think" or "/no_think" to the system
-        message, as Nemotron-Nano-9B-v2 has it, and sets `enable_thinking`, as Qwen3 has it.
+    def name_for(self, tools: Any) -> str:
+        return "tool_use" if tools is not None and "tool_use" in self.sources else "default"
+
+    def has_blocks(self, tools: Any = None) -> bool:
+        """Whether {% generation %} blocks say what the assistant's is."""
+        return BLOCK.search(self.sources[self.name_for(tools)]) is not None
+
+    def variables(
+        self, messages: Sequence[Message], reasoning: bool | None = None, tools: Any = None, prompt: bool = False
+    ) -> dict[str, Any]:
+        """What a template is given; `prompt`: the text is to end where the assistant begins. `reasoning` sets
+        `enable_thinking`, as Qwen3 has it, and where the template does not go by that alone adds "/think" or
+        "/no_think" to the system message, as Nemotron-Nano-9B-v2 has it."""
+        given: dict[str, Any] = {**self.special, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        if reasoning is not None:
+            given["enable_thinking"] = reasoning
+            source = self.sources[self.name_for(tools)]
+            if "enable_thinking" not in source or "/no_think" in source:
+                messages = with_reasoning(messages, reasoning)
+        return given | {"messages": [plain(message) for message in messages]}
+
+    def render(self, messages: Sequence[Message], reasoning: bool | None = None, tools: Any = None) -> str:
+        """The prompt that ends where the assistant begins; see `variables`.
 
         Raises InputError, in one line, for whatever the template raises.
         """
-        variables: dict[str, Any] = dict(self.special)
-        if reasoning is not None:
-            messages, variables["enable_thinking"] = with_reasoning(messages, reasoning), reasoning
-        variables |= {"messages": [dict(message) for message in messages], "add_generation_prompt": True}
-        return self.process.render(variables)
+        return self.processes[self.name_for(tools)].render(self.variables(messages, reasoning, tools, prompt=True))
+
+    def renderings(
+        self, wanted: Sequence[tuple[Sequence[Message], bool]], reasoning: bool | None = None, tools: Any = None
+    ) -> list[Rendering]:
+        """The texts of some messages each, given with whether they end where the assistant begins."""
+        many = [self.variables(messages, reasoning, tools, prompt) for messages, prompt in wanted]
+        return self.processes[self.name_for(tools)].renderings(many)
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message without null fields, its reasoning under the names that templates read."""
+    content = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((content[name] for name in REASONING if name in content), None)
+    if reasoning is None:
+        return content
+    return {"thinking": reasoning, **content, "reasoning_content": reasoning}
 
 
 def with_reasoning(messages: Sequence[Message], reasoning: bool) -> list[Message]:
     """Messages whose system message, the first, says whether to think."""
     word = "/think" if reasoning else "/no_think"
     if messages and messages[0]["role"] == "system":
-        return [{"role": "system", "content": f"{messages[0]['content']}\n{word}"}, *messages[1:]]
+        return [{**messages[0], "content": f"{messages[0]['content']}\n{word}"}, *messages[1:]]
     return [{"role": "system", "content": word}, *messages]
 
 
-def read_template(folder: Path) -> tuple[str, dict[str, str]]:
-    """A folder's template and special tokens, from chat_template.jinja or tokenizer_config.json."""
+def read_templates(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """A folder's templates by their names and its special tokens, from chat_template.jinja or tokenizer_config.json."""
     settings = tokenizer_settings(folder)
     special = {name: settings[name] for name in SPECIAL if isinstance(settings.get(name), str)}
     if (folder / "chat_template.jinja").exists():
-        return read_text(folder / "chat_template.jinja", SETTINGS), special
+        return {"default": read_text(folder / "chat_template.jinja", SETTINGS)}, special
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if not isinstance(template, str):
+    else:
+        named = {"default": template}
+    texts = {name: text for name in ("default", "tool_use") if isinstance(text := named.get(name), str)}
+    if "default" not in texts:
         raise InputError(f"{folder} has no chat template; leave out chat=true, or take an aligned model's folder")
-    return template, special
+    return texts, special
+
+
+def read_template(folder: Path) -> tuple[str, dict[str, str]]:
+    """A folder's template for conversations without tools, and its special tokens. Raises InputError."""
+    sources, special = read_templates(folder)
+    return sources["default"], special

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
 from ...distill.text.packing import Batch
+from ...distill.text.resolve import NamedData
 from ...models.device import DTYPES as DTYPES
 from ...models.device import torch_device as torch_device
 from ...models.device import torch_dtype as torch_dtype
@@ -23,6 +25,11 @@ def model_names() -> list[str]:
     return names("model")
 
 
+def named_data(data: NamedData) -> NamedData:
+    """data= with a name in conf/data/ as its mixture's file."""
+    return data_path(data) if isinstance(data, str) else dataclasses.replace(data, path=data_path(data.path))
+
+
 @contextlib.contextmanager
 def reading(what: str, in_bytes: bool) -> Iterator[resolve.OnProgress]:
     """A bar for text that is read."""
@@ -30,24 +37,24 @@ def reading(what: str, in_bytes: bool) -> Iterator[resolve.OnProgress]:
         yield lambda done, total: bar.set(done, total or None)
 
 
-def data_input(data: str) -> Path | str:
-    return resolve.data_input(data_path(data))
+def data_input(data: NamedData) -> Path | str:
+    return resolve.data_input(named_data(data))
 
 
-def documents(data: str, split: str) -> Iterator[resolve.Document]:
-    return resolve.documents(data_path(data), split)
+def documents(data: NamedData, split: str) -> Iterator[resolve.Document]:
+    return resolve.documents(named_data(data), split)
 
 
-def corpus(data: str, split: str, model: Path) -> Text:
-    return resolve.corpus(data_path(data), split, model, reading)
+def corpus(data: NamedData, split: str, model: Path) -> Text:
+    return resolve.corpus(named_data(data), split, model, reading)
 
 
-def text_in_tokens(data: str, split: str, tokenizer_from: Path) -> Text:
-    return resolve.text_in_tokens(data_path(data), split, tokenizer_from, reading)
+def text_in_tokens(data: NamedData, split: str, tokenizer_from: Path) -> Text:
+    return resolve.text_in_tokens(named_data(data), split, tokenizer_from, reading)
 
 
-def sample(data: str, split: str, model: Path, **size: int) -> list[Batch]:
-    return resolve.sample(data_path(data), split, model, **size, progress=reading)
+def sample(data: NamedData, split: str, model: Path, **size: int) -> list[Batch]:
+    return resolve.sample(named_data(data), split, model, **size, progress=reading)
 
 
 def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:

@@ -1,0 +1,231 @@
+"""Conversations: read from the rows of a file, and to tokens with what each token is part of.
+
+A row has `messages` (of role and content), `conversations` (of from and value), or `prompt` and `completion` (texts, or
+messages); `tools` and, beside `conversations`, `system` where they are there. Messages go to the template as they are,
+reasoning_content and tool_calls in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from ...models.errors import InputError
+from ...models.generate.chat import REASONING, ChatTemplate, Message
+from ...models.generate.spans import ASSISTANT, Span, assistant_rendering
+from ...models.tokenizer import Tokenizer
+from .notes import Notes
+
+TEXT, PROMPT, ANSWER, THOUGHT = range(4)  # what a token is part of
+PARTS = ("text", "prompt", "answer", "thought")
+KIND, EXCHANGE, HEAD = 3, 16, 32  # bits: the part; an exchange begins; the token stands before every exchange
+ROLES = {
+    "human": "user", "user": "user", "gpt": ASSISTANT, "assistant": ASSISTANT, "chatgpt": ASSISTANT, "bing": ASSISTANT,
+    "bard": ASSISTANT, "model": ASSISTANT, "system": "system", "tool": "tool", "observation": "tool",
+    "function_response": "tool",
+}  # fmt: skip
+THINKING = re.compile(r"<think>.*?</think>", re.S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages, the tools that were at hand, and where they stand."""
+
+    messages: tuple[Message, ...]
+    where: str
+    tools: tuple[Any, ...] | None = None
+
+    @property
+    def text(self) -> str:
+        """What is said, as plain text."""
+        return "\n".join(str(message.get("content") or "") for message in self.messages)
+
+    @property
+    def has_thoughts(self) -> bool:
+        return any(thoughts(message) for message in self.messages)
+
+    def without_thoughts(self) -> Conversation:
+        return dataclasses.replace(self, messages=tuple(without_thought(message) for message in self.messages))
+
+
+def thoughts(message: Message) -> bool:
+    content = message.get("content")
+    named = any(message.get(name) for name in REASONING)
+    return message["role"] == ASSISTANT and (named or (isinstance(content, str) and bool(THINKING.search(content))))
+
+
+def without_thought(message: Message) -> Message:
+    if message["role"] != ASSISTANT:
+        return message
+    kept = {name: value for name, value in message.items() if name not in REASONING}
+    if isinstance(content := kept.get("content"), str):
+        kept["content"] = THINKING.sub("", content).lstrip() if THINKING.search(content) else content
+    return kept
+
+
+def read_conversation(record: dict[str, Any], where: str) -> Conversation | None:
+    """The conversation of a record; None where its messages are null. Raises InputError."""
+    name = next((name for name in ("messages", "conversations") if name in record), "")
+    if name:
+        turns = unpacked_json(record[name], f"{where}: {name}")
+        if turns is None:
+            return None
+        if not isinstance(turns, list):
+            raise InputError(f"data: {where}: {name} is no list of messages")
+    else:
+        if record["prompt"] is None or record["completion"] is None:
+            return None
+        turns = [*spoken(record["prompt"], "user", where), *spoken(record["completion"], ASSISTANT, where)]
+    if not turns:
+        raise InputError(f"data: {where} is an empty conversation; leave it out")
+    messages = [read_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
+    if isinstance(system := record.get("system"), str) and system and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    tools = unpacked_json(record.get("tools"), f"{where}: tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError(f"data: {where}: tools is no list of objects")
+    return Conversation(tuple(messages), where, tuple(tools) if tools else None)
+
+
+def unpacked_json(value: Any, where: str) -> Any:
+    """Lists and objects that a table holds as JSON in a cell. Raises InputError."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise InputError(f"data: {where} is a text, and no JSON") from None
+
+
+def spoken(value: Any, role: str, where: str) -> list[Any]:
+    """A prompt or a completion as messages. Raises InputError."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list):
+        return value
+    raise InputError(f"data: {where}: prompt and completion are texts, or lists of messages")
+
+
+def read_message(turn: Any, where: str) -> Message:
+    """Raises InputError where it is no message, or more than text is in it."""
+    if not isinstance(turn, dict):
+        raise InputError(f"data: {where} is no message but {type(turn).__name__}")
+    if "from" in turn and "role" not in turn:
+        role = ROLES.get(str(turn["from"]).lower())
+        if role is None:
+            raise InputError(f"data: {where} is from {turn['from']!r}; known: {', '.join(ROLES)}")
+        others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+        turn = {"role": role, "content": turn.get("value"), **others}
+    if not isinstance(turn.get("role"), str):
+        raise InputError(f"data: {where} has no role; it has {', '.join(map(repr, turn))}")
+    content = turn.get("content")
+    if isinstance(content, list):
+        for part in content:
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            if kind != "text" or not isinstance(part if isinstance(part, str) else part.get("text"), str):
+                raise InputError(f"data: {where} has a part of type {kind!r} in its content; only text is read")
+    elif content is None:
+        if not turn.get("tool_calls"):
+            raise InputError(f"data: {where} has no content")
+    elif not isinstance(content, str):
+        raise InputError(f"data: {where}: its content is no text but {type(content).__name__}")
+    return turn
+
+
+def drawn(name: str, share: float) -> bool:
+    """Whether a conversation falls in a share of all, by the sha256 of its name."""
+    number = int(hashlib.sha256(f"reasoning {name}".encode()).hexdigest()[:12], 16)
+    return number < share * 16**12
+
+
+class Renderer:
+    """Conversations to tokens by a folder's tokenizer and template. `reasoning_share` of the conversations that have
+    thoughts keep them and are told to think, the others are told not to; None leaves all as they are."""
+
+    def __init__(self, tokenizer: Tokenizer, reasoning_share: float | None) -> None:
+        self.tokenizer, self.share = tokenizer, reasoning_share
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        self.ends = tuple(token.content for token in added if token.special)
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer.folder)
+
+    def reasoning(self, name: str, conversation: Conversation) -> bool | None:
+        if self.share is None:
+            return None
+        return conversation.has_thoughts and drawn(name, self.share)
+
+    def tokens(
+        self, conversation: Conversation, reasoning: bool | None, notes: Notes | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids (int32), those of transformers' apply_chat_template, and what each is part of (uint8). Raises
+        InputError, with the turn."""
+        if reasoning is False:
+            conversation = conversation.without_thoughts()
+        where, tools = conversation.where, None if conversation.tools is None else list(conversation.tools)
+        try:
+            template = self.template
+        except InputError as error:
+            raise InputError(f"data: {where} is a conversation: {error}") from None
+        try:
+            whole = assistant_rendering(
+                template, conversation.messages, reasoning=reasoning, tools=tools, ends=self.ends
+            )
+        except InputError as error:
+            raise InputError(f"data: {where}, {error}") from None
+        encoding = self.tokenizer.backend.encode(whole.text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int32)
+        parts = np.full(len(ids), PROMPT, np.uint8)
+        for begin, end in whole.spans:
+            if not mark(parts, encoding, (begin, end), ANSWER):
+                break
+            for match in THINKING.finditer(whole.text, begin, end):
+                mark(parts, encoding, match.span(), THOUGHT)
+        if notes is not None and conversation.has_thoughts and not (parts == THOUGHT).any():
+            notes.add("conversations have thoughts that the template leaves out, or writes without <think>", where)
+        self.mark_exchanges(parts, encoding, conversation, whole.text, reasoning)
+        return ids, parts
+
+    def mark_exchanges(
+        self, parts: np.ndarray, encoding: Any, conversation: Conversation, whole: str, reasoning: bool | None
+    ) -> None:
+        """Marks where an exchange begins, and what stands before all of them, so that a conversation can be split: only
+        where the parts are rendered as the template renders them alone."""
+        messages, tools = conversation.messages, None if conversation.tools is None else list(conversation.tools)
+        system = messages[:1] if messages[0]["role"] == "system" else ()
+        bounds = [number for number, message in enumerate(messages)
+                  if message["role"] == "user" and number > len(system)]  # fmt: skip
+        wanted = [(part, False) for bound in bounds for part in (messages[:bound], (*system, *messages[bound:]))]
+        rendered = self.template.renderings(wanted, reasoning, tools) if bounds else []
+        heads: list[int] = []
+        for before, after in zip(rendered[::2], rendered[1::2], strict=True):
+            place = len(before.text)
+            head = len(after.text) - (len(whole) - place)
+            if before.wrong or after.wrong or head < 0 or (heads and heads[0] != head):
+                continue
+            if whole.startswith(before.text) and after.text == whole[:head] + whole[place:]:
+                first, last = encoding.char_to_token(place), encoding.char_to_token(head)
+                if first is None or last is None or encoding.offsets[first][0] != place:
+                    continue
+                if encoding.offsets[last][0] == head:
+                    heads.append(head)
+                    parts[first] |= EXCHANGE
+                    parts[:last] |= HEAD
+
+
+def mark(parts: np.ndarray, encoding: Any, span: Span, kind: int) -> bool:
+    """Marks the tokens of a span of characters, as transformers does; False where there are none any more."""
+    first, last = encoding.char_to_token(span[0]), encoding.char_to_token(span[1] - 1)
+    if first is None:
+        return False
+    parts[first : last + 1 if last else len(parts)] = kind
+    return True

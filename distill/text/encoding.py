@@ -1,0 +1,58 @@
+"""Documents to tokens: a text as `<s> ... </s>`, a conversation as its template has it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from ...models.tokenizer import Tokenizer
+from .conversations import TEXT, Renderer
+from .pieces import encoded_texts
+from .reading import Reading
+from .records import Document, Notes
+
+MODES = {True: " (reasoning on)", False: " (reasoning off)", None: ""}
+
+
+class Encoded(NamedTuple):
+    """A document's ids (int32), and what each is part of (uint8; see `conversations`)."""
+
+    name: str
+    ids: np.ndarray
+    parts: np.ndarray
+    chat: bool
+
+
+def encoded(
+    documents: Iterable[Document], tokenizer: Tokenizer, reading: Reading | None = None, notes: Notes | None = None
+) -> Iterator[Encoded]:
+    """Each document with its tokens, `<s> ... </s>` (`... </s>` where the tokenizer has no bos). A conversation is as
+    its template writes it, special tokens and all; its name says whether it was told to think. Raises InputError."""
+    reading, notes = reading or Reading(), Notes() if notes is None else notes
+    renderer = Renderer(tokenizer, reading.reasoning_share)
+    for is_text, group in itertools.groupby(documents, lambda document: document.chat is None):
+        if is_text:
+            yield from encoded_plain(group, tokenizer, reading.special_tokens)
+            continue
+        for document in group:
+            assert document.chat is not None
+            reasoning = renderer.reasoning(document.name, document.chat)
+            ids, parts = renderer.tokens(document.chat, reasoning, notes)
+            yield Encoded(document.name + MODES[reasoning], ids, parts, True)
+
+
+def encoded_plain(documents: Iterable[Document], tokenizer: Tokenizer, special_tokens: bool) -> Iterator[Encoded]:
+    waiting: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for document in documents:
+            waiting.append(document.name)
+            yield document.text
+
+    for number, ids in enumerate(encoded_texts(texts(), tokenizer, special_tokens)):
+        framed = np.concatenate((tokenizer.begin, ids, [tokenizer.eos_token_id]), dtype=np.int32, casting="unsafe")
+        yield Encoded(waiting[number], framed, np.full(len(framed), TEXT, np.uint8), False)
+        waiting[number] = ""

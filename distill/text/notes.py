@@ -1,0 +1,19 @@
+"""What is left out while text is read, to be said in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+class Notes:
+    """What was left out while text was read, counted by its kind, with where it came first."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, tuple[int, str]] = {}
+
+    def add(self, kind: str, where: str) -> None:
+        count, first = self.counts.get(kind, (0, where))
+        self.counts[kind] = (count + 1, first)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{count:,} {kind} (the first: {first})" for kind, (count, first) in self.counts.items())
