@@ -12,7 +12,7 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.folder import write_json
 from limbeck.models.gguf.pretokenizers import DIGIT, GPT2, KNOWN
 from limbeck.models.rope import Llama3Rope, YarnRope
-from limbeck.tests.helpers import TEXT, random_model, tiny_config
+from limbeck.tests.helpers import EXPERTS, TEXT, random_model, tiny_config
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 SAMPLES = (
@@ -64,7 +64,7 @@ def gguf_config(family: str, vocabulary: int, **changes: Any) -> HybridConfig:
     """A small config of a family that has everything which its GGUF form turns over."""
     if family == "nemotron_h":
         sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-        return tiny_config(vocab_size=vocabulary + 3, pad_token_id=0, **sizes, **changes)
+        return tiny_config(**{"vocab_size": vocabulary + 3, "pad_token_id": 0} | sizes | changes)
     return HybridConfig(
         **{
             "family": family, "pattern": "*-" * 3, "vocab_size": vocabulary + 3, "hidden_size": 64,
@@ -77,10 +77,13 @@ def gguf_config(family: str, vocabulary: int, **changes: Any) -> HybridConfig:
 
 
 STRETCHED = {"llama3": Llama3Rope(8.0, 1.0, 4.0, 32), "yarn": YarnRope(4.0, 64)}
+WIDE = {"pattern": "ME*EM", "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64}
 # What a folder is called -> its family, its pre-tokenizer, and what its config has of its own.
 FOLDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h", "tekken", {"eos_token_id": (2, 3)}),
     "nemotron_h-tied": ("nemotron_h", "gpt-2", {"tie_word_embeddings": True, "conv_bias": False}),
+    "nemotron_h-experts": ("nemotron_h", "gpt-2", EXPERTS | WIDE),
+    "nemotron_h-latent": ("nemotron_h", "gpt-2", EXPERTS | WIDE | {"moe_latent_size": 32, "norm_topk_prob": False}),
     "llama": ("llama", "llama-bpe", {}),
     "llama-biases": ("llama", "smollm", {"attention_bias": True, "tie_word_embeddings": True}),
     "llama-3": ("llama", "llama-bpe", {"rope_scaling": STRETCHED["llama3"]}),

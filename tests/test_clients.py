@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.clients
-NEAR = {"bfloat16": 0.1, "q8_0": 0.1}  # relative RMS of the logits: llama.cpp rounds activations, too
+# How far logits may be (`typical_error`): llama.cpp rounds activations too, and random weights carry it far.
+NEAR, NEARER = {"bfloat16": 0.1, "q8_0": 0.2}, {"bfloat16": 0.01, "q8_0": 0.02}
 TOKENS = 48
 
 
@@ -71,8 +72,13 @@ def perplexity(logits: Tensor, ids: list[int]) -> float:
     return F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).exp().item()
 
 
+def typical_error(ours: Tensor, theirs: Tensor) -> float:
+    """Relative RMS of a token's logits, the median: where rounding changes which expert is chosen, a few are far."""
+    return ((ours - theirs).square().mean(-1) / ours.square().mean(-1)).sqrt().median().item()
+
+
 @torch.no_grad()
-def compare(source: Path, root: Path, *options: str) -> None:
+def compare(source: Path, root: Path, limits: dict[str, float], *options: str) -> None:
     model, prompts = load_model(source), prompts_of(source)
     ids = [number for prompt in prompts[:4] for number in prompt][:200]
     ours, greedy = model(torch.tensor([ids]))[0], greedy_of_ours(model, prompts)
@@ -83,20 +89,20 @@ def compare(source: Path, root: Path, *options: str) -> None:
     for prompt, mine in zip(prompts, greedy, strict=True):
         same_or_tied(model, prompt, mine, exact.greedy(prompt, TOKENS))
     exact.close()
-    for dtype, limit in NEAR.items():
+    for dtype, limit in limits.items():
         rounded = LlamaCpp(gguf_of(source, root, dtype, *options))
         theirs = rounded.logits(ids)
-        assert relative_rms(ours, theirs) < limit and divergence(ours, theirs) < 0.05, dtype
+        assert typical_error(ours, theirs) < limit and divergence(ours, theirs) < 2 * limit, dtype
         rounded.close()
 
 
 def test_llama_cpp_runs_the_shipped_model(root: Path) -> None:
-    compare(SHIPPED["zoo"], root, "pre_tokenizer=gpt-2")
+    compare(SHIPPED["zoo"], root, NEARER, "pre_tokenizer=gpt-2")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_llama_cpp_runs_every_family(name: str, root: Path) -> None:
-    compare(write_folder(root, name), root)
+    compare(write_folder(root, name), root, NEAR)
 
 
 @pytest.mark.parametrize("pre", KNOWN)

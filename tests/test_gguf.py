@@ -17,7 +17,7 @@ from limbeck.models.gguf.layout import Entry, entries
 from limbeck.models.gguf.pretokenizers import KNOWN, pre_tokenizer
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.tests.gguf_helpers import gguf_config, write_folder, write_tokenizer
-from limbeck.tests.helpers import limbeck, random_model, tiny_config
+from limbeck.tests.helpers import EXPERTS, limbeck, random_model, tiny_config
 from torch import Tensor
 
 
@@ -71,6 +71,22 @@ def test_a_hybrid(root: Path) -> None:
     assert np.array_equal(tensors["blk.2.ssm_norm.weight"], weights[mixer + "norm.weight"].reshape(2, 32))
     assert np.array_equal(tensors["blk.3.attn_k.weight"], weights["layers.3.mixer.k_proj.weight"])
     assert np.array_equal(tensors["blk.0.ssm_in.weight"], weights["layers.0.mixer.in_proj.weight"])
+
+
+def test_experts(root: Path) -> None:
+    source = source_of(root, "nemotron_h-latent")
+    reader = exported(source, root / "experts", "q8_0")
+    content, kinds = values_of(reader), {each.name: each.tensor_type.name for each in reader.tensors}
+    expected = {"expert_count": 6, "expert_used_count": 2, "expert_weights_scale": 2.5, "expert_weights_norm": False,
+                "feed_forward_length": [0, 32, 0, 32, 0], "moe_latent_size": 32, "expert_group_count": 1}  # fmt: skip
+    assert content | {f"nemotron_h_moe.{key}": value for key, value in expected.items()} == content
+    assert kinds["blk.1.ffn_up_exps.weight"] == "Q8_0"
+    assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.exp_probs_b.bias"] == "F32"
+    shapes = {each.name: tuple(reversed(each.shape.tolist())) for each in reader.tensors}
+    assert shapes["blk.3.ffn_down_exps.weight"] == (6, 32, 32) and shapes["blk.3.ffn_latent_up.weight"] == (64, 32)
+    mixed = tiny_config(**EXPERTS | {"vocab_size": 403})
+    save_model(random_model(mixed, 0, torch.float32), root / "mixed", tokenizer_from=source)
+    refused("MLP layers beside layers of experts", root / "mixed-out", 2, f"model={root / 'mixed'}", "format=gguf")
 
 
 def test_words(root: Path) -> None:

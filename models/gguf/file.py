@@ -18,7 +18,7 @@ from ..axes import Role
 from ..checkpoint import Checkpoint, row_blocks
 from ..config import HybridConfig
 from ..errors import InputError
-from ..hybrid import HybridLM
+from ..hybrid import HybridLM, set_tensor
 from ..shards import check_disk
 from ..tensors import as_bytes, is_finite, saying_where
 from .layout import Entry, entries, layout_of
@@ -145,6 +145,5 @@ def load_gguf(path: Path, config: HybridConfig) -> HybridLM:
     """A model of a file's weights, in float32."""
     model = HybridLM(config, device="meta")
     for entry, _, tensor in read_gguf(path, config):
-        place, _, field = entry.spec.name.rpartition(".")
-        setattr(model.get_submodule(place), field, torch.nn.Parameter(tensor))
+        set_tensor(model, entry.spec.name, tensor)
     return model.eval()

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import attention, mamba2, mlp
-from ..axes import TensorSpec, tensor_table
+from .. import attention, mamba2, mlp, moe
+from ..axes import Role, TensorSpec, tensor_table
 from ..errors import InputError
 from ..rope import Llama3Rope, YarnRope
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
 
-MAMBA, ATTENTION, DENSE = (kind.KIND.letter for kind in (mamba2, attention, mlp))
+MAMBA, ATTENTION, DENSE, EXPERTS = (kind.KIND.letter for kind in (mamba2, attention, mlp, moe))
 Reform = Callable[["HybridConfig", Tensor], Tensor]
 
 
@@ -100,6 +100,18 @@ MLP_LAYER: dict[str, Place] = {
     "mixer.down_proj.bias": "ffn_down.bias",
 }
 
+EXPERT_LAYER: dict[str, Place] = {
+    "norm.weight": "attn_norm.weight",
+    "mixer.gate.weight": "ffn_gate_inp.weight",
+    "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mixer.experts.up_proj": "ffn_up_exps.weight",
+    "mixer.experts.down_proj": "ffn_down_exps.weight",
+    "mixer.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "mixer.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+    "mixer.fc1_latent_proj.weight": "ffn_latent_down.weight",
+    "mixer.fc2_latent_proj.weight": "ffn_latent_up.weight",
+}
+
 
 def common_numbers(config: HybridConfig) -> dict[str, Any]:
     """What every architecture needs; keys without the architecture's name."""
@@ -146,6 +158,30 @@ def hybrid_numbers(config: HybridConfig) -> dict[str, Any]:
             "ssm.group_count": config.n_groups,
         }
     )
+
+
+def expert_numbers(config: HybridConfig) -> dict[str, Any]:
+    """Raises InputError for MLP layers beside those with experts, where llama.cpp would look for experts, too."""
+    if config.layers_of(mlp.KIND):
+        raise InputError(
+            "config: the pattern has MLP layers beside layers of experts, which llama.cpp's nemotron_h_moe has not;"
+            " take format=hf"
+        )
+    numbers = hybrid_numbers(config)
+    for layer in config.layers_of(moe.KIND):
+        numbers["feed_forward_length"][layer] = config.moe_intermediate_size
+    own = {
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
+        "expert_shared_count": 1,
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+    }
+    return numbers | own | ({"moe_latent_size": config.moe_latent_size} if config.moe_latent_size else {})
 
 
 def dense_numbers(config: HybridConfig) -> dict[str, Any]:
@@ -209,9 +245,11 @@ HYBRID_LAYERS: dict[str, dict[str, Place]] = {
     MAMBA: MAMBA_LAYER,
     ATTENTION: ATTENTION_LAYER,
     DENSE: MLP_LAYER | {"norm.weight": "attn_norm.weight"},
+    EXPERTS: EXPERT_LAYER,
 }
-LAYOUTS = {
+LAYOUTS = {  # by family; with experts a family has one of its own
     "nemotron_h": Layout("nemotron_h", HYBRID_LAYERS, hybrid_numbers, missing_biases),
+    "nemotron_h, experts": Layout("nemotron_h_moe", HYBRID_LAYERS, expert_numbers, missing_biases),
     "llama": Layout("llama", {ATTENTION: INTERLEAVED, DENSE: MLP_LAYER}, dense_numbers, turn_factors),
     "qwen3": Layout("qwen3", {ATTENTION: ATTENTION_LAYER, DENSE: MLP_LAYER}, dense_numbers),
 }
@@ -219,11 +257,13 @@ LAYOUTS = {
 
 def layout_of(config: HybridConfig) -> Layout:
     """Raises InputError for a family, or a thing of it, that llama.cpp cannot run."""
-    if config.family not in LAYOUTS:
-        raise InputError(f"format=gguf knows no {config.family}; known: {', '.join(LAYOUTS)}")
+    experts = any(spec.role is Role.EXPERTS for spec in tensor_table(config).values())
+    name = f"{config.family}, experts" if experts else config.family
+    if name not in LAYOUTS:
+        raise InputError(f"format=gguf knows no {name}; known: {'; '.join(LAYOUTS)}")
     if isinstance(config.rope_scaling, Llama3Rope) and config.family != "llama":
         raise InputError(f"config: llama.cpp has no positions of type 'llama3' in {config.family}; take format=hf")
-    return LAYOUTS[config.family]
+    return LAYOUTS[name]
 
 
 @dataclasses.dataclass(frozen=True)
