@@ -32,7 +32,8 @@ class AxisRow:
     width counts the units of one group. An axis `within` another is ranked by the columns of that axis's scores
     [units, columns], once for all of its units. Where a row's width counts the groups of another's units (key-value
     heads), its units go with all that live in them, and are worth what those are. `letter` stands for a width in the
-    names of candidates that have another than the source, where no label of a kind does.
+    names of candidates that have another than the source, where no label of a kind does. No tensor has a `ranked` one:
+    its units are the places in an order (of a token's experts), of which the first stay.
     """
 
     name: str
@@ -42,6 +43,7 @@ class AxisRow:
     within: str | None = None
     per_group: bool = False
     letter: str = ""
+    ranked: bool = False
 
 
 AXES: dict[str, AxisRow] = {
@@ -56,6 +58,7 @@ AXES: dict[str, AxisRow] = {
         AxisRow("ssm_state", "ssm_state_size", "SSM state indices", groups="n_groups", per_group=True, letter="N"),
         AxisRow("experts", "n_routed_experts", "experts", groups="n_group"),
         AxisRow("expert_ffn", "moe_intermediate_size", "expert neurons"),
+        AxisRow("top_k", "num_experts_per_tok", "experts a token", letter="T", ranked=True),
         AxisRow("shared_ffn", "moe_shared_expert_intermediate_size", "shared expert neurons"),
     )
 }
@@ -198,7 +201,8 @@ def fixed(size: int) -> Dimension:
 
 
 def axis_sizes(config: HybridConfig) -> dict[Axis, int]:
-    """Every prunable axis of a config with its size, in the order of layers; read off the table itself."""
+    """Every prunable axis of a config with its size, in the order of layers; read off the table itself, and those that
+    no tensor has last."""
     sizes: dict[Axis, int] = {}
     for tensor in tensor_table(config).values():
         for dimension in tensor.dimensions:
@@ -206,6 +210,9 @@ def axis_sizes(config: HybridConfig) -> dict[Axis, int]:
                 for axis, size in segment:
                     if axis is not None:
                         assert sizes.setdefault(axis, size) == size, (tensor.name, axis)
+    for row in AXES.values():
+        layers = [layer for layer, kind in enumerate(config.kinds) if row.ranked and row.width in kind.fields]
+        sizes |= {Axis(row.name, layer): getattr(config, row.width) for layer in layers}
     return sizes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -122,15 +123,35 @@ class Bound(Protocol):
 class ScoreSource:
     """Which activations can score an axis, by the values of `option` among score's options: the first by default, the
     last is what the matrix that writes the residual stream reads. With `reduce`, a unit has several numbers, in the
-    last dimension."""
+    last dimension. The activations `per_use` are averaged over the positions that use a unit, and NaN at the others.
+    `left_out` is the value of the option by which the model runs without each of the units in turn
+    (`LayerKind.without`)."""
 
     observed: Mapping[str, str]
     option: str | None = None
     reduce: bool = False
+    per_use: tuple[str, ...] = ()
+    left_out: str | None = None
 
     @property
     def read_last(self) -> str:
         return list(self.observed.values())[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertStacks:
+    """The matrices of a kind's experts, and what is shown of them: the `inputs` [.., D] that they read, the `choice`
+    and `weights` [.., k] of a token, what `down` has `read` [.., I, k], and, where they do not write the stream itself,
+    the `total` that they give."""
+
+    up: str
+    down: str
+    gate: str
+    inputs: str
+    choice: str
+    weights: str
+    read: str
+    total: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +222,9 @@ class LayerKind:
     # Of its expert stacks a token uses so many, and there are so many: (experts chosen, experts).
     chosen: Callable[[HybridConfig], tuple[int, int]] = all_of_them
     aligned: tuple[tuple[str, ...], ...] = ()  # products of config fields that kernels like to be multiples of 8
+    # axis -> (a mixer, a unit) -> the mixer without the unit, as long as the context is open
+    without: Mapping[str, Callable[[Any, int], AbstractContextManager[None]]] = dataclasses.field(default_factory=dict)
+    experts: ExpertStacks | None = None
     size_label: Callable[[HybridConfig], str] = no_label  # its widths in a few letters, for the names of candidates
 
     def widths(self) -> tuple[str, ...]:

@@ -12,7 +12,9 @@ Shapes: [B, T] batch and tokens, [n] tokens of all rows, [E] experts, [k] chosen
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +25,7 @@ from ..kernels.activation import relu2, swiglu
 from ..kernels.moe import expert_mlp
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
-from .layer import Context, LayerKind, ScoreSource
+from .layer import Context, ExpertStacks, LayerKind, ScoreSource
 
 if TYPE_CHECKING:
     from .config import HybridConfig
@@ -53,6 +55,7 @@ class Router(nn.Module):
     def __init__(self, config: HybridConfig, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
+        self.closed: int | None = None  # an expert that no token may choose
         dtype = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, device=device, dtype=dtype))
         if config.router == "sigmoid":
@@ -63,11 +66,14 @@ class Router(nn.Module):
         """Indices and weights [n, k] of x [n, hidden]."""
         config = self.config
         logits = RouterLogits.apply(x, self.weight)
+        if self.closed is not None:
+            logits = logits.index_fill(1, torch.tensor(self.closed, device=logits.device), -math.inf)
         if config.router == "softmax":
             best, indices = logits.topk(config.num_experts_per_tok)
             return indices, best.softmax(-1) * config.routed_scaling_factor
         scores = logits.sigmoid()
-        indices = self.choose(scores.detach() + self.e_score_correction_bias)
+        worth = scores.detach() + self.e_score_correction_bias
+        indices = self.choose(worth if self.closed is None else worth.masked_fill(scores == 0, -math.inf))
         weights = scores.gather(1, indices)
         if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + LEAST_SUM)
@@ -132,10 +138,10 @@ class MixtureOfExperts(nn.Module):
     def forward(self, u: Tensor, context: Context) -> Tensor:
         """[B, T, hidden] -> [B, T, hidden]; a decoding step reads the experts that it chooses and no others.
 
-        Shows "expert_choice" and "expert_weights" [B, T, k], "routing" [B, T, E] (the weights, 0 where an expert is not
-        chosen, so that the gradient of an expert's is what its share adds), "expert_ffn" and "expert_ffn_act"
-        [B, T, I, k], "expert_out" [B, T, k, D] (kernels/moe.py; weights included), "latent_out" [B, T, L] before fc2,
-        "shared_ffn" and "shared_ffn_act"."""
+        Shows "expert_in" [B, T, D], "expert_choice" and "expert_weights" [B, T, k], "routing" [B, T, E] (the weights, 0
+        where an expert is not chosen, so that the gradient of an expert's is what its share adds), "expert_ffn" and
+        "expert_ffn_act" [B, T, I, k], "expert_out" [B, T, k, D] (kernels/moe.py; weights included), "latent_out" [B, T,
+        L] before fc2, "shared_ffn" and "shared_ffn_act"; and see `note_uses`."""
         indices, weights = self.gate(u.flatten(0, 1))
         if context.observe is not None:
             self.noted("expert_choice", indices, u, context)
@@ -144,21 +150,53 @@ class MixtureOfExperts(nn.Module):
             weights = self.noted("expert_weights", weights, u, context)
         x = u if self.fc1_latent_proj is None else context.project(self.fc1_latent_proj, u)
         experts = self.experts
+        context.note("expert_in", self.layer, x)
+
+        def note(name: str, tensor: Tensor) -> Tensor:
+            if name == "expert_out":
+                self.note_uses(indices, weights.detach(), tensor.detach(), u, context)
+            return self.noted(name, tensor, u, context)
 
         y = expert_mlp(
             x.flatten(0, 1), indices, weights, experts.up_proj, experts.down_proj, experts.gate_proj,
-            None if context.observe is None else lambda name, tensor: self.noted(name, tensor, u, context),
+            None if context.observe is None else note,
         ).view(x.shape)  # fmt: skip
         if self.fc2_latent_proj is not None:
             context.note("latent_out", self.layer, y)
             y = context.project(self.fc2_latent_proj, y)
         return y if self.shared_experts is None else y + self.shared_experts(u, context, self.layer)
 
+    def note_uses(self, indices: Tensor, weights: Tensor, out: Tensor, u: Tensor, context: Context) -> None:
+        """Shows what each expert does at the tokens that chose it, [B, T, E], to those who name it: "expert_norm" the
+        L2 norm of what it gives, "expert_reap" that times its weight, of a sum of 1 over the chosen (REAP, arXiv
+        2510.13999); both NaN at other tokens. "expert_use" is 1 where it is chosen, and 0 elsewhere."""
+        if not any(context.wants(name) for name in ("expert_norm", "expert_reap", "expert_use")):
+            return
+        given = torch.linalg.vector_norm(out, dim=-1, dtype=weights.dtype)  # weights included
+        for name, values, other in (
+            ("expert_norm", given / weights, math.nan),
+            ("expert_reap", given / weights.sum(-1, keepdim=True), math.nan),
+            ("expert_use", torch.ones_like(given), 0.0),
+        ):
+            if context.wants(name):
+                dense = torch.full((len(given), len(self.gate.weight)), other, dtype=given.dtype, device=given.device)
+                self.noted(name, dense.scatter_(1, indices, values), u, context)
+
     def noted(self, name: str, tensor: Tensor, u: Tensor, context: Context) -> Tensor:
         """Shows a tensor [n, ...] of the tokens of u [B, T, hidden] as [B, T, ...], and gives it back as shown."""
         shown = tensor.unflatten(0, u.shape[:2])
         context.note(name, self.layer, shown)
         return shown.flatten(0, 1)
+
+
+@contextlib.contextmanager
+def without_expert(mixer: MixtureOfExperts, expert: int) -> Iterator[None]:
+    """Tokens choose among the others meanwhile, as they will when it is gone."""
+    mixer.gate.closed = expert
+    try:
+        yield
+    finally:
+        mixer.gate.closed = None
 
 
 def moe_tensors(config: HybridConfig, layer: int, hidden: Dimension) -> Parts:
@@ -238,11 +276,28 @@ KIND = LayerKind(
     # Without a latent size the experts write the stream too, each for the tokens that chose it.
     writers={"shared_experts.down_proj.weight": "shared_ffn_act", "fc2_latent_proj.weight": "latent_out"},
     scores={
-        "experts": ScoreSource({"": "routing"}),
+        "experts": ScoreSource(
+            {"reap": "expert_reap", "frequency": "expert_use", "norm": "expert_norm", "routing": "routing"},
+            option="expert_source",
+            per_use=("expert_reap", "expert_norm"),
+            left_out="logits",
+        ),
+        "top_k": ScoreSource({"": "expert_weights"}),
         # A neuron of that number in each of the experts that a token chose.
         "expert_ffn": ScoreSource({"pre": "expert_ffn", "act": "expert_ffn_act"}, option="ffn_source", reduce=True),
         "shared_ffn": ScoreSource({"pre": "shared_ffn", "act": "shared_ffn_act"}, option="ffn_source"),
     },
     aligned=(("moe_intermediate_size",), ("moe_shared_expert_intermediate_size",)),
+    without={"experts": without_expert},
+    experts=ExpertStacks(
+        up="experts.up_proj",
+        down="experts.down_proj",
+        gate="experts.gate_proj",
+        inputs="expert_in",
+        choice="expert_choice",
+        weights="expert_weights",
+        read="expert_ffn_act",
+        total="latent_out",
+    ),
     size_label=size_label,
 )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..models.cost.hardware import GIB, Hardware, Reserve
+from ..models.cost.parameters import count_active
 from ..models.device import torch_dtype
 from ..models.errors import InputError, gib
 from .search import Budget, Candidate
@@ -46,6 +47,7 @@ def candidate_json(candidate: Candidate, rank: int) -> dict[str, Any]:
         "pattern": candidate.config.pattern,
         "layers": list(candidate.depth.layers),
         "parameters": candidate.parameters,
+        "active": count_active(candidate.config),
         "memory": {name: getattr(report, name) for name in ("weights", "kv", "ssm", "conv", "total")},
         "throughput": None if candidate.throughput is None else dataclasses.asdict(candidate.throughput),
         "importance": candidate.importance,
@@ -92,7 +94,7 @@ def best_rows(content: Mapping[str, Any], count: int) -> tuple[list[str], list[l
     for candidate in content["candidates"][:count]:
         speed, total = candidate["throughput"], candidate["memory"]["total"]
         row = [
-            f"{candidate['rank']}. {candidate['name']}\n{candidate['parameters']:,} parameters",
+            f"{candidate['rank']}. {candidate['name']}\n{candidate['parameters']:,} parameters" + active_of(candidate),
             f"{gib(total)}\n{gib(content['budget_bytes'] - total)}",
             "-" if speed is None else f"{speed['tokens_per_second']:,.0f}\n{speed['batch']:,}",
         ]
@@ -101,6 +103,12 @@ def best_rows(content: Mapping[str, Any], count: int) -> tuple[list[str], list[l
         rows.append(row)
     columns = ["candidate", "memory\nheadroom", "tokens/s\nbatch", *(["\n".join(proxies)] if proxies else [])]
     return columns, rows
+
+
+def active_of(candidate: Mapping[str, Any]) -> str:
+    """How many parameters a token meets, where that is not all of them."""
+    active = candidate["active"]
+    return "" if active == candidate["parameters"] else f", {active:,} active"
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -41,7 +41,9 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
         if width is None or holds_units(axis.row):
             continue
         count = axis.units(config, width)
-        if axis == HIDDEN:
+        if axis.row.ranked:
+            kept[axis] = tuple(range(count))
+        elif axis == HIDDEN:
             kept[axis] = best(widths[axis][[*layers, config.num_layers]].sum(0), count)
         elif axis.row.within is not None:
             kept[axis] = best(column_scores(widths[Axis(axis.row.within, axis.layer)]), count)

@@ -21,6 +21,7 @@ from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.multipliers import scaled
 from ..models.offload import STREAM_BYTES, Layers, layers_of
+from .leave_one_out import leave_one_out
 from .scores import WidthScores, check_width_scores
 from .width_metrics import ActivationScores, UnitMoments, WidthMetric, empty_moments
 
@@ -59,7 +60,8 @@ def score_widths(
     """
     metric = ActivationScores() if metric is None else metric
     source = layers_of(model)
-    moments = empty_moments(source.config, source.device) if metric.observed else {}
+    batches = list(batches) if metric.left_out else batches
+    moments = empty_moments(source.config, source.device, metric) if metric.observed else {}
     if metric.observed:
         observe_batches(source, batches, metric, moments, stream_bytes, on_step)
         for moment in moments.values():
@@ -67,6 +69,9 @@ def score_widths(
         if not all(moment.samples for moment in moments.values()):
             raise InputError("importance: the data has no counted token; expected at least one sample of two tokens")
     scores = metric.scores(source.config, source.tensor, moments)
+    for kind in metric.left_out:
+        counted = [(batch, (batch.labels != IGNORED_LABEL).to(source.device)) for batch in batches]
+        scores |= leave_one_out(source, counted, kind, stream_bytes)
     check_width_scores(source.config, scores, "importance")
     return scores
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..models.axes import HIDDEN, columns_of, dimension_size, segment_size, tensor_table
+from ..models.axes import AXES, HIDDEN, columns_of, dimension_size, segment_size, tensor_table
 from ..models.config import HybridConfig
+from ..models.cost.parameters import kind_sizes
 from .scores import WidthScores
 from .slice import Selection
 
@@ -38,6 +39,10 @@ def axis_weights(config: HybridConfig) -> dict[str, int]:
             for segment in dimension:
                 for kind in {axis.kind for axis, _ in segment if axis is not None}:
                     weights[kind] = weights.get(kind, 0) + beside * segment_size(segment)
+    for own in config.kinds:  # the places in a token's order of experts stand for what they read
+        chosen, experts = own.chosen(config)
+        for row in (row for row in AXES.values() if row.ranked and row.width in own.fields):
+            weights[row.name] = weights.get(row.name, 0) + kind_sizes(config)[own.letter].experts * chosen // experts
     return dict(sorted(weights.items()))
 
 

@@ -31,6 +31,7 @@ class Importance:
     mamba_source: str = "x"
     ffn_source: str = "pre"
     state_source: str = "now"
+    expert_source: str = "reap"
     times_output: bool = False
 
     def width_metric(self, seed: int) -> WidthMetric:
@@ -43,7 +44,7 @@ class Importance:
             return TaylorScores()
         return ActivationScores(
             self.aggregate_batch, self.aggregate_sequence, self.mamba_source, self.ffn_source, self.state_source,
-            self.times_output,
+            self.expert_source, self.times_output,
         )  # fmt: skip
 
     def settled(self, config: HybridConfig, removed: int | None = None) -> Importance:

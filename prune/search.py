@@ -247,8 +247,8 @@ def find_candidates(
             combinations += 1
             if not is_aligned(config, widths, space.align):
                 continue
-            smaller = base.replace(**{name: int(value) for name, value in widths.items()})
-            if unwritable(smaller) is not None:
+            smaller = resized(base, widths)
+            if smaller is None or unwritable(smaller) is not None:
                 continue
             aligned += 1
             report = memory(smaller, budget.context, budget.batch, chunk=None, **budget.dtypes)
@@ -274,6 +274,14 @@ def find_candidates(
             f" the budget is {budget.bytes / GIB:.2f} GiB; give smaller widths, fewer layers, or a shorter context"
         )
     return Found(tuple(candidates), combinations, aligned)
+
+
+def resized(base: HybridConfig, widths: Mapping[str, float]) -> HybridConfig | None:
+    """The config of these widths; None where they cannot be together, as more experts a token than there are."""
+    try:
+        return base.replace(**{name: int(value) for name, value in widths.items()})
+    except InputError:
+        return None
 
 
 def grid(base: HybridConfig, space: Space) -> Iterable[dict[str, float]]:

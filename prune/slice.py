@@ -52,6 +52,8 @@ def slice_config(config: HybridConfig, selection: Selection) -> HybridConfig:
     for axis, size in sizes.items():
         kept = selection.kept.get(axis, range(size))
         check_units(axis, size, kept)
+        if axis.row.ranked and list(kept) != list(range(len(kept))):
+            raise InputError(f"selection: {axis} keeps {abridged(kept)}; expected the first places of the order")
         owner = group_axis(axis)
         groups = range(axis.groups(config))
         if len(groups) > 1:

@@ -75,6 +75,15 @@ class WidthMetric:
         """Names of activations (`HybridLM`) -> axis kinds; empty where no data is needed."""
         return {}
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The axis kinds whose units are left out one at a time instead (leave_one_out.py)."""
+        return ()
+
+    def moment_shape(self, kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the values of a sample of an axis kind whose scores have that shape."""
+        return shape
+
     def per_sample(self, kind: str, activation: Tensor, gradient: Tensor | None, counted: Tensor) -> Tensor:
         """Values [S, U...] (float64) of an activation [S, T, U...] of an axis kind; counted [S, T] says at which
         positions a label counts, at one of each sample at least."""
@@ -93,9 +102,11 @@ class ActivationScores(WidthMetric):
     down_proj reads (`ffn_source` "pre" or "act"; in a gated MLP only "act" sees the gate), the L2 norm over head_dim of
     the attention output (attn_heads), the x part of in_proj's output, z, or out_proj's input (`mamba_source`), and what
     an index of the SSM state adds to the output ("now"), to all outputs "to_come", or C (`state_source`; see
-    kernels/state_energy.py). With `times_output` the scores of neurons, attention and Mamba heads are multiplied by the
-    L2 norm of the weights that read the unit, so that a unit nobody reads scores zero. Raises InputError for an unknown
-    option.
+    kernels/state_energy.py). Experts are scored by `expert_source`: "reap" the weight times the L2 norm of the output,
+    or that "norm" alone, both averaged over the tokens that chose the expert whatever the aggregates, how many those
+    are ("frequency"), the weight that it has ("routing"), or what the logits lose without it ("logits"). With
+    `times_output` the scores of neurons, attention and Mamba heads, and experts, are multiplied by the L2 norm of the
+    weights that read the unit, so that a unit nobody reads scores zero. Raises InputError for an unknown option.
     """
 
     aggregate_batch: str = "l2"
@@ -103,6 +114,7 @@ class ActivationScores(WidthMetric):
     mamba_source: str = "x"
     ffn_source: str = "pre"
     state_source: str = "now"
+    expert_source: str = "reap"
     times_output: bool = False
 
     def __post_init__(self) -> None:
@@ -116,12 +128,35 @@ class ActivationScores(WidthMetric):
         names = {"hidden": "hidden"}
         for axis, source in score_sources().items():
             value = getattr(self, source.option or "", next(iter(source.observed)))
-            if value not in source.observed:
-                raise InputError(f"importance: {value!r} is unknown; known: {', '.join(source.observed)}")
-            names[source.observed[value]] = axis
+            if value in source.observed:
+                names[source.observed[value]] = axis
+            elif value is None or value != source.left_out:
+                known = [*source.observed, *([source.left_out] if source.left_out else [])]
+                raise InputError(f"importance: {value!r} is unknown; known: {', '.join(known)}")
         return names
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        return tuple(
+            axis
+            for axis, source in score_sources().items()
+            if source.left_out and getattr(self, str(source.option)) == source.left_out
+        )
+
+    def is_per_use(self, kind: str) -> bool:
+        """Whether the axis kind's scores are means over the positions that use a unit."""
+        source = None if kind == HIDDEN.kind else score_sources()[kind]
+        if source is None or not source.per_use:
+            return False
+        return source.observed.get(getattr(self, str(source.option))) in source.per_use
+
+    def moment_shape(self, kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape, 2) if self.is_per_use(kind) else shape
+
     def per_sample(self, kind: str, activation: Tensor, gradient: Tensor | None, counted: Tensor) -> Tensor:
+        if self.is_per_use(kind):  # sums over the uses, and how many those were
+            uses = counted[..., None] & ~activation.isnan()
+            return torch.stack([torch.where(uses, activation, 0).sum(1, dtype=torch.float64), uses.sum(1)], -1)
         if kind != HIDDEN.kind and score_sources()[kind].reduce:
             activation = torch.linalg.vector_norm(activation, dim=-1, dtype=torch.float64)
         mask = counted.reshape(counted.shape + (1,) * (activation.dim() - 2))
@@ -136,6 +171,10 @@ class ActivationScores(WidthMetric):
 
     def scores(self, config: HybridConfig, get_tensor: GetTensor, moments: UnitMoments) -> WidthScores:
         scores = aggregated(config, moments, self.aggregate_batch)
+        for axis in scores:
+            if self.is_per_use(axis.kind) and axis.layer is not None:
+                total, uses = moments[(axis.kind, axis.layer)].total.cpu().unbind(-1)
+                scores[axis] = total / uses.clamp(min=1)
         if self.times_output:
             readers = unit_weights(config, get_tensor, only_readers=True)
             for axis in readers.keys() - {HIDDEN}:
@@ -178,6 +217,9 @@ class MagnitudeScores(WidthMetric):
     @torch.no_grad()
     def scores(self, config: HybridConfig, get_tensor: GetTensor, moments: UnitMoments | None = None) -> WidthScores:
         scores = unit_weights(config, get_tensor)
+        for axis, (size, *_) in width_score_shapes(config).items():
+            if axis.row.ranked:  # by the place alone
+                scores[axis] = torch.arange(size, 0, -1, dtype=torch.float64)
         check_width_scores(config, scores, "importance")
         return scores
 
@@ -197,14 +239,16 @@ class RandomScores(WidthMetric):
         return {axis: torch.rand(shape, generator=generator, dtype=torch.float64) for axis, shape in shapes}
 
 
-def empty_moments(config: HybridConfig, device: torch.device) -> dict[tuple[str, int], Moments]:
+def empty_moments(config: HybridConfig, device: torch.device, metric: WidthMetric) -> dict[tuple[str, int], Moments]:
     moments: dict[tuple[str, int], Moments] = {}
     for axis, shape in width_score_shapes(config).items():
+        if axis.kind in metric.left_out:
+            continue
         if axis == HIDDEN:
             moments |= {("hidden", row): Moments(shape[1:], device) for row in range(shape[0])}
         else:
             assert axis.layer is not None
-            moments[(axis.kind, axis.layer)] = Moments(shape, device)
+            moments[(axis.kind, axis.layer)] = Moments(metric.moment_shape(axis.kind, shape), device)
     return moments
 
 
