@@ -38,7 +38,7 @@ def falcon_config(seed: int, **changes: Any) -> HybridConfig:
     return HybridConfig(**(fields | changes))
 
 
-def granite_config(seed: int, **changes: Any) -> HybridConfig:
+def granite_config(seed: int, experts: bool = False, **changes: Any) -> HybridConfig:
     """Everything that matters drawn: expansions of 1 to 3, positions or none, blocks of either kind alone."""
     draw = random.Random(seed)
     kv, groups, size = draw.choice((1, 2)), draw.choice((1, 1, 2)), draw.choice((4, 8))
@@ -59,6 +59,12 @@ def granite_config(seed: int, **changes: Any) -> HybridConfig:
             attention=draw.choice((0.0625, 0.3, 1.0)), logits_scaling=draw.choice((1.0, 6.0, 8.0)),
         ),
     }  # fmt: skip
+    if experts:
+        fields |= {
+            "pattern": fields["pattern"].replace("-", "E"), "intermediate_size": 0, "router": "softmax",
+            "n_routed_experts": draw.choice((3, 4, 8)), "num_experts_per_tok": draw.choice((1, 2, 3)),
+            "moe_intermediate_size": draw.choice((8, 16)), "moe_shared_expert_intermediate_size": draw.choice((5, 12)),
+        }  # fmt: skip
     if "*-" not in blocks:
         fields |= {"num_attention_heads": 0, "num_key_value_heads": 0, "head_dim": 0, "attention_bias": False}
     if "M-" in blocks:

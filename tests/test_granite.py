@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.parameters import count_parameters
+from limbeck.models.cost.parameters import count_active, count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.multipliers import Multipliers
 from limbeck.prune.target import Target, with_widths
@@ -15,9 +15,10 @@ from limbeck.tests.family_draws import granite_config
 from limbeck.tests.family_helpers import check_parity, some_slow
 
 
-@pytest.mark.parametrize("seed", some_slow(24, 8))
-def test_transformers_computes_the_same(seed: int, tmp_path: Path) -> None:
-    check_parity(granite_config(seed), seed, tmp_path)
+@pytest.mark.parametrize("experts", (False, True), ids=("dense", "experts"))
+@pytest.mark.parametrize("seed", some_slow(24, 6))
+def test_transformers_computes_the_same(seed: int, experts: bool, tmp_path: Path) -> None:
+    check_parity(granite_config(seed, experts), seed, tmp_path)
 
 
 def public(**changes: Any) -> dict[str, Any]:
@@ -66,6 +67,9 @@ def test_public_spellings_are_read() -> None:
         ({"logits_scaling": 0}, "logits_scaling is 0"),
         ({"shared_intermediate_size": "absent"}, "shared_intermediate_size is missing"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 5}, "more than the experts"),
+        ({"num_local_experts": 4}, "num_experts_per_tok"),
+        ({"num_local_experts": -1}, "num_local_experts"),
     ),
 )
 def test_wrong_configs_are_refused(change: dict[str, Any], said: str) -> None:
@@ -81,6 +85,10 @@ H_1B = HybridConfig.from_hf(
 )  # fmt: skip
 
 
+EXPERTS = {"pattern": "ME", "router": "softmax", "n_routed_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 8}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     (
@@ -90,6 +98,9 @@ H_1B = HybridConfig.from_hf(
         ({"hidden_size": 1024, "num_attention_heads": 8, "mamba_head_dim": 40}, "mamba_expand"),
         ({"multipliers": Multipliers(key=2.0)}, "key is 2.0"),
         ({"pattern": "MM"}, "whole blocks"),
+        (EXPERTS | {"pattern": "MEM-"}, "some blocks alone"),
+        (EXPERTS | {"router": "sigmoid"}, "router 'sigmoid'"),
+        (EXPERTS | {"moe_shared_expert_intermediate_size": 0}, "shared expert 0 wide"),
     ),
 )
 def test_what_its_readers_would_refuse_is_not_written(changes: dict[str, Any], said: str) -> None:
@@ -98,8 +109,25 @@ def test_what_its_readers_would_refuse_is_not_written(changes: dict[str, Any], s
     assert "\n" not in str(caught.value)
 
 
-def test_the_published_size() -> None:
+def published(hidden: int, heads: int, kv: int, mamba: int, experts: int, chosen: int, width: int, shared: int) -> Any:
+    """A published size; the layer list, heads of 64 and 128 states are those of all of them."""
+    return HybridConfig.from_hf(
+        public(num_hidden_layers=40, layer_types=["attention" if n % 10 == 5 else "mamba" for n in range(40)],
+               vocab_size=100352, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv,
+               mamba_n_heads=mamba, mamba_d_head=64, mamba_d_state=128, num_local_experts=experts,
+               num_experts_per_tok=chosen, intermediate_size=width, shared_intermediate_size=shared)
+    )  # fmt: skip
+
+
+def test_the_published_sizes() -> None:
+    tiny, small = published(1536, 12, 4, 48, 64, 6, 512, 1024), published(4096, 32, 8, 128, 72, 10, 768, 1536)
     assert count_parameters(H_1B) == 1_461_538_368
+    assert (count_parameters(tiny), count_active(tiny)) == (6_939_037_248, 1_465_470_528)
+    assert count_parameters(small) == 32_207_337_984
+    assert tiny.pattern == "ME" * 5 + ("*E" + "ME" * 9) * 3 + "*E" + "ME" * 4
+    hf = tiny.to_hf()
+    assert (hf["intermediate_size"], hf["shared_intermediate_size"], hf["num_local_experts"]) == (512, 1024, 64)
+    assert HybridConfig.from_hf(hf) == tiny
     smaller = H_1B.replace(hidden_size=1024, num_attention_heads=8)
     assert [smaller.replace(mamba_num_heads=heads).to_hf()["mamba_expand"] for heads in (16, 32, 48)] == [1, 2, 3]
 

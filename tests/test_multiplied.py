@@ -39,7 +39,8 @@ from limbeck.tests.pruning_helpers import draw_rows, draw_selection, naive_mse
 from limbeck.tests.training_helpers import draw_batch
 from torch.nn import functional as F
 
-KINDS = ("hidden", "ffn", "attn_heads", "kv_groups", "mamba_heads", "mamba_head_dim", "ssm_state")
+KINDS = ("hidden", "ffn", "attn_heads", "kv_groups", "mamba_heads", "mamba_head_dim", "ssm_state", "experts",
+         "expert_ffn", "shared_ffn")  # fmt: skip
 SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
     "head_dim": 4, "mamba_num_heads": 8, "mamba_head_dim": 4, "n_groups": 2, "ssm_state_size": 8, "norm_eps": 1e-12,
@@ -50,6 +51,16 @@ CONFIGS = {
     "falcon, norm before the gate": falcon_config(1, pattern="P-P-P-", **SIZES),
     "falcon, norm after the gate": falcon_config(2, pattern="P-P-P-", **SIZES | {"attention_bias": True}),
     "granite": granite_config(0, pattern="M-*-M-", **SIZES),
+    "granite, experts": granite_config(
+        0,
+        True,
+        pattern="ME*EME",
+        **SIZES | {"intermediate_size": 0},
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+        moe_shared_expert_intermediate_size=12,
+    ),
     "granite, tied": granite_config(1, pattern="M-*-M-", tie_word_embeddings=True, **SIZES),
 }
 
@@ -62,6 +73,8 @@ def model(request: pytest.FixtureRequest) -> HybridLM:
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), KINDS])
 def test_slicing_keeps_its_laws(model: HybridLM, kinds: tuple[str, ...], tmp_path: Path) -> None:
     config, draw = model.config, random.Random(len(kinds))
+    if not {axis.kind for axis in axis_sizes(config)} & {*kinds}:
+        pytest.skip("the model has no such axis")
     everything = Selection(tuple(range(6)), {axis: tuple(range(size)) for axis, size in axis_sizes(config).items()})
     same = slice_model(model, everything).state_dict()
     assert slice_config(config, everything) == config
@@ -83,8 +96,16 @@ def test_slicing_keeps_its_laws(model: HybridLM, kinds: tuple[str, ...], tmp_pat
 
 def parts_of(config: HybridConfig, mixer: str) -> list[str]:
     """Where the layers' mixers of a kind stand."""
-    letters = {"mamba": {"M": "", "P": "mamba."}, "attention": {"*": "", "P": "attention."}, "mlp": {"-": ""}}[mixer]
+    letters = {"mamba": {"M": "", "P": "mamba."}, "attention": {"*": "", "P": "attention."}, "mlp": {"-": ""},
+               "experts": {"E": ""}}[mixer]  # fmt: skip
     return [f"layers.{i}.mixer.{letters[k]}" for i, k in enumerate(config.pattern) if k in letters]
+
+
+def inner_of(config: HybridConfig, inner: int, expert: int, shared: int) -> dict[str, int]:
+    """Widths of the MLP, or of the experts."""
+    if "E" not in config.pattern:
+        return {"intermediate_size": inner}
+    return {"moe_intermediate_size": expert, "moe_shared_expert_intermediate_size": shared}
 
 
 @torch.no_grad()
@@ -96,6 +117,9 @@ def test_units_that_give_nothing_go_unnoticed(model: HybridLM) -> None:
         without.get_parameter(prefix + "up_proj.weight")[3:9] = 0
         if config.mlp_bias:
             without.get_parameter(prefix + "up_proj.bias")[3:9] = 0
+    for prefix in parts_of(config, "experts"):
+        without.get_parameter(prefix + "experts.up_proj")[:, 2:4] = 0
+        without.get_parameter(prefix + "shared_experts.up_proj.weight")[3:9] = 0
     for prefix in parts_of(config, "attention"):
         without.get_parameter(prefix + "o_proj.weight")[:, [4, 5, 6, 7, 12, 13, 14, 15]] = 0
     inner = [channel for head in (1, 6) for channel in range(4 * head, 4 * head + 4)]
@@ -108,12 +132,13 @@ def test_units_that_give_nothing_go_unnoticed(model: HybridLM) -> None:
     mamba = next(axis for axis in scores if axis.kind == "mamba_heads")
     assert scores[mamba].sum(1).nonzero().flatten().tolist() == [0, 2, 3, 4, 5, 7]
     taylor = score_widths(without, [batch], TaylorScores())
-    assert taylor[next(axis for axis in scores if axis.kind == "ffn")].nonzero().numel() == 18
+    for axis, left in {"ffn": 18, "expert_ffn": 6, "shared_ffn": 6}.items():
+        assert all(values.nonzero().numel() == left for own, values in taylor.items() if own.kind == axis)
     times = score_widths(without, [batch], ActivationScores(times_output=True))
     heads = next(axis for axis in scores if axis.kind == "attn_heads")
     assert times[heads].nonzero().flatten().tolist() == [0, 2]
     merged = {**scores, **{axis: values for axis, values in times.items() if axis.kind == "attn_heads"}}
-    target = Target(intermediate_size=18, num_attention_heads=2, mamba_num_heads=6)
+    target = Target(**inner_of(config, 18, 6, 6), num_attention_heads=2, mamba_num_heads=6)
     smaller = slice_model(without, select(config, merged, (), target))
     expected = without(batch.input_ids, seq_idx=batch.seq_idx)
     assert_close("logits", expected, smaller(batch.input_ids, seq_idx=batch.seq_idx), 1e-9)
@@ -169,7 +194,7 @@ def test_rotation_leaves_the_function(model: HybridLM) -> None:
 def test_repair_comes_nearer_than_slicing(model: HybridLM) -> None:
     batch = draw_rows(61, 16)
     scores = score_widths(model, [batch])
-    target = Target(hidden_size=12, intermediate_size=16, num_attention_heads=2, mamba_num_heads=6)
+    target = Target(hidden_size=12, num_attention_heads=2, mamba_num_heads=6, **inner_of(model.config, 16, 6, 8))
     selection = select(model.config, scores, (4, 5), target.replace(layers=4))
     distances = []
     with torch.no_grad():
@@ -242,8 +267,10 @@ PRUNED = {
     "falcon, no norm": ("hidden_size=24", "intermediate_size=32", "num_attention_heads=2", "mamba_num_heads=6"),
     "falcon, norm after the gate": ("hidden_size=20", "mamba_head_dim=4", "layers=4"),
     "granite": ("hidden_size=16", "num_attention_heads=2", "mamba_num_heads=8", "intermediate_size=32"),
+    "granite, experts": ("n_routed_experts=3", "moe_intermediate_size=8", "ssm_state_size=4",
+                         "moe_shared_expert_intermediate_size=8"),
     "granite, tied": ("parameters=0.6", "mamba_head_dim=8"),
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +283,8 @@ def test_the_commands_prune_and_export(name: str, workshop: Path, tmp_path: Path
     """Scored, pruned and repaired on text, exported; transformers' class opens what comes out, with the same logits."""
     transformers = pytest.importorskip("transformers")
     vocabulary = json.loads((workshop / "model" / "config.json").read_text())["vocab_size"]
-    sizes = {"hidden_size": 32, "head_dim": 8, "mamba_head_dim": 8, "intermediate_size": 48, "norm_eps": 1e-5}
-    config = CONFIGS[name].replace(vocab_size=vocabulary, **sizes)
+    sizes = {"hidden_size": 32, "head_dim": 8, "mamba_head_dim": 8, "norm_eps": 1e-5}
+    config = CONFIGS[name].replace(vocab_size=vocabulary, **sizes, **inner_of(CONFIGS[name], 48, 16, 16))
     save_model(random_model(config, dtype=torch.float32), tmp_path / "model", tokenizer_from=workshop / "words")
     model, data = f"model={tmp_path / 'model'}", f"data={workshop / 'text'}"
     tokens = ("importance.tokens=256", "importance.depth_tokens=128", "importance.remove_layers=2", "seq_len=32")

@@ -1,9 +1,9 @@
 """What a model family is: how it spells its config.json, and a flat map of its tensors' names.
 
 The map goes from our full names to the checkpoint's. Where a checkpoint stores a tensor otherwise, the value is a
-transform: `Fused`, rows of a matrix that holds several of ours; `Units`, the first dimension of ours as tensors of
-their own; `Scaled`, ours is the stored tensor times a number of the config. Every one of them says which rows of a
-stored tensor are which rows of ours (`Piece`), and is read in both directions.
+transform: `Fused`, rows of a matrix that holds several of ours, `FusedUnits`, of a stack of such; `Units`, the first
+dimension of ours as tensors of their own; `Scaled`, ours is the stored tensor times a number of the config. Every one
+of them says which rows of a stored tensor are which rows of ours (`Piece`), and is read in both directions.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ class Fused:
 
 
 @dataclasses.dataclass(frozen=True)
+class FusedUnits:
+    """A stack [units, ...] of ours whose every unit is in a unit of the stack `name`: run number `part` of the `parts`
+    runs, of equally many rows, that are there."""
+
+    name: str
+    part: int
+    parts: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Units:
     """A stack [units, ...] of ours whose every unit is a tensor of its own, `name` with `{unit}`."""
 
@@ -52,7 +62,7 @@ class Scaled:
     by: Callable[[HybridConfig], float]
 
 
-Transform = str | Fused | Units | Scaled
+Transform = str | Fused | FusedUnits | Units | Scaled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +149,10 @@ def pieces_of_tensor(
         each = rows // spec.shape[0]
         for unit in range(spec.shape[0]):
             yield Piece(spec.name, unit * each, how.name.format(unit=unit, **place), 0, each)
+    elif isinstance(how, FusedUnits):
+        each = rows // spec.shape[0]
+        for unit in range(spec.shape[0]):
+            yield Piece(spec.name, unit * each, how.name.format(**place), (unit * how.parts + how.part) * each, each)
     elif isinstance(how, Fused):
         before = [table[f"layers.{spec.layer}.{part}"] for part in how.after]
         begin = sum(flat_rows(other.shape) for other in before)
@@ -164,6 +178,8 @@ def stored_shape(table: Mapping[str, TensorSpec], pieces: list[Piece]) -> tuple[
     shape, rows = table[pieces[0].ours].shape, sum(piece.rows for piece in pieces)
     if len(pieces) == 1 and rows == flat_rows(shape):
         return shape
+    if len(shape) > 2 and len(pieces) > 1:  # units of fused rows
+        return (shape[0], rows // shape[0], shape[-1])
     return (rows, *shape[-1:]) if len(shape) > 1 else (rows,)
 
 

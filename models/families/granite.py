@@ -1,5 +1,6 @@
-"""Granite 4 hybrids (`granitemoehybrid`): a block is a Mamba-2 mixer or attention, then a gated MLP; multipliers of the
-embedding, of what layers add, of attention's scores and of the logits. Spelling and defaults: transformers'.
+"""Granite 4 hybrids (`granitemoehybrid`): a block is a Mamba-2 mixer or attention, then a gated MLP, or in all blocks
+experts beside a shared one; multipliers of the embedding, of what layers add, of attention's scores and of the logits.
+Spelling and defaults: transformers'.
 
 Its readers derive two sizes from others: attention's head_dim is hidden_size / num_attention_heads, and the Mamba mixer
 has mamba_expand (a whole number) x hidden_size channels. So a width goes with others, which `tied` names.
@@ -11,10 +12,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .. import attention, mamba2, mlp
+from .. import attention, mamba2, mlp, moe
 from ..errors import InputError
 from ..multipliers import Multipliers
-from .family import Family, Fused
+from .family import Family, Fused, FusedUnits
 from .positions import KEYS, read_rope, write_rope
 from .spelling import (
     read_fields,
@@ -50,6 +51,14 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "eos_token_id": ("eos_token_id",),
     "pad_token_id": ("pad_token_id",),
 }
+# What takes the place of intermediate_size where there are experts.
+EXPERT_SPELLINGS: dict[str, tuple[str, ...]] = {
+    "n_routed_experts": ("num_local_experts",),
+    "num_experts_per_tok": ("num_experts_per_tok",),
+    "moe_intermediate_size": ("intermediate_size",),
+    "moe_shared_expert_intermediate_size": ("shared_intermediate_size",),
+}
+EXPERTS = 8  # where a file is silent
 DEFAULTS: dict[str, Any] = {
     "n_groups": 1, "conv_kernel": 4, "chunk_size": 256, "norm_eps": 1e-6, "max_position_embeddings": 2048,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None,
@@ -62,7 +71,7 @@ MULTIPLIERS = {
     "attention": "attention_multiplier",
     "logits_scaling": "logits_scaling",
 }
-MAMBA, ATTENTION, MLP = (kind.KIND.letter for kind in (mamba2, attention, mlp))
+MAMBA, ATTENTION, MLP, MIXTURE = (kind.KIND.letter for kind in (mamba2, attention, mlp, moe))
 LAYER_TYPES = {
     "mamba": MAMBA, "attention": ATTENTION, "linear_attention": MAMBA, "full_attention": ATTENTION,
 }  # fmt: skip
@@ -72,27 +81,26 @@ LAYER = "model.layers.{block}."
 SHARED = LAYER + "shared_mlp.input_linear.weight"
 FIXED = {
     "activation": "silu", "gated_mlp": True, "qk_norm": False, "mamba_rms_norm": True, "norm_before_gate": False,
-    "mlp_bias": False,
+    "mlp_bias": False, "n_group": 1, "topk_group": 1, "moe_latent_size": 0, "routed_scaling_factor": 1.0,
 }  # fmt: skip
 
 
 def read_granite(hf: Mapping[str, Any]) -> dict[str, Any]:
     refuse_biases(hf, ("mamba_proj_bias",))
-    if hf.get("num_local_experts", 8):
-        raise InputError(
-            f"config: num_local_experts is {hf.get('num_local_experts', 8)!r} (mixture of experts), which is not"
-            " supported; expected 0"
-        )
     if hf.get("hidden_act", "silu") != "silu":
         raise InputError(f"config: hidden_act={hf['hidden_act']!r}; granitemoehybrid has 'silu'")
-    pattern = "".join(letter + MLP for letter in read_types(hf))
+    experts = hf.get("num_local_experts", EXPERTS)
+    pattern = "".join(letter + (MIXTURE if experts else MLP) for letter in read_types(hf))
+    spellings = spellings_of(pattern)
     known = dict(hf)
     expand, hidden, heads = hf.get("mamba_expand", EXPAND), hf.get("hidden_size"), hf.get("mamba_n_heads")
     whole = isinstance(expand, int) and isinstance(hidden, int)
     if hf.get("mamba_d_head", "auto") == "auto" and whole and isinstance(heads, int) and heads:
         known["mamba_d_head"] = expand * hidden // heads
     fields: dict[str, Any] = {"family": "granitemoehybrid", "pattern": pattern, **FIXED}
-    fields |= read_fields(known, SPELLINGS, pattern, stated(hf, DEFAULTS)) | read_limit(hf)
+    if experts:
+        known["num_local_experts"], fields["router"] = experts, "softmax"
+    fields |= read_fields(known, spellings, pattern, fields | stated(hf, DEFAULTS)) | read_limit(hf)
     fields |= {field: read_switch(hf, *how) for field, how in SWITCHES.items()}
     for kind in (mamba2.KIND, attention.KIND):
         if kind.letter not in pattern:  # what is said of a mixer that is not there
@@ -109,10 +117,17 @@ def read_granite(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields["multipliers"] = dataclasses.replace(Multipliers(attention=1.0), **dict[str, Any](own))
     read = [*(name for name, _ in SWITCHES.values()), *MULTIPLIERS.values(), *(KEYS if turns else ())]
     fields["extra"] = unread(
-        hf, SPELLINGS, "num_hidden_layers", "hidden_act", "mamba_expand", "time_step_limit", "mamba_proj_bias",
+        hf, spellings, "num_hidden_layers", "hidden_act", "mamba_expand", "time_step_limit", "mamba_proj_bias",
         "position_embedding_type", "num_local_experts", *read,
     )  # fmt: skip
     return fields
+
+
+def spellings_of(pattern: str) -> dict[str, tuple[str, ...]]:
+    """How a config.json with experts, or without any, spells the widths."""
+    if MIXTURE not in pattern:
+        return SPELLINGS
+    return {field: names for field, names in SPELLINGS.items() if field != "intermediate_size"} | EXPERT_SPELLINGS
 
 
 def read_types(hf: Mapping[str, Any]) -> str:
@@ -139,6 +154,8 @@ def write_granite(config: HybridConfig) -> dict[str, Any]:
     own.refuse_others({*MULTIPLIERS}, "granitemoehybrid")
     if ATTENTION in config.pattern:
         check_attention(config)
+    if MIXTURE in config.pattern:
+        check_experts(config)
     kinds = config.pattern[:: config.block_size]
     hf: dict[str, Any] = {
         "num_hidden_layers": len(kinds),
@@ -148,7 +165,7 @@ def write_granite(config: HybridConfig) -> dict[str, Any]:
         "position_embedding_type": "nope" if config.rope_theta is None else "rope",
         "mamba_proj_bias": False,
     }
-    for field, spellings in SPELLINGS.items():
+    for field, spellings in spellings_of(config.pattern).items():
         value = getattr(config, field)
         # A width that the pattern does not use is left to the reader's default: 0 heads would not be valid there.
         if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
@@ -164,6 +181,20 @@ def write_granite(config: HybridConfig) -> dict[str, Any]:
     if own.attention is None:
         hf["attention_multiplier"] = config.head_dim**-0.5
     return hf | {name: value for name, value in config.extra.items() if name not in hf}
+
+
+def check_experts(config: HybridConfig) -> None:
+    """Raises InputError for what the family has not: blocks that differ in it, another router, no shared expert."""
+    if MLP in config.pattern:
+        raise InputError(
+            f"config: the pattern {config.pattern} has experts in some blocks alone, which granitemoehybrid cannot say;"
+            f" expected {MIXTURE!r} in all blocks or in none"
+        )
+    if config.router != "softmax" or not config.moe_shared_expert_intermediate_size:
+        raise InputError(
+            f"config: experts with the router {config.router!r} and a shared expert"
+            f" {config.moe_shared_expert_intermediate_size} wide; granitemoehybrid has 'softmax' and at least 1"
+        )
 
 
 def check_attention(config: HybridConfig) -> None:
@@ -231,11 +262,21 @@ FAMILY = Family(
             "mixer.up_proj.weight": Fused(SHARED, after=("mixer.gate_proj.weight",)),
             "mixer.down_proj.weight": LAYER + "shared_mlp.output_linear.weight",
         },
+        MIXTURE: {
+            "norm.weight": LAYER + "post_attention_layernorm.weight",
+            "mixer.gate.weight": LAYER + "block_sparse_moe.router.layer.weight",
+            "mixer.experts.gate_proj": FusedUnits(LAYER + "block_sparse_moe.input_linear.weight", 0, 2),
+            "mixer.experts.up_proj": FusedUnits(LAYER + "block_sparse_moe.input_linear.weight", 1, 2),
+            "mixer.experts.down_proj": LAYER + "block_sparse_moe.output_linear.weight",
+            "mixer.shared_experts.gate_proj.weight": Fused(SHARED),
+            "mixer.shared_experts.up_proj.weight": Fused(SHARED, after=("mixer.shared_experts.gate_proj.weight",)),
+            "mixer.shared_experts.down_proj.weight": LAYER + "shared_mlp.output_linear.weight",
+        },
     },
-    blocks=(MAMBA + MLP, ATTENTION + MLP),
+    blocks=tuple(first + second for second in (MLP, MIXTURE) for first in (MAMBA, ATTENTION)),
     ignored=(".rotary_emb.inv_freq",),
     # mamba_d_head may be "auto".
-    spellings={field: names for field, names in SPELLINGS.items() if field != "mamba_head_dim"}
+    spellings={field: names for field, names in SPELLINGS.items() if field != "mamba_head_dim"} | EXPERT_SPELLINGS
     | {field: (name,) for field, (name, _) in SWITCHES.items()},
     tied=tied,
 )  # fmt: skip
