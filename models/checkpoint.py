@@ -10,7 +10,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .axes import tensor_table
+from .companions import copy_companions
 from .config import HybridConfig
 from .errors import CheckFailed, InputError
 from .families.family import (
@@ -36,24 +36,23 @@ from .folder import atomic_folder, write_json
 from .foreign import SETTINGS, check_regular, read_object
 from .hybrid import HybridLM, set_tensor
 from .schema import read_index
-from .shards import INDEX, SHARD_BYTES, SINGLE, Shard, check_disk, main_dtype, plan_shards, write_index
+from .shards import (
+    INDEX,
+    SHARD_BYTES,
+    SINGLE,
+    Shard,
+    check_disk,
+    main_dtype,
+    plan_shards,
+    untied,
+    with_head,
+    write_index,
+)
 from .tensors import DTYPES as ALL_DTYPES
 from .tensors import TensorFile, ahead, is_finite
 
 PIECE_BYTES = 2**26  # of a tensor in memory, where it is streamed
 DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point}
-# What belongs to the tokenizer and goes along with the weights.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class StoredPlace(NamedTuple):
@@ -145,9 +144,28 @@ def load_config(path: Path | str) -> HybridConfig:
         raise InputError(f"{path / 'config.json'} is missing; expected a folder with config.json and safetensors")
     content = read_object(path / "config.json", SETTINGS)
     try:
-        return HybridConfig.from_hf(content)
+        config = HybridConfig.from_hf(content)
     except InputError as error:
         raise InputError(f"{path / 'config.json'}: {error}") from None
+    return config.replace(tie_word_embeddings=config.tie_word_embeddings and not has_own_head(path, config))
+
+
+def has_own_head(path: Path, config: HybridConfig) -> bool:
+    """Whether the files hold a head of its own though config.json ties it to the embeddings: another matrix than they
+    are (transformers keeps it, too), or any where the family's class ties nothing."""
+    if not config.tie_word_embeddings:
+        return False
+    outer, places = config.family_record.outer, dict[str | None, StoredPlace]()
+    for file in weight_files(path) if (path / SINGLE).exists() or (path / INDEX).exists() else []:
+        with open_file(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                dtype = DTYPES.get(opened.get_slice(name).get_dtype(), torch.float32)
+                places[published_name(config, name)] = StoredPlace(file, name, dtype)
+    head, table = (places.get(str(outer[name])) for name in ("lm_head.weight", "embeddings.weight"))
+    if head is None or table is None or not config.family_record.ties:
+        return head is not None
+    blocks = row_blocks((config.vocab_size, config.hidden_size), table.dtype)
+    return any(not torch.equal(read_rows(head, *rows), read_rows(table, *rows)) for rows in blocks)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -275,8 +293,11 @@ def write_checkpoint(
     Raises InputError where the config cannot be written, DiskError where the disk has less space than the weights take
     or refuses a write.
     """
+    given, (config, dtypes) = config, untied(config, dtypes)
     content = config.to_hf()  # what cannot be written is refused before the first weight is
     shards = plan_shards(config, dtypes, max_shard_bytes)
+    if config != given:
+        tensors = with_head(tensors, lambda: finished_shards(folder, config, shards).tensor("embeddings.weight"))
     missing = [shard for shard in shards if not (folder / shard.file).exists()]
     check_disk(folder, sum(shard.bytes for shard in missing))
     place = {name: shard for shard in missing for name in shard.forms}
@@ -309,9 +330,8 @@ def write_checkpoint(
     assert not place, f"tensors of the checkpoint that were not given: {sorted(place)}"
     write_index(folder, shards)
     write_json(folder / "config.json", content | {"torch_dtype": str(main_dtype(shards)).removeprefix("torch.")})
-    for name in COMPANIONS if tokenizer_from not in (None, folder) else ():  # the folder may have its own already
-        if (Path(tokenizer_from) / name).is_file():  # type: ignore[arg-type]
-            shutil.copyfile(Path(tokenizer_from) / name, folder / name)  # type: ignore[arg-type]
+    if tokenizer_from not in (None, folder):  # the folder may have its own already
+        copy_companions(Path(tokenizer_from), folder)
     if provenance is not None:
         write_json(folder / "limbeck.json", dict(provenance))
 

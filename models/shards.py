@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .config import HybridConfig
 from .errors import DiskError
@@ -80,3 +81,28 @@ def main_dtype(shards: Sequence[Shard]) -> torch.dtype:
         for dtype, shape in shard.forms.values():
             counts[dtype] = counts.get(dtype, 0) + math.prod(shape)
     return max(counts, key=lambda key: counts[key])
+
+
+Dtypes = torch.dtype | Mapping[str, torch.dtype]
+
+
+def untied(config: HybridConfig, dtypes: Dtypes) -> tuple[HybridConfig, Dtypes]:
+    """Config and dtypes as they are written: with a head where the family's class ties none to the embeddings."""
+    if not config.tie_word_embeddings or config.family_record.ties:
+        return config, dtypes
+    if not isinstance(dtypes, torch.dtype):
+        dtypes = {**dtypes, "lm_head.weight": dtypes["embeddings.weight"]}
+    return config.replace(tie_word_embeddings=False), dtypes
+
+
+def with_head(tensors: Iterable[tuple[str, Tensor]], finished: Callable[[], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, and the embeddings once more as the head; where they are not given, since they are written
+    already, those that are `finished`."""
+    given = False
+    for name, rows in tensors:
+        yield name, rows
+        if name == "embeddings.weight":
+            given = True
+            yield "lm_head.weight", rows
+    if not given:
+        yield "lm_head.weight", finished()

@@ -33,7 +33,7 @@ from ..prune.repair import Repair, RepairOptions, repair_tensors
 from ..prune.scores import load_scores
 from ..prune.slice import Selection, slice_config, slice_rows, source_name
 from ..prune.target import Target
-from .run.resolve import data_input, model_folder, sample
+from .run.resolve import check_scores, data_input, model_folder, sample
 from .run.show import counted, progress, result, say, table
 from .run.stage import stage
 
@@ -87,12 +87,17 @@ def prune(options: Options) -> None:
         dtypes = {name: stored[source_name(name, selection)] for name in tensor_table(config)}
         shards = plan_shards(config, dtypes, options.max_shard_bytes)
         finished = finished_shards(work.folder, config, shards)
+
+        def check() -> None:
+            check_scores(options.scores, work.content()["inputs"]["model"], options.model)  # waits for the sums
+
         # Both ways give generators: no weight is read before write_checkpoint takes its first rows. (The stage hashes
         # the inputs' files in a thread of its own meanwhile.)
         tensors: Iterator[tuple[str, Tensor]]
         with contextlib.ExitStack() as stack:
             if repair.needs_data:
                 assert options.data is not None
+                check()
                 batches = sample(
                     options.data, "train", source,
                     tokens=options.repair.tokens, seq_len=options.seq_len, batch=options.batch, seed=options.seed,
@@ -114,6 +119,7 @@ def prune(options: Options) -> None:
                 work.folder, config, tensors,
                 dtypes=dtypes, tokenizer_from=source, max_shard_bytes=options.max_shard_bytes,
             )  # fmt: skip
+        check()  # only now: plain pruning is done while the inputs are being read
         write_json(work.folder / "selection.json", kept_units(selection, repair))
 
 

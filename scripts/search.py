@@ -32,7 +32,7 @@ from ..prune.search import (
 )
 from ..prune.sliced_loss import sliced_loss
 from . import distill, prune
-from .run.resolve import data_input, model_config, model_folder, sample
+from .run.resolve import check_scores, data_input, model_config, model_folder, sample
 from .run.show import gib, progress, read_json, result, say, table
 from .run.stage import stage
 
@@ -94,6 +94,8 @@ def run(options: Options) -> None:
         if not work.finished:
             candidates: Sequence[Candidate] = space.candidates
             if scores is not None:
+                if options.trains:
+                    check_scores(inputs["scores"], work.content()["inputs"]["model"], options.model)
                 candidates = with_importance(config, scores.widths, candidates)
             if options.rank == "loss":
                 assert scores is not None
@@ -189,8 +191,7 @@ def print_candidates(content: dict[str, Any]) -> None:
     )
     for layers, count in content["patterns"].items():
         say(f"{layers} layers: {count:,} different patterns can be left within the rules")
-    columns, rows = best_rows(content, 10)
-    table(f"Best by {content['rank']}", columns, rows)
+    table(f"Best by {content['rank']}", *best_rows(content, 10))
     if content["picks"]:
         picked = [
             (pick["name"], f"{pick['kl']:.4f}", f"{pick['bits_per_byte']:.4f}", f"{pick['agreement']:.1%}")

@@ -192,7 +192,8 @@ def test_a_wrong_tensor_is_named(tmp_path: Path) -> None:
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     # Old checkpoints hold what follows from the config; a tied head may stand there again.
-    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "lm_head.weight": torch.ones(2, 2)}
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), 
+            "lm_head.weight": weights["model.embed_tokens.weight"].clone()}  # fmt: skip
     save_file(weights | more, file)
     assert len(open_checkpoint(tmp_path / "model").names()) == len(weights)
     for change, said in (
@@ -200,6 +201,7 @@ def test_a_wrong_tensor_is_named(tmp_path: Path) -> None:
         ({"model.layers.99.mlp.up_proj.weight": torch.ones(2)}, "unexpected tensor model.layers.99"),
         ({"model.layers.0.self_attn.q_norm.weight": torch.ones(2)}, "unexpected tensor"),
         ({"model.norm.weight": torch.ones(2)}, r"tensor model.norm.weight has shape \[2\]"),
+        ({"lm_head.weight": torch.ones(2, 2)}, r"tensor lm_head.weight has shape \[2, 2\]"),
     ):
         save_file(weights | change, file)
         with pytest.raises(InputError, match=said):

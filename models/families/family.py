@@ -74,7 +74,8 @@ class Family:
     `architecture` is transformers' class; `fixed` are the fields that are the same in every model of the family.
     `blocks` are the patterns of the blocks of several layers, all of one length, that come and go together only; none:
     each layer stands for itself. `prefixes` are what a stored name's first part may be called, the published one first.
-    `ignored` are endings of tensors that old checkpoints hold though they follow from the config. `spellings` are the
+    `ignored` are endings of tensors that old checkpoints hold though they follow from the config. Without `ties`
+    transformers has a head of its own whatever `tie_word_embeddings` says: it is written out. `spellings` are the
     names in a config.json of HybridConfig's fields, which say what types those have to be of. `config` is the class
     of its configs where a kind of its layers needs fields of its own. `tied` names the widths that go with another
     hidden_size, where the family's readers derive sizes from it.
@@ -89,6 +90,7 @@ class Family:
     blocks: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
+    ties: bool = True
     spellings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     config: type[HybridConfig] | None = None
     tied: Callable[[HybridConfig, int], Mapping[str, int]] = lambda config, hidden: {}

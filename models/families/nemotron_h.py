@@ -161,6 +161,7 @@ FAMILY = Family(
     fixed={"activation": "relu2", "gated_mlp": False, "qk_norm": False, "rope_theta": None, "attention_bias": False,
            "mlp_bias": False, "router": "sigmoid", **PLAIN},
     prefixes=("backbone.", "model."),
+    ties=False,
     spellings=SPELLINGS | EXPERT_SPELLINGS,
     outer={
         "embeddings.weight": "backbone.embeddings.weight",

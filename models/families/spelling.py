@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 TIME_STEP_LIMIT = "time_step_limit"
 REQUIRED = ("vocab_size", "hidden_size")
-# Code that a folder brings along is never run, so that a rewritten folder does not point at it either.
-DROPPED = ("auto_map", "architectures", "model_type", "layers_block_type", "layer_types", "hybrid_override_pattern",
-           "dtype", "torch_dtype")  # fmt: skip
+# Code that a folder brings along is never run, so that a rewritten folder does not point at it either; and weights that
+# could be read are plain, whatever was done to those that config.json was first written for.
+DROPPED = ("auto_map", "quantization_config", "compression_config", "architectures", "model_type", "layers_block_type",
+           "layer_types", "hybrid_override_pattern", "dtype", "torch_dtype")  # fmt: skip
 
 
 def read_fields(

@@ -14,7 +14,9 @@ from ...distill.text.resolve import NamedData
 from ...models.device import DTYPES as DTYPES
 from ...models.device import torch_device as torch_device
 from ...models.device import torch_dtype as torch_dtype
+from ...models.errors import InputError
 from ...models.errors import check_counts as check_counts
+from ...models.fingerprint import read_provenance
 from ...models.named import SHIPPED, data_path, model_config, model_folder, names  # noqa: F401 (for the commands)
 from .show import progress, table
 
@@ -62,3 +64,10 @@ def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
     more than the source's `epochs`."""
     if isinstance(text, Mixture):
         table("The mixture", ("source", "share", "documents", "tokens", "epochs"), text.reading(plan))
+
+
+def check_scores(folder: Path, model: str, name: str) -> None:
+    """Raises InputError where scores are of another model than that of this sum, though of one of its shape."""
+    made = read_provenance(folder)
+    if made.get("made_by") == "limbeck score" and made["inputs"]["model"] != model:
+        raise InputError(f"scores={folder} are of another model than {name}; give the scores of this one")
