@@ -141,8 +141,8 @@ class ScoreSource:
 @dataclasses.dataclass(frozen=True)
 class ExpertStacks:
     """The matrices of a kind's experts, and what is shown of them: the `inputs` [.., D] that they read, the `choice`
-    and `weights` [.., k] of a token, what `down` has `read` [.., I, k], and, where they do not write the stream itself,
-    the `total` that they give."""
+    and `weights` [.., k] of a token, what `down` has `read` [.., I, k] and `given` [.., k, D], and, where they do not
+    write the stream themselves, the `total` of that."""
 
     up: str
     down: str
@@ -151,6 +151,7 @@ class ExpertStacks:
     choice: str
     weights: str
     read: str
+    given: str
     total: str
 
 

@@ -297,6 +297,7 @@ KIND = LayerKind(
         choice="expert_choice",
         weights="expert_weights",
         read="expert_ffn_act",
+        given="expert_out",
         total="latent_out",
     ),
     size_label=size_label,

@@ -1,9 +1,10 @@
 """What pruning breaks, repaired without training: the residual stream rotated, norms rescaled, matrices refitted.
 
-Three means, each an option, none of which leaves a trace in the architecture:
+Four means, each an option, none of which leaves a trace in the architecture:
 
 - Rotation (rotation.py): the stream is turned into its principal directions on calibration data, one rotation for the
   whole model, and the hidden axis is cut there.
+- Experts that go: merged into those that stay (expert_merge.py), instead of dropped.
 - Norms: an RMS over fewer channels is another number. The weight takes the ratio: that of the counts, as if what goes
   were zero, or that of the RMS before and after on calibration data (within each group of a gated norm).
 - Least squares: layer by layer, the matrices that read the stream are refitted so that the pruned model's narrower
@@ -31,7 +32,10 @@ from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.multipliers import scaled
+from .expert_merge import merged_experts
+from .expert_repair import refit_experts
 from .importance import TokenBatch
+from .ridge import RidgeFit
 from .rotation import hidden_of, principal_directions, rotated, rotated_selection
 from .slice import Selection, chosen, cut, filled, kept_rows, slice_config, slice_tensors, source_name
 from .streams import GetTensor, Streams, one_layer
@@ -42,22 +46,32 @@ NORMS = ("none", "count", "measured")
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """What to repair; see the module. `ridge`: relative to the mean second moment of a matrix's inputs."""
+    """What to repair; see the module. `ridge`: relative to the mean second moment of a matrix's inputs.
+    `whole_experts`: of the experts that stay, the share that is kept whole while the others take in those that go
+    (expert_merge.py); None: they are dropped."""
 
     rotate: bool = False
     norms: str = "count"
     least_squares: bool = False
     ridge: float = 0.01
+    whole_experts: float | None = None
 
     def __post_init__(self) -> None:
         if self.norms not in NORMS:
             raise InputError(f"repair.norms is {self.norms!r}; known: {', '.join(NORMS)}")
         if not 0 < self.ridge < math.inf:
             raise InputError(f"repair.ridge is {self.ridge}; expected more than 0")
+        if self.whole_experts is not None and not 0 <= self.whole_experts <= 1:
+            raise InputError(f"repair.whole_experts is {self.whole_experts}; expected a share of 0 to 1, or null")
 
     @property
     def needs_data(self) -> bool:
-        return self.rotate or self.least_squares or self.norms == "measured"
+        return self.rotate or self.by_layers
+
+    @property
+    def by_layers(self) -> bool:
+        """Whether both models run side by side, layer by layer."""
+        return self.least_squares or self.norms == "measured" or self.whole_experts is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +82,7 @@ class RepairOptions:
     norms: str = "count"
     least_squares: bool | None = None
     ridge: float = 0.01
+    whole_experts: float | None = None
     tokens: PositiveInt = 32768
 
     def __post_init__(self) -> None:
@@ -75,7 +90,7 @@ class RepairOptions:
 
     def repair(self, with_data: bool) -> Repair:
         rotate, fit = (with_data if wish is None else wish for wish in (self.rotate, self.least_squares))
-        return Repair(rotate, self.norms, fit, self.ridge)
+        return Repair(rotate, self.norms, fit, self.ridge, self.whole_experts)
 
 
 @torch.no_grad()
@@ -97,7 +112,7 @@ def repair_tensors(
     reads a tensor that an interrupted run of just the same has made: a layer of which all are there is run, but not
     repaired again. Raises InputError where the data has no counted token.
     """
-    layerwise = repair.norms == "measured" or repair.least_squares
+    layerwise = repair.by_layers
     rotates = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
     total = config.num_layers * (rotates + layerwise)
     if rotates:
@@ -120,37 +135,6 @@ def repair_model(
     place: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype, "on_step": on_step}
     tensors = repair_tensors(get_tensor, model.config, selection, batches, repair, **place)
     return filled(slice_config(model.config, selection), tensors, model)
-
-
-class RidgeFit:
-    """Least squares of targets t [N, O] on inputs a [N, K] that pull towards given weights W0 [O, K].
-
-    min over W of sum |t - W a|^2 + damp |W - W0|^2, which W = W0 + S_ta' (S_aa + damp)^-1 solves, with the sums
-    S_aa = sum a a^T and S_ta' = sum (t - W0 a) a^T. Both are float64: they square the condition of the inputs, and
-    tokens are many. The damping keeps W where it was along directions that the data hardly has (more inputs than tokens
-    leave S_aa singular); it is relative to the mean second moment, so that one `ridge` serves every layer, of each of
-    the `sizes` into which the inputs are split where several activations lie side by side.
-    """
-
-    def __init__(self) -> None:
-        self.moments: Tensor | float = 0.0  # S_aa [K, K]
-        self.cross: Tensor | float = 0.0  # sum t a^T [O, K]
-
-    def add(self, targets: Tensor, inputs: Tensor) -> None:
-        self.moments = self.moments + (inputs.T @ inputs).double()
-        self.cross = self.cross + (targets.T @ inputs).double()
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.moments, Tensor) and isinstance(self.cross, Tensor)
-        return self.moments, self.cross
-
-    def solve(self, weights: Tensor, ridge: float, sizes: Sequence[int] = ()) -> Tensor:
-        """W [O, K] (float64) for W0 = weights."""
-        moments, cross = self.sums()
-        left, least = cross - weights.double() @ moments, torch.finfo(torch.float64).tiny
-        parts = moments.diagonal().split(list(sizes) or len(moments))
-        damp = torch.cat([(ridge * part.mean().clamp(min=least)).expand(len(part)) for part in parts])
-        return weights.double() + torch.linalg.solve(moments + damp.diag(), left.T).T
 
 
 def rms_ratios(normed: Iterable[Tensor], weight: Tensor, kept: Tensor, groups: int) -> Tensor:
@@ -215,14 +199,19 @@ class LayerwiseRepair:
         # A layer that an interrupted run has stored moves the streams on as it did then, so that the layers after it
         # are refitted on the very numbers that they would have seen.
         resumed = all(name in self.finished for name in names)
+        if self.repair.whole_experts is not None and not resumed:
+            self.merge_experts(self.selection.layers[place], original, self.repair.whole_experts)
         tensor_of = (lambda name: self.finished[name](name)) if resumed else self.sliced
         pruned = one_layer(self.smaller, place, tensor_of, *self.form)
         weights = {name[9:]: tensor for name, tensor in pruned.state_dict().items() if name[:9] == "layers.0."}
         if self.repair.norms == "measured" and not resumed:
             self.measure_norms(place, original, weights)
         if self.repair.least_squares and not resumed:
-            # Norms, readers, writers, in this order: each is fitted on what the ones before it make of the stream.
+            # Norms, readers, experts, writers: each is fitted on what the ones before it make of the stream.
             self.refit_readers(place, weights)
+            if pruned.config.kinds[0].experts is not None:
+                streams, residual = (self.original, self.pruned), self.config.multipliers.residual
+                refit_experts(original, pruned, *streams, self.kept, self.repair.ridge, residual)
             self.refit_writers(place, original, pruned, weights)
         else:
             self.original.advance(original)
@@ -232,6 +221,14 @@ class LayerwiseRepair:
             own.copy_(tensor)  # rounded as it is stored: the next layers make up for the rounding, too
             yield name, tensor
         self.pruned.advance(pruned)
+
+    def merge_experts(self, layer: int, original: HybridLM, whole: float) -> None:
+        """Has the source's experts of a layer that stay take in those that go, until the layer is done."""
+        for axis, kept in self.selection.kept.items():
+            if axis.layer == layer and axis.kind == "experts" and original.config.kinds[0].experts is not None:
+                for part, tensor in merged_experts(original, self.original, kept, whole).items():
+                    name = f"layers.{layer}.mixer.{part}"
+                    self.held[name] = tensor.to(self.get_tensor(name).dtype)
 
     def get_tensor(self, name: str) -> Tensor:
         """A tensor of the source, kept until its layer is done: from a file it is read, and turned, once."""

@@ -43,10 +43,11 @@ class Streams:
         for hidden, mask in zip(self.hidden, self.mask, strict=True):
             yield hidden[mask]
 
-    def output(self, layer: HybridLM, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch `number` through a layer: the stream after it, and at the counted positions what passed inside."""
+    def output(self, layer: HybridLM, number: int, also: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch `number` through a layer: the stream after it, and at the counted positions what passed inside: what
+        norms, readers and writers see, and `also` what is named."""
         kind, seen = layer.config.kinds[0], dict[str, Tensor]()
-        wanted = {"hidden", *kind.writers.values(), *(norm.observed for norm in kind.norms.values())}
+        wanted = {"hidden", *also, *kind.writers.values(), *(norm.observed for norm in kind.norms.values())}
 
         def observe(name: str, _: int, tensor: Tensor) -> None:
             if name in wanted:

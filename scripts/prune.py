@@ -55,7 +55,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.data is None and self.repair.repair(with_data=False).needs_data:
-            raise InputError("prune: repair.rotate, repair.least_squares and repair.norms=measured need data=")
+            raise InputError(
+                "prune: repair.rotate, repair.least_squares, repair.norms=measured and repair.whole_experts need data="
+            )
 
 
 def run(options: Options) -> None:
