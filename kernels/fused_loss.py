@@ -49,17 +49,19 @@ class ChunkedLoss(torch.autograd.Function):
                 factors = weights[outer, None] * scale
                 need = need_hidden or need_head
                 first[outer] = piece(logits[inner], inner, outer, values[:, outer], factors, need)
+                if need:  # an ignored token's logits may be anything, and 0 times infinity is none
+                    logits[inner].masked_fill_(factors == 0, 0)
             if dhidden is not None:
                 dhidden[rows] = logits.to(head.dtype) @ head
             if dhead is not None:
                 accumulate(dhead, logits.to(hidden.dtype), hidden[rows])
             del logits, piece  # before the next chunk's
+        values.masked_fill_(weights == 0, 0)  # an ignored token's figures are of whatever label 0 would be
         loss = (values[-1] * weights).sum() * scale
         # The gradients are kept, and not the logits: [T, H] and [V, H] in place of [T, V].
         ctx.save_for_backward(dhidden, dhead)
         ctx.dtypes = (hidden.dtype, head.dtype)
-        counted = weights != 0  # an ignored token's figures are of whatever label 0 would be
-        outputs = (*(row * counted for row in values[:-1]), first & counted)
+        outputs = (*values[:-1].unbind(), first & (weights != 0))
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
 

@@ -188,7 +188,7 @@ def linear_kl_op(
     """By cuBLAS and Triton: what `fused_loss` gives, and gradients of hidden states and head (empty if not needed)."""
     tokens, need = hidden.shape[0], need_hidden or need_head
     _, _, _, _, first, dhidden, _ = linear_kl_shapes(hidden, head, need_hidden, need_head)
-    kl, cross_entropy, teacher_cross_entropy = torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device)
+    kl, cross_entropy, teacher_cross_entropy = (hidden.new_zeros(tokens, dtype=torch.float32) for _ in range(3))
     total = torch.zeros(head.shape if need_head else 0, dtype=torch.float32, device=head.device)
     options = (temperature, Divergence(divergence), kl_weight, ce_weight, chunk_tokens)
     for start in range(0, tokens, chunk_tokens):
@@ -209,11 +209,12 @@ def linear_kl_op(
         if need_head:
             accumulate(total, logits, hidden[rows])
         del logits  # before the next chunk's
+    ignored = weights == 0  # their logits may be anything, and 0 times infinity is none
+    for figure in (kl, cross_entropy, teacher_cross_entropy):
+        figure.masked_fill_(ignored, 0)
     loss = ((kl_weight * temperature**2 * kl + ce_weight * cross_entropy) * weights).sum() * scale
     dhead = total.mul_(scale) if total.dtype == head.dtype else torch.mul(total, scale, out=head.new_empty(total.shape))
-    counted = weights != 0
-    outputs = (kl * counted, cross_entropy * counted, teacher_cross_entropy * counted, first & counted)
-    return loss, *outputs, dhidden, dhead
+    return loss, kl, cross_entropy, teacher_cross_entropy, first & ~ignored, dhidden, dhead
 
 
 def linear_kl_workspace(

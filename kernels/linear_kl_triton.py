@@ -156,11 +156,14 @@ def chunk_loss(
                 elif DIVERGENCE == REVERSE:
                     gradient = tl.exp(s) * (s - t - own) * kl_factor
                 else:
+                    tl.static_assert(DIVERGENCE == JSD)
                     gradient = -tl.exp(s) * (above_middle(t - s) + own) * (kl_factor / 2)
             if GRADIENT:
                 if CE:
                     gradient += (tl.exp(x - s_max - s_raw_log) - tl.where(column == label, 1.0, 0.0)) * ce_factor
-                tl.store(student + column, (gradient * weight).to(student.dtype.element_ty), mask=mask)
+                # An ignored token's logits may be anything, and 0 times infinity is none.
+                gradient = tl.where(weight == 0, 0.0, gradient * weight)
+                tl.store(student + column, gradient.to(student.dtype.element_ty), mask=mask)
         if DIVERGENCE == FORWARD:
             tl.store(kl + row, tl.sum(kl_part, 0))
         elif DIVERGENCE == MSE:

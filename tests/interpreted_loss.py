@@ -129,6 +129,27 @@ def test_not_a_number_stays_one() -> None:
     assert linear_kl(x, head, torch.ones(1, 3), head).loss.isnan()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, about what is infinite
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_ignored_tokens_add_nothing_whatever_their_logits(divergence: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(shape, generator=generator) for shape in ((6, 4), (31, 4), (6, 4), (31, 4))]
+    labels = torch.tensor([3, -100, 7, -100, 0, 30])
+    wild = [tensor.clone() for tensor in tensors]
+    wild[0][1], wild[0][3, 0], wild[2][3] = 3e38, -3e38, 3e38  # logits of both infinities, and of none
+    results = []
+    for inputs in (tensors, wild):
+        hidden, head = (tensor.clone().requires_grad_() for tensor in inputs[:2])
+        found = linear_kl(
+            hidden, head, *inputs[2:], divergence=divergence, labels=labels, ce_weight=0.3, normalizer=4, chunk_tokens=4
+        )
+        plain = linear_cross_entropy(hidden, head, labels)
+        (found.loss + plain.loss).backward()
+        results.append((found.loss, found.kl, found.cross_entropy, plain.loss, hidden.grad, head.grad))
+    for expected, value in zip(*results, strict=True):
+        assert torch.equal(expected, value)
+
+
 def check_loss(seed: int, dtype: torch.dtype = torch.float32, loose: float = 1.0) -> None:
     draw = Draw(seed)
     tokens, vocabulary = draw.choose.randint(1, 7), draw.choose.choice((31, 100, 256))
