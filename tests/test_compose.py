@@ -170,6 +170,8 @@ FINAL: dict[str, tuple[int, int, float, bool, str | None]] = {
     "nemotron-nano-9b-v2": (8_888_227_328, 341, 18.69, False, "nemotron-nano-9b-v2"),
     "nemotron-h-4b": (4_489_223_040, 311, 8.57, True, "nemotron-h-4b"),
     "qwen3": (6_153_925_632, 333, 20.84, False, None),
+    "granite-4-h": (5_428_104_768, 586, 18.54, False, None),
+    "falcon-h1": (2_368_558_080, 515, 16.79, True, None),
     # 128 to 104 experts in each of 23 layers: 23 x 24 x 2 tensors of 6,243 fewer.
     "nemotron-3-nano-22b": (22_276_865_600, 5_139, 41.74, True, None),
 }

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 from limbeck.models.config import HybridConfig
+from limbeck.models.cost.inference import memory
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.multipliers import Multipliers
+from limbeck.models.named import model_config
 from limbeck.tests.family_draws import falcon_config
 from limbeck.tests.family_helpers import check_parity, some_slow
 
@@ -84,3 +87,24 @@ def test_what_cannot_be_said_is_not_written() -> None:
             config.replace(**changes).to_hf()
     with pytest.raises(InputError, match="multipliers"):
         falcon_config(0, family="qwen3", pattern="*-", qk_norm=True).to_hf()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    (
+        ("falcon-h1-tiny-90m", 91_131_072), ("falcon-h1-0.5b", 521_411_104), ("falcon-h1-3b", 3_149_256_192),
+        ("falcon-h1-7b", 7_585_513_568),
+    ),
+)  # fmt: skip
+def test_published_sizes(name: str, parameters: int) -> None:
+    config = model_config(name)
+    assert count_parameters(config) == parameters
+    assert HybridConfig.from_hf(config.to_hf()) == config
+    # Keys and values, and states of scan and convolution, in every layer.
+    report = memory(config, 1000, 2, chunk=None)
+    blocks = config.num_layers // 2
+    assert report.kv == 2 * blocks * 1000 * 2 * config.num_key_value_heads * config.head_dim * 2
+    assert report.ssm == 2 * blocks * config.d_inner * config.ssm_state_size * 4
+    assert report.vllm.block_size % 16 == 0 and report.vllm.block_size * 4 * config.num_key_value_heads * (
+        config.head_dim
+    ) >= (report.ssm + report.conv) // (2 * blocks)

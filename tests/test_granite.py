@@ -10,6 +10,7 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.cost.parameters import count_active, count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.multipliers import Multipliers
+from limbeck.models.named import model_config
 from limbeck.prune.target import Target, with_widths
 from limbeck.tests.family_draws import granite_config
 from limbeck.tests.family_helpers import check_parity, some_slow
@@ -109,21 +110,11 @@ def test_what_its_readers_would_refuse_is_not_written(changes: dict[str, Any], s
     assert "\n" not in str(caught.value)
 
 
-def published(hidden: int, heads: int, kv: int, mamba: int, experts: int, chosen: int, width: int, shared: int) -> Any:
-    """A published size; the layer list, heads of 64 and 128 states are those of all of them."""
-    return HybridConfig.from_hf(
-        public(num_hidden_layers=40, layer_types=["attention" if n % 10 == 5 else "mamba" for n in range(40)],
-               vocab_size=100352, hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=kv,
-               mamba_n_heads=mamba, mamba_d_head=64, mamba_d_state=128, num_local_experts=experts,
-               num_experts_per_tok=chosen, intermediate_size=width, shared_intermediate_size=shared)
-    )  # fmt: skip
-
-
-def test_the_published_sizes() -> None:
-    tiny, small = published(1536, 12, 4, 48, 64, 6, 512, 1024), published(4096, 32, 8, 128, 72, 10, 768, 1536)
-    assert count_parameters(H_1B) == 1_461_538_368
+def test_published_sizes() -> None:
+    tiny, small, dense = (model_config(f"granite-4.0-h-{name}") for name in ("tiny", "small", "1b"))
     assert (count_parameters(tiny), count_active(tiny)) == (6_939_037_248, 1_465_470_528)
     assert count_parameters(small) == 32_207_337_984
+    assert count_parameters(dense) == count_parameters(H_1B) == 1_461_538_368
     assert tiny.pattern == "ME" * 5 + ("*E" + "ME" * 9) * 3 + "*E" + "ME" * 4
     hf = tiny.to_hf()
     assert (hf["intermediate_size"], hf["shared_intermediate_size"], hf["num_local_experts"]) == (512, 1024, 64)
