@@ -2,7 +2,8 @@
 
 A `model` is what `load` gives, or anything that `load` takes. `data` is what `data=` takes (`stdlib`, a file, a folder,
 hf:OWNER/NAME, a name in conf/data/, a mixture's .yaml), of which a split is read: "train", for `evaluate` "test". Or it
-is a list of texts, all of which are read. Options that are None take the commands' value, or less where the model or
+is a list of texts, or of rows with conversations, all of which are read; `{"path": ..., "train_on": "all"}` gives it
+options (`distill.text.reading.TextData`). Options that are None take the commands' value, or less where the model or
 the text is smaller; the logger "limbeck" says so. Whatever is wrong raises InputError.
 """
 
@@ -26,6 +27,7 @@ from .distill.text import resolve
 from .distill.text.documents import EmptySplit
 from .distill.text.mixture import Mixture, Text, whole
 from .distill.text.packing import Batch
+from .distill.text.reading import TextData
 from .distill.trainer import train
 from .models.checkpoint import load_model, save_model
 from .models.config import HybridConfig
@@ -47,7 +49,7 @@ from .prune.scoring import Importance
 from .prune.target import Target
 
 Source = str | Path | HybridLM | Any  # the last: a model of transformers
-Data = str | Path | Sequence[str]
+Data = str | Path | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 Options = TypeVar("Options")
 log = logging.getLogger("limbeck")
 
@@ -112,9 +114,12 @@ def read_text(model: HybridLM, data: Data, split: str) -> Text:
     if model.tokenizer is None:
         raise InputError("the model has no tokenizer to read text with; give load(..., tokenizer=FOLDER)")
     folder = model.tokenizer.folder
-    if not isinstance(data, (str, Path)):
+    if not isinstance(data, (str, Path, Mapping)):
         return resolve.text_in_tokens(list(data), "all", folder)
-    path = data_path(str(data))
+    path: resolve.NamedData = data_path(str(data)) if not isinstance(data, Mapping) else ""
+    if isinstance(data, Mapping):
+        named = checked(TextData, "data", **data)
+        path = dataclasses.replace(named, path=data_path(named.path))
     try:
         return resolve.text_in_tokens(path, split, folder)
     except EmptySplit:

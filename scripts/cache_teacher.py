@@ -18,7 +18,7 @@ from ..models.checkpoint import load_model
 from ..models.device import torch_device, torch_dtype
 from ..models.folder import sha256_file
 from .distill import held_out
-from .run.resolve import corpus, data_input, model_folder
+from .run.resolve import NamedData, corpus, data_input, model_folder
 from .run.show import progress, read_json, result, table
 from .run.stage import stage
 
@@ -26,7 +26,7 @@ from .run.stage import stage
 @dataclasses.dataclass(frozen=True)
 class Options:
     teacher: str
-    data: str
+    data: NamedData
     output: Path
     seed: int
     device: str

@@ -31,7 +31,7 @@ from ..prune.repair import RepairOptions
 from ..prune.scoring import Importance
 from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
-from .run.resolve import data_input, model_config, model_folder
+from .run.resolve import NamedData, data_input, model_config, model_folder
 from .run.rounds import Round, check_feasible, print_figures, rehearse, rounds_of, student_folders
 from .run.show import console, read_json, result, say
 from .run.stage import check_ours, many_processes, owned_by_run, stage
@@ -43,7 +43,7 @@ LATE = ("evaluate_tokens", "export_dtype", "hardware", "fit")
 @dataclasses.dataclass(frozen=True)
 class Options:
     model: str
-    data: str | None
+    data: NamedData | None
     output: Path | None
     dry_run: bool
     seed: int
@@ -150,7 +150,7 @@ def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], ou
     evaluate.run(wanted, replaces=True)
 
 
-def claim(options: Options, data: str, root: Path) -> None:
+def claim(options: Options, data: NamedData, root: Path) -> None:
     """Makes the output folder this run's. Raises InputError where it is not new or this very run's (but for LATE), and
     where a stage could not do what is wanted of it."""
     source, rounds = model_folder(options.model), options.plan()

@@ -23,7 +23,7 @@ from ..models.checkpoint import check_forward
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.tokenizer import check_agreement
-from .run.resolve import corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
+from .run.resolve import NamedData, corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .run.show import result, say
 from .run.stage import Work, many_processes, stage
 from .run.tracking import Mode, journal, speed_of, training_bar
@@ -33,7 +33,7 @@ from .run.tracking import Mode, journal, speed_of, training_bar
 class Options:
     teacher: str
     student: str
-    data: str
+    data: NamedData
     output: Path
     seed: int
     device: str
@@ -172,7 +172,7 @@ def open_teacher(
     return teacher, make_pairing(teacher, student.model, hidden, kept, (row.to(student.device) for row in rows))
 
 
-def held_out(data: str, folder: Path, how: DistillOptions, seed: int) -> list[Batch]:
+def held_out(data: NamedData, folder: Path, how: DistillOptions, seed: int) -> list[Batch]:
     """What a stage is measured on, in the tokens of a folder."""
     return sample(
         data, "validation", folder, tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=seed

@@ -27,7 +27,7 @@ from ..models.folder import write_json
 from ..models.placement import placed
 from ..models.tokenizer import check_agreement, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
-from .run.resolve import corpus, data_input, model_folder, torch_device, torch_dtype
+from .run.resolve import NamedData, corpus, data_input, model_folder, torch_device, torch_dtype
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
 
@@ -38,7 +38,7 @@ CHOSEN = ("split", "tokens", "seq_len", "batch", "seed", "dtype", "details", "ha
 class Options:
     teacher: str
     student: dict[str, str]
-    data: str
+    data: NamedData
     output: Path
     split: str
     tokens: PositiveInt
@@ -125,7 +125,7 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
             teacher, students, batches, resamples=details.resamples, seed=seed, groups=groups,
             worst=details.worst, device=away, on_step=bar.set,
         )  # fmt: skip
-    content = gap_content(report, models, text, tokenizer, options.data, options.split)
+    content = gap_content(report, models, text, tokenizer, str(options.data), options.split)
     content["continuation"] = continue_texts(teacher, students, text, tokenizer.eos_token_id, details, seed, away, say)
     content["probes"] = answer_probes(models, probes, details.resamples, seed, away, say)
     if tasks is not None:

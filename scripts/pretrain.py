@@ -20,7 +20,16 @@ from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
-from .run.resolve import check_counts, data_input, documents, model_config, model_folder, text_in_tokens, torch_device
+from .run.resolve import (
+    NamedData,
+    check_counts,
+    data_input,
+    documents,
+    model_config,
+    model_folder,
+    text_in_tokens,
+    torch_device,
+)
 from .run.show import progress, result, say
 from .run.stage import Work, many_processes, stage
 from .run.tracking import Mode, journal, speed_of, training_bar
@@ -30,7 +39,7 @@ from .run.tracking import Mode, journal, speed_of, training_bar
 class Options:
     model: str
     init: str | None
-    data: str
+    data: NamedData
     output: Path
     seed: int
     data_seed: int

@@ -33,7 +33,7 @@ from ..prune.repair import Repair, RepairOptions, repair_tensors
 from ..prune.scores import load_scores
 from ..prune.slice import Selection, slice_config, slice_rows, source_name
 from ..prune.target import Target
-from .run.resolve import check_scores, data_input, model_folder, sample
+from .run.resolve import NamedData, check_scores, data_input, model_folder, sample
 from .run.show import counted, progress, result, say, table
 from .run.stage import stage
 
@@ -45,7 +45,7 @@ class Options:
     output: Path
     target: Target
     repair: RepairOptions
-    data: str | None
+    data: NamedData | None
     seq_len: PositiveInt
     batch: PositiveInt
     seed: int

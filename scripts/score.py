@@ -23,7 +23,7 @@ from ..prune.depth_metrics import METRICS
 from ..prune.importance import score_widths
 from ..prune.scores import Scores, load_scores, write_scores
 from ..prune.scoring import Importance
-from .run.resolve import data_input, model_folder, sample
+from .run.resolve import NamedData, data_input, model_folder, sample
 from .run.show import progress, result, table
 from .run.stage import many_processes, stage
 
@@ -31,7 +31,7 @@ from .run.stage import many_processes, stage
 @dataclasses.dataclass(frozen=True)
 class Options:
     model: str
-    data: str
+    data: NamedData
     output: Path
     seq_len: PositiveInt
     batch: PositiveInt
@@ -88,7 +88,7 @@ def score(source: Path, options: Options) -> Scores:
             widths = score_widths(layers, batches, metric, stream_bytes=options.stream_bytes, on_step=bar.set)
     else:
         widths = metric.scores(config, checkpoint.tensor, {})
-    facts = {"method": how.method, "data": options.data, "seed": options.seed, "pattern": config.pattern}
+    facts = {"method": how.method, "data": str(options.data), "seed": options.seed, "pattern": config.pattern}
     return Scores(widths, order, facts)
 
 

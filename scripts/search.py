@@ -32,7 +32,7 @@ from ..prune.search import (
 )
 from ..prune.sliced_loss import sliced_loss
 from . import distill, prune
-from .run.resolve import check_scores, data_input, model_config, model_folder, sample
+from .run.resolve import NamedData, check_scores, data_input, model_config, model_folder, sample
 from .run.show import gib, progress, read_json, result, say, table
 from .run.stage import stage
 
@@ -41,7 +41,7 @@ from .run.stage import stage
 class Options:
     model: str
     scores: Path | None
-    data: str | None
+    data: NamedData | None
     output: Path
     seed: int
     device: str

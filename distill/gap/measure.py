@@ -23,6 +23,7 @@ from ...models.errors import CheckFailed, InputError
 from ...models.hybrid import HybridLM
 from ...models.placement import placed
 from ..losses import check_vocabularies
+from ..text.conversations import PARTS, TEXT
 from .examples import Window, Worst
 from .statistics import Estimate, Totals, calibration_error, resampled
 from .sums import BINNED, BINS, GROUPED, QUANTITIES, Sums, add_sizes, widened
@@ -59,6 +60,7 @@ class ModelGap:
     KL(teacher || model) and KL(model || teacher) in nats a token, the share of tokens whose argmax is the
     teacher's, how many of the teacher's top five are among its own, the rank of the teacher's argmax (mean, and
     median over all tokens), and the probability mass kept: sum_v min(p_v, q_v).
+    `by_part` of conversations: text beside them, prompts, answers and thoughts.
     `kl_by_position`: (first position, mean KL) for each stretch of the row; `by_context`: by the tokens of the
     document seen so far in the row."""
 
@@ -77,6 +79,7 @@ class ModelGap:
     by_context: Mapping[str, GroupGap]
     by_class: Mapping[str, GroupGap]
     by_domain: Mapping[str, GroupGap]
+    by_part: Mapping[str, GroupGap] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +218,9 @@ def figures(
 def groupings(batch: Any, groups: TokenGroups | None) -> dict[str, tuple[Tensor, int]]:
     """The group of each token of a batch [tokens] in each grouping, and the number of groups."""
     numbered = {"context": (contexts(batch.seq_idx.cpu()).flatten(), CONTEXTS)}
+    parts = getattr(batch, "parts", None)
+    own = torch.full_like(batch.labels, TEXT) if parts is None else parts
+    numbered["part"] = (own.flatten().cpu().long(), len(PARTS))
     if groups is not None:
         labels, doc_id = batch.labels.flatten().cpu().clamp_min(0), batch.doc_id.flatten().cpu().clamp_min(0)
         numbered["class"] = (groups.class_of[labels], len(CLASSES))
@@ -249,7 +255,12 @@ def summarise(
         | {"bits_per_byte": drawn[f"{name}/nats"].over(text_bytes, 1 / math.log(2))}
         for name in sums
     }
-    names = {"context": [context_name(power) for power in range(CONTEXTS)], "class": CLASSES, "domain": domains}
+    names = {
+        "context": [context_name(power) for power in range(CONTEXTS)],
+        "class": CLASSES,
+        "domain": domains,
+        "part": PARTS,
+    }
     models = {}
     for name, one in sums.items():
         estimates = {key: ratio.estimate() for key, ratio in ratios[name].items()}
@@ -258,7 +269,8 @@ def summarise(
         models[name] = ModelGap(
             perplexity=perplexity, kl_by_position=stretches(one.position, width), median_rank=one.median_rank(),
             calibration=calibrated(drawn, f"{name}/bins", tokens), by_context=split["context"],
-            by_class=split["class"], by_domain=split["domain"], **estimates,
+            by_class=split["class"], by_domain=split["domain"],
+            by_part={} if split["part"].keys() == {PARTS[TEXT]} else split["part"], **estimates,
         )  # fmt: skip
     differences = tuple(difference(a, b, ratios[a], ratios[b]) for a, b in itertools.combinations(sums, 2))
     entropy = {name: ratio["cross_entropy"] for name, ratio in ratios.items()}

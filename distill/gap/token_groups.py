@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...models.tokenizer import Tokenizer
+from ..text.encoding import MODES
 from ..text.packing import Corpus
 
 CLASSES = ("white space", "keyword", "word", "number", "quote or comment", "punctuation", "other")
@@ -59,7 +60,11 @@ def token_classes(tokenizer: Tokenizer, vocabulary: int) -> Tensor:
 
 
 def domain_of(name: str) -> str:
-    """A document's domain by its name: the folder it is in, the file whose record it is, or its suffix."""
+    """A document's domain by its name: the folder it is in, the file whose record it is, or its suffix; and whether it
+    is a conversation with reasoning or without."""
+    for mode in filter(None, MODES.values()):
+        if name.endswith(mode):
+            return domain_of(name.removesuffix(mode)) + mode
     folder, slash, rest = name.partition("/")
     if slash:
         return folder + "/"

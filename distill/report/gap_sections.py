@@ -13,7 +13,7 @@ from .page import Cell, Example, Section, Table, cell, drawn, size
 
 FIGURES = ("bits_per_byte", "cross_entropy", "perplexity", "kl", "agreement")
 NEARNESS = ("reverse_kl", "top5_agreement", "mean_rank", "mass_kept", "ece", "length")
-GROUPS = {"by_class": "kind of token", "by_domain": "domain"}
+GROUPS = {"by_part": "part of the conversation", "by_class": "kind of token", "by_domain": "domain"}
 SHADES = (0.1, 0.3, 1.0, 2.0, 4.0)  # nats from which on a token is coloured more strongly
 
 
@@ -118,7 +118,7 @@ def where_section(folder: Path, gap: Mapping[str, Any]) -> Iterator[Section]:
             drawn(folder, plots.calibration(models), "calibration", "Lines: how often a confidence is right")
         )
     for key, title in GROUPS.items():
-        if len(some[key]) > 1:
+        if len(some.get(key, ())) > 1:
             name = key.replace("_", "-")
             pictures.append(drawn(folder, plots.kl_by_group(models, key, title), name, f"Points: KL by {title}"))
             tables.append(group_table(gap, key, title))

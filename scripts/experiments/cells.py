@@ -20,7 +20,7 @@ import torch
 from ... import __version__
 from ...distill.gap.measure import measure_gap
 from ...distill.teacher import CacheOptions
-from ...distill.text.resolve import content
+from ...distill.text.resolve import NamedData, content
 from ...models.checkpoint import load_config, load_model, save_model
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
@@ -58,7 +58,7 @@ class Cell:
     start: str
     top_k: int
     trained: bool
-    held_out: str
+    held_out: NamedData
     title: str = dataclasses.field(default="", compare=False)
 
     @functools.cached_property
@@ -107,11 +107,11 @@ def model_sum(folder: Path) -> str:
 
 
 @functools.cache
-def text_sum(data: str) -> str:
+def text_sum(data: NamedData) -> str:
     """What stands for the text of data=, the standard library's included. Raises InputError where it is not there."""
     given = data_input(data)
     look_of(given)
-    return content(data) if given == data else fingerprint_of(given)
+    return content(data) if given == data and isinstance(data, str) else fingerprint_of(given)
 
 
 def complete_cells(

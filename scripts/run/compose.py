@@ -39,6 +39,7 @@ def compose_config(
     not `complete` may lack options (`???`). Raises InputError, in one line, for what Hydra refuses."""
     from omegaconf import OmegaConf
 
+    overrides, of_data = split_data(overrides)
     texts, words = split_verbatim(command, overrides, folders=folders)
     with own_recipes(words) as (named, own), explained(command, words):
         config = layered(command, named, [*folders, *own])
@@ -51,7 +52,32 @@ def compose_config(
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
     assert isinstance(content, dict)
     content.pop("recipe", None)
-    return typing.cast(dict[str, Any], with_dtypes(with_texts(content, texts)))
+    content = with_texts(content, texts)
+    if of_data:
+        if "data" not in content:
+            raise no_option(command, "data")
+        given = content["data"]
+        content["data"] = {**(given if isinstance(given, dict) else {"path": given}), **of_data}
+    return typing.cast(dict[str, Any], with_dtypes(content))
+
+
+def split_data(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The overrides without those of data=, which is a text to Hydra, and these: `data.train_on=all`. Raises
+    InputError."""
+    import yaml
+
+    others: list[str] = []
+    options: dict[str, Any] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if not key.startswith("data."):
+            others.append(override)
+            continue
+        try:
+            options[key.removeprefix("data.")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"{override}: {value!r} is no value; expected such as data.train_on=all") from None
+    return others, options
 
 
 def with_texts(content: dict[Any, Any], texts: Mapping[str, str]) -> dict[Any, Any]:
@@ -60,6 +86,8 @@ def with_texts(content: dict[Any, Any], texts: Mapping[str, str]) -> dict[Any, A
         top, _, below = key.partition(".")
         if below:
             content[top] = {**content[top], below: value}
+        elif key == "data" and isinstance(content.get(key), dict):  # a recipe's, with options of its own
+            content[key] = {**content[key], "path": value}
         else:
             content[key] = None if value == "null" and content.get(key) is None else value
     return content

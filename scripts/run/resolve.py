@@ -10,7 +10,7 @@ from pathlib import Path
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
 from ...distill.text.packing import Batch
-from ...distill.text.resolve import NamedData
+from ...distill.text.resolve import NamedData as NamedData
 from ...models.device import DTYPES as DTYPES
 from ...models.device import torch_device as torch_device
 from ...models.device import torch_dtype as torch_dtype

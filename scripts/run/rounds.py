@@ -23,7 +23,7 @@ from ...prune.rounds import Cut, in_kinds, leftovers, named_round, plan_cuts
 from ...prune.scoring import Importance
 from ...prune.target import Target
 from .compose import build
-from .resolve import corpus
+from .resolve import NamedData, corpus
 from .show import gib, progress, say, table
 
 
@@ -87,7 +87,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return content
 
 
-def check_feasible(data: str, source: Path, rounds: Sequence[Round]) -> None:
+def check_feasible(data: NamedData, source: Path, rounds: Sequence[Round]) -> None:
     """Finds what is wrong with model, targets and data before the first folder is written. Raises InputError."""
     config = open_checkpoint(source).config
     for _ in plan_cuts(config, [one.cut for one in rounds]):
