@@ -70,8 +70,8 @@ def coverage(documents: int) -> Iterator[str]:
     alone = [found.estimate() for found in one]
     paired = [b.minus(a).estimate() for a, b in zip(one, two, strict=True)]
     plain = [np.percentile(found.drawn, (2.5, 97.5)) for found in one]
-    yield f"{np.mean([found.low <= 2.0 <= found.high for found in alone]):.1%}"
-    yield f"{np.mean([found.low <= 0.3 <= found.high for found in paired]):.1%}"
+    yield f"{np.mean([found.holds(2.0) for found in alone]):.1%}"
+    yield f"{np.mean([found.holds(0.3) for found in paired]):.1%}"
     yield f"{np.mean([low <= 2.0 <= high for low, high in plain]):.1%}"
 
 

@@ -14,6 +14,7 @@ from ..distill.gap.measure import TEACHER, measure_gap
 from ..distill.gap.probes import check_probes
 from ..distill.gap.tasks import Tasks, answer_tasks, plan_tasks
 from ..distill.gap.token_groups import group_tokens
+from ..distill.report.gap_rows import few_documents
 from ..distill.report.gap_tables import gap_tables, recovery_line
 from ..distill.report.report import write_page
 from ..distill.text.mixture import whole
@@ -85,8 +86,9 @@ def run(options: Options, replaces: bool = False) -> None:
     gap = read_json(options.output / "gap.json")
     for title, columns, rows in gap_tables(gap):
         table(title, columns, rows)
-    if line := recovery_line(gap):
-        say(line)
+    for line in (recovery_line(gap), few_documents(gap)):
+        if line:
+            say(line)
     result(options.output, {"gap": str(options.output / "gap.json"), "page": str(options.output / "gap.html")})
 
 

@@ -138,7 +138,7 @@ def test_the_tails_are_students() -> None:
     assert tail(10**7) == pytest.approx(0.025, abs=1e-6) and tail(10) < 0.01 and tail(1) == pytest.approx(0.025)
 
 
-@pytest.mark.parametrize("documents", (1, 2, 3, 5, 15, 150, 10**6))
+@pytest.mark.parametrize("documents", (2, 3, 5, 15, 150, 10**6))
 def test_p_says_what_the_interval_says(documents: int) -> None:
     """p < 0.05 exactly where 0 is outside of the interval, also with ties and nan; never below 2 / (R + 1)."""
     draw = np.random.default_rng(documents)

@@ -98,7 +98,7 @@ class Difference:
     top5_agreement: Estimate
     mean_rank: Estimate
     mass_kept: Estimate
-    p: Mapping[str, float]
+    p: Mapping[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +264,9 @@ def summarise(
     models = {}
     for name, one in sums.items():
         estimates = {key: ratio.estimate() for key, ratio in ratios[name].items()}
-        perplexity = Estimate(*(exponential(value) for value in dataclasses.astuple(estimates["cross_entropy"])))
+        nats = estimates["cross_entropy"]
+        ends = (None if end is None else exponential(end) for end in (nats.low, nats.high))
+        perplexity = Estimate(exponential(nats.value), *ends)
         split = {key: grouped(drawn, f"{name}/{key}", groups) for key, groups in names.items()}
         models[name] = ModelGap(
             perplexity=perplexity, kl_by_position=stretches(one.position, width), median_rank=one.median_rank(),

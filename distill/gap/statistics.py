@@ -22,11 +22,15 @@ DRAWN = 64  # resamples at a time: [R, D] would not do for many documents
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95% interval."""
+    """A figure with its 95% interval; None where there is none: one document says nothing of others."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    def holds(self, value: float) -> bool:
+        """Whether a value lies within the interval; false where there is none."""
+        return self.low is not None and self.high is not None and self.low <= value <= self.high
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +52,25 @@ class Totals:
 
     def estimate(self) -> Estimate:
         """The value and its interval, of the resamples that have one."""
-        beyond = 100 * tail(self.documents)
         drawn = self.drawn[~np.isnan(self.drawn)]
-        low, high = np.percentile(drawn, [beyond, 100 - beyond]) if len(drawn) else (self.all, self.all)
+        if self.documents < 2 or not len(drawn):
+            return Estimate(float(self.all), None, None)
+        beyond = 100 * tail(self.documents)
+        low, high = np.percentile(drawn, [beyond, 100 - beyond])
         return Estimate(float(self.all), float(low), float(high))
 
-    def p_value(self) -> float:
+    def p_value(self) -> float | None:
         """Two-sided, of the hypothesis that a difference is 0: the smaller share of resamples on a side of it, with one
         resample more counted there, turned into p as an interval's tail is. Below 0.05 exactly where the interval of
-        `estimate` leaves 0 out; but no p is below 2 / (R + 1), so that it takes 40 resamples."""
+        `estimate` leaves 0 out; but no p is below 2 / (R + 1), so that it takes 40 resamples. None
+        where there is no interval."""
         drawn = self.drawn[~np.isnan(self.drawn)]
         least = 1 / (len(drawn) + 1)
         share = least * (1 + min(int(side.sum()) for side in (drawn <= 0, drawn >= 0)))
         p, interval = min(1.0, 2 * plain_tail(share, self.documents)), self.estimate()
-        if interval.low <= 0 <= interval.high:
+        if interval.low is None:
+            return None
+        if interval.holds(0):
             return max(p, ALPHA)
         return min(1.0, max(2 * least, min(p, math.nextafter(ALPHA, 0))))
 

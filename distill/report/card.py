@@ -16,7 +16,7 @@ from yaml import YAMLError
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
 from ...models.kinds import KINDS
-from .gap_rows import estimates, pair_rows, probe_rows, task_rows, titles
+from .gap_rows import estimates, few_documents, pair_rows, probe_rows, task_rows, titles
 
 Table = tuple[list[str], list[list[str]]]  # columns, rows
 TERMS = re.compile(r"(licen[cs]e|notice|copying)([-._].*)?", re.IGNORECASE)
@@ -121,6 +121,7 @@ def write_card(
     kinds = {kind.name: count for kind in KINDS.values() if (count := len(config.layers_of(kind)))}
     text = environment.get_template("card.md.jinja").render(
         head=head.to_yaml(), config=config, published=published, licence=licence, gap=gap, name=name,
+        few=few_documents(gap) if gap else "",
         parameters=f"{count_parameters(config):,}", kinds=list(kinds),
         layers=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         tables=[] if gap is None else [near(gap), further(gap)], others=[] if gap is None else others(gap),
@@ -202,6 +203,8 @@ def masked(name: str) -> str:
     return name.replace("|", "\\|")
 
 
-def figure(estimate: Mapping[str, float], sign: str = "", digits: int = 4, p: float | None = None) -> str:
+def figure(estimate: Mapping[str, Any], sign: str = "", digits: int = 4, p: float | None = None) -> str:
+    if estimate["low"] is None:
+        return f"{estimate['value']:{sign}.{digits}f}"
     value, low, high = (f"{estimate[end]:{sign}.{digits}f}" for end in ("value", "low", "high"))
     return f"{value} [{low}, {high}]" + ("" if p is None else f", p {p:.3f}")

@@ -26,6 +26,25 @@ CellOf = TypeVar("CellOf")
 Write = Callable[..., CellOf]
 
 
+FEW = 10  # documents below which an interval is rough
+
+
+def ends(estimate: Mapping[str, Any]) -> tuple[float, float]:
+    """The ends of an interval, for a picture; the value itself where there is none."""
+    low, high = (estimate["value"] if estimate[end] is None else estimate[end] for end in ("low", "high"))
+    return low, high
+
+
+def few_documents(gap: Mapping[str, Any]) -> str:
+    """What to keep in mind of intervals over so few documents; empty where there are enough."""
+    count = gap["documents"]
+    if count >= FEW:
+        return ""
+    if count < 2:
+        return "Of one document there are no intervals and no p-values: nothing says how other text would come out."
+    return f"Intervals and p-values are over {count} documents only, and rough; give text of {FEW} documents or more."
+
+
 def titles(keys: Sequence[str]) -> list[str]:
     return [TITLES[key] for key in keys]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .gap_rows import TEACHER, estimates, pair_rows, probe_rows, students, task_rows, titles
+from .gap_rows import TEACHER, estimates, few_documents, pair_rows, probe_rows, students, task_rows, titles
 from .page import Cell, Example, Section, Table, cell, drawn, size
 
 FIGURES = ("bits_per_byte", "cross_entropy", "perplexity", "kl", "agreement")
@@ -87,7 +87,8 @@ def figures_section(folder: Path, gap: Mapping[str, Any]) -> Section:
         tables.append(Table("Differences, paired by document", ["models", *titles(keys)], pairs))
     return Section(
         "Teacher and students on held-out text",
-        "Cross-entropy and KL in nats a token. Whiskers and the second lines are 95% intervals over documents.",
+        "Cross-entropy and KL in nats a token. Whiskers and the second lines are 95% intervals over documents. "
+        + few_documents(gap),
         pictures,
         tables,
     )
@@ -141,8 +142,6 @@ def group_table(gap: Mapping[str, Any], key: str, title: str) -> Table:
     for group, first in groups:
         wanted = [(TEACHER, "cross_entropy"), *((name, kind) for name in names for kind in ("kl", "agreement"))]
         cells = [cell(gap["models"][name][key][group][kind], digits=3) for name, kind in wanted]
-        if first["documents"] == 1:
-            cells = [Cell(each.value) for each in cells]
         rows.append((group, [Cell(f"{first['tokens']:,}"), Cell(f"{first['documents']:,}"), *cells]))
     kinds = [f"{name}: {kind}" for name in names for kind in ("KL", "top-1")]
     return Table(f"By {title}", [title, "tokens", "documents", "teacher's cross-entropy", *kinds], rows)

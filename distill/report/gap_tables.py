@@ -50,6 +50,8 @@ def recovery_line(gap: Mapping[str, Any]) -> str:
     """A sentence on what distillation gave back; empty where nothing was pruned and distilled."""
     recovery = gap["recovery"]
     if recovery is not None:
+        if recovery["low"] is None:
+            return f"recovered of what pruning lost: {recovery['value']:.1%}"
         shares = (f"{recovery[key]:.1%}" for key in ("value", "low", "high"))
         return "recovered of what pruning lost: {} ({} to {})".format(*shares)
     if {"pruned", "distilled"} <= gap["models"].keys():
@@ -57,7 +59,9 @@ def recovery_line(gap: Mapping[str, Any]) -> str:
     return ""
 
 
-def interval(estimate: Mapping[str, float], sign: str = "", p: float | None = None) -> str:
+def interval(estimate: Mapping[str, Any], sign: str = "", p: float | None = None) -> str:
     """A value over its interval: two lines, and a third for a p-value."""
-    lines = [f"{estimate['value']:{sign}.4f}", f"{estimate['low']:.3f}..{estimate['high']:.3f}"]
+    lines = [f"{estimate['value']:{sign}.4f}"]
+    if estimate["low"] is not None:
+        lines.append(f"{estimate['low']:.3f}..{estimate['high']:.3f}")
     return "\n".join([*lines, *([] if p is None else [f"p {p:.3f}"])])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -61,9 +61,9 @@ def drawn(folder: Path, figure: Figure, name: str, label: str, wide: bool = Fals
     return Picture(Markup(plots.finish(figure, folder, name, label)), wide)
 
 
-def cell(
-    estimate: Mapping[str, float], sign: str = "", digits: int = 4, more: str = "", p: float | None = None
-) -> Cell:
+def cell(estimate: Mapping[str, Any], sign: str = "", digits: int = 4, more: str = "", p: float | None = None) -> Cell:
+    if estimate["low"] is None:
+        return Cell(f"{estimate['value']:{sign}.{digits}f}")
     value, low, high = (f"{estimate[end]:{sign}.{digits}f}" for end in ("value", "low", "high"))
     return Cell(value, f"{low} to {high}{more}" + ("" if p is None else f"; p {p:.3f}"))
 

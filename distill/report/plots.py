@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import numpy as np
 from markupsafe import escape
 
+from .gap_rows import ends
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -121,17 +123,22 @@ def say(axes: Axes, x: float, y: float, text: str, shade: str = THEME["ink"]) ->
     axes.annotate(text, (x, y), (6, 0), textcoords="offset points", va="center", color=shade, annotation_clip=False)
 
 
+def whiskers(estimates: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """How far the intervals reach below and above their values."""
+    return [[abs(ends(each)[side] - each["value"]) for each in estimates] for side in (0, 1)]
+
+
 def draw_bars(axes: Axes, models: Mapping[str, Any], key: str) -> None:
     """One figure of every model, with its interval and value."""
     estimates = [models[name][key] for name in models]
     values = [figure["value"] for figure in estimates]
-    errors = [[abs(f["value"] - f["low"]) for f in estimates], [abs(f["high"] - f["value"]) for f in estimates]]
+    errors = whiskers(estimates)
     places = range(len(values))
     axes.barh(places, values, color=[colour(name, number) for number, name in enumerate(models)], height=0.62)
     axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=THEME["ink"], elinewidth=1.2, capsize=3)
-    largest = max(*(figure["high"] for figure in estimates), 1e-12)
+    largest = max(*(ends(figure)[1] for figure in estimates), 1e-12)
     for place, figure in zip(places, estimates, strict=True):
-        say(axes, max(figure["high"], figure["value"]), place, f"{figure['value']:.3f}")
+        say(axes, max(ends(figure)[1], figure["value"]), place, f"{figure['value']:.3f}")
     axes.set_yticks(places, [short(name) for name in models], color=THEME["ink"])
     axes.set(title=METRICS[key], xlim=(0, 1.2 * largest))
     axes.invert_yaxis()
@@ -172,7 +179,7 @@ def kl_by_context(models: Mapping[str, Any]) -> Figure:
         if name != "teacher":
             names = list(model["by_context"])
             figures = [part["kl"] for part in model["by_context"].values()]
-            values, lows, highs = ([figure[end] for figure in figures] for end in ("value", "low", "high"))
+            values, (lows, highs) = [figure["value"] for figure in figures], zip(*map(ends, figures), strict=True)
             axes.fill_between(range(len(names)), lows, highs, color=colour(name, number), alpha=0.18, linewidth=0)
             axes.plot(range(len(names)), values, "o-", color=colour(name, number), linewidth=1.8, markersize=3.5)
             say(axes, len(names) - 1, values[-1], short(name), colour(name, number))
@@ -210,13 +217,13 @@ def kl_by_group(models: Mapping[str, Any], key: str, title: str) -> Figure:
     for place, (number, name) in enumerate(students):
         estimates = [models[name][key][group]["kl"] for group in groups]
         values = [part["value"] for part in estimates]
-        errors = [[abs(p["value"] - p["low"]) for p in estimates], [abs(p["high"] - p["value"]) for p in estimates]]
+        errors = whiskers(estimates)
         rows = [row + 0.22 * (place - (len(students) - 1) / 2) for row in range(len(groups))]
         shade = colour(name, number)
         axes.errorbar(
             values, rows, xerr=errors, fmt="o", color=shade, markersize=4.5, elinewidth=1.4, label=short(name)
         )
-        top = max(top, *(part["high"] for part in estimates))
+        top = max(top, *(ends(part)[1] for part in estimates))
     axes.set_yticks(range(len(groups)), [short(group) for group in groups], color=THEME["ink"])
     axes.set(title=f"KL by {title} (nats)", xlim=(0, 1.05 * top or 1))
     axes.invert_yaxis()
