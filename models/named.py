@@ -9,6 +9,7 @@ from .checkpoint import load_config
 from .config import HybridConfig
 from .cost.hardware import Hardware
 from .errors import InputError, guess
+from .hub import HUB, hub_folder, is_hub_name
 
 CONF = Path(__file__).parents[1] / "conf"
 SHIPPED = {"zoo": Path(__file__).parent / "zoo"}
@@ -19,19 +20,24 @@ def names(group: str) -> list[str]:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model with weights. Raises InputError where there is none."""
+    """The folder of a model with weights: one that ships, a path, or hf:OWNER/NAME[@REVISION] of the hub. Raises
+    InputError where there is none."""
+    if name.startswith(HUB):
+        return hub_folder(name)
     path = SHIPPED.get(name, Path(name).expanduser())
     if path.is_dir():
         return path
     if name in names("model"):
         raise InputError(f"model {name!r} is a named config without weights; give a checkpoint folder, or zoo")
     known = [*SHIPPED, *names("model")]
-    near = guess(name, known)
+    near = f"; of the hub it is {HUB}{name}" if is_hub_name(name) else guess(name, known)
     raise InputError(f"model {name!r} is neither a folder nor a name; known: {', '.join(known)}{near}")
 
 
 def model_config(name: str) -> HybridConfig:
-    """The config of a named model or of a checkpoint folder."""
+    """The config of a named model, of a checkpoint folder, or of a model of the hub, whose weights stay there."""
+    if name.startswith(HUB):
+        return load_config(hub_folder(name, weights=False))
     if name in names("model"):
         return HybridConfig.from_hf(read_yaml(CONF / "model" / f"{name}.yaml"))
     return load_config(model_folder(name))

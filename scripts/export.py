@@ -19,6 +19,7 @@ from ..models.fingerprint import PROVENANCE
 from ..models.folder import write_json
 from ..models.gguf.export import write_gguf_export
 from ..models.gguf.file import KINDS_OF_FILE, gguf_package
+from ..models.hub import is_hub_name, push_folder
 from .run.resolve import model_folder
 from .run.show import read_json, result, say, table
 from .run.stage import Work, stage
@@ -36,6 +37,8 @@ class Options:
     gap: str | None = None
     format: str = "hf"
     pre_tokenizer: str | None = None
+    push: str | None = None
+    push_dry: bool = True
 
 
 FORMATS = ("hf", "gguf")
@@ -43,6 +46,8 @@ FORMATS = ("hf", "gguf")
 
 def check(options: Options) -> None:
     """Raises InputError where the options do not fit the format, or what it needs is not installed."""
+    if options.push is not None and not is_hub_name(options.push):
+        raise InputError(f"push={options.push}: expected OWNER/NAME")
     if options.format not in FORMATS:
         raise InputError(f"format={options.format} is unknown; known: {', '.join(FORMATS)}")
     if options.format == "gguf":
@@ -71,8 +76,11 @@ def run(options: Options, replaces: bool = False) -> None:
             picture = None if options.gap is None else inputs["gap"] / "plots" / "gap.png"
             if picture is not None and not picture.is_file():
                 picture = None
-            write_card(work.folder, load_config(source), published, licence, gap, name, picture)
+            write_card(work.folder, load_config(source), published, licence, gap, name, picture,
+                       sources=work.notes.get("sources"))  # fmt: skip
     print_checks(options.output)
+    if options.push is not None:
+        print_push(options)
     result(options.output, {"model": str(options.output)})
 
 
@@ -101,7 +109,17 @@ def write_gguf(options: Options, source: Path, work: Work) -> Published:
     write_json(
         work.folder / "export.json", {"format": "gguf", "dtype": options.dtype, "gguf": dataclasses.asdict(found)}
     )
-    return Published(options.dtype, llama_cpp(found.file), found.sentence())
+    relation = "quantized" if options.dtype == "q8_0" else "finetune"
+    return Published(options.dtype, llama_cpp(found.file), found.sentence(), relation=relation)
+
+
+def print_push(options: Options) -> None:
+    """Uploads the folder, or says what would be."""
+    assert options.push is not None
+    files = push_folder(options.output, options.push, options.push_dry)
+    rows = [(str(file.relative_to(options.output)), gib(file.stat().st_size)) for file in files]
+    what = "Would go to the hub (push_dry=false uploads)" if options.push_dry else "Uploaded, private"
+    table(f"{what}: {options.push}", ("file", ""), rows)
 
 
 def gap_folder(name: str) -> Path:

@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
+from ...models.hub import names_in
 from ...models.kinds import KINDS
 from .gap_rows import estimates, few_documents, pair_rows, probe_rows, task_rows, titles
 
@@ -57,6 +58,7 @@ class Published:
     opened: Opened
     checked: str
     cautions: tuple[str, ...] = ()
+    relation: str = "finetune"  # to its base, in the hub's words: or "quantized"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +101,12 @@ def write_card(
     gap: Mapping[str, Any] | None = None,
     name: str | None = None,
     picture: Path | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> None:
     """Writes README.md into the folder, and copies the files with the base model's terms beside it.
 
     `gap` is gap.json's content, `name` what it calls this model, and `picture` a PNG of its figures, which is copied as
-    gap.png."""
+    gap.png; `sources` are what of it is the hub's (models/hub.py)."""
     from huggingface_hub import ModelCardData
 
     for path in licence.files:
@@ -115,9 +118,10 @@ def write_card(
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     tags = ["limbeck", "pruned", config.family]
-    head = ModelCardData(
-        library_name=published.opened.library, pipeline_tag="text-generation", tags=tags, **licence.keys
-    )
+    models, datasets = names_in(sources or {})
+    relation: dict[str, Any] = {"base_model": models, "base_model_relation": published.relation} if models else {}
+    head = ModelCardData(library_name=published.opened.library, pipeline_tag="text-generation", tags=tags,
+                         datasets=datasets or None, **relation, **licence.keys)  # fmt: skip
     kinds = {kind.name: count for kind in KINDS.values() if (count := len(config.layers_of(kind)))}
     text = environment.get_template("card.md.jinja").render(
         head=head.to_yaml(), config=config, published=published, licence=licence, gap=gap, name=name,

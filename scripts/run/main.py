@@ -51,9 +51,9 @@ EXAMPLES = {
 EPILOGUE = """
 Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME sets many at once, and with
 --multirun KEY=A,B every combination of such values is a job of its own.
-model=, teacher= and student= take a checkpoint folder, `zoo` (the small trained model that ships), or a named
-config; data= takes a folder, a file, a mixture's .yaml or its name in conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT],
-or `stdlib` (the running Python's own sources).
+model=, teacher= and student= take a checkpoint folder, hf:OWNER/NAME[@REVISION] (of the hub, safetensors only), `zoo`
+(the small trained model that ships), or a named config; data= takes a folder, a file, a mixture's .yaml or its name in
+conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT], or `stdlib` (the running Python's own sources).
 
 First run:   limbeck compress recipe=tiny output=first
 Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no

@@ -15,6 +15,7 @@ from ...models import processes
 from ...models.errors import DiskError, InputError
 from ...models.fingerprint import PROVENANCE, Fingerprint, MadeOtherwise
 from ...models.folder import finish_folder, owned, partial_of, write_json
+from ...models.hub import origins
 from .resolve import torch_device
 from .show import console
 
@@ -93,7 +94,8 @@ def stage(
                 clear(folder, scratch)
             yield Work(folder, True, made_of)
             return
-        work = Work(temporary, False, made_of)
+        sources = origins(inputs)
+        work = Work(temporary, False, made_of, {"sources": sources} if sources else {})
         with processes.together():
             if writes:
                 made_of.begin(temporary / BEGUN if keeps else None)
