@@ -26,6 +26,7 @@ from .options import DistillLoss as DistillLoss
 from .options import greatest, weight_at
 from .teacher import CachedTeacher
 
+IGNORED = -100
 LossOf = Callable[[HybridLM, Any, float], Tensor]
 
 
@@ -71,6 +72,11 @@ class Distillation:
 
     def __call__(self, student: HybridLM, rows: Any, normalizer: float) -> Tensor:
         check_vocabularies(self.teacher, student)
+        if self.options.mtp_weight and not student.config.mtp_steps:
+            raise InputError(
+                f"loss: mtp_weight is {self.options.mtp_weight:g}, but the student has no multi-token prediction;"
+                " expected 0"
+            )
         if isinstance(self.teacher, CachedTeacher):
             return self.cached(self.teacher, student, rows, normalizer)
         active = self.pairing if self.hidden_weight > 0 else None
@@ -92,12 +98,40 @@ class Distillation:
             ce_weight=self.ce_weight,
             normalizer=normalizer,
         ).loss
+        if self.options.mtp_weight:
+            loss = loss + self.options.mtp_weight * self.ahead(student, rows, hidden, target, normalizer)
         if active is not None and ours is not None and theirs is not None:
             distance = active.distance(ours.take(), theirs.take())
             if (weights := token_weights(rows)) is not None:
                 distance = distance * weights.view_as(distance)
             loss = loss + self.hidden_weight * distance[rows.labels >= 0].sum() / normalizer
         return loss
+
+    def ahead(self, student: HybridLM, rows: Any, hidden: Tensor, target: Tensor, normalizer: float) -> Tensor:
+        """The divergence of the student's multi-token prediction from what the teacher gives when it is there, the mean
+        over steps. Its own layers alone are trained by it: not what they read, nor the head."""
+        assert isinstance(self.teacher, HybridLM)
+        shape, loss = (*rows.input_ids.shape, -1), hidden.new_zeros((), dtype=torch.float32)
+        hidden, target = hidden.detach().view(shape), target.view(shape)
+        embedded = student.embed(rows.input_ids).detach()
+        for step, states in enumerate(student.ahead_states(embedded, hidden, rows.seq_idx), 1):
+            inside = rows.seq_idx[:, step:] == rows.seq_idx[:, :-step]  # the tokens that it read are of one document
+            labels = torch.where(inside, rows.labels[:, step:], IGNORED).flatten()
+            loss = (
+                loss
+                + linear_kl(
+                    states.flatten(0, 1),
+                    student.head_weight.detach(),
+                    target[:, step:].flatten(0, 1),
+                    self.teacher.head_weight,
+                    temperature=self.options.temperature,
+                    divergence=self.options.divergence,
+                    labels=labels,
+                    ignore_index=IGNORED,
+                    normalizer=normalizer,
+                ).loss
+            )
+        return loss / student.config.mtp_steps
 
     def cached(self, teacher: CachedTeacher, student: HybridLM, rows: Any, normalizer: float) -> Tensor:
         hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
@@ -127,6 +161,9 @@ def check_cached(options: DistillLoss) -> None:
             f"loss: a cached teacher gives forward KL at temperature 1, not divergence={options.divergence} at"
             f" temperature={options.temperature}; change these, or take the teacher itself"
         )
+    if options.mtp_weight:
+        raise InputError("loss: a cached teacher does not train multi-token prediction; set mtp_weight=0, or take the"
+                         " teacher itself")  # fmt: skip
     if greatest(options.hidden.weight) > 0:
         raise InputError("loss: a cached teacher has no hidden states; set hidden.weight=0, or take the teacher itself")
 

@@ -169,6 +169,7 @@ class DistillLoss:
     """kl_weight T^2 divergence + ce_weight cross-entropy + hidden.weight distance, per token, at the temperature T.
 
     `tail`: of a cached teacher, whether the tokens that it does not name count as one bucket or as impossible.
+    `mtp_weight`: of the divergence of multi-token prediction, whose layers alone it trains; with 0 they are frozen.
     """
 
     divergence: str = Divergence.FORWARD.option
@@ -177,12 +178,15 @@ class DistillLoss:
     ce_weight: LossWeight = 0.0
     hidden: HiddenLoss = dataclasses.field(default_factory=HiddenLoss)
     tail: bool = True
+    mtp_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise InputError(f"loss: divergence {self.divergence!r} is unknown; known: {', '.join(DIVERGENCES)}")
         if not self.temperature > 0:
             raise InputError(f"loss: temperature is {self.temperature}; expected more than 0")
+        if not 0 <= self.mtp_weight < math.inf:
+            raise InputError(f"loss: mtp_weight is {self.mtp_weight}; expected 0 or more")
         check_weight("kl_weight", self.kl_weight)
         check_weight("ce_weight", self.ce_weight)
         if not any(greatest(weight) > 0 for weight in (self.kl_weight, self.ce_weight, self.hidden.weight)):

@@ -77,8 +77,10 @@ class Trained:
         return self.weights[0].local.device
 
     def carried(self) -> dict[str, Tensor]:
-        """What belongs to the model and no optimizer moves, whole in every process, by name."""
-        return dict(self.model.named_buffers())
+        """What belongs to the model and no optimizer moves, whole in every process, by name: buffers, and layers of
+        multi-token prediction that are frozen."""
+        frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        return {name: weight.detach() for name, weight in frozen.items()} | dict(self.model.named_buffers())
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the locals, summed over the processes. Every process has to call it."""
@@ -162,7 +164,8 @@ def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str
         device = next(group.parameters()).device
         mesh = init_device_mesh(device.type, (processes.count(),))
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
-        whole = {parameter for name, parameter in group.named_parameters() if table[prefix + name].role in WHOLE}
+        own = {parameter: table[prefix + name] for name, parameter in group.named_parameters()}
+        whole = {parameter for parameter, spec in own.items() if spec.role in WHOLE or spec.ahead is not None}
         fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=whole)
         assert isinstance(group, FSDPModule)
         group.set_gradient_divide_factor(1.0)
@@ -194,13 +197,21 @@ def narrower(dtype: torch.dtype) -> torch.dtype | None:
     return None if dtype == stored_dtype(dtype) else dtype
 
 
-def load_trained(path: Path, dtype: torch.dtype, device: torch.device, split: bool) -> Trained:
+def load_trained(path: Path, dtype: torch.dtype, device: torch.device, split: bool, ahead: bool = False) -> Trained:
     """A checkpoint to be trained: matrices in `dtype` where they are used, and what the optimizer moves in float32;
-    with `split` divided among the processes. Raises InputError."""
+    with `split` divided among the processes. Multi-token prediction is trained with `ahead`, and else carried along.
+    Raises InputError."""
     stored = stored_dtype(dtype)
     if split and processes.count() > 1:
-        return prepare(load_sharded(path, stored, device, dtype=narrower(dtype)).train())
-    return prepare(load_model(path, stored, device).train(), dtype)
+        return prepare(with_ahead(load_sharded(path, stored, device, dtype=narrower(dtype)).train(), ahead))
+    return prepare(with_ahead(load_model(path, stored, device).train(), ahead), dtype)
+
+
+def with_ahead(model: HybridLM, trained: bool) -> HybridLM:
+    """The model, whose multi-token prediction is trained or frozen."""
+    if model.config.mtp_steps:
+        model.mtp.requires_grad_(trained)
+    return model
 
 
 def placed_model(model: HybridLM, dtype: torch.dtype, split: bool) -> Trained:
@@ -212,12 +223,12 @@ def placed_model(model: HybridLM, dtype: torch.dtype, split: bool) -> Trained:
 
 
 def load_frozen(path: Path, dtype: torch.dtype, device: torch.device, split: bool, offload: bool = False) -> HybridLM:
-    """A checkpoint to learn from, in `dtype`, without gradients; with `offload` its layers stay in main memory (each
-    process's own), and each comes to the device when its turn comes. Raises InputError."""
+    """A checkpoint to learn from, in `dtype`, without gradients and multi-token prediction; with `offload` its layers
+    stay in main memory (each process's own), and each comes to the device when its turn comes. Raises InputError."""
     if offload:
         from accelerate import cpu_offload
 
-        model = load_model(path, dtype, torch.device("cpu")).requires_grad_(False)
+        model = load_model(path, dtype, torch.device("cpu"), ahead=False).requires_grad_(False)
         layers = model.layers
         model.layers = nn.ModuleList()
         model.to(device)
@@ -227,7 +238,7 @@ def load_frozen(path: Path, dtype: torch.dtype, device: torch.device, split: boo
         return model
     if split and processes.count() > 1:
         return load_sharded(path, dtype, device, frozen=True)
-    return load_model(path, dtype, device).requires_grad_(False)
+    return load_model(path, dtype, device, ahead=False).requires_grad_(False)
 
 
 def load_sharded(
@@ -238,7 +249,8 @@ def load_sharded(
     Raises InputError, as `load_model` does.
     """
     checkpoint = open_checkpoint(path)
-    model = HybridLM(checkpoint.config, device="meta").requires_grad_(not frozen)
+    config = checkpoint.config.replace(mtp_steps=0) if frozen else checkpoint.config
+    model = HybridLM(config, device="meta").requires_grad_(not frozen)
     shard(model, dtype, lambda name: checkpoint.loaded(name, stored, device))
     return model.eval()
 

@@ -121,12 +121,14 @@ WHOLE = (Role.NORM, Role.VECTOR, *PRECISE)  # float32 in training, and whole in 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its dimensions, its role, and the layer that it belongs to (None for embedding, final norm, head)."""
+    """One tensor: its dimensions, its role, and the layer that it belongs to (None for embedding, final norm, head, and
+    multi-token prediction, of whose layers `ahead` is the number)."""
 
     name: str
     dimensions: tuple[Dimension, ...]
     role: Role
     layer: int | None = None
+    ahead: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,6 +141,8 @@ class TensorSpec:
     @property
     def part(self) -> str:
         """The name within its layer, such as "norm.weight" or "mixer.in_proj.weight"."""
+        if self.ahead is not None:
+            return self.name.split(".", 3)[3]
         return self.name if self.layer is None else self.name.split(".", 2)[2]
 
     @property
@@ -228,4 +232,8 @@ def tensor_table(config: HybridConfig) -> dict[str, TensorSpec]:
     rows.append(TensorSpec("norm_f.weight", (hidden,), Role.NORM))
     if not config.tie_word_embeddings:
         rows.append(TensorSpec("lm_head.weight", (vocabulary, hidden), Role.MATRIX))
+    if config.mtp_steps:
+        from .mtp import mtp_table  # which knows of axes
+
+        rows += mtp_table(config, hidden)
     return {row.name: row for row in rows}

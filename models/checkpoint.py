@@ -147,7 +147,9 @@ def load_config(path: Path | str) -> HybridConfig:
         config = HybridConfig.from_hf(content)
     except InputError as error:
         raise InputError(f"{path / 'config.json'}: {error}") from None
-    return config.replace(tie_word_embeddings=config.tie_word_embeddings and not has_own_head(path, config))
+    tied = config.tie_word_embeddings and not has_own_head(path, config)
+    steps = 0 if config.mtp_steps and lacks_ahead(path) else config.mtp_steps
+    return config.replace(tie_word_embeddings=tied, mtp_steps=steps)
 
 
 def has_own_head(path: Path, config: HybridConfig) -> bool:
@@ -166,6 +168,13 @@ def has_own_head(path: Path, config: HybridConfig) -> bool:
         return head is not None
     blocks = row_blocks((config.vocab_size, config.hidden_size), table.dtype)
     return any(not torch.equal(read_rows(head, *rows), read_rows(table, *rows)) for rows in blocks)
+
+
+def lacks_ahead(path: Path) -> bool:
+    """Whether a folder's weights have none of multi-token prediction: transformers drops it, and config.json stays."""
+    if not ((path / SINGLE).exists() or (path / INDEX).exists()):
+        return False
+    return not any(name.startswith("mtp.") for file in weight_files(path) for name in open_file(file).keys())  # noqa: SIM118
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -243,11 +252,15 @@ def check_tensor(
     return known
 
 
-def load_model(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> HybridLM:
-    """A model from a folder, in `dtype` (`TensorSpec.dtype`) on `device`, in evaluation mode. Raises InputError."""
+def load_model(
+    path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, ahead: bool = True
+) -> HybridLM:
+    """A model from a folder, in `dtype` (`TensorSpec.dtype`) on `device`, in evaluation mode; without `ahead` its
+    multi-token prediction stays where it is. Raises InputError."""
     checkpoint = open_checkpoint(path)
-    model = HybridLM(checkpoint.config, device="meta")
-    for name in checkpoint.names():
+    config = checkpoint.config if ahead else checkpoint.config.replace(mtp_steps=0)
+    model = HybridLM(config, device="meta")
+    for name in tensor_table(config):
         set_tensor(model, name, checkpoint.loaded(name, dtype, device))
     return model.eval()
 

@@ -31,8 +31,9 @@ class HybridConfig:
 
     Widths that a pattern does not use stay 0. The biases are those of all projections of attention, and of the MLP.
     Without `mamba_rms_norm` a Mamba mixer has the gate alone; with it the norm stands after the gate, unless told.
-    `dt_limit` clamps the step after softplus; `router` is how experts are chosen (moe.ROUTERS); `extra` carries what
-    the source's config.json says beyond the fields here, so that a rewritten folder keeps it.
+    `dt_limit` clamps the step after softplus; `router` is how experts are chosen (moe.ROUTERS); `mtp_pattern` has the
+    layers of one of `mtp_steps` steps of multi-token prediction (mtp.py); `extra` carries what the source's config.json
+    says beyond the fields here, so that a rewritten folder keeps it.
 
     Raises InputError from the constructor when the numbers contradict each other.
     """
@@ -73,6 +74,8 @@ class HybridConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router: str = "sigmoid"
+    mtp_pattern: str = ""
+    mtp_steps: int = 0
     tie_word_embeddings: bool = False
     dt_limit: tuple[float, float] = (0.0, math.inf)
     max_position_embeddings: int = 131072
@@ -97,6 +100,11 @@ class HybridConfig:
                 raise InputError(f"config: {name} is {value!r}; expected a whole number, 0 for none")
         for kind in kinds:
             kind.check(self)
+        if isinstance(self.mtp_steps, bool) or not isinstance(self.mtp_steps, int) or self.mtp_steps < 0:
+            raise InputError(f"config: {self.mtp_steps!r} steps of multi-token prediction; expected a whole number")
+        if self.mtp_steps and not self.mtp_pattern:
+            raise InputError("config: multi-token prediction has no layers; expected a pattern of them, such as '*E'")
+        _ = self.mtp_layers  # which is checked like any other
         if self.rope_theta is not None and self.head_dim % 2:
             raise InputError(f"config: rotary positions need an even head_dim, found {self.head_dim}")
         if self.rope_theta is not None and not 0 < self.rope_theta < math.inf:
@@ -108,6 +116,11 @@ class HybridConfig:
         low, high = self.dt_limit
         if not 0 <= low < high:
             raise InputError(f"config: dt_limit is ({low}, {high}); expected 0 <= low < high")
+
+    @functools.cached_property
+    def mtp_layers(self) -> HybridConfig | None:
+        """A config whose layers are those of multi-token prediction, all steps one after the other; None without."""
+        return self.replace(pattern=self.mtp_pattern * self.mtp_steps, mtp_steps=0) if self.mtp_steps else None
 
     @property
     def num_layers(self) -> int:

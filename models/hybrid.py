@@ -17,6 +17,7 @@ from ..kernels.norm import rms_norm
 from .axes import Role, tensor_table
 from .config import HybridConfig
 from .layer import Bound, Context, NormWeight, Observe
+from .mtp import MultiTokenPrediction
 from .multipliers import scaled
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class HybridLM(nn.Module):
         self.norm_f = NormWeight(config.hidden_size, **place)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **place)
+        ahead = config.mtp_layers
+        if ahead is not None:
+            blocks = [Block(ahead, number, **place) for number in range(ahead.num_layers)]
+            self.mtp = MultiTokenPrediction(config, blocks, **place)
 
     @property
     def head_weight(self) -> Tensor:
@@ -146,6 +151,24 @@ class HybridLM(nn.Module):
         head: Any = self.head  # an embedding where they are tied
         return (linear(hidden, head.weight) if bound is None else bound.project(head, hidden)).squeeze(1)
 
+    def ahead_states(self, embedded: Tensor, hidden: Tensor, seq_idx: Tensor | None = None) -> list[Tensor]:
+        """What the head reads of each step of multi-token prediction, [B, T - 1 - s, hidden] of step s: at token t its
+        logits are those of token t + 2 + s. Of the same tokens `embedded` [B, T, hidden] is what `embed` and `hidden`
+        what `hidden_states` gives; where a document ends before the tokens that are read there is no meaning."""
+        found = [hidden]
+        ahead = self.config.mtp_layers
+        assert ahead is not None
+        for step in range(self.config.mtp_steps):
+            tokens = hidden.shape[1] - 1 - step
+            # Each place is of its own token's document: what it reads of another one comes last there, and is read by
+            # none after it.
+            context = Context(seq_idx=None if seq_idx is None else seq_idx[:, :tokens])
+            for share in dict.fromkeys(kind.share for kind in ahead.kinds):
+                if share is not None:
+                    context.shared[share] = share(ahead, context, tokens, hidden.device, hidden.dtype)
+            found.append(self.mtp(step, embedded[:, 1 + step :], found[-1][:, :tokens], context))
+        return found[1:]
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, hidden]"""
         return scaled(self.embeddings(input_ids), self.config.multipliers.embedding)
@@ -182,7 +205,9 @@ def initialize(model: HybridLM, generator: torch.Generator, *, std: float = 0.02
     table, config = tensor_table(model.config), model.config
     for name, weight in model.named_parameters():
         spec = table[name]
-        kind = None if spec.layer is None else config.kinds[spec.layer]
+        kinds = config if config.mtp_layers is None or spec.ahead is None else config.mtp_layers
+        number = spec.layer if spec.ahead is None else spec.ahead
+        kind = None if number is None else kinds.kinds[number]
         initial = None if kind is None else kind.initial.get(spec.part.removeprefix("mixer."))
         if initial is not None:
             initial(weight, generator, config)

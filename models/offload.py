@@ -128,7 +128,9 @@ class StreamedLayers:
 
     def read(self, number: int) -> Layer:
         """A model of one layer alone."""
-        alone = self.config.replace(pattern=self.config.pattern[number], vocab_size=1, tie_word_embeddings=True)
+        alone = self.config.replace(
+            pattern=self.config.pattern[number], vocab_size=1, tie_word_embeddings=True, mtp_steps=0
+        )
         model = HybridLM(alone, device="meta").eval()
         ready = None
         with torch.cuda.stream(self.copies):  # nothing without one

@@ -60,7 +60,7 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
                 kept[axis] = best(scores, count, axis.groups(config))
             else:
                 kept[owner], kept[axis] = best_in_groups(scores.reshape(axis.groups(config), -1), groups, count)
-    return Selection(layers, kept)
+    return Selection(layers, kept, ahead=not target.drop_mtp)
 
 
 def kept_layers(config: HybridConfig, layer_order: Sequence[int], count: int | None) -> tuple[int, ...]:

@@ -115,6 +115,11 @@ def repair_tensors(
     layerwise = repair.by_layers
     rotates = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
     total = config.num_layers * (rotates + layerwise)
+    if rotates and config.mtp_steps and selection.ahead:
+        raise InputError(
+            "repair: the stream cannot be rotated beside multi-token prediction, whose own norm the head reads as well;"
+            " set repair.rotate=false, or drop multi-token prediction (target.drop_mtp=true)"
+        )
     if rotates:
         count = None if on_step is None else lambda done: on_step(done, total)
         turn = principal_directions(get_tensor, config, batches, selection, device, dtype, count)
@@ -192,6 +197,11 @@ class LayerwiseRepair:
                 on_layer(layer + 1)
         for name, tensor in self.head():
             yield self.stored(name, tensor)
+        for name, spec in self.smaller_table.items():
+            if spec.ahead is not None:  # nothing here runs it: it is cut, and its norms count what is left
+                source, rescale = self.table[name], self.repair.norms != "none"
+                tensor = self.source_tensor(name)
+                yield name, cut(tensor, source, spec, self.selection.kept, rescale_norms=rescale).cpu()
 
     def repaired_layer(self, place: int, original: HybridLM) -> Iterator[tuple[str, Tensor]]:
         """The tensors of layer `place` of the pruned model; both streams move through their layers."""

@@ -26,7 +26,8 @@ def rotated_selection(selection: Selection) -> Selection:
     """The same selection with the first channels kept: after a rotation they are the principal directions."""
     if HIDDEN not in selection.kept:
         return selection
-    return Selection(selection.layers, {**selection.kept, HIDDEN: tuple(range(len(selection.kept[HIDDEN])))})
+    kept = {**selection.kept, HIDDEN: tuple(range(len(selection.kept[HIDDEN])))}
+    return dataclasses.replace(selection, kept=kept)
 
 
 @dataclasses.dataclass(frozen=True)

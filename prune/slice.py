@@ -25,11 +25,12 @@ from ..models.tensors import take
 class Selection:
     """What stays: source layers in ascending order, and per axis the source units in their new order.
 
-    An axis that is not named keeps everything.
+    An axis that is not named keeps everything. `ahead`: multi-token prediction stays, where there is any.
     """
 
     layers: tuple[int, ...]
     kept: Mapping[Axis, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    ahead: bool = True
 
 
 def slice_config(config: HybridConfig, selection: Selection) -> HybridConfig:
@@ -67,7 +68,19 @@ def slice_config(config: HybridConfig, selection: Selection) -> HybridConfig:
                 " expected the same number in every layer of a kind"
             )
     pattern = "".join(config.pattern[layer] for layer in layers)
-    return config.replace(pattern=pattern, **widths)
+    if config.mtp_layers is not None and selection.ahead:
+        check_ahead(config, config.mtp_layers, widths)
+    return config.replace(pattern=pattern, mtp_steps=config.mtp_steps if selection.ahead else 0, **widths)
+
+
+def check_ahead(config: HybridConfig, ahead: HybridConfig, widths: Mapping[str, int]) -> None:
+    """Raises InputError where layers of multi-token prediction would have to lose units that nothing has scored."""
+    for name in (name for kind in ahead.kinds for name in kind.widths()):
+        if widths.get(name, getattr(config, name)) != getattr(config, name):
+            raise InputError(
+                f"selection: {name} becomes {widths[name]}, but multi-token prediction keeps its layers' width"
+                f" {getattr(config, name)}; leave it as it is, or drop multi-token prediction (target.drop_mtp=true)"
+            )
 
 
 def check_units(axis: Axis, size: int, kept: Sequence[int]) -> None:

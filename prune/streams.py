@@ -65,7 +65,7 @@ def one_layer(
     config: HybridConfig, layer: int, get_tensor: GetTensor, device: torch.device | str, dtype: torch.dtype
 ) -> HybridLM:
     """A model of one layer of `config` alone, whose `forward_layers` runs it."""
-    alone = config.replace(pattern=config.pattern[layer], vocab_size=1, tie_word_embeddings=True)
+    alone = config.replace(pattern=config.pattern[layer], vocab_size=1, tie_word_embeddings=True, mtp_steps=0)
     model = HybridLM(alone, device=device, dtype=dtype)
     for name, weight in model.state_dict().items():
         if name.startswith("layers.0."):

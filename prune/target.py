@@ -69,7 +69,8 @@ class ByWidth:
 class Target(ByWidth):
     """The size to prune to: a number of layers, and widths of axes, named as in the config; None keeps the source's.
     `keep_layers` names the source layers that stay, whatever the order of the scores. `parameters`, a share of the
-    source's or a count, stands for hidden_size and intermediate_size, or for the one not given.
+    source's or a count, stands for hidden_size and intermediate_size, or for the one not given. `drop_mtp` leaves
+    multi-token prediction out.
 
     Raises InputError for a width that no axis has.
     """
@@ -77,6 +78,7 @@ class Target(ByWidth):
     layers: int | None
     keep_layers: tuple[int, ...] | None
     parameters: float | None
+    drop_mtp: bool | None
     widths: Mapping[str, int]
 
     def __init__(
@@ -84,9 +86,10 @@ class Target(ByWidth):
         layers: int | None = None,
         keep_layers: tuple[int, ...] | None = None,
         parameters: float | None = None,
+        drop_mtp: bool | None = None,
         **widths: int | None,
     ) -> None:
-        content = {"layers": layers, "keep_layers": keep_layers, "parameters": parameters}
+        content = {"layers": layers, "keep_layers": keep_layers, "parameters": parameters, "drop_mtp": drop_mtp}
         for name, value in (content | {"widths": by_width(widths, "target")}).items():
             object.__setattr__(self, name, value)
 
@@ -98,7 +101,10 @@ class Target(ByWidth):
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
-        own = {"layers": int | None, "keep_layers": tuple[int, ...] | None, "parameters": float | None}
+        own = {
+            "layers": int | None, "keep_layers": tuple[int, ...] | None, "parameters": float | None,
+            "drop_mtp": bool | None,
+        }  # fmt: skip
         return own | dict.fromkeys((row.width for row in AXES.values()), int | None)
 
     def replace(self, **changes: Any) -> Self:

@@ -269,7 +269,7 @@ def unit_weights(config: HybridConfig, get_tensor: GetTensor, *, only_readers: b
     squares = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in shapes.items()}
     met = set()
     for tensor in tensor_table(config).values():
-        if len(tensor.dimensions) < 2:
+        if len(tensor.dimensions) < 2 or tensor.ahead is not None:
             continue
         sums = square_sums(get_tensor(tensor.name))
         for number, dimension in enumerate(tensor.dimensions):

@@ -111,7 +111,8 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
             say(f"note: {note}")
         for how in plan:
             check_share(how.batch)
-    student = load_trained(student_folder, dtype, process_device(torch_device(options.device)), options.shard)
+    ahead = any(how.loss.mtp_weight for how in plan)
+    student = load_trained(student_folder, dtype, process_device(torch_device(options.device)), options.shard, ahead)
     teacher, pairing = open_teacher(work, teacher_folder, student_folder, student, options)
     check_forward({"student": student.model} | ({"teacher": teacher} if isinstance(teacher, HybridLM) else {}))
     with processes.together():

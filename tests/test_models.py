@@ -227,4 +227,4 @@ def test_generate_refuses(wrong: dict[str, Any]) -> None:
 
 
 def test_named_configs_are_read() -> None:
-    assert {model_config(name).num_layers for name in model_names()} == {62, 56, 52, 12, 72, 60, 88, 42}
+    assert {model_config(name).num_layers for name in model_names()} == {62, 56, 52, 12, 72, 60, 88, 42, 10}

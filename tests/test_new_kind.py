@@ -14,7 +14,7 @@ import pytest
 import torch
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.options import TrainOptions
-from limbeck.distill.report.card import Licence, write_card
+from limbeck.distill.report.card import TRANSFORMERS, Licence, Published, write_card
 from limbeck.distill.report.report import write_page
 from limbeck.distill.trainer import make_optimizers, train
 from limbeck.models.axes import AXES, Axis, axis_sizes, tensor_table
@@ -346,7 +346,8 @@ def test_it_is_exported_and_drawn(
     (tmp_path / "export").mkdir()
     parity = write_export(tmp_path / "export", folder, torch.bfloat16, max_shard_bytes=2**20, check_tokens=16, seed=0)
     assert parity.relative_rms is None
-    write_card(tmp_path / "export", model.config, "bfloat16", parity.sentence(), Licence({}, ()))
+    published = Published("bfloat16", TRANSFORMERS, parity.sentence())
+    write_card(tmp_path / "export", model.config, published, Licence({}, ()))
     assert "2 gated convolution" in (tmp_path / "export" / "README.md").read_text()
 
     config, batch = model.config, draw_rows(61, 4)

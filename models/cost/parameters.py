@@ -32,8 +32,10 @@ def count_parameters(config: HybridConfig) -> int:
 
 
 def count_active(config: HybridConfig) -> int:
-    """Parameters that a token meets, embedding and head included: of the experts those that it chooses."""
-    return round(count_parameters(config) - unused(config, 1))
+    """Parameters that a token meets, embedding and head included: of the experts those that it chooses, of multi-token
+    prediction none."""
+    own = config.replace(mtp_steps=0)
+    return round(count_parameters(own) - unused(own, 1))
 
 
 def unused(config: HybridConfig, tokens: int) -> float:

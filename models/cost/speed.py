@@ -96,9 +96,10 @@ def throughput(
 
 
 def weights_read(config: HybridConfig, dtype: torch.dtype, tokens: int) -> float:
-    """Bytes of weights that a pass of so many tokens reads: all but the embedding and the experts that none chooses."""
+    """Bytes of weights that a pass of so many tokens reads: all but the embedding, the experts that none chooses, and
+    multi-token prediction."""
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return weight_bytes(config, dtype) - (head + unused(config, tokens)) * dtype.itemsize
+    return weight_bytes(config.replace(mtp_steps=0), dtype) - (head + unused(config, tokens)) * dtype.itemsize
 
 
 def largest_batch_of(config: HybridConfig, context: int, budget: float | None, dtypes: Any) -> int:

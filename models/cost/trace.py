@@ -131,7 +131,9 @@ def alike(config: HybridConfig) -> HybridConfig:
     first, later = config.pattern[0], sorted(set(config.pattern[1:]))
     if first in later:  # any kind may come first; the one of the fewest tensors is run fastest
         first = min(later, key=lambda kind: num_tensors(config.replace(pattern=kind)))
-    return config.replace(pattern=first + "".join(later), bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    return config.replace(
+        pattern=first + "".join(later), mtp_steps=0, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
 
 
 @contextlib.contextmanager

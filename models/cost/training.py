@@ -140,7 +140,11 @@ def train_memory(student: HybridConfig, teacher: HybridConfig | None, training: 
     if training.teacher == "online" and teacher is None:
         raise InputError("train: an online teacher needs a config; give teacher=, or training.teacher=cached")
     teacher = teacher if training.teacher == "online" else None
+    carried = (count_parameters(student) - count_parameters(student.replace(mtp_steps=0))) * training.stored
+    student = student.replace(mtp_steps=0)  # multi-token prediction is carried along, whole in every process
+    teacher = None if teacher is None else teacher.replace(mtp_steps=0)
     always, moments = standing(student, teacher, training), {}
+    always["student weights"] += carried
     for name, lines in moments_of(student, teacher, training):
         assert set(lines) <= set(LINES), lines
         moments[name] = always | lines

@@ -68,8 +68,8 @@ Transform = str | Fused | FusedUnits | Units | Scaled
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """`read` and `write` turn a config.json into HybridConfig's arguments and back. `outer` maps the tensors around the
-    layers, `layers` those of a layer by its letter; `{block}` in a stored name is the number of the layer's block, or
-    of the layer where each stands for itself.
+    layers, `layers` those of a layer by its letter, `ahead` those of a layer of multi-token prediction; `{block}` in a
+    stored name is the number of the layer's block, or of the layer where each stands for itself.
 
     `architecture` is transformers' class; `fixed` are the fields that are the same in every model of the family.
     `blocks` are the patterns of the blocks of several layers, all of one length, that come and go together only; none:
@@ -87,6 +87,7 @@ class Family:
     fixed: Mapping[str, Any]
     outer: Mapping[str, Transform]
     layers: Mapping[str, Mapping[str, Transform]]
+    ahead: Mapping[str, Mapping[str, Transform]] = dataclasses.field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("",)
     ignored: tuple[str, ...] = ()
@@ -141,7 +142,9 @@ def pieces_of_tensor(
 ) -> Iterator[Piece]:
     names = family.outer
     place: dict[str, int] = {}
-    if spec.layer is not None:
+    if spec.ahead is not None:
+        names, place = family.ahead[config.mtp_layers.pattern[spec.ahead]], {"block": spec.ahead}  # type: ignore[union-attr]
+    elif spec.layer is not None:
         names = family.layers[config.pattern[spec.layer]]
         # A block's layers are told apart by their names; the number is the block's.
         place = {"block": spec.layer // family.block_size}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import attention, mamba2, mlp, moe
 from ..errors import InputError
-from .family import PLAIN, Family, Units
+from .family import PLAIN, Family, Transform, Units
 from .spelling import TIME_STEP_LIMIT, read_fields, read_limit, refuse_biases, unread, write_limit
 
 if TYPE_CHECKING:
@@ -60,24 +60,28 @@ EXPERT_FIELDS = (
 )  # fmt: skip
 TIME_STEP_LIMITS = (TIME_STEP_LIMIT, "mamba_dt_limit")
 BIASES = ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
-LAYER = "backbone.layers.{block}."
+LAYER, AHEAD = "backbone.layers.{block}.", "mtp.layers.{block}."
+STEPS, STEP_PATTERN, STEP_TYPES = "num_nextn_predict_layers", "mtp_hybrid_override_pattern", "mtp_layers_block_type"
+DEFAULT_STEP = "*E"  # as transformers has it
 
 
 def read_nemotron_h(hf: Mapping[str, Any]) -> dict[str, Any]:
     pattern = read_pattern(hf)
-    fields: dict[str, Any] = {"family": "nemotron_h", "pattern": pattern}
+    fields: dict[str, Any] = {"family": "nemotron_h", "pattern": pattern, **read_steps(hf)}
+    every = pattern + fields.get("mtp_pattern", "")
     known, defaults = dict(SPELLINGS), dict[str, Any]()
-    if MIXTURE in pattern:
+    if MIXTURE in every:
         known |= EXPERT_SPELLINGS
         defaults = {"n_group": 1, "topk_group": 1}
         check_shared(hf)
-    fields |= read_fields(hf, known, pattern, defaults)
+    fields |= read_fields(hf, known, every, defaults)
     refuse_biases(hf, BIASES)
     for name, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
         if hf.get(name, expected) != expected:
             raise InputError(f"config: {name}={hf[name]!r}; nemotron_h has {expected!r}")
     fields |= read_limit(hf, *TIME_STEP_LIMITS)
-    fields["extra"] = unread(hf, known, "num_hidden_layers", *TIME_STEP_LIMITS)
+    used = (STEPS, STEP_PATTERN, STEP_TYPES) if fields.get("mtp_steps") else ()
+    fields["extra"] = unread(hf, known, "num_hidden_layers", *TIME_STEP_LIMITS, *used)
     return fields
 
 
@@ -102,14 +106,8 @@ def read_pattern(hf: Mapping[str, Any]) -> str:
             raise InputError(f"config: hybrid_override_pattern is {text!r}; expected a text such as 'M-M*-'")
         spelled["hybrid_override_pattern"] = text
     for name in ("layers_block_type", "layer_types"):
-        types = hf.get(name)
-        if types is None:
-            continue
-        for position, kind in enumerate(types):
-            if kind not in LAYER_TYPES:
-                known = ", ".join(LAYER_TYPES)
-                raise InputError(f"config: {name}[{position}] is {kind!r}, which is not supported; known: {known}")
-        spelled[name] = "".join(LAYER_TYPES[kind] for kind in types)
+        if hf.get(name) is not None:
+            spelled[name] = pattern_of(name, hf[name])
     if not spelled:
         raise InputError("config: no layer pattern; expected hybrid_override_pattern, layers_block_type or layer_types")
     if len(set(spelled.values())) > 1:
@@ -121,6 +119,31 @@ def read_pattern(hf: Mapping[str, Any]) -> str:
     return pattern
 
 
+def pattern_of(name: str, types: Any) -> str:
+    """The pattern of a list of the layers' types. Raises InputError."""
+    for position, kind in enumerate(types):
+        if kind not in LAYER_TYPES:
+            known = ", ".join(LAYER_TYPES)
+            raise InputError(f"config: {name}[{position}] is {kind!r}, which is not supported; known: {known}")
+    return "".join(LAYER_TYPES[kind] for kind in types)
+
+
+def read_steps(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The steps of multi-token prediction, and the pattern of one; nothing without. Raises InputError."""
+    steps = hf.get(STEPS)
+    if not steps:
+        return {}
+    spelled = [hf[STEP_PATTERN]] if hf.get(STEP_PATTERN) is not None else []
+    if hf.get(STEP_TYPES) is not None:
+        spelled.append(pattern_of(STEP_TYPES, hf[STEP_TYPES]))
+    if len(set(spelled)) > 1:
+        raise InputError(f"config: {STEP_PATTERN} and {STEP_TYPES} disagree on the layers of multi-token prediction")
+    pattern = next(iter(spelled), DEFAULT_STEP)
+    if not isinstance(pattern, str):
+        raise InputError(f"config: {STEP_PATTERN} is {pattern!r}; expected a text such as {DEFAULT_STEP!r}")
+    return {"mtp_steps": steps, "mtp_pattern": pattern}
+
+
 def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
     hf: dict[str, Any] = {
         "hybrid_override_pattern": config.pattern,
@@ -129,8 +152,11 @@ def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
         "mamba_hidden_act": "silu",
     }
     hf |= dict.fromkeys(BIASES, False)
-    known = dict(SPELLINGS)
-    if MIXTURE in config.pattern:
+    known, every = dict(SPELLINGS), config.pattern
+    if config.mtp_steps:
+        hf |= {STEPS: config.mtp_steps, STEP_PATTERN: config.mtp_pattern}
+        every += config.mtp_pattern
+    if MIXTURE in every:
         known |= EXPERT_SPELLINGS
         hf["n_shared_experts"] = 1
         if not config.moe_shared_expert_intermediate_size:
@@ -145,21 +171,44 @@ def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
             hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
     hf |= write_limit(config)
     hf |= {name: value for name, value in config.extra.items() if name not in hf}
-    absent = () if MIXTURE in config.pattern else EXPERT_FIELDS
+    absent = () if MIXTURE in every else EXPERT_FIELDS
     return {name: value for name, value in hf.items() if name not in absent}
 
 
-def mixer(*names: str) -> dict[str, str]:
-    """A layer's tensors, which are called as ours are."""
-    return {part: LAYER + part for part in ("norm.weight", *(f"mixer.{name}" for name in names))}
+def layers_at(place: str) -> dict[str, dict[str, Transform]]:
+    """A layer's tensors by its letter, which are called as ours are; experts are stored one by one."""
+    names = {
+        MAMBA: ("in_proj.weight", "conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias", "norm.weight",
+                "out_proj.weight"),
+        ATTENTION: ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
+        DENSE: ("up_proj.weight", "down_proj.weight"),
+        MIXTURE: ("gate.weight", "gate.e_score_correction_bias", "shared_experts.up_proj.weight",
+                  "shared_experts.down_proj.weight", "fc1_latent_proj.weight", "fc2_latent_proj.weight"),
+    }  # fmt: skip
+    maps: dict[str, dict[str, Transform]] = {
+        letter: {part: place + part for part in ("norm.weight", *(f"mixer.{name}" for name in own))}
+        for letter, own in names.items()
+    }
+    for end in ("up", "down"):
+        maps[MIXTURE][f"mixer.experts.{end}_proj"] = Units(f"{place}mixer.experts.{{unit}}.{end}_proj.weight")
+    return maps
 
 
+BETWEEN = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "final_layernorm.weight")
 FAMILY = Family(
     read_nemotron_h,
     write_nemotron_h,
     "NemotronHForCausalLM",
-    fixed={"activation": "relu2", "gated_mlp": False, "qk_norm": False, "rope_theta": None, "attention_bias": False,
-           "mlp_bias": False, "router": "sigmoid", **PLAIN},
+    fixed={
+        "activation": "relu2",
+        "gated_mlp": False,
+        "qk_norm": False,
+        "rope_theta": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "router": "sigmoid",
+        **PLAIN,
+    },
     prefixes=("backbone.", "model."),
     ties=False,
     spellings=SPELLINGS | EXPERT_SPELLINGS,
@@ -168,14 +217,6 @@ FAMILY = Family(
         "norm_f.weight": "backbone.norm_f.weight",
         "lm_head.weight": "lm_head.weight",
     },
-    layers={
-        MAMBA: mixer("in_proj.weight", "conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias", "norm.weight",
-                     "out_proj.weight"),
-        ATTENTION: mixer("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
-        DENSE: mixer("up_proj.weight", "down_proj.weight"),
-        MIXTURE: mixer("gate.weight", "gate.e_score_correction_bias", "shared_experts.up_proj.weight",
-                       "shared_experts.down_proj.weight", "fc1_latent_proj.weight", "fc2_latent_proj.weight")
-        | {f"mixer.experts.{end}_proj": Units(LAYER + "mixer.experts.{unit}." + end + "_proj.weight")
-           for end in ("up", "down")},
-    },
-)  # fmt: skip
+    layers=layers_at(LAYER),
+    ahead={letter: own | {part: AHEAD + part for part in BETWEEN} for letter, own in layers_at(AHEAD).items()},
+)
