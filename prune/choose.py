@@ -120,12 +120,12 @@ def check_width(config: HybridConfig, sizes: Mapping[Axis, int], row: AxisRow, t
         advice = "" if held is None else f"; give a multiple, or another {row.groups} as well"
         raise InputError(
             f"target: {name} is {count}; expected a multiple of {row.groups} ({groups}),"
-            f" because every group keeps equally many heads{advice}"
+            f" because every group keeps equally many {row.title}{advice}"
         )
     if count > size // all_groups * groups:
         raise InputError(
             f"target: {name} is {count} with {row.groups} {groups}; expected at most {size // all_groups * groups},"
-            f" because each of the source's {all_groups} groups has {size // all_groups} heads"
+            f" because each of the source's {all_groups} groups has {size // all_groups}"
         )
     return count
 

@@ -19,6 +19,7 @@ from ..models.axes import AXES, AxisRow, group_row
 from ..models.config import HybridConfig
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
+from .expert_target import expert_widths
 
 WIDE = 2048  # from this hidden size on
 FINE = 8  # what tensor cores like
@@ -126,11 +127,21 @@ def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
         return target
     smaller = config.replace(pattern=pattern, **target.widths)
     goal = goal_of(config, target.parameters)
+    if any(kind.experts is not None for kind in smaller.kinds):
+
+        def tied(sizes: Mapping[str, int]) -> dict[str, int]:
+            return {**sizes, **tied_widths(smaller, sizes.get(HIDDEN, smaller.hidden_size), target.widths)}
+
+        found = expert_widths(smaller, goal, target.widths, alignment(config), lambda own: smaller.replace(**tied(own)))
+        return target.replace(parameters=None, **changed_widths(config, tied(found)))
     hidden, intermediate = widths_for(smaller, goal, target.hidden_size, target.intermediate_size, target.widths)
     sizes = {HIDDEN: hidden, INNER: intermediate, **tied_widths(smaller, hidden, target.widths)}
-    return target.replace(
-        parameters=None, **{name: None if size == getattr(config, name) else size for name, size in sizes.items()}
-    )
+    return target.replace(parameters=None, **changed_widths(config, sizes))
+
+
+def changed_widths(config: HybridConfig, sizes: Mapping[str, int]) -> dict[str, int | None]:
+    """The sizes that are not the config's own; None for the others."""
+    return {name: None if size == getattr(config, name) else size for name, size in sizes.items()}
 
 
 def followed(config: HybridConfig, row: AxisRow, groups: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 from limbeck.models.axes import AXES, AxisRow
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.parameters import count_parameters
+from limbeck.models.errors import InputError
 from limbeck.models.kinds import KINDS
 from limbeck.prune.search import Space
 from limbeck.prune.target import FINE, Target, alignment, goal_of, widths_for, with_widths
@@ -74,6 +75,31 @@ def test_a_number_of_parameters_is_met(name: str, share: float) -> None:
     if found.intermediate_size % FINE:  # no multiple of 8 at this hidden size comes as near
         coarse = found.replace(intermediate_size=found.intermediate_size // FINE * FINE)
         assert 1 - count_parameters(coarse) / goal > 1e-3
+
+
+@pytest.mark.parametrize("share", (0.93, 0.75, 0.5, 0.31))
+@pytest.mark.parametrize("name", ("nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b", "zoo-moe-small"))
+def test_a_number_of_parameters_is_met_with_experts(name: str, share: float) -> None:
+    config = model_config(name)
+    found = config.replace(**with_widths(config, config.pattern, Target(parameters=share)).widths)
+    found.to_hf()
+    assert 0 <= 1 - count_parameters(found) / goal_of(config, share) <= 1e-3
+    assert found.hidden_size % FINE == 0 and found.moe_intermediate_size == config.moe_intermediate_size
+
+
+def test_the_published_cut_of_a_mixture_follows_from_its_number_of_parameters() -> None:
+    """NVIDIA's 22.28B of Nemotron-3-Nano: hidden 2304, 104 experts, shared 3072."""
+    config = model_config("nemotron-3-nano-30b-a3b")
+    published = {"hidden_size": 2304, "n_routed_experts": 104, "moe_shared_expert_intermediate_size": 3072}
+    assert with_widths(config, config.pattern, Target(parameters=22_276_865_600)).widths == published
+    for name, size in published.items():
+        found = with_widths(config, config.pattern, Target(parameters=22_276_865_600, **{name: size}))  # type: ignore[arg-type]
+        assert found.widths == published, name
+    fixed = {name: getattr(config, name) for name in published}
+    with pytest.raises(InputError, match="leave one of them out"):
+        with_widths(config, config.pattern, Target(parameters=0.9, **fixed))
+    with pytest.raises(InputError, match="no widths leave as few"):
+        with_widths(config, config.pattern, Target(parameters=1000))
 
 
 def test_only_one_width_is_free() -> None:
