@@ -83,9 +83,10 @@ def causal_conv1d_reference(
     return torch.stack(rows), torch.stack(states)
 
 
-def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467, eq. 4)."""
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467, eq. 4), the mean inside each group of channels."""
+    normed = [group / torch.sqrt((group * group).mean(-1, keepdim=True) + eps) for group in x.chunk(n_groups, -1)]
+    return torch.cat(normed, -1) * weight
 
 
 def gated_rms_norm_reference(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels.norm import rms_norm
 from ..models import processes
 from ..models.axes import Axis, axis_sizes
+from ..models.multipliers import scaled
 from ..models.offload import Layer, Layers
 from .depth_metrics import Reading, SquaredError
 
@@ -76,8 +77,9 @@ class Without:
 
     def head_inputs(self, streams: Sequence[Tensor]) -> list[Tensor]:
         """What the head reads at the counted tokens, [N, H] a batch."""
-        eps = self.source.config.norm_eps
-        return [rms_norm(stream[mask], self.norm, eps) for stream, mask in zip(streams, self.counted, strict=True)]
+        config, pairs = self.source.config, zip(streams, self.counted, strict=True)
+        normed = (rms_norm(stream[mask], self.norm, config.norm_eps) for stream, mask in pairs)
+        return [scaled(own, config.multipliers.logits) for own in normed]
 
     def costs(
         self, layer: Layer, kind: str, units: Sequence[int], streams: Sequence[Tensor], finals: Sequence[Tensor]

@@ -81,8 +81,9 @@ def check_row_kernels(seed: int, dtype: torch.dtype = torch.float32, loose: floa
     shape = (draw.choose.randint(1, 3), draw.choose.choice((1, 2, 5, 23)), size)
     x, z, weight = draw.normal(*shape), draw.normal(*shape), draw.normal(size)
     eps = draw.choose.choice((1e-5, 1e-6))
-    compare(lambda x, w: rms_norm(x, w, eps), lambda x, w: rms_norm_reference(x, w, eps), [x, weight], draw, dtype,
-            loose)  # fmt: skip
+    for parts in {1, groups}:
+        compare(lambda x, w: rms_norm(x, w, eps, parts), lambda x, w: rms_norm_reference(x, w, eps, parts),  # noqa: B023
+                [x, weight], draw, dtype, loose)  # fmt: skip
     compare(
         lambda x, z, w: gated_rms_norm(x, z, w, eps, groups),
         lambda x, z, w: gated_rms_norm_reference(x, z, w, eps, groups),

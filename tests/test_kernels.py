@@ -221,6 +221,11 @@ def test_norms(groups: int, no_grad: bool) -> None:
     dy = torch.randn(24, 5, 3, generator=generator).transpose(0, 2)
     cases: dict[str, tuple[Any, Any, list[Tensor]]] = {
         "plain": (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), [x, weight]),
+        "in groups": (
+            lambda x, w: rms_norm(x, w, 1e-5, groups),
+            lambda x, w: rms_norm_reference(x, w, 1e-5, groups),
+            [x, weight],
+        ),
         "gated": (
             lambda x, z, w: gated_rms_norm(x, z, w, 1e-5, groups),
             lambda x, z, w: gated_rms_norm_reference(x, z, w, 1e-5, groups),

@@ -267,7 +267,7 @@ PRUNED = {
     "falcon, no norm": ("hidden_size=24", "intermediate_size=32", "num_attention_heads=2", "mamba_num_heads=6"),
     "falcon, norm after the gate": ("hidden_size=20", "mamba_head_dim=4", "layers=4"),
     "granite": ("hidden_size=16", "num_attention_heads=2", "mamba_num_heads=8", "intermediate_size=32"),
-    "granite, experts": ("n_routed_experts=3", "moe_intermediate_size=8", "ssm_state_size=4",
+    "granite, experts": ("n_routed_experts=3", "moe_intermediate_size=6", "ssm_state_size=4",
                          "moe_shared_expert_intermediate_size=8"),
     "granite, tied": ("parameters=0.6", "mamba_head_dim=8"),
 }  # fmt: skip
@@ -298,10 +298,15 @@ def test_the_commands_prune_and_export(name: str, workshop: Path, tmp_path: Path
         code, _, err = limbeck(*step)
         assert code == 0, err
     ours = load_model(tmp_path / "exported")
+    alike = (
+        {"experts_implementation": "eager"} if "E" in config.pattern else {}
+    )  # widths that a grouped product refuses
+    found = json.loads((tmp_path / "exported" / "export.json").read_text()).get("cautions", [])
+    assert any("experts are 6 wide" in caution for caution in found) == bool(alike)
     assert count_parameters(ours.config) < count_parameters(config)
     assert ours.config.multipliers == config.multipliers
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "exported", dtype=torch.float32, output_loading_info=True
+        tmp_path / "exported", dtype=torch.float32, output_loading_info=True, **alike
     )
     assert type(theirs).__name__ == config.family_record.architecture
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
