@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..models.checkpoint import Checkpoint, row_blocks, write_checkpoint
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.fingerprint import SPEED
+from ..models.foreign import read_object
 from .options import TrainOptions
 from .parallel import Trained, stored_dtype
 from .state import AVERAGE, METRICS, WEIGHTS, numbered, states
@@ -62,7 +62,7 @@ def final_weights(folder: Path, options: TrainOptions) -> FinalWeights:
     all_states = states(folder)
     last = int(all_states[-1].name.removeprefix("state-"))
     if options.keep == "best" and (best := numbered(folder, "best")):
-        said = json.loads((best[-1] / "best.json").read_text(encoding="utf-8"))
+        said = read_object(best[-1] / "best.json")
         return FinalWeights((best[-1] / WEIGHTS,), {"kept": "best", **said})
     if options.average_states > 1:
         last_ones = all_states[-options.average_states :]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..models import processes
 from ..models.fingerprint import SPEED
+from ..models.foreign import read_lines
 from .average import final_weights
 from .options import DistillOptions, TrainOptions
 from .parallel import Trained
@@ -58,8 +59,7 @@ def join_metrics(folders: Sequence[Path], target: Path) -> None:
         records: list[dict[str, Any]] = []
         for stage, folder in enumerate(folders, 1):
             before: Mapping[str, int] = records[-1] if records else {}
-            for line in (folder / name).read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
+            for record in read_lines(folder / name):
                 counted = {each: record[each] + before.get(each, 0) for each in ("step", "tokens") if each in record}
                 records.append({"stage": stage} | record | counted)
         (target / name).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

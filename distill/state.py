@@ -23,6 +23,7 @@ from torch import Tensor
 from ..models import processes
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, sha256_files, write_json
+from ..models.foreign import read_object
 from ..models.tensors import TensorFile
 from .parallel import Trained, TrainedWeight
 
@@ -108,7 +109,7 @@ def write_sums(folder: Path) -> None:
 def is_whole(folder: Path) -> bool:
     """Whether a state has the files that were written, as they were."""
     try:
-        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        sums = read_object(folder / SUMS)
         return sums == sha256_files(folder, [folder / name for name in sums])
     except (OSError, ValueError, TypeError):
         return False
@@ -203,7 +204,10 @@ def load_state(
             value = part[weight.rows] if part.get_shape() else file.get_tensor(key)
             optimizers[kind].state[weight.local][field] = value.to(weight.local.device)
     # A best beyond the state is of steps that come again, and is written again then.
-    progress = Progress(**json.loads((newest / "state.json").read_text(encoding="utf-8")))
+    try:
+        progress = Progress(**read_object(newest / "state.json"))
+    except TypeError:
+        raise InputError(f"{newest / 'state.json'} is none of limbeck's; remove {newest}") from None
     remove_bests(folder, progress.step)
     if progress.best_step is not None and not processes.from_first(
         (folder / f"best-{progress.best_step:08d}").exists()

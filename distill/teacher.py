@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from ..kernels.linear_topk_kl import TopK, linear_topk, linear_topk_kl
 from ..models import processes
 from ..models.errors import InputError
 from ..models.folder import write_json
+from ..models.foreign import read_object
 from ..models.hybrid import HybridLM
 from ..models.tensors import save_tensors
 
@@ -189,7 +189,7 @@ class CachedTeacher:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            facts = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            facts = read_object(folder / INDEX)
             self.vocab_size, self.k, self.tokenizer = facts["vocab_size"], facts["k"], facts["tokenizer"]
         except (OSError, ValueError, KeyError):
             raise InputError(

@@ -3,7 +3,6 @@ from either."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ..models.checkpoint import load_config
 from ..models.errors import InputError
 from ..models.fingerprint import read_provenance
 from ..models.folder import sha256_file
+from ..models.foreign import read_object
 from ..models.hybrid import HybridLM
 from .gap.measure import measure_gap
 from .hidden import KeptParts
@@ -63,7 +63,7 @@ def cache_fingerprint(cache: Path) -> str:
 def kept_of(student: Path, teacher: Path, teacher_sum: Callable[[], str]) -> KeptParts | None:
     """What a student's folder says it is of its teacher; None unless it was pruned from just this one."""
     try:
-        selection = json.loads((student / "selection.json").read_text(encoding="utf-8"))
+        selection = read_object(student / "selection.json")
         source = read_provenance(student)["inputs"]["model"]
     except (OSError, ValueError, KeyError):
         return None

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .axes import tensor_table
-from .companions import copy_companions
+from .companions import companions, copy_companions
 from .config import HybridConfig
 from .errors import CheckFailed, InputError
 from .families.family import (
@@ -35,7 +35,6 @@ from .families.family import (
 from .folder import atomic_folder, write_json
 from .foreign import SETTINGS, check_regular, read_object
 from .hybrid import HybridLM, set_tensor
-from .schema import read_index
 from .shards import (
     INDEX,
     SHARD_BYTES,
@@ -225,6 +224,8 @@ def weight_files(path: Path) -> list[Path]:
         return [path / SINGLE]
     if not (path / INDEX).exists():
         raise InputError(f"{path}: no weights; expected {SINGLE} or {INDEX}")
+    from .schema import read_index
+
     files = [path / name for name in sorted(set(read_index(path / INDEX).values()))]
     for file in files:
         if not file.exists():
@@ -308,6 +309,7 @@ def write_checkpoint(
     """
     given, (config, dtypes) = config, untied(config, dtypes)
     content = config.to_hf()  # what cannot be written is refused before the first weight is
+    along = companions(tokenizer_from) if tokenizer_from not in (None, folder) else []
     shards = plan_shards(config, dtypes, max_shard_bytes)
     if config != given:
         tensors = with_head(tensors, lambda: finished_shards(folder, config, shards).tensor("embeddings.weight"))
@@ -343,8 +345,7 @@ def write_checkpoint(
     assert not place, f"tensors of the checkpoint that were not given: {sorted(place)}"
     write_index(folder, shards)
     write_json(folder / "config.json", content | {"torch_dtype": str(main_dtype(shards)).removeprefix("torch.")})
-    if tokenizer_from not in (None, folder):  # the folder may have its own already
-        copy_companions(Path(tokenizer_from), folder)
+    copy_companions(along, folder)
     if provenance is not None:
         write_json(folder / "limbeck.json", dict(provenance))
 

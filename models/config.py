@@ -22,6 +22,7 @@ from .multipliers import ONES, Multipliers
 from .rope import RopeScaling
 
 ACTIVATIONS = ("relu2", "silu")
+MOST_EXPERTS = 2**18  # of all layers; the largest public models have 2**15
 MOST_NUMBERS = 2**40  # of a tensor: 2 TB in bfloat16
 
 
@@ -111,6 +112,8 @@ class HybridConfig:
             raise InputError(f"config: rope_theta is {self.rope_theta}; expected a number above 0")
         if self.rope_scaling is not None and self.rope_theta is None:
             raise InputError("config: rope_scaling stretches rotary positions; expected a rope_theta beside it")
+        if not 0 <= self.norm_eps < 1:
+            raise InputError(f"config: norm_eps is {self.norm_eps}; expected a number from 0 to 1")
         if self.activation not in ACTIVATIONS:
             raise InputError(f"config: activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         low, high = self.dt_limit
@@ -180,6 +183,11 @@ def check_size(config: HybridConfig) -> None:
     for kind, layer in first.items():
         for name, (_, dimensions) in kind.tensors(config, layer, hidden).items():
             sizes[f"layers.{layer}.mixer.{name}"] = math.prod(map(dimension_size, dimensions))
+    if config.num_layers * config.n_routed_experts > MOST_EXPERTS:
+        raise InputError(
+            f"config: {config.num_layers} layers of {config.n_routed_experts:,} experts; expected {MOST_EXPERTS:,}"
+            " experts in all at most"
+        )
     name, size = max(sizes.items(), key=lambda item: item[1])
     if size > MOST_NUMBERS:
         raise InputError(f"config: {name} has {size:,} numbers; expected {MOST_NUMBERS:,} at most")

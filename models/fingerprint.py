@@ -22,6 +22,7 @@ import torch
 from .. import __version__
 from .errors import InputError
 from .folder import sha256_file, sha256_files, write_json
+from .foreign import read_object
 
 PROVENANCE = "limbeck.json"
 RESULT = "result.json"
@@ -82,7 +83,7 @@ class Fingerprint:
     def began(self, mark: Path) -> bool:
         """Whether the work that left `mark` is this one's: by the look of its inputs, or else by their sums."""
         try:
-            left = json.loads(mark.read_text(encoding="utf-8"))
+            left = read_object(mark)
         except (OSError, ValueError):
             return False
         if not isinstance(left, dict):
@@ -119,7 +120,7 @@ class Fingerprint:
     def check_finished(self, folder: Path) -> None:
         """Raises InputError unless the folder is whole (MadeOtherwise, where it is) and was made of just this."""
         try:
-            made = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+            made = read_object(folder / PROVENANCE)
             fingerprint = made["fingerprint"]
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{folder} exists already and is not of limbeck; give an output that does not") from None
@@ -146,7 +147,7 @@ def differences(before: Any, now: Any, where: str = "") -> list[str]:
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What a folder says of what made it; nothing where it says nothing."""
     try:
-        content = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+        content = read_object(folder / PROVENANCE)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -183,7 +184,7 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Raises InputError where the files of a folder, of these sums, are not those that its limbeck.json has."""
     path = folder / PROVENANCE
     try:
-        made = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        made = read_object(path) if path.exists() else {}
     except (OSError, ValueError):
         made = None
     if isinstance(made, dict) and "sum" not in made and "files" not in made:

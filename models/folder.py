@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import InputError
+from .foreign import read_object
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def owned(path: Path) -> Iterator[bool]:
 def owner(place: Path) -> str:
     """Who has a lock, in brackets; nothing where it does not say."""
     try:
-        facts = json.loads(place.read_text(encoding="utf-8"))
+        facts = read_object(place)
         return f" (process {facts['process']} on {facts['host']}, since {facts['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -19,10 +19,15 @@ from .errors import InputError
 
 LARGEST = 2**28  # bytes; the largest public tokenizer.json have 33 MB, the largest indices of shards 20 MB
 SETTINGS = 2**20  # bytes of what people write by hand
+LARGEST_WIDTH = 2**24  # the widest public vocabularies have 2**18
+MOST_LAYERS = 4096  # the deepest public models have 252, a block's counted one by one
 DEEPEST = 64  # levels of lists and objects; a tokenizer.json has 8
 DIGITS = 40  # tokenizer_config.json files say model_max_length=1000000000000000019884624838656
 NODES = 200_000  # values in a YAML file, an alias counting each time that it stands somewhere
+POINTS_TO_CODE = ("auto_map", "custom_pipelines", "custom_generate")  # in files that transformers writes
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON spells half of a surrogate pair
+HALVES = re.compile("[\ud800-\udfff]")
+HALF = "spells half of a surrogate pair; expected whole characters"
 
 
 def check_regular(path: Path, largest: int | None = None) -> None:
@@ -79,6 +84,17 @@ def read_object(path: Path, largest: int = LARGEST) -> dict[str, Any]:
     return content
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that has one on each line. Raises InputError, naming the line."""
+    records = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        record = parse_json(line, f"{path}, line {number},")
+        if not isinstance(record, dict):
+            raise InputError(f"{path}, line {number}, holds {kind_of(record)}; expected an object")
+        records.append(record)
+    return records
+
+
 def parse_json(text: str, where: str) -> Any:
     """The content of a JSON text, in which Infinity is a number (published configs have it) and NaN is none.
 
@@ -89,13 +105,13 @@ def parse_json(text: str, where: str) -> Any:
         content = json.loads(text, parse_int=whole_number, parse_constant=constant, object_pairs_hook=each_once)
         check_depth(content)
         if HALF_PAIR.search(text):
-            json.dumps(content, ensure_ascii=False).encode()
+            check_values(content, where)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is no valid JSON: {error}") from None
-    except UnicodeEncodeError:
-        raise InputError(f"{where} spells half of a surrogate pair; expected whole characters") from None
     except RecursionError:
         raise InputError(f"{where}: {too_deep()}") from None
+    except InputError:
+        raise
     except ValueError as error:  # of the functions below
         raise InputError(f"{where}: {error}") from None
     return content
@@ -161,19 +177,21 @@ def read_yaml(path: Path, largest: int = SETTINGS // 4) -> Any:
         raise
     except Exception as error:  # the library's own readers of dates and numbers raise anything
         raise InputError(f"{path} is no YAML that can be read: {first_line(error)}") from None
-    check_numbers(content, str(path))
+    check_values(content, str(path))
     return content
 
 
-def check_numbers(content: Any, where: str) -> None:
-    """Raises InputError where a whole number has more than `DIGITS` digits."""
+def check_values(content: Any, where: str) -> None:
+    """Raises InputError where a whole number has more than `DIGITS` digits, or a text half a surrogate pair."""
     pending = [content]
     while pending:
         value = pending.pop()
         if isinstance(value, int) and abs(value) >= 10**DIGITS:
             raise InputError(f"{where}: a number has more than {DIGITS} digits; expected {DIGITS} at most")
+        if isinstance(value, str) and HALVES.search(value):
+            raise InputError(f"{where} {HALF}")
         if isinstance(value, (dict, list)):
-            pending.extend(value.values() if isinstance(value, dict) else value)
+            pending.extend([*value, *value.values()] if isinstance(value, dict) else value)
 
 
 def first_line(error: BaseException) -> str:
@@ -195,9 +213,28 @@ def kind_of(value: Any) -> str:
     return next((name for holds, name in KINDS if holds(value)), type(value).__name__)
 
 
-def own_path(path: Path) -> Path:
+def without_code(content: Any) -> Any:
+    """The same content (of JSON) without what points to code, and infinity as transformers writes it, since plain JSON
+    has none."""
+    if isinstance(content, Mapping):
+        return {key: without_code(value) for key, value in content.items() if key not in POINTS_TO_CODE}
+    if isinstance(content, float) and math.isinf(content):
+        return {"__float__": "Infinity" if content > 0 else "-Infinity"}
+    return [without_code(value) for value in content] if isinstance(content, list) else content
+
+
+def shown(value: Any) -> str:
+    """A value as JSON has it, cut short."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def own_path(path: str | Path) -> Path:
     """A path with `~` and `~user` resolved. Raises InputError where there is no such user."""
     try:
-        return path.expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
         raise InputError(f"{path}: {os.fspath(path).split('/')[0]} is no user here; give a path") from None

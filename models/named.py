@@ -9,6 +9,7 @@ from .checkpoint import load_config
 from .config import HybridConfig
 from .cost.hardware import Hardware
 from .errors import InputError, guess
+from .foreign import own_path
 from .hub import HUB, hub_folder, is_hub_name
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -24,7 +25,7 @@ def model_folder(name: str) -> Path:
     InputError where there is none."""
     if name.startswith(HUB):
         return hub_folder(name)
-    path = SHIPPED.get(name, Path(name).expanduser())
+    path = SHIPPED.get(name, own_path(name))
     if path.is_dir():
         return path
     if name in names("model"):

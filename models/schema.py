@@ -1,13 +1,14 @@
 """What content that is not ours has to be, by pydantic, and what is said of content that is not: one line with the
 place, the value, and what would be right. Fields of a config.json follow from the family's record and HybridConfig's
 annotations; tokenizer files, indices and generation_config.json stand here.
+
+Imported where something is checked: pydantic takes its time, and text is read without it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from .errors import InputError
-from .foreign import LARGEST, SETTINGS, read_object
+from .foreign import LARGEST, LARGEST_WIDTH, MOST_LAYERS, SETTINGS, read_object, shown
 from .rope import ROPE_SCALINGS
 
 if TYPE_CHECKING:
     from .families.family import Family
 
-LARGEST_WIDTH = 2**24  # the widest public vocabularies have 2**18
-MOST_LAYERS = 4096  # the deepest public models have 252, a block's counted one by one
 EXPECTED = {
     "int": "a whole number", "float": "a number", "finite": "a finite number", "string": "a text",
     "bool": "true or false", "path": "a path", "dict": "an object", "model": "an object", "list": "a list",
@@ -45,6 +44,13 @@ WRITTEN: dict[str, Any] = {
     "hidden_act": str, "mlp_hidden_act": str, "mamba_hidden_act": str,
     "use_bias": bool, "mlp_bias": bool, "attention_bias": bool, "mamba_proj_bias": bool, "use_sliding_window": bool,
     "time_step_limit": Limit, "mamba_dt_limit": Limit, "rope_theta": Real, "license": str | list[str],
+    "n_shared_experts": Width, "num_nextn_predict_layers": Width, "mtp_layers_block_type": Words,
+    "mtp_hybrid_override_pattern": Annotated[str, Field(max_length=MOST_LAYERS)],
+    "mamba_d_head": Width | str, "mamba_d_ssm": Width, "mamba_expand": Real, "projectors_bias": bool,
+    "position_embedding_type": str, "logits_scaling": Real, "embedding_multiplier": Real, "residual_multiplier": Real,
+    "attention_multiplier": Real, "attention_in_multiplier": Real, "attention_out_multiplier": Real,
+    "key_multiplier": Real, "lm_head_multiplier": Real, "ssm_in_multiplier": Real, "ssm_out_multiplier": Real,
+    "mlp_multipliers": list[Real], "ssm_multipliers": list[Real],
 }  # fmt: skip
 OF_HINTS: dict[Any, Any] = {int: Width, float: Real, bool: bool, str: str}
 
@@ -133,15 +139,6 @@ def place_of(error: Any, content: Any) -> tuple[str, Any]:
         elif error["type"] == "missing" and key == error["loc"][-1]:
             place = f"{place}.{key}" if place else str(key)
     return place, content
-
-
-def shown(value: Any) -> str:
-    """A value as JSON has it, cut short."""
-    try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def expectation(error: Any) -> str:

@@ -19,8 +19,7 @@ from .checkpoint import load_config
 from .config import HybridConfig
 from .errors import InputError
 from .folder import write_json
-from .foreign import SETTINGS, first_line, read_bytes, read_object
-from .schema import LARGEST_WIDTH, TokenizerSettings, read_as
+from .foreign import LARGEST_WIDTH, SETTINGS, first_line, read_bytes, read_object
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -164,6 +163,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
     """A folder's tokenizer_config.json, special tokens as plain texts; empty where there is none. Raises InputError."""
+    from .schema import TokenizerSettings, read_as
+
     path = folder / "tokenizer_config.json"
     if not path.exists():
         return {}

@@ -9,12 +9,12 @@ channels both: a head's score counts only the channels that are kept, so that it
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from ..models.axes import HIDDEN, Axis, axis_sizes, columns_of, holds_units
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
+from ..models.foreign import LARGEST, MOST_LAYERS, check_regular
+from ..models.schema import Read, Real, read_as
 from ..models.tensors import save_tensors
 
 WidthScores = dict[Axis, Tensor]
@@ -50,6 +52,23 @@ class Scores:
     widths: WidthScores
     layers: LayerScores
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class StoredLayers(Read):
+    """LayerScores in scores.json."""
+
+    order: list[Annotated[int, Field(ge=0, lt=MOST_LAYERS)]]
+    values: list[Real]
+    candidates: list[dict[Annotated[str, Field(pattern=r"^[0-9]{1,4}$")], Real]]
+    layer_evaluations: Real
+    metric: str
+
+
+class StoredScores(Read):
+    """scores.json."""
+
+    layers: StoredLayers
+    pattern: str = ""
 
 
 def width_score_shapes(config: HybridConfig) -> dict[Axis, tuple[int, ...]]:
@@ -100,27 +119,26 @@ def load_scores(path: str | Path) -> Scores:
     """Reads a scores folder. Raises InputError when it is not one."""
     tensor_file, json_file = Path(path) / "scores.safetensors", Path(path) / "scores.json"
     for file in (tensor_file, json_file):
-        if not file.is_file():
+        if not file.exists():
             raise InputError(f"scores: {file} does not exist; expected a folder that `limbeck score` wrote")
+    check_regular(tensor_file)
     try:
         with safe_open(tensor_file, framework="pt") as tensors:
             widths = {axis_of(name): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"scores: {tensor_file} cannot be read ({error}); expected `limbeck score`'s file") from None
-    try:
-        metadata = json.loads(json_file.read_text(encoding="utf-8"))
-        found = metadata.pop("layers")
-        layers = LayerScores(
-            order=tuple(int(layer) for layer in found["order"]),
-            values=tuple(float(value) for value in found["values"]),
-            candidates=tuple(
-                {int(layer): float(value) for layer, value in step.items()} for step in found["candidates"]
-            ),
-            layer_evaluations=float(found["layer_evaluations"]),
-            metric=str(found["metric"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"scores: {json_file} cannot be read ({error}); expected `limbeck score`'s file") from None
+    for axis, values in widths.items():
+        if not values.is_floating_point():
+            raise InputError(f"scores: {tensor_file}: {tensor_name(axis)} has dtype {values.dtype}, expected float64")
+    metadata = read_as(StoredScores, json_file, LARGEST)
+    stored = metadata.pop("layers")
+    layers = LayerScores(
+        order=tuple(stored["order"]),
+        values=tuple(map(float, stored["values"])),
+        candidates=tuple({int(layer): float(value) for layer, value in step.items()} for step in stored["candidates"]),
+        layer_evaluations=float(stored["layer_evaluations"]),
+        metric=stored["metric"],
+    )
     return Scores(widths, layers, metadata)
 
 

@@ -25,6 +25,7 @@ from ..models.cost.hardware import Hardware
 from ..models.errors import InputError
 from ..models.fingerprint import read_provenance
 from ..models.folder import write_json
+from ..models.foreign import own_path
 from ..models.placement import placed
 from ..models.tokenizer import check_agreement, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
@@ -94,7 +95,7 @@ def run(options: Options, replaces: bool = False) -> None:
 
 def scores_folder(name: str, teacher: Path) -> Path:
     """A folder of `limbeck score`. Raises InputError where it is none, or of another model than the teacher."""
-    folder = Path(name).expanduser()
+    folder = own_path(name)
     if not (folder / "scores.json").is_file():
         raise InputError(f"scores={name} is no folder of limbeck score; expected scores.json in it")
     scores, config = load_scores(folder), load_config(teacher)
@@ -163,7 +164,7 @@ def own_scores(work: Work, options: Options) -> Path | None:
     """The scores folder, unless what it was made from is not the teacher."""
     if options.scores is None:
         return None
-    folder = Path(options.scores).expanduser()
+    folder = own_path(options.scores)
     teacher = work.content()["inputs"][TEACHER]
     if read_provenance(folder).get("inputs", {}).get("model", teacher) == teacher:
         return folder

@@ -17,6 +17,7 @@ from ..models.errors import InputError, gib
 from ..models.export import write_export
 from ..models.fingerprint import PROVENANCE
 from ..models.folder import write_json
+from ..models.foreign import own_path
 from ..models.gguf.export import write_gguf_export
 from ..models.gguf.file import KINDS_OF_FILE, gguf_package
 from ..models.hub import is_hub_name, push_folder
@@ -123,7 +124,7 @@ def print_push(options: Options) -> None:
 
 
 def gap_folder(name: str) -> Path:
-    folder = Path(name).expanduser()
+    folder = own_path(name)
     if not (folder / "gap.json").is_file() or not (folder / PROVENANCE).is_file():
         raise InputError(f"gap={name} is no folder of limbeck evaluate; expected gap.json and {PROVENANCE} in it")
     return folder

@@ -33,7 +33,7 @@ from ..prune.search import (
 from ..prune.sliced_loss import sliced_loss
 from . import distill, prune
 from .run.resolve import NamedData, check_scores, data_input, model_config, model_folder, sample
-from .run.show import gib, progress, read_json, result, say, table
+from .run.show import gib, progress, read_json, read_lines, result, say, table
 from .run.stage import stage
 
 
@@ -168,7 +168,7 @@ def distil(folder: Path, options: Options, candidates: Sequence[Candidate]) -> l
             distill.Options(options.model, str(pruned), options.data, student, options.seed, options.device,
                             options.dtype, options.distill)
         )  # fmt: skip
-        last = json.loads((student / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        last = read_lines(student / "metrics.jsonl")[-1]
         figures = {name: last[f"validation_{name}"] for name in ("kl", "bits_per_byte", "agreement")}
         picks.append({"name": candidate.name, **figures, "folder": f"students/{candidate.name}"})
     return sorted(picks, key=lambda pick: (pick["kl"], pick["name"]))

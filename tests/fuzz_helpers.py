@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import io
 import json
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from limbeck.tests.helpers import limbeck
+from limbeck.models.checkpoint import load_model, save_model
+from limbeck.models.errors import CheckFailed, InputError
+from limbeck.tests.helpers import limbeck, make_workshop
 
+DRAWS = int(os.environ.get("LIMBECK_DRAWS", "15"))  # of a class, in a run of the tests
 SECONDS, MEMORY = 10, 2 * 2**30  # of the processor and of memory, for a draw
 SAMPLE = settings(
     deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck),
@@ -24,7 +29,7 @@ OUTCOMES: collections.Counter[tuple[str, int]] = collections.Counter()  # draws 
 
 HUGE = (10**9, 10**12, -1, 0, 2**31, 2**63, 2**64, 10**30, -(10**18))
 NUMBERS = st.one_of(
-    st.sampled_from(HUGE), st.integers(-3, 70), st.integers(), st.floats(),
+    st.sampled_from(HUGE), st.integers(-3, 70), st.integers(), st.floats(allow_subnormal=False),
     st.sampled_from((float("nan"), float("inf"), float("-inf"), 1e-320, 1e308, 0.0, -0.0)),
 )  # fmt: skip
 TEXTS = st.one_of(
@@ -103,7 +108,7 @@ def documents(draw: st.DrawFn, base: Any, values: st.SearchStrategy[Any] = VALUE
     return text.encode() if damage is None else DAMAGE[damage](text, draw(st.integers(0, 10**6)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def bounded() -> Iterator[None]:
     """The block may take `SECONDS` of the processor, and this process `MEMORY` in all."""
 
@@ -121,8 +126,24 @@ def bounded() -> Iterator[None]:
     assert peak < MEMORY, f"{peak / 2**30:.2f} GiB"
 
 
-def judged(what: str, *words: str) -> int:
-    """Runs a command: it does what it should, or says in one line why not, or that a check says no. The exit code."""
+def judged(what: str, work: Callable[[], object]) -> int:
+    """Runs `work`, the function of a command: it does what it should, or says in one line why not, or that a check says
+    no. The exit code; a refusal has a text."""
+    code, said = 0, ""
+    with bounded(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            work()
+        except InputError as error:
+            code, said = 2, str(error)
+        except CheckFailed as error:
+            code, said = 3, str(error)
+    assert code == 0 or len(said) > 20, said
+    OUTCOMES[what, code] += 1
+    return code
+
+
+def judged_command(what: str, *words: str) -> int:
+    """Runs a command line as a user would; as above."""
     with bounded():
         code, _, err = limbeck(*words)
     said = [line for line in err.splitlines() if line.startswith("limbeck: ")]
@@ -132,13 +153,30 @@ def judged(what: str, *words: str) -> int:
     return code
 
 
-def linked(source: Path, target: Path, **files: bytes) -> Path:
-    """A folder of links to another's files, some of which are written anew; a dot is spelled `__`."""
+def fuzz_workshop(root: Path) -> Path:
+    """A model in one file and in shards, with a template, a generation_config.json, and scores."""
+    make_workshop(root)
+    model = root / "model"
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.5}))
+    (model / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    save_model(load_model(model), root / "shards", tokenizer_from=model, max_shard_bytes=50_000)
+    words = (f"model={model}", f"data={root / 'text'}", f"output={root / 'scores'}", "importance.tokens=256")
+    assert limbeck("score", *words, "importance.depth_tokens=128", "seq_len=32", "batch=2")[0] == 0
+    return root
+
+
+def tell_outcomes() -> None:
+    for (what, code), count in sorted(OUTCOMES.items()):
+        print(f"\n{what}: {count} with exit code {code}", end="")
+    OUTCOMES.clear()
+
+
+def linked(source: Path, target: Path, files: Mapping[str, bytes]) -> Path:
+    """A folder of links to another's files, but for those that are given."""
     target.mkdir(parents=True)
-    names: Mapping[str, bytes] = {name.replace("__", "."): content for name, content in files.items()}
     for path in source.iterdir():
-        if path.name not in names:
+        if path.name not in files:
             (target / path.name).symlink_to(path)
-    for name, content in names.items():
+    for name, content in files.items():
         (target / name).write_bytes(content)
     return target

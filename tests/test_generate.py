@@ -169,7 +169,7 @@ def test_messages_of_a_jsonl_file(aligned: Path, tmp_path: Path) -> None:
     assert found[0]["id"] == 7 and found[1]["prompt"] == "hi" and len(found) == 2
     code, _, err = limbeck(*base, f"output={tmp_path / 'b.jsonl'}")
     assert code == 2 and "chat=true" in err
-    for line, says in (("{", "line 1 is no JSON"), ('{"text": 1}', "line 1 has neither"), ("", "no prompts")):
+    for line, says in (("{", "line 1 is no valid JSON"), ('{"text": 1}', "line 1 has neither"), ("", "no prompts")):
         (tmp_path / "p.jsonl").write_text(line)
         code, _, err = limbeck(*base, f"output={tmp_path / 'b.jsonl'}")
         assert code == 2 and says in err

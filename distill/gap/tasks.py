@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import glob
 import importlib.metadata
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from ... import __version__
 from ...models.errors import InputError, guess
 from ...models.fingerprint import digest, fingerprint_of
 from ...models.folder import sha256_file, write_json
+from ...models.foreign import own_path, read_object
 from ...models.hybrid import HybridLM
 from ...models.placement import placed
 from ...models.tokenizer import Tokenizer, load_tokenizer
@@ -49,7 +49,7 @@ class Tasks:
     @property
     def files(self) -> dict[str, Path]:
         """The names that are files. Raises InputError where one does not exist."""
-        files = {name: Path(name).expanduser() for name in self.names if name.endswith(SUFFIXES)}
+        files = {name: own_path(name) for name in self.names if name.endswith(SUFFIXES)}
         for name, path in files.items():
             if not path.is_file():
                 raise InputError(f"tasks: {name} does not exist; give a task's .yaml file, or a name of the harness")
@@ -174,7 +174,7 @@ def answer_tasks(
                 results = answers_of(name, model, load_tokenizer(folders[name]), plan, on_step)
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_json(kept, {"results": results, **plan.facts})
-        answers[name] = json.loads(kept.read_text(encoding="utf-8"))["results"]
+        answers[name] = read_object(kept)["results"]
     return answers
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from yaml import YAMLError
 
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
+from ...models.foreign import read_object
 from ...models.hub import names_in
 from ...models.kinds import KINDS
 from .gap_rows import estimates, few_documents, pair_rows, probe_rows, task_rows, titles
@@ -76,7 +76,7 @@ def read_licence(folder: Path) -> Licence:
     if (folder / "README.md").is_file():
         keys = front_matter(folder / "README.md")
     if not keys and (folder / "config.json").is_file():
-        stated = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("license")
+        stated = read_object(folder / "config.json").get("license")
         keys = {"license": stated} if isinstance(stated, str) else {}
     files = sorted(path for path in folder.iterdir() if path.is_file() and TERMS.fullmatch(path.name))
     return Licence(keys, tuple(files))

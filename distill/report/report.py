@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ...models.axes import AXES
+from ...models.foreign import read_lines, read_object
 from ...models.kinds import kinds_of
 from . import plots
 from .gap_sections import cards, gap_sections
@@ -62,7 +63,7 @@ def write_page(
 
 
 def training_section(folder: Path, metrics: Path) -> Iterator[Section]:
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_lines(metrics)
     curves = {"loss": "Training loss", "validation_kl": "KL on validation files (nats)"}
     pictures = [
         drawn(folder, plots.training_curve(records, key, title), f"training-{key.replace('_', '-')}", f"Curve: {title}")
@@ -76,7 +77,7 @@ def training_section(folder: Path, metrics: Path) -> Iterator[Section]:
 
 def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any] | None) -> Iterator[Section]:
     """Units by axis, and layers in the order of their removal."""
-    content = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
+    content = read_object(scores / "scores.json")
     units = unit_scores(scores, content["pattern"], selection)
     kept = {} if selection is None else kept_units(units, selection)
     turned = "" if selection is None else directions(units, selection)

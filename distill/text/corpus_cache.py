@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from ...models.errors import DiskError, InputError
 from ...models.folder import finish_folder, sha256_file, write_json
+from ...models.foreign import own_path, read_object
 from ...models.tensors import refusal, save_tensors
 from ...models.tokenizer import Tokenizer
 from .encoding import encoded
@@ -42,7 +43,7 @@ STALE = 2 * 86400  # seconds after which an unfinished folder is nobody's
 def cache_folder() -> Path:
     """Where what can be made again is kept."""
     given = os.environ.get("LIMBECK_CACHE")
-    return Path(given).expanduser() if given else Path.home() / ".cache" / "limbeck"
+    return own_path(given) if given else Path.home() / ".cache" / "limbeck"
 
 
 def content_digest(base: Path, names: Sequence[str]) -> str:
@@ -54,7 +55,7 @@ def content_digest(base: Path, names: Sequence[str]) -> str:
         mark = hashlib.sha256(json.dumps([str(base.resolve()), looks]).encode()).hexdigest()[:32]
         known = cache_folder() / "sums" / f"{mark}.json"
         with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads(known.read_text(encoding="utf-8"))["content"]
+            return read_object(known)["content"]
         sums = {name: sha256_file(base / name) for name in names}
     except OSError as error:
         raise InputError(f"data: {error.filename or base} cannot be read: {error.strerror}") from None
@@ -130,7 +131,7 @@ def open_corpus(folder: Path, tokenizer: Tokenizer, reading: Reading) -> Corpus:
     with safe_open(folder / "documents.safetensors", "np") as file:
         starts, ends, names = (file.get_tensor(name) for name in ("starts", "name_ends", "names"))
     ids = np.memmap(folder / "ids.safetensors", "<i4", "r", 8 + HEADER, (int(starts[-1]),))
-    notes = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))["notes"]
+    notes = read_object(folder / "corpus.json")["notes"]
     parts = None
     if (folder / PARTS).is_file():
         parts = np.memmap(folder / PARTS, np.uint8, "r", 8 + HEADER, (int(starts[-1]),))

@@ -5,13 +5,13 @@ document is in. Everything is read document by document, so that memory holds wh
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ...models.errors import InputError
+from ...models.foreign import own_path, read_object
 from .formats import READERS, kind_of, readable, rows_of_file
 from .hub import HUB, Hub
 from .notes import Notes
@@ -78,7 +78,7 @@ def read_documents(
     elif path.startswith(HUB):
         documents = Hub.parse(path, streaming=streaming, limit=limit).documents(columns, on_progress, notes)
     else:
-        documents = file_documents(Path(path).expanduser(), columns, on_progress, notes)
+        documents = file_documents(own_path(path), columns, on_progress, notes)
     return unique(documents)
 
 
@@ -146,7 +146,7 @@ def content_of(path: str, digest: Callable[[Path, list[str]], str]) -> str:
         return Hub.parse(path).resolved().text
     if path == STDLIB:
         return digest(stdlib_root(), stdlib_names())
-    place = Path(path).expanduser()
+    place = own_path(path)
     base = place if place.is_dir() else place.parent
     return digest(base, [file.relative_to(base).as_posix() for file in text_files(place)])
 
@@ -182,7 +182,7 @@ def saved_part(file: Path) -> bool:
     if not (state.is_file() and (file.parent / "dataset_info.json").is_file()):
         return file.name != "dataset_dict.json"
     try:
-        parts = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        parts = read_object(state)["_data_files"]
         return file.name in [part["filename"] for part in parts]
     except (ValueError, KeyError, TypeError):
         raise InputError(f"data: {state} does not say which files the saved data set has; save it anew") from None

@@ -113,7 +113,7 @@ class Mixture:
     def block(self, number: int, seed: int) -> np.ndarray:
         """The source of each row of a block [BLOCK]: a source's rows lie one in each of its equal parts of the block,
         at a place drawn from the seed."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
         shares = self.shares()
         drawn = [torch.rand(rows, generator=generator, dtype=torch.float64).numpy() for rows in shares]
         places = np.concatenate([(np.arange(rows) + shift) / rows for rows, shift in zip(shares, drawn, strict=True)])

@@ -18,10 +18,11 @@ from ...models import processes
 from ...models.checkpoint import load_config
 from ...models.errors import InputError
 from ...models.folder import sha256_file
+from ...models.foreign import own_path, read_yaml
 from ...models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .corpus_cache import cached_corpus, content_digest
 from .documents import STDLIB, content_of, of_split, read_documents, unique
-from .formats import Row, first_line
+from .formats import Row
 from .hub import HUB
 from .mixture import Mixture, Source, Text
 from .notes import Notes
@@ -46,7 +47,7 @@ def untold(what: str, in_bytes: bool) -> AbstractContextManager[None]:
 def mixture_file(data: NamedData) -> Path | None:
     """The .yaml file of a mixture, where data= is one."""
     name = data if isinstance(data, str) else data.path
-    path = Path(name).expanduser()
+    path = own_path(name)
     is_file = local_file(name) is not None and path.suffix in (".yaml", ".yml") and path.is_file()
     return path if is_file else None
 
@@ -61,27 +62,21 @@ def sources_of(data: NamedData) -> tuple[Source, ...]:
         return (Source(data),)
     return tuple(
         source if local_file(source.path) is None
-        else dataclasses.replace(source, path=str(path.parent / Path(source.path).expanduser()))
+        else dataclasses.replace(source, path=str(path.parent / own_path(source.path)))
         for source in read_mixture(path)
     )  # fmt: skip
 
 
 def local_file(path: str) -> Path | None:
     """The file or folder of a source, where it is one."""
-    return None if path == STDLIB or path.startswith(HUB) else Path(path).expanduser()
+    return None if path == STDLIB or path.startswith(HUB) else own_path(path)
 
 
 def read_mixture(path: Path) -> tuple[Source, ...]:
     """The sources that a mixture's .yaml holds, as they are written. Raises InputError."""
     import pydantic
-    import yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"data: {path} is no YAML: {first_line(error)}") from None
-    except OSError as error:
-        raise InputError(f"data: {path} cannot be read: {error.strerror}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise InputError(f"data: {path} holds no mapping; {EXPECTED}")
     if unknown := [key for key in content if key != "sources"]:

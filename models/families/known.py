@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..schema import check_config, shown
+from ..foreign import shown
 from . import dense, falcon_h1, granite, nemotron_h
 from .family import Family
 
@@ -21,6 +21,8 @@ FAMILIES: dict[str, Family] = {
 
 def read_config(hf: Mapping[str, Any], config: type) -> dict[str, Any]:
     """The arguments of HybridConfig, which is `config`, from the contents of a config.json. Raises InputError."""
+    from ..schema import check_config
+
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"config: model_type is {shown(name)}; supported: {', '.join(FAMILIES)}")

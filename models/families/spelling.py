@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..foreign import without_code
 from ..kinds import kinds_of
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def write_limit(config: HybridConfig) -> dict[str, Any]:
 
 
 def unread(hf: Mapping[str, Any], known: Mapping[str, tuple[str, ...]], *others: str) -> dict[str, Any]:
-    """What a config.json says beyond the fields that were read."""
+    """What a config.json says beyond the fields that were read, and may be written again."""
     used = {*others, *DROPPED, *(name for spellings in known.values() for name in spellings)}
-    return {name: value for name, value in hf.items() if name not in used}
+    return without_code({name: value for name, value in hf.items() if name not in used})
 
 
 def read_switch(hf: Mapping[str, Any], name: str, default: bool = False) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..folder import sync
+from ..foreign import parse_json, read_text
 from .engine import Completion, Request
 from .writer import Writer
 
@@ -50,10 +51,7 @@ def answer(row: dict[str, Any], completion: Completion, logprobs: bool) -> dict[
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """The lines of a text file, empty ones left out, or the objects of a .jsonl file. Raises InputError."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # other line ends may be part of a text
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts={path} cannot be read: {getattr(error, 'strerror', None) or 'no UTF-8'}") from None
+    lines = read_text(path).split("\n")  # other line ends may be part of a text
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -61,10 +59,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         if path.suffix != ".jsonl":
             rows.append({"prompt": line.rstrip("\r")})
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number} is no JSON: {error.msg}") from None
+        row = parse_json(line, f"{path}: line {number}")
         if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or messages_of(row)):
             raise InputError(
                 f'{path}: line {number} has neither a "prompt" (a text) nor "messages" (of "role" and "content")'
@@ -110,7 +105,7 @@ class Journal:
             for line in lines[1:]:
                 try:
                     number, row = json.loads(line)
-                except ValueError:  # the line that was cut off
+                except (ValueError, TypeError):  # the line that was cut off
                     break
                 self.done[number] = row
         lines = [begin, *(json.dumps(item) for item in self.done.items())]

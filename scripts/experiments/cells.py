@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from ...models.cost.parameters import count_parameters
 from ...models.errors import CheckFailed, DiskError, InputError
 from ...models.fingerprint import digest, fingerprint_of, look_of, plain
 from ...models.folder import write_json
+from ...models.foreign import read_lines
 from ...models.hybrid import HybridLM, initialize
 from ...models.provenance import provenance
 from ...prune.choose import select
@@ -267,7 +267,7 @@ def measured(cell: Cell, teacher: str, students: dict[str, Path]) -> dict[str, A
 
 def curve(metrics: Path) -> list[dict[str, float]]:
     """What was measured on the validation split while the student was trained, and after how many tokens."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_lines(metrics)
     return [
         {"tokens": record["tokens"], "kl": record["validation_kl"], "bits_per_byte": record["validation_bits_per_byte"]}
         for record in records

@@ -18,6 +18,7 @@ from ...models.axes import AXES
 from ...models.dtype_names import dtype_name
 from ...models.errors import InputError
 from ...models.errors import guess as guess
+from .bounds import check_content, check_words
 from .outside import is_own_recipe, own_recipes, searched
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -50,6 +51,7 @@ def compose_config(
             if OmegaConf.is_missing(config, top):
                 config[top] = ""
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
+        check_content(content)
     assert isinstance(content, dict)
     content.pop("recipe", None)
     content = with_texts(content, texts)
@@ -154,13 +156,14 @@ def config_text(name: str) -> str:
 
 @contextlib.contextmanager
 def explained(command: str, words: Sequence[str]) -> Iterator[None]:
-    """Turns an error of Hydra's into an InputError of one line."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
+    """Turns an error of Hydra's into an InputError of one line. (Beside errors of its own it raises ValueError,
+    AssertionError, RecursionError and others, for words that nobody thought of.)"""
+    check_words(words)
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
         from .mistakes import explain
 
         raise InputError(explain(command, words, error)) from None

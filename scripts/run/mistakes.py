@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...models.errors import guess
+from ...models.foreign import first_line
 from .compose import groups, hydra_config
 
 RENAMED = {"witness": "method", "room": "reserve"}
@@ -28,7 +29,7 @@ def explain(command: str, overrides: Sequence[str], error: Exception) -> str:
     missing = getattr(error, "full_key", None)
     if "Missing mandatory value" in str(error) and missing:
         return f"{missing} is missing; give {missing}=VALUE (limbeck {command} --help)"
-    what = str(error).strip().splitlines()[0]
+    what = first_line(error).strip()
     if what.startswith("Ambiguous value"):
         return f"{what}; give one value, or a list as KEY=[A,B]"
     for key in keys:
@@ -67,9 +68,8 @@ def complaint(errors: Sequence[Any], cls: Any, content: Any) -> str:
     names = names_of(error["loc"][1:], content, kind)
     where = ".".join(names)
     if kind == "unexpected_keyword_argument":
-        return f"{where} is no option here" + guess(
-            names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]])
-        )
+        near = guess(names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]]))
+        return f"{where} is no option here{near or '; leave it out'}"
     if kind == "missing":
         return f"{where} is missing; give {where}=VALUE"
     if kind == "dataclass_type":

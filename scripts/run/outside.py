@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...models.errors import InputError
+from ...models.foreign import own_path, read_text, read_yaml
 
 FLAGS = "--help, --multirun (-m), --cfg job, --config-dir FOLDER"
 
@@ -49,7 +50,7 @@ class CommandLine:
 
 
 def config_folder(flag: str, value: str) -> Path:
-    folder = Path(value).expanduser()
+    folder = own_path(value)
     if not value or not folder.is_dir():
         raise InputError(f"{flag} {value}: no such folder; expected one with groups as conf/ has them, such as recipe/")
     return folder.resolve()
@@ -80,18 +81,9 @@ def own_recipes(words: Sequence[str], place: Path | None = None) -> Iterator[tup
 
 def read_recipe(word: str) -> str:
     """A recipe's text, which sets options from the top whether it says so or not. Raises InputError."""
-    import yaml
-
-    path = Path(word.partition("=")[2]).expanduser()
-    try:
-        if not path.is_file():
-            raise InputError(f"{word}: no such file; expected a recipe's .yaml, or a name")
-        text = path.read_text(encoding="utf-8-sig")
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise InputError(f"{word} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{word} is no YAML: {' '.join(str(error).split())[:200]}") from None
+    path = own_path(word.partition("=")[2])
+    content = read_yaml(path)
+    text = read_text(path).removeprefix("\ufeff")
     if not isinstance(content, dict):
         raise InputError(f"{word} holds no options; expected KEY: VALUE, as the recipes in conf/recipe/ have them")
     return text if text.startswith("# @package") else f"# @package _global_\n{text}"

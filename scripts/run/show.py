@@ -24,6 +24,7 @@ from torch import Tensor
 from ...models.errors import gib as gib
 from ...models.folder import write_json
 from ...models.foreign import read_json as read_json
+from ...models.foreign import read_lines as read_lines
 
 # Names of files and pieces of programs are shown as they are: [/b] is no markup, and :key: no picture.
 console = Console(highlight=False, markup=False, emoji=False)

@@ -15,6 +15,7 @@ from ...models import processes
 from ...models.errors import DiskError, InputError
 from ...models.fingerprint import PROVENANCE, Fingerprint, MadeOtherwise
 from ...models.folder import finish_folder, owned, partial_of, write_json
+from ...models.foreign import own_path
 from ...models.hub import origins
 from .resolve import torch_device
 from .show import console
@@ -126,7 +127,7 @@ def owned_by_run(folder: Path) -> Iterator[None]:
 
 def check_apart(folder: Path, made_of: Fingerprint) -> None:
     """Raises InputError where the folder lies within one of its inputs, which would never stay as it was read."""
-    place = folder.expanduser().resolve()
+    place = own_path(folder).resolve()
     for key, value in made_of.inputs.items():
         if isinstance(value, Path) and value.is_dir() and value.resolve() in (place, *place.parents):
             raise InputError(

@@ -1,0 +1,33 @@
+"""What a command line may hold at all, before anyone looks what it means: lengths, and numbers of 64 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...models.errors import InputError
+
+LONGEST = 10_000  # characters of an override that Hydra parses; 1,000 numbers in a list take it a second
+WHOLE = 2**63  # torch's whole numbers
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raises InputError for an override that is too long to be parsed."""
+    for word in words:
+        if len(word) > LONGEST:
+            raise InputError(f"{word[:40]}... has {len(word):,} characters; expected {LONGEST:,} at most")
+
+
+def check_content(content: Any, where: str = "") -> None:
+    """Raises InputError where a whole number takes more than 64 bits, or a seed is negative."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            check_content(value, f"{where}.{key}" if where else str(key))
+    elif isinstance(content, list):
+        for number, value in enumerate(content):
+            check_content(value, f"{where}[{number}]")
+    elif isinstance(content, int):
+        seed = where.rpartition(".")[2] == "seed"
+        if not (0 if seed else -WHOLE) <= content < WHOLE:
+            said = str(content) if abs(content) < 10**30 else "a number of more than 30 digits"
+            raise InputError(f"{where} is {said}; expected {'at least 0 and ' if seed else ''}less than 2^63")
