@@ -9,17 +9,16 @@ order of rows. Shapes: [P] pieces.
 from __future__ import annotations
 
 import bisect
-import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ...models.errors import InputError
 from .conversations import ANSWER, EXCHANGE, HEAD, KIND, PROMPT
+from .notes import say
 from .packing import Batch, Corpus
 
 CHUNK = 2**24  # tokens whose parts are looked at together
-log = logging.getLogger("limbeck")
 
 
 class Bins:
@@ -38,8 +37,10 @@ class Bins:
                 " learn in it; give longer rows"
             )
         self.rows = best_fit(self.heads + self.ends - self.begins, seq_len + 1)
-        for kind, names in self.left_out.items():
-            log.warning("data: %d %s in rows of %d tokens (the first: %s)", len(names), kind, seq_len, names[0])
+        say(
+            (f"{len(names):,} {kind} (the first: {names[0]})" for kind, names in self.left_out.items()),
+            f"data in rows of {seq_len} tokens",
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,7 +90,8 @@ class Bins:
         head = int(np.count_nonzero(parts & HEAD))
         bounds = [head, *np.flatnonzero(parts & EXCHANGE).tolist(), len(parts)]
         first = 0
-        self.leave_out("conversations are split at their turns", document)
+        if len(bounds) > 2:
+            self.leave_out("conversations are split at their turns", document)
         while first + 1 < len(bounds):
             last = bisect.bisect_right(bounds, bounds[first] + longest - head) - 1
             if last <= first:

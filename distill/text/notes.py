@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
+
+from ...models import processes
+
+SAID: set[str] = set()
+log = logging.getLogger("limbeck")
+
+
+def say(notes: Iterable[str], what: str) -> None:
+    """Says notes of what was read, each once in a run: several splits and stages read it."""
+    for note in (f"{what}: {note}" for note in notes):
+        if note not in SAID and processes.rank() == 0:
+            SAID.add(note)
+            log.warning("%s", note)
 
 
 class Notes:

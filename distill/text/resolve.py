@@ -8,8 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from .documents import STDLIB, content_of, of_split, read_documents, unique
 from .formats import Row
 from .hub import HUB
 from .mixture import Mixture, Source, Text
-from .notes import Notes
+from .notes import Notes, say
 from .packing import Batch, Corpus, tokenize
 from .reading import TextData
 from .records import Document, OnProgress, row_document
@@ -34,8 +33,6 @@ NamedData = str | TextData  # what lies somewhere
 Data = NamedData | Sequence[str | Mapping[str, Any]]
 # Called with what begins and whether it is counted in bytes; gives what is told how far it has come.
 Progress = Callable[[str, bool], AbstractContextManager[OnProgress | None]]
-TOLD: set[tuple[str, str]] = set()
-log = logging.getLogger("limbeck")
 EXPECTED = "expected sources: [{path: ..., weight: ...}, ...]"
 
 
@@ -123,7 +120,7 @@ def documents(data: Data, split: str) -> Iterator[Document]:
     for source in sources_of(data):
         notes = Notes()
         yield from of_split(read_source(source, notes=notes), split, f"data={source.path}")
-        tell(source.path, notes)
+        say(notes, f"data={source.path}")
 
 
 def memory_documents(data: Sequence[str | Mapping[str, Any]]) -> Iterator[Document]:
@@ -143,14 +140,6 @@ def read_source(
         path, source.columns, on_progress, streaming=source.streaming, limit=source.limit, notes=notes
     )
     return (document for document in read if source.takes(document.name))
-
-
-def tell(path: str, notes: Iterable[str]) -> None:
-    """Says what was left out of a source, once in a run, though several splits of it are read."""
-    for note in notes:
-        if (path, note) not in TOLD and processes.rank() == 0:
-            TOLD.add((path, note))
-            log.warning("data=%s: %s", path, note)
 
 
 def corpus(data: Data, split: str, model: Path, progress: Progress = untold) -> Text:
@@ -211,5 +200,5 @@ def tokenized(source: Source, split: str, tokenizer: Tokenizer, progress: Progre
             yield from of_split(read_source(source, on_progress, notes), split, f"data={source.path}")
 
     made = cached_corpus(facts, read, tokenizer, source, notes)
-    tell(source.path, made.notes)
+    say(made.notes, f"data={source.path}")
     return made
