@@ -12,10 +12,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .axes import tensor_table
@@ -33,7 +32,7 @@ from .families.family import (
     tensor_table_of,
 )
 from .folder import atomic_folder, write_json
-from .foreign import SETTINGS, check_regular, read_object
+from .foreign import SETTINGS, read_object
 from .hybrid import HybridLM, set_tensor
 from .shards import (
     INDEX,
@@ -47,19 +46,22 @@ from .shards import (
     with_head,
     write_index,
 )
-from .tensors import DTYPES as ALL_DTYPES
-from .tensors import TensorFile, ahead, is_finite
+from .stored import (
+    DTYPES,
+    PACKED,
+    Header,
+    Quantised,
+    StoredPlace,
+    dtype_of_numbers,
+    is_companion,
+    open_file,
+    quantised_weight,
+    quantization_of,
+    read_headers,
+)
+from .tensors import TensorFile, ahead
 
 PIECE_BYTES = 2**26  # of a tensor in memory, where it is streamed
-DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point}
-
-
-class StoredPlace(NamedTuple):
-    """Where a stored tensor lies: the file, its name there, and the dtype."""
-
-    file: Path
-    name: str
-    dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,14 @@ class Checkpoint:
             counts[place.dtype] = counts.get(place.dtype, 0) + table[name].numel
         return max(counts, key=lambda dtype: counts[dtype])
 
+    def formats(self) -> dict[str, int]:
+        """What tensors are quantised as, and how many: nothing for plain ones."""
+        counts: dict[str, int] = {}
+        for place in {place for stored in self.stored.values() for place in stored.places.values()}:
+            if place.quantised is not None:
+                counts[place.quantised.kind] = counts.get(place.quantised.kind, 0) + 1
+        return counts
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, read from its file. Raises InputError where it holds NaN or infinity."""
         return self.rows(name, 0, None)
@@ -101,37 +111,7 @@ class Checkpoint:
         places = self.stored[name].places
         if stop is None:
             stop = tensor_table_of(self.config)[name].shape[0]
-        return assembled(self.config, name, start, stop, lambda stored, *rows: read_rows(places[stored], *rows))
-
-
-def open_file(path: Path) -> Any:
-    """A safetensors file, memory-mapped. Raises InputError where it is not a whole one."""
-    check_regular(path)
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        size = path.stat().st_size
-        what = "is empty" if not size else f"is truncated or no safetensors file ({size} bytes: {error})"
-        raise InputError(f"{path} {what}; copy it again") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def read_rows(place: StoredPlace, begin: int, end: int) -> Tensor:
-    """Rows begin..end-1 of a stored tensor, counted as by `families.family.Piece`. Raises InputError as
-    `Checkpoint.tensor`."""
-    with open_file(place.file) as file:
-        part = file.get_slice(place.name)
-        shape = part.get_shape()
-        each = math.prod(shape[1:-1])
-        first = begin // each
-        tensor = part[first : -(-end // each)]
-    if len(shape) > 1:
-        tensor = tensor.flatten(0, -2)[begin - first * each : end - first * each]
-    if not is_finite(tensor):
-        kind = "NaN" if torch.isnan(tensor).any() else "infinity"
-        raise InputError(f"{place.file}: tensor {place.name} holds {kind}; expected finite numbers")
-    return tensor
+        return assembled(self.config, name, start, stop, lambda stored, *rows: places[stored].rows(*rows))
 
 
 def load_config(path: Path | str) -> HybridConfig:
@@ -156,17 +136,15 @@ def has_own_head(path: Path, config: HybridConfig) -> bool:
     are (transformers keeps it, too), or any where the family's class ties nothing."""
     if not config.tie_word_embeddings:
         return False
-    outer, places = config.family_record.outer, dict[str | None, StoredPlace]()
-    for file in weight_files(path) if (path / SINGLE).exists() or (path / INDEX).exists() else []:
-        with open_file(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                dtype = DTYPES.get(opened.get_slice(name).get_dtype(), torch.float32)
-                places[published_name(config, name)] = StoredPlace(file, name, dtype)
-    head, table = (places.get(str(outer[name])) for name in ("lm_head.weight", "embeddings.weight"))
-    if head is None or table is None or not config.family_record.ties:
+    outer, headers = config.family_record.outer, dict[str, Header]()
+    for header in read_headers(weight_files(path)) if (path / SINGLE).exists() or (path / INDEX).exists() else ():
+        headers[published_name(config, header.name.removesuffix(PACKED))] = header
+    head, table = (headers.get(str(outer[name])) for name in ("lm_head.weight", "embeddings.weight"))
+    if head is None or table is None or not config.family_record.ties or not {head.dtype, table.dtype} <= {*DTYPES}:
         return head is not None
-    blocks = row_blocks((config.vocab_size, config.hidden_size), table.dtype)
-    return any(not torch.equal(read_rows(head, *rows), read_rows(table, *rows)) for rows in blocks)
+    blocks = row_blocks((config.vocab_size, config.hidden_size), DTYPES[table.dtype])
+    one, other = (StoredPlace(each.file, each.name, DTYPES[each.dtype]) for each in (head, table))
+    return any(not torch.equal(one.rows(*rows), other.rows(*rows)) for rows in blocks)
 
 
 def lacks_ahead(path: Path) -> bool:
@@ -182,15 +160,23 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     config = load_config(path)
     expected = stored_tensors(config)
     places: dict[str, StoredPlace] = {}
-    for file in weight_files(path):
-        with open_file(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                known = check_tensor(file, name, opened.get_slice(name), config, expected)
-                if known is None:
-                    continue
-                if known in places:
-                    raise InputError(f"{file}: tensor {name} is also in {places[known].file.name}; expected it once")
-                places[known] = StoredPlace(file, name, DTYPES[opened.get_slice(name).get_dtype()])
+    headers = list(read_headers(weight_files(path)))
+    names = {header.name: header for header in headers}
+    settings = quantization_of(path)
+    for header in headers:
+        if is_companion(header.name, names):
+            continue
+        known = published_name(config, header.name.removesuffix(PACKED))
+        if is_unread(config, known):
+            continue
+        quantised = quantised_weight(header, names, settings)
+        check_tensor(header, known, expected, quantised, settings)
+        if known in places:
+            raise InputError(
+                f"{header.file}: tensor {header.name} is also in {places[known].file.name}; expected it once"
+            )
+        dtype = DTYPES[header.dtype] if quantised is None else dtype_of_numbers(path)
+        places[known] = StoredPlace(header.file, header.name, dtype, quantised)
     missing = [name for name in expected if name not in places]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -233,24 +219,32 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def check_tensor(
-    file: Path, name: str, part: Any, config: HybridConfig, expected: Mapping[str, StoredTensor]
-) -> str | None:
-    """The published name of a stored tensor, once its shape and dtype are right; None for a tied head stored again,
-    and for what is ignored."""
-    known = published_name(config, name)
+def is_unread(config: HybridConfig, known: str) -> bool:
+    """Whether a tensor of that published name is a tied head stored again, or says nothing that the config does not."""
     head = config.family_record.outer["lm_head.weight"]
-    if (known == head and config.tie_word_embeddings) or is_ignored(config, name):
-        return None
+    return (known == head and config.tie_word_embeddings) or is_ignored(config, known)
+
+
+def check_tensor(
+    header: Header, known: str, expected: Mapping[str, StoredTensor], quantised: Quantised | None,
+    settings: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Raises InputError unless a tensor has the name, shape and dtype of one that is expected."""
+    where = f"{header.file}: tensor {header.name}"
     if known not in expected:
-        example = next(iter(expected))
-        raise InputError(f"{file}: unexpected tensor {name}; config.json describes none of that name (as {example})")
-    shape, dtype = tuple(part.get_shape()), part.get_dtype()
+        method = settings.get("quant_method")
+        method = "" if method is None else f", whose quantization {method!r} may not be read"
+        raise InputError(
+            f"{header.file}: unexpected tensor {header.name}; config.json{method} describes none of that name (as"
+            f" {next(iter(expected))})"
+        )
+    shape = header.shape if quantised is None else quantised.shape
     if shape != expected[known].shape:
-        raise InputError(f"{file}: tensor {name} has shape {list(shape)}, expected {list(expected[known].shape)}")
-    if dtype not in DTYPES:
-        raise InputError(f"{file}: tensor {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}")
-    return known
+        raise InputError(f"{where} has shape {list(shape)}, expected {list(expected[known].shape)}")
+    if quantised is None and header.dtype not in DTYPES:
+        method = settings.get("quant_method")
+        by = f" of the quantization {method!r}, which is not read" if method else ""
+        raise InputError(f"{where} has dtype {header.dtype}{by}; expected one of {', '.join(DTYPES)}")
 
 
 def load_model(

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from ..distill.report.card import TRANSFORMERS, Published, llama_cpp, read_licence, write_card
 from ..models.cautions import cautions
-from ..models.checkpoint import load_config
+from ..models.checkpoint import load_config, open_checkpoint
 from ..models.device import torch_dtype
 from ..models.errors import InputError, gib
 from ..models.export import write_export
@@ -21,7 +21,7 @@ from ..models.foreign import own_path
 from ..models.gguf.export import write_gguf_export
 from ..models.gguf.file import KINDS_OF_FILE, gguf_package
 from ..models.hub import is_hub_name, push_folder
-from .run.resolve import model_folder
+from .run.resolve import model_folder, said_format
 from .run.show import read_json, result, say, table
 from .run.stage import Work, stage
 
@@ -71,6 +71,7 @@ def run(options: Options, replaces: bool = False) -> None:
         inputs["gap"] = gap_folder(options.gap)
     with stage(options.output, "export", inputs=inputs, options=settings(options), replaces=replaces) as work:
         if not work.finished:
+            work.notes |= said_format(options.model, open_checkpoint(source))
             gap, name = measured(options, work)
             published = write_gguf(options, source, work) if options.format == "gguf" else write_hf(source, work)
             licence = read_licence(inputs.get("base", source))

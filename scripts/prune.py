@@ -33,7 +33,7 @@ from ..prune.repair import Repair, RepairOptions, repair_tensors
 from ..prune.scores import load_scores
 from ..prune.slice import Selection, slice_config, slice_rows, source_name
 from ..prune.target import Target
-from .run.resolve import NamedData, check_scores, data_input, model_folder, sample
+from .run.resolve import NamedData, check_scores, data_input, model_folder, said_format, sample
 from .run.show import counted, progress, result, say, table
 from .run.stage import stage
 
@@ -83,6 +83,7 @@ def prune(options: Options) -> None:
         if work.finished:
             return
         checkpoint = open_checkpoint(source)
+        work.notes |= said_format(options.model, checkpoint)
         selection = select(checkpoint.config, scores.widths, scores.layers.order, options.target)
         config = slice_config(checkpoint.config, selection)
         stored = {name: place.dtype for name, place in checkpoint.stored.items()}

@@ -11,6 +11,7 @@ from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
 from ...distill.text.packing import Batch
 from ...distill.text.resolve import NamedData as NamedData
+from ...models.checkpoint import Checkpoint
 from ...models.device import DTYPES as DTYPES
 from ...models.device import torch_device as torch_device
 from ...models.device import torch_dtype as torch_dtype
@@ -18,7 +19,7 @@ from ...models.errors import InputError
 from ...models.errors import check_counts as check_counts
 from ...models.fingerprint import read_provenance
 from ...models.named import SHIPPED, data_path, model_config, model_folder, names  # noqa: F401 (for the commands)
-from .show import progress, table
+from .show import progress, say, table
 
 ZOO = SHIPPED["zoo"]
 
@@ -71,3 +72,13 @@ def check_scores(folder: Path, model: str, name: str) -> None:
     made = read_provenance(folder)
     if made.get("made_by") == "limbeck score" and made["inputs"]["model"] != model:
         raise InputError(f"scores={folder} are of another model than {name}; give the scores of this one")
+
+
+def said_format(model: str, checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Says what a model is quantised as, and gives it for limbeck.json; nothing for plain weights."""
+    formats = checkpoint.formats()
+    if not formats:
+        return {}
+    kinds = ", ".join(f"{count} tensors of {kind}" for kind, count in formats.items())
+    say(f"note: {model} is quantised: {kinds}; they are read as {str(checkpoint.dtype()).removeprefix('torch.')}")
+    return {"source_format": formats}

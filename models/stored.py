@@ -1,0 +1,221 @@
+"""Tensors in safetensors files, read rows by rows: where they lie, and how those that are quantised become numbers.
+
+Quantised weights are recognised by the tensors beside them, as the libraries that write them call these:
+- float8 (`weight` F8_E4M3): times `weight_scale` or `weight_scale_inv`, one number, one a row, or one a block
+  (DeepSeek's and transformers' "fp8", ModelOpt's FP8, compressed-tensors' "float-quantized");
+- int8 (`weight` I8): times `weight_scale`, less `weight_zero_point` before where there is one ("int-quantized");
+- 4 or 8 bits packed into int32 (`weight_packed`, `weight_shape`): the low bits first, half the range above zero, times
+  `weight_scale` of a group of columns ("pack-quantized"); a packed `weight_zero_point` runs down the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import InputError
+from .foreign import SETTINGS, check_regular, read_object
+from .tensors import DTYPES as ALL_DTYPES
+from .tensors import is_finite
+
+DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point}
+QUANTISED = {"F8_E4M3": "float8", "I8": "int8"}
+SCALES = ("_scale", "_scale_inv")  # after the weight's name
+PACKED, SHAPE, ZERO = "_packed", "_shape", "_zero_point"
+# Of activations and caches, which no weight needs.
+UNUSED = ("input_scale", "output_scale", "k_scale", "v_scale", "q_scale", "input_zero_point", "weight_g_idx")
+BLOCK = 128  # of rows and columns that one `weight_scale_inv` is for, where config.json does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says of one of its tensors."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start..stop-1 of the first dimension."""
+        with open_file(self.file) as file:
+            return file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantised:
+    """The weight's numbers, their scales, and what is taken off first; `block` rows and columns have one scale, `bits`
+    is their width where they are packed."""
+
+    numbers: Header
+    scale: Header
+    zero: Header | None
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    bits: int | None
+    kind: str
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows begin..end-1 of the weight [N, K], float32."""
+        numbers = self.numbers.read(begin, end)
+        q = numbers.float() if self.bits is None else unpacked(numbers, self.bits, self.shape[1]).float()
+        if self.zero is not None:
+            q = q - self.spread(self.zero_points(), begin, end)
+        return q * self.spread(self.scale.read().float(), begin, end)
+
+    def zero_points(self) -> Tensor:
+        assert self.zero is not None
+        stored = self.zero.read()
+        return (stored if self.bits is None else unpacked(stored.mT, self.bits, self.shape[0]).mT).float()
+
+    def spread(self, values: Tensor, begin: int, end: int) -> Tensor:
+        """One number for each of rows begin..end-1 and columns of the weight, of [], [1], [N], or [rows, columns] of
+        blocks."""
+        if values.numel() == 1:
+            return values.reshape(1, 1)
+        if values.dim() == 1:
+            return values[begin:end, None]
+        rows = torch.arange(begin, end) // (self.block[0] if values.shape[0] > 1 else self.shape[0])
+        columns = torch.arange(self.shape[1]) // (self.block[1] if values.shape[1] > 1 else self.shape[1])
+        return values[rows][:, columns]
+
+
+def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Numbers [N, columns] of int32 words [N, columns x bits / 32], the low bits first, half their range below zero."""
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    numbers = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return numbers.flatten(-2)[..., :columns] - 2 ** (bits - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPlace:
+    """Where a stored tensor lies: the file, its name there, the dtype that it is read in, and what it is quantised
+    as."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    quantised: Quantised | None = None
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows begin..end-1, counted as by `families.family.Piece`. Raises InputError where they hold NaN or
+        infinity."""
+        if self.quantised is not None:
+            tensor = self.quantised.rows(begin, end).to(self.dtype)
+        else:
+            tensor = plain_rows(self.file, self.name, begin, end)
+        if not is_finite(tensor):
+            kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+            raise InputError(f"{self.file}: tensor {self.name} holds {kind}; expected finite numbers")
+        return tensor
+
+
+def plain_rows(path: Path, name: str, begin: int, end: int) -> Tensor:
+    with open_file(path) as file:
+        part = file.get_slice(name)
+        shape = part.get_shape()
+        each = math.prod(shape[1:-1])
+        first = begin // each
+        tensor = part[first : -(-end // each)]
+    return tensor.flatten(0, -2)[begin - first * each : end - first * each] if len(shape) > 1 else tensor
+
+
+def open_file(path: Path) -> Any:
+    """A safetensors file, memory-mapped. Raises InputError where it is not a whole one."""
+    check_regular(path)
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        size = path.stat().st_size
+        what = "is empty" if not size else f"is truncated or no safetensors file ({size} bytes: {error})"
+        raise InputError(f"{path} {what}; copy it again") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def read_headers(files: Sequence[Path]) -> Iterator[Header]:
+    """Every tensor of the files. Raises InputError."""
+    for path in files:
+        with open_file(path) as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                yield Header(path, name, part.get_dtype(), tuple(part.get_shape()))
+
+
+def is_companion(name: str, names: Mapping[str, Header]) -> bool:
+    """Whether a tensor belongs to a quantised weight, or to activations that were quantised with one."""
+    for ending in (*SCALES, SHAPE, ZERO):
+        weight = name.removesuffix(ending)
+        if weight != name and (weight in names or weight + PACKED in names):
+            return True
+    return name.rpartition(".")[2] in UNUSED
+
+
+def quantised_weight(header: Header, names: Mapping[str, Header], settings: Mapping[str, Any]) -> Quantised | None:
+    """How a tensor is quantised, None where it is not; `settings` are config.json's quantization_config. Raises
+    InputError where its scale is missing, or its layout is not known."""
+    packed = header.name.endswith(PACKED)
+    if not packed and header.dtype not in QUANTISED:
+        return None
+    weight = header.name.removesuffix(PACKED)
+    scale = next((names[weight + ending] for ending in SCALES if weight + ending in names), None)
+    where = f"{header.file}: tensor {header.name}"
+    if scale is None:
+        raise InputError(
+            f"{where} has dtype {header.dtype} and no scale; expected {weight + SCALES[0]} or {weight + SCALES[1]}"
+            " beside it"
+        )
+    shape, bits = header.shape, None
+    if packed:
+        if weight + SHAPE not in names or header.dtype != "I32":
+            raise InputError(
+                f"{where} is packed in a way that is not known; expected int32, and {weight + SHAPE} beside it"
+            )
+        shape = tuple(int(size) for size in names[weight + SHAPE].read())
+        bits = next((bits for bits in (4, 8) if header.shape == (shape[0], -(-shape[1] * bits // 32))), None)
+        if bits is None:
+            raise InputError(f"{where} has shape {list(header.shape)}, which is no {list(shape)} of 4 or 8 bits")
+        order = names.get(f"{weight.rpartition('.')[0]}.weight_g_idx")
+        if order is not None:
+            raise InputError(f"{where} has its columns in another order (weight_g_idx), which is not read")
+    if len(shape) != 2:
+        raise InputError(f"{where} is quantised and has {len(shape)} dimensions; expected 2")
+    kind = f"int{bits}, packed" if packed else QUANTISED[header.dtype]
+    return Quantised(header, scale, names.get(weight + ZERO), shape, block_of(scale, shape, settings), bits, kind)
+
+
+def block_of(scale: Header, shape: tuple[int, ...], settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a weight that one of its scales is for. Raises InputError where they do not fit."""
+    stated = settings.get("weight_block_size")
+    rows, columns = stated if isinstance(stated, list) and len(stated) == 2 else (BLOCK, BLOCK)
+    if (stated or scale.name.endswith("_inv")) and scale.shape == (-(-shape[0] // rows), -(-shape[1] // columns)):
+        return rows, columns
+    if len(scale.shape) != 2 and math.prod(scale.shape) in (1, shape[0]):
+        return shape[0], shape[1]
+    if len(scale.shape) == 2 and scale.shape[0] in (1, shape[0]) and shape[1] % scale.shape[1] == 0:
+        return (1 if scale.shape[0] > 1 else shape[0]), shape[1] // scale.shape[1]
+    raise InputError(
+        f"{scale.file}: tensor {scale.name} has shape {list(scale.shape)}, which is no scale of a weight {list(shape)};"
+        " expected one number, one a row, a group of columns or a block"
+    )
+
+
+def quantization_of(path: Path) -> dict[str, Any]:
+    """What a folder's config.json says of quantisation; nothing where it says nothing."""
+    content = read_object(path / "config.json", SETTINGS)
+    stated = content.get("quantization_config") or content.get("compression_config")
+    return stated if isinstance(stated, dict) else {}
+
+
+def dtype_of_numbers(path: Path) -> torch.dtype:
+    """The dtype that quantised weights are read in: what config.json says that the model computes in, else bfloat16."""
+    content = read_object(path / "config.json", SETTINGS)
+    stated = content.get("torch_dtype") or content.get("dtype")
+    return {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(str(stated), torch.bfloat16)

@@ -1,0 +1,164 @@
+"""Quantised folders are read as the libraries that write them give the numbers back; what is not known is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
+from limbeck.models.stored import unpacked
+from limbeck.tests.helpers import assert_close, limbeck, make_workshop
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Layout = Callable[[str, Tensor], dict[str, Tensor]]
+F8 = torch.float8_e4m3fn
+
+
+def blocks(size: int) -> Layout:
+    """DeepSeek's and transformers': a scale for each block, of which the last ones may be smaller."""
+
+    def layout(name: str, weight: Tensor) -> dict[str, Tensor]:
+        rows, columns = (-(-length // size) for length in weight.shape)
+        scale = torch.empty(rows, columns)
+        q = torch.empty_like(weight, dtype=F8)
+        for i in range(rows):
+            for j in range(columns):
+                part = (slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size))
+                scale[i, j] = weight[part].abs().max() / 448
+                q[part] = (weight[part] / scale[i, j]).to(F8)
+        return {name: q, f"{name}_scale_inv": scale}
+
+    return layout
+
+
+def per_tensor(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """ModelOpt's FP8, with the scale of the activations beside it."""
+    scale = weight.abs().max() / 448
+    extra = {name.removesuffix("weight") + "input_scale": torch.tensor(0.5)}
+    return {name: (weight / scale).to(F8), f"{name}_scale": scale} | extra
+
+
+def per_row(name: str, weight: Tensor) -> dict[str, Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return {name: (weight / scale).round().to(torch.int8), f"{name}_scale": scale}
+
+
+def packed(symmetric: bool) -> Layout:
+    """compressed-tensors' W4A16 in groups of 16 columns."""
+
+    def layout(name: str, weight: Tensor) -> dict[str, Tensor]:
+        rows, columns = weight.shape
+        groups = weight.unflatten(1, (-1, 16))
+        low, high = groups.amin(-1), groups.amax(-1)
+        scale = torch.maximum(-low, high) / 7 if symmetric else (high - low) / 15
+        zero = torch.zeros_like(scale) if symmetric else (-8 - low / scale).round().clamp(-8, 7)
+        q = (groups / scale[..., None] + zero[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int32) + 8
+        found = {f"{name}_packed": words(q), f"{name}_scale": scale, f"{name}_shape": torch.tensor([rows, columns])}
+        if not symmetric:
+            found[f"{name}_zero_point"] = words((zero + 8).to(torch.int32).mT).mT.contiguous()
+        return found
+
+    return layout
+
+
+def words(numbers: Tensor) -> Tensor:
+    """4-bit numbers [N, K] as int32 [N, K / 8]."""
+    padded = torch.nn.functional.pad(numbers.long(), (0, -numbers.shape[1] % 8)).unflatten(1, (-1, 8))
+    whole = (padded << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(whole >= 2**31, whole - 2**32, whole).to(torch.int32)
+
+
+METHODS: dict[str, tuple[Layout, dict[str, Any], str, float]] = {
+    "blocks": (blocks(24), {"quant_method": "fp8", "weight_block_size": [24, 24]}, "float8", 0.04),
+    "tensor": (per_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}, "float8", 0.04),
+    "int8": (per_row, {"quant_method": "compressed-tensors", "format": "int-quantized"}, "int8", 0.02),
+    "w4a16": (packed(True), {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "int4, packed", 0.2),
+    "w4a16, zero": (packed(False), {"quant_method": "compressed-tensors"}, "int4, packed", 0.2),
+}
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workshop(tmp_path_factory.mktemp("quantised"))
+
+
+def quantise(source: Path, folder: Path, layout: Layout, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """A copy whose projections are quantised; gives its stored tensors."""
+    save_model(load_model(source), folder, tokenizer_from=source)
+    stored: dict[str, Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored |= layout(name, weight) if name.endswith("_proj.weight") else {name: weight.bfloat16()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(content | {"quantization_config": settings, "torch_dtype": "bfloat16"})
+    )
+    return stored
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_times_scales(method: str, workshop: Path, tmp_path: Path) -> None:
+    """Near the weights that were quantised, rows by rows as at once, in the dtype that the model computes in."""
+    layout, settings, kind, limit = METHODS[method]
+    quantise(workshop / "model", tmp_path / "q", layout, settings)
+    before, after = open_checkpoint(workshop / "model"), open_checkpoint(tmp_path / "q")
+    assert list(after.formats()) == [kind]
+    for name in after.names():
+        ours, original = after.tensor(name), before.tensor(name)
+        assert ours.dtype == after.stored[name].dtype == torch.bfloat16
+        assert_close(name, original, ours, limit if name.endswith("_proj.weight") else 0.01)
+        whole = torch.cat([after.rows(name, start, min(start + 7, len(ours))) for start in range(0, len(ours), 7)])
+        assert torch.equal(whole, ours), name
+
+
+def test_commands_leave_plain_weights(workshop: Path, tmp_path: Path) -> None:
+    layout, settings, _, _ = METHODS["blocks"]
+    quantise(workshop / "model", tmp_path / "q", layout, settings)
+    code, out, err = limbeck("export", f"model={tmp_path / 'q'}", f"output={tmp_path / 'out'}", "check_tokens=16")
+    assert code == 0 and "is quantised: 14 tensors of float8; they are read as bfloat16" in out, err
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert json.loads((tmp_path / "out" / "limbeck.json").read_text())["source_format"] == {"float8": 14}
+    for name, weight in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert weight.dtype == torch.bfloat16 and not name.endswith("scale_inv")
+
+
+def test_as_compressed_tensors_reads_it(tmp_path: Path) -> None:
+    """Packed by the library itself, symmetric and not."""
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    q = torch.randint(-8, 8, (6, 40), dtype=torch.int8)
+    assert torch.equal(unpacked(helpers.pack_to_int32(q, 4), 4, 40), q.int())
+    zero = torch.randint(-8, 8, (11, 3), dtype=torch.int8)
+    stored = helpers.pack_to_int32(zero, 4, packed_dim=0)
+    assert torch.equal(unpacked(stored.mT, 4, 11).mT, zero.int())
+
+
+def test_what_is_not_known(workshop: Path, tmp_path: Path) -> None:
+    def refused(
+        says: str, change: Callable[[dict[str, Tensor]], object], method: str = "blocks", name: str = "q"
+    ) -> None:
+        layout, settings, _, _ = METHODS[method]
+        folder = tmp_path / f"{name}{len(list(tmp_path.iterdir()))}"
+        stored = quantise(workshop / "model", folder, layout, settings)
+        change(stored)
+        save_file({key: value.contiguous() for key, value in stored.items()}, folder / "model.safetensors")
+        code, _, err = limbeck("generate", f"model={folder}", "prompt=x")
+        assert code == 2 and says in err and err.count("\n") == 1, (code, err)
+
+    first = "backbone.layers.0.mixer.in_proj.weight"
+    refused("and no scale; expected", lambda stored: stored.pop(f"{first}_scale_inv"))
+    refused("is no scale of a weight", lambda stored: stored.update({f"{first}_scale_inv": torch.ones(3, 5)}))
+    refused("NaN", lambda stored: stored.update({f"{first}_scale_inv": stored[f"{first}_scale_inv"] * float("nan")}))
+    refused("is packed in a way that is not known", lambda stored: stored.pop(f"{first}_shape"), "w4a16")
+    refused(
+        "columns in another order",
+        lambda stored: stored.update({first.replace("weight", "weight_g_idx"): torch.arange(32)}), "w4a16",
+    )  # fmt: skip
+    refused("of the quantization 'fp8', which is not read",
+            lambda stored: stored.update({first: torch.zeros_like(stored[first], dtype=torch.uint8)}))  # fmt: skip
+    other = {first.replace("weight", "qweight"): torch.ones(3, dtype=torch.int32)}
+    refused("whose quantization 'fp8' may not be read", lambda stored: stored.update(other))
