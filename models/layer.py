@@ -142,7 +142,7 @@ class ScoreSource:
 class ExpertStacks:
     """The matrices of a kind's experts, and what is shown of them: the `inputs` [.., D] that they read, the `choice`
     and `weights` [.., k] of a token, what `down` has `read` [.., I, k] and `given` [.., k, D], and, where they do not
-    write the stream themselves, the `total` of that."""
+    write the stream themselves, the `total` of that. `use` [.., E] is 1 for the chosen, to those who name it."""
 
     up: str
     down: str
@@ -153,6 +153,7 @@ class ExpertStacks:
     read: str
     given: str
     total: str
+    use: str
 
 
 @dataclasses.dataclass(frozen=True)

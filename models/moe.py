@@ -299,6 +299,7 @@ KIND = LayerKind(
         read="expert_ffn_act",
         given="expert_out",
         total="latent_out",
+        use="expert_use",
     ),
     size_label=size_label,
 )

@@ -47,6 +47,7 @@ def score_widths(
     *,
     stream_bytes: int = STREAM_BYTES,
     on_step: Callable[[int, int | None], None] | None = None,
+    uses: dict[int, Tensor] | None = None,
 ) -> WidthScores:
     """Scores every width by a metric (`ActivationScores()` by default); see scores.py for the shapes.
 
@@ -55,15 +56,19 @@ def score_widths(
     Layer after layer runs; where weights are read from a folder, over as many batches as `stream_bytes` of residual
     streams hold (one at least), so that each group of them reads the weights once. A backward pass keeps the streams
     before every layer, and runs each layer again for its gradients: no more than one layer's graph is in memory.
-    Of many processes each has batches of its own. `on_step(done, total)` counts layers times batches. Raises InputError
-    when no position counts, and when an activation is not finite.
+    Of many processes each has batches of its own. `on_step(done, total)` counts layers times batches. `uses`, where it
+    is given, is filled with how many of the counted tokens chose each expert [E], by layer, as far as activations are
+    observed. Raises InputError when no position counts, and when an activation is not finite.
     """
     metric = ActivationScores() if metric is None else metric
     source = layers_of(model)
     batches = list(batches) if metric.left_out else batches
     moments = empty_moments(source.config, source.device, metric) if metric.observed else {}
     if metric.observed:
-        observe_batches(source, batches, metric, moments, stream_bytes, on_step)
+        chosen = empty_uses(source) if uses is not None else {}
+        observe_batches(source, batches, metric, moments, chosen, stream_bytes, on_step)
+        if uses is not None:
+            uses |= {layer: processes.all_sum(counts).cpu() for layer, counts in chosen.items()}
         for moment in moments.values():
             moment.gather()
         if not all(moment.samples for moment in moments.values()):
@@ -81,10 +86,13 @@ def observe_batches(
     batches: Iterable[TokenBatch],
     metric: WidthMetric,
     moments: UnitMoments,
+    uses: Mapping[int, Tensor],
     stream_bytes: int,
     on_step: Callable[[int, int | None], None] | None,
 ) -> None:
-    """Adds what the metric makes of this process's batches to the moments."""
+    """Adds what the metric makes of this process's batches to the moments, and to `uses` which experts tokens chose."""
+    used = {kind.experts.use for kind in source.config.kinds if kind.experts is not None and uses}
+    names = {*metric.observed, *(() if metric.needs_gradients else used)}
     layers, rounds = source.config.num_layers, 1 + metric.needs_gradients
     passes, copies = (backward_pass, layers + 1) if metric.needs_gradients else (forward_pass, 1)
     total = len(batches) * (layers * rounds + 1) if isinstance(batches, Sized) else None  # 1: the final norm
@@ -92,16 +100,28 @@ def observe_batches(
     with processes.together():
         for group in groups_of(batches, source, stream_bytes // copies):
             counted = [(batch.labels != IGNORED_LABEL).to(source.device) for batch in group]
-            for seen in passes(source, group, metric.observed):
+            for seen in passes(source, group, names):
                 mask = counted[seen.number]
                 rows = mask.any(1)
                 for name, activation in seen.activations.items():
+                    if name in used:
+                        uses[seen.layer].add_(activation[mask].sum(0, dtype=torch.float64))
+                    if name not in metric.observed:
+                        continue
                     kind, gradient = metric.observed[name], seen.gradients.get(name)
                     own = None if gradient is None else gradient[rows]
                     moments[(kind, seen.layer)].add(metric.per_sample(kind, activation[rows], own, mask[rows]))
                 done += 1
                 if on_step is not None:
                     on_step(done, total)
+
+
+def empty_uses(source: Layers) -> dict[int, Tensor]:
+    """Zeros [E] for each layer that has experts."""
+    config = source.config
+    layers = [layer for layer, kind in enumerate(config.kinds) if kind.experts is not None]
+    sizes = {layer: config.kinds[layer].chosen(config)[1] for layer in layers}
+    return {layer: torch.zeros(size, dtype=torch.float64, device=source.device) for layer, size in sizes.items()}
 
 
 def groups_of(batches: Iterable[TokenBatch], source: Layers, stream_bytes: int) -> Iterator[list[TokenBatch]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
 
 from ..distill.parallel import process_device
 from ..distill.report.words import DEPTH_METRICS, removal_steps
@@ -81,14 +82,19 @@ def score(source: Path, options: Options) -> Scores:
                 layers, batches, metric=depth_metric, iterative=how.iterative, table=how.depth_table, **limits,
                 stream_bytes=options.stream_bytes, on_step=bar.set,
             )  # fmt: skip
-    metric = how.width_metric(options.seed)
+    metric, uses = how.width_metric(options.seed), dict[int, Tensor]()
     if metric.observed:
         batches = calibration(source, options, how.tokens, options.batch)
         with progress("scoring widths", len(batches)) as bar:
-            widths = score_widths(layers, batches, metric, stream_bytes=options.stream_bytes, on_step=bar.set)
+            widths = score_widths(
+                layers, batches, metric, stream_bytes=options.stream_bytes, on_step=bar.set, uses=uses
+            )
     else:
         widths = metric.scores(config, checkpoint.tensor, {})
-    facts = {"method": how.method, "data": str(options.data), "seed": options.seed, "pattern": config.pattern}
+    facts: dict[str, Any] = {"method": how.method, "data": str(options.data), "seed": options.seed}
+    facts["pattern"] = config.pattern
+    if uses:
+        facts["expert_uses"] = {str(layer): [int(count) for count in counts] for layer, counts in uses.items()}
     return Scores(widths, order, facts)
 
 

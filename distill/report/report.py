@@ -15,6 +15,7 @@ from ...models.axes import AXES
 from ...models.foreign import read_lines, read_object
 from ...models.kinds import kinds_of
 from . import plots
+from .experts import expert_section
 from .gap_sections import cards, gap_sections
 from .page import Cell, Section, Table, drawn, size
 from .words import DEPTH_METRICS, removal_steps
@@ -43,6 +44,8 @@ def write_page(
         sections += training_section(folder, metrics)
     if scores is not None:
         sections += importance_sections(folder, scores, selection)
+        content = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
+        sections += expert_section(content.get("expert_uses", {}), selection)
     if memory is not None:
         sections.append(memory_section(folder, memory))
     sections.append(Section("Provenance", "What made each folder, from what. Files are known by their sha256."))
