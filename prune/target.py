@@ -9,6 +9,7 @@ nearby and finer ones are tried.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -132,8 +133,16 @@ def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
         def tied(sizes: Mapping[str, int]) -> dict[str, int]:
             return {**sizes, **tied_widths(smaller, sizes.get(HIDDEN, smaller.hidden_size), target.widths)}
 
-        found = expert_widths(smaller, goal, target.widths, alignment(config), lambda own: smaller.replace(**tied(own)))
-        return target.replace(parameters=None, **changed_widths(config, tied(found)))
+        def together(given: Mapping[str, int]) -> dict[str, int]:
+            sizes = expert_widths(smaller, goal, given, alignment(config), lambda own: smaller.replace(**tied(own)))
+            return tied(sizes)
+
+        if tied_widths(smaller, smaller.hidden_size, target.widths):
+            # Where hidden_size goes in few steps alone it stays, as long as experts and shared expert leave so few.
+            with contextlib.suppress(InputError):
+                whole = {**target.widths, HIDDEN: smaller.hidden_size}
+                return target.replace(parameters=None, **changed_widths(config, together(whole)))
+        return target.replace(parameters=None, **changed_widths(config, together(target.widths)))
     hidden, intermediate = widths_for(smaller, goal, target.hidden_size, target.intermediate_size, target.widths)
     sizes = {HIDDEN: hidden, INNER: intermediate, **tied_widths(smaller, hidden, target.widths)}
     return target.replace(parameters=None, **changed_widths(config, sizes))

@@ -130,5 +130,10 @@ def test_widths_for_a_number_of_parameters_go_together(share: float) -> None:
     after = H_1B.replace(**target.widths)
     assert after.to_hf()["mamba_expand"] == 2 and after.head_dim * after.num_attention_heads == after.hidden_size
     assert 0.93 * share <= count_parameters(after) / count_parameters(H_1B) <= share
+    experts = model_config("granite-4.0-h-tiny")
+    after = experts.replace(**with_widths(experts, experts.pattern, Target(parameters=share)).widths)
+    assert after.to_hf()["mamba_expand"] == 2
+    assert (0.999 if share > 0.2 else 0.95) * share <= count_parameters(after) / count_parameters(experts) <= share
+    assert after.hidden_size == 1536 or share < 0.3
     held = with_widths(H_1B, H_1B.pattern, Target(parameters=max(share, 0.7), hidden_size=1536))
     assert held.widths.keys() <= {"hidden_size", "intermediate_size"}

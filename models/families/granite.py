@@ -216,7 +216,8 @@ def check_expansion(config: HybridConfig) -> None:
     if config.d_inner % hidden:
         working = [number for number in range(config.n_groups, 4 * hidden // size + 1, config.n_groups)
                    if number * size % hidden == 0]  # fmt: skip
-        listed = f"mamba_num_heads={' or '.join(map(str, working[:4]))}" if working else "another hidden_size"
+        near = sorted(sorted(working, key=lambda number: abs(number - heads))[:3])
+        listed = f"mamba_num_heads={' or '.join(map(str, near))}" if working else "another hidden_size"
         raise InputError(
             f"config: mamba_num_heads {heads} x mamba_head_dim {size} is no multiple of hidden_size {hidden}, which"
             f" readers of granitemoehybrid ask for (mamba_expand); give {listed}"
