@@ -25,7 +25,7 @@ from .rows import cdiv, multiprocessors
 # at once, by compute capability: two stages of keys and values fit the 99 KiB of 86 and 89 twice over. float32 has no
 # tensor cores at full precision, and needs the threads for its registers.
 BLOCK = {2: (64, 4), 4: (32, 8)}
-STAGES = {80: 3, 86: 2, 89: 2, 90: 3}
+STAGES = {80: 3, 86: 2, 89: 2, 90: 3, 100: 1, 120: 1}
 MOST_SPLITS, DOCUMENT_BLOCK = 64, 128
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .tracing import STATE
 
-CAPABILITIES = (80, 86, 89, 90)  # those that kernels state sizes for; others take the next lower one's
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # those that kernels state sizes for; others take the next lower one's
 
 
 class Launch(NamedTuple):
@@ -58,9 +58,9 @@ def triton_module(name: str) -> Any:
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """80, 86, 89 or 90: whose sizes a device takes; the interpreter's takes 90's."""
+    """The one of CAPABILITIES whose sizes a device takes; the interpreter takes those of 90."""
     if device.type != "cuda":
-        return CAPABILITIES[-1]
+        return 90
     major, minor = torch.cuda.get_device_capability(device)
     return max((known for known in CAPABILITIES if known <= 10 * major + minor), default=CAPABILITIES[0])
 

@@ -23,18 +23,24 @@ class ScanSizes(NamedTuple):
 
 
 # For each compute capability, and the bytes of a number in the states that the backward keeps (2 for bfloat16 inputs,
-# else 4): forward, walk, gradients. Chosen by offline compilation: with more tokens in a tile, fewer warps or other
-# stages registers spill.
+# else 4): forward, walk, gradients. Chosen by simulated cycles of the machine code (benchmarks/scan_cycles.py): a few
+# spilled registers cost less than warps that wait for each other. On Blackwell (100, 120) loops of dependent products
+# with more than one stage give wrong numbers (state-spaces/mamba#997, triton-lang/triton#9871).
 SIZES = {
-    (80, 2): (ScanSizes(32, 64, 8, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 8, 1)),
+    (80, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (80, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (86, 2): (ScanSizes(32, 64, 8, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 8, 2)),
+    (86, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (86, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (89, 2): (ScanSizes(32, 64, 8, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 8, 2)),
+    (89, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (89, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (90, 2): (ScanSizes(32, 64, 8, 3), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 8, 2)),
+    (90, 2): (ScanSizes(64, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (90, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
+    (100, 2): (ScanSizes(64, 64, 4, 1), ScanSizes(32, 16, 4, 1), ScanSizes(32, 16, 4, 1)),
+    (100, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
+    (120, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 1), ScanSizes(32, 16, 4, 1)),
+    (120, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
 }
+FORWARD_ELEMENTS = 8192  # of [tokens, state] in a tile of the forward pass
 STATE_ELEMENTS = 10240  # of the float32 state that one program keeps in registers: 80 x 128
 
 
@@ -79,9 +85,9 @@ class Scan(NamedTuple):
     def sizes(self, device: int) -> tuple[ScanSizes, ScanSizes, ScanSizes]:
         return SIZES[device, self.kept.itemsize]
 
-    def tile_tokens(self, most: int) -> int:
+    def tile_tokens(self, most: int, elements: int = TILE_ELEMENTS) -> int:
         """The tokens of a tile: a power of two of at least 16, which `chunk_size` and the state bound as well."""
-        fitting = min(most, self.chunk_size, power_of_two(self.x.shape[1]), TILE_ELEMENTS // self.B.shape[3])
+        fitting = min(most, self.chunk_size, power_of_two(self.x.shape[1]), elements // self.B.shape[3])
         return max(16, power_of_two(fitting + 1) // 2)
 
     def gradient_tokens(self, device: int) -> int:
@@ -129,7 +135,7 @@ def forward_launch(scan: Scan, y: Tensor, last: Tensor, device: int) -> Launch:
     number, main, tail = slices(head_dim, scan.B.shape[3], sizes.width)
     arguments = scan.common() | scan.inputs()
     arguments |= {"p_first": scan.initial_state, "p_y": y, "p_last": last}
-    arguments |= {"Q": scan.tile_tokens(sizes.tokens), "MAIN": main, "TAIL": tail}
+    arguments |= {"Q": scan.tile_tokens(sizes.tokens, FORWARD_ELEMENTS), "MAIN": main, "TAIL": tail}
     return Launch(scan_forward, (number, heads, batch), arguments, sizes.warps, sizes.stages)
 
 

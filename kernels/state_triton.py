@@ -52,7 +52,7 @@ def update_kernel(
 
 # For each compute capability: the most elements of a program's tile of the state, and warps. Each thread of the first
 # has 8 float32 loads of 16 bytes under way, which the slower memory of the others does not need.
-SIZES = {80: (4096, 4), 86: (2048, 4), 89: (2048, 4), 90: (4096, 4)}
+SIZES = {80: (4096, 4), 86: (2048, 4), 89: (2048, 4), 90: (4096, 4), 100: (4096, 4), 120: (2048, 4)}
 
 
 def update_launch(

@@ -13,7 +13,8 @@ from limbeck.kernels.launch import Launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block may have (CUDA guide)
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # a block may have (CUDA guide)
+SHARED_LIMIT = {capability: size * 1024 for capability, size in SHARED_KIB.items()}
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -43,7 +44,7 @@ def compile_for(
     warps: int = 4,
     stages: int = 3,
 ) -> Compiled:
-    """One kernel for compute capability 80, 86, 89 or 90: types by argument ("*bf16", "i32", "constexpr"), and the
+    """One kernel for a compute capability: types by argument ("*bf16", "i32", "constexpr"), and the
     values of the constexprs. `attributes` names the arguments, by position, that 16 divides."""
     source = ASTSource(kernel, signature, constexprs, attributes)
     options = {"num_warps": warps, "num_stages": stages}

@@ -109,14 +109,16 @@ def other_launches(capability: int, dtype: torch.dtype, shape: dict[str, int]) -
 
 
 def check_launches(capability: int, launches: Iterator[launch.Launch], spills: int = 0) -> None:
-    """Each fits the device's shared memory, and spills at most so many bytes a thread (on sm_80 two doubles)."""
+    """Each fits the device's shared memory, and spills at most so many bytes a thread (on sm_80 two doubles). Those of
+    the scan whose sizes are chosen by cycles may spill more: test_scan_cycles bounds those."""
     from limbeck.tests.offline import SHARED_LIMIT, compile_launch
 
     for one in launches:
         compiled = compile_launch(one, capability)
         name = f"{one.kernel.__name__} on sm_{capability}"
         assert compiled.shared <= SHARED_LIMIT[capability], f"{name}: {compiled}"
-        assert compiled.spills <= max(spills, 16 if capability == 80 else 0), f"{name} spills: {compiled}"
+        allowed = 400 if one.kernel.__name__ in ("scan_forward", "scan_gradients") else 16 if capability == 80 else 0
+        assert compiled.spills <= max(spills, allowed), f"{name} spills: {compiled}"
 
 
 def test_compiles_offline() -> None:
@@ -143,6 +145,27 @@ def test_other_shapes_compile_offline(capability: int, shape: dict[str, int]) ->
     for dtype in (torch.float16, torch.float32):  # no one trains so: that they fit is enough
         check_launches(capability, scan_launches(capability, dtype, shape), spills=2000)
         check_launches(capability, other_launches(capability, dtype, shape), spills=2000)
+
+
+CYCLES = {  # a token, of a program beside as many as fit: forward, walk, gradients of a group's head
+    80: (320, 70, 400),
+    86: (430, 105, 440),
+    89: (350, 90, 440),
+    90: (180, 75, 390),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CYCLES)
+def test_scan_cycles(capability: int) -> None:
+    """What the sizes were chosen by: simulated cycles, by which earlier ones took up to three times as many."""
+    pytest.importorskip("triton")
+    from limbeck.benchmarks import sass_cycles, scan_cycles
+
+    card = sass_cycles.CARDS[capability]
+    for (one, tokens), most in zip(scan_cycles.launches(capability), CYCLES[capability], strict=True):
+        cycles = sass_cycles.loop_cycles(sass_cycles.compiled(one, capability), card, one.warps)
+        assert max(cycles.values()) / tokens <= most, (one.kernel.__name__, cycles)
 
 
 @pytest.mark.slow
@@ -262,7 +285,15 @@ def test_missing_triton_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_devices_take_the_sizes_of_the_next_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, taken in (((7, 5), 80), ((8, 0), 80), ((8, 6), 86), ((8, 9), 89), ((9, 0), 90), ((12, 0), 90)):
+    for found, taken in (
+        ((7, 5), 80),
+        ((8, 0), 80),
+        ((8, 6), 86),
+        ((8, 9), 89),
+        ((9, 0), 90),
+        ((10, 3), 100),
+        ((12, 0), 120),
+    ):
         launch.capability.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
         assert launch.capability(torch.device("cuda", 0)) == taken
