@@ -160,7 +160,8 @@ def score(
     text = read_text(model, data, "train")
     seq_len, batch = fitted(model, text, seq_len, batch)
     assert how.remove_layers is not None
-    limits: dict[str, Any] = {"remove": how.remove_layers, "pairs": how.pairs, "min_layers": how.min_layers}
+    remove = how.remove_layers * model.config.block_size  # whole blocks
+    limits: dict[str, Any] = {"remove": remove, "pairs": how.pairs, "min_layers": how.min_layers}
     if how.method == "random":
         order = random_layers(model.config, seed=seed, **limits)
     else:

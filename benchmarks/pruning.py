@@ -99,11 +99,11 @@ def zoo() -> Subject:
 
 
 def smollm2(folder: Path) -> Subject:
-    together = Target(layers=54, hidden_size=504, intermediate_size=1344)
+    together = Target(layers=27, hidden_size=504, intermediate_size=1344)
     cuts = {
-        "all axes, 10% fewer": Target(layers=58, hidden_size=549, intermediate_size=1472),
-        "all axes, 20% fewer": Target(layers=56, hidden_size=522, intermediate_size=1344),
-        "all axes, 30% fewer": Target(layers=52, hidden_size=495, intermediate_size=1280),
+        "all axes, 10% fewer": Target(layers=29, hidden_size=549, intermediate_size=1472),
+        "all axes, 20% fewer": Target(layers=28, hidden_size=522, intermediate_size=1344),
+        "all axes, 30% fewer": Target(layers=26, hidden_size=495, intermediate_size=1280),
     }
     return Subject(
         "SmolLM2-135M", folder, 6144, 1024, 4096, cuts, together, Target(hidden_size=432), (2, 4, 8),
@@ -171,7 +171,8 @@ class Bench:
         """Layers in the order of their removal: as many as any cut of the model asks for."""
         config, subject = self.model.config, self.subject
         targets = [*subject.selected.values(), subject.together]
-        most = max(*subject.layers, *(config.num_layers - (target.layers or config.num_layers) for target in targets))
+        total, size = config.num_hidden_layers, config.block_size
+        most = max(*subject.layers, *(size * (total - (target.layers or total)) for target in targets))
         if kind == "random":
             return random_layers(config, remove=most, seed=seed).order
         batches = self.sample("train", subject.depth_tokens, seed)
@@ -251,7 +252,7 @@ def depth_table(bench: Bench, seeds: Sequence[int]) -> None:
 def loss_of_depth(bench: Bench, number: int, kind: str, seed: int) -> float:
     def make() -> dict[str, Any]:
         config = bench.model.config
-        target = Target(layers=config.num_layers - number)
+        target = Target(layers=(config.num_layers - number) // config.block_size)
         selection = select(config, bench.widths("random", 0), bench.order(kind, seed), target)
         return {"loss": bench.loss(bench.pruned(selection, seed, PLAIN))}
 

@@ -153,6 +153,12 @@ class HybridConfig:
         """How many layers come and go together only, as one of the family's blocks."""
         return self.family_record.block_size
 
+    @property
+    def num_hidden_layers(self) -> int:
+        """What a config.json counts by that name, and options and tables with it: blocks, where several of our layers
+        make one."""
+        return self.num_layers // self.block_size
+
     def layers_of(self, kind: LayerKind) -> tuple[int, ...]:
         """Indices of the layers of one kind."""
         return tuple(layer for layer, own in enumerate(self.kinds) if own == kind)

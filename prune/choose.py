@@ -64,41 +64,48 @@ def select(config: HybridConfig, widths: WidthScores, layer_order: Sequence[int]
 
 
 def kept_layers(config: HybridConfig, layer_order: Sequence[int], count: int | None) -> tuple[int, ...]:
-    """The layers that stay, ascending, when all but `count` go in `layer_order`. Raises InputError."""
-    total = config.num_layers
+    """The layers that stay, ascending, when all but `count` go in `layer_order`; counted as the config's
+    num_hidden_layers, so that a block is one. Raises InputError."""
+    total, size, blocks = config.num_hidden_layers, config.block_size, config.family_record.blocks_in_words()
     if count is None:
-        return tuple(range(total))
+        return tuple(range(config.num_layers))
     if not 1 <= count <= total:
         raise InputError(f"target: layers is {count}; expected 1..{total}, the model's {total} layers at most")
-    size, blocks = config.block_size, config.family_record.blocks_in_words()
-    if count % size:
+    gone = total - count
+    removed = layer_order[: gone * size]
+    if len(set(removed)) != gone * size or not all(0 <= layer < config.num_layers for layer in removed):
         raise InputError(
-            f"target: layers is {count}; expected a multiple of {size}, because {config.family} has whole blocks"
-            f" {blocks}"
+            f"target: {count} of {total} layers need an order of {gone} distinct layers to remove, the scores have"
+            f" {list(dict.fromkeys(layer // size for layer in layer_order))}; score with"
+            f" importance.remove_layers={gone} or more"
         )
-    removed = layer_order[: total - count]
-    if len(set(removed)) != total - count or not all(0 <= layer < total for layer in removed):
-        raise InputError(
-            f"target: {count} of {total} layers need an order of {total - count} distinct layers to remove,"
-            f" the scores have {list(layer_order)}; score with importance.remove_layers={total - count} or more"
-        )
-    if len({layer // size for layer in removed}) * size != len(removed):
+    if len({layer // size for layer in removed}) != gone:
         raise InputError(
             f"target: the scores remove layers {list(removed)}, which are not whole blocks {blocks};"
             f" score {config.family} again"
         )
-    return tuple(layer for layer in range(total) if layer not in removed)
+    return tuple(layer for layer in range(config.num_layers) if layer not in removed)
 
 
 def named_layers(config: HybridConfig, layers: tuple[int, ...], count: int | None) -> tuple[int, ...]:
-    """The layers that a target names. Raises InputError."""
-    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < config.num_layers:
-        raise InputError(
-            f"target: keep_layers is {list(layers)}; expected ascending numbers within 0..{config.num_layers - 1}"
-        )
+    """The layers of those that a target names, which are numbered as the config's num_hidden_layers. Raises
+    InputError."""
+    total, size = config.num_hidden_layers, config.block_size
+    if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < total:
+        raise InputError(f"target: keep_layers is {list(layers)}; expected ascending numbers within 0..{total - 1}")
     if count not in (None, len(layers)):
         raise InputError(f"target: keep_layers names {len(layers)} layers, but layers is {count}; give one of the two")
-    return layers
+    return tuple(size * layer + part for layer in layers for part in range(size))
+
+
+def numbered_layers(config: HybridConfig, layers: Sequence[int]) -> tuple[int, ...]:
+    """The inverse of `named_layers`. Raises InputError where layers are not whole blocks."""
+    size = config.block_size
+    numbers = tuple(dict.fromkeys(layer // size for layer in layers))
+    if len(numbers) * size != len(layers):
+        blocks = config.family_record.blocks_in_words()
+        raise InputError(f"target: layers {list(layers)} are not whole blocks {blocks}, as {config.family} has them")
+    return numbers
 
 
 def check_width(config: HybridConfig, sizes: Mapping[Axis, int], row: AxisRow, target: Target) -> int | None:

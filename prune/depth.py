@@ -346,14 +346,13 @@ def check_removal(config: HybridConfig, remove: int, size: int, min_layers: Mapp
         least[kind_by_key(key, "depth: min_layers").letter] = number
     spares = {letter: max(0, config.pattern.count(letter) - number) for letter, number in least.items()}
     spare = min(sum(spares.values()), config.num_layers - 1)
-    blocks = config.family_record.blocks
+    blocks, unit = config.family_record.blocks, config.block_size
     if blocks:  # whole ones go: as many of each as its scarcest kind allows
         spare = sum(size * min(spares[letter] // block.count(letter) for letter in block) for block in blocks)
         spare = min(spare, config.num_layers - size)
     if not 0 <= remove <= spare or remove % size:
-        whole = f", in whole blocks {config.family_record.blocks_in_words()} ({config.family})" if blocks else ""
         raise InputError(
-            f"depth: remove is {remove}; expected {'an even' if size == 2 else 'a'} number of at most {spare}{whole},"
-            f" which is what {config.num_layers} layers and min_layers leave"
+            f"depth: remove is {remove / unit:g}; expected {'an even' if size == 2 * unit else 'a'} number of at most"
+            f" {spare // unit}, which is what {config.num_layers // unit} layers and min_layers leave"
         )
     return least

@@ -36,13 +36,14 @@ class Cut:
     min_layers: Mapping[str, int]
 
     def removed(self, config: HybridConfig) -> int:
+        """So many, counted as the config's num_hidden_layers."""
         if self.remove_layers is not None:
             return self.remove_layers
-        return 0 if self.target.layers is None else max(config.num_layers - self.target.layers, 0)
+        return 0 if self.target.layers is None else max(config.num_hidden_layers - self.target.layers, 0)
 
     def some_layers(self, config: HybridConfig) -> tuple[int, ...]:
         """Layers that might be removed: drawn, and drawn again where one leaves nothing that the next can take."""
-        remove = self.removed(config)
+        remove = self.removed(config) * config.block_size
         check_removal(config, remove, step_size(config, self.pairs), self.min_layers)
         limits: dict[str, Any] = {"remove": remove, "pairs": self.pairs, "min_layers": self.min_layers}
         for seed in range(DRAWS - 1):

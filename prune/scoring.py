@@ -48,8 +48,9 @@ class Importance:
         )  # fmt: skip
 
     def settled(self, config: HybridConfig, removed: int | None = None) -> Importance:
-        """With the number of layers to put in order: where none is given as many as are `removed`, or one step's."""
+        """With the number of layers to put in order, as the config's num_hidden_layers counts them: where none is given
+        as many as are `removed`, or one step's."""
         if self.remove_layers is not None:
             return self
-        count = step_size(config, self.pairs) if removed is None else removed
+        count = step_size(config, self.pairs) // config.block_size if removed is None else removed
         return dataclasses.replace(self, remove_layers=count)

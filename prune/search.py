@@ -21,9 +21,9 @@ from ..models.cost.parameters import count_parameters
 from ..models.cost.speed import Throughput, throughput
 from ..models.errors import InputError
 from ..models.kinds import KINDS
-from .choose import kept_layers, select
+from .choose import kept_layers, numbered_layers, select
 from .kept import kept_share, scored_weights
-from .patterns import Rules, broken_rule, embed, odd_gap
+from .patterns import Rules, broken_rule, count_patterns, embed, odd_gap
 from .scores import LayerScores, WidthScores
 from .slice import Selection
 from .target import HIDDEN, INNER, ByWidth, Target, by_width, followed, unwritable
@@ -138,7 +138,7 @@ class Candidate:
 
     def selection(self, source: HybridConfig, widths: WidthScores) -> Selection:
         """What stays of a source with these scores."""
-        target = self.target.replace(layers=None, keep_layers=self.depth.layers)
+        target = self.target.replace(layers=None, keep_layers=numbered_layers(source, self.depth.layers))
         return select(source, widths, (), target)
 
     def words(self) -> list[str]:
@@ -166,10 +166,10 @@ def find_depths(config: HybridConfig, space: Space, rules: Rules, scores: LayerS
     Raises InputError where a pattern cannot be made of the source's, where the scores order too few layers, and
     where the rules leave nothing.
     """
-    total = config.num_layers
+    total = config.num_hidden_layers
     if space.patterns is not None:
         found = [embedded(config, pattern, rules, scores) for pattern in space.patterns]
-        lengths = [len(layers) for layers in found]
+        lengths = [len(numbered_layers(config, layers)) for layers in found]
         labels = [
             str(n) + ("" if lengths.count(n) == 1 else f"-{lengths[:i].count(n) + 1}") for i, n in enumerate(lengths)
         ]
@@ -183,7 +183,7 @@ def find_depths(config: HybridConfig, space: Space, rules: Rules, scores: LayerS
         layers = kept_layers(config, order, number)
         pattern = "".join(config.pattern[layer] for layer in layers)
         rule = broken_rule(pattern, rules) or unwritable(config.replace(pattern=pattern))
-        if rule is None and rules.pairs and odd_gap(layers, total):
+        if rule is None and rules.pairs and odd_gap(layers, config.num_layers):
             rule = "layers that went one by one where pairs is true"
         if rule is None:
             depths.append(Depth(layers, str(number)))
@@ -192,6 +192,12 @@ def find_depths(config: HybridConfig, space: Space, rules: Rules, scores: LayerS
     if not depths:
         raise InputError(f"space: the rules allow no number of layers: {'; '.join(broken)}")
     return tuple(depths)
+
+
+def pattern_counts(config: HybridConfig, candidates: Sequence[Candidate], rules: Rules) -> dict[str, int]:
+    """How many patterns can be left at each number of layers that the candidates have."""
+    lengths = sorted({candidate.config.num_layers for candidate in candidates})
+    return {str(number // config.block_size): count_patterns(config.pattern, number, rules) for number in lengths}
 
 
 def embedded(config: HybridConfig, pattern: str, rules: Rules, scores: LayerScores | None) -> tuple[int, ...]:
@@ -257,7 +263,8 @@ def find_candidates(
                 continue
             changed: dict[str, Any] = {n: int(value) for n, value in widths.items() if value != getattr(config, n)}
             if len(depth.layers) < config.num_layers:
-                changed |= {"keep_layers": depth.layers} if depth.named else {"layers": len(depth.layers)}
+                stay = numbered_layers(config, depth.layers)
+                changed |= {"keep_layers": stay} if depth.named else {"layers": len(stay)}
             speed = None
             if requests is not None:
                 speed = throughput(
@@ -351,7 +358,7 @@ def with_importance(
         counts = {row.width: candidate.target.widths.get(row.width) for row in rows}
         key = (candidate.depth.layers, kind, *counts.values())
         if key not in known:
-            target = Target(keep_layers=candidate.depth.layers, **counts)
+            target = Target(keep_layers=numbered_layers(config, candidate.depth.layers), **counts)
             known[key] = kept_share(config, widths, select(config, widths, (), target), kind)
         return known[key]
 

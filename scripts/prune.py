@@ -136,7 +136,7 @@ def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
 
 
 def print_sizes(before: HybridConfig, after: HybridConfig) -> None:
-    widths = [("layers", "num_layers"), *((row.title, row.width) for row in AXES.values())]
+    widths = [("layers", "num_hidden_layers"), *((row.title, row.width) for row in AXES.values())]
     rows = [(n, getattr(before, f), getattr(after, f)) for n, f in widths if getattr(before, f, 0)]
     counts = count_parameters(before), count_parameters(after)
     rows += [("parameters", f"{counts[0]:,}", f"{counts[1]:,} ({counts[1] / counts[0]:.1%})")]

@@ -16,7 +16,8 @@ from ..distill.parallel import process_device
 from ..distill.report.words import DEPTH_METRICS, removal_steps
 from ..distill.text.packing import Batch, joined
 from ..models import processes
-from ..models.checkpoint import open_checkpoint
+from ..models.checkpoint import load_config, open_checkpoint
+from ..models.config import HybridConfig
 from ..models.device import torch_device, torch_dtype
 from ..models.offload import open_layers
 from ..prune.depth import random_layers, score_layers
@@ -59,7 +60,7 @@ def run(options: Options) -> None:
                 if processes.rank() == 0:
                     write_scores(work.folder, scores)
         if processes.rank() == 0:
-            print_order(options.output)
+            print_order(options.output, load_config(source))
             result(options.output, {"scores": str(options.output)})
 
 
@@ -68,7 +69,8 @@ def score(source: Path, options: Options) -> Scores:
         checkpoint = open_checkpoint(source)
         config, how = checkpoint.config, options.importance.settled(checkpoint.config)
         assert how.remove_layers is not None
-        limits: dict[str, Any] = {"remove": how.remove_layers, "pairs": how.pairs, "min_layers": how.min_layers}
+        remove = how.remove_layers * config.block_size  # whole blocks
+        limits: dict[str, Any] = {"remove": remove, "pairs": how.pairs, "min_layers": how.min_layers}
         if how.method != "random":
             device, dtype = process_device(torch_device(options.device)), torch_dtype(options.dtype)
             layers = open_layers(source, dtype, device, offload=options.offload, stream_bytes=options.stream_bytes)
@@ -107,11 +109,15 @@ def calibration(source: Path, options: Options, tokens: int, batch: int) -> list
     return [joined(rows[start : start + batch]) for start in range(0, len(rows), batch)]
 
 
-def print_order(folder: Path) -> None:
-    scores = load_scores(folder)
-    pattern = scores.metadata.get("pattern", "")
+def print_order(folder: Path, config: HybridConfig) -> None:
+    """The layers, numbered as the config's num_hidden_layers: blocks, where the family has them."""
+    scores, size = load_scores(folder), config.block_size
+
+    def named(layer: int) -> str:
+        return f"{layer // size} ({config.pattern[layer : layer + size]})"
+
     rows = [
-        (number, ", ".join(f"{layer} ({pattern[layer]})" for layer in layers), f"{value:.4g}")
+        (number, ", ".join(named(layer) for layer in layers if layer % size == 0), f"{value:.4g}")
         for number, (layers, value) in enumerate(removal_steps(scores.layers.order, scores.layers.values), 1)
     ]
     if rows:

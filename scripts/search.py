@@ -18,7 +18,7 @@ from ..models.device import torch_device, torch_dtype
 from ..models.errors import InputError
 from ..models.folder import write_json
 from ..prune.candidates import BudgetOptions, best_rows, candidate_json, tradeoff_of
-from ..prune.patterns import Rules, count_patterns
+from ..prune.patterns import Rules
 from ..prune.repair import RepairOptions
 from ..prune.scores import Scores, check_width_scores, load_scores
 from ..prune.search import (
@@ -27,6 +27,7 @@ from ..prune.search import (
     Space,
     find_candidates,
     find_depths,
+    pattern_counts,
     ranked,
     with_importance,
 )
@@ -103,14 +104,13 @@ def run(options: Options) -> None:
             candidates = ranked(candidates, options.rank)
             picks = distil(work.folder, options, candidates[: options.distill_top])
             listed = candidates[: max(options.listed, options.distill_top)]
-            lengths = sorted({candidate.config.num_layers for candidate in space.candidates})
             content = {
                 "rank": options.rank,
                 "budget_bytes": budget.bytes,
                 "combinations": space.combinations,
                 "aligned": space.aligned,
                 "fit": len(candidates),
-                "patterns": {str(count): count_patterns(config.pattern, count, options.rules) for count in lengths},
+                "patterns": pattern_counts(config, space.candidates, options.rules),
                 "picks": picks,
                 "candidates": [candidate_json(candidate, rank) for rank, candidate in enumerate(listed, 1)],
             }

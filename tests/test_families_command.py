@@ -45,12 +45,17 @@ def test_the_command_line_prunes_and_exports(source: Path, tmp_path: Path) -> No
     data = text_of(tmp_path / "text")
     scores, small, out = tmp_path / "scores", tmp_path / "small", tmp_path / "out"
     options = [f"model={source}", f"data={data}", "seq_len=32", "importance.tokens=256", "importance.depth_tokens=128"]
-    code, _, err = limbeck("score", *options, "importance.remove_layers=1", f"output={scores}")
-    assert code == 2 and "expected an even number" in err and err.count("\n") == 1 and not scores.exists()
+    code, _, err = limbeck("score", *options, "importance.remove_layers=4", f"output={scores}")
+    assert (
+        code == 2
+        and "remove is 4; expected a number of at most 2" in err
+        and err.count("\n") == 1
+        and not scores.exists()
+    )
     assert limbeck("score", *options, f"output={scores}")[0] == 0  # a block in order
     prune = [f"model={source}", f"scores={scores}", f"output={small}"]
-    code, _, err = limbeck("prune", *prune, "target.layers=5")
-    assert code == 2 and "multiple of 2" in err and not small.exists()
+    code, _, err = limbeck("prune", *prune, "target.layers=4")
+    assert code == 2 and "expected 1..3" in err and not small.exists()
     code, _, err = limbeck("prune", *prune, "target.hidden_size=30")
     if load_config(source).family == "llama":
         assert code == 2 and "no multiple of num_attention_heads" in err and not small.exists()
@@ -58,7 +63,7 @@ def test_the_command_line_prunes_and_exports(source: Path, tmp_path: Path) -> No
         assert code == 0
         small = tmp_path / "smaller"
     prune[-1] = f"output={small}"
-    code, text, _ = limbeck("prune", *prune, "target.layers=4", "target.hidden_size=24", "target.intermediate_size=8")
+    code, text, _ = limbeck("prune", *prune, "target.layers=2", "target.hidden_size=24", "target.intermediate_size=8")
     assert code == 0 and "*-*-" in text
     code, text, _ = limbeck("export", f"model={small}", f"output={out}", "check_tokens=64")
     assert code == 0 and "relative RMS" in text and "dt >=" not in text
@@ -72,11 +77,15 @@ def test_the_command_line_prunes_and_exports(source: Path, tmp_path: Path) -> No
     assert code == 0 and text.startswith("def")
 
 
-def test_compress_refuses_half_blocks_at_once(source: Path, tmp_path: Path) -> None:
+def test_compress_counts_blocks_at_once(source: Path, tmp_path: Path) -> None:
     data = text_of(tmp_path / "text")
     words = ("compress", f"model={source}", f"data={data}", f"output={tmp_path / 'out'}", "target.hidden_size=24")
-    code, _, err = limbeck(*words, "importance.remove_layers=1")
-    assert code == 2 and "in whole blocks" in err and not (tmp_path / "out").exists()
+    code, _, err = limbeck(*words, "importance.remove_layers=3")
+    assert (
+        code == 2
+        and "expected a number of at most 2, which is what 3 layers" in err
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_memory_fit_of_qwen3() -> None:

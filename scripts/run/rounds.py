@@ -140,7 +140,7 @@ def column(outcomes: Sequence[HybridConfig], hardware: Hardware, fit: Fit, token
     like, estimates = outcomes[0], [fit.estimate(outcome, hardware) for outcome in outcomes]
     fits = [estimate.fits for estimate in estimates]
     return {
-        "layers": f"{like.num_layers}",
+        "layers": f"{like.num_hidden_layers}",
         **{row.title: width(like, row) for row in AXES.values() if row.within is None},
         "parameters": between([count_parameters(outcome) for outcome in outcomes], lambda count: f"{count:,.0f}"),
         "active parameters": active(outcomes),
