@@ -150,7 +150,8 @@ def expectation(error: Any) -> str:
         return f"at least {context['gt'] + 1}" if isinstance(context["gt"], int) else f"more than {context['gt']:g}"
     if kind == "less_than":
         return f"less than {context['lt']}"
-    return EXPECTED.get(kind.partition("_")[0], error["msg"]) if kind.endswith("_type") else str(error["msg"])
+    known = kind.endswith("_type") or kind == "finite_number"
+    return EXPECTED.get(kind.partition("_")[0], error["msg"]) if known else str(error["msg"])
 
 
 def check_config(hf: Mapping[str, Any], family: Family, config: type) -> None:

@@ -64,7 +64,7 @@ def test_public_spellings_are_read() -> None:
         ({"layers_block_type": ["mamba"] * 3}, "disagree"),
         ({"mamba_proj_bias": True}, "mamba_proj_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"residual_multiplier": "little"}, "residual_multiplier holds 'little'"),
+        ({"residual_multiplier": "little"}, 'residual_multiplier is "little"'),
         ({"logits_scaling": 0}, "logits_scaling is 0"),
         ({"shared_intermediate_size": "absent"}, "shared_intermediate_size is missing"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
