@@ -1,11 +1,12 @@
 """A small chain on conversations: the shipped model learns to answer, is pruned, and learns from itself what that lost.
 
-    python -m limbeck.benchmarks.chat FOLDER [--steps 240] [--parameters 0.75] [--repair]
+    python -m limbeck.benchmarks.chat FOLDER [--teacher-steps 240] [--steps 240] [--parameters 0.75]
 
 Conversations are made of the standard library: a question is a function's first line of documentation and its name, the
 answer its code, and the thought before half of the answers its arguments. The loss is on the assistant's tokens alone.
-Prints the loss on held-out answers and thoughts of the teacher before and after it learnt to answer, and of the student
-pruned and distilled, how much of what pruning lost is recovered, and answers with reasoning on and off.
+Prints the loss on held-out answers and thoughts of the shipped model, of the teacher after it learnt to answer, and of
+students: by plain selection, repaired, and that one distilled; how much of what the first two lost is recovered; and
+answers with reasoning on and off.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import limbeck
 import torch
+from limbeck import api
 from limbeck.distill.gap.measure import GapReport
 from limbeck.distill.losses import cross_entropy_loss
 from limbeck.distill.options import TrainOptions
@@ -77,7 +78,7 @@ def start_folder(folder: Path) -> Path:
     return folder
 
 
-def learn_answers(model: HybridLM, data: TextData, steps: int, size: dict[str, int], folder: Path) -> None:
+def learn_answers(model: HybridLM, data: TextData, steps: int, size: dict[str, Any], folder: Path) -> None:
     """Cross-entropy on the answers of the training split."""
     assert model.tokenizer is not None
     text = resolve.text_in_tokens(data, "train", model.tokenizer.folder)
@@ -101,6 +102,12 @@ def losses(report: GapReport, named: str) -> str:
     return ", ".join(f"{part} {group.cross_entropy.value:.3f}" for part, group in parts.items())
 
 
+def recovered(report: GapReport, before: str) -> float:
+    """The share of the held-out loss above the teacher's that distillation took away."""
+    loss = {name: model.cross_entropy.value for name, model in report.models.items()}
+    return (loss[before] - loss["distilled"]) / (loss[before] - loss["teacher"])
+
+
 def answers(model: HybridLM, folder: Path) -> dict[str, str]:
     """The model's answer with reasoning on and off."""
     tokenizer, template = model.tokenizer, ChatTemplate(folder)
@@ -116,48 +123,49 @@ def answers(model: HybridLM, folder: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--teacher-steps", type=int, default=240)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--parameters", type=float, default=0.75)
-    parser.add_argument("--repair", action="store_true", help="rotation and least squares before distilling")
     parser.add_argument("--seq-len", type=int, default=192)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=16384, help="held-out tokens")
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    given.folder.mkdir(parents=True)
-    rows, begun = list(conversations()), time.perf_counter()
-    path = given.folder / "conversations.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"{len(rows)} conversations")
-    data, size = {"path": str(path), "reasoning_share": 0.5}, {"batch_size": given.batch, "seq_len": given.seq_len}
+    begun, path, home = time.perf_counter(), given.folder / "conversations.jsonl", given.folder
+    data: dict[str, Any] = {"path": str(path), "reasoning_share": 0.5}
     own: dict[str, Any] = {"batch": given.batch, "seq_len": given.seq_len}
     held_out: dict[str, Any] = {"tokens": given.tokens, **own, "resamples": 200, "worst": 0}
-    model = limbeck.load(start_folder(given.folder / "start"))
-    before = limbeck.evaluate(model, {}, data, **held_out).report
-    learn_answers(model, TextData(**data), given.steps, size, given.folder / "training")
-    limbeck.export(model, given.folder / "teacher")
-    teacher = limbeck.load(given.folder / "teacher")
-    scores = limbeck.score(teacher, data, **own, tokens=8192, depth_tokens=2048)
-    repair: dict[str, Any] = {"data": data, "tokens": 16384, **own} if given.repair else {"repair": False}
-    pruned = limbeck.prune(teacher, scores, parameters=given.parameters, **repair)
-    limbeck.export(pruned, given.folder / "pruned")
-    student = limbeck.load(given.folder / "pruned")
-    done = limbeck.distill(teacher, student, data, steps=given.steps, learning_rate=1.5e-3, optimizer="muon", **own)
-    limbeck.export(student, given.folder / "distilled")
-    first, last = done.records[0]["loss"], done.loss
-    report = limbeck.evaluate(
-        teacher, {"pruned": given.folder / "pruned", "distilled": student}, data, **held_out
-    ).report  # fmt: skip
+    if not (home / "teacher").exists():  # else what an earlier run has taught
+        home.mkdir(parents=True)
+        rows = list(conversations())
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        print(f"{len(rows)} conversations")
+        model = api.load(start_folder(home / "start"))
+        size = {"batch_size": given.batch, "seq_len": given.seq_len}
+        learn_answers(model, TextData(**data), given.teacher_steps, size, home / "training")
+        api.export(model, home / "teacher")
+    teacher = api.load(home / "teacher")
+    scores = api.score(teacher, data, **own, tokens=8192, depth_tokens=2048)
+    plain = api.prune(teacher, scores, parameters=given.parameters, repair=False)
+    pruned = api.prune(teacher, scores, parameters=given.parameters, data=data, tokens=16384, **own)
+    api.export(pruned, home / "pruned")
+    student = api.load(home / "pruned")
+    done = api.distill(
+        teacher, student, data, steps=given.steps, learning_rate=1.5e-3, optimizer="muon", **own
+    )  # fmt: skip
+    api.export(student, home / "distilled")
+    students = {"plain": plain, "pruned": pruned, "distilled": student}
+    report = api.evaluate(teacher, {"shipped": home / "start", **students}, data, **held_out).report
     print(f"held-out loss on the assistant's tokens, nats a token ({report.documents} conversations):")
-    print(f"  shipped model: {losses(before, 'teacher')}")
-    for name in ("teacher", "pruned", "distilled"):
+    for name in ("shipped", "teacher", *students):
         print(f"  {name}: {losses(report, name)}; in all {report.models[name].cross_entropy.value:.3f}")
-    recovery = report.recovery
     print(
-        f"distilling: loss {first:.3f} -> {last:.3f}; recovered {'-' if recovery is None else f'{recovery.value:.2f}'}"
+        f"distilling: {done.steps} steps, {done.tokens:,} tokens, loss {done.records[0]['loss']:.3f} -> {done.loss:.3f}"
     )
-    for name, folder in (("teacher", "teacher"), ("distilled", "distilled")):
-        for switch, text in answers(limbeck.load(given.folder / folder), given.folder / folder).items():
+    for name in ("plain", "pruned"):
+        print(f"recovered of what {name} lost: {recovered(report, name):.2f}")
+    for name in ("teacher", "distilled"):
+        for switch, text in answers(api.load(home / name), home / name).items():
             print(f"{name}, reasoning {switch}: {text!r}")
     print(f"{time.perf_counter() - begun:.0f} s; {provenance()}")
 

@@ -169,6 +169,16 @@ def test_messages_of_a_jsonl_file(aligned: Path, tmp_path: Path) -> None:
     assert found[0]["id"] == 7 and found[1]["prompt"] == "hi" and len(found) == 2
     code, _, err = limbeck(*base, f"output={tmp_path / 'b.jsonl'}")
     assert code == 2 and "chat=true" in err
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": [*MESSAGES, call], "tools": [{"name": "look"}]}))
+    (aligned / "chat_template.jinja").unlink()
+    (aligned / "chat_template.jinja").write_text(
+        "{% if messages | length > 1 and messages[1].tool_calls and tools[0].name == 'look' %}"
+        "{{ raise_exception('both are there') }}{% endif %}"
+    )
+    code, _, err = limbeck(*base, f"output={tmp_path / 'b.jsonl'}", "chat=true")
+    assert code == 2 and "both are there" in err
+    (aligned / "chat_template.jinja").write_text(TEMPLATE)
     for line, says in (("{", "line 1 is no valid JSON"), ('{"text": 1}', "line 1 has neither"), ("", "no prompts")):
         (tmp_path / "p.jsonl").write_text(line)
         code, _, err = limbeck(*base, f"output={tmp_path / 'b.jsonl'}")

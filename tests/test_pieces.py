@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 from limbeck.distill.text import pieces
+from limbeck.distill.text.encoding import encoded
 from limbeck.distill.text.pieces import encoded_texts, long_text
+from limbeck.distill.text.records import Document
 from limbeck.models.named import SHIPPED
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 from limbeck.tests.helpers import TEXT
@@ -146,7 +149,20 @@ def test_texts_come_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [ids.tolist() for ids in found] == [tokenizer.encode(text) for text in texts]
 
 
-def test_special_tokens_in_a_text_are_text(tmp_path: Any) -> None:
+@pytest.mark.parametrize("adds", (True, False, None))
+def test_documents_begin_as_the_tokenizer_says(adds: bool | None, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((SHIPPED["zoo"] / name).read_bytes())
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": adds}))
+    tokenizer = load_tokenizer(tmp_path)
+    (document,) = encoded([Document("a", "text")], tokenizer)
+    begin = [] if adds is False else [tokenizer.bos_token_id]
+    assert document.ids.tolist() == [*begin, *tokenizer.encode("text"), tokenizer.eos_token_id]
+    assert tokenizer.prompt("text") == [*begin, *tokenizer.encode("text")]
+
+
+def test_special_tokens_in_a_text_are_text() -> None:
     tokenizer: Tokenizer = load_tokenizer(SHIPPED["zoo"])
     text = "a tag: </s> and <s>"
     literal, special = (next(encoded_texts([text], tokenizer, special)).tolist() for special in (False, True))

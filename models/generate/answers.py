@@ -70,11 +70,13 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
+def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of a row, none where they are not of the right form."""
     messages = row.get("messages")
     good = isinstance(messages, list) and all(
-        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+        isinstance(each, dict)
+        and isinstance(each.get("role"), str)
+        and (isinstance(each.get("content"), str) or (each.get("content") is None and each.get("tool_calls")))
         for each in messages
     )
     return messages if good and messages else []
@@ -83,7 +85,9 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
 def line_request(writer: Writer, row: dict[str, Any], number: int) -> Request:
     """Each line draws from a seed of its own."""
     messages = messages_of(row)
-    return writer.reply(list(messages), number) if messages else writer.request(row["prompt"], number)
+    if not messages:
+        return writer.request(row["prompt"], number)
+    return writer.reply(list(messages), number, tools=row.get("tools") or None)
 
 
 def digest(writer: Writer, lines: list[tuple[dict[str, Any], Request]]) -> str:

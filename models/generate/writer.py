@@ -65,13 +65,14 @@ class Writer:
             return self.reply([{"role": "user", "content": prompt}], seed)
         return self.request_of(self.tokenizer.prompt(prompt), seed)
 
-    def reply(self, messages: list[Message], seed: int = 0) -> Request:
-        """A request for the assistant's next message; a template spells out its own special tokens."""
+    def reply(self, messages: list[Message], seed: int = 0, tools: Any = None) -> Request:
+        """A request for the assistant's next message, with `tools` at hand; a template spells out its own special
+        tokens."""
         if self.template is None:
             raise InputError("messages need the folder's chat template; give chat=true")
         if self.options.system is not None and not (messages and messages[0]["role"] == "system"):
             messages = [{"role": "system", "content": self.options.system}, *messages]
-        return self.request_of(self.tokenizer.encode(self.template.render(messages, self.reasoning)), seed)
+        return self.request_of(self.tokenizer.encode(self.template.render(messages, self.reasoning, tools)), seed)
 
     def request_of(self, ids: list[int], seed: int) -> Request:
         options = self.options
