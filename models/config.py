@@ -32,9 +32,10 @@ class HybridConfig:
 
     Widths that a pattern does not use stay 0. The biases are those of all projections of attention, and of the MLP.
     Without `mamba_rms_norm` a Mamba mixer has the gate alone; with it the norm stands after the gate, unless told.
-    `dt_limit` clamps the step after softplus; `router` is how experts are chosen (moe.ROUTERS); `mtp_pattern` has the
-    layers of one of `mtp_steps` steps of multi-token prediction (mtp.py); `extra` carries what the source's config.json
-    says beyond the fields here, so that a rewritten folder keeps it.
+    `dt_limit` clamps the step after softplus; `router` is how experts are chosen (moe.ROUTERS); `variants` are
+    (letter, width of an expert, experts a token) of layers of experts that differ in these (variants.py);
+    `mtp_pattern` has the layers of one of `mtp_steps` steps of multi-token prediction (mtp.py); `extra` carries what
+    the source's config.json says beyond the fields here, so that a rewritten folder keeps it.
 
     Raises InputError from the constructor when the numbers contradict each other.
     """
@@ -75,6 +76,7 @@ class HybridConfig:
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router: str = "sigmoid"
+    variants: tuple[tuple[str, int, int], ...] = ()
     mtp_pattern: str = ""
     mtp_steps: int = 0
     tie_word_embeddings: bool = False
@@ -142,7 +144,7 @@ class HybridConfig:
     @functools.cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer. Raises InputError for a letter that no kind has."""
-        return kinds_of(self.pattern)
+        return kinds_of(self.pattern, "".join(letter for letter, *_ in self.variants))
 
     @property
     def family_record(self) -> Family:

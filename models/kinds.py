@@ -5,21 +5,23 @@ from __future__ import annotations
 from . import attention, mamba2, mlp, moe, parallel
 from .errors import InputError
 from .layer import LayerKind, ScoreSource
+from .variants import variant_kind
 
 KINDS: dict[str, LayerKind] = {
     kind.letter: kind for kind in (mamba2.KIND, attention.KIND, mlp.KIND, moe.KIND, parallel.KIND)
 }
 
 
-def kinds_of(pattern: str) -> tuple[LayerKind, ...]:
-    """The kind of each layer of a pattern. Raises InputError for a letter that no kind has."""
+def kinds_of(pattern: str, variants: str = "") -> tuple[LayerKind, ...]:
+    """The kind of each layer of a pattern; `variants` are the letters that stand for variants of experts. Raises
+    InputError for a letter that no kind has."""
     for position, letter in enumerate(pattern):
-        if letter not in KINDS:
+        if letter not in KINDS and letter not in variants:
             known = ", ".join(f"{kind.letter!r} ({kind.name})" for kind in KINDS.values())
             raise InputError(
                 f"config: layer {position} of the pattern has the unknown letter {letter!r}; known: {known}"
             )
-    return tuple(KINDS[letter] for letter in pattern)
+    return tuple(KINDS[letter] if letter in KINDS else variant_kind(letter) for letter in pattern)
 
 
 def score_sources() -> dict[str, ScoreSource]:

@@ -208,6 +208,7 @@ class LayerKind:
     writers: Mapping[str, str]  # tensor that writes the residual stream -> activation that it reads
     scores: Mapping[str, ScoreSource]  # axis -> what scores it; an axis within another has no row here
     optional: tuple[str, ...] = ()
+    like: str | None = None  # the letter under which families have its tensors, where that is another
     multipliers: Mapping[str, Callable[[HybridConfig], float]] = dataclasses.field(default_factory=dict)
     norms: Mapping[str, NormSource] = dataclasses.field(default_factory=dict)
     # tensor -> how it is filled at first, where its role does not say

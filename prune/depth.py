@@ -341,7 +341,7 @@ def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapp
 
 def check_removal(config: HybridConfig, remove: int, size: int, min_layers: Mapping[str, int]) -> dict[str, int]:
     """The least number of layers a letter; raises InputError when `remove` layers cannot go within it."""
-    least = dict.fromkeys(KINDS, 0)
+    least = dict.fromkeys((*KINDS, *config.pattern), 0)
     for key, number in min_layers.items():
         least[kind_by_key(key, "depth: min_layers").letter] = number
     spares = {letter: max(0, config.pattern.count(letter) - number) for letter, number in least.items()}

@@ -109,6 +109,8 @@ def observe_batches(
                     if name not in metric.observed:
                         continue
                     kind, gradient = metric.observed[name], seen.gradients.get(name)
+                    if (kind, seen.layer) not in moments:
+                        continue  # the layer shows what it has no axis for
                     own = None if gradient is None else gradient[rows]
                     moments[(kind, seen.layer)].add(metric.per_sample(kind, activation[rows], own, mask[rows]))
                 done += 1

@@ -39,7 +39,8 @@ class Rules:
             raise InputError(f"rules: longest_run is {self.longest_run}; expected at least 1, or 0 for any length")
 
     def least(self, letter: str) -> int:
-        return self.min_layers.get(KINDS[letter].key, 0)
+        """Of layers with this letter; a variant's have no minimum of their own."""
+        return self.min_layers.get(KINDS[letter].key, 0) if letter in KINDS else 0
 
 
 def broken_rule(pattern: str, rules: Rules) -> str | None:

@@ -339,7 +339,9 @@ def name_of(config: HybridConfig, depth: Depth, source: HybridConfig) -> str:
     """Short, readable, a folder's name, and different for every size of a space: such as L56-H4480-F15680-M128x80."""
     rows = [row for row in AXES.values() if row.letter and row.width in widths_of(config)]
     others = [f"{row.letter}{new}" for row in rows if (new := getattr(config, row.width)) != getattr(source, row.width)]
-    kinds = sorted(dict.fromkeys(config.kinds), key=lambda kind: list(KINDS).index(kind.letter), reverse=True)
+    kinds = sorted(
+        dict.fromkeys(config.kinds), key=lambda kind: list(KINDS).index(kind.like or kind.letter), reverse=True
+    )
     sizes = [kind.size_label(config) for kind in kinds]
     name = "-".join([f"L{depth.label}", f"H{config.hidden_size}", *filter(None, sizes), *others])
     assert PurePath(name).name == name
@@ -355,7 +357,7 @@ def with_importance(
 
     def share(candidate: Candidate, kind: str) -> float:
         rows = [AXES[kind], *(row for row in AXES.values() if row.within == kind or row.width == AXES[kind].groups)]
-        counts = {row.width: candidate.target.widths.get(row.width) for row in rows}
+        counts: dict[str, Any] = {row.width: candidate.target.widths.get(row.width) for row in rows}
         key = (candidate.depth.layers, kind, *counts.values())
         if key not in known:
             target = Target(keep_layers=numbered_layers(config, candidate.depth.layers), **counts)

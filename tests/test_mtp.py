@@ -196,7 +196,7 @@ def test_other_widths_are_refused(folder: Path, tmp_path: Path) -> None:
         ({"mtp_hybrid_override_pattern": "*X"}, "unknown letter 'X'"),
         ({"mtp_hybrid_override_pattern": 7}, "mtp_hybrid_override_pattern is 7"),
         ({"mtp_layers_block_type": ["moe"]}, "disagree on the layers of multi-token"),
-        ({"num_nextn_predict_layers": -1}, "-1 steps"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1"),
     ),
 )
 def test_wrong_configs_are_refused(change: dict[str, Any], says: str) -> None:

@@ -122,7 +122,8 @@ def write_card(
     relation: dict[str, Any] = {"base_model": models, "base_model_relation": published.relation} if models else {}
     head = ModelCardData(library_name=published.opened.library, pipeline_tag="text-generation", tags=tags,
                          datasets=datasets or None, **relation, **licence.keys)  # fmt: skip
-    kinds = {kind.name: count for kind in KINDS.values() if (count := len(config.layers_of(kind)))}
+    names = [kind.name for kind in config.kinds]
+    kinds = {name: names.count(name) for name in dict.fromkeys(kind.name for kind in KINDS.values()) if name in names}
     text = environment.get_template("card.md.jinja").render(
         head=head.to_yaml(), config=config, published=published, licence=licence, gap=gap, name=name,
         few=few_documents(gap) if gap else "",

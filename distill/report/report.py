@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from ...models.axes import AXES
 from ...models.foreign import read_lines, read_object
 from ...models.kinds import kinds_of
+from ...models.variants import LETTERS
 from . import plots
 from .experts import expert_section
 from .gap_sections import cards, gap_sections
@@ -113,7 +114,7 @@ def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any]
     if values:
         rows = []
         for step, (layers, value) in enumerate(removal_steps(order, values), 1):
-            kinds = ", ".join(f"{layer} ({kinds_of(content['pattern'])[layer].name})" for layer in layers)
+            kinds = ", ".join(f"{layer} ({kinds_of(content['pattern'], LETTERS)[layer].name})" for layer in layers)
             state = [] if selection is None else [Cell("removed" if set(layers) <= set(removed) else "kept")]
             rows.append((str(step), [Cell(kinds), Cell(f"{value:.4g}"), *state]))
         layer = "layer" if len(order) == len(values) else "layers"

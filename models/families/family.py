@@ -23,6 +23,7 @@ from ..multipliers import ONES
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
+    from ..layer import LayerKind
 
 
 # What most families cannot say otherwise.
@@ -137,15 +138,22 @@ def pieces_of(config: HybridConfig) -> Mapping[str, tuple[Piece, ...]]:
     return {name: tuple(pieces_of_tensor(config, family, table, spec)) for name, spec in table.items()}
 
 
+def stored_as(kind: LayerKind) -> str:
+    """The letter of a kind's tensors in `Family.layers`."""
+    return kind.letter if kind.like is None else kind.like
+
+
 def pieces_of_tensor(
     config: HybridConfig, family: Family, table: Mapping[str, TensorSpec], spec: TensorSpec
 ) -> Iterator[Piece]:
     names = family.outer
     place: dict[str, int] = {}
     if spec.ahead is not None:
-        names, place = family.ahead[config.mtp_layers.pattern[spec.ahead]], {"block": spec.ahead}  # type: ignore[union-attr]
+        ahead = config.mtp_layers
+        assert ahead is not None
+        names, place = family.ahead[stored_as(ahead.kinds[spec.ahead])], {"block": spec.ahead}
     elif spec.layer is not None:
-        names = family.layers[config.pattern[spec.layer]]
+        names = family.layers[stored_as(config.kinds[spec.layer])]
         # A block's layers are told apart by their names; the number is the block's.
         place = {"block": spec.layer // family.block_size}
     how = names[spec.part]

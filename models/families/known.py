@@ -7,11 +7,12 @@ from typing import Any
 
 from ..errors import InputError
 from ..foreign import shown
-from . import dense, falcon_h1, granite, nemotron_h
+from . import dense, falcon_h1, granite, nemotron_h, puzzle
 from .family import Family
 
 FAMILIES: dict[str, Family] = {
     "nemotron_h": nemotron_h.FAMILY,
+    puzzle.NAME: puzzle.FAMILY,
     "granitemoehybrid": granite.FAMILY,
     "falcon_h1": falcon_h1.FAMILY,
     "llama": dense.LLAMA,
