@@ -58,6 +58,7 @@ from .stored import (
     quantised_weight,
     quantization_of,
     read_headers,
+    without_weights,
 )
 from .tensors import TensorFile, ahead
 
@@ -120,6 +121,8 @@ def load_config(path: Path | str) -> HybridConfig:
     if not path.is_dir():
         raise InputError(f"{path} is no folder; expected a checkpoint folder with config.json and safetensors")
     if not (path / "config.json").exists():
+        if (path / "adapter_config.json").exists():
+            raise without_weights(path, "config.json")
         raise InputError(f"{path / 'config.json'} is missing; expected a folder with config.json and safetensors")
     content = read_object(path / "config.json", SETTINGS)
     try:
@@ -209,7 +212,7 @@ def weight_files(path: Path) -> list[Path]:
     if (path / SINGLE).exists():
         return [path / SINGLE]
     if not (path / INDEX).exists():
-        raise InputError(f"{path}: no weights; expected {SINGLE} or {INDEX}")
+        raise without_weights(path, f"{SINGLE} or {INDEX}")
     from .schema import read_index
 
     files = [path / name for name in sorted(set(read_index(path / INDEX).values()))]

@@ -219,3 +219,21 @@ def dtype_of_numbers(path: Path) -> torch.dtype:
     content = read_object(path / "config.json", SETTINGS)
     stated = content.get("torch_dtype") or content.get("dtype")
     return {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}.get(str(stated), torch.bfloat16)
+
+
+def without_weights(path: Path, expected: str) -> InputError:
+    """What to do about a folder that has no weights to be read, but may have others."""
+    if (path / "adapter_config.json").exists():
+        base = read_object(path / "adapter_config.json", SETTINGS).get("base_model_name_or_path")
+        code = f"M.from_pretrained('{path}').merge_and_unload().save_pretrained('MERGED')"
+        return InputError(
+            f"{path} is a PEFT adapter of {base}; merge it first, and put the tokenizer of {base} beside it:"
+            f' python -c "from peft import AutoPeftModelForCausalLM as M; {code}"'
+        )
+    others = sorted(file.name for ending in ("bin", "pt", "pth") for file in path.glob(f"*.{ending}"))
+    if others:
+        return InputError(
+            f"{path} has no safetensors, only {others[0]}, which runs code when it is read; have it saved again where"
+            " you trust it: model.save_pretrained('SAVED', safe_serialization=True)"
+        )
+    return InputError(f"{path}: no weights; expected {expected}")

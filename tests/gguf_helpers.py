@@ -11,6 +11,7 @@ from limbeck.models.checkpoint import save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.folder import write_json
 from limbeck.models.gguf.pretokenizers import DIGIT, GPT2, KNOWN
+from limbeck.models.multipliers import Multipliers
 from limbeck.models.rope import Llama3Rope, YarnRope
 from limbeck.tests.helpers import EXPERTS, TEXT, random_model, tiny_config
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -64,7 +65,9 @@ def gguf_config(family: str, vocabulary: int, **changes: Any) -> HybridConfig:
     """A small config of a family that has everything which its GGUF form turns over."""
     if family == "nemotron_h":
         sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
-        return tiny_config(**{"vocab_size": vocabulary + 3, "pad_token_id": 0} | sizes | changes)
+        return tiny_config(**{"vocab_size": vocabulary + 3, "pad_token_id": 0, **sizes, **changes})
+    if family == "granitemoehybrid":
+        return HybridConfig(**GRANITE | {"vocab_size": vocabulary + 3} | changes)
     return HybridConfig(
         **{
             "family": family, "pattern": "*-" * 3, "vocab_size": vocabulary + 3, "hidden_size": 64,
@@ -76,6 +79,17 @@ def gguf_config(family: str, vocabulary: int, **changes: Any) -> HybridConfig:
     )  # fmt: skip
 
 
+GRANITE: dict[str, Any] = {
+    "family": "granitemoehybrid", "pattern": "M-*-M-", "hidden_size": 64, "intermediate_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16,
+    "n_groups": 1, "ssm_state_size": 16, "activation": "silu", "gated_mlp": True, "pad_token_id": 0,
+    "multipliers": Multipliers(embedding=3.0, residual=0.5, attention=0.3, logits_scaling=2.0),
+}  # fmt: skip
+GRANITE_EXPERTS = {
+    "pattern": "ME*EME", "intermediate_size": 0, "router": "softmax", "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64,
+}  # fmt: skip
+NO_MAMBA = {"mamba_num_heads": 0, "mamba_head_dim": 0, "n_groups": 0, "ssm_state_size": 0, "rope_theta": 10000.0}
 STRETCHED = {"llama3": Llama3Rope(8.0, 1.0, 4.0, 32), "yarn": YarnRope(4.0, 64)}
 WIDE = {"pattern": "ME*EM", "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64}
 # What a folder is called -> its family, its pre-tokenizer, and what its config has of its own.
@@ -88,9 +102,14 @@ FOLDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama-biases": ("llama", "smollm", {"attention_bias": True, "tie_word_embeddings": True}),
     "llama-3": ("llama", "llama-bpe", {"rope_scaling": STRETCHED["llama3"]}),
     "llama-yarn": ("llama", "dbrx", {"rope_scaling": STRETCHED["yarn"]}),
+    "granite": ("granitemoehybrid", "dbrx", {"tie_word_embeddings": True}),
+    "granite-positions": ("granitemoehybrid", "dbrx", {"rope_theta": 10000.0, "conv_bias": False}),
+    "granite-experts": ("granitemoehybrid", "dbrx", GRANITE_EXPERTS),
+    "granite-attention": ("granitemoehybrid", "dbrx", NO_MAMBA | {"pattern": "*-*-"}),
+    "granite-attention-experts": ("granitemoehybrid", "dbrx", GRANITE_EXPERTS | NO_MAMBA | {"pattern": "*E*E"}),
     "qwen3": ("qwen3", "qwen2", {}),
     "qwen3-yarn": ("qwen3", "qwen2", {"rope_scaling": STRETCHED["yarn"], "tie_word_embeddings": True}),
-}
+}  # fmt: skip
 
 
 def write_folder(root: Path, name: str) -> Path:

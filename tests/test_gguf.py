@@ -89,6 +89,26 @@ def test_experts(root: Path) -> None:
     refused("MLP layers beside layers of experts", root / "mixed-out", 2, f"model={root / 'mixed'}", "format=gguf")
 
 
+def test_granite(root: Path) -> None:
+    reader = exported(source_of(root, "granite-experts"), root / "granite-out")
+    content, names = values_of(reader), {each.name for each in reader.tensors}
+    expected = {"attention.scale": pytest.approx(0.3), "embedding_scale": 3.0, "residual_scale": 0.5,
+                "logit_scale": 2.0, "attention.head_count_kv": [0, 2, 0], "rope.scaling.finetuned": False,
+                "expert_count": 4, "block_count": 3, "feed_forward_length": 32}  # fmt: skip
+    for key, value in expected.items():
+        assert content[f"granitehybrid.{key}"] == value, key
+    assert {
+        "blk.0.ssm_in.weight",
+        "blk.1.attn_q.weight",
+        "blk.2.ffn_gate_exps.weight",
+        "blk.0.ffn_norm.weight",
+    } <= names
+    plain = values_of(exported(source_of(root, "granite-attention"), root / "granite-plain"))
+    assert plain["general.architecture"] == "granite" and plain["granite.rope.scaling.finetuned"]
+    with_experts = values_of(exported(source_of(root, "granite-attention-experts"), root / "granite-moe"))
+    assert with_experts["general.architecture"] == "granitemoe" and with_experts["granitemoe.expert_used_count"] == 2
+
+
 def test_words(root: Path) -> None:
     source = source_of(root, "nemotron_h")
     content = values_of(exported(source, root / "words-out"))
@@ -210,6 +230,9 @@ def test_what_cannot_be_written(root: Path, tmp_path: Path, monkeypatch: pytest.
     save_model(random_model(tiny_config(vocab_size=403, dt_limit=(0.0, 0.5)), 0, torch.float32), limited,
                tokenizer_from=source)  # fmt: skip
     refused("clamps no step", out, 2, f"model={limited}", "format=gguf")
+    alone = tmp_path / "alone"
+    save_model(random_model(tiny_config(vocab_size=403, pattern="M-M"), 0, torch.float32), alone, tokenizer_from=source)
+    refused("no layer is attention", out, 2, f"model={alone}", "format=gguf")
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "gguf", None)
         refused("pip install 'limbeck[gguf]'", out, 2, model, "format=gguf")

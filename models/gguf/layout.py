@@ -112,6 +112,12 @@ EXPERT_LAYER: dict[str, Place] = {
     "mixer.fc2_latent_proj.weight": "ffn_latent_up.weight",
 }
 
+GATED_EXPERT_LAYER: dict[str, Place] = EXPERT_LAYER | {
+    "norm.weight": "ffn_norm.weight",
+    "mixer.experts.gate_proj": "ffn_gate_exps.weight",
+    "mixer.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
+}
+
 
 def common_numbers(config: HybridConfig) -> dict[str, Any]:
     """What every architecture needs; keys without the architecture's name."""
@@ -135,29 +141,35 @@ def attention_numbers(config: HybridConfig) -> dict[str, Any]:
 def hybrid_numbers(config: HybridConfig) -> dict[str, Any]:
     """Layer by layer: without key-value heads and MLP it is a Mamba layer, without an MLP attention. Raises InputError
     for what llama.cpp has no word for."""
+    widths = [0] * config.num_layers
+    for layer in config.layers_of(mlp.KIND):
+        widths[layer] = config.intermediate_size
+    return common_numbers(config) | attention_numbers(config) | mamba_numbers(config) | {"feed_forward_length": widths}
+
+
+def mamba_numbers(config: HybridConfig) -> dict[str, Any]:
+    """Of the Mamba layers, and the key-value heads of each block, which say where they are. Raises InputError."""
     if config.dt_limit[0] > 0 or config.dt_limit[1] < float("inf"):
         raise InputError(
             f"config: time_step_limit is {list(config.dt_limit)}, and llama.cpp clamps no step; expected [0, infinity]"
         )
-    heads, widths = ([0] * config.num_layers for _ in range(2))
+    if not config.layers_of(attention.KIND):
+        raise InputError(
+            "config: no layer is attention, and llama.cpp aborts on a cache without keys and values; keep one attention"
+            " layer, or take format=hf"
+        )
+    heads = [0] * (config.num_layers // config.block_size)
     for layer in config.layers_of(attention.KIND):
-        heads[layer] = config.num_key_value_heads
-    for layer in config.layers_of(mlp.KIND):
-        widths[layer] = config.intermediate_size
-    return (
-        common_numbers(config)
-        | attention_numbers(config)
-        | {
-            "attention.head_count_kv": heads,
-            "feed_forward_length": widths,
-            "attention.layer_norm_epsilon": config.norm_eps,  # some versions read this one, too
-            "ssm.conv_kernel": config.conv_kernel,
-            "ssm.inner_size": config.d_inner,
-            "ssm.state_size": config.ssm_state_size,
-            "ssm.time_step_rank": config.mamba_num_heads,
-            "ssm.group_count": config.n_groups,
-        }
-    )
+        heads[layer // config.block_size] = config.num_key_value_heads
+    return {
+        "attention.head_count_kv": heads,
+        "attention.layer_norm_epsilon": config.norm_eps,  # some versions read this one, too
+        "ssm.conv_kernel": config.conv_kernel,
+        "ssm.inner_size": config.d_inner,
+        "ssm.state_size": config.ssm_state_size,
+        "ssm.time_step_rank": config.mamba_num_heads,
+        "ssm.group_count": config.n_groups,
+    }
 
 
 def expert_numbers(config: HybridConfig) -> dict[str, Any]:
@@ -182,6 +194,33 @@ def expert_numbers(config: HybridConfig) -> dict[str, Any]:
         "expert_group_used_count": config.topk_group,
     }
     return numbers | own | ({"moe_latent_size": config.moe_latent_size} if config.moe_latent_size else {})
+
+
+def granite_numbers(config: HybridConfig) -> dict[str, Any]:
+    """With Mamba layers, with experts, or with neither; `rope.scaling.finetuned` says whether there are positions."""
+    own, experts = config.multipliers, config.layers_of(moe.KIND)
+    numbers = common_numbers(config) | attention_numbers(config)
+    if config.layers_of(mamba2.KIND):
+        numbers |= mamba_numbers(config)
+    else:
+        numbers["attention.head_count_kv"] = config.num_key_value_heads
+    if experts:
+        numbers |= {
+            "expert_count": config.n_routed_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
+        }
+    if own.attention is not None:
+        numbers["attention.scale"] = own.attention
+    return numbers | {
+        "feed_forward_length": config.moe_intermediate_size if experts else config.intermediate_size,
+        "embedding_scale": own.embedding,
+        "residual_scale": own.residual,
+        "logit_scale": own.logits_scaling,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta or 10000),
+        "rope.scaling.finetuned": config.rope_theta is not None,
+    }
 
 
 def dense_numbers(config: HybridConfig) -> dict[str, Any]:
@@ -218,7 +257,7 @@ def dense_numbers(config: HybridConfig) -> dict[str, Any]:
 def missing_biases(config: HybridConfig) -> dict[str, Tensor]:
     """llama.cpp's convolution crashes without a bias: where a model has none, it is zero."""
     layers = () if config.conv_bias else config.layers_of(mamba2.KIND)
-    return {f"blk.{layer}.ssm_conv1d.bias": torch.zeros(config.conv_dim) for layer in layers}
+    return {f"blk.{layer // config.block_size}.ssm_conv1d.bias": torch.zeros(config.conv_dim) for layer in layers}
 
 
 def turn_factors(config: HybridConfig) -> dict[str, Tensor]:
@@ -247,10 +286,21 @@ HYBRID_LAYERS: dict[str, dict[str, Place]] = {
     DENSE: MLP_LAYER | {"norm.weight": "attn_norm.weight"},
     EXPERTS: EXPERT_LAYER,
 }
-LAYOUTS = {  # by family; with experts a family has one of its own
+GRANITE_LAYERS: dict[str, dict[str, Place]] = {
+    MAMBA: MAMBA_LAYER,
+    ATTENTION: INTERLEAVED,
+    DENSE: MLP_LAYER,
+    EXPERTS: GATED_EXPERT_LAYER,
+}
+GRANITE = "granitemoehybrid"
+LAYOUTS = {  # by family; with experts, and without Mamba layers, there are others
     "nemotron_h": Layout("nemotron_h", HYBRID_LAYERS, hybrid_numbers, missing_biases),
     "nemotron_h, experts": Layout("nemotron_h_moe", HYBRID_LAYERS, expert_numbers, missing_biases),
     "llama": Layout("llama", {ATTENTION: INTERLEAVED, DENSE: MLP_LAYER}, dense_numbers, turn_factors),
+    GRANITE: Layout("granitehybrid", GRANITE_LAYERS, granite_numbers, missing_biases),
+    f"{GRANITE}, experts": Layout("granitehybrid", GRANITE_LAYERS, granite_numbers, missing_biases),
+    f"{GRANITE}, no Mamba": Layout("granite", GRANITE_LAYERS, granite_numbers),
+    f"{GRANITE}, experts, no Mamba": Layout("granitemoe", GRANITE_LAYERS, granite_numbers),
     "qwen3": Layout("qwen3", {ATTENTION: ATTENTION_LAYER, DENSE: MLP_LAYER}, dense_numbers),
 }
 
@@ -259,10 +309,13 @@ def layout_of(config: HybridConfig) -> Layout:
     """Raises InputError for a family, or a thing of it, that llama.cpp cannot run."""
     experts = any(spec.role is Role.EXPERTS for spec in tensor_table(config).values())
     name = f"{config.family}, experts" if experts else config.family
+    name += ", no Mamba" if config.family == GRANITE and not config.layers_of(mamba2.KIND) else ""
     if name not in LAYOUTS:
         raise InputError(f"format=gguf knows no {name}; known: {'; '.join(LAYOUTS)}")
-    if isinstance(config.rope_scaling, Llama3Rope) and config.family != "llama":
-        raise InputError(f"config: llama.cpp has no positions of type 'llama3' in {config.family}; take format=hf")
+    stretched = {"llama": (Llama3Rope, YarnRope), "qwen3": (YarnRope,)}.get(config.family, ())
+    if config.rope_scaling is not None and not isinstance(config.rope_scaling, stretched):
+        how = config.rope_scaling.rope_type
+        raise InputError(f"config: llama.cpp has no positions of type {how!r} in {config.family}; take format=hf")
     return LAYOUTS[name]
 
 
