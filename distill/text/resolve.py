@@ -20,8 +20,9 @@ from ...models.folder import sha256_file
 from ...models.foreign import own_path, read_yaml
 from ...models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .corpus_cache import cached_corpus, content_digest
-from .documents import STDLIB, content_of, of_split, read_documents, unique
+from .documents import SPLITS, STDLIB, content_of, of_split, read_documents, split_of, unique
 from .formats import Row
+from .held_out import held_out
 from .hub import HUB
 from .mixture import Mixture, Source, Text
 from .notes import Notes, say
@@ -119,7 +120,8 @@ def documents(data: Data, split: str) -> Iterator[Document]:
         return
     for source in sources_of(data):
         notes = Notes()
-        yield from of_split(read_source(source, notes=notes), split, f"data={source.path}")
+        own = split if split not in SPLITS or splits_by_name(source) else "all"  # of few documents all that there are
+        yield from of_split(read_source(source, notes=notes), own, f"data={source.path}")
         say(notes, f"data={source.path}")
 
 
@@ -177,6 +179,17 @@ def tokenized_by_turns(source: Source, split: str, tokenizer: Tokenizer, progres
     return made
 
 
+@functools.cache
+def splits_by_name(source: Source) -> bool:
+    """Whether every split has a document of a source; read until that is known."""
+    seen = set[str]()
+    for document in read_source(source):
+        seen.add(split_of(document.name))
+        if len(seen) == len(SPLITS):
+            return True
+    return False
+
+
 def template_digest(folder: Path) -> str:
     """What stands for the chat template of a folder: the sha256 of the files that may have one."""
     files = (folder / name for name in ("chat_template.jinja", "tokenizer_config.json"))
@@ -184,7 +197,11 @@ def template_digest(folder: Path) -> str:
 
 
 def tokenized(source: Source, split: str, tokenizer: Tokenizer, progress: Progress) -> Corpus:
-    """A split of a source in tokens, from the cache or made now."""
+    """A split of a source in tokens, from the cache or made now; see `held_out` where its documents are few."""
+    if split in SPLITS and not splits_by_name(source):
+        made = held_out(tokenized(source, "all", tokenizer, progress), split, f"data={source.path}")
+        say(made.notes, f"data={source.path}")
+        return made
     facts = {
         "content": content(source.path), "columns": source.columns, "limit": source.limit, "split": split,
         "include": source.include, "exclude": source.exclude, "special_tokens": source.special_tokens,

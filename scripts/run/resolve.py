@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
+from ...distill.text.notes import say as say_notes
 from ...distill.text.packing import Batch
 from ...distill.text.resolve import NamedData as NamedData
-from ...models.checkpoint import Checkpoint
+from ...models.checkpoint import Checkpoint, load_config
 from ...models.device import DTYPES as DTYPES
 from ...models.device import torch_device as torch_device
 from ...models.device import torch_dtype as torch_dtype
@@ -56,8 +57,19 @@ def text_in_tokens(data: NamedData, split: str, tokenizer_from: Path) -> Text:
     return resolve.text_in_tokens(named_data(data), split, tokenizer_from, reading)
 
 
-def sample(data: NamedData, split: str, model: Path, **size: int) -> list[Batch]:
-    return resolve.sample(named_data(data), split, model, **size, progress=reading)
+def sample(data: NamedData, split: str, model: Path, *, tokens: int, seq_len: int, **size: int) -> list[Batch]:
+    """See `resolve.sample`; says so where the text is less than was requested, and where rows are longer than the model
+    is made for."""
+    batches = resolve.sample(named_data(data), split, model, tokens=tokens, seq_len=seq_len, **size, progress=reading)
+    taken = sum(int((batch.doc_id >= 0).sum()) for batch in batches)
+    most, notes = load_config(model).max_position_embeddings, []
+    if taken < tokens // seq_len * seq_len or taken < min(tokens, seq_len):
+        notes.append(f"its {split} split has {taken:,} tokens, of {tokens:,} that were requested")
+    if seq_len > most:
+        notes.append(f"rows of {seq_len:,} tokens are beyond the {most:,} that {model} is made for (its config's"
+                     " max_position_embeddings)")  # fmt: skip
+    say_notes(notes, f"data={data}")
+    return batches
 
 
 def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
