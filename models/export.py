@@ -130,8 +130,9 @@ def state_length(folder: Path, config: HybridConfig) -> None:
 
 def rounded_rows(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors in `dtype`, rows by rows. Raises InputError where a number is beyond its range."""
+    table = tensor_table(checkpoint.config)
     for name, tensor in stream_rows(checkpoint):
-        rows = tensor.to(dtype)
+        rows = tensor.to(table[name].dtype(dtype))  # routers stay as precise as they are
         if not is_finite(rows):
             worst = tensor.abs().max().item()
             raise InputError(
