@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--teacher-steps", type=int, default=240)
     parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--rate", type=float, default=4e-4, help="of distilling: the repaired student is near already")
     parser.add_argument("--parameters", type=float, default=0.75)
     parser.add_argument("--seq-len", type=int, default=192)
     parser.add_argument("--batch", type=int, default=4)
@@ -151,7 +152,7 @@ def main() -> None:
     api.export(pruned, home / "pruned")
     student = api.load(home / "pruned")
     done = api.distill(
-        teacher, student, data, steps=given.steps, learning_rate=1.5e-3, optimizer="muon", **own
+        teacher, student, data, steps=given.steps, learning_rate=given.rate, optimizer="muon", **own
     )  # fmt: skip
     api.export(student, home / "distilled")
     students = {"plain": plain, "pruned": pruned, "distilled": student}

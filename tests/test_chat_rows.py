@@ -161,15 +161,16 @@ def test_long_conversations_are_split_at_their_turns(
     assert exchanges == 9 and len([text for document, text in parts if document == 0]) > 2
     assert [text.count("question") for document, text in parts if document == 2] == [1]
     told = " ".join(record.message for record in caplog.records)
-    assert "150 tokens: 2 conversations are split at their turns (the first: a.jsonl:0)" in told
+    assert "150 tokens: 2 conversations are split at their turns (the first: a.jsonl, record 1)" in told
     assert "1 exchanges that are longer than a row are dropped" in told
-    assert "the first: a.jsonl:2" in told
+    assert "the first: a.jsonl, record 3" in told
     whole_batch(corpus_of(path, folder, long="drop"), 150)
-    assert "rows of 150 tokens: 2 conversations that are too long are dropped (the first: a.jsonl:0)" in " ".join(
-        record.message for record in caplog.records
+    assert (
+        "rows of 150 tokens: 2 conversations that are too long are dropped (the first: a.jsonl, record 1)"
+        in " ".join(record.message for record in caplog.records)
     )
     with pytest.raises(
-        InputError, match=r"a.jsonl:0 has \d+ tokens, and rows have 150: its answer \d would be cut off"
+        InputError, match=r"a.jsonl, record 1 has \d+ tokens, and rows have 150: its answer \d would be cut off"
     ):
         whole_batch(corpus_of(path, folder, long="refuse"), 150)
     with pytest.raises(InputError, match="give longer rows"):

@@ -9,6 +9,7 @@ order of rows. Shapes: [P] pieces.
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -81,8 +82,8 @@ class Bins:
         if self.corpus.long == "refuse":
             turns = answers_before(parts, longest)
             raise InputError(
-                f"data: {self.corpus.names[document]} has {end - begin} tokens, and rows have {self.seq_len}: its"
-                f" answer {turns + 1} would be cut off; give longer rows, or data.long=split or drop"
+                f"data: {record(self.corpus.names[document])} has {end - begin} tokens, and rows have {self.seq_len}:"
+                f" its answer {turns + 1} would be cut off; give longer rows, or data.long=split or drop"
             )
         if self.corpus.long == "drop":
             self.leave_out("conversations that are too long are dropped", document)
@@ -102,7 +103,7 @@ class Bins:
             first = last
 
     def leave_out(self, kind: str, document: int) -> None:
-        self.left_out.setdefault(kind, []).append(self.corpus.names[document])
+        self.left_out.setdefault(kind, []).append(record(self.corpus.names[document]))
 
     def batch(self, numbers: Sequence[int] | np.ndarray) -> Batch:
         """Some of the rows, as a batch [rows, seq_len]."""
@@ -120,6 +121,12 @@ class Bins:
                     owner[row, column:stop], pieces[row, column:stop] = document, piece
                     column = stop
         return self.corpus.batch(ids, owner, pieces, parts)
+
+
+def record(name: str) -> str:
+    """A record by its file and its number from 1 on, as lines are counted; documents' names count from 0."""
+    parts = re.fullmatch(r"(.*):(\d+)( \(.*\))?", name)
+    return name if parts is None else f"{parts[1]}, record {int(parts[2]) + 1}"
 
 
 def answers_before(parts: np.ndarray, place: int) -> int:
