@@ -13,6 +13,9 @@ from limbeck.kernels.activation import relu2, swiglu
 from limbeck.kernels.attention import attention, decode_attention, document_mask
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from limbeck.kernels.linear_kl import linear_cross_entropy, linear_kl
+from limbeck.kernels.moe import expert_mlp
+from limbeck.kernels.moe_launch import triton_product
+from limbeck.kernels.moe_torch import segment_product
 from limbeck.kernels.norm import gated_rms_norm, rms_norm
 from limbeck.kernels.ssd import ssd_scan
 from limbeck.kernels.state_update import state_update
@@ -23,6 +26,7 @@ from torch.nn import functional as F
 HIDDEN, TEACHER, FFN, VOCABULARY = 4480, 5120, 15680, 131072
 HEADS, HEAD_DIM, GROUPS, STATE, WIDTH, CHUNK = 128, 80, 8, 128, 4, 128
 QUERIES, KEYS, QUERY_DIM = 40, 8, 128
+EXPERTS, CHOSEN, EXPERT, MOE_HIDDEN = 128, 6, 1856, 2688  # Nemotron-3-Nano-30B-A3B
 INNER = HEADS * HEAD_DIM
 CONV = INNER + 2 * GROUPS * STATE
 PROJECTED = INNER + CONV + HEADS
@@ -110,6 +114,23 @@ def loss_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     return found | {"labels": torch.where(labels % 5 == 0, -100, labels)}
 
 
+def expert_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
+    """Tokens that choose evenly among the experts, in no order."""
+    experts, chosen, inner, width = (5, 2, 24, 40) if tiny else (EXPERTS, CHOSEN, EXPERT, MOE_HIDDEN)
+    return {"x": normal(batch * tokens, width), "indices": normal(batch * tokens, experts).topk(chosen).indices,
+            "weights": normal(batch * tokens, chosen), "up": normal(experts, inner, width, scale=width**-0.5),
+            "down": normal(experts, width, inner, scale=inner**-0.5)}  # fmt: skip
+
+
+def grouped_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
+    """Rows of all experts, as many of each as there are tokens that chose it."""
+    found = expert_inputs(batch, tokens, tiny)
+    rows = found["indices"].flatten().sort().values
+    numbers = torch.arange(len(found["up"]), device=DEVICE[0])
+    ends = torch.searchsorted(rows, numbers, right=True, out_int32=True)
+    return {"x": normal(len(rows), found["x"].shape[1]), "weight": found["up"], "ends": ends}
+
+
 def query_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     heads, groups, size = (6, 2, 16) if tiny else (QUERIES, KEYS, QUERY_DIM)
     return {"q": normal(batch, heads, tokens, size), "k": normal(batch, groups, tokens, size),
@@ -173,6 +194,7 @@ def operators() -> dict[str, Op]:
     pair = 4 * QUERIES * QUERY_DIM
     cached = 2 * 2 * KEYS * QUERY_DIM
     state_bytes = 2 * 4 * HEADS * HEAD_DIM * STATE
+    expert = 2 * 2 * CHOSEN * EXPERT * MOE_HIDDEN  # operations of a token's two products
     scan: dict[str, Any] = {"dt_softplus": True}
     return {
         "rms_norm": Op(rows_of(HIDDEN, 48, "x weight"), lambda x, weight: rms_norm(x, weight, EPS),
@@ -197,6 +219,12 @@ def operators() -> dict[str, Op]:
             lambda **inputs: linear_cross_entropy(*inputs.values()).loss,
             lambda student_hidden, student_head, labels: F.cross_entropy(student_hidden @ student_head.T, labels),
             flops_of=loss_flops(HIDDEN, 0)),
+        "expert_mlp": Op(expert_inputs, expert_mlp, reference.expert_mlp_reference,
+                         flops_of=(lambda b, t: b * t * expert, lambda b, t: 2 * b * t * expert)),
+        "grouped_product, Triton": Op(
+            grouped_inputs, lambda x, weight, ends: triton_product(x, weight, ends, False),
+            lambda x, weight, ends: segment_product(x, weight, ends, False),
+            flops_of=(lambda b, t: b * t * expert / 2, lambda b, t: 0.0), no_grad=True, peers=gpu_peers.GROUPED),
         "attention causal": Op(query_inputs, attention, dense_attention, flops_of=per_pair(pair, 2.5 * pair)),
         "attention packed, FlexAttention": Op(
             packed_inputs, lambda q, k, v, document: attention(q, k, v, document_mask(document)), dense_attention,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from limbeck.kernels import reference
+from limbeck.kernels.moe_torch import segment_product
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -158,9 +159,19 @@ def torch_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.silu(F.conv1d(padded, weight[:, None], bias, groups=len(weight))).transpose(1, 2)
 
 
+def torch_grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight.mT, offs=ends)
+
+
+def one_by_one(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """A product for each expert, which waits for the device to say where its rows end."""
+    return segment_product(x, weight, ends, False)
+
+
 RMS_NORM = {"torch.compile": compiled(torch_rms_norm), "liger_kernel": liger_rms_norm, "fla": fla_rms_norm}
 GATED_RMS_NORM = {"torch.compile": compiled(torch_gated_rms_norm), "mamba_ssm": mamba_ssm_gated}
 RELU2 = {"torch.compile": compiled(reference.relu2_reference)}
+GROUPED = {"torch grouped_mm": torch_grouped, "expert by expert": one_by_one}
 SWIGLU = {"torch.compile": compiled(lambda gate, up: F.silu(gate) * up), "liger_kernel": liger_swiglu}
 LINEAR_KL = {"dense": dense_kl, "dense, torch.compile": compiled(dense_kl)}
 LINEAR_JSD = {"liger_kernel": liger_jsd}

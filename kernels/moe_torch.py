@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .launch import capability
+from .linear import linear
 
+MANY = 16  # rows from which on `linear`'s way is faster than it costs to copy its answer
 ALIGNED = 8  # numbers of bfloat16 that torch's grouped product wants rows to be multiples of: 16 bytes
 
 
@@ -25,12 +27,15 @@ def groups_of_rows(ends: Tensor) -> Iterator[tuple[int, int, int]]:
         start = end
 
 
+@torch.no_grad()
 def segment_product(x: Tensor, weight: Tensor, ends: Tensor, turned: bool) -> Tensor:
     """`moe.grouped_product`, group after group; a group without rows is not read."""
     y = x.new_empty(len(x), weight.shape[2 if turned else 1])
     for group, start, end in groups_of_rows(ends):
-        matrix = weight[group] if turned else weight[group].mT
-        torch.mm(x[start:end], matrix, out=y[start:end])
+        if turned or end - start < MANY:
+            torch.mm(x[start:end], weight[group] if turned else weight[group].mT, out=y[start:end])
+        else:
+            y[start:end] = linear(x[start:end], weight[group])
     return y
 
 

@@ -5,10 +5,13 @@ Run by tests/test_moe_kernels.py in a process of its own: the interpreter is cho
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from limbeck.benchmarks import gpu
 from limbeck.kernels import moe_launch
 from limbeck.kernels.moe import expert_mlp, grouped_gradient, grouped_product
 from limbeck.kernels.moe_torch import segment_gradient, segment_product
@@ -67,3 +70,15 @@ def test_experts(gated: bool) -> None:
     with torch.no_grad():
         assert torch.equal(found, expert_mlp(leaves[0], indices, *leaves[1:]))
     assert expert_mlp(leaves[0][:0], indices[:0], leaves[1][:0], *leaves[2:]).shape == (0, 12)
+
+
+def test_the_benchmark_checks_them(tmp_path: Path) -> None:
+    """What benchmarks/gpu.py does where there is no GPU, with both of its ways."""
+    names = ["expert_mlp", "grouped_product, Triton"]
+    assert gpu.main(["--interpret", "--json", str(tmp_path / "gpu.json"), "--only", *names]) == 0
+    checks = json.loads((tmp_path / "gpu.json").read_text())["checks"]
+    assert [row["op"] for row in checks] == names and all(row["right"] and row["repeats"] for row in checks)
+    op = gpu.operators()[names[1]]
+    inputs = op.make(1, 6, True)
+    for way in op.peers.values():
+        assert_close("peer", op.truth(**inputs), way(**inputs), 1e-5)

@@ -48,7 +48,7 @@ def test_benchmark_interpreted(tmp_path: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     checks = json.loads(report.read_text())["checks"]
-    assert len(checks) == 15 and all(row["right"] and row["repeats"] for row in checks)
+    assert len(checks) == 17 and all(row["right"] and row["repeats"] for row in checks)
 
 
 def compile_offline(least: int, *options: str) -> None:
