@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .axes import Role, tensor_table
 from .checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
@@ -185,3 +186,9 @@ def transformers_parity(folder: Path, ids: Tensor, model: HybridLM, logits: Tens
 
 def relative_rms(ours: Tensor, theirs: Tensor) -> float:
     return ((theirs - ours).double().square().mean() / ours.double().square().mean()).sqrt().item()
+
+
+def divergence(source: Tensor, file: Tensor) -> float:
+    """KL(source || file) in nats a token of logits [B, T, V]."""
+    p, q = (F.log_softmax(logits.double(), -1) for logits in (source, file))
+    return (p.exp() * (p - q)).sum(-1).mean().item()

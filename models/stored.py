@@ -25,7 +25,7 @@ from .foreign import SETTINGS, check_regular, read_object
 from .tensors import DTYPES as ALL_DTYPES
 from .tensors import is_finite
 
-DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point}
+DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point and dtype.itemsize > 1}
 QUANTISED = {"F8_E4M3": "float8", "I8": "int8"}
 SCALES = ("_scale", "_scale_inv")  # after the weight's name
 PACKED, SHAPE, ZERO = "_packed", "_shape", "_zero_point"

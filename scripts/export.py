@@ -21,6 +21,7 @@ from ..models.foreign import own_path
 from ..models.gguf.export import write_gguf_export
 from ..models.gguf.file import KINDS_OF_FILE, gguf_package
 from ..models.hub import is_hub_name, push_folder
+from ..models.quantise import ROUNDINGS, compressed_tensors, write_quantised
 from .run.resolve import model_folder, said_format
 from .run.show import read_json, result, say, table
 from .run.stage import Work, stage
@@ -42,7 +43,7 @@ class Options:
     push_dry: bool = True
 
 
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", *ROUNDINGS)
 
 
 def check(options: Options) -> None:
@@ -57,6 +58,10 @@ def check(options: Options) -> None:
             raise InputError(f"dtype={options.dtype} is none of format=gguf; known: {', '.join(KINDS_OF_FILE)}")
     elif options.pre_tokenizer is not None:
         raise InputError("pre_tokenizer is llama.cpp's; give format=gguf with it, or leave it out")
+    elif options.format in ROUNDINGS:
+        compressed_tensors()
+        if options.dtype != "bfloat16":
+            raise InputError(f"dtype={options.dtype}: what format={options.format} leaves is bfloat16; leave dtype out")
     else:
         torch_dtype(options.dtype)
 
@@ -73,7 +78,7 @@ def run(options: Options, replaces: bool = False) -> None:
         if not work.finished:
             work.notes |= said_format(options.model, open_checkpoint(source))
             gap, name = measured(options, work)
-            published = write_gguf(options, source, work) if options.format == "gguf" else write_hf(source, work)
+            published = write_format(options, source, work)
             licence = read_licence(inputs.get("base", source))
             picture = None if options.gap is None else inputs["gap"] / "plots" / "gap.png"
             if picture is not None and not picture.is_file():
@@ -91,7 +96,20 @@ def settings(options: Options) -> dict[str, Any]:
     given = {"dtype": options.dtype, "check_tokens": options.check_tokens, "seed": options.seed}
     if options.format == "hf":
         return given | {"max_shard_bytes": options.max_shard_bytes}
-    return given | {"format": options.format, "pre_tokenizer": options.pre_tokenizer}
+    return given | {"format": options.format} | ({"pre_tokenizer": options.pre_tokenizer} if options.format == "gguf"
+                                                 else {})  # fmt: skip
+
+
+def write_format(options: Options, source: Path, work: Work) -> Published:
+    if options.format == "hf":
+        return write_hf(source, work)
+    if options.format == "gguf":
+        return write_gguf(options, source, work)
+    sizes = {"check_tokens": options.check_tokens, "seed": options.seed}
+    found = write_quantised(work.folder, source, options.format, **sizes)
+    write_json(work.folder / "export.json", {"format": options.format, "quantised": dataclasses.asdict(found)})
+    return Published(options.format, TRANSFORMERS, found.sentence(options.format),
+                     tuple(cautions(load_config(source))), "quantized")  # fmt: skip
 
 
 def write_hf(source: Path, work: Work) -> Published:
@@ -149,6 +167,13 @@ def measured(options: Options, work: Work) -> tuple[dict[str, Any] | None, str |
 
 def print_checks(folder: Path) -> None:
     content = read_json(folder / "export.json")
+    if "quantised" in content:
+        found = content["quantised"]
+        rows = [
+            ("weights", f"{gib(found['bytes'])}, {gib(found['bytes_bfloat16'])} in bfloat16"),
+            ("logits beside the source's", f"{found['relative_rms']:.1e} relative RMS, KL {found['kl']:.2g} nats"),
+        ]
+        return table(f"Exported to {folder}", ("check", ""), rows)
     for caution in content.get("cautions", ()):
         say(f"caution: {caution}")
     if content.get("format") == "gguf":

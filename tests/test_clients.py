@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.checkpoint import load_model, save_model
-from limbeck.models.export import relative_rms
+from limbeck.models.export import divergence, relative_rms
 from limbeck.models.generate.engine import Engine, Request
 from limbeck.models.generate.sampling import Sampling
-from limbeck.models.gguf.export import divergence
 from limbeck.models.gguf.pretokenizers import KNOWN
 from limbeck.models.named import SHIPPED
 from limbeck.models.tokenizer import load_tokenizer

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..checkpoint import Checkpoint, load_model, open_checkpoint
 from ..errors import CheckFailed
-from ..export import logits_of, relative_rms
+from ..export import divergence, logits_of, relative_rms
 from .file import load_gguf, read_gguf, write_gguf
 from .vocabulary import read_vocabulary
 
@@ -84,9 +83,3 @@ def check_tensors(path: Path, checkpoint: Checkpoint) -> None:
 
 def rounded(tensor: Tensor, kind: str) -> Tensor:
     return tensor.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]).float()
-
-
-def divergence(source: Tensor, file: Tensor) -> float:
-    """KL(source || file) in nats a token of logits [B, T, V]."""
-    p, q = (F.log_softmax(logits.double(), -1) for logits in (source, file))
-    return (p.exp() * (p - q)).sum(-1).mean().item()

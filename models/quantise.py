@@ -1,0 +1,247 @@
+"""Weights rounded for serving, in compressed-tensors' published layout: fp8 and w8a8 with a scale a row, whose
+activations the server rounds token by token, w4a16 with a scale for each group of columns of a row.
+
+Rounding is to the nearest, by the largest number of a row or group; nothing is calibrated. Attention, latent
+projections, routers, convolutions, embeddings and the head stay as they are (arXiv 2601.20088 keeps these, too).
+Scales are rounded to bfloat16 before the weights are, so that every reader gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .axes import PRECISE, Role, TensorSpec
+from .checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows
+from .companions import companions, copy_companions
+from .config import HybridConfig
+from .errors import CheckFailed, InputError
+from .export import divergence, logits_of, relative_rms, state_length
+from .families.family import scattered, stored_tensors, tensor_table_of
+from .folder import write_json
+from .shards import SINGLE, check_disk
+from .tensors import Form, TensorFile
+
+F8 = torch.float8_e4m3fn
+GROUPS = (128, 64, 32)  # columns that have one scale, the widest that goes into every row
+KEPT = re.compile(r"(^|\.)([qkvo]_proj|fc\d_latent_proj)\.")  # of a layer's parts: attention, latent projections
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What a format rounds to: `largest` is the largest number of its range, `layout` compressed-tensors' name."""
+
+    layout: str
+    kind: str
+    bits: int
+    largest: float
+    activations: bool
+    grouped: bool
+
+
+ROUNDINGS = {
+    "fp8": Rounding("float-quantized", "float", 8, 448.0, activations=True, grouped=False),
+    "w8a8": Rounding("int-quantized", "int", 8, 127.0, activations=True, grouped=False),
+    "w4a16": Rounding("pack-quantized", "int", 4, 7.0, activations=False, grouped=True),
+}
+
+
+def compressed_tensors() -> Any:
+    """The library's module of schemes. Raises InputError where it is not installed."""
+    try:
+        from compressed_tensors import quantization
+    except ModuleNotFoundError:
+        raise InputError(
+            "format=fp8, w8a8 and w4a16 need compressed-tensors: pip install 'limbeck[quantised]'"
+        ) from None
+    return quantization
+
+
+def is_rounded(spec: TensorSpec) -> bool:
+    """Whether a tensor of the table is one that a format rounds."""
+    if spec.layer is None or spec.role not in (Role.MATRIX, Role.EXPERTS):
+        return False
+    return KEPT.search(spec.part) is None
+
+
+def rounded_names(config: HybridConfig) -> set[str]:
+    """The stored tensors that are rounded. Raises InputError where a family stores one beside others in one tensor."""
+    table, names = tensor_table_of(config), set[str]()
+    for name, stored in stored_tensors(config).items():
+        chosen = {is_rounded(table[piece.ours]) for piece in stored.pieces}
+        if True in chosen:
+            if len(stored.shape) != 2 or len(chosen) > 1:
+                raise InputError(
+                    f"{config.family} stores {name} as one stack, which no quantised layout has; take format=hf or gguf"
+                )
+            names.add(name)
+    return names
+
+
+def group_of(config: HybridConfig, names: set[str]) -> int:
+    """Columns of a group. Raises InputError where none of `GROUPS` goes into every row."""
+    widths = {stored_tensors(config)[name].shape[1] for name in names}
+    for size in GROUPS:
+        if all(width % size == 0 for width in widths):
+            return size
+    odd = next(width for width in sorted(widths) if width % GROUPS[-1])
+    raise InputError(f"format=w4a16 needs rows of a multiple of {GROUPS[-1]} numbers; one has {odd}")
+
+
+def scales_of(weight: Tensor, rounding: Rounding, group: int) -> Tensor:
+    """[N, groups], bfloat16: rounded up where it is below what the largest number needs, so that none is cut off."""
+    scale = weight.unflatten(1, (-1, group)).abs().amax(-1) / rounding.largest
+    near = scale.clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
+    return torch.where(near.float() < scale, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
+
+
+def quantised_tensors(name: str, weight: Tensor, rounding: Rounding, group: int) -> dict[str, Tensor]:
+    """What a weight [N, K] is stored as."""
+    scale = scales_of(weight.float(), rounding, group)
+    numbers = weight.float() / scale.float().repeat_interleave(group, 1)
+    module = name.removesuffix(".weight")
+    if rounding.kind == "float":
+        return {name: numbers.clamp(-rounding.largest, rounding.largest).to(F8), f"{module}.weight_scale": scale}
+    whole = numbers.round().clamp(-rounding.largest - 1, rounding.largest).to(torch.int8)
+    if rounding.bits == 8:
+        return {name: whole, f"{module}.weight_scale": scale}
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    packed, shape = pack_to_int32(whole, rounding.bits), torch.tensor(weight.shape)
+    return {f"{module}.weight_packed": packed, f"{module}.weight_scale": scale, f"{module}.weight_shape": shape}
+
+
+def forms_of(checkpoint: Checkpoint, names: set[str], rounding: Rounding, group: int | None) -> dict[str, Form]:
+    """Every tensor of the file with its dtype and shape: those of one rounded row tell the rest."""
+    forms: dict[str, Form] = {}
+    for name, stored in stored_tensors(checkpoint.config).items():
+        if name not in names:
+            spec = tensor_table_of(checkpoint.config)[stored.pieces[0].ours]
+            forms[name] = (torch.float32 if spec.role in PRECISE else torch.bfloat16, stored.shape)
+            continue
+        rows, columns = stored.shape
+        for key, tensor in quantised_tensors(name, torch.zeros(1, columns), rounding, group or columns).items():
+            one_row = not key.endswith("_shape")
+            forms[key] = (tensor.dtype, (rows, *tensor.shape[1:]) if one_row else tuple(tensor.shape))
+    return forms
+
+
+def whole_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor, put together of the rows of ours that lie in it."""
+    config, shapes = checkpoint.config, {name: each.shape for name, each in stored_tensors(checkpoint.config).items()}
+    parts: dict[str, Tensor] = {}
+    left: dict[str, int] = {}
+    done: dict[str, int] = {}
+    for ours, rows in stream_rows(checkpoint):
+        start = done.get(ours, 0)
+        done[ours] = start + len(rows)
+        for name, row, part in scattered(config, ours, start, rows):
+            if name not in parts:
+                parts[name] = torch.empty(shapes[name], dtype=part.dtype)
+                left[name] = parts[name].numel()
+            flat = parts[name].flatten(0, -2) if parts[name].dim() > 1 else parts[name]
+            flat[row : row + len(part)] = part
+            left[name] -= part.numel()
+            if not left[name]:
+                yield name, parts.pop(name)
+
+
+def scheme_of(config: HybridConfig, names: set[str], rounding: Rounding, group: int | None) -> dict[str, Any]:
+    """config.json's quantization_config, as the library writes it."""
+    library = compressed_tensors()
+    how = {"strategy": "group", "group_size": group} if rounding.grouped else {"strategy": "channel"}
+    weights = library.QuantizationArgs(num_bits=rounding.bits, type=rounding.kind, symmetric=True, **how)
+    inputs = library.QuantizationArgs(
+        num_bits=rounding.bits, type=rounding.kind, symmetric=True, strategy="token", dynamic=True
+    )
+    scheme = library.QuantizationScheme(
+        targets=["Linear"], weights=weights, input_activations=inputs if rounding.activations else None
+    )
+    content = library.QuantizationConfig(
+        config_groups={"group_0": scheme}, format=rounding.layout, quantization_status="compressed",
+        ignore=ignored_modules(config, names),
+    ).to_dict()  # fmt: skip
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def ignored_modules(config: HybridConfig, names: set[str]) -> list[str]:
+    """The modules that stay, by the ends of their names, which readers spell with a first part of their own."""
+    table, stays, goes = tensor_table_of(config), set[str](), set[str]()
+    for name, stored in stored_tensors(config).items():
+        if table[stored.pieces[0].ours].role in (Role.MATRIX, Role.EXPERTS, Role.ROUTER):
+            (goes if name in names else stays).add(name.removesuffix(".weight").rpartition(".")[2])
+    assert not stays & goes, stays & goes
+    return sorted({"lm_head", *(f"re:.*\\.{last}$" for last in stays if last != "lm_head")})
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantisedAgreement:
+    """What a quantised folder holds beside its source in float32 arithmetic, activations as they are: logits of random
+    tokens in relative RMS, KL(source || folder) in nats a token; bytes of the weights, and of the source's in
+    bfloat16."""
+
+    bytes: int
+    bytes_bfloat16: int
+    relative_rms: float
+    kl: float
+
+    def sentence(self, name: str) -> str:
+        return (
+            f"Read back before it was published, the weights in {name} give the source's logits up to"
+            f" {self.relative_rms:.1e} relative RMS (KL {self.kl:.2g} nats a token on random tokens), with activations"
+            f" as they are; {self.bytes:,} bytes, {self.bytes_bfloat16:,} in bfloat16."
+        )
+
+
+def write_quantised(folder: Path, source: Path, name: str, *, check_tokens: int, seed: int) -> QuantisedAgreement:
+    """Fills an existing folder with one file of weights, reads it again, and compares every tensor and the logits.
+
+    Raises CheckFailed, and InputError where the family or a width cannot be stored so.
+    """
+    checkpoint, rounding = open_checkpoint(source), ROUNDINGS[name]
+    config = checkpoint.config
+    names = rounded_names(config)
+    group = group_of(config, names) if rounding.grouped else None
+    content = config.to_hf() | {"torch_dtype": "bfloat16"}
+    content |= {"quantization_config": scheme_of(config, names, rounding, group)}
+    forms = forms_of(checkpoint, names, rounding, group)
+    check_disk(folder, sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms.values()))
+    with TensorFile(folder / SINGLE, forms) as file:
+        for stored, weight in whole_tensors(checkpoint):
+            if stored in names:
+                for key, tensor in quantised_tensors(stored, weight, rounding, group or weight.shape[1]).items():
+                    file.write(key, tensor)
+            else:
+                file.write(stored, weight.to(forms[stored][0]))
+    write_json(folder / "config.json", content)
+    copy_companions(companions(source), folder)
+    state_length(folder, config)
+    check_steps(open_checkpoint(folder), checkpoint, rounding)
+    ids = torch.randint(config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
+    expected, logits = logits_of(load_model(source), ids), logits_of(load_model(folder), ids)
+    plain = sum(2 * math.prod(each.shape) for each in stored_tensors(config).values())
+    return QuantisedAgreement((folder / SINGLE).stat().st_size, plain, relative_rms(expected, logits),
+                              divergence(expected, logits))  # fmt: skip
+
+
+def check_steps(after: Checkpoint, before: Checkpoint, rounding: Rounding) -> None:
+    """Raises CheckFailed unless every rounded number lies within half a step of the source's, and what stays is the
+    source's in bfloat16. (Of float8 half a step is a sixteenth of the number; at the smallest, 2**-10 of a scale.)"""
+    for name in before.names():
+        source, found = before.tensor(name).float(), after.tensor(name).float()
+        if all(place.quantised is None for place in after.stored[name].places.values()):
+            right = torch.equal(found, source.to(after.stored[name].dtype).float())
+        else:
+            largest = source.abs().amax(-1, keepdim=True) / rounding.largest
+            step = source.abs() / 16 + largest * 2**-9 if rounding.kind == "float" else largest * 0.51
+            # A scale is up to 2**-7 above what the largest number needs, and numbers are read in bfloat16.
+            right = bool(((found - source).abs() <= 1.02 * step + source.abs() * 2**-8).all())
+        if not right:
+            raise CheckFailed(f"export: tensor {name} read back is not the source's, rounded")

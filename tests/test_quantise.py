@@ -1,0 +1,115 @@
+"""Rounded weights in compressed-tensors' layout: read back, by the library, by transformers; and what cannot be so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from limbeck.models import quantise
+from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
+from limbeck.models.hybrid import HybridLM
+from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
+from limbeck.tests.helpers import EXPERTS, assert_close, limbeck, random_model
+from safetensors.torch import load_file
+
+pytest.importorskip("compressed_tensors")
+NEAR = {"fp8": 0.06, "w8a8": 0.03, "w4a16": 0.3}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("quantise")
+    size = write_tokenizer(root / "words", "gpt-2")
+    for family, changes in {
+        "llama": {},
+        "qwen3": {"tie_word_embeddings": True},
+        "nemotron_h": {},
+        "experts": EXPERTS | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64},
+    }.items():
+        config = gguf_config("nemotron_h" if family == "experts" else family, size, **changes)
+        save_model(model_of(config), root / family, tokenizer_from=root / "words")
+    return root
+
+
+def model_of(config: object) -> HybridLM:
+    """In bfloat16, so that what stays is the same."""
+    return random_model(config, 1, torch.float32).bfloat16()  # type: ignore[arg-type]
+
+
+def exported(root: Path, name: str, form: str) -> Path:
+    out = root / f"{name}-{form}"
+    code, text, err = limbeck("export", f"model={root / name}", f"output={out}", f"format={form}", "check_tokens=32")
+    assert code == 0 and "in bfloat16" in text, err
+    return out
+
+
+@pytest.mark.parametrize("form", quantise.ROUNDINGS)
+@pytest.mark.parametrize("name", ("llama", "nemotron_h", "experts"))
+def test_numbers_are_near_and_what_is_sensitive_stays(name: str, form: str, root: Path) -> None:
+    out = exported(root, name, form)
+    before, after = open_checkpoint(root / name), open_checkpoint(out)
+    for tensor in before.names():
+        stays = any(
+            part in tensor for part in ("q_proj", "k_proj", "v_proj", "o_proj", "gate.", "norm", "embed", "head")
+        )
+        stays &= "out_proj" not in tensor
+        goes = not stays and (tensor.endswith("_proj.weight") or ".experts." in tensor)
+        assert any(place.quantised for place in after.stored[tensor].places.values()) == goes, tensor
+        if goes:
+            assert_close(tensor, before.tensor(tensor), after.tensor(tensor), NEAR[form])
+        else:
+            assert torch.equal(after.tensor(tensor), before.tensor(tensor)), tensor
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == "compressed-tensors" and "lm_head" in settings["ignore"]
+    assert r"re:.*\.q_proj$" in settings["ignore"] and r"re:.*\.up_proj$" not in settings["ignore"]
+    card = (out / "README.md").read_text()
+    assert f"parameters in {form}" in card and "with activations" in card
+    found = json.loads((out / "export.json").read_text())["quantised"]
+    assert found["bytes"] == (out / "model.safetensors").stat().st_size and found["kl"] >= 0
+
+
+@pytest.mark.parametrize("form", quantise.ROUNDINGS)
+def test_the_library_gives_the_same_numbers_back(form: str, root: Path) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    out = root / f"llama-{form}" if (root / f"llama-{form}").exists() else exported(root, "llama", form)
+    content = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = QuantizationConfig(**content).config_groups["group_0"]
+    stored, name = load_file(out / "model.safetensors"), "model.layers.1.mlp.down_proj."
+    part = {key.removeprefix(name): tensor for key, tensor in stored.items() if key.startswith(name)}
+    theirs = BaseCompressor.get_value_from_registry(content["format"]).decompress(part, scheme)["weight"]
+    ours = open_checkpoint(out).tensor("layers.3.mixer.down_proj.weight")
+    assert_close(form, theirs.float(), ours.float(), 1e-2 if form == "fp8" else 5e-3)
+
+
+def test_transformers_opens_it(root: Path) -> None:
+    """Weights alone are rounded in w4a16, so that its logits are ours."""
+    transformers = pytest.importorskip("transformers")
+    out = exported(root, "qwen3", "w4a16")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert_close("logits", theirs(ids, use_cache=False).logits, load_model(out)(ids), 0.02)
+
+
+def test_what_cannot_be_rounded(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(says: str, *options: str, code: int = 2) -> None:
+        found, _, err = limbeck("export", f"output={tmp_path / 'out'}", "check_tokens=8", *options)
+        assert found == code and says in err and err.count("\n") == 1, (found, err)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+    llama = f"model={root / 'llama'}"
+    refused("leave dtype out", llama, "format=fp8", "dtype=float16")
+    config = gguf_config("llama", 400, intermediate_size=80)
+    save_model(model_of(config), tmp_path / "odd", tokenizer_from=root / "words")
+    refused("a multiple of 32 numbers; one has 80", f"model={tmp_path / 'odd'}", "format=w4a16")
+    honest = quantise.quantised_tensors
+    with monkeypatch.context() as patch:
+        patch.setattr(quantise, "quantised_tensors", lambda name, weight, *how: honest(name, weight * 1.2, *how))
+        refused("is not the source's, rounded", llama, "format=w8a8", code=3)
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "compressed_tensors", None)
+        refused("pip install 'limbeck[quantised]'", llama, "format=fp8")
