@@ -216,7 +216,7 @@ class Multiprocessor:
         while any(warp.turn < self.iterations for warp in self.warps):
             for number, queue in enumerate(queues):
                 # The one that issued last goes first, as long as it can.
-                for index in sorted(queue, key=lambda index, number=number: index != last[number]):
+                for index in sorted(queue, key=last[number].__ne__):
                     if self.issued(index, number, now):
                         last[number] = index
                         break

@@ -27,6 +27,7 @@ from .foreign import read_object
 PROVENANCE = "limbeck.json"
 RESULT = "result.json"
 SPEED = "speed.jsonl"  # what a training took, by steps: it differs from run to run, and is no part of the result
+LOG = "log.txt"  # what a stage said of its progress, by the clock
 LOGS = "wandb"
 
 
@@ -162,8 +163,8 @@ def files_of(folder: Path) -> list[Path]:
 
 def content_files(folder: Path) -> list[Path]:
     """The files of a folder of ours: not what made it, nor result.json, which is written once it is finished, nor what
-    holds times (speed.jsonl, the logs in wandb/)."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != SPEED)
+    holds times (speed.jsonl, log.txt, the logs in wandb/)."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (SPEED, LOG))
     files = [file for file in files if file not in (folder / PROVENANCE, folder / RESULT)]
     return [file for file in files if folder / LOGS not in file.parents]
 

@@ -25,7 +25,7 @@ from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import compress_command, limbeck, make_workshop, random_model, tiny_config
 from limbeck.tests.training_helpers import batches_from, model_of, teach, weights
 
-TIMES = {"result.json", "speed.jsonl"}  # what may differ between two runs
+TIMES = {"result.json", "speed.jsonl", "log.txt"}  # what may differ between two runs
 DISTILL = ("distill.train.steps=12", "distill.train.save_every=2", "distill.train.log_every=1", "distill.seq_len=32",
            "distill.train.warmup_steps=2", "distill.train.evaluate_every=6", "distill.batch=2", "device=cpu",
            "distill.evaluate_tokens=64", "wandb=off")  # fmt: skip

@@ -51,8 +51,8 @@ def command(root: Path, mode: str, output: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All but result.json, which names the folder."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
+    """All but result.json, which names the folder, and the log with its times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("result.json", "log.txt")}
 
 
 def shards(folder: Path) -> list[Path]:

@@ -60,10 +60,13 @@ def command(workshop: Path, out: Path, *words: str) -> list[str]:
     ]
 
 
+TIMED = ("result.json", "speed.jsonl", "log.txt")
+
+
 def contents(out: Path) -> dict[str, bytes]:
     """The files of all rounds but those that hold times."""
     found = {path.relative_to(out).as_posix(): path for path in sorted(out.glob("[0-9]-*/**/*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if path.name not in ("result.json", "speed.jsonl")}
+    return {name: path.read_bytes() for name, path in found.items() if path.name not in TIMED}
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:

@@ -13,12 +13,12 @@ from typing import Any
 
 from ...models import processes
 from ...models.errors import DiskError, InputError
-from ...models.fingerprint import PROVENANCE, Fingerprint, MadeOtherwise
+from ...models.fingerprint import LOG, PROVENANCE, Fingerprint, MadeOtherwise
 from ...models.folder import finish_folder, owned, partial_of, write_json
 from ...models.foreign import own_path
 from ...models.hub import origins
 from .resolve import torch_device
-from .show import console
+from .show import console, logged
 
 BEGUN = "begun.json"
 
@@ -33,7 +33,7 @@ def many_processes(device: str) -> Iterator[None]:
     from accelerate import PartialState
 
     state = PartialState(cpu=torch_device(device).type != "cuda")
-    quiet, console.quiet = console.quiet, not state.is_main_process
+    quiet, console.quiet = console.quiet, console.quiet or not state.is_main_process
     try:
         yield
     finally:
@@ -101,7 +101,8 @@ def stage(
             if writes:
                 made_of.begin(temporary / BEGUN if keeps else None)
             try:
-                yield work
+                with logged(temporary) if writes else contextlib.nullcontext():
+                    yield work
                 if writes:
                     apart = (BEGUN, *([scratch] if scratch is not None else []))
                     write_json(temporary / PROVENANCE, made_of.sealed(temporary, work.notes, apart))
@@ -122,6 +123,7 @@ def owned_by_run(folder: Path) -> Iterator[None]:
         with processes.together():
             if processes.rank() == 0:
                 held.enter_context(owned(folder))
+                held.enter_context(logged(folder))
         yield
 
 
@@ -142,6 +144,7 @@ def check_ours(root: Path, known: set[str], mark: Path) -> None:
     if not root.exists() or (root.is_dir() and mark.is_dir()):
         return
     strangers = [path.name for path in root.iterdir()] if root.is_dir() else [root.name]
+    known = known | {LOG}
     if [name for name in strangers if re.sub(r"\.(partial|writing|old)$", "", name.strip(".")) not in known]:
         raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
 
