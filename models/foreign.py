@@ -161,23 +161,26 @@ def check_depth(content: Any, most: float = math.inf) -> None:
 
 
 def read_yaml(path: Path, largest: int = SETTINGS // 4) -> Any:
-    """The content of a YAML file, plain data of a bounded size. Raises InputError."""
+    """The content of a YAML file, as `parse_yaml` gives it. Raises InputError."""
+    return parse_yaml(read_text(path, largest), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The content of a YAML text, plain data of a bounded size. Raises InputError, which begins with `where`."""
     import yaml
 
-    text = read_text(path, largest)
     try:
         content = yaml.safe_load(text)
         check_depth(content, NODES)
     except yaml.YAMLError as error:
-        said = " ".join(str(error).split())
-        raise InputError(f"{path} is no YAML: {said}") from None
+        raise InputError(f"{where} is no YAML: {' '.join(str(error).split())[:200]}") from None
     except RecursionError:
-        raise InputError(f"{path}: {too_deep()}") from None
+        raise InputError(f"{where}: {too_deep()}") from None
     except MemoryError:
         raise
     except Exception as error:  # the library's own readers of dates and numbers raise anything
-        raise InputError(f"{path} is no YAML that can be read: {first_line(error)}") from None
-    check_values(content, str(path))
+        raise InputError(f"{where} is no YAML that can be read: {first_line(error)}") from None
+    check_values(content, where)
     return content
 
 

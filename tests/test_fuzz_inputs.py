@@ -159,7 +159,8 @@ def test_options() -> None:
     """What is composed of any words, of any command."""
     keys = {
         command: [*compose_config(command, given_words(command)), "importance.tokens", "distill.train.steps",
-                  "target.layers", "fit.context", "repair", "recipe", "hydra.run.dir", "+x.y", "~seed"]
+                  "target.layers", "fit.context", "repair", "recipe", "hydra.run.dir", "+x.y", "~seed",
+                  "data.train_on", "data.columns"]
         for command in COMMANDS if command != "experiment"
     }  # fmt: skip
 

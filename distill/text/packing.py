@@ -25,6 +25,7 @@ from .reading import Reading
 from .records import Document
 
 IGNORED = -100
+LONGEST_ROW = 2**20  # tokens of a row where the text has fewer
 Item = TypeVar("Item", covariant=True)
 
 
@@ -286,6 +287,11 @@ def sampled_rows(corpus: Corpus, seq_len: int, seed: int | None, max_tokens: int
     The seed permutes the documents; of more tokens than wanted it picks rows here and there, so that many documents
     are among them (without a seed: evenly spaced rows). At least one row.
     """
+    longest = max(LONGEST_ROW, corpus.tokens)
+    if seq_len > longest:
+        raise InputError(
+            f"data: seq_len is {seq_len:,}; expected {longest:,} at most, since the text has {corpus.tokens:,} tokens"
+        )
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     rows: AnyRows
     if corpus.parts is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .simulate import Simulation
 
 KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
+MOST_SEQUENCES = 2**20
 LONGEST = 131072  # tokens of a context that nobody has chosen
 
 
@@ -38,6 +39,8 @@ class Fit(Reserve):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.batch > MOST_SEQUENCES:
+            raise InputError(f"fit.batch is {self.batch:,}; expected {MOST_SEQUENCES:,} at most")
         for name in ("weight_dtype", "ssm_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise InputError(f"fit.{name} {getattr(self, name)!r} is unknown; known: {', '.join(DTYPES)}")

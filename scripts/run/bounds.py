@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from ...models.errors import InputError
 
 LONGEST = 10_000  # characters of an override that Hydra parses; 1,000 numbers in a list take it a second
 WHOLE = 2**63  # torch's whole numbers
+ODD = re.compile("[\x00\ud800-\udfff]")  # bytes of the command line that are not UTF-8 come as halves of pairs
 
 
 def check_words(words: Sequence[str]) -> None:
@@ -19,13 +21,17 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def check_content(content: Any, where: str = "") -> None:
-    """Raises InputError where a whole number takes more than 64 bits, or a seed is negative."""
+    """Raises InputError where a whole number takes more than 64 bits, a seed is negative, or a text is none that a file
+    can have as its name."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             check_content(value, f"{where}.{key}" if where else str(key))
     elif isinstance(content, list):
         for number, value in enumerate(content):
             check_content(value, f"{where}[{number}]")
+    elif isinstance(content, str):
+        if ODD.search(content):
+            raise InputError(f"{where} is {content[:40]!r}, which has a null byte or is not UTF-8; expected plain text")
     elif isinstance(content, int):
         seed = where.rpartition(".")[2] == "seed"
         if not (0 if seed else -WHOLE) <= content < WHOLE:

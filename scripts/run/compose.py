@@ -18,6 +18,7 @@ from ...models.axes import AXES
 from ...models.dtype_names import dtype_name
 from ...models.errors import InputError
 from ...models.errors import guess as guess
+from ...models.foreign import parse_yaml
 from .bounds import check_content, check_words
 from .outside import is_own_recipe, own_recipes, searched
 
@@ -51,7 +52,6 @@ def compose_config(
             if OmegaConf.is_missing(config, top):
                 config[top] = ""
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
-        check_content(content)
     assert isinstance(content, dict)
     content.pop("recipe", None)
     content = with_texts(content, texts)
@@ -60,14 +60,14 @@ def compose_config(
             raise no_option(command, "data")
         given = content["data"]
         content["data"] = {**(given if isinstance(given, dict) else {"path": given}), **of_data}
-    return typing.cast(dict[str, Any], with_dtypes(content))
+    content = with_dtypes(content)
+    check_content(content)
+    return typing.cast(dict[str, Any], content)
 
 
 def split_data(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """The overrides without those of data=, which is a text to Hydra, and these: `data.train_on=all`. Raises
     InputError."""
-    import yaml
-
     others: list[str] = []
     options: dict[str, Any] = {}
     for override in overrides:
@@ -75,10 +75,8 @@ def split_data(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         if not key.startswith("data."):
             others.append(override)
             continue
-        try:
-            options[key.removeprefix("data.")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"{override}: {value!r} is no value; expected such as data.train_on=all") from None
+        check_words([override])
+        options[key.removeprefix("data.")] = parse_yaml(value, f"{override} (such as data.train_on=all)")
     return others, options
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ...models.errors import CheckFailed, InputError, Stopped
+from .failures import explained_failure, lenient_streams
 
 COMMANDS = {
     "compress": "the whole chain below, resumable: score, prune, distil, evaluate, export, memory-fit, report",
@@ -61,10 +62,12 @@ Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
 """
 # What a disk says when it is full, over quota, at a limit, read-only, broken or another's.
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `limbeck ARGUMENTS` and returns the exit code."""
+    lenient_streams()
     try:
         code = dispatch(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -81,11 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        if error.errno in NO_PATH:
+            return finish(2, f"{str(error.filename)[:200]} is no path here: {error.strerror}; give another")
         if error.errno not in DISK:
             raise
         return finish(2, refusal(error))
     except KeyboardInterrupt:
         return finish(130, "interrupted; where work can be resumed, the same command does so")
+    except (MemoryError, RuntimeError) as error:
+        failure = explained_failure(error)
+        if failure is None:
+            raise
+        return finish(*failure)
 
 
 def dispatch(words: list[str]) -> int:

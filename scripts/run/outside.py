@@ -82,6 +82,8 @@ def own_recipes(words: Sequence[str], place: Path | None = None) -> Iterator[tup
 def read_recipe(word: str) -> str:
     """A recipe's text, which sets options from the top whether it says so or not. Raises InputError."""
     path = own_path(word.partition("=")[2])
+    if not path.exists():
+        raise InputError(f"{word}: no such file; expected a recipe's .yaml, or a name")
     content = read_yaml(path)
     text = read_text(path).removeprefix("\ufeff")
     if not isinstance(content, dict):

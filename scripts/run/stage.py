@@ -23,11 +23,26 @@ from .show import console, logged
 BEGUN = "begun.json"
 
 
+def launched_processes() -> int:
+    """How many a launcher has started, by the environment. Raises InputError where that is none of a launcher's."""
+    numbers = {name: os.environ.get(name) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")}
+    for name, value in numbers.items():
+        if value is not None and not (value.isascii() and value.isdigit() and len(value) < 10):
+            raise InputError(f"the environment has {name}={value!r}; expected a whole number, as torchrun sets it")
+    count, rank = int(numbers["WORLD_SIZE"] or 1), int(numbers["RANK"] or 0)
+    if count > 1 and None in numbers.values():
+        missing = ", ".join(name for name, value in numbers.items() if value is None)
+        raise InputError(f"the environment has WORLD_SIZE={count} without {missing}; start it by torchrun")
+    if count > 1 and rank >= count:
+        raise InputError(f"the environment has RANK={rank} and WORLD_SIZE={count}; expected a rank below the size")
+    return count
+
+
 @contextlib.contextmanager
 def many_processes(device: str) -> Iterator[None]:
     """Joins the processes that a launcher started, unless they are, on GPUs by nccl, else by gloo; only the first
     speaks."""
-    if processes.active() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if processes.active() or launched_processes() < 2:
         yield
         return
     from accelerate import PartialState
