@@ -142,8 +142,5 @@ def test_a_late_option_makes_anew_only_what_reads_it(workshop: Path, tmp_path: P
     assert json.loads((out / "exported" / "export.json").read_text())["dtype"] == "float16"
     changed = {name for name in times if (out / name / "limbeck.json").stat().st_mtime_ns != times[name]}
     assert changed == {"exported", "report"} and not [path for path in out.iterdir() if path.name.startswith(".")]
-    assert limbeck(*words, "export_dtype=half", "evaluate_tokens=256")[0] == 0
-    assert json.loads((out / "gap" / "limbeck.json").read_text())["options"]["tokens"] == 256
-    assert {name for name in early if (out / name / "limbeck.json").stat().st_mtime_ns != times[name]} == set()
     code, _, err = limbeck(*words, "seed=3")
     assert code == 2 and "made otherwise" in err

@@ -150,6 +150,7 @@ def same_files(one: Path, other: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_two_undisturbed_runs_are_the_same(workshop: Path, tmp_path: Path) -> None:
     """Of the whole chain: every file but those that hold times. (result.json names the folder.)"""
     for name in ("one", "two"):

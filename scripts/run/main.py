@@ -50,9 +50,9 @@ EXAMPLES = {
     "pretrain": "recipe=zoo output=zoo",
 }
 EPILOGUE = """
-Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME sets many at once, and with
---multirun KEY=A,B every combination of such values is a job of its own. --quiet prints errors and answers alone; what
-a command says of its progress is in OUTPUT/log.txt as well.
+Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME (or FILE.yaml) sets many at once, --cfg
+job prints them all, and with --multirun KEY=A,B every combination of such values is a job of its own. --quiet prints
+errors and answers alone; what a command says of its progress is in OUTPUT/log.txt as well.
 model=, teacher= and student= take a checkpoint folder, hf:OWNER/NAME[@REVISION] (of the hub, safetensors only), `zoo`
 (the small trained model that ships), or a named config; data= takes a folder, a file, a mixture's .yaml or its name in
 conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT], or `stdlib` (the running Python's own sources).
