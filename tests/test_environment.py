@@ -69,6 +69,12 @@ def test_what_takes_more_memory_than_there_is(workshop: Path, tmp_path: Path) ->
     words = score(workshop, tmp_path / "out")
     code, _, err = limbeck(*words, "seq_len=1000000000000")
     assert code == 2 and "expected 1,048,576 at most" in err and len(err.splitlines()) == 1, err
+    for change, says in (
+        ("hardware.usable_gib=1000000000000", "usable_gib is 1e+12"),
+        (f"fit.batch={10**12}", "batch is"),
+    ):
+        code, _, err = limbeck("memory-fit", f"model={workshop / 'model'}", change)
+        assert code == 2 and says in err and len(err.splitlines()) == 1, err
     failure = explained_failure(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"))
     assert failure is not None and failure[0] == 2 and "more memory than there is" in failure[1]
     assert explained_failure(RuntimeError("shapes do not match")) is None

@@ -10,6 +10,8 @@ from ..errors import InputError
 
 KIB, GIB = 2**10, 2**30
 
+MOST_GIB = 2**20  # of a card; more is a slip of the units
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -66,7 +68,7 @@ class Hardware:
 
     def check(self) -> None:
         """Raises InputError where there is no memory to speak of, or no such device."""
-        if not self.usable_gib > 0:
+        if not 0 < self.usable_gib <= MOST_GIB:
             raise InputError(f"hardware.usable_gib is {self.usable_gib:g}; expected the card's memory in GiB")
         if self.device not in ("cuda", "cpu") or self.multiprocessors < 1:
             raise InputError(
