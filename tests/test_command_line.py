@@ -85,7 +85,7 @@ def test_recipes_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_text("a: [1")
     (tmp_path / "list.yaml").write_text("- 1")
     for words, says in (
-        (["recipe=none.yaml"], "is missing"), ([f"recipe={tmp_path / 'odd.yaml'}"], "is no YAML"),
+        (["recipe=none.yaml"], "no such file"), ([f"recipe={tmp_path / 'odd.yaml'}"], "is no YAML"),
         ([f"recipe={tmp_path / 'list.yaml'}"], "holds no options"), (["--config-dir", "nowhere"], "no such folder"),
         (["recipe=mine"], "no such recipe"), (["--cfg", "all"], "expected job"), (["--quick"], "'--quick' is no flag"),
     ):  # fmt: skip
