@@ -30,6 +30,7 @@ from .shards import SINGLE, check_disk
 from .tensors import Form, TensorFile
 
 F8 = torch.float8_e4m3fn
+ROWS = 32  # vLLM's kernel for 4 bits on a CPU (0.32) takes multiples of it
 GROUPS = (128, 64, 32)  # columns that have one scale, the widest that goes into every row
 KEPT = re.compile(r"(^|\.)([qkvo]_proj|fc\d_latent_proj)\.")  # of a layer's parts: attention, latent projections
 
@@ -71,8 +72,9 @@ def is_rounded(spec: TensorSpec) -> bool:
     return KEPT.search(spec.part) is None
 
 
-def rounded_names(config: HybridConfig) -> set[str]:
-    """The stored tensors that are rounded. Raises InputError where a family stores one beside others in one tensor."""
+def rounded_names(config: HybridConfig, rounding: Rounding) -> set[str]:
+    """The stored tensors that are rounded. Of 4 bits all of a kind stay where one has rows that kernels do not take.
+    Raises InputError where a family stores one beside others in one tensor."""
     table, names = tensor_table_of(config), set[str]()
     for name, stored in stored_tensors(config).items():
         chosen = {is_rounded(table[piece.ours]) for piece in stored.pieces}
@@ -82,11 +84,19 @@ def rounded_names(config: HybridConfig) -> set[str]:
                     f"{config.family} stores {name} as one stack, which no quantised layout has; take format=hf or gguf"
                 )
             names.add(name)
-    return names
+    odd = {module_end(name) for name in names if rounding.grouped and stored_tensors(config)[name].shape[0] % ROWS}
+    return {name for name in names if module_end(name) not in odd}
+
+
+def module_end(name: str) -> str:
+    """The last part of a stored weight's module, such as "in_proj"."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def group_of(config: HybridConfig, names: set[str]) -> int:
     """Columns of a group. Raises InputError where none of `GROUPS` goes into every row."""
+    if not names:
+        raise InputError(f"format=w4a16 needs matrices of a multiple of {ROWS} rows; no layer has one")
     widths = {stored_tensors(config)[name].shape[1] for name in names}
     for size in GROUPS:
         if all(width % size == 0 for width in widths):
@@ -176,7 +186,7 @@ def ignored_modules(config: HybridConfig, names: set[str]) -> list[str]:
     table, stays, goes = tensor_table_of(config), set[str](), set[str]()
     for name, stored in stored_tensors(config).items():
         if table[stored.pieces[0].ours].role in (Role.MATRIX, Role.EXPERTS, Role.ROUTER):
-            (goes if name in names else stays).add(name.removesuffix(".weight").rpartition(".")[2])
+            (goes if name in names else stays).add(module_end(name))
     assert not stays & goes, stays & goes
     return sorted({"lm_head", *(f"re:.*\\.{last}$" for last in stays if last != "lm_head")})
 
@@ -207,7 +217,7 @@ def write_quantised(folder: Path, source: Path, name: str, *, check_tokens: int,
     """
     checkpoint, rounding = open_checkpoint(source), ROUNDINGS[name]
     config = checkpoint.config
-    names = rounded_names(config)
+    names = rounded_names(config, rounding)
     group = group_of(config, names) if rounding.grouped else None
     content = config.to_hf() | {"torch_dtype": "bfloat16"}
     content |= {"quantization_config": scheme_of(config, names, rounding, group)}

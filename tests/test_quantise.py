@@ -56,6 +56,7 @@ def test_numbers_are_near_and_what_is_sensitive_stays(name: str, form: str, root
         )
         stays &= "out_proj" not in tensor
         goes = not stays and (tensor.endswith("_proj.weight") or ".experts." in tensor)
+        goes &= form != "w4a16" or "in_proj" not in tensor  # 200 rows: 4-bit kernels take multiples of 32
         assert any(place.quantised for place in after.stored[tensor].places.values()) == goes, tensor
         if goes:
             assert_close(tensor, before.tensor(tensor), after.tensor(tensor), NEAR[form])

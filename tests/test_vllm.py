@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.checkpoint import load_model, save_model
+from limbeck.models.hybrid import HybridLM
 from limbeck.models.named import SHIPPED
+from limbeck.models.quantise import ROUNDINGS
 from limbeck.tests.client_helpers import TOKENS, greedy_tokens, prompts_of, same_or_tied
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
 from limbeck.tests.helpers import limbeck, random_model
 from limbeck.tests.source_helpers import ROOT
+from torch import Tensor
 from torch.nn import functional as F
 
 pytestmark = pytest.mark.clients
@@ -51,26 +54,52 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / "out" / name for name in made}
 
 
-@torch.no_grad()
-def test_vllm_serves_what_limbeck_generates(folders: dict[str, Path], tmp_path: Path) -> None:
-    python = vllm_python()
-    prompts = {name: prompts_of(folder) for name, folder in folders.items()}
-    request = {"tokens": TOKENS, "length": LENGTH, "folders": {str(folders[name]): prompts[name] for name in folders}}
-    (tmp_path / "request.json").write_text(json.dumps(request))
-    script = Path(__file__).with_name("vllm_answers.py")
+def answers_of(folders: list[Path], prompts: list[list[list[int]]], dtype: str, where: Path) -> list[Any]:
+    """What vLLM answers for each folder's prompts."""
+    python, script = vllm_python(), Path(__file__).with_name("vllm_answers.py")
+    named = {str(folder): list(given) for folder, given in zip(folders, prompts, strict=True)}
+    request = {"tokens": TOKENS, "length": LENGTH, "dtype": dtype, "folders": named}
+    (where / "request.json").write_text(json.dumps(request))
     settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
-        [python, script, tmp_path / "request.json", tmp_path / "answer.json"],
-        env=os.environ | settings, cwd=tmp_path, capture_output=True, text=True, check=False,
+        [python, script, where / "request.json", where / "answer.json"],
+        env=os.environ | settings, cwd=where, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads((tmp_path / "answer.json").read_text())
-    for name, folder in folders.items():
-        model, found = load_model(folder), answer[str(folder)]
-        for prompt, ours, theirs in zip(prompts[name], greedy_tokens(model, prompts[name]), found, strict=True):
+    return list(json.loads((where / "answer.json").read_text()).values())
+
+
+def logprobs_of(model: HybridLM, prompt: list[int]) -> Tensor:
+    """Of every token of a prompt but the first, in our model."""
+    every = F.log_softmax(model(torch.tensor([prompt]))[0], -1)
+    return every[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+
+
+@torch.no_grad()
+def test_vllm_serves_what_limbeck_generates(folders: dict[str, Path], tmp_path: Path) -> None:
+    prompts = [prompts_of(folder) for folder in folders.values()]
+    answers = answers_of(list(folders.values()), prompts, "float32", tmp_path)
+    for (name, folder), own, found in zip(folders.items(), prompts, answers, strict=True):
+        model = load_model(folder)
+        for prompt, ours, theirs in zip(own, greedy_tokens(model, own), found, strict=True):
             same_or_tied(model, prompt, ours, theirs["tokens"])
-            logprobs = F.log_softmax(model(torch.tensor([prompt]))[0], -1)
-            own = logprobs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
-            far = (own - torch.tensor(theirs["logprobs"])).abs().max().item()
+            far = (logprobs_of(model, prompt) - torch.tensor(theirs["logprobs"])).abs().max().item()
             # Random weights give logits of several tens, and float32 as many times the error.
-            assert far < 1e-4 * (1 if name == "zoo" else logprobs.abs().max().item()), (name, far)
+            size = 1 if name == "zoo" else model(torch.tensor([prompt])).abs().max().item()
+            assert far < 1e-4 * size, (name, far)
+
+
+@torch.no_grad()
+def test_vllm_opens_rounded_weights(tmp_path: Path) -> None:
+    """It rounds activations too, in fp8 and w8a8, and computes in bfloat16: log-probabilities are near, on average."""
+    pytest.importorskip("compressed_tensors")
+    folders = [tmp_path / form for form in ROUNDINGS]
+    for folder in folders:
+        code, _, err = limbeck("export", "model=zoo", f"output={folder}", f"format={folder.name}")
+        assert code == 0, err
+    prompts = [prompts_of(folder)[:5] for folder in folders]
+    for folder, own, found in zip(folders, prompts, answers_of(folders, prompts, "bfloat16", tmp_path), strict=True):
+        model = load_model(folder)
+        for prompt, theirs in zip(own, found, strict=True):
+            far = (logprobs_of(model, prompt) - torch.tensor(theirs["logprobs"])).abs().mean().item()
+            assert far < 0.2, (folder.name, far)

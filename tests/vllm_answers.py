@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
-def answers(folder: str, prompts: list[list[int]], tokens: int, length: int) -> list[dict[str, Any]]:
+def answers(folder: str, prompts: list[list[int]], tokens: int, length: int, dtype: str) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        folder, dtype="float32", max_model_len=length, enforce_eager=True, enable_prefix_caching=False,
+        folder, dtype=dtype, max_model_len=length, enforce_eager=True, enable_prefix_caching=False,
         max_num_seqs=4, skip_tokenizer_init=False,
     )  # fmt: skip
     how = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, prompt_logprobs=0)
@@ -36,7 +36,7 @@ def answers(folder: str, prompts: list[list[int]], tokens: int, length: int) -> 
 if __name__ == "__main__":
     request = json.loads(Path(sys.argv[1]).read_text())
     found = {
-        folder: answers(folder, prompts, request["tokens"], request["length"])
+        folder: answers(folder, prompts, request["tokens"], request["length"], request["dtype"])
         for folder, prompts in request["folders"].items()
     }
     Path(sys.argv[2]).write_text(json.dumps(found))
