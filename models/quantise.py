@@ -30,6 +30,7 @@ from .shards import SINGLE, check_disk
 from .tensors import Form, TensorFile
 
 F8 = torch.float8_e4m3fn
+AHEAD = "mtp."  # how the layers of multi-token prediction begin, which stay
 ROWS = 32  # vLLM's kernel for 4 bits on a CPU (0.32) takes multiples of it
 GROUPS = (128, 64, 32)  # columns that have one scale, the widest that goes into every row
 KEPT = re.compile(r"(^|\.)([qkvo]_proj|fc\d_latent_proj)\.")  # of a layer's parts: attention, latent projections
@@ -185,10 +186,13 @@ def ignored_modules(config: HybridConfig, names: set[str]) -> list[str]:
     """The modules that stay, by the ends of their names, which readers spell with a first part of their own."""
     table, stays, goes = tensor_table_of(config), set[str](), set[str]()
     for name, stored in stored_tensors(config).items():
+        if name.startswith(AHEAD):
+            continue
         if table[stored.pieces[0].ours].role in (Role.MATRIX, Role.EXPERTS, Role.ROUTER):
             (goes if name in names else stays).add(module_end(name))
     assert not stays & goes, stays & goes
-    return sorted({"lm_head", *(f"re:.*\\.{last}$" for last in stays if last != "lm_head")})
+    ahead = {f"re:{re.escape(AHEAD)}.*"} if config.mtp_steps else set()
+    return sorted({"lm_head", *ahead, *(f"re:.*\\.{last}$" for last in stays if last != "lm_head")})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from limbeck.models.gguf.layout import Entry, entries
 from limbeck.models.gguf.pretokenizers import KNOWN, pre_tokenizer
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.tests.gguf_helpers import gguf_config, write_folder, write_tokenizer
-from limbeck.tests.helpers import EXPERTS, limbeck, random_model, tiny_config
+from limbeck.tests.helpers import EXPERTS, limbeck, moe_config, random_model, tiny_config
 from torch import Tensor
 
 
@@ -233,6 +233,10 @@ def test_what_cannot_be_written(root: Path, tmp_path: Path, monkeypatch: pytest.
     alone = tmp_path / "alone"
     save_model(random_model(tiny_config(vocab_size=403, pattern="M-M"), 0, torch.float32), alone, tokenizer_from=source)
     refused("no layer is attention", out, 2, f"model={alone}", "format=gguf")
+    ahead = tmp_path / "ahead"
+    two = moe_config(vocab_size=403, pattern="ME*", mtp_steps=1, mtp_pattern="*E")
+    save_model(random_model(two, 0, torch.float32), ahead, tokenizer_from=source)
+    refused("target.drop_mtp=true", out, 2, f"model={ahead}", "format=gguf")
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "gguf", None)
         refused("pip install 'limbeck[gguf]'", out, 2, model, "format=gguf")

@@ -312,6 +312,11 @@ def layout_of(config: HybridConfig) -> Layout:
     name += ", no Mamba" if config.family == GRANITE and not config.layers_of(mamba2.KIND) else ""
     if name not in LAYOUTS:
         raise InputError(f"format=gguf knows no {name}; known: {'; '.join(LAYOUTS)}")
+    if config.mtp_steps:
+        raise InputError(
+            "config: the layers of multi-token prediction have no place in the file that format=gguf writes; leave them"
+            " out with limbeck prune target.drop_mtp=true, or take format=hf"
+        )
     stretched = {"llama": (Llama3Rope, YarnRope), "qwen3": (YarnRope,)}.get(config.family, ())
     if config.rope_scaling is not None and not isinstance(config.rope_scaling, stretched):
         how = config.rope_scaling.rope_type
