@@ -36,6 +36,7 @@ Real = Annotated[float, Field(allow_inf_nan=False)]
 Words = Annotated[list[str], Field(max_length=MOST_LAYERS)]
 Limit = Annotated[list[float | Mapping[str, Any]], Field(min_length=2, max_length=2)]
 # Fields of a config.json that are not in HybridConfig by that name, or are written otherwise there.
+Blocks = Annotated[list[Mapping[str, Any]], Field(max_length=MOST_LAYERS)]  # of Puzzle's layers
 WRITTEN: dict[str, Any] = {
     "num_hidden_layers": Annotated[int, Field(ge=1, le=MOST_LAYERS)],
     "hybrid_override_pattern": Annotated[str, Field(max_length=MOST_LAYERS)],
@@ -50,7 +51,7 @@ WRITTEN: dict[str, Any] = {
     "position_embedding_type": str, "logits_scaling": Real, "embedding_multiplier": Real, "residual_multiplier": Real,
     "attention_multiplier": Real, "attention_in_multiplier": Real, "attention_out_multiplier": Real,
     "key_multiplier": Real, "lm_head_multiplier": Real, "ssm_in_multiplier": Real, "ssm_out_multiplier": Real,
-    "mlp_multipliers": list[Real], "ssm_multipliers": list[Real],
+    "mlp_multipliers": list[Real], "ssm_multipliers": list[Real], "block_configs": Blocks, "mtp_block_configs": Blocks,
 }  # fmt: skip
 OF_HINTS: dict[Any, Any] = {int: Width, float: Real, bool: bool, str: str}
 

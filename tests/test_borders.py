@@ -22,6 +22,7 @@ from limbeck.models.schema import config_schema
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.tests.fuzz_helpers import judged_command, linked
 from limbeck.tests.helpers import any_config, limbeck, make_workshop
+from limbeck.tests.puzzle_config import puzzle
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ class Watched(dict[str, Any]):
 def published() -> list[Any]:
     """A config.json of each family: those in conf/model/, and drawn ones."""
     named = [yaml.safe_load(path.read_text()) for path in sorted((CONF / "model").glob("*.yaml"))]
-    return [*named, *(any_config(seed).to_hf() for seed in (1, 50, 51))]
+    return [*named, puzzle(), *(any_config(seed).to_hf() for seed in (1, 50, 51))]
 
 
 @pytest.mark.parametrize("content", published(), ids=lambda content: content["model_type"])

@@ -41,7 +41,7 @@ def test_options_beside_a_path() -> None:
         ("data.reasoning_share=2", "reasoning_share .2.0. between 0 and 1"),
         ("data.prompt_weight=-1", "prompt_weight .-1.0. must be 0 or more"),
         ("data.columns=text", "data.columns is 'text'; expected a list"),
-        ("data.columns=[", "is no value"),
+        ("data.columns=[", "is no YAML"),
     ),
 )
 def test_wrong_options(override: str, says: str) -> None:

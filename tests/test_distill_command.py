@@ -101,6 +101,8 @@ def test_cache_of_something_else_is_refused(workshop: Path, tmp_path: Path) -> N
     shutil.copytree(workshop, moved)
     words = json.loads((moved / "pruned" / "tokenizer.json").read_text())
     (moved / "pruned" / "tokenizer.json").write_text(json.dumps(words))
+    refused("not as it was left", root=moved)
+    (moved / "pruned" / "limbeck.json").unlink()  # a folder of whoever else's
     refused("another tokenizer", root=moved)
 
 

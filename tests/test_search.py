@@ -330,7 +330,7 @@ def test_only_what_a_folder_can_hold_is_a_candidate() -> None:
                                               num_key_value_heads=3, head_dim=8)  # fmt: skip
     with pytest.raises(InputError, match="whole blocks"):
         find_depths(config, Space(patterns=("*-*",)), Rules(), None)
-    with pytest.raises(InputError, match="whole blocks"):
+    with pytest.raises(InputError, match="at most 3"):  # blocks count as layers
         find_depths(config, Space(layers=(5,)), Rules(), LayerScores((0,), (0.0,)))
     found = candidates_of(config, Space(patterns=("*-*-",), hidden_size=(32, 40, 48)))
     assert [candidate.config.hidden_size for candidate in found] == [48]

@@ -70,7 +70,7 @@ def test_a_search_picks_what_prune_makes(workshop: Path, calm: Path, tmp_path: P
     assert {pick["name"] for pick in picks} == {candidate["name"] for candidate in content["candidates"][:2]}
     assert picks[0]["kl"] <= picks[1]["kl"]
     assert sorted(path.name for path in calm.iterdir()) == [
-        "candidates.json", "limbeck.json", "plots", "result.json", "students"
+        "candidates.json", "limbeck.json", "log.txt", "plots", "result.json", "students"
     ]  # fmt: skip
     result = json.loads((calm / "result.json").read_text())
     assert result["best"] == picks[0]["name"]

@@ -87,7 +87,7 @@ def test_options_that_contradict_each_other() -> None:
         (lambda: Space(align=0), "align"),
         (lambda: Range(3, 2, 1), "min <= max"),
         (lambda: Range(1, 2, 0), "step"),
-        (lambda: Rules({"moe": 1}), "mamba, attention, mlp"),
+        (lambda: Rules({"experts": 1}), "mamba, attention, mlp"),
         (lambda: Rules({"mlp": -1}), "at least 0"),
         (lambda: Rules(longest_run=-1), "longest_run"),
     ):

@@ -109,15 +109,16 @@ def other_launches(capability: int, dtype: torch.dtype, shape: dict[str, int]) -
 
 
 def check_launches(capability: int, launches: Iterator[launch.Launch], spills: int = 0) -> None:
-    """Each fits the device's shared memory, and spills at most so many bytes a thread (on sm_80 two doubles). Those of
-    the scan whose sizes are chosen by cycles may spill more: test_scan_cycles bounds those."""
+    """Each fits the device's shared memory, and spills at most so many bytes a thread, a few on sm_80 and 100. Of the
+    scan's kernels two may spill more: test_scan_cycles bounds what they take."""
     from limbeck.tests.offline import SHARED_LIMIT, compile_launch
 
     for one in launches:
         compiled = compile_launch(one, capability)
         name = f"{one.kernel.__name__} on sm_{capability}"
         assert compiled.shared <= SHARED_LIMIT[capability], f"{name}: {compiled}"
-        allowed = 400 if one.kernel.__name__ in ("scan_forward", "scan_gradients") else 16 if capability == 80 else 0
+        by_cycles = one.kernel.__name__ in ("scan_forward", "scan_gradients")
+        allowed = 500 if by_cycles else {80: 16, 100: 32}.get(capability, 0)
         assert compiled.spills <= max(spills, allowed), f"{name} spills: {compiled}"
 
 
