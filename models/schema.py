@@ -35,8 +35,8 @@ Count = Annotated[int, Field(ge=0, le=2**40)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Words = Annotated[list[str], Field(max_length=MOST_LAYERS)]
 Limit = Annotated[list[float | Mapping[str, Any]], Field(min_length=2, max_length=2)]
-# Fields of a config.json that are not in HybridConfig by that name, or are written otherwise there.
 Blocks = Annotated[list[Mapping[str, Any]], Field(max_length=MOST_LAYERS)]  # of Puzzle's layers
+# Fields of a config.json that are not in HybridConfig by that name, or are written otherwise there.
 WRITTEN: dict[str, Any] = {
     "num_hidden_layers": Annotated[int, Field(ge=1, le=MOST_LAYERS)],
     "hybrid_override_pattern": Annotated[str, Field(max_length=MOST_LAYERS)],

@@ -32,7 +32,7 @@ from ..prune.scoring import Importance
 from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .run.resolve import NamedData, data_input, model_config, model_folder
-from .run.rounds import Round, check_feasible, print_figures, rehearse, rounds_of, student_folders
+from .run.rounds import Round, check_feasible, from_plain, print_figures, rehearse, rounds_of, student_folders
 from .run.show import console, read_json, result, say
 from .run.stage import check_ours, many_processes, owned_by_run, stage
 
@@ -92,13 +92,14 @@ def run(options: Options) -> None:
 def compress(options: Options, out: Path) -> None:
     """The chain, or what is left of it to do."""
     source = before = str(model_folder(options.model))
-    number = itertools.count(1)
-    for one in options.plan():
+    number, rounds = itertools.count(1), options.plan()
+    for one in rounds:
         which, folder = f" ({one.name})" if one.name else "", out / one.name
         console.rule(f"{next(number)}. score: what matters{which}", align="left")
         score_round(options, before, one, folder / "scores")
         console.rule(f"{next(number)}. prune: layers, widths and SSM heads{which}", align="left")
-        processes.in_first(functools.partial(prune_round, options, before, one, folder / "scores", folder / "pruned"))
+        for name, way in one.ways(one is rounds[-1]).items():
+            processes.in_first(functools.partial(prune_round, options, before, way, folder / "scores", folder / name))
         console.rule(f"{next(number)}. distill: the teacher's logits back in{which}", align="left")
         distill_round(options, source, folder / "pruned", one, folder / "distilled")
         before = str(folder / "distilled")
@@ -157,7 +158,7 @@ def claim(options: Options, data: NamedData, root: Path) -> None:
     content = plain(options) | {"distill": options.distill.chosen}
     for name in ("output", "device", "data", "dry_run", *LATE, *(() if options.rounds else ("rounds",))):
         content.pop(name)
-    known = {"scores", "pruned", "distilled", "gap", "exported", "run", "report", "result.json"}
+    known = {"scores", "plain", "pruned", "distilled", "gap", "exported", "run", "report", "result.json"}
     check_ours(root, known | {one.name for one in rounds}, root / "run")
     torch_device(options.device)
     options.fit.estimate(load_config(source), options.hardware)  # says what is wrong with either
@@ -172,8 +173,8 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
     """The page, and the table of what matters."""
     gap, rounds = read_json(out / "gap" / "gap.json"), options.plan()
     last = out / rounds[-1].name
-    parts = [(one, name) for one in rounds for name in ("scores", "pruned", "distilled")]
-    folders = {f"{one.name} {name}".strip(): out / one.name / name for one, name in parts}
+    folders = {f"{one.name} scores".strip(): out / one.name / "scores" for one in rounds}
+    folders |= student_folders(out, rounds)
     folders |= {name: out / name for name in ("gap", "exported")}
     with stage(out / "report", "report", inputs=folders, options={"memory": fits}, replaces=True) as work:
         if not work.finished:
@@ -192,7 +193,7 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
     console.rule("Result", align="left")
     print_figures(gap, {name: load_config(sizes[name]) for name in gap["models"]}, options.hardware, options.fit)
     if gap["recovery"] is not None:
-        say(f"recovered {gap['recovery']['value']:.1%} of the cross-entropy that pruning lost")
+        say(f"recovered {gap['recovery']['value']:.1%} of the cross-entropy that pruning lost{from_plain(gap)}")
     say(f"page:   {out / 'report' / 'report.html'}")
     say(f"export: {out / 'exported'}")
     result(out, {"gap": gap["models"], "recovery": gap["recovery"], "memory": fits})

@@ -102,3 +102,14 @@ def task_rows(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterato
                     f"{answers[task][key]:.4f}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f}")
                 )
             yield f"{task}, {name}", *cells
+
+
+def won_back(gap: Mapping[str, Any]) -> float | None:
+    """The share of the cross-entropy lost by the selection alone ("plain") that repair and distillation win back; None
+    where there is no such student, or it lost nothing."""
+    if not {"teacher", "plain", "distilled"} <= gap["models"].keys():
+        return None
+    teacher, plain, distilled = (
+        gap["models"][name]["cross_entropy"]["value"] for name in ("teacher", "plain", "distilled")
+    )
+    return (plain - distilled) / (plain - teacher) if plain > teacher else None

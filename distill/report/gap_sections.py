@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .gap_rows import TEACHER, estimates, few_documents, pair_rows, probe_rows, students, task_rows, titles
+from .gap_rows import TEACHER, estimates, few_documents, pair_rows, probe_rows, students, task_rows, titles, won_back
 from .page import Cell, Example, Section, Table, cell, drawn, size
 
 FIGURES = ("bits_per_byte", "cross_entropy", "perplexity", "kl", "agreement")
@@ -40,7 +40,10 @@ def cards(gap: Mapping[str, Any], memory: Mapping[str, Any] | None) -> Iterator[
         yield {"value": f"{figures['kl']['value']:.3f}", "label": "nats a token, KL to the teacher", "kind": ""}
         label = "of tokens: the teacher's first choice too"
         yield {"value": f"{figures['agreement']['value']:.1%}", "label": label, "kind": ""}
-    if gap["recovery"] is not None:
+    if (share_back := won_back(gap)) is not None:
+        label = "of what the plain selection loses, won back by repair and distillation"
+        yield {"value": f"{share_back:.0%}", "label": label, "kind": ""}
+    elif gap["recovery"] is not None:
         label = "of the loss that pruning cost, recovered"
         yield {"value": f"{gap['recovery']['value']:.0%}", "label": label, "kind": ""}
     fit = None if memory is None else memory.get("student") or memory.get(best or TEACHER)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...distill.options import DistillOptions
+from ...distill.report.gap_rows import won_back
 from ...models.axes import AXES, AxisRow
 from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
@@ -42,6 +43,13 @@ class Round:
     def cut(self) -> Cut:
         how = self.importance
         return Cut(self.name, self.seed, self.target, how.remove_layers, how.pairs, how.min_layers)
+
+    def ways(self, last: bool) -> dict[str, Round]:
+        """How its model is cut, by folder: "pruned", which is distilled; before it, where the last round repairs,
+        "plain": without repair, to show what repair is worth."""
+        repair = self.repair.repair(with_data=True)
+        plain = dataclasses.replace(self, repair=RepairOptions(rotate=False, least_squares=False))
+        return ({"plain": plain} if last and (repair.rotate or repair.least_squares) else {}) | {"pruned": self}
 
     def scored(self, config: HybridConfig) -> Importance:
         """How a model of this config is scored: as many layers as the target removes are put in order."""
@@ -101,12 +109,14 @@ def check_feasible(data: NamedData, source: Path, rounds: Sequence[Round]) -> No
 
 
 def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:
-    """The students of all rounds by name; those of the last are "pruned" and "distilled", of which recovery is told."""
-    return {
-        f"{one.name} {name}" if one is not rounds[-1] else name: out / one.name / name
-        for one in rounds
-        for name in ("pruned", "distilled")
-    }
+    """The students of all rounds by name; those of the last are "pruned" and "distilled", of which recovery is told,
+    and where its pruned one is repaired, "plain" before them is not."""
+    folders = {}
+    for one in rounds:
+        last = one is rounds[-1]
+        for name in (*one.ways(last), "distilled"):
+            folders[name if last else f"{one.name} {name}"] = out / one.name / name
+    return folders
 
 
 def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, fit: Fit) -> None:
@@ -180,3 +190,9 @@ def print_figures(gap: Mapping[str, Any], configs: Mapping[str, HybridConfig], h
     length = fit.of(configs["teacher"]).length
     context = f"memory at {length:,} tokens x {fit.batch}"
     table("", ("model", "parameters", "bits per byte", "KL", "top-1 agreement", context), rows)
+
+
+def from_plain(gap: Mapping[str, Any]) -> str:
+    """How much of what the selection alone loses is won back, where the pruned student is repaired."""
+    share = won_back(gap)
+    return "" if share is None else f", {share:.1%} of what it loses without repair"
