@@ -159,6 +159,14 @@ def make_workshop(root: Path) -> Path:
     return root
 
 
+def make_pair(root: Path) -> Path:
+    """The same, and a narrower student that has something to learn."""
+    make_workshop(root)
+    student = random_model(tiny_config(vocab_size=320, pad_token_id=0, hidden_size=24), 5)
+    save_model(student.float(), root / "student", tokenizer_from=root / "words")
+    return root
+
+
 @torch.no_grad()
 def cached_logits(ours: HybridLM, theirs: Any, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
     """Logits [B, T, V] of transformers and of ours for ids [B, T]: a prompt, then one cached token after the other."""

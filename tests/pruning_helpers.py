@@ -7,10 +7,11 @@ import random
 from collections.abc import Sequence
 
 import torch
-from limbeck.models.axes import Axis, axis_sizes, group_axis
+from limbeck.models.axes import Axis, axis_sizes, group_axis, tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.slice import Selection, slice_model
+from limbeck.prune.rotation import Rotation, rotated
+from limbeck.prune.slice import Selection, filled, slice_model
 from torch import Tensor
 
 
@@ -73,3 +74,11 @@ def naive_mse(model: HybridLM, batches: Sequence[Rows], gone: Sequence[int]) -> 
             difference = model(batch.input_ids, seq_idx=batch.seq_idx) - without(batch.input_ids, seq_idx=batch.seq_idx)
             errors.append(difference[batch.labels != -100])
     return torch.cat(errors).square().mean().item()
+
+
+def turned(model: HybridLM) -> HybridLM:
+    """The model with its stream in a random basis."""
+    width = model.config.hidden_size
+    turn = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
+    get_tensor = rotated(model.state_dict().__getitem__, model.config, Rotation(turn, 0), "cpu")
+    return filled(model.config, ((name, get_tensor(name)) for name in tensor_table(model.config)), model)

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from limbeck.distill.state import states
-from limbeck.models.checkpoint import save_model
-from limbeck.tests.helpers import make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import make_pair
 
 STEPS = 60
 
@@ -24,10 +23,7 @@ STEPS = 60
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, a student that has something to learn, and a text."""
-    work = make_workshop(tmp_path_factory.mktemp("workshop"))
-    student = random_model(tiny_config(vocab_size=320, pad_token_id=0, hidden_size=24), 5)
-    save_model(student.float(), work / "student", tokenizer_from=work / "words")
-    return work
+    return make_pair(tmp_path_factory.mktemp("workshop"))
 
 
 def command(work: Path, output: Path, processes: int, **options: Any) -> list[str]:

@@ -15,20 +15,19 @@ from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import prepare
 from limbeck.distill.state import load_state, states
 from limbeck.distill.trainer import make_optimizers, train
-from limbeck.models.axes import Axis, tensor_table
+from limbeck.models.axes import Axis
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.offload import open_layers
 from limbeck.prune.choose import select
 from limbeck.prune.importance import score_widths
 from limbeck.prune.repair import Repair, repair_model
-from limbeck.prune.rotation import Rotation, rotated
 from limbeck.prune.scores import width_score_shapes
 from limbeck.prune.slice import Selection, filled, slice_model
 from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores
 from limbeck.tests.helpers import assert_close, moe_config, random_model
-from limbeck.tests.pruning_helpers import draw_rows
+from limbeck.tests.pruning_helpers import draw_rows, turned
 from limbeck.tests.training_helpers import draw_batch
 
 BIAS = "e_score_correction_bias"
@@ -107,12 +106,9 @@ def test_units_that_give_nothing_go_unnoticed(model: HybridLM) -> None:
 
 def test_rotation_leaves_the_function(model: HybridLM) -> None:
     exact = random_model(model.config.replace(norm_eps=1e-12))
-    turn = torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64)).Q
-    get_tensor = rotated(exact.state_dict().__getitem__, exact.config, Rotation(turn, 0), "cpu")
-    turned = filled(exact.config, ((name, get_tensor(name)) for name in tensor_table(exact.config)), exact)
     ids = torch.randint(97, (2, 9))
     with torch.no_grad():
-        assert_close("logits", exact(ids), turned(ids), 1e-9)
+        assert_close("logits", exact(ids), turned(exact)(ids), 1e-9)
 
 
 def test_repair_comes_nearer_than_slicing(model: HybridLM) -> None:

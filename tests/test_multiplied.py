@@ -29,13 +29,12 @@ from limbeck.prune.choose import select
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
 from limbeck.prune.repair import Repair, repair_model
-from limbeck.prune.rotation import Rotation, rotated
 from limbeck.prune.slice import Selection, filled, slice_config, slice_model, slice_rows
 from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import ActivationScores, MagnitudeScores, TaylorScores
 from limbeck.tests.family_draws import falcon_config, granite_config
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model
-from limbeck.tests.pruning_helpers import draw_rows, draw_selection, naive_mse
+from limbeck.tests.pruning_helpers import draw_rows, draw_selection, naive_mse, turned
 from limbeck.tests.training_helpers import draw_batch
 from torch.nn import functional as F
 
@@ -183,12 +182,9 @@ def test_rotation_leaves_the_function(model: HybridLM) -> None:
     if model.config.tie_word_embeddings:
         with torch.no_grad():
             model.norm_f.weight.fill_(0.7)  # what a rotation before a tied head asks for
-    turn = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
-    get_tensor = rotated(model.state_dict().__getitem__, model.config, Rotation(turn, 0), "cpu")
-    turned = filled(model.config, ((name, get_tensor(name)) for name in tensor_table(model.config)), model)
     ids = torch.randint(61, (2, 9))
     with torch.no_grad():
-        assert_close("logits", model(ids), turned(ids), 1e-9)
+        assert_close("logits", model(ids), turned(model)(ids), 1e-9)
 
 
 def test_repair_comes_nearer_than_slicing(model: HybridLM) -> None:

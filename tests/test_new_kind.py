@@ -40,7 +40,6 @@ from limbeck.prune.importance import score_widths
 from limbeck.prune.kept import importance_kept
 from limbeck.prune.patterns import Rules, count_patterns, patterns
 from limbeck.prune.repair import Repair, repair_model
-from limbeck.prune.rotation import Rotation, rotated
 from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores, width_score_shapes
 from limbeck.prune.search import Budget, Requests, Space, find_candidates, find_depths, with_importance
 from limbeck.prune.slice import Selection, filled, slice_config, slice_model, slice_rows
@@ -51,7 +50,7 @@ from limbeck.scripts.run.compose import build
 from limbeck.tests.helpers import assert_close, random_model
 from limbeck.tests.page_content import facts, gap_of
 from limbeck.tests.proof_kind import CONV, PROOF, ROW, ProofConfig, proof_config
-from limbeck.tests.pruning_helpers import draw_rows, draw_selection
+from limbeck.tests.pruning_helpers import draw_rows, draw_selection, turned
 from limbeck.tests.training_helpers import draw_batch
 from safetensors import safe_open
 from torch import Tensor
@@ -200,12 +199,9 @@ def test_depth_goes_by_whole_blocks(model: HybridLM) -> None:
 
 
 def test_rotation_leaves_the_function(model: HybridLM) -> None:
-    turn = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
-    get_tensor = rotated(model.state_dict().__getitem__, model.config, Rotation(turn, 0), "cpu")
-    turned = filled(model.config, ((name, get_tensor(name)) for name in tensor_table(model.config)), model)
     ids = torch.randint(61, (2, 9))
     with torch.no_grad():
-        assert_close("logits", model(ids), turned(ids), 1e-9)
+        assert_close("logits", model(ids), turned(model)(ids), 1e-9)
 
 
 def test_repair_comes_nearer_than_slicing(model: HybridLM) -> None:

@@ -18,11 +18,10 @@ import pytest
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.state import is_whole, states
 from limbeck.distill.trainer import train
-from limbeck.models.checkpoint import save_model
 from limbeck.models.errors import InputError
 from limbeck.models.folder import atomic_folder, owned
 from limbeck.scripts.run.stage import stage
-from limbeck.tests.helpers import compress_command, limbeck, make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import compress_command, limbeck, make_pair
 from limbeck.tests.training_helpers import batches_from, model_of, teach, weights
 
 TIMES = {"result.json", "speed.jsonl", "log.txt"}  # what may differ between two runs
@@ -33,10 +32,7 @@ DISTILL = ("distill.train.steps=12", "distill.train.save_every=2", "distill.trai
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    work = make_workshop(tmp_path_factory.mktemp("workshop"))
-    student = random_model(tiny_config(vocab_size=320, pad_token_id=0, hidden_size=24), 5)
-    save_model(student.float(), work / "student", tokenizer_from=work / "words")
-    return work
+    return make_pair(tmp_path_factory.mktemp("workshop"))
 
 
 def distill_words(work: Path, out: Path, *more: str) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill.average import final_weights
-from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import Trained, prepare
 from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
@@ -25,21 +24,13 @@ from limbeck.distill.trainer import TrainingRun, train
 from limbeck.models.errors import InputError, Stopped
 from limbeck.models.tokenizer import check_agreement
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop
-from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, teach, weights
+from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, options, records, teach, weights
 from torch import Tensor
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workshop(tmp_path_factory.mktemp("workshop"))
-
-
-def options(**changes: Any) -> TrainOptions:
-    return TrainOptions(**{"steps": 8, "learning_rate": 0.01, "warmup_steps": 2, "log_every": 1, **changes})
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.distill.text.packing import Corpus
 from limbeck.models.axes import HIDDEN, tensor_table
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost import parameters, trace
@@ -41,11 +40,9 @@ from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import RandomScores
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import dense_config, limbeck, random_config, random_model, tiny_config
+from limbeck.tests.search_helpers import NOWHERE, TINY_SPACE, batches_of, candidates_of
 
 A10G = Hardware("a10g", 22.49, 22.06, 600, 70)
-
-
-NOWHERE = Hardware("none", 1, 1, 0, 0)
 
 
 LARGE, SMALL = model_config("nemotron-nano-12b-v2"), model_config("nemotron-nano-9b-v2")
@@ -96,28 +93,6 @@ def brute_force(config: HybridConfig, space: Space, order: tuple[int, ...], budg
         if memory(smaller, budget.context, budget.batch).total <= budget.bytes:
             found[repr(smaller)] = smaller
     return found
-
-
-def candidates_of(config: HybridConfig, space: Space, order: tuple[int, ...] = ()) -> tuple[Candidate, ...]:
-    depths = find_depths(config, space, Rules(), LayerScores(order))
-    return find_candidates(config, space, depths, Budget(1e12, 64), NOWHERE).candidates
-
-
-TINY_SPACE = Space(
-    layers=(4, 5, 6),
-    hidden_size=(16, 24, 32),
-    intermediate_size=(24, 48),
-    num_attention_heads=(2, 4),
-    mamba_num_heads=(4, 8),
-    mamba_head_dim=(4, 8),
-    align=1,
-)
-
-
-def batches_of(config: HybridConfig) -> list[Any]:
-    ids = torch.randint(config.vocab_size, (200,), dtype=torch.int32).numpy()
-    text = Corpus(ids, torch.tensor([0, 120, 200]).numpy(), ("a", "b"), torch.ones(config.vocab_size), 0)
-    return list(text.sample(batch_size=2, seq_len=16))
 
 
 @pytest.mark.parametrize("overhead", (0.5, 0.6, 0.7, 0.8))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from limbeck.distill.average import merged_rows
-from limbeck.distill.options import TrainOptions
 from limbeck.distill.parallel import prepare
 from limbeck.distill.speed import speed_figures
 from limbeck.distill.stages import hand_on
@@ -23,21 +20,13 @@ from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.fingerprint import fingerprint_of
 from limbeck.scripts.run.tracking import card_tflops, note_of
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
-from limbeck.tests.training_helpers import batches_from, model_of, teach, weights
+from limbeck.tests.training_helpers import batches_from, model_of, options, teach, weights
 from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workshop(tmp_path_factory.mktemp("workshop"))
-
-
-def options(**changes: Any) -> TrainOptions:
-    return TrainOptions(**{"steps": 8, "learning_rate": 0.01, "warmup_steps": 2, "log_every": 1, **changes})
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_merge(workshop: Path, tmp_path: Path) -> None:

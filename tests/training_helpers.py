@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from limbeck.distill.losses import DistillLoss, distillation_loss
+from limbeck.distill.options import TrainOptions
 from limbeck.distill.text.packing import Batch
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.helpers import random_model, tiny_config
@@ -53,3 +56,11 @@ def weights(model: HybridLM) -> dict[str, torch.Tensor]:
 def teach() -> Any:
     """The loss of a model's teacher."""
     return distillation_loss(model_of(0), DistillLoss())
+
+
+def options(**changes: Any) -> TrainOptions:
+    return TrainOptions(**{"steps": 8, "learning_rate": 0.01, "warmup_steps": 2, "log_every": 1, **changes})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

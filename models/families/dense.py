@@ -11,7 +11,7 @@ from ..errors import InputError
 from .family import PLAIN, Family
 from .nemotron_h import SPELLINGS
 from .positions import KEYS, read_rope, write_rope
-from .spelling import read_fields, read_layers, read_switch, refuse_biases, stated, unread
+from .spelling import read_fields, read_layers, read_switch, refuse_biases, stated, unread, write_fields
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
@@ -61,9 +61,7 @@ def write_dense(config: HybridConfig) -> dict[str, Any]:
     if config.rope_theta is None:
         raise InputError(f"config: {config.family} has rotary positions; expected a rope_theta")
     hf: dict[str, Any] = {"num_hidden_layers": config.num_layers // len(BLOCK), "hidden_act": "silu"}
-    for field, spellings in DENSE.items():
-        value = getattr(config, field)
-        hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
+    hf |= write_fields(config, DENSE)
     hf |= {bias: True for bias in BIASES[config.family] if getattr(config, bias)} | write_rope(config)
     return hf | {name: value for name, value in config.extra.items() if name not in hf}
 

@@ -21,6 +21,7 @@ from .spelling import (
     same_in_all,
     stated,
     unread,
+    write_fields,
     write_limit,
 )
 
@@ -130,9 +131,7 @@ def write_falcon_h1(config: HybridConfig) -> dict[str, Any]:
     sayable = {*MULTIPLIERS, "mlp_gate", "mlp_out", "mamba_parts"}
     own.refuse_others(sayable, "falcon_h1")
     hf: dict[str, Any] = {"num_hidden_layers": config.num_layers // len(BLOCK), "hidden_act": "silu"}
-    for field, spellings in SPELLINGS.items():
-        value = getattr(config, field)
-        hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
+    hf |= write_fields(config, SPELLINGS)
     hf |= {"mamba_d_ssm": config.d_inner} | write_rope(config) | write_limit(config) | dict.fromkeys(BIASES, False)
     hf |= {name: getattr(config, field) for field, (name, _) in SWITCHES.items()}
     hf |= {name: getattr(own, field) for field, name in MULTIPLIERS.items()}

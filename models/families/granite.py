@@ -26,6 +26,7 @@ from .spelling import (
     refuse_biases,
     stated,
     unread,
+    write_fields,
     write_limit,
 )
 
@@ -165,11 +166,7 @@ def write_granite(config: HybridConfig) -> dict[str, Any]:
         "position_embedding_type": "nope" if config.rope_theta is None else "rope",
         "mamba_proj_bias": False,
     }
-    for field, spellings in spellings_of(config.pattern).items():
-        value = getattr(config, field)
-        # A width that the pattern does not use is left to the reader's default: 0 heads would not be valid there.
-        if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
-            hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
+    hf |= write_fields(config, spellings_of(config.pattern))
     if MAMBA in config.pattern:
         check_expansion(config)
         hf["mamba_expand"] = config.d_inner // config.hidden_size

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .. import attention, mamba2, mlp, moe
 from ..errors import InputError
 from .family import PLAIN, Family, Transform, Units
-from .spelling import TIME_STEP_LIMIT, read_fields, read_limit, refuse_biases, unread, write_limit
+from .spelling import TIME_STEP_LIMIT, read_fields, read_limit, refuse_biases, unread, write_fields, write_limit
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
@@ -164,11 +164,7 @@ def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
                 "config: moe_shared_expert_intermediate_size is 0; nemotron_h has a shared expert in each layer of"
                 " experts, expected at least 1"
             )
-    for field, spellings in known.items():
-        value = getattr(config, field)
-        # A width that the pattern does not use is left to the reader's default: 0 heads would not be valid there.
-        if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
-            hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
+    hf |= write_fields(config, known)
     hf |= write_limit(config)
     hf |= {name: value for name, value in config.extra.items() if name not in hf}
     absent = () if MIXTURE in every else EXPERT_FIELDS

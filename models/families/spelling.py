@@ -47,6 +47,17 @@ def read_fields(
     return fields
 
 
+def write_fields(config: HybridConfig, known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The fields of a config in the first of their spellings. A width that the pattern does not use is left to the
+    reader's default: 0 heads would not be valid there."""
+    hf = {}
+    for field, spellings in known.items():
+        value = getattr(config, field)
+        if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
+            hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
+    return hf
+
+
 def stated(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults of a family, as transformers has them: as many key-value heads as heads, and a token that is null is
     none."""
