@@ -1,11 +1,11 @@
-"""What a config costs. `count_parameters` and `memory` are public; each is imported when it is first used."""
+"""What a config costs. `count_parameters`, `memory` and `GIB` (bytes) are public; each is imported when it is first used."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-HOMES = {"count_parameters": "parameters", "memory": "inference"}
+HOMES = {"count_parameters": "parameters", "memory": "inference", "GIB": "hardware"}
 
 
 def __getattr__(name: str) -> Any:
