@@ -1,4 +1,4 @@
-"""What a config costs. `count_parameters`, `memory` and `GIB` (bytes) are public; each is imported when it is first used."""
+"""What a config costs. `count_parameters`, `memory` and `GIB` (bytes) are public, each imported when first used."""
 
 from __future__ import annotations
 
