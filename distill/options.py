@@ -9,6 +9,7 @@ from typing import Any
 
 from ..kernels.divergence import DIVERGENCES, Divergence
 from ..models.errors import InputError
+from ..models.rounding import ROUNDINGS
 
 SCHEDULES = ("cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
@@ -29,8 +30,9 @@ class TrainOptions:
     What is left in the end: `keep` the "last" weights or the "best" by held-out figures; with `ema_decay` above 0
     their exponential moving average; with `average_states` above 1 the mean of so many last states.
     `activation_checkpointing` keeps a layer's input alone and runs the layer twice; `compile` goes through
-    torch.compile. `expert_balance` above 0 moves the correction biases of a mixture's routers so far after each step
-    (distill/balance.py); at 0 they stay as they are. A step whose loss or gradient is not finite is skipped;
+    torch.compile. `quantize` trains through the rounding of an export format (distill/quantised.py). `expert_balance`
+    above 0 moves the correction biases of a mixture's routers so far after each step (distill/balance.py); at 0 they
+    stay as they are. A step whose loss or gradient is not finite is skipped;
     `max_skipped` of them in a row end the run, as do `data_timeout` seconds without a batch.
     """
 
@@ -55,6 +57,7 @@ class TrainOptions:
     average_states: int = 1
     activation_checkpointing: bool = False
     compile: bool = False
+    quantize: str | None = None
     expert_balance: float = 0.0
     max_skipped: int = 10
     data_timeout: float = 600.0
@@ -68,6 +71,8 @@ class TrainOptions:
         for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("keep", KEEPS)):
             if getattr(self, name) not in known:
                 raise InputError(f"training: {name} {getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        if self.quantize is not None and self.quantize not in ROUNDINGS:
+            raise InputError(f"training: quantize {self.quantize!r} is unknown; known: {', '.join(ROUNDINGS)}")
         if not (0 < self.learning_rate < math.inf and self.clip_norm > 0):
             raise InputError(
                 f"training: learning_rate ({self.learning_rate}) and clip_norm ({self.clip_norm}) must be more than 0"

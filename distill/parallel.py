@@ -29,12 +29,14 @@ BUCKET = 2**25  # numbers of gradients that are summed over the processes at a t
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedWeight:
     """A parameter in training. `local` is what the optimizer moves here: the parameter, its rows that are this
-    process's (`split`), or a float32 copy where the model keeps it in fewer bits."""
+    process's (`split`), or a float32 copy where the model keeps it in fewer bits; `used` makes of it what the model
+    computes with, where that is another."""
 
     spec: TensorSpec
     parameter: nn.Parameter
     local: nn.Parameter
     split: bool = False
+    used: Callable[[Tensor], Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -101,7 +103,7 @@ class Trained:
         """Tells the model that the locals have new values."""
         for weight in self.weights:
             if not weight.split and weight.local is not weight.parameter:
-                weight.parameter.copy_(weight.local)
+                weight.parameter.copy_(weight.local if weight.used is None else weight.used(weight.local))
         reshard(self.model)
 
 
@@ -126,7 +128,7 @@ def prepare(model: HybridLM, dtype: torch.dtype | None = None) -> Trained:
 
 def lowered(model: nn.Module, name: str, master: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     """Puts a copy in `dtype` in the place of a parameter, to which its gradients go as soon as they are known."""
-    copy = nn.Parameter(master.detach().to(dtype))
+    copy = nn.Parameter(master.detach().to(dtype, copy=True))
 
     def hand_over(copy: Tensor) -> None:
         assert copy.grad is not None
@@ -135,9 +137,14 @@ def lowered(model: nn.Module, name: str, master: nn.Parameter, dtype: torch.dtyp
         copy.grad = None
 
     copy.register_post_accumulate_grad_hook(hand_over)
-    place, _, field = name.rpartition(".")
-    setattr(model.get_submodule(place), field, copy)
+    placed(model, name, copy)
     return copy
+
+
+def placed(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Makes it the model's parameter of that name."""
+    place, _, field = name.rpartition(".")
+    setattr(model.get_submodule(place), field, parameter)
 
 
 def shard(model: HybridLM, dtype: torch.dtype | None = None, read: Callable[[str], Tensor] | None = None) -> None:

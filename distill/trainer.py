@@ -31,6 +31,7 @@ from .balance import ExpertBalance
 from .muon import Muon
 from .options import TrainOptions
 from .parallel import Trained, prepare, reshard, share, squares
+from .quantised import quantised
 from .state import METRICS, Optimizers, Say, append_line, load_state, save_best, save_state, states, trim_lines
 from .stop import SIGNALS, Stopper
 from .text.prefetch import feed
@@ -89,7 +90,7 @@ def train(
     does not fit the processes or does not come, and where `max_skipped` steps in a row were not finite.
     """
     trained = model if isinstance(model, Trained) else prepare(model)
-    with Stopper() as stopper, ending_all():
+    with quantised(trained, options.quantize) as trained, Stopper() as stopper, ending_all():
         run = TrainingRun(trained, loss_of, options, folder, stopper, evaluate, on_step, describe, say)
         try:
             return run.to_the_end(batches, stop_after)

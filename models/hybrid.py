@@ -16,7 +16,7 @@ from ..kernels.linear import linear
 from ..kernels.norm import rms_norm
 from .axes import Role, tensor_table
 from .config import HybridConfig
-from .layer import Bound, Context, NormWeight, Observe
+from .layer import Bound, Context, NormWeight, Observe, RoundInput
 from .mtp import MultiTokenPrediction
 from .multipliers import scaled
 
@@ -62,10 +62,12 @@ class HybridLM(nn.Module):
     and "mamba_out" (before `out_proj`), each [B, T, heads, head_dim], and "mamba_c" [B, T, groups * state]. An
     observer whose `names` have them sees "mamba_state" and "mamba_reach" as well, alike (kernels/state_energy.py).
 
-    `tokenizer` is that of the folder, where `api.load` found one.
+    `tokenizer` is that of the folder, where `api.load` found one. `round_input(module, x)` is there while the model
+    learns to be quantised (distill/quantised.py).
     """
 
     tokenizer: Tokenizer | None = None
+    round_input: RoundInput | None = None
 
     def __init__(
         self,
@@ -124,7 +126,7 @@ class HybridLM(nn.Module):
         Where `seq_idx` [B, T] changes along a row, a new document begins: state, attention and positions start anew.
         With a cache the tokens follow those that it holds (any number of them). `embedded` is the stream before the
         first layer, where the caller has looked it up already."""
-        context = Context(seq_idx=seq_idx, observe=observe)
+        context = Context(seq_idx=seq_idx, observe=observe, round_input=self.round_input)
         if cache is not None:
             context.past, context.states = cache.length, cache.layers
         hidden = self.run_layers(

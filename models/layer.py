@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .config import HybridConfig
 
 Observe = Callable[[str, int, Tensor], None]  # (name of the activation, layer, tensor)
+RoundInput = Callable[[nn.Module, Tensor], Tensor]
 Once = TypeVar("Once")
 
 
@@ -70,7 +71,8 @@ class Context:
     each; for a decoding step of one token a row `lengths` [B] says how many precede in each, read where it lies, so
     that the call can be captured and replayed, in caches of `max_length` tokens. `states` are by layer. `shared` holds
     what the layers of a kind share in this call, by the function that made it (`LayerKind.share`). `bound` is a
-    decoder's: what does not change from step to step, made once.
+    decoder's: what does not change from step to step, made once. `round_input` changes what a module's matrices read,
+    where a model learns to be quantised.
     """
 
     seq_idx: Tensor | None = None
@@ -81,6 +83,7 @@ class Context:
     observe: Observe | None = None
     shared: dict[Callable[..., Any], Any] = dataclasses.field(default_factory=dict)
     bound: Bound | None = None
+    round_input: RoundInput | None = None
 
     def state(self, layer: int) -> Any:
         return None if self.states is None else self.states[layer]
@@ -96,9 +99,14 @@ class Context:
 
     def project(self, module: nn.Linear, x: Tensor) -> Tensor:
         """x [B, T, K] times a module's weight [N, K] transposed, and its bias [N] added where it has one."""
+        x = self.input_of(module, x)
         y = linear(x, module.weight) if self.bound is None else self.bound.project(module, x)
         # In training biases are float32, as all vectors are; the stream keeps its dtype.
         return y if module.bias is None else y + module.bias.to(y.dtype)
+
+    def input_of(self, module: nn.Module, x: Tensor) -> Tensor:
+        """x [..., K] as the matrices of a module read it."""
+        return x if self.round_input is None else self.round_input(module, x)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """The RMSNorm of x [B, T, H]."""

@@ -153,13 +153,15 @@ class MixtureOfExperts(nn.Module):
         context.note("expert_in", self.layer, x)
 
         def note(name: str, tensor: Tensor) -> Tensor:
+            if name == "expert_ffn_act" and context.round_input is not None:
+                tensor = context.input_of(experts, tensor.mT).mT
             if name == "expert_out":
                 self.note_uses(indices, weights.detach(), tensor.detach(), u, context)
             return self.noted(name, tensor, u, context)
 
         y = expert_mlp(
-            x.flatten(0, 1), indices, weights, experts.up_proj, experts.down_proj, experts.gate_proj,
-            None if context.observe is None else note,
+            context.input_of(experts, x).flatten(0, 1), indices, weights, experts.up_proj, experts.down_proj,
+            experts.gate_proj, None if context.observe is None and context.round_input is None else note,
         ).view(x.shape)  # fmt: skip
         if self.fc2_latent_proj is not None:
             context.note("latent_out", self.layer, y)

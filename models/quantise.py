@@ -26,6 +26,7 @@ from .errors import CheckFailed, InputError
 from .export import divergence, logits_of, relative_rms, state_length
 from .families.family import scattered, stored_tensors, tensor_table_of
 from .folder import write_json
+from .rounding import ROUNDINGS, Rounding
 from .shards import SINGLE, check_disk
 from .tensors import Form, TensorFile
 
@@ -34,25 +35,6 @@ AHEAD = "mtp."  # how the layers of multi-token prediction begin, which stay
 ROWS = 32  # vLLM's kernel for 4 bits on a CPU (0.32) takes multiples of it
 GROUPS = (128, 64, 32)  # columns that have one scale, the widest that goes into every row
 KEPT = re.compile(r"(^|\.)([qkvo]_proj|fc\d_latent_proj)\.")  # of a layer's parts: attention, latent projections
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounding:
-    """What a format rounds to: `largest` is the largest number of its range, `layout` compressed-tensors' name."""
-
-    layout: str
-    kind: str
-    bits: int
-    largest: float
-    activations: bool
-    grouped: bool
-
-
-ROUNDINGS = {
-    "fp8": Rounding("float-quantized", "float", 8, 448.0, activations=True, grouped=False),
-    "w8a8": Rounding("int-quantized", "int", 8, 127.0, activations=True, grouped=False),
-    "w4a16": Rounding("pack-quantized", "int", 4, 7.0, activations=False, grouped=True),
-}
 
 
 def compressed_tensors() -> Any:
@@ -113,14 +95,33 @@ def scales_of(weight: Tensor, rounding: Rounding, group: int) -> Tensor:
     return torch.where(near.float() < scale, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
 
 
+def rounded(weight: Tensor, rounding: Rounding, group: int) -> Tensor:
+    """What a reader makes of a weight [N, K] that was stored in a format, in float32."""
+    scale = scales_of(weight, rounding, group).float().repeat_interleave(group, 1)
+    return nearest(weight / scale, rounding) * scale
+
+
+def rounded_input(x: Tensor, rounding: Rounding) -> Tensor:
+    """x [..., K] as a server's products read it: each token rounded by a scale of its own."""
+    scale = (x.float().abs().amax(-1, keepdim=True) / rounding.largest).clamp(min=torch.finfo(torch.float32).tiny)
+    return (nearest(x.float() / scale, rounding) * scale).to(x.dtype)
+
+
+def nearest(numbers: Tensor, rounding: Rounding) -> Tensor:
+    """Scaled float32 numbers at those of a format, in float32."""
+    if rounding.kind == "float":
+        return numbers.clamp(-rounding.largest, rounding.largest).to(F8).float()
+    return numbers.round().clamp(-rounding.largest - 1, rounding.largest)
+
+
 def quantised_tensors(name: str, weight: Tensor, rounding: Rounding, group: int) -> dict[str, Tensor]:
     """What a weight [N, K] is stored as."""
     scale = scales_of(weight.float(), rounding, group)
-    numbers = weight.float() / scale.float().repeat_interleave(group, 1)
+    numbers = nearest(weight.float() / scale.float().repeat_interleave(group, 1), rounding)
     module = name.removesuffix(".weight")
     if rounding.kind == "float":
-        return {name: numbers.clamp(-rounding.largest, rounding.largest).to(F8), f"{module}.weight_scale": scale}
-    whole = numbers.round().clamp(-rounding.largest - 1, rounding.largest).to(torch.int8)
+        return {name: numbers.to(F8), f"{module}.weight_scale": scale}
+    whole = numbers.to(torch.int8)
     if rounding.bits == 8:
         return {name: whole, f"{module}.weight_scale": scale}
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32

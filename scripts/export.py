@@ -21,7 +21,8 @@ from ..models.foreign import own_path
 from ..models.gguf.export import write_gguf_export
 from ..models.gguf.file import KINDS_OF_FILE, gguf_package
 from ..models.hub import is_hub_name, push_folder
-from ..models.quantise import ROUNDINGS, compressed_tensors, write_quantised
+from ..models.quantise import compressed_tensors, write_quantised
+from ..models.rounding import ROUNDINGS
 from .run.resolve import model_folder, said_format
 from .run.show import read_json, result, say, table
 from .run.stage import Work, stage

@@ -113,6 +113,7 @@ def training_of(stage: DistillOptions, options: Options) -> Training:
         optimizer=stage.train.optimizer,
         checkpointing=stage.train.activation_checkpointing,
         average=stage.train.ema_decay > 0,
+        quantized=stage.train.quantize is not None,
         teacher=how.teacher if reads_teacher(stage.loss) else "none",
         teacher_dtype=torch_dtype(stage.teacher_dtype or options.dtype),
         teacher_offload=stage.teacher_offload,

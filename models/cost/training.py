@@ -49,8 +49,9 @@ class Training:
     `batch` are the rows of a step, in all processes: more of them than go through at once come in several
     micro-batches, with gradients there from the start (None: so it is taken to be). `packed`: rows hold documents, as
     in all training here. `dtype` is that of weights in use and of activations; the optimizer moves float32 copies of
-    less. `teacher` is "online", "cached" (its top-k tokens, from files) or "none" (cross-entropy). `processes`
-    share weights, gradients and the optimizer's state (FSDP2).
+    less, and with `quantized` those that rounded weights are made from. `teacher` is "online", "cached" (its top-k
+    tokens, from files) or "none" (cross-entropy). `processes` share weights, gradients and the optimizer's state
+    (FSDP2).
     """
 
     micro_batch: int = 1
@@ -61,6 +62,7 @@ class Training:
     optimizer: str = "adamw"
     checkpointing: bool = False
     average: bool = False
+    quantized: bool = False
     teacher: str = "online"
     teacher_dtype: torch.dtype = torch.bfloat16
     teacher_offload: bool = False
@@ -160,7 +162,7 @@ def standing(student: HybridConfig, teacher: HybridConfig | None, training: Trai
     held = 0 if teacher is None or training.teacher_offload else count_parameters(teacher)
     return {
         "student weights": 0 if narrow and training.processes > 1 else shard(size * training.width, training),
-        "master copies": shard(size * stored, training) if narrow else 0,
+        "master copies": shard(size * stored, training) if narrow or training.quantized else 0,
         "optimizer state": shard((2 * size - single) * stored, training),
         "weight average": shard(size * stored, training) if training.average else 0,
         "teacher weights": shard(held * training.teacher_dtype.itemsize, training),

@@ -1,0 +1,125 @@
+"""Training through the rounding of an export format: what is computed is what the exported folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from limbeck.distill.losses import cross_entropy_loss
+from limbeck.distill.parallel import prepare
+from limbeck.distill.quantised import quantised
+from limbeck.distill.trainer import train
+from limbeck.models.checkpoint import load_model, save_model
+from limbeck.models.errors import InputError
+from limbeck.models.hybrid import HybridLM
+from limbeck.models.quantise import rounded_input
+from limbeck.models.rounding import ROUNDINGS
+from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
+from limbeck.tests.helpers import EXPERTS, assert_close, limbeck, random_model, tiny_config
+from limbeck.tests.training_helpers import batches_from, draw_batch, options, weights
+
+MIXTURE = EXPERTS | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64}
+
+
+def model_of(name: str, vocabulary: int = 97, dtype: torch.dtype = torch.float32) -> HybridLM:
+    family = "nemotron_h" if name == "experts" else name
+    return random_model(gguf_config(family, vocabulary, **(MIXTURE if name == "experts" else {})), 1, dtype)
+
+
+@pytest.mark.parametrize("form", ROUNDINGS)
+@pytest.mark.parametrize("name", ("llama", "nemotron_h", "experts"))
+def test_it_computes_with_what_export_writes(name: str, form: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    size = write_tokenizer(tmp_path / "words", "gpt-2")
+    model = model_of(name, size).bfloat16().float()
+    save_model(model, tmp_path / "model", tokenizer_from=tmp_path / "words")
+    code, _, err = limbeck("export", f"model={tmp_path / 'model'}", f"output={tmp_path / 'out'}", f"format={form}",
+                           "check_tokens=8")  # fmt: skip
+    assert code == 0, err
+    before, read = weights(model), weights(load_model(tmp_path / "out"))
+    with quantised(prepare(model), form):
+        for key, weight in weights(model).items():
+            stored = weight if torch.equal(weight, before[key]) else weight.bfloat16().float()  # as readers have it
+            assert torch.equal(stored, read[key]), key
+        assert any(not torch.equal(weight, before[key]) for key, weight in weights(model).items())
+        assert (model.round_input is None) == (form == "w4a16")
+    assert model.round_input is None
+    for key, weight in weights(model).items():
+        assert torch.equal(weight, before[key]), key
+
+
+@pytest.mark.parametrize("name", ("nemotron_h", "experts"))
+def test_gradients_are_those_at_the_rounded_weights(name: str) -> None:
+    """In a format that leaves activations alone."""
+    model, other, rows = model_of(name), model_of(name), draw_batch(0)
+    trained = prepare(model)
+    with quantised(trained, "w4a16") as within:
+        other.load_state_dict(model.state_dict())
+        cross_entropy_loss(model, rows, 50.0).backward()
+        within.gradients()
+        found = {weight.name: weight.local.grad for weight in within.weights}
+    cross_entropy_loss(other, rows, 50.0).backward()
+    for key, weight in other.named_parameters():
+        assert_close(key, weight.grad, found[key], 1e-6)
+
+
+@pytest.mark.parametrize("form", ("fp8", "w8a8"))
+def test_inputs_are_rounded_token_by_token(form: str) -> None:
+    rounding = ROUNDINGS[form]
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 5)[:, None]
+    x[0, 0] = 0
+    y = rounded_input(x, rounding)
+    largest = x.abs().amax(-1, keepdim=True)
+    assert torch.equal(y[0, 0], x[0, 0])
+    step = torch.maximum(x.abs() / 16, largest / 448 * 2**-9) if form == "fp8" else largest / 254
+    assert ((y - x).abs() <= 1.001 * step).all() and not torch.equal(x, y)
+    one = rounded_input(x[1:, 3:4], rounding)
+    assert torch.equal(one, y[1:, 3:4])  # by no other token
+
+
+@pytest.mark.parametrize("name", ("nemotron_h", "experts"))
+def test_what_experts_and_projections_read_is_rounded(name: str) -> None:
+    model, ids = model_of(name), torch.arange(3, 30)[None]
+    shown: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), quantised(prepare(model), "w8a8"):
+        rounded = model(ids, observe=lambda key, layer, x: shown.setdefault(key, x))
+        model.round_input = None
+        assert not torch.equal(rounded, model(ids))
+    if name == "experts":
+        act = shown["expert_ffn_act"]  # [B, T, I, k]: at most 255 values a token and choice
+        steps = act / (act.abs().amax(2, keepdim=True) / 127)
+        assert_close("whole numbers", steps.round(), steps, 1e-5)
+
+
+def test_killed_and_resumed_it_is_the_same(tmp_path: Path) -> None:
+    whole, parts = model_of("experts"), model_of("experts")
+    how = options(quantize="w8a8", save_every=2)
+    train(whole, cross_entropy_loss, batches_from, how, tmp_path / "whole")
+    for stop in (3, None):
+        train(parts, cross_entropy_loss, batches_from, how, tmp_path / "parts", stop_after=stop)
+    plain = model_of("experts")
+    train(plain, cross_entropy_loss, batches_from, options(save_every=2), tmp_path / "plain")
+    changed = weights(plain)
+    for key, weight in weights(whole).items():
+        assert torch.equal(weight, weights(parts)[key]), key
+    assert any(not torch.equal(weight, changed[key]) for key, weight in weights(whole).items())
+
+
+def test_bfloat16_weights_are_rounded_from_float32_copies() -> None:
+    model = model_of("llama")
+    trained = prepare(model, torch.bfloat16)
+    with quantised(trained, "w8a8") as within:
+        for weight in within.weights:
+            if weight.used is not None:
+                assert weight.parameter.dtype == torch.bfloat16 and weight.local.dtype == torch.float32
+                assert torch.equal(weight.parameter, weight.used(weight.local).bfloat16())
+        assert any(weight.used is not None for weight in within.weights)
+
+
+def test_what_cannot_be() -> None:
+    with pytest.raises(InputError, match=r"quantize 'int3' is unknown; known: fp8, w8a8, w4a16"):
+        options(quantize="int3")
+    odd = random_model(tiny_config(intermediate_size=33, hidden_size=36), 0, torch.float32)
+    with pytest.raises(InputError, match="w4a16 needs"), quantised(prepare(odd), "w4a16"):
+        pass
