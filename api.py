@@ -63,7 +63,7 @@ def load(
 ) -> HybridLM:
     """A model with its `.config` and `.tokenizer` (None where it has none), on a GPU where there is one unless told.
 
-    `source` is a checkpoint folder, "zoo", or a model of transformers, whose weights are copied. `tokenizer` is a
+    `source` is a checkpoint folder, "zoo" or "zoo-moe", or a model of transformers, whose weights are copied. `tokenizer` is a
     folder with tokenizer.json; without it the source's own is taken, of a model of transformers that of the folder
     which it was read from.
     """
@@ -76,7 +76,7 @@ def load(
     else:
         if not hasattr(source, "save_pretrained"):
             raise InputError(
-                f"load: {type(source).__name__} is no model; expected a folder, a model of transformers, zoo"
+                f"load: {type(source).__name__} is no model; expected a folder, a model of transformers, zoo or zoo-moe"
             )
         with tempfile.TemporaryDirectory() as temporary:  # the public layout is the one way in
             source.save_pretrained(temporary)

@@ -1,10 +1,11 @@
-"""How good the shipped model is: bits per byte on held-out files beside gzip, xz and unigram models, and its card.
+"""How good a shipped model is: bits per byte on held-out files beside gzip, xz and unigram models, and its card.
 
-    python -m limbeck.benchmarks.zoo_card [--model models/zoo] [--write]
+    python -m limbeck.benchmarks.zoo_card [--model zoo] [--write]
 
 The test split of the running Python's standard library; the model reads rows of 512 tokens of packed documents with
 an empty state at each row's start. gzip -9 and xz -9 compress each file by itself, and all files in one piece; the
-unigram models count bytes and tokens of the training split. `--write` writes README.md and curve.png into the folder.
+unigram models count bytes and tokens of the training split. Of a mixture of experts the table of their use on the same
+files is added. `--write` writes README.md and curve.png into the folder.
 """
 
 from __future__ import annotations
@@ -15,19 +16,36 @@ import json
 import lzma
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from limbeck.distill.gap.measure import Estimate, measure_gap
-from limbeck.distill.text.packing import tokenize
+from limbeck.distill.report.experts import COLUMNS, use_row
+from limbeck.distill.text.packing import Batch, tokenize
 from limbeck.distill.text.records import Document
 from limbeck.distill.text.resolve import documents
 from limbeck.models.checkpoint import load_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.cost.parameters import count_parameters
+from limbeck.models.cost.parameters import count_active, count_parameters
+from limbeck.models.named import SHIPPED, read_yaml
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 
-ZOO = Path(__file__).parents[1] / "models" / "zoo"
+RECIPES = Path(__file__).parents[1] / "conf" / "recipe"
+STEP = 4096  # tokens
+MADE = {
+    "zoo": (
+        "`limbeck pretrain recipe=zoo`, then `limbeck pretrain recipe=zoo-longer init=` its result",
+        "`metrics.jsonl` and `curve.png` hold the curve of both runs: in each the rate rises anew and falls to zero,"
+        " and the\ncurve flattens with it; more text would still help.",
+    ),
+    "zoo-moe": (
+        "`limbeck pretrain recipe=zoo-moe`",
+        "`metrics.jsonl` and `curve.png` hold the curve, which flattens as the rate falls to zero; more text would"
+        " still help.",
+    ),
+}
 
 
 def compressors(documents: list[Document]) -> dict[str, float]:
@@ -61,42 +79,81 @@ def unigrams(train: list[Document], test: list[Document], tokenizer: Tokenizer) 
     }
 
 
+def packed(folder: Path, split: str = "test") -> list[Batch]:
+    return list(tokenize(list(documents("stdlib", split)), load_tokenizer(folder)).sample(batch_size=8, seq_len=512))
+
+
 def measure(folder: Path) -> tuple[dict[str, float], Estimate, int]:
     tokenizer = load_tokenizer(folder)
     train, test = (list(documents("stdlib", split)) for split in ("train", "test"))
-    batches = tokenize(test, tokenizer).sample(batch_size=8, seq_len=512)
-    found = measure_gap(load_model(folder), {}, batches).models["teacher"].bits_per_byte
+    found = measure_gap(load_model(folder), {}, packed(folder)).models["teacher"].bits_per_byte
     rows = {"this model": found.value, **compressors(test), **unigrams(train, test, tokenizer)}
     return rows, found, len(test)
+
+
+def expert_use(folder: Path) -> dict[int, list[int]]:
+    """By layer how many tokens of the test files chose each expert; empty without experts."""
+    model, uses = load_model(folder), dict[int, Any]()
+    names = {kind.experts.use for kind in model.config.kinds if kind.experts is not None}
+
+    class Counter:
+        def __init__(self, counted: torch.Tensor) -> None:
+            self.names, self.counted = names, counted
+
+        def __call__(self, name: str, layer: int, activation: torch.Tensor) -> None:
+            if name in self.names:
+                uses[layer] = uses.get(layer, 0) + activation[self.counted].sum(0, dtype=torch.float64)
+
+    if names:
+        with torch.no_grad():
+            for batch in packed(folder):
+                model(batch.input_ids, seq_idx=batch.seq_idx, observe=Counter(batch.labels >= 0))
+    return {layer: [int(count) for count in counts] for layer, counts in sorted(uses.items())}
+
+
+def shape(config: HybridConfig) -> str:
+    """What the model is made of."""
+    legend = {"M": "M Mamba-2", "*": "* attention", "-": "- MLP", "E": "E experts"}
+    said = ", ".join(text for letter, text in legend.items() if letter in config.pattern)
+    parts = [f"layers `{config.pattern}` ({said})", f"hidden {config.hidden_size}"]
+    if "-" in config.pattern:
+        parts.append(f"FFN {config.intermediate_size}")
+    if config.n_routed_experts:
+        parts.append(
+            f"{config.n_routed_experts} experts of {config.moe_intermediate_size} neurons, {config.num_experts_per_tok}"
+            f" a token ({count_active(config):,} parameters), and a shared one of"
+            f" {config.moe_shared_expert_intermediate_size}"
+        )
+    parts.append(f"{config.mamba_num_heads} Mamba heads x {config.mamba_head_dim} in {config.n_groups} groups")
+    parts.append(f"state {config.ssm_state_size}")
+    parts.append(f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads")
+    return f"{count_parameters(config):,} parameters, bf16; {', '.join(parts)} x {config.head_dim}."
 
 
 def card(folder: Path, config: HybridConfig, rows: dict[str, float], interval: Estimate, files: int) -> str:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     held = [record for record in records if "validation_loss" in record]
-    last = records[-1]
+    last, (made, curves) = records[-1], MADE[folder.name]
+    fallen = held[-3]["validation_loss"] - last["validation_loss"]
     table = "\n".join(f"| {name} | {value:.3f} |" for name, value in rows.items())
     facts = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
+    rate = read_yaml(RECIPES / f"{folder.name}.yaml").get("train", {}).get("expert_balance", 0)
+    balanced = f"; routers' biases move by {rate} a step towards equal load" if rate else ""
     return f"""---
 library_name: transformers
 license: apache-2.0
 tags: [limbeck, nemotron_h, mamba-2]
 ---
-# The small trained hybrid of limbeck
+# {"The small mixture of experts" if config.n_routed_experts else "The small trained hybrid"} of limbeck
 
-{count_parameters(config):,} parameters, bf16; layers `{config.pattern}` (M Mamba-2, * attention, - MLP), hidden
-{config.hidden_size}, FFN {config.intermediate_size}, {config.mamba_num_heads} Mamba heads x {config.mamba_head_dim} in
-{config.n_groups} groups, state {config.ssm_state_size}, {config.num_attention_heads} query and
-{config.num_key_value_heads} key-value heads x {config.head_dim}. Its own byte-level BPE tokenizer has
-{config.vocab_size:,} tokens. It opens in transformers' `NemotronHForCausalLM`.
+{shape(config)} Its own byte-level BPE tokenizer has {config.vocab_size:,} tokens. It opens in transformers'
+`NemotronHForCausalLM`.
 
 ## What it was made of
-`limbeck pretrain recipe=zoo`, then `limbeck pretrain recipe=zoo-longer init=` its result: the sources of Python 3.11's
-standard library (their licence is the PSF's), split by file into train, validation and test by the sha256 of the
-file's name; {last["tokens"]:,} tokens of the training split ({last["step"]:,} steps of 4,096), Muon for the layers'
-matrices and AdamW for the rest, two CPU cores. Loss on the validation split at the end {last["validation_loss"]:.3f}
-nats a token, {held[-3]["validation_loss"] - last["validation_loss"]:.3f} below that of 200 steps before.
-`metrics.jsonl` and `curve.png` hold the curve of both runs: in each the rate rises anew and falls to zero, and the
-curve flattens with it; more text would still help.
+{made}: the sources of Python 3.11's standard library (their licence is the PSF's), split by file into train, validation
+and test by the sha256 of the file's name; {last["tokens"]:,} tokens of the training split ({last["step"]:,} steps of
+{STEP:,}), Muon for the layers' matrices and AdamW for the rest{balanced}, two CPU cores. Loss on the validation
+split at the end {last["validation_loss"]:.3f} nats a token, {fallen:.3f} below that of 200 steps before. {curves}
 
 ## How good it is
 Bits per byte on the {files} test files ([{interval.low:.3f}, {interval.high:.3f}] is this model's 95% interval over
@@ -105,10 +162,24 @@ files):
 | | bits per byte |
 |---|---|
 {table}
-
+{use_table(folder)}
 It is a model to try tools on, not to work with. Measured by `benchmarks/zoo_card.py`:
 {facts}
 """
+
+
+def use_table(folder: Path) -> str:
+    uses = expert_use(folder)
+    if not uses:
+        return ""
+    columns = [COLUMNS[0], *COLUMNS[3:]]
+    rows = ["| " + " | ".join((str(layer), *use_row(counts, None)[2:])) + " |" for layer, counts in uses.items()]
+    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    said = (
+        "What the routers choose on those files: the most and the least used expert's number and its share (1 is an"
+        " equal one), experts\nthat no token chose, and the entropy of the choices over that of equal ones:"
+    )
+    return "\n" + "\n".join([said, "", *head, *rows]) + "\n"
 
 
 def curve(folder: Path) -> None:
@@ -127,18 +198,19 @@ def curve(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ZOO)
+    parser.add_argument("--model", default="zoo", choices=list(SHIPPED))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    rows, interval, files = measure(options.model)
+    folder = SHIPPED[options.model]
+    rows, interval, files = measure(folder)
     for name, value in rows.items():
         print(f"{name:28}{value:8.3f} bits per byte")
     for name, fact in provenance().items():
         print(f"{name}: {fact}")
     if options.write:
-        curve(options.model)
-        text = card(options.model, load_model(options.model).config, rows, interval, files)
-        (options.model / "README.md").write_text(text, encoding="utf-8")
+        curve(folder)
+        text = card(folder, load_model(folder).config, rows, interval, files)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from .foreign import own_path
 from .hub import HUB, hub_folder, is_hub_name
 
 CONF = Path(__file__).parents[1] / "conf"
-SHIPPED = {"zoo": Path(__file__).parent / "zoo"}
+SHIPPED = {name: Path(__file__).parent / name for name in ("zoo", "zoo-moe")}
 
 
 def names(group: str) -> list[str]:
@@ -29,7 +29,10 @@ def model_folder(name: str) -> Path:
     if path.is_dir():
         return path
     if name in names("model"):
-        raise InputError(f"model {name!r} is a named config without weights; give a checkpoint folder, or zoo")
+        raise InputError(
+            f"model {name!r} is a named config without weights; give a checkpoint folder, or one of"
+            f" {', '.join(SHIPPED)}"
+        )
     known = [*SHIPPED, *names("model")]
     near = f"; of the hub it is {HUB}{name}" if is_hub_name(name) else guess(name, known)
     raise InputError(f"model {name!r} is neither a folder nor a name; known: {', '.join(known)}{near}")
