@@ -63,9 +63,9 @@ def load(
 ) -> HybridLM:
     """A model with its `.config` and `.tokenizer` (None where it has none), on a GPU where there is one unless told.
 
-    `source` is a checkpoint folder, "zoo" or "zoo-moe", or a model of transformers, whose weights are copied. `tokenizer` is a
-    folder with tokenizer.json; without it the source's own is taken, of a model of transformers that of the folder
-    which it was read from.
+    `source` is a checkpoint folder, "zoo" or "zoo-moe", or a model of transformers, whose weights are copied.
+    `tokenizer` is a folder with tokenizer.json; without it the source's own is taken, of a model of transformers that
+    of the folder which it was read from.
     """
     place = torch_device(device)
     if isinstance(source, HybridLM):

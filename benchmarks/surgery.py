@@ -1,17 +1,20 @@
 """Prunes a checkpoint of the 12B's exact size to the 9B's by streaming, beside plain reading and writing of the bytes.
 
-    python -m limbeck.benchmarks.surgery FOLDER [--small] [--rounds 1]
+    python -m limbeck.benchmarks.surgery FOLDER [--small] [--rounds 1] [--model 12b|nano] [--layers 0]
 
 FOLDER is made, holds up to 61 GB while it runs (--small: 0.1 GB), and is removed at the end. Weights and scores are
-random; the order of layers is the one that gives the published pattern. Every round drops the files from the page
-cache, times `limbeck prune` in a process of its own (its start, its hashing of the inputs and its syncing included),
-drops them again, and times plain code that reads the same source bytes and writes and syncs as many bytes as the
-output has. Peak memory is the process's high-water mark, pages of mapped files included, polled from /proc.
+random; the order of layers is the one that gives the published pattern. `--model nano`: Nemotron 3 Nano 30B-A3B to the
+widths of recipe=nemotron-3-nano-22b, all of its 52 layers (up to 152 GB) or the first `--layers`. Every round drops the
+files from the page cache, times `limbeck prune` in a process of its own (its start, its hashing of the inputs and its
+syncing included), drops them again, and times plain code that reads the same source bytes and writes and syncs as many
+bytes as the output has. Peak memory is the process's high-water mark, pages of mapped files included, polled from
+/proc.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -29,6 +32,7 @@ from limbeck.models.checkpoint import open_checkpoint, row_blocks, write_checkpo
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.folder import atomic_folder
+from limbeck.models.named import model_config
 from limbeck.models.provenance import provenance
 from limbeck.prune.scores import LayerScores, Scores, save_scores
 from limbeck.prune.width_metrics import RandomScores
@@ -46,7 +50,46 @@ AFTER = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
 REMOVED = (7, 52, 8, 48, 17, 18)
 TARGET = {"layers": 56, "hidden_size": 4480, "intermediate_size": 15680}
 PARAMETERS, TENSORS = 8_888_227_328, 341
+NANO = {"hidden_size": 2304, "n_routed_experts": 104, "moe_shared_expert_intermediate_size": 3072}
 BLOCK = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Surgery:
+    """A config, what it is pruned to, and in which order its layers go."""
+
+    config: HybridConfig
+    target: dict[str, int]
+    removed: tuple[int, ...] = ()
+
+    def check(self, found: HybridConfig, names: int) -> None:
+        expected = self.config.replace(**{name: size for name, size in self.target.items() if name != "layers"})
+        if not self.removed:
+            assert found.pattern == expected.pattern
+            assert count_parameters(found) == count_parameters(expected) and names == len(tensor_table(expected))
+            return
+        assert found.pattern == AFTER and found.num_layers == 56 and num_tensors(found) == TENSORS == names
+        assert found.hidden_size == expected.hidden_size and found.intermediate_size == expected.intermediate_size
+        assert found.hidden_size < TARGET["hidden_size"] or count_parameters(found) == PARAMETERS
+
+
+def nano(layers: int, small: bool) -> Surgery:
+    """The first layers of Nemotron 3 Nano (0: all), as recipe=nemotron-3-nano-22b cuts them."""
+    config, shrink = model_config("nemotron-3-nano-30b-a3b"), 8 if small else 1
+    content = config.to_hf()
+    pattern = config.pattern[: layers or None]
+    content |= {"hybrid_override_pattern": pattern, "layers_block_type": None, "num_hidden_layers": len(pattern)}
+    for name in ("hidden_size", "moe_intermediate_size", "moe_shared_expert_intermediate_size"):
+        content[name] //= shrink
+    if small:
+        content |= {"vocab_size": 2048, "mamba_num_heads": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    target = {name: size // (1 if name == "n_routed_experts" else shrink) for name, size in NANO.items()}
+    return Surgery(HybridConfig.from_hf({key: value for key, value in content.items() if value is not None}), target)
+
+
+def twelve(small: bool) -> Surgery:
+    target = {name: value // (16 if small and name != "layers" else 1) for name, value in TARGET.items()}
+    return Surgery(config_of(small), target, REMOVED)
 
 
 def config_of(small: bool) -> HybridConfig:
@@ -72,11 +115,12 @@ def random_tensors(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
             yield name, torch.cat(parts).reshape(stop - start, *axes.shape[1:])
 
 
-def make_inputs(folder: Path, config: HybridConfig, shard: int) -> None:
+def make_inputs(folder: Path, case: Surgery, shard: int) -> None:
     """The source checkpoint, tokenizer-less, and its scores."""
+    config = case.config
     with atomic_folder(folder / "source") as source:
         write_checkpoint(source, config, random_tensors(config), dtypes=torch.bfloat16, max_shard_bytes=shard)
-    order = LayerScores(REMOVED, (0.0,) * len(REMOVED))
+    order = LayerScores(case.removed, (0.0,) * len(case.removed))
     save_scores(folder / "scores", Scores(RandomScores(0).scores(config), order))
 
 
@@ -135,40 +179,33 @@ def plain(folder: Path) -> float:
     return seconds
 
 
-def check(folder: Path, source: HybridConfig, small: bool) -> HybridConfig:
-    """The output against the published figures, every tensor's shape included."""
-    config = open_checkpoint(folder / "pruned").config
-    assert config.pattern == AFTER and config.num_layers == 56
-    assert num_tensors(config) == TENSORS == len(open_checkpoint(folder / "pruned").names())
-    if not small:
-        assert count_parameters(config) == PARAMETERS, count_parameters(config)
-        assert (config.hidden_size, config.intermediate_size, config.mamba_num_heads) == (4480, 15680, 128)
-    return config
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="a folder to make, and to remove")
     parser.add_argument("--small", action="store_true", help="a trial at a sixteenth of the widths")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--model", choices=("12b", "nano"), default="12b")
+    parser.add_argument("--layers", type=int, default=0, help="of nano: the first so many; 0: all")
     options = parser.parse_args()
     folder = options.folder
-    config = config_of(options.small)
-    target = {name: value // (16 if options.small and name != "layers" else 1) for name, value in TARGET.items()}
+    case = twelve(options.small) if options.model == "12b" else nano(options.layers, options.small)
+    config = case.config
     shard = 2 * 10**7 if options.small else 5 * 10**9
     folder.mkdir(parents=True)
     try:
         (folder / "words").mkdir()
-        make_inputs(folder, config, shard)
+        make_inputs(folder, case, shard)
         rounds: list[dict[str, Any]] = []
         for _ in range(options.rounds):
             shutil.rmtree(folder / "pruned", ignore_errors=True)
             drop_cache(folder)
-            seconds, peaks = prune(folder, target, shard)
+            seconds, peaks = prune(folder, case.target, shard)
             drop_cache(folder)
             rounds.append({"prune": seconds, "plain": plain(folder), **peaks})
-        after = check(folder, config, options.small)
+        pruned = open_checkpoint(folder / "pruned")
+        after = pruned.config
+        case.check(after, len(pruned.names()))
         sizes = {name: sum(path.stat().st_size for path in weights_of(folder / name)) for name in ("source", "pruned")}
     finally:
         shutil.rmtree(folder)

@@ -170,12 +170,13 @@ PROMPTS = [begin.format(name) for name in NAMES for begin in BEGINNINGS]
 PARTS = {"three": PROMPTS[::20], **{str(part): PROMPTS[10 * part - 10 : 10 * part] for part in range(1, 6)}}
 
 
+@pytest.mark.parametrize("shipped", ("zoo", "zoo-moe"))
 @pytest.mark.parametrize("part", ("three", *(pytest.param(name, marks=pytest.mark.slow) for name in "12345")))
-def test_greedy_text_is_that_of_transformers(part: str, tmp_path: Path) -> None:
-    """The shipped model, exported: 64 tokens after prompts that share the engine's batch, beside `generate` of the
+def test_greedy_text_is_that_of_transformers(part: str, shipped: str, tmp_path: Path) -> None:
+    """A shipped model, exported: 64 tokens after prompts that share the engine's batch, beside `generate` of the
     model that transformers opens, prompt by prompt."""
     exported = tmp_path / "exported"
-    code, _, err = limbeck("export", "model=zoo", f"output={exported}", "dtype=float32")
+    code, _, err = limbeck("export", f"model={shipped}", f"output={exported}", "dtype=float32")
     assert code == 0, err
     prompts = PARTS[part]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
