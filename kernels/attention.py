@@ -182,28 +182,36 @@ def flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex.flex_attention)
 
 
-def document_mask(document: Tensor) -> Any:
-    """FlexAttention's mask of packed documents: causal, and inside one document; `document` [B, T] counts upwards.
+def document_mask(document: Tensor, past: int = 0) -> Any:
+    """FlexAttention's mask of packed documents: causal, and inside one document; `document` [B, past + T] counts
+    upwards, and the last T tokens are queries.
 
-    Documents are runs, so the blocks that a block of queries needs are a range that ends with itself.
+    Documents are runs, so the blocks that a block of queries needs are a range that ends with its own tokens.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document[batch, query] == document[batch, key])
+        own = query + past
+        return (own >= key) & (document[batch, own] == document[batch, key])
 
-    tokens = document.shape[1]
-    count = cdiv(tokens, DOCUMENT_BLOCK)
-    index = torch.arange(count, device=document.device)
-    first = document[:, index * DOCUMENT_BLOCK]  # [B, blocks]: the documents that a block begins and ends with
-    last = document[:, ((index + 1) * DOCUMENT_BLOCK).clamp(max=tokens) - 1]
-    before = index < index[:, None]  # [queries' blocks, keys' blocks]
-    whole = ((index + 1) * DOCUMENT_BLOCK <= tokens)[:, None]
-    full = before & whole & (first[:, None, :] == last[:, :, None])
-    partly = (before | (index == index[:, None])) & (last[:, None, :] >= first[:, :, None]) & ~full
+    length = document.shape[1]
+    begins, ends = block_ends(0, length, document.device)  # [keys' blocks]
+    from_, to = block_ends(past, length, document.device)  # [queries' blocks]
+    first, last = document[:, begins], document[:, ends - 1]  # the documents that a block begins and ends with
+    own_first, own_last = document[:, from_], document[:, to - 1]
+    before = ends <= from_[:, None]  # [queries' blocks, keys' blocks]: all keys come before all queries
+    whole = (to - from_ == DOCUMENT_BLOCK)[:, None]
+    full = before & whole & (first[:, None, :] == own_last[:, :, None])
+    partly = (begins < to[:, None]) & (last[:, None, :] >= own_first[:, :, None]) & ~full
     return BlockMask.from_kv_blocks(
-        *listed(partly), *listed(full), BLOCK_SIZE=DOCUMENT_BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+        *listed(partly), *listed(full), BLOCK_SIZE=DOCUMENT_BLOCK, mask_mod=sees, seq_lengths=(length - past, length)
     )
+
+
+def block_ends(start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the blocks of tokens start to stop begin, and where they end."""
+    begins = torch.arange(start, stop, DOCUMENT_BLOCK, device=device)
+    return begins, (begins + DOCUMENT_BLOCK).clamp(max=stop)
 
 
 def listed(needed: Tensor) -> tuple[Tensor, Tensor]:

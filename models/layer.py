@@ -20,6 +20,7 @@ from .axes import AXES, Dimension, Parts
 
 if TYPE_CHECKING:
     from .config import HybridConfig
+    from .row_split import RowPart
 
 Observe = Callable[[str, int, Tensor], None]  # (name of the activation, layer, tensor)
 Once = TypeVar("Once")
@@ -70,7 +71,8 @@ class Context:
     each; for a decoding step of one token a row `lengths` [B] says how many precede in each, read where it lies, so
     that the call can be captured and replayed, in caches of `max_length` tokens. `states` are by layer. `shared` holds
     what the layers of a kind share in this call, by the function that made it (`LayerKind.share`). `bound` is a
-    decoder's: what does not change from step to step, made once.
+    decoder's: what does not change from step to step, made once. Where rows are split over processes, these tokens are
+    the `part` of theirs that is this one's.
     """
 
     seq_idx: Tensor | None = None
@@ -81,6 +83,7 @@ class Context:
     observe: Observe | None = None
     shared: dict[Callable[..., Any], Any] = dataclasses.field(default_factory=dict)
     bound: Bound | None = None
+    part: RowPart | None = None
 
     def state(self, layer: int) -> Any:
         return None if self.states is None else self.states[layer]

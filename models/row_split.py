@@ -1,0 +1,185 @@
+"""Rows split over the processes of a group (context parallelism): each has a run of every row's tokens, and what of
+the others' its layers need comes from them.
+
+A mixer asks its part of the rows for the state that enters it, the inputs before it, or the keys and values up to its
+end; what it computes of them is what it computes of whole rows. Documents are known everywhere, since every process
+reads whole batches. Each exchange is one operator (`Gathered`) that every process of the group calls at the same places
+of its forward and backward pass, whether it needs the answer or not: one that left out an exchange would leave the
+others waiting. Shapes: [n] processes, [B] rows, [T] tokens of a row, [t] of a part.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn import functional as F
+
+from ..kernels.entering_state import entering_state
+from ..kernels.ssd import document_numbers
+from . import processes
+from .errors import InputError
+
+
+class Gathered(torch.autograd.Function):
+    """A tensor of every process of a group, [n, ...] in the order of the ranks. Backward: the sum over the group of
+    what each has for this process's, in float32 at least."""
+
+    @staticmethod
+    def forward(ctx, mine, group, count):
+        ctx.group = group
+        parts = mine.new_empty((count, *mine.shape))
+        distributed.all_gather(list(parts.unbind()), mine.contiguous(), group=group)
+        return parts
+
+    @staticmethod
+    def backward(ctx, dparts):
+        wide = dparts.to(torch.promote_types(dparts.dtype, torch.float32)).contiguous()
+        mine = torch.empty_like(wide[0])
+        distributed.reduce_scatter(mine, list(wide.unbind()), group=ctx.group)
+        return mine.to(dparts.dtype), None, None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowSplit:
+    """The processes that share rows with this one: their group, how many they are, and which of them it is."""
+
+    group: Any
+    count: int
+    index: int
+
+    def gather(self, mine: Tensor) -> Tensor:
+        """[n, ...] of every process's [...]; every process of the group has to call it."""
+        parts: Tensor = Gathered.apply(mine, self.group, self.count)
+        return parts
+
+    def borders(self, tokens: int) -> list[int]:
+        """Where the parts of a row begin, and its end [n + 1]; the first parts are a token longer where the rows do not
+        divide. Raises InputError where a part would be empty."""
+        check_context(self.count, tokens)
+        each, longer = divmod(tokens, self.count)
+        return [number * each + min(number, longer) for number in range(self.count + 1)]
+
+    def part(self, tokens: int, seq_idx: Tensor | None) -> RowPart:
+        """This process's part of rows of so many tokens, whose documents `seq_idx` [B, T] tells apart."""
+        return RowPart(self, self.borders(tokens), None if seq_idx is None else document_numbers(seq_idx))
+
+    @torch.no_grad()
+    def whole(self, mine: Tensor, tokens: int) -> Tensor:
+        """[B, T, ...] of the parts [B, t, ...] of all."""
+        borders = self.borders(tokens)
+        parts = self.gather(padded(mine, 1, borders[1]))
+        sizes = [stop - start for start, stop in itertools.pairwise(borders)]
+        return torch.cat([part.narrow(1, 0, size) for part, size in zip(parts, sizes, strict=True)], 1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowPart:
+    """One process's tokens of some rows: `borders` [n + 1] of all parts, and the rows' `document` [B, T], numbered
+    upwards along each (None: each row is one)."""
+
+    split: RowSplit
+    borders: list[int]
+    document: Tensor | None
+
+    @property
+    def start(self) -> int:
+        return self.borders[self.split.index]
+
+    @property
+    def stop(self) -> int:
+        return self.borders[self.split.index + 1]
+
+    def own(self, rows: Tensor) -> Tensor:
+        """[B, t] of [B, T]"""
+        return rows[:, self.start : self.stop]
+
+    def own_and_before(self, rows: Tensor) -> Tensor:
+        """[B, stop] of [B, T]"""
+        return rows[:, : self.stop]
+
+    def continues(self, device: torch.device) -> Tensor | None:
+        """Which tokens [B or 1, t] are of the document of the last token before the part."""
+        if self.document is None:
+            return torch.ones(1, self.stop - self.start, dtype=torch.bool, device=device)
+        return self.own(self.document) == self.document[:, max(self.start - 1, 0), None]
+
+    def entering_state(self, state: Tensor, decay: Tensor) -> Tensor:
+        """The state [B, H, P, N] that enters this part, where every part leaves `state` when it begins with none, and
+        decays by `decay` [B, H] from its start to its end (0 where a document begins in it)."""
+        both = torch.cat((state.flatten(1), decay.to(state.dtype)), 1)
+        states, decays = self.split.gather(both).split((state[0].numel(), decay.shape[1]), 2)
+        return entering_state(states.unflatten(2, state.shape[1:]), decays, self.split.index)
+
+    def inputs_before(self, x: Tensor, count: int) -> Tensor | None:
+        """The last `count` of x [B, t, C] before this part as [B, C, count], 0 where they are of another document than
+        its first token; None of a count of 0."""
+        if not count:
+            return None
+        width = min(count, x.shape[1])
+        tails = self.split.gather(padded(x.narrow(1, x.shape[1] - width, width), 1, count, front=True))
+        places = range(self.start - count, self.start)
+        owners = [max(bisect.bisect_right(self.borders, place) - 1, 0) for place in places]
+        # A tail ends where its part does; what lies before the row is taken from anywhere, and 0 below.
+        index = [
+            owner * count + max(place - self.borders[owner + 1], -count) + count
+            for place, owner in zip(places, owners, strict=True)
+        ]
+        before = tails.transpose(1, 2).flatten(0, 1).index_select(0, torch.tensor(index, device=x.device))
+        same = torch.tensor([[place >= 0 for place in places]], device=x.device)
+        if self.document is not None:
+            first = self.document[:, self.start, None]
+            same = same & (self.document[:, [max(place, 0) for place in places]] == first)
+        return torch.where(same.unsqueeze(1), before.permute(1, 2, 0), 0)
+
+    def keys_and_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all tokens up to this part's last, [B, K, stop, D], of each part's own [B, K, t, D]."""
+        parts = self.split.gather(padded(torch.stack((k, v)), 3, self.borders[1]))
+        sizes = [stop - start for start, stop in zip(self.borders, self.borders[1:], strict=False)]
+        seen = [parts[number].narrow(3, 0, sizes[number]) for number in range(self.split.index + 1)]
+        keys, values = torch.cat(seen, 3).unbind()
+        return keys, values
+
+
+def padded(tensor: Tensor, dimension: int, size: int, front: bool = False) -> Tensor:
+    """With zeros after it (or in front of it) up to a size."""
+    missing = size - tensor.shape[dimension]
+    pair = (missing, 0) if front else (0, missing)
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 1 - dimension) + pair) if missing else tensor
+
+
+def check_context(count: int, tokens: int | None = None) -> None:
+    """Raises InputError where the processes do not make groups of so many, or rows of so many tokens not as many
+    parts."""
+    if (every := processes.count()) % count:
+        there = "1 process" if every == 1 else f"{every} processes"
+        raise InputError(
+            f"context_parallel is {count}, which does not divide {there}; give a divisor, or start {count} processes or"
+            " a multiple of them (torchrun --nproc_per_node)"
+        )
+    if tokens is not None and tokens < count:
+        raise InputError(
+            f"context_parallel is {count}, but a row has {tokens} tokens; give longer rows (seq_len), or fewer parts"
+        )
+
+
+def row_split(count: int) -> RowSplit | None:
+    """The group of so many processes, neighbours by rank, that this one shares rows with; None for 1. Every process has
+    to call it. Raises InputError as `check_context`."""
+    check_context(count)
+    return None if count == 1 else groups_of(distributed.group.WORLD, count)
+
+
+@functools.lru_cache(maxsize=8)
+def groups_of(world: Any, count: int) -> RowSplit:
+    """Made once for all stages of a run: a group costs sockets, or a GPU's communicators."""
+    size, rank, own = distributed.get_world_size(), distributed.get_rank(), None
+    for first in range(0, size, count):  # every process has to make all groups
+        group = distributed.new_group(list(range(first, first + count)))
+        own = group if first <= rank < first + count else own
+    return RowSplit(own, count, rank % count)
