@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .launch import Launch, capability, power_of_two, takes_triton, triton_module
 from .rows import cdiv, multiprocessors
+from .tracing import STATE
 
 # Tokens that a program takes at a time, and its warps, by bytes an element; and how many such blocks are on their way
 # at once, by compute capability: two stages of keys and values fit the 99 KiB of 86 and 89 twice over. float32 has no
@@ -43,7 +44,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
     if mask is not None and not isinstance(mask, Tensor):
         return flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
     if mask is None and past and tokens > 1:
-        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0:
+        flash = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0
+        if STATE.gpu or (q.device.type == "cuda" and flash):
             # SDPA's own "causal" is aligned to the first token; that of the kernel that it calls to the last.
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         index = torch.arange(k.shape[2], device=q.device)

@@ -19,6 +19,7 @@ from ..kernels.attention import attention, decode_attention, document_mask
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotary, rotary_angles
 from ..kernels.ssd import document_numbers
+from ..kernels.tracing import STATE
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
 from .layer import Context, LayerKind, NormWeight, ScoreSource, StateBytes, zeros
@@ -181,7 +182,7 @@ def attention_mask(tokens: int, past: int, document: Tensor | None, device: torc
 
     One token that follows a past sees all of it, which needs no mask. On a GPU plainly causal with a past needs none
     either, and documents without a past are a mask of FlexAttention."""
-    if document is None and (past == 0 or tokens == 1 or device.type == "cuda"):
+    if document is None and (past == 0 or tokens == 1 or device.type == "cuda" or STATE.gpu):
         return None
     if document is not None and past == 0 and device.type == "cuda":
         return document_mask(document)

@@ -25,24 +25,28 @@ from ..kernels.ssd import document_numbers
 from . import processes
 from .errors import InputError
 
+# Of one tensor, which torch 2.13 calls otherwise than those before it.
+ALL_GATHER: Any = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+REDUCE_SCATTER: Any = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
 
 class Gathered(torch.autograd.Function):
     """A tensor of every process of a group, [n, ...] in the order of the ranks. Backward: the sum over the group of
     what each has for this process's, in float32 at least."""
 
     @staticmethod
-    def forward(ctx, mine, group, count):
-        ctx.group = group
-        parts = mine.new_empty((count, *mine.shape))
-        distributed.all_gather(list(parts.unbind()), mine.contiguous(), group=group)
+    def forward(ctx, mine, split):
+        ctx.split = split
+        parts = mine.new_empty((split.count, *mine.shape))
+        split.all_gather(parts.flatten(0, 1), mine.contiguous())
         return parts
 
     @staticmethod
     def backward(ctx, dparts):
         wide = dparts.to(torch.promote_types(dparts.dtype, torch.float32)).contiguous()
-        mine = torch.empty_like(wide[0])
-        distributed.reduce_scatter(mine, list(wide.unbind()), group=ctx.group)
-        return mine.to(dparts.dtype), None, None
+        mine = wide.new_empty(wide.shape[1:])
+        ctx.split.reduce_scatter(mine, wide.flatten(0, 1))
+        return mine.to(dparts.dtype), None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,13 +59,21 @@ class RowSplit:
 
     def gather(self, mine: Tensor) -> Tensor:
         """[n, ...] of every process's [...]; every process of the group has to call it."""
-        parts: Tensor = Gathered.apply(mine, self.group, self.count)
+        parts: Tensor = Gathered.apply(mine, self)
         return parts
+
+    def all_gather(self, parts: Tensor, mine: Tensor) -> None:
+        """Fills parts [n a, ...] with every process's [a, ...], one below the other."""
+        ALL_GATHER(parts, mine, group=self.group)
+
+    def reduce_scatter(self, mine: Tensor, parts: Tensor) -> None:
+        """Fills [a, ...] with the sum of what every process has for this one in its [n a, ...]."""
+        REDUCE_SCATTER(mine, parts, group=self.group)
 
     def borders(self, tokens: int) -> list[int]:
         """Where the parts of a row begin, and its end [n + 1]; the first parts are a token longer where the rows do not
         divide. Raises InputError where a part would be empty."""
-        check_context(self.count, tokens)
+        check_length(self.count, tokens)
         each, longer = divmod(tokens, self.count)
         return [number * each + min(number, longer) for number in range(self.count + 1)]
 
@@ -153,16 +165,24 @@ def padded(tensor: Tensor, dimension: int, size: int, front: bool = False) -> Te
     return F.pad(tensor, (0, 0) * (tensor.dim() - 1 - dimension) + pair) if missing else tensor
 
 
-def check_context(count: int, tokens: int | None = None) -> None:
+def check_context(count: int, tokens: int) -> None:
     """Raises InputError where the processes do not make groups of so many, or rows of so many tokens not as many
     parts."""
+    check_groups(count)
+    check_length(count, tokens)
+
+
+def check_groups(count: int) -> None:
     if (every := processes.count()) % count:
         there = "1 process" if every == 1 else f"{every} processes"
         raise InputError(
             f"context_parallel is {count}, which does not divide {there}; give a divisor, or start {count} processes or"
             " a multiple of them (torchrun --nproc_per_node)"
         )
-    if tokens is not None and tokens < count:
+
+
+def check_length(count: int, tokens: int) -> None:
+    if tokens < count:
         raise InputError(
             f"context_parallel is {count}, but a row has {tokens} tokens; give longer rows (seq_len), or fewer parts"
         )
@@ -170,8 +190,9 @@ def check_context(count: int, tokens: int | None = None) -> None:
 
 def row_split(count: int) -> RowSplit | None:
     """The group of so many processes, neighbours by rank, that this one shares rows with; None for 1. Every process has
-    to call it. Raises InputError as `check_context`."""
-    check_context(count)
+    to call it. Raises InputError where the processes do not make such
+    groups."""
+    check_groups(count)
     return None if count == 1 else groups_of(distributed.group.WORLD, count)
 
 

@@ -14,7 +14,8 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.cost.hardware import GIB
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.cost.trace_step import StepLoad, run_all, step_trace
-from limbeck.models.cost.training import LINES, TURNS, Training, knobs, train_memory
+from limbeck.models.cost.training import LINES, Training, train_memory
+from limbeck.models.cost.turns import TURNS, knobs
 from limbeck.models.errors import InputError
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import dense_config, limbeck, wide
