@@ -49,8 +49,9 @@ class DecayFromStart(torch.autograd.Function):
     def backward(ctx, ddecay):
         *inputs, continues = ctx.saved_tensors
         with torch.enable_grad():
-            leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
-            decay = decays(*leaves, continues, *ctx.options)
+            leaves: list[Any] = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
+            dt, A, dt_bias = leaves
+            decay = decays(dt, A, dt_bias, continues, *ctx.options)
         there = [leaf for leaf in leaves if leaf is not None]
         gradients = iter(torch.autograd.grad(decay, there, ddecay))
         return *[None if leaf is None else next(gradients) for leaf in leaves], None, None, None

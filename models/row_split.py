@@ -93,11 +93,12 @@ class RowSplit:
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowPart:
     """One process's tokens of some rows: `borders` [n + 1] of all parts, and the rows' `document` [B, T], numbered
-    upwards along each (None: each row is one)."""
+    upwards along each (None: each row is one). What all layers need of these is `known` from the first on."""
 
     split: RowSplit
     borders: list[int]
     document: Tensor | None
+    known: dict[str | int, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def start(self) -> int:
@@ -115,11 +116,15 @@ class RowPart:
         """[B, stop] of [B, T]"""
         return rows[:, : self.stop]
 
-    def continues(self, device: torch.device) -> Tensor | None:
+    def continues(self, device: torch.device) -> Tensor:
         """Which tokens [B or 1, t] are of the document of the last token before the part."""
-        if self.document is None:
-            return torch.ones(1, self.stop - self.start, dtype=torch.bool, device=device)
-        return self.own(self.document) == self.document[:, max(self.start - 1, 0), None]
+        if "continues" not in self.known:
+            if self.document is None:
+                same = torch.ones(1, self.stop - self.start, dtype=torch.bool, device=device)
+            else:
+                same = self.own(self.document) == self.document[:, max(self.start - 1, 0), None]
+            self.known["continues"] = same
+        return self.known["continues"]
 
     def entering_state(self, state: Tensor, decay: Tensor) -> Tensor:
         """The state [B, H, P, N] that enters this part, where every part leaves `state` when it begins with none, and
@@ -135,19 +140,27 @@ class RowPart:
             return None
         width = min(count, x.shape[1])
         tails = self.split.gather(padded(x.narrow(1, x.shape[1] - width, width), 1, count, front=True))
+        if count not in self.known:
+            self.known[count] = self.places_before(count, x.device)
+        index, same = self.known[count]
+        before = tails.transpose(1, 2).flatten(0, 1).index_select(0, index)  # [count, B, C]
+        return torch.where(same.unsqueeze(1), before.permute(1, 2, 0), 0)
+
+    def places_before(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the tokens before this part stand among the parts' last `count`, [count] of [n count], and whether they
+        are of its first token's document [B or 1, count]. A part can be shorter than that, so that they are several
+        parts' tokens; what would lie before the row stands anywhere."""
         places = range(self.start - count, self.start)
         owners = [max(bisect.bisect_right(self.borders, place) - 1, 0) for place in places]
-        # A tail ends where its part does; what lies before the row is taken from anywhere, and 0 below.
         index = [
-            owner * count + max(place - self.borders[owner + 1], -count) + count
+            (owner + 1) * count + max(place - self.borders[owner + 1], -count)
             for place, owner in zip(places, owners, strict=True)
         ]
-        before = tails.transpose(1, 2).flatten(0, 1).index_select(0, torch.tensor(index, device=x.device))
-        same = torch.tensor([[place >= 0 for place in places]], device=x.device)
+        same = torch.tensor([[place >= 0 for place in places]], device=device)
         if self.document is not None:
-            first = self.document[:, self.start, None]
-            same = same & (self.document[:, [max(place, 0) for place in places]] == first)
-        return torch.where(same.unsqueeze(1), before.permute(1, 2, 0), 0)
+            there = torch.tensor(places, device=device).clamp(min=0)
+            same = same & (self.document.index_select(1, there) == self.document[:, self.start, None])
+        return torch.tensor(index, device=device), same
 
     def keys_and_values(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Those of all tokens up to this part's last, [B, K, stop, D], of each part's own [B, K, t, D]."""
@@ -190,8 +203,7 @@ def check_length(count: int, tokens: int) -> None:
 
 def row_split(count: int) -> RowSplit | None:
     """The group of so many processes, neighbours by rank, that this one shares rows with; None for 1. Every process has
-    to call it. Raises InputError where the processes do not make such
-    groups."""
+    to call it. Raises InputError where the processes do not make such groups."""
     check_groups(count)
     return None if count == 1 else groups_of(distributed.group.WORLD, count)
 

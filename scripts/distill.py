@@ -22,6 +22,7 @@ from ..models import processes
 from ..models.checkpoint import check_forward
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.row_split import row_split
 from ..models.tokenizer import check_agreement
 from .run.resolve import NamedData, corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .run.show import result, say
@@ -172,7 +173,8 @@ def open_teacher(
     kept = kept_of(student_folder, teacher_folder, lambda: sums()["teacher"])
     rows = sample(options.data, "train", student_folder, tokens=hidden.fit_tokens, seq_len=how.seq_len, batch=how.rows,
                   seed=options.seed)  # fmt: skip
-    return teacher, make_pairing(teacher, student.model, hidden, kept, (row.to(student.device) for row in rows))
+    split, there = row_split(how.train.context_parallel), (row.to(student.device) for row in rows)
+    return teacher, make_pairing(teacher, student.model, hidden, kept, there, split)
 
 
 def held_out(data: NamedData, folder: Path, how: DistillOptions, seed: int) -> list[Batch]:
