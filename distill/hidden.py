@@ -25,7 +25,9 @@ from torch import Tensor
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.row_split import RowSplit
 from .options import HiddenLoss
+from .row_parts import part_rows, states_of
 
 RIDGE = 1e-4  # of the mean of the second moments
 
@@ -84,9 +86,15 @@ class StreamObserver:
 
 
 def make_pairing(
-    teacher: HybridLM, student: HybridLM, options: HiddenLoss, kept: KeptParts | None, batches: Iterable[Any]
+    teacher: HybridLM,
+    student: HybridLM,
+    options: HiddenLoss,
+    kept: KeptParts | None,
+    batches: Iterable[Any],
+    split: RowSplit | None = None,
 ) -> Pairing:
-    """The pairing of a student as it is before its first step; `batches` are read where a map has to be fitted.
+    """The pairing of a student as it is before its first step; `batches` are read where a map has to be fitted, with a
+    `split` in parts.
 
     Raises InputError where pairs do not exist, or the kept channels are requested and not known.
     """
@@ -101,7 +109,7 @@ def make_pairing(
                 "loss: hidden.compare=kept, but which channels of the teacher the student kept is not known (it is"
                 " where the student's folder was pruned from just this teacher without a rotation); take fitted"
             )
-    return Pairing(pairs, maps=fit_maps(teacher, student, pairs, batches))
+    return Pairing(pairs, maps=fit_maps(teacher, student, pairs, batches, split))
 
 
 def choose_pairs(
@@ -125,22 +133,29 @@ def choose_pairs(
 
 @torch.no_grad()
 def fit_maps(
-    teacher: HybridLM, student: HybridLM, pairs: Sequence[tuple[int, int]], batches: Iterable[Any]
+    teacher: HybridLM,
+    student: HybridLM,
+    pairs: Sequence[tuple[int, int]],
+    batches: Iterable[Any],
+    split: RowSplit | None,
 ) -> tuple[Tensor, ...]:
     """The matrix [Hs, Ht] of each pair that brings the student's stream nearest to the teacher's, by least squares over
     the batches' tokens; moments are float64, and a small ridge holds channels that hardly move."""
     ours, theirs = StreamObserver(a for a, _ in pairs), StreamObserver(b for _, b in pairs)
     moments = [[torch.zeros((), dtype=torch.float64)] * 2 for _ in pairs]
     for batch in batches:
+        rows = part_rows(batch, split)
         for model, streams in ((student, ours), (teacher, theirs)):
-            model.hidden_states(batch.input_ids, seq_idx=batch.seq_idx, observe=streams)
-        counted = batch.labels >= 0
+            states_of(model, rows, streams)
+        counted = rows.labels >= 0
         for moment, a, b in zip(moments, ours.take(), theirs.take(), strict=True):
             x, y = unit(a[counted]).double(), unit(b[counted]).double()
             moment[0] = moment[0].to(x.device) + x.T @ x
             moment[1] = moment[1].to(x.device) + x.T @ y
     maps = []
     for second, cross in moments:
+        if split is not None:
+            second, cross = (split.gather(moment).sum(0) for moment in (second, cross))
         ridge = RIDGE * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype, device=second.device)
         maps.append(torch.linalg.solve(second + ridge, cross).float())
     return tuple(maps)

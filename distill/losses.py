@@ -1,11 +1,11 @@
 """What training minimises: cross-entropy, or the divergence from a teacher. Sources: arXiv 1503.02531; arXiv 2407.14679
 (forward KL on logits alone retrains a pruned model best, unless many layers go).
 
-Each maker gives a `loss_of(model, rows, normalizer)` for `trainer.train`: the sum of the rows' token losses over
-the normalizer, so that the gradient does not depend on how a batch is split. Rows carry input_ids, labels and seq_idx
-[B, T]; tokens whose label is -100 count for nothing, in any part of the loss, and others by their weights where there
-are some. A loss that changes with the steps has a method `at(step)` beside, which the trainer calls before a step,
-counted from 0.
+Each maker gives a `loss_of(model, rows, normalizer)` for `trainer.train`: the sum of the rows' token losses over the
+normalizer, so that the gradient does not depend on how a batch is split. Rows carry input_ids, labels and seq_idx [B,
+T], of whole rows or of a part of them (row_parts.py); tokens whose label is -100 count for nothing, in any part of the
+loss, and others by their weights where there are some. A loss that changes with the steps has a method `at(step)`
+beside, which the trainer calls before a step, counted from 0.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..models.hybrid import HybridLM
 from .hidden import Pairing, StreamObserver
 from .options import DistillLoss as DistillLoss
 from .options import greatest, weight_at
+from .row_parts import states_of
 from .teacher import CachedTeacher
 
 IGNORED = -100
@@ -32,7 +33,7 @@ LossOf = Callable[[HybridLM, Any, float], Tensor]
 
 def cross_entropy_loss(model: HybridLM, rows: Any, normalizer: float) -> Tensor:
     """Next-token cross-entropy in nats, for pretraining."""
-    hidden = model.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
+    hidden = states_of(model, rows).flatten(0, 1)
     labels = rows.labels.flatten()
     return linear_cross_entropy(
         hidden, model.head_weight, labels, token_weights=token_weights(rows), normalizer=normalizer
@@ -83,8 +84,8 @@ class Distillation:
         ours = None if active is None else StreamObserver(stream for stream, _ in active.pairs)
         theirs = None if active is None else StreamObserver(stream for _, stream in active.pairs)
         with torch.no_grad():
-            target = self.teacher.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=theirs).flatten(0, 1)
-        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=ours).flatten(0, 1)
+            target = states_of(self.teacher, rows, theirs).flatten(0, 1)
+        hidden = states_of(student, rows, ours).flatten(0, 1)
         loss = linear_kl(
             hidden,
             student.head_weight,
@@ -134,7 +135,7 @@ class Distillation:
         return loss / student.config.mtp_steps
 
     def cached(self, teacher: CachedTeacher, student: HybridLM, rows: Any, normalizer: float) -> Tensor:
-        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
+        hidden = states_of(student, rows).flatten(0, 1)
         return linear_topk_kl(
             hidden,
             student.head_weight,

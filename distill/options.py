@@ -17,6 +17,7 @@ KEEPS = ("last", "best")
 SHAPES = ("linear", "cosine")
 COMPARISONS = ("auto", "kept", "fitted")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16", "float64")
+SPLIT = "context_parallel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +28,13 @@ class TrainOptions:
     `final_ratio` over the last `decay_fraction` of the steps; both after a linear warm-up. `optimizer`: "adamw", or
     "muon" for the matrices of the layers with AdamW (at `adamw_ratio` times the rate) for the rest.
 
-    What is left in the end: `keep` the "last" weights or the "best" by held-out figures; with `ema_decay` above 0
-    their exponential moving average; with `average_states` above 1 the mean of so many last states.
+    What is left in the end: `keep` the "last" weights or the "best" by held-out figures; with `ema_decay` above 0 their
+    exponential moving average; with `average_states` above 1 the mean of so many last states.
     `activation_checkpointing` keeps a layer's input alone and runs the layer twice; `compile` goes through
-    torch.compile. `quantize` trains through the rounding of an export format (distill/quantised.py). `expert_balance`
-    above 0 moves the correction biases of a mixture's routers so far after each step (distill/balance.py); at 0 they
-    stay as they are. A step whose loss or gradient is not finite is skipped;
-    `max_skipped` of them in a row end the run, as do `data_timeout` seconds without a batch.
+    torch.compile. `quantize` trains through the rounding of an export format (quantised.py); `context_parallel`
+    processes split each row among them (row_parts.py). `expert_balance` above 0 moves the correction biases of a
+    mixture's routers so far after each step (balance.py); at 0 they stay as they are. A step whose loss or gradient is
+    not finite is skipped; `max_skipped` of them in a row end the run, as do `data_timeout` seconds without a batch.
     """
 
     steps: int
@@ -58,6 +59,7 @@ class TrainOptions:
     activation_checkpointing: bool = False
     compile: bool = False
     quantize: str | None = None
+    context_parallel: int = 1
     expert_balance: float = 0.0
     max_skipped: int = 10
     data_timeout: float = 600.0
@@ -81,6 +83,13 @@ class TrainOptions:
             raise InputError(
                 f"training: max_skipped ({self.max_skipped}) and average_states ({self.average_states}) must be at"
                 f" least 1, data_timeout ({self.data_timeout}) more than 0"
+            )
+        if self.context_parallel < 1:
+            raise InputError(f"training: context_parallel is {self.context_parallel}; expected 1 (rows whole) or more")
+        if self.context_parallel > 1 and self.compile:
+            raise InputError(
+                "training: compile does not go with context_parallel, whose exchanges torch.compile would not see;"
+                " leave one of them out"
             )
         if not 0 <= self.expert_balance < math.inf:
             raise InputError(f"training: expert_balance is {self.expert_balance}; expected 0 (none) or more, as 0.001")
@@ -257,6 +266,11 @@ class DistillOptions:
             raise InputError(f"distill: seq_len ({self.seq_len}) and batch ({self.batch}) must be at least 1")
         if self.teacher_dtype not in (None, *TEACHER_DTYPES):
             raise InputError(f"dtype {self.teacher_dtype!r} is unknown; known: {', '.join(TEACHER_DTYPES)}")
+        if self.loss.mtp_weight and self.train.context_parallel > 1:
+            raise InputError(
+                f"distill: loss.mtp_weight is {self.loss.mtp_weight:g}, and multi-token prediction reads beyond the end"
+                " of a part of a row; train it with context_parallel=1"
+            )
         self.plan()
 
     def plan(self) -> tuple[DistillOptions, ...]:
@@ -293,9 +307,11 @@ class DistillOptions:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The options that a fingerprint is made of."""
+        """The options that a fingerprint is made of; who computes what of a row is none of them."""
         stages = [stage.changes for stage in self.stages]
         options = dataclasses.asdict(self) | {"stages": stages}
+        for train in (options["train"], *stages):
+            train.pop(SPLIT, None)
         return {name: value for name, value in options.items() if name != "stages" or value}
 
     def correction(self) -> DistillOptions:

@@ -1,9 +1,10 @@
 """A model in training, on one process or many: what the optimizer moves, and which part of it lies in this process.
 
-Many processes share a batch's rows. Their models are whole, or every matrix is split by rows among them (FSDP2,
-`torch.distributed.fsdp.fully_shard`: a layer's matrices are put together when its turn comes, and dropped after it).
-Vectors (A_log, D, dt_bias, norms, biases) are whole everywhere, in float32: they are small, and a group of FSDP's has
-one dtype. Gradients are sums over all rows of the batch, never means of parts.
+Many processes share a batch's rows, or groups of them do, in which each has a part of every row (row_parts.py). Their
+models are whole, or every matrix is split by rows among them (FSDP2, `torch.distributed.fsdp.fully_shard`: a layer's
+matrices are put together when its turn comes, and dropped after it). Vectors (A_log, D, dt_bias, norms, biases) are
+whole everywhere, in float32: they are small, and a group of FSDP's has one dtype. Gradients are sums over all rows of
+the batch, never means of parts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..models.axes import WHOLE, TensorSpec, tensor_table
 from ..models.checkpoint import load_model, open_checkpoint
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, set_tensor
+from ..models.row_split import check_context
 
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
 
@@ -292,19 +294,34 @@ def buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return runs
 
 
-def check_share(batch: int) -> None:
-    """Raises InputError where the processes cannot share a batch's rows evenly."""
-    if batch % processes.count():
+def row_groups(context_parallel: int) -> int:
+    """Among how many groups of processes a batch's rows are shared; the processes of a group split each of its rows."""
+    return processes.count() // context_parallel
+
+
+def sharers_of(context_parallel: int) -> str:
+    """In words, for errors."""
+    if context_parallel == 1:
+        return f"{processes.count()} processes"
+    return f"{row_groups(context_parallel)} groups of {context_parallel} processes (context_parallel)"
+
+
+def check_share(batch: int, seq_len: int, context_parallel: int) -> None:
+    """Raises InputError where the processes cannot share a batch's rows evenly, or split its rows."""
+    check_context(context_parallel, seq_len)
+    sharers = row_groups(context_parallel)
+    if batch % sharers:
         raise InputError(
-            f"distill.batch is {batch} rows, which {processes.count()} processes cannot share evenly; give a multiple"
-            f" of {processes.count()}"
+            f"distill.batch is {batch} rows, which {sharers_of(context_parallel)} cannot share evenly; give a multiple"
+            f" of {sharers}"
         )
 
 
-def share(rows: int) -> range:
-    """The rows of a batch that are this process's; their number is a multiple of the processes'."""
-    each = rows // processes.count()
-    return range(each * processes.rank(), each * (processes.rank() + 1))
+def share(rows: int, context_parallel: int = 1) -> range:
+    """The rows of a batch that this process works on, with the others of its group; their number is a multiple of the
+    groups'."""
+    each, group = rows // row_groups(context_parallel), processes.rank() // context_parallel
+    return range(each * group, each * (group + 1))
 
 
 def squares(trained: Trained) -> tuple[float, float]:

@@ -30,7 +30,9 @@ from ..models.errors import InputError
 from ..models.folder import write_json
 from ..models.foreign import read_object
 from ..models.hybrid import HybridLM
+from ..models.row_split import RowSplit
 from ..models.tensors import save_tensors
+from .row_parts import whole_states
 
 INDEX = "cache.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -216,9 +218,12 @@ class CachedTeacher:
             )
 
     def targets(self, rows: Any) -> TopK:
-        """The answers to rows [B, T], as [B * T, k]. Raises InputError where a row is not there."""
+        """The answers to rows [B, T], as [B * T, k]; of a part of rows, to its tokens alone. Raises InputError where a
+        row is not there."""
         parts: dict[str, list[Tensor]] = {}
-        for number, key in enumerate(row_keys(rows.input_ids, rows.seq_idx)):
+        part, whole = getattr(rows, "part", None), getattr(rows, "whole", rows)
+        own = slice(None) if part is None else slice(part.start, part.stop)
+        for number, key in enumerate(row_keys(whole.input_ids, whole.seq_idx)):
             if key not in self.places:
                 raise InputError(
                     f"{self.folder} does not hold row {number} of a batch (it holds {len(self.places)} rows); it was"
@@ -227,7 +232,7 @@ class CachedTeacher:
             file, row = self.places[key]
             for name in self.files[file].keys():  # noqa: SIM118 - no mapping
                 if name != "keys":
-                    parts.setdefault(name, []).append(self.files[file].get_slice(name)[row : row + 1][0])
+                    parts.setdefault(name, []).append(self.files[file].get_slice(name)[row : row + 1, own][0])
         device = rows.input_ids.device
         stored = {name: torch.cat(tensors).to(device) for name, tensors in parts.items()}
         ids = stored["ids"].to(torch.int64) % LOW
@@ -237,15 +242,18 @@ class CachedTeacher:
 
 
 @torch.no_grad()
-def cached_gap(teacher: CachedTeacher, student: HybridLM, batches: Iterable[Any]) -> dict[str, float]:
+def cached_gap(
+    teacher: CachedTeacher, student: HybridLM, batches: Iterable[Any], split: RowSplit | None = None
+) -> dict[str, float]:
     """A student's held-out figures against the answers of a cache: cross-entropy (nats a token), bits per byte, KL over
-    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same argmax.
+    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same argmax. With a `split`
+    rows go through the student in parts.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     tokens = text_bytes = 0
     for batch in batches:
         rows = batch.to(student.head_weight.device)
-        hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
+        hidden = whole_states(student, rows.input_ids, rows.seq_idx, split).flatten(0, 1)
         labels = rows.labels.flatten()
         loss = linear_topk_kl(hidden, student.head_weight, teacher.targets(rows), labels=labels)
         assert loss.cross_entropy is not None

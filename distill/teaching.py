@@ -13,17 +13,22 @@ from ..models.fingerprint import read_provenance
 from ..models.folder import sha256_file
 from ..models.foreign import read_object
 from ..models.hybrid import HybridLM
+from ..models.row_split import row_split
 from .gap.measure import measure_gap
 from .hidden import KeptParts
 from .losses import check_vocabularies
 from .teacher import CachedTeacher, cached_gap
 
 
-def held_out_figures(teacher: HybridLM | CachedTeacher, student: HybridLM, sample: Sequence[Any]) -> dict[str, float]:
-    """The held-out figures that go into metrics.jsonl; of a cached teacher, KL over its buckets."""
+def held_out_figures(
+    teacher: HybridLM | CachedTeacher, student: HybridLM, sample: Sequence[Any], context_parallel: int = 1
+) -> dict[str, float]:
+    """The held-out figures that go into metrics.jsonl; of a cached teacher, KL over its buckets. Rows go through the
+    models in as many parts as in training."""
+    split = row_split(context_parallel)
     if isinstance(teacher, CachedTeacher):
-        return cached_gap(teacher, student, sample)
-    figures = measure_gap(teacher, {"student": student}, sample, resamples=2).models["student"]
+        return cached_gap(teacher, student, sample, split)
+    figures = measure_gap(teacher, {"student": student}, sample, resamples=2, split=split).models["student"]
     return {
         "validation_loss": figures.cross_entropy.value,
         "validation_bits_per_byte": figures.bits_per_byte.value,

@@ -1,8 +1,8 @@
 """The training loop that pretraining and distillation share: deterministic, and resumable to the bit.
 
-A step takes one batch of rows, split among processes and in micro-batches whose losses share one normalizer, so that
-the gradient does not depend on the split. State goes to `folder/state-<step>/` (see `state`), and a later
-call resumes from the newest one, with any number of processes.
+A step takes one batch of rows, shared among processes (or groups of them, each of which has a part of every row) and in
+micro-batches whose losses share one normalizer, so that the gradient does not depend on the split. State goes to
+`folder/state-<step>/` (see `state`), and a later call resumes from the newest one, with any number of processes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from ..models.axes import MATRICES
 from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.fingerprint import SPEED
 from ..models.hybrid import HybridLM
+from ..models.row_split import row_split
 from .average import averaged
 from .balance import ExpertBalance
 from .muon import Muon
 from .options import TrainOptions
-from .parallel import Trained, prepare, reshard, share, squares
+from .parallel import Trained, prepare, reshard, row_groups, share, sharers_of, squares
 from .quantised import quantised
+from .row_parts import part_rows
 from .state import METRICS, Optimizers, Say, append_line, load_state, save_best, save_state, states, trim_lines
 from .stop import SIGNALS, Stopper
 from .text.prefetch import feed
@@ -118,6 +120,7 @@ class TrainingRun:
             if processes.rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 check_warmup(self.options, self.say)
+        self.split = row_split(self.options.context_parallel)
         self.metrics = self.folder / METRICS
         set_layers(self.trained.model, self.options)
         self.optimizers = make_optimizers(self.trained, self.options)
@@ -141,7 +144,7 @@ class TrainingRun:
             while self.progress.step < options.steps and self.progress.step - begun != stop_after:
                 with processes.together():
                     batch = next(source)
-                    check_rows(batch)
+                    check_rows(batch, options)
                 signal = self.step(batch)
                 if self.progress.step == options.steps or self.progress.step % options.save_every == 0 or signal:
                     self.save()
@@ -189,13 +192,13 @@ class TrainingRun:
 
     def gradients(self, batch: Rows) -> tuple[float, float, int]:
         """Leaves the batch's gradients with the weights: its loss, their norm, and the signal that came, or 0."""
-        mine = share(batch.input_ids.shape[0])
+        mine = share(batch.input_ids.shape[0], self.options.context_parallel)
         micro = self.options.micro_batch or len(mine)
         normalizer = counted(batch)
         loss = torch.zeros((), dtype=torch.float64, device=self.trained.device)
         for start in range(mine.start, mine.stop, micro):
             rows = batch.rows(start, min(start + micro, mine.stop)).to(self.trained.device)
-            part = self.loss_of(self.trained.model, rows, normalizer)
+            part = self.loss_of(self.trained.model, part_rows(rows, self.split), normalizer)
             part.backward()
             loss += part.detach()
         self.trained.gradients()
@@ -294,12 +297,12 @@ def check_warmup(options: TrainOptions, say: Say) -> None:
         )
 
 
-def check_rows(batch: Rows) -> None:
-    rows = batch.input_ids.shape[0]
-    if rows % processes.count():
+def check_rows(batch: Rows, options: TrainOptions) -> None:
+    rows, sharers = batch.input_ids.shape[0], row_groups(options.context_parallel)
+    if rows % sharers:
         raise InputError(
-            f"a batch has {rows} rows, which {processes.count()} processes cannot share evenly; give a batch that is a"
-            f" multiple of {processes.count()}"
+            f"a batch has {rows} rows, which {sharers_of(options.context_parallel)} cannot share evenly; give a batch"
+            f" that is a multiple of {sharers}"
         )
 
 

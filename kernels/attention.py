@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .launch import Launch, capability, power_of_two, takes_triton, triton_module
 from .rows import cdiv, multiprocessors
+from .tracing import STATE
 
 # Tokens that a program takes at a time, and its warps, by bytes an element; and how many such blocks are on their way
 # at once, by compute capability: two stages of keys and values fit the 99 KiB of 86 and 89 twice over. float32 has no
@@ -43,7 +44,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
     if mask is not None and not isinstance(mask, Tensor):
         return flex_attention()(q, k, v, block_mask=mask, enable_gqa=True)
     if mask is None and past and tokens > 1:
-        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0:
+        flash = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] % 8 == 0
+        if STATE.gpu or (q.device.type == "cuda" and flash):
             # SDPA's own "causal" is aligned to the first token; that of the kernel that it calls to the last.
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         index = torch.arange(k.shape[2], device=q.device)
@@ -182,28 +184,36 @@ def flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex.flex_attention)
 
 
-def document_mask(document: Tensor) -> Any:
-    """FlexAttention's mask of packed documents: causal, and inside one document; `document` [B, T] counts upwards.
+def document_mask(document: Tensor, past: int = 0) -> Any:
+    """FlexAttention's mask of packed documents: causal, and inside one document; `document` [B, past + T] counts
+    upwards, and the last T tokens are queries.
 
-    Documents are runs, so the blocks that a block of queries needs are a range that ends with itself.
+    Documents are runs, so the blocks that a block of queries needs are a range that ends with its own tokens.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document[batch, query] == document[batch, key])
+        own = query + past
+        return (own >= key) & (document[batch, own] == document[batch, key])
 
-    tokens = document.shape[1]
-    count = cdiv(tokens, DOCUMENT_BLOCK)
-    index = torch.arange(count, device=document.device)
-    first = document[:, index * DOCUMENT_BLOCK]  # [B, blocks]: the documents that a block begins and ends with
-    last = document[:, ((index + 1) * DOCUMENT_BLOCK).clamp(max=tokens) - 1]
-    before = index < index[:, None]  # [queries' blocks, keys' blocks]
-    whole = ((index + 1) * DOCUMENT_BLOCK <= tokens)[:, None]
-    full = before & whole & (first[:, None, :] == last[:, :, None])
-    partly = (before | (index == index[:, None])) & (last[:, None, :] >= first[:, :, None]) & ~full
+    length = document.shape[1]
+    begins, ends = block_ends(0, length, document.device)  # [keys' blocks]
+    from_, to = block_ends(past, length, document.device)  # [queries' blocks]
+    first, last = document[:, begins], document[:, ends - 1]  # the documents that a block begins and ends with
+    own_first, own_last = document[:, from_], document[:, to - 1]
+    before = ends <= from_[:, None]  # [queries' blocks, keys' blocks]: all keys come before all queries
+    whole = (to - from_ == DOCUMENT_BLOCK)[:, None]
+    full = before & whole & (first[:, None, :] == own_last[:, :, None])
+    partly = (begins < to[:, None]) & (last[:, None, :] >= own_first[:, :, None]) & ~full
     return BlockMask.from_kv_blocks(
-        *listed(partly), *listed(full), BLOCK_SIZE=DOCUMENT_BLOCK, mask_mod=sees, seq_lengths=(tokens, tokens)
+        *listed(partly), *listed(full), BLOCK_SIZE=DOCUMENT_BLOCK, mask_mod=sees, seq_lengths=(length - past, length)
     )
+
+
+def block_ends(start: int, stop: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the blocks of tokens start to stop begin, and where they end."""
+    begins = torch.arange(start, stop, DOCUMENT_BLOCK, device=device)
+    return begins, (begins + DOCUMENT_BLOCK).clamp(max=stop)
 
 
 def listed(needed: Tensor) -> tuple[Tensor, Tensor]:

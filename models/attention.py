@@ -19,6 +19,7 @@ from ..kernels.attention import attention, decode_attention, document_mask
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotary, rotary_angles
 from ..kernels.ssd import document_numbers
+from ..kernels.tracing import STATE
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
 from .layer import Context, LayerKind, NormWeight, ScoreSource, StateBytes, zeros
@@ -66,6 +67,8 @@ class Attention(nn.Module):
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             if cached is not None:
                 k, v = cached.append(k, v, context.past)
+            if context.part is not None:
+                k, v = context.part.keys_and_values(k, v)
             y = attention(q, k, v, positions.mask).transpose(1, 2)
         context.note("attn_heads", self.layer, y)
         return scaled(context.project(self.o_proj, y.flatten(2)), config.multipliers.attention_out)
@@ -141,14 +144,28 @@ def share_positions(
     config: HybridConfig, context: Context, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> Positions:
     if context.lengths is None:
-        mask = attention_mask(tokens, context.past, context.seq_idx, device)
-        where = token_positions(tokens, context.past, context.seq_idx, device) if config.rope_theta else None
+        mask, where = mask_and_positions(context, tokens, device, rotated=config.rope_theta is not None)
         return Positions(mask, angles_at(where, config, dtype))
     heads = config.num_key_value_heads
     each = context.lengths.unsqueeze(1)
     begins = torch.arange(each.shape[0] * heads, device=device).view(-1, heads) * context.max_length
     where = each if config.rope_theta else None
     return Positions(None, angles_at(where, config, dtype), (begins + each).flatten(), context.lengths + 1)
+
+
+def mask_and_positions(context: Context, tokens: int, device: torch.device, rotated: bool) -> tuple[Any, Tensor | None]:
+    """`attention_mask` of a call's tokens, and where `rotated` their `token_positions`. A part of rows has those that
+    its tokens have in the rows, and keys of all that comes before."""
+    past, seq_idx, part = context.past, context.seq_idx, context.part
+    if part is None:
+        document = None if seq_idx is None else F.pad(document_numbers(seq_idx), (past, 0))
+        where = token_positions(tokens, past, seq_idx, device) if rotated else None
+        return attention_mask(tokens, past, document, device), where
+    document = None if part.document is None else part.own_and_before(part.document)
+    where = token_positions(part.stop, 0, document, device)[:, part.start :] if rotated else None
+    if document is not None and device.type == "cuda":
+        return document_mask(document, part.start), where
+    return attention_mask(tokens, part.start, document, device), where
 
 
 def angles_at(positions: Tensor | None, config: HybridConfig, dtype: torch.dtype) -> Angles | None:
@@ -159,22 +176,22 @@ def angles_at(positions: Tensor | None, config: HybridConfig, dtype: torch.dtype
     return rotary_angles(positions, config.head_dim, theta, dtype, slowed)
 
 
-def attention_mask(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Any:
-    """Who may see whom, [1 or B, 1, T, past + T]: what came before, in the same document; None: plainly causal.
+def attention_mask(tokens: int, past: int, document: Tensor | None, device: torch.device) -> Any:
+    """Who may see whom, [1 or B, 1, T, past + T]: what came before, in the same of the documents [B, past + T]; None:
+    plainly causal.
 
-    The past is of the document of token 0. One token that follows a past sees all of it, which needs no mask. On a GPU
-    plainly causal with a past needs none either, and documents without a past are a mask of FlexAttention."""
-    if seq_idx is None and (past == 0 or tokens == 1 or device.type == "cuda"):
+    One token that follows a past sees all of it, which needs no mask. On a GPU plainly causal with a past needs none
+    either, and documents without a past are a mask of FlexAttention."""
+    if document is None and (past == 0 or tokens == 1 or device.type == "cuda" or STATE.gpu):
         return None
-    if seq_idx is not None and past == 0 and device.type == "cuda":
-        return document_mask(document_numbers(seq_idx))
+    if document is not None and past == 0 and device.type == "cuda":
+        return document_mask(document)
     last = torch.arange(past, past + tokens, device=device)
     mask = torch.arange(past + tokens, device=device) <= last[:, None]
-    if seq_idx is None:
+    if document is None:
         return mask[None, None]
-    document = document_numbers(seq_idx)
-    of_key = F.pad(document, (past, 0))
-    return (mask & (document[:, :, None] == of_key[:, None, :]))[:, None]
+    own = document.narrow(1, past, tokens)
+    return (mask & (own[:, :, None] == document[:, None, :]))[:, None]
 
 
 def token_positions(tokens: int, past: int, seq_idx: Tensor | None, device: torch.device) -> Tensor:

@@ -22,6 +22,7 @@ from .multipliers import scaled
 
 if TYPE_CHECKING:
     from .generate.cache import Cache
+    from .row_split import RowPart
     from .tokenizer import Tokenizer
 
 
@@ -119,14 +120,16 @@ class HybridLM(nn.Module):
         cache: Cache | None = None,
         observe: Observe | None = None,
         embedded: Tensor | None = None,
+        part: RowPart | None = None,
     ) -> Tensor:
         """What the head reads, [B, T, hidden]: the final norm, times the multiplier of the logits, so that whoever
         multiplies with the head's matrix has the model's logits.
 
         Where `seq_idx` [B, T] changes along a row, a new document begins: state, attention and positions start anew.
         With a cache the tokens follow those that it holds (any number of them). `embedded` is the stream before the
-        first layer, where the caller has looked it up already."""
-        context = Context(seq_idx=seq_idx, observe=observe, round_input=self.round_input)
+        first layer, where the caller has looked it up already. Of rows split over processes these are this one's
+        `part`; the others make the same call with theirs."""
+        context = Context(seq_idx=seq_idx, observe=observe, part=part, round_input=self.round_input)
         if cache is not None:
             context.past, context.states = cache.length, cache.layers
         hidden = self.run_layers(

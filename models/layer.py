@@ -20,6 +20,7 @@ from .axes import AXES, Dimension, Parts
 
 if TYPE_CHECKING:
     from .config import HybridConfig
+    from .row_split import RowPart
 
 Observe = Callable[[str, int, Tensor], None]  # (name of the activation, layer, tensor)
 RoundInput = Callable[[nn.Module, Tensor], Tensor]
@@ -72,7 +73,8 @@ class Context:
     that the call can be captured and replayed, in caches of `max_length` tokens. `states` are by layer. `shared` holds
     what the layers of a kind share in this call, by the function that made it (`LayerKind.share`). `bound` is a
     decoder's: what does not change from step to step, made once. `round_input` changes what a module's matrices read,
-    where a model learns to be quantised.
+    where a model learns to be quantised. Where rows are split over processes, these tokens are the `part` of theirs
+    that is this one's.
     """
 
     seq_idx: Tensor | None = None
@@ -84,6 +86,7 @@ class Context:
     shared: dict[Callable[..., Any], Any] = dataclasses.field(default_factory=dict)
     bound: Bound | None = None
     round_input: RoundInput | None = None
+    part: RowPart | None = None
 
     def state(self, layer: int) -> Any:
         return None if self.states is None else self.states[layer]

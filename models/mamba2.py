@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..kernels.activation import swiglu
 from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ..kernels.entering_state import decay_from_start, with_entering_state
 from ..kernels.mamba_step import PreparedStep, takes_prepared
 from ..kernels.norm import gated_rms_norm, rms_norm
 from ..kernels.ssd import ssd_scan
@@ -76,13 +77,16 @@ class Mamba2Mixer(nn.Module):
 
     def mix_tokens(self, z: Tensor, conv_in: Tensor, dt: Tensor, state: MambaState | None, context: Context) -> Tensor:
         """What out_proj reads, [B, T, H P], of z [B, T, H P], conv_in [B, T, C] and dt [B, T, H]."""
-        config, seq_idx = self.config, context.seq_idx
+        config, seq_idx, part = self.config, context.seq_idx, context.part
+        before = None if state is None else state.conv
+        if part is not None:
+            before = part.inputs_before(conv_in, config.conv_kernel - 1)
         conv_out = causal_conv1d(
             conv_in,
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
             seq_idx=seq_idx,
-            initial_state=None if state is None else state.conv,
+            initial_state=before,
             return_final_state=state is not None,
         )
         if state is not None:
@@ -90,10 +94,8 @@ class Mamba2Mixer(nn.Module):
             state.conv.copy_(last)
         x, B, C = self.split_heads(conv_out)
         A = -torch.exp(self.A_log.float())
-        options: dict[str, Any] = {
-            "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit, "chunk_size": config.chunk_size,
-            "seq_idx": seq_idx,
-        }  # fmt: skip
+        steps: dict[str, Any] = {"dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit}
+        options = steps | {"chunk_size": config.chunk_size, "seq_idx": seq_idx}
         if context.observe is not None:
             C = C.flatten(-2)
             context.note("mamba_c", self.layer, C)
@@ -111,11 +113,15 @@ class Mamba2Mixer(nn.Module):
             D=self.D,
             **options,
             initial_state=None if state is None else state.ssm,
-            return_final_state=state is not None,
+            return_final_state=state is not None or part is not None,
         )
         if state is not None:
             y, last = y
             state.ssm.copy_(last)
+        if part is not None:  # the parts of a row are scanned side by side, and what entered each is added then
+            y, last = y
+            decay = decay_from_start(dt, A, part.continues(dt.device), **steps)
+            y = with_entering_state(y, C, part.entering_state(last, decay[:, -1]), decay)
         return self.gated(y.flatten(-2), z, context)
 
     def gated(self, y: Tensor, z: Tensor, context: Context | None = None) -> Tensor:

@@ -78,7 +78,8 @@ def run(options: Options) -> None:
     rounds = options.plan()
     with many_processes(options.device), processes.together():
         for how in (how for one in rounds for how in one.distill.plan()):
-            check_share(how.batch)
+            if not options.dry_run or processes.count() > 1:  # one process may plan for many
+                check_share(how.batch, how.seq_len, how.train.context_parallel)
         if options.dry_run:
             return processes.in_first(
                 lambda: rehearse(model_config(options.model), rounds, options.hardware, options.fit)

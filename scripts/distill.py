@@ -22,6 +22,7 @@ from ..models import processes
 from ..models.checkpoint import check_forward
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.row_split import row_split
 from ..models.tokenizer import check_agreement
 from .run.resolve import NamedData, corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .run.show import result, say
@@ -79,7 +80,7 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
     """The folder OUTPUT-corrected-teacher: the teacher, trained on the text before it teaches."""
     folder = options.output.with_name(f"{options.output.name}-corrected-teacher")
     how, dtype = options.distill.correction(), torch_dtype(options.dtype)
-    facts = {"train": how.train, "seq_len": how.seq_len, "batch": how.batch, "seed": options.seed,
+    facts = {"train": how.chosen["train"], "seq_len": how.seq_len, "batch": how.batch, "seed": options.seed,
              "dtype": options.dtype}  # fmt: skip
     inputs = {"teacher": teacher, "data": data_input(options.data)}
     with stage(folder, "correct-teacher", inputs=inputs, options=facts, scratch="training") as work:
@@ -87,7 +88,7 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
             with processes.together():
                 text = corpus(options.data, "train", teacher)
                 text.batches_per_epoch(how.batch, how.seq_len)
-                check_share(how.batch)
+                check_share(how.batch, how.seq_len, how.train.context_parallel)
             model = load_trained(teacher, dtype, process_device(torch_device(options.device)), options.shard)
             batches, training = functools.partial(stage_batches, text, how, 0, options.seed), work.folder / "training"
             speed = speed_of(model.model.config, None, how.seq_len, model.device)
@@ -110,7 +111,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
         for note in check_agreement(teacher_folder, student_folder):
             say(f"note: {note}")
         for how in plan:
-            check_share(how.batch)
+            check_share(how.batch, how.seq_len, how.train.context_parallel)
     ahead = any(how.loss.mtp_weight for how in plan)
     student = load_trained(student_folder, dtype, process_device(torch_device(options.device)), options.shard, ahead)
     teacher, pairing = open_teacher(work, teacher_folder, student_folder, student, options)
@@ -137,7 +138,9 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
                 train(
                     student, Distillation(teacher, how.loss, pairing),
                     functools.partial(stage_batches, text, how, number, seed), how.train, folders[number],
-                    evaluate=functools.partial(held_out_figures, teacher, sample=measured), on_step=on_step,
+                    evaluate=functools.partial(
+                        held_out_figures, teacher, sample=measured, context_parallel=how.train.context_parallel
+                    ), on_step=on_step,
                     describe=speed_of(*configs, how.seq_len, student.device), say=say,
                 )  # fmt: skip
             hand_on(student, folders, number, how.train)
@@ -170,7 +173,8 @@ def open_teacher(
     kept = kept_of(student_folder, teacher_folder, lambda: sums()["teacher"])
     rows = sample(options.data, "train", student_folder, tokens=hidden.fit_tokens, seq_len=how.seq_len, batch=how.rows,
                   seed=options.seed)  # fmt: skip
-    return teacher, make_pairing(teacher, student.model, hidden, kept, (row.to(student.device) for row in rows))
+    split, there = row_split(how.train.context_parallel), (row.to(student.device) for row in rows)
+    return teacher, make_pairing(teacher, student.model, hidden, kept, there, split)
 
 
 def held_out(data: NamedData, folder: Path, how: DistillOptions, seed: int) -> list[Batch]:

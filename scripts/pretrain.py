@@ -12,13 +12,14 @@ import torch
 from ..distill.average import write_trained
 from ..distill.gap.measure import measure_gap
 from ..distill.losses import cross_entropy_loss
-from ..distill.options import TrainOptions
+from ..distill.options import SPLIT, TrainOptions
 from ..distill.parallel import Trained, check_share, load_trained, placed_model, process_device
 from ..distill.trainer import train
 from ..models import processes
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM, initialize
+from ..models.row_split import row_split
 from ..models.tokenizer import check_vocabulary, load_tokenizer, train_tokenizer
 from .run.resolve import (
     NamedData,
@@ -64,6 +65,7 @@ def run(options: Options) -> None:
             del chosen["model"], chosen["seed"]
         for name in ("output", "device", "data", "init", "shard", "wandb"):
             del chosen[name]
+        del chosen["train"][SPLIT]
         with stage(options.output, "pretrain", inputs=inputs, options=chosen, scratch="training") as work:
             if not work.finished:
                 pretrain(work, options)
@@ -74,7 +76,7 @@ def run(options: Options) -> None:
 def pretrain(work: Work, options: Options) -> None:
     """Trains tokenizer and model into an existing folder, from what is there on."""
     with processes.together():
-        check_share(options.batch)
+        check_share(options.batch, options.seq_len, options.train.context_parallel)
     student = first_model(work.folder, options)
     config = student.model.config
     tokenizer_from = work.folder if options.init is None else model_folder(options.init)
@@ -87,7 +89,8 @@ def pretrain(work: Work, options: Options) -> None:
     say(f"{count_parameters(config):,} parameters, {text.tokens:,} tokens of text")
 
     def evaluate(model: HybridLM) -> dict[str, float]:
-        gap = measure_gap(model, {}, held_out, resamples=2).models["teacher"]
+        split = row_split(options.train.context_parallel)
+        gap = measure_gap(model, {}, held_out, resamples=2, split=split).models["teacher"]
         return {"validation_loss": gap.cross_entropy.value, "validation_bits_per_byte": gap.bits_per_byte.value}
 
     training, batches = work.folder / "training", functools.partial(text.train_batches, **size)

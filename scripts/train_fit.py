@@ -11,7 +11,8 @@ from ..distill.options import DistillOptions, greatest
 from ..models.config import HybridConfig
 from ..models.cost.hardware import GIB, Reserve
 from ..models.cost.parameters import count_parameters
-from ..models.cost.training import LINES, Knob, Training, TrainReport, knobs, train_memory
+from ..models.cost.training import LINES, Training, TrainReport, train_memory
+from ..models.cost.turns import Knob, common_options, knobs
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
 from ..prune.rounds import in_kinds, leftovers, plan_cuts
@@ -60,9 +61,12 @@ def run(options: Options) -> None:
              if stage.report.total > budget}  # fmt: skip
     for name, found in turns.items():
         print_knobs(name, found)
+    together = common_options([(stage.student, stage.training) for stage in stages], teacher, budget) if turns else []
+    if together:
+        say(f"all {len(stages)} stages fit with {' '.join(together)}")
     if options.output is not None:
         with atomic_folder(options.output) as folder:
-            write_json(folder / "result.json", as_json(options, stages, turns, budget))
+            write_json(folder / "result.json", as_json(options, stages, turns, budget) | {"together": together})
         say(f"result: {options.output / 'result.json'}")
     if turns:
         worst = max(stages, key=lambda stage: stage.report.total)
@@ -104,7 +108,8 @@ def stages_of(
 
 def training_of(stage: DistillOptions, options: Options) -> Training:
     """A stage's step on one of the processes."""
-    how, rows = options.training, max(1, stage.batch // max(1, options.processes))
+    how, parts = options.training, stage.train.context_parallel
+    rows = max(1, stage.batch * parts // max(1, options.processes))
     return Training(
         micro_batch=min(stage.train.micro_batch or rows, rows),
         seq_len=stage.seq_len,
@@ -118,6 +123,7 @@ def training_of(stage: DistillOptions, options: Options) -> Training:
         teacher_dtype=torch_dtype(stage.teacher_dtype or options.dtype),
         teacher_offload=stage.teacher_offload,
         processes=options.processes,
+        context_parallel=parts,
         device="cpu" if options.hardware.name == "cpu" else "cuda",
     )
 

@@ -92,16 +92,18 @@ def curve(output: Path) -> list[tuple[float, ...]]:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes as Linux lists them")
-@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 5)])
-def test_killed_at_random_steps(processes: int, kills: int, workshop: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("processes", "kills", "parts"), [(1, 20, 1), (2, 5, 1), (2, 3, 2)])
+def test_killed_at_random_steps(processes: int, kills: int, parts: int, workshop: Path, tmp_path: Path) -> None:
+    """`parts`: into so many a row is split."""
     calm, rough = tmp_path / "calm", tmp_path / "rough"
-    finish(command(workshop, calm, processes))
+    options = {"distill.train.context_parallel": parts}
+    finish(command(workshop, calm, processes, **options))
     draw = random.Random(0)
     for _ in range(kills):
         left = training(rough) / "metrics.jsonl"
         before = left.stat().st_ino if left.exists() else 0
         saved = max((int(state.name.removeprefix("state-")) for state in states(training(rough))), default=0)
-        process = start(command(workshop, rough, processes))
+        process = start(command(workshop, rough, processes, **options))
         wait_for(process, rough, min(saved + draw.randint(1, 9), STEPS - 5), before)
         time.sleep(draw.uniform(0, 0.05))
         assert process.poll() is None, "it got through before it was killed"
@@ -109,7 +111,7 @@ def test_killed_at_random_steps(processes: int, kills: int, workshop: Path, tmp_
             with contextlib.suppress(ProcessLookupError):
                 os.kill(found, signal.SIGKILL)
         process.communicate()
-    finish(command(workshop, rough, processes))
+    finish(command(workshop, rough, processes, **options))
     assert len(curve(calm)) == STEPS and curve(rough) == curve(calm)
     assert (rough / "model.safetensors").read_bytes() == (calm / "model.safetensors").read_bytes()
     assert (rough / "limbeck.json").read_bytes() == (calm / "limbeck.json").read_bytes()

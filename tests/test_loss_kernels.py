@@ -107,21 +107,23 @@ def test_attention_on_the_cpu() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("past", (0, 128, 190))
 @pytest.mark.parametrize("lengths", ((300,), (128, 128, 3, 1, 200, 40), (1,) * 260, (127, 1, 128, 256, 9)))
-def test_document_mask_is_that_of_its_rule(lengths: tuple[int, ...]) -> None:
-    """The same blocks as torch finds by trying every pair, and the same attention as with a dense mask."""
+def test_document_mask_is_that_of_its_rule(lengths: tuple[int, ...], past: int) -> None:
+    """The same blocks as torch finds by trying every pair, and the same attention as with a dense mask; the queries
+    are all tokens, or those after some."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     packed = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     document = torch.stack((packed, torch.zeros_like(packed)))
-    tokens = len(packed)
-    mask = document_mask(document)
-    expected = create_block_mask(mask.mask_mod, 2, None, tokens, tokens, device="cpu", BLOCK_SIZE=128)
+    length = len(packed)
+    tokens, mask = length - past, document_mask(document, past)
+    expected = create_block_mask(mask.mask_mod, 2, None, tokens, length, device="cpu", BLOCK_SIZE=128)
     assert torch.equal(mask.to_dense(), expected.to_dense())
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(mask, name), getattr(expected, name)), name
-    q, k, v = torch.randn(2, 4, tokens, 16), torch.randn(2, 2, tokens, 16), torch.randn(2, 2, tokens, 16)
-    dense = attention_mask(tokens, 0, document, q.device)
+    q, k, v = torch.randn(2, 4, tokens, 16), torch.randn(2, 2, length, 16), torch.randn(2, 2, length, 16)
+    dense = attention_mask(tokens, past, document, q.device)
     assert_close("y", attention(q, k, v, dense), flex_attention(q, k, v, block_mask=mask, enable_gqa=True), 1e-5)
 
 

@@ -14,7 +14,8 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.cost.hardware import GIB
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.cost.trace_step import StepLoad, run_all, step_trace
-from limbeck.models.cost.training import LINES, TURNS, Training, knobs, train_memory
+from limbeck.models.cost.training import LINES, Training, train_memory
+from limbeck.models.cost.turns import TURNS, knobs
 from limbeck.models.errors import InputError
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import dense_config, limbeck, wide
@@ -154,19 +155,42 @@ def test_refusals() -> None:
         train_memory(SMALL, None, Training())
 
 
+def test_rows_split_by_hand() -> None:
+    """Of eight processes that split a row each keeps an eighth of it, and for the Mamba layers the decays of its tokens
+    and the states that it was given; for attention the keys and values of the whole row in place of its own."""
+    tokens, parts = 65536, 8
+    whole, split = (
+        step_trace(SMALL, Training(seq_len=tokens, processes=parts, teacher="none", context_parallel=each).load(None))
+        for each in (1, parts)
+    )
+    heads, each = SMALL.mamba_num_heads, tokens // parts
+    state = heads * SMALL.mamba_head_dim * SMALL.ssm_state_size
+    given = 4 * (parts * (state + heads) + 2 * parts * state)  # gathered, and what the combination keeps at most
+    halo = 2 * SMALL.conv_dim * (SMALL.conv_kernel - 1)
+    more = split.kept["M"] - whole.kept["M"] / parts
+    assert 4 * heads * each < more <= 4 * heads * each + given + 4 * halo
+    keys = 2 * 2 * SMALL.num_key_value_heads * SMALL.head_dim  # bytes a token
+    assert split.kept["*"] - whole.kept["*"] / parts == pytest.approx(keys * (tokens - each), rel=0.02)
+    assert split.kept["-"] == whole.kept["-"] / parts
+
+
 def test_command_plans_the_published_recipe(tmp_path: Path) -> None:
-    """Four stages on eight H100s: 262,144 tokens are what no knob but their number makes fit."""
+    """Four stages on eight H100s: 262,144 tokens fit where four processes split a row, and the plan says so."""
     words = ["memory-fit", "mode=train", "recipe=nemotron-nano-9b-v2", "hardware=h100", "processes=8"]
-    code, text, err = limbeck(*words, "distill.train.activation_checkpointing=true", f"output={tmp_path / 'plan'}")
-    assert code == 3 and "2-width/3 does not fit" in err and "seq_len" in err.splitlines()[-1]
+    words.append("distill.train.activation_checkpointing=true")
+    code, text, err = limbeck(*words, f"output={tmp_path / 'plan'}")
+    assert code == 3 and "2-width/3 does not fit" in err and "context_parallel 4" in err.splitlines()[-1]
     plan = json.loads((tmp_path / "plan" / "result.json").read_text())
     assert [stage["training"]["seq_len"] for stage in plan["stages"]] == [8192, 8192, 49152, 262144]
     assert [stage["fits"] for stage in plan["stages"]] == [True, True, True, False]
     for stage in plan["stages"]:
         lines = stage["moments"][stage["fullest"]]
         assert stage["total"] == sum(lines.values()) and all(line in text for line, size in lines.items() if size)
-    last = plan["stages"][-1]["knobs"][-1]
-    assert last["name"] in err and last["fits"] and plan["stages"][0]["training"]["batch"] == 768
+    knob = next(knob for knob in plan["stages"][-1]["knobs"] if knob["fits"])
+    assert knob["name"] == "context_parallel 4" and plan["stages"][0]["training"]["batch"] == 768
+    assert plan["together"] == ["distill.train.context_parallel=4"] and plan["together"][0] in text
+    assert limbeck(*words, *plan["together"])[0] == 0
+    assert limbeck(*words, "distill.train.context_parallel=2")[0] == 3  # 4 is the fewest
 
 
 def test_command_of_two_models() -> None:
@@ -188,6 +212,7 @@ def test_command_of_two_models() -> None:
         ("train-fit recipe=tiny student=zoo", "student is given beside recipe"),
         ("train-fit teacher=zoo student=zoo training.teacher=off", "known: online, cached, none"),
         ("train-fit recipe=tiny processes=3", "a batch of 4 rows is not for 3 processes"),
+        ("train-fit recipe=tiny processes=4 distill.train.context_parallel=3", "expected a divisor of the processes"),
         ("memory-fit mode=training model=zoo", "known: inference, train"),
     ),
 )

@@ -22,7 +22,9 @@ from ...kernels.linear_figures import LinearFigures, linear_figures
 from ...models.errors import CheckFailed, InputError
 from ...models.hybrid import HybridLM
 from ...models.placement import placed
+from ...models.row_split import RowSplit
 from ..losses import check_vocabularies
+from ..row_parts import whole_states
 from ..text.conversations import PARTS, TEXT
 from .examples import Window, Worst
 from .statistics import Estimate, Totals, calibration_error, resampled
@@ -142,10 +144,12 @@ def measure_gap(
     worst: int = 0,
     device: torch.device | None = None,
     on_step: Callable[[int], None] | None = None,
+    split: RowSplit | None = None,
 ) -> GapReport:
     """Figures of the teacher and its students over `batches` (see `distill.data.Batch`; moved to the models' device).
 
-    With a `device` models that wait elsewhere come to it one at a time, for each batch anew.
+    With a `device` models that wait elsewhere come to it one at a time, for each batch anew. With a `split` rows go
+    through the models in parts.
 
     Bits per byte is the cross-entropy of every label, end of document included, over the labels' UTF-8 bytes.
     Where students are named "pruned" and "distilled", `recovery` is (CE pruned - CE distilled) / (CE pruned - CE
@@ -170,7 +174,7 @@ def measure_gap(
         counted = labels >= 0
         seen.add(torch.unique(doc_id[counted]).tolist())
         add_sizes(sizes, doc_id[counted], batch.n_bytes.cpu()[counted])
-        results = figures(teacher, students, batch, device)
+        results = figures(teacher, students, batch, device, split)
         grouping = groupings(batch, groups)
         for name, values in zip(sums, results, strict=True):
             sums[name].add(values, results[0], labels.flatten(), doc_id.flatten(), labels.shape[1], grouping)
@@ -201,7 +205,11 @@ class Seen:
 
 
 def figures(
-    teacher: HybridLM, students: Mapping[str, HybridLM], batch: Any, device: torch.device | None
+    teacher: HybridLM,
+    students: Mapping[str, HybridLM],
+    batch: Any,
+    device: torch.device | None,
+    split: RowSplit | None,
 ) -> list[LinearFigures]:
     """Each model's per-token figures on a batch, on the CPU, the teacher's first."""
     where = device or teacher.head_weight.device
@@ -209,7 +217,7 @@ def figures(
     sides = []
     for model in (teacher, *students.values()):
         with placed(model, device):  # the head stays for the figures, which need all of them
-            hidden = model.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
+            hidden = whole_states(model, ids, seq_idx, split).flatten(0, 1)
             sides.append((hidden, model.head_weight))
     results = linear_figures(sides[1:], *sides[0], labels)
     return [LinearFigures(*(column.cpu() for column in model)) for model in results]

@@ -24,6 +24,7 @@ from ...kernels.tracing import tracing
 from ..axes import WHOLE, tensor_table
 from ..config import HybridConfig
 from ..hybrid import HybridLM
+from ..row_split import RowSplit
 from .hardware import Place
 from .parameters import num_tensors
 from .simulate import Stand, Tracker, without_memory
@@ -51,6 +52,12 @@ class StepLoad:
     teacher: str = "none"
     teacher_hidden: int = 0
     teacher_dtype: torch.dtype = torch.bfloat16
+    context_parallel: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Of a row in this process."""
+        return -(-self.seq_len // self.context_parallel)
 
     @property
     def stored(self) -> torch.dtype:
@@ -59,7 +66,20 @@ class StepLoad:
 
     def forward_alone(self) -> StepLoad:
         """Of the teacher, which has no gradients."""
-        return StepLoad(self.micro_batch, self.seq_len, self.packed, self.teacher_dtype, self.on_gpu)
+        return StepLoad(
+            self.micro_batch, self.seq_len, self.packed, self.teacher_dtype, self.on_gpu,
+            context_parallel=self.context_parallel,
+        )  # fmt: skip
+
+
+class TracedSplit(RowSplit):
+    """Of the processes that share rows the last, which sees the keys of all; nothing is exchanged."""
+
+    def all_gather(self, parts: Tensor, mine: Tensor) -> None:
+        pass
+
+    def reduce_scatter(self, mine: Tensor, parts: Tensor) -> None:
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +107,17 @@ def running(config: HybridConfig, dtype: torch.dtype, on_gpu: bool) -> Iterator[
         yield without_memory(empty, "cpu"), tracker
 
 
-def rows_of(load: StepLoad) -> tuple[Tensor, Tensor | None]:
-    """Tokens [B, T] and where documents begin; a GPU's masks of documents are blocks, and take next to nothing."""
-    ids = torch.zeros(load.micro_batch, load.seq_len, dtype=torch.int64)
-    packed = load.packed and not load.on_gpu
-    return ids, torch.zeros(load.micro_batch, load.seq_len, dtype=torch.int32) if packed else None
+def rows_of(load: StepLoad) -> tuple[Tensor, dict[str, Any]]:
+    """Tokens [B, T], and what `hidden_states` is told of them: where documents begin (a GPU's masks of documents are
+    blocks, and take next to nothing), and which part of the rows they are."""
+    ids = torch.zeros(load.micro_batch, load.tokens, dtype=torch.int64)
+    count, seq_idx = load.context_parallel, None
+    if load.packed and not load.on_gpu:
+        seq_idx = torch.zeros(load.micro_batch, load.tokens * count, dtype=torch.int32)
+    if count == 1:
+        return ids, {"seq_idx": seq_idx}
+    part = TracedSplit(None, count, count - 1).part(load.tokens * count, seq_idx)
+    return ids, {"seq_idx": None if seq_idx is None else part.own(seq_idx), "part": part}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,9 +125,9 @@ def rows_of(load: StepLoad) -> tuple[Tensor, Tensor | None]:
 def forward_peak(config: HybridConfig, load: StepLoad) -> int:
     """Bytes at the highest moment of a forward pass without gradients, weights apart."""
     with running(alike(config), load.dtype, load.on_gpu) as (model, tracker):
-        ids, seq_idx = rows_of(load)
+        ids, rows = rows_of(load)
         before = tracker.begin()
-        model.hidden_states(ids, seq_idx=seq_idx)
+        model.hidden_states(ids, **rows)
         return tracker.peak.bytes - before
 
 
@@ -123,12 +149,12 @@ def run_all(config: HybridConfig, load: StepLoad) -> tuple[Marks, int]:
     with running(config, load.dtype, load.on_gpu) as (model, tracker):
         mind(model, load)
         marks = Marks(model, tracker)
-        ids, seq_idx = rows_of(load)
+        ids, rows = rows_of(load)
         teacher_head = None
         if load.teacher == "online":
             teacher_head = torch.empty(config.vocab_size, load.teacher_hidden, dtype=load.teacher_dtype)
         before = tracker.begin()
-        loss = loss_of(model, ids, seq_idx, teacher_head, load, marks)
+        loss = loss_of(model, ids, rows, teacher_head, load, marks)
         marks.note("loss")
         loss.backward()
         marks.note("embedding")
@@ -177,7 +203,7 @@ def hand_over(given: dict[nn.Parameter, Tensor], load: StepLoad, parameter: nn.P
 
 
 def loss_of(
-    model: HybridLM, ids: Tensor, seq_idx: Tensor | None, teacher_head: Tensor | None, load: StepLoad, marks: Marks
+    model: HybridLM, ids: Tensor, rows: dict[str, Any], teacher_head: Tensor | None, load: StepLoad, marks: Marks
 ) -> Tensor:
     """As `distill.losses` has it; the teacher's answer is there before the student runs."""
     labels, options = ids.flatten(), dict[str, Any](normalizer=1.0)
@@ -187,7 +213,7 @@ def loss_of(
         numbers, log_probs = (torch.zeros(labels.numel(), TOP_K, dtype=dtype) for dtype in (torch.int64, torch.float32))
         top = TopK(numbers, log_probs, torch.zeros(labels.numel()))
     marks.begin()
-    hidden = model.hidden_states(ids, seq_idx=seq_idx)
+    hidden = model.hidden_states(ids, **rows)
     marks.end(hidden)
     hidden = hidden.flatten(0, 1)
     if teacher_head is not None:
@@ -236,7 +262,7 @@ class Marks:
 
     def told(self, config: HybridConfig, load: StepLoad, before: int) -> StepTrace:
         width = load.dtype.itemsize
-        stream = load.micro_batch * load.seq_len * config.hidden_size * width
+        stream = load.micro_batch * load.tokens * config.hidden_size * width
         shared = self.shared
         kept = [after - start for start, after in zip(self.live, self.live[1:], strict=False)]
         # The last layer is of a kind that is there before it.

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from ..axes import MATRICES, tensor_table
 from ..config import HybridConfig
 from ..errors import InputError
-from .inference import largest
 from .parameters import count_parameters, kind_sizes
 from .trace_step import StepLoad, forward_peak, step_trace
 
@@ -39,7 +38,6 @@ LINES = (
 TEACHERS = ("online", "cached", "none")
 OPTIMIZERS = ("adamw", "muon")
 DEVICES = ("cpu", "cuda")
-MOST_PROCESSES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Training:
     in all training here. `dtype` is that of weights in use and of activations; the optimizer moves float32 copies of
     less, and with `quantized` those that rounded weights are made from. `teacher` is "online", "cached" (its top-k
     tokens, from files) or "none" (cross-entropy). `processes` share weights, gradients and the optimizer's state
-    (FSDP2).
+    (FSDP2); `context_parallel` of them split each row.
     """
 
     micro_batch: int = 1
@@ -67,6 +65,7 @@ class Training:
     teacher_dtype: torch.dtype = torch.bfloat16
     teacher_offload: bool = False
     processes: int = 1
+    context_parallel: int = 1
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -75,9 +74,15 @@ class Training:
                 f"train: micro_batch ({self.micro_batch}), seq_len ({self.seq_len}) and processes ({self.processes})"
                 " must be at least 1"
             )
-        if self.batch is not None and (self.batch < 1 or self.batch % self.processes):
+        if self.context_parallel < 1 or self.processes % self.context_parallel or self.seq_len < self.context_parallel:
             raise InputError(
-                f"train: a batch of {self.batch} rows is not for {self.processes} processes; give a multiple of them"
+                f"train: context_parallel is {self.context_parallel}; expected a divisor of the processes"
+                f" ({self.processes}), and no more than a row has tokens ({self.seq_len})"
+            )
+        if self.batch is not None and (self.batch < 1 or self.batch % self.groups):
+            whose = f"{self.groups} groups of {self.context_parallel}" if self.context_parallel > 1 else self.processes
+            raise InputError(
+                f"train: a batch of {self.batch} rows is not for {whose} processes; give a multiple of {self.groups}"
             )
         for name, known in (("teacher", TEACHERS), ("optimizer", OPTIMIZERS), ("device", DEVICES)):
             if getattr(self, name) not in known:
@@ -85,7 +90,12 @@ class Training:
 
     @property
     def accumulates(self) -> bool:
-        return self.batch is None or self.batch // self.processes > self.micro_batch
+        return self.batch is None or self.batch // self.groups > self.micro_batch
+
+    @property
+    def groups(self) -> int:
+        """Those that share a batch's rows: processes, or groups of them that split each."""
+        return self.processes // self.context_parallel
 
     @property
     def width(self) -> int:
@@ -114,6 +124,7 @@ class Training:
             teacher=self.teacher,
             teacher_hidden=0 if teacher is None else teacher.hidden_size,
             teacher_dtype=self.teacher_dtype,
+            context_parallel=self.context_parallel,
         )
 
 
@@ -242,83 +253,3 @@ def muon_work(config: HybridConfig, training: Training) -> int:
     shapes = [tensor.shape for tensor in tensors if tensor.role in MATRICES]
     width = 2 if training.on_gpu else 4
     return max(math.prod(shape) * (2 * width + training.width) + 2 * min(shape[-2:]) ** 2 * width for shape in shapes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Knob:
-    """Something to turn: what it saves alone and whether that is enough; what is held with all above it turned as well
-    (None once those are enough), and whether that is."""
-
-    name: str
-    saves: int
-    fits_alone: bool
-    together: int | None
-    fits: bool
-
-
-def knobs(student: HybridConfig, teacher: HybridConfig | None, training: Training, budget: float) -> list[Knob]:
-    """What to turn so that a step fits `budget` bytes, cheapest first; what changes nothing is left out."""
-
-    def over(how: Training) -> float:
-        return train_memory(student, teacher, how).total - budget
-
-    answers, above = [], training
-    for turn in TURNS:
-        alone, name = turn(training, over)
-        enough = over(above) <= 0
-        before, (above, name) = above, (above, name) if enough else turn(above, over)
-        if alone != training or above != before:
-            together = None if enough else int(over(above) + budget)
-            saves = int(over(training) - over(alone))
-            answers.append(Knob(name, saves, over(alone) <= 0, together, over(above) <= 0))
-    return answers
-
-
-Turned = tuple[Training, str]
-Over = Callable[[Training], float]  # bytes beyond the budget
-
-
-def checkpoint_blocks(how: Training, over: Over) -> Turned:
-    return dataclasses.replace(how, checkpointing=True), "activation checkpointing"
-
-
-def single_rows(how: Training, over: Over) -> Turned:
-    return dataclasses.replace(how, micro_batch=1), "micro_batch 1"
-
-
-def half_width(how: Training, over: Over) -> Turned:
-    narrow = {name: min(getattr(how, name), torch.bfloat16, key=lambda dtype: dtype.itemsize) for name in DTYPES}
-    return dataclasses.replace(how, **narrow), "bfloat16 weights, of the teacher too"
-
-
-def cache_teacher(how: Training, over: Over) -> Turned:
-    return dataclasses.replace(how, teacher="cached" if how.teacher == "online" else how.teacher), "cached teacher"
-
-
-def more_processes(how: Training, over: Over) -> Turned:
-    """The least number that fits, of those that share the batch evenly; none other helps."""
-    for count in range(how.processes, MOST_PROCESSES + 1):
-        if how.batch is None or how.batch % count == 0:
-            rows = how.micro_batch if how.batch is None else min(how.micro_batch, how.batch // count)
-            more = dataclasses.replace(how, processes=count, micro_batch=rows)
-            if over(more) <= 0:
-                return more, f"{count:,} GPUs"
-    return how, f"more than {MOST_PROCESSES:,} GPUs"
-
-
-def offload_teacher(how: Training, over: Over) -> Turned:
-    return dataclasses.replace(how, teacher_offload=how.teacher_offload or how.teacher == "online"), "teacher offload"
-
-
-def shorter_rows(how: Training, over: Over) -> Turned:
-    """The longest row that fits, of a multiple of 256 tokens; 256 if none does."""
-    most = max(1, how.seq_len // 256)
-    count = largest(lambda count: over(dataclasses.replace(how, seq_len=256 * count)), 0, most, most)
-    length = min(how.seq_len, 256 * max(count, 1))
-    return dataclasses.replace(how, seq_len=length), f"seq_len {length:,}"
-
-
-DTYPES = ("dtype", "teacher_dtype")
-TURNS = (
-    checkpoint_blocks, single_rows, half_width, cache_teacher, more_processes, offload_teacher, shorter_rows
-)  # fmt: skip
