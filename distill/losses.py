@@ -85,19 +85,7 @@ class Distillation:
         with torch.no_grad():
             target = self.teacher.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=theirs).flatten(0, 1)
         hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx, observe=ours).flatten(0, 1)
-        loss = linear_kl(
-            hidden,
-            student.head_weight,
-            target,
-            self.teacher.head_weight,
-            temperature=self.options.temperature,
-            divergence=self.options.divergence,
-            labels=rows.labels.flatten(),
-            token_weights=token_weights(rows),
-            kl_weight=self.kl_weight,
-            ce_weight=self.ce_weight,
-            normalizer=normalizer,
-        ).loss
+        loss = self.divergence(student, hidden, target, rows, normalizer)
         if self.options.mtp_weight:
             loss = loss + self.options.mtp_weight * self.ahead(student, rows, hidden, target, normalizer)
         if active is not None and ours is not None and theirs is not None:
@@ -107,10 +95,30 @@ class Distillation:
             loss = loss + self.hidden_weight * distance[rows.labels >= 0].sum() / normalizer
         return loss
 
+    @property
+    def teacher_model(self) -> HybridLM:
+        assert isinstance(self.teacher, HybridLM)
+        return self.teacher
+
+    def divergence(self, student: HybridLM, hidden: Tensor, target: Tensor, rows: Any, normalizer: float) -> Tensor:
+        """The part of the loss that the logits have, of hidden states [B * T, H] of student and teacher."""
+        return linear_kl(
+            hidden,
+            student.head_weight,
+            target,
+            self.teacher_model.head_weight,
+            temperature=self.options.temperature,
+            divergence=self.options.divergence,
+            labels=rows.labels.flatten(),
+            token_weights=token_weights(rows),
+            kl_weight=self.kl_weight,
+            ce_weight=self.ce_weight,
+            normalizer=normalizer,
+        ).loss
+
     def ahead(self, student: HybridLM, rows: Any, hidden: Tensor, target: Tensor, normalizer: float) -> Tensor:
         """The divergence of the student's multi-token prediction from what the teacher gives when it is there, the mean
         over steps. Its own layers alone are trained by it: not what they read, nor the head."""
-        assert isinstance(self.teacher, HybridLM)
         shape, loss = (*rows.input_ids.shape, -1), hidden.new_zeros((), dtype=torch.float32)
         hidden, target = hidden.detach().view(shape), target.view(shape)
         embedded = student.embed(rows.input_ids).detach()
@@ -123,7 +131,7 @@ class Distillation:
                     states.flatten(0, 1),
                     student.head_weight.detach(),
                     target[:, step:].flatten(0, 1),
-                    self.teacher.head_weight,
+                    self.teacher_model.head_weight,
                     temperature=self.options.temperature,
                     divergence=self.options.divergence,
                     labels=labels,

@@ -16,6 +16,7 @@ from ..distill.text.packing import Batch
 from ..models import processes
 from ..models.checkpoint import load_model
 from ..models.device import torch_device, torch_dtype
+from ..models.errors import InputError
 from ..models.folder import sha256_file
 from .distill import held_out
 from .run.resolve import NamedData, corpus, data_input, model_folder
@@ -33,6 +34,13 @@ class Options:
     dtype: str
     cache: CacheOptions
     distill: DistillOptions
+
+    def __post_init__(self) -> None:
+        if any(how.own_rows for how in self.distill.plan()):
+            raise InputError(
+                "cache-teacher: a student with distill.rollouts is yet to write what it reads, and nothing of it can be"
+                " cached; leave them out"
+            )
 
 
 def run(options: Options) -> None:
