@@ -18,13 +18,12 @@ from torch import Tensor
 
 from ..kernels.divergence import Divergence
 from ..kernels.linear_kl import linear_cross_entropy, linear_kl
-from ..kernels.linear_topk_kl import linear_topk_kl
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .hidden import Pairing, StreamObserver
 from .options import DistillLoss as DistillLoss
 from .options import greatest, weight_at
-from .teacher import CachedTeacher
+from .teacher import SAMPLE, CachedTeacher, answer_loss
 
 IGNORED = -100
 LossOf = Callable[[HybridLM, Any, float], Tensor]
@@ -56,7 +55,7 @@ class Distillation:
     def __init__(self, teacher: HybridLM | CachedTeacher, options: DistillLoss, pairing: Pairing | None = None) -> None:
         self.teacher, self.options, self.pairing = teacher, options, pairing
         if isinstance(teacher, CachedTeacher):
-            check_cached(options)
+            check_cached(options, teacher)
         else:
             teacher.requires_grad_(False).eval()
         if pairing is None and greatest(options.hidden.weight) > 0:
@@ -143,7 +142,7 @@ class Distillation:
 
     def cached(self, teacher: CachedTeacher, student: HybridLM, rows: Any, normalizer: float) -> Tensor:
         hidden = student.hidden_states(rows.input_ids, seq_idx=rows.seq_idx).flatten(0, 1)
-        return linear_topk_kl(
+        return answer_loss(
             hidden,
             student.head_weight,
             teacher.targets(rows),
@@ -162,8 +161,10 @@ def distillation_loss(
     return Distillation(teacher, options, pairing)
 
 
-def check_cached(options: DistillLoss) -> None:
-    """Raises InputError for what a teacher's top-k tokens at temperature 1 do not tell."""
+def check_cached(options: DistillLoss, teacher: CachedTeacher) -> None:
+    """Raises InputError for what a cache's answers, at temperature 1, do not tell."""
+    if teacher.method == SAMPLE and not options.tail:
+        raise InputError("loss: a cache of draws has no tail to leave out; set tail=true, or take a top-k cache")
     if options.divergence != Divergence.FORWARD.option or options.temperature != 1:
         raise InputError(
             f"loss: a cached teacher gives forward KL at temperature 1, not divergence={options.divergence} at"

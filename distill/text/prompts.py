@@ -39,8 +39,8 @@ class MixedBatch(Batch):
 
 class Prompts:
     """The prompts of a text, each at most `length` tokens, in the order of permutations of its documents; of the
-    sources of a mixture in their shares. A text gives its first tokens (a short one its first half), a conversation what stands
-    before its last answer; one that is longer than that gives its turn to the next."""
+    sources of a mixture in their shares. A text gives its first tokens (a short one its first half), a conversation
+    what stands before its last answer; one that is longer than that gives its turn to the next."""
 
     def __init__(self, text: Text, length: int, seed: int) -> None:
         self.text, self.length, self.seed = text, length, seed
