@@ -1,20 +1,22 @@
 """A cached teacher beside the one online: what k tokens tell of the loss, bytes a token, time a step.
 
     python -m limbeck.benchmarks.teacher_cache [--tokens 4096] [--rounds 5] [--ks 6,16,64,256,0] [--draws 12,128]
-        [--folder FOLDER]
+        [--documents 0] [--folder FOLDER]
 
 The teacher is the shipped model; the student is it with 25% fewer parameters, pruned by activations and not trained.
 On held-out text: KL a token with the bucket of the rest and without, beside the dense one, and how far the gradient of
 the student's hidden states is from the dense one's (relative RMS); beside it that of the head, a sum over all tokens,
-in which what is drawn averages out and what is cut off does not. k = 0 is the whole vocabulary, in float32; others
-are kept in float16. A cache of 12 draws has about the bytes of the top 6, one of 128 draws those of the top 64. A step is forward and backward of student and loss, with the teacher's forward or the reading of
-the cache (whose files the system has in memory): medians, by turns, of the process's time on its processors, which a
-busy machine disturbs less than the clock on the wall.
+in which what is drawn averages out and what is cut off does not. k = 0 is the whole vocabulary, in float32; others are
+kept in float16. A cache of 12 draws has about the bytes of the top 6, one of 128 draws those of the top 64. A step is
+forward and backward of student and loss, with the teacher's forward or the reading of the cache (whose files the system
+has in memory): medians, by turns, of the process's time on its processors, which a busy machine disturbs less than the
+clock on the wall.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -47,13 +49,15 @@ ROWS, SEQ_LEN = 4, 512
 CUT = Target(hidden_size=208, intermediate_size=640, mamba_num_heads=12)
 
 
-def text(split: str, tokens: int) -> list[Batch]:
-    corpus = tokenize(list(documents("stdlib", split))[::4], load_tokenizer(SHIPPED["zoo"]))
+def text(split: str, tokens: int, most: int) -> list[Batch]:
+    """Of every fourth document of a split, or of the first few."""
+    read = itertools.islice(documents("stdlib", split), 0, most or None, 1 if most else 4)
+    corpus = tokenize(read, load_tokenizer(SHIPPED["zoo"]))
     return list(corpus.sample(batch_size=ROWS, seq_len=SEQ_LEN, seed=0, max_tokens=tokens))
 
 
-def pruned(teacher: HybridLM) -> HybridLM:
-    return slice_model(teacher, select(teacher.config, score_widths(teacher, text("train", 4096)), (), CUT))
+def pruned(teacher: HybridLM, most: int) -> HybridLM:
+    return slice_model(teacher, select(teacher.config, score_widths(teacher, text("train", 4096, most)), (), CUT))
 
 
 def make_cache(teacher: HybridLM, batches: Sequence[Batch], folder: Path, **chosen: Any) -> CachedTeacher:
@@ -136,12 +140,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ks", default="6,16,64,256,0", help="0: the whole vocabulary")
     parser.add_argument("--draws", default="12,128", help="of caches of draws")
+    parser.add_argument("--documents", type=int, default=0, help="so many of a split alone; 0: every fourth of it")
     parser.add_argument("--folder", type=Path, help="where the caches are made; a temporary folder without")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     teacher = load_model(SHIPPED["zoo"])
-    student = pruned(teacher)
-    batches = text("test", options.tokens)
+    student = pruned(teacher, options.documents)
+    batches = text("test", options.tokens, options.documents)
     compared, vocabulary = Compared(teacher, student, batches), teacher.config.vocab_size
     chosen: dict[str, dict[str, Any]] = {}
     for k in map(int, options.ks.split(",")):

@@ -227,7 +227,7 @@ class StageOptions(TrainChanges):  # type: ignore[misc, valid-type]
     seq_len: int | None = None
     batch: int | None = None
     evaluate_tokens: int | None = None
-    rollouts: RolloutChanges | None = None
+    rollouts: RolloutChanges | None = None  # type: ignore[valid-type]
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -276,10 +276,10 @@ class DistillOptions:
         tokens = changes.pop("tokens", None)
         if tokens is not None and "steps" in changes:
             raise InputError(f"{where} has both tokens and steps; give one of the two")
+        rollouts = changed_rollouts(self.rollouts, changes.pop("rollouts", None))
         own = {name: changes.pop(name) for name in ("seq_len", "batch", "evaluate_tokens") if name in changes}
-        own["rollouts"] = changed_rollouts(self.rollouts, changes.pop("rollouts", None))
         train = dataclasses.replace(self.train, **changes)
-        stage = dataclasses.replace(self, train=train, stages=(), **own)
+        stage = dataclasses.replace(self, train=train, stages=(), rollouts=rollouts, **own)
         if tokens is None:
             return stage
         if not tokens >= 1:

@@ -125,7 +125,7 @@ class OwnText(Distillation):
             )  # fmt: skip
         else:
             part = {"top_k": min(how.k, len(heads[0]))} if how.estimator == "top_k" else {"clip": how.clip}
-            found = linear_reverse_kl(hidden, heads[0], target, heads[1], **part, **shared)  # type: ignore[arg-type]
+            found = linear_reverse_kl(hidden, heads[0], target, heads[1], **part, **shared)
         self.note(found, self.exact(found, hidden, heads, target, labels), labels)
         return found.loss
 

@@ -169,7 +169,7 @@ class TrainingRun:
         if writing is not None:
             batch = writing.written(self.trained.model, batch, progress.step)
         loss, norm, signal = self.gradients(batch)
-        written = {} if writing is None else writing.figures()
+        written: dict[str, float] = {} if writing is None else writing.figures()
         # Sums over all processes, so that all of them skip a step or none does.
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:

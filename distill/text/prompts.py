@@ -119,8 +119,8 @@ def prompt_batches(
         parts = [] if source is None else [next(source)]
         parts.append(slotted(found, slots, seq_len, width, pad))
         whole = joined(parts)
-        columns = (getattr(whole, field.name) for field in dataclasses.fields(Batch))
-        yield MixedBatch(*(None if column is None else column[order] for column in columns), own=own)  # type: ignore[arg-type]
+        ordered = whole.each(lambda column: column[order])
+        yield MixedBatch(**{field.name: getattr(ordered, field.name) for field in dataclasses.fields(Batch)}, own=own)
 
 
 def slotted(found: list[tuple[int, np.ndarray]], slots: int, seq_len: int, width: int, pad: int) -> Batch:
