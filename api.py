@@ -20,9 +20,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from .distill.gap.measure import TEACHER, GapReport, measure_gap
-from .distill.losses import distillation_loss
-from .distill.options import DistillLoss, TrainOptions
+from .distill.options import DistillLoss, DistillOptions, TrainOptions
 from .distill.parallel import prepare
+from .distill.rollout_options import Rollouts
+from .distill.rollouts import check_student, stage_loss
+from .distill.stages import check_text, stage_batches
 from .distill.text import resolve
 from .distill.text.documents import EmptySplit
 from .distill.text.mixture import Mixture, Text, whole
@@ -36,6 +38,7 @@ from .models.cost.hardware import Hardware
 from .models.device import torch_device
 from .models.errors import InputError, guess
 from .models.generate.engine import Engine, Request
+from .models.generate.generate import end_tokens
 from .models.generate.sampling import Sampling
 from .models.hybrid import HybridLM
 from .models.named import data_path, model_config, model_folder, read_hardware
@@ -224,13 +227,15 @@ def distill(
     steps: int = 200,
     learning_rate: float = 1e-3,
     loss: DistillLoss | None = None,
+    rollouts: Rollouts | Mapping[str, Any] | None = None,
     seq_len: int | None = None,
     batch: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Distilled:
     """Trains the student in place towards the teacher's logits. `options` are fields of `distill.options.TrainOptions`;
-    a student in fewer than 32 bits trains in float32 and is in its own dtype again afterwards."""
+    a student in fewer than 32 bits trains in float32 and is in its own dtype again afterwards. `rollouts`, such as
+    {"new_tokens": 64}, has it learn on text that it writes itself (`distill.rollout_options.Rollouts`)."""
     teacher = load(teacher)
     if not isinstance(student, HybridLM) or student is teacher:
         raise InputError("distill: the student is trained in place; expected a model of load or prune, not the teacher")
@@ -238,6 +243,11 @@ def distill(
     seq_len, batch = fitted(student, text, seq_len, batch)
     few = {"warmup_steps": min(20, steps // 5), "save_every": max(steps, 1)}
     how = checked(TrainOptions, "distill", **({"steps": steps, "learning_rate": learning_rate} | few | options))
+    if isinstance(rollouts, Mapping):
+        rollouts = checked(Rollouts, "distill.rollouts", **rollouts)
+    plan = DistillOptions(loss or DistillLoss(), how, seq_len, batch, 0, rollouts=rollouts)
+    check_text(text, plan)
+    check_student(plan, student.config.max_position_embeddings, whole=True)
     dtype, records = student.head_weight.dtype, []
     student.requires_grad_(True).train()
     trained = prepare(student.float() if dtype.itemsize < 4 else student, dtype)
@@ -245,8 +255,8 @@ def distill(
         with tempfile.TemporaryDirectory() as folder:
             train(
                 trained,
-                distillation_loss(teacher, loss or DistillLoss()),
-                lambda start: text.train_batches(batch_size=batch, seq_len=seq_len, seed=seed, start=start),
+                stage_loss(teacher, plan, None, seed, end_tokens(student.config.eos_token_id)),
+                lambda start: stage_batches(text, plan, 0, seed, start),
                 how,
                 Path(folder),
                 on_step=lambda record: records.append(dict(record)),

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ..kernels.divergence import Divergence
 from ..kernels.linear_kl import linear_cross_entropy, linear_kl
-from ..kernels.linear_topk_kl import linear_topk_kl
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from .hidden import Pairing, StreamObserver
 from .options import DistillLoss as DistillLoss
 from .options import greatest, weight_at
 from .row_parts import states_of
-from .teacher import CachedTeacher
+from .teacher import SAMPLE, CachedTeacher, answer_loss
 
 IGNORED = -100
 LossOf = Callable[[HybridLM, Any, float], Tensor]
@@ -57,7 +56,7 @@ class Distillation:
     def __init__(self, teacher: HybridLM | CachedTeacher, options: DistillLoss, pairing: Pairing | None = None) -> None:
         self.teacher, self.options, self.pairing = teacher, options, pairing
         if isinstance(teacher, CachedTeacher):
-            check_cached(options)
+            check_cached(options, teacher)
         else:
             teacher.requires_grad_(False).eval()
         if pairing is None and greatest(options.hidden.weight) > 0:
@@ -86,19 +85,7 @@ class Distillation:
         with torch.no_grad():
             target = states_of(self.teacher, rows, theirs).flatten(0, 1)
         hidden = states_of(student, rows, ours).flatten(0, 1)
-        loss = linear_kl(
-            hidden,
-            student.head_weight,
-            target,
-            self.teacher.head_weight,
-            temperature=self.options.temperature,
-            divergence=self.options.divergence,
-            labels=rows.labels.flatten(),
-            token_weights=token_weights(rows),
-            kl_weight=self.kl_weight,
-            ce_weight=self.ce_weight,
-            normalizer=normalizer,
-        ).loss
+        loss = self.divergence(student, hidden, target, rows, normalizer)
         if self.options.mtp_weight:
             loss = loss + self.options.mtp_weight * self.ahead(student, rows, hidden, target, normalizer)
         if active is not None and ours is not None and theirs is not None:
@@ -108,10 +95,30 @@ class Distillation:
             loss = loss + self.hidden_weight * distance[rows.labels >= 0].sum() / normalizer
         return loss
 
+    @property
+    def teacher_model(self) -> HybridLM:
+        assert isinstance(self.teacher, HybridLM)
+        return self.teacher
+
+    def divergence(self, student: HybridLM, hidden: Tensor, target: Tensor, rows: Any, normalizer: float) -> Tensor:
+        """The part of the loss that the logits have, of hidden states [B * T, H] of student and teacher."""
+        return linear_kl(
+            hidden,
+            student.head_weight,
+            target,
+            self.teacher_model.head_weight,
+            temperature=self.options.temperature,
+            divergence=self.options.divergence,
+            labels=rows.labels.flatten(),
+            token_weights=token_weights(rows),
+            kl_weight=self.kl_weight,
+            ce_weight=self.ce_weight,
+            normalizer=normalizer,
+        ).loss
+
     def ahead(self, student: HybridLM, rows: Any, hidden: Tensor, target: Tensor, normalizer: float) -> Tensor:
         """The divergence of the student's multi-token prediction from what the teacher gives when it is there, the mean
         over steps. Its own layers alone are trained by it: not what they read, nor the head."""
-        assert isinstance(self.teacher, HybridLM)
         shape, loss = (*rows.input_ids.shape, -1), hidden.new_zeros((), dtype=torch.float32)
         hidden, target = hidden.detach().view(shape), target.view(shape)
         embedded = student.embed(rows.input_ids).detach()
@@ -124,7 +131,7 @@ class Distillation:
                     states.flatten(0, 1),
                     student.head_weight.detach(),
                     target[:, step:].flatten(0, 1),
-                    self.teacher.head_weight,
+                    self.teacher_model.head_weight,
                     temperature=self.options.temperature,
                     divergence=self.options.divergence,
                     labels=labels,
@@ -136,7 +143,7 @@ class Distillation:
 
     def cached(self, teacher: CachedTeacher, student: HybridLM, rows: Any, normalizer: float) -> Tensor:
         hidden = states_of(student, rows).flatten(0, 1)
-        return linear_topk_kl(
+        return answer_loss(
             hidden,
             student.head_weight,
             teacher.targets(rows),
@@ -155,8 +162,10 @@ def distillation_loss(
     return Distillation(teacher, options, pairing)
 
 
-def check_cached(options: DistillLoss) -> None:
-    """Raises InputError for what a teacher's top-k tokens at temperature 1 do not tell."""
+def check_cached(options: DistillLoss, teacher: CachedTeacher) -> None:
+    """Raises InputError for what a cache's answers, at temperature 1, do not tell."""
+    if teacher.method == SAMPLE and not options.tail:
+        raise InputError("loss: a cache of draws has no tail to leave out; set tail=true, or take a top-k cache")
     if options.divergence != Divergence.FORWARD.option or options.temperature != 1:
         raise InputError(
             f"loss: a cached teacher gives forward KL at temperature 1, not divergence={options.divergence} at"

@@ -10,6 +10,7 @@ from typing import Any
 from ..kernels.divergence import DIVERGENCES, Divergence
 from ..models.errors import InputError
 from ..models.rounding import ROUNDINGS
+from .rollout_options import RolloutChanges, Rollouts, changed_rollouts
 
 SCHEDULES = ("cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
@@ -233,22 +234,31 @@ TrainChanges = dataclasses.make_dataclass(
 
 @dataclasses.dataclass(frozen=True)
 class StageOptions(TrainChanges):  # type: ignore[misc, valid-type]
-    """What a stage does otherwise than the whole; `tokens` stands for steps, as many as read that many tokens."""
+    """What a stage does otherwise than the whole; `tokens` stands for steps, as many as read that many tokens. Where
+    the whole has no rollouts, those of a stage begin from their defaults."""
 
     tokens: float | None = None
     seq_len: int | None = None
     batch: int | None = None
     evaluate_tokens: int | None = None
+    rollouts: RolloutChanges | None = None  # type: ignore[valid-type]
 
     @property
     def changes(self) -> dict[str, Any]:
-        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        found = given(dataclasses.asdict(self))
+        return found if self.rollouts is None else found | {"rollouts": given(found["rollouts"])}
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class DistillOptions:
     """What conf/distill/ sets: the loss, the schedule, and the tokens; `repack` cuts an epoch's rows anew. Each of
-    `stages` starts from the weights that the one before it left; none is one stage as it stands."""
+    `stages` starts from the weights that the one before it left; none is one stage as it stands. With `rollouts` some
+    rows, or all, are text that the student writes itself."""
 
     loss: DistillLoss
     train: TrainOptions
@@ -260,10 +270,13 @@ class DistillOptions:
     teacher_offload: bool = False
     teacher_correction: Correction | None = None
     stages: tuple[StageOptions, ...] = ()
+    rollouts: Rollouts | None = None
 
     def __post_init__(self) -> None:
         if self.seq_len < 1 or self.batch < 1:
             raise InputError(f"distill: seq_len ({self.seq_len}) and batch ({self.batch}) must be at least 1")
+        if not self.stages and self.own_rows:
+            self.check_rollouts()
         if self.teacher_dtype not in (None, *TEACHER_DTYPES):
             raise InputError(f"dtype {self.teacher_dtype!r} is unknown; known: {', '.join(TEACHER_DTYPES)}")
         if self.loss.mtp_weight and self.train.context_parallel > 1:
@@ -282,9 +295,10 @@ class DistillOptions:
         tokens = changes.pop("tokens", None)
         if tokens is not None and "steps" in changes:
             raise InputError(f"{where} has both tokens and steps; give one of the two")
+        rollouts = changed_rollouts(self.rollouts, changes.pop("rollouts", None))
         own = {name: changes.pop(name) for name in ("seq_len", "batch", "evaluate_tokens") if name in changes}
         train = dataclasses.replace(self.train, **changes)
-        stage = dataclasses.replace(self, train=train, stages=(), **own)
+        stage = dataclasses.replace(self, train=train, stages=(), rollouts=rollouts, **own)
         if tokens is None:
             return stage
         if not tokens >= 1:
@@ -294,6 +308,46 @@ class DistillOptions:
     def steps_for(self, tokens: float) -> int:
         """As many as read that many tokens."""
         return math.ceil(tokens / (self.batch * self.seq_len))
+
+    def check_rollouts(self) -> None:
+        """Raises InputError where the student's own rows do not go with the other options."""
+        rollouts, loss = self.rollouts, self.loss
+        assert rollouts is not None
+        if rollouts.width > self.seq_len:
+            raise InputError(
+                f"distill.rollouts: prompt_tokens ({rollouts.prompt_tokens}) and new_tokens ({rollouts.new_tokens})"
+                f" make {rollouts.width}, and rows have {self.seq_len} tokens (distill.seq_len); give fewer, or longer"
+                " rows"
+            )
+        if self.train.context_parallel > 1:
+            raise InputError(
+                "distill.rollouts: the student writes whole rows, and context_parallel is"
+                f" {self.train.context_parallel}; set it to 1"
+            )
+        if greatest(loss.kl_weight) == 0:
+            raise InputError(
+                "distill.rollouts: on its own text the student learns from the teacher alone; give a kl_weight above 0"
+            )
+        if self.own_rows == self.batch and greatest(loss.ce_weight) > 0:
+            raise InputError(
+                "distill.rollouts: ce_weight counts on rows of the text, and there is none; give ce_weight=0, or"
+                " a share below 1"
+            )
+        if rollouts.estimator != "full" and loss.temperature != 1:
+            raise InputError(
+                f"distill.rollouts.estimator={rollouts.estimator} is at temperature 1, not loss.temperature="
+                f"{loss.temperature:g}; change it, or take estimator=full"
+            )
+
+    @property
+    def own_rows(self) -> int:
+        """Rows of a batch that the student writes itself."""
+        return 0 if self.rollouts is None else self.rollouts.rows(self.batch)
+
+    @property
+    def text_rows(self) -> int:
+        """Rows of a batch that are read from the text."""
+        return self.batch - self.own_rows
 
     @property
     def rows(self) -> int:
@@ -312,7 +366,7 @@ class DistillOptions:
         options = dataclasses.asdict(self) | {"stages": stages}
         for train in (options["train"], *stages):
             train.pop(SPLIT, None)
-        return {name: value for name, value in options.items() if name != "stages" or value}
+        return {name: value for name, value in options.items() if value or name not in ("stages", "rollouts")}
 
     def correction(self) -> DistillOptions:
         """How the teacher is trained before it teaches."""
@@ -320,4 +374,4 @@ class DistillOptions:
         assert correction is not None
         steps = correction.steps or self.steps_for(correction.tokens)
         train = dataclasses.replace(self.train, steps=steps, learning_rate=correction.learning_rate)
-        return dataclasses.replace(self, train=train, repack=True, teacher_correction=None, stages=())
+        return dataclasses.replace(self, train=train, repack=True, teacher_correction=None, stages=(), rollouts=None)

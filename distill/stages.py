@@ -18,16 +18,33 @@ from .parallel import Trained
 from .state import METRICS, Say, drop_damaged, fill_weights, states
 from .text.mixture import Text
 from .text.packing import Batch
+from .text.prompts import Prompts, prompt_batches
 
 SEEDS_APART = 1000  # the seeds of two stages, so that the second does not begin with the first one's text
 
 
 def stage_batches(text: Text, how: DistillOptions, stage: int, seed: int, start: int = 0) -> Iterator[Batch]:
     """What a stage is trained on, from the step `start` to its last."""
-    source = text.train_batches(
-        batch_size=how.batch, seq_len=how.seq_len, seed=seed + SEEDS_APART * stage, start=start, repack=how.repack
-    )
+    own = seed + SEEDS_APART * stage
+    source: Iterator[Batch]
+    if how.rollouts is None or not how.own_rows:
+        source = text.train_batches(batch_size=how.batch, seq_len=how.seq_len, seed=own, start=start, repack=how.repack)
+    else:
+        source = prompt_batches(
+            text, rows=how.batch, own_rows=how.own_rows, seq_len=how.seq_len, width=how.rollouts.width,
+            prompt_tokens=how.rollouts.prompt_tokens, seed=own, start=start, repack=how.repack,
+        )  # fmt: skip
     return itertools.islice(source, how.train.steps - start)
+
+
+def check_text(text: Text, how: DistillOptions) -> None:
+    """Raises InputError where the text does not fill a stage's batches, or has no prompt for it."""
+    if how.text_rows:
+        text.batches_per_epoch(how.text_rows, how.seq_len)
+    if how.rollouts is not None and how.own_rows:
+        prompts = Prompts(text, how.rollouts.prompt_tokens, 0)
+        for corpus in prompts.corpora:
+            Prompts(corpus, prompts.length, 0)[0]
 
 
 def current_stage(folders: Sequence[Path], say: Say = print) -> int:

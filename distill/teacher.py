@@ -1,4 +1,5 @@
-"""A teacher's top-k tokens, written once, and read in any order, batch size or number of processes.
+"""A teacher's answers, its top-k tokens or draws from its distribution, written once, and read in any order, batch
+size or number of processes.
 
 What a teacher says at a token follows from the row it stands in: the tokens before it, back to where its document or
 the row began. So a row is known by its content, a 128-bit hash of its token ids and of where documents begin in it, and
@@ -8,7 +9,8 @@ document would be of use to more rows, but not true: the teacher would have read
 
 A file `rows-NNNNN.safetensors` holds for each of its rows the key [16], and for each token the ids of the top-k tokens
 (the low 16 bits, and bits 16 to 23 in a byte where the vocabulary has more than 65,536), their log-probabilities
-and the logarithm of all others' mass. Shapes: [B] rows, [T] tokens, [k] top-k tokens.
+and the logarithm of all others' mass; or the ids that were drawn, the id of the argmax, and the entropy. What is drawn
+at a row follows from its key. Shapes: [B] rows, [T] tokens, [k] top-k tokens or draws.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..kernels.linear_topk_kl import TopK, linear_topk, linear_topk_kl
+from ..kernels.linear_draws_kl import Draws, linear_draws, linear_draws_kl
+from ..kernels.linear_topk_kl import LinearTopKKL, TopK, linear_topk, linear_topk_kl
 from ..models import processes
 from ..models.errors import InputError
 from ..models.folder import write_json
@@ -38,26 +41,37 @@ INDEX = "cache.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LOW = 65536
 KEY = 16
+TOP_K, SAMPLE = "top_k", "sample"
+METHODS = (TOP_K, SAMPLE)
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
-    """the top `k` tokens of a position, log-probabilities in `dtype`, files of about `shard_bytes`."""
+    """By `method` the top `k` tokens of a position, or `k` draws ("sample"); log-probabilities and entropies in
+    `dtype`, files of about `shard_bytes`."""
 
     k: int = 64
     dtype: str = "float16"
     shard_bytes: int = 2**27
+    method: str = TOP_K
 
     def __post_init__(self) -> None:
         if self.k < 1 or self.shard_bytes < 1:
             raise InputError(f"cache: k ({self.k}) and shard_bytes ({self.shard_bytes}) must be at least 1")
         if self.dtype not in DTYPES:
             raise InputError(f"cache: dtype {self.dtype!r} is unknown; known: {', '.join(DTYPES)}")
+        if self.method not in METHODS:
+            raise InputError(f"cache: method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options that a fingerprint is made of: those of a cache from before there were methods stay its."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("method", TOP_K)}
 
     def bytes_per_token(self, vocabulary: int) -> int:
         """Without the key, 16 bytes a row."""
-        width = DTYPES[self.dtype].itemsize
-        return self.k * (2 + (vocabulary > LOW) + width) + width
+        width, name = DTYPES[self.dtype].itemsize, 2 + (vocabulary > LOW)
+        return (self.k + 1) * name + width if self.method == SAMPLE else self.k * (name + width) + width
 
 
 def row_keys(input_ids: Tensor, seq_idx: Tensor) -> list[bytes]:
@@ -97,11 +111,11 @@ def write_cache(
 ) -> None:
     """The teacher's answers to all rows of the batches, given with how many rows of each go through it at once, as
     files in an existing folder. Rows that stand there already are skipped; of many processes each runs a whole
-    teacher of its own on its share. `on_rows` is told of every row, skipped or not. Raises InputError where k is beyond
-    the vocabulary.
+    teacher of its own on its share. `on_rows` is told of every row, skipped or not. Raises InputError where a top k is
+    beyond the vocabulary.
     """
     vocabulary = teacher.config.vocab_size
-    if options.k > vocabulary:
+    if options.method == TOP_K and options.k > vocabulary:
         raise InputError(f"cache: k is {options.k}, beyond the vocabulary's {vocabulary}")
     if processes.rank() == 0:
         for leftover in folder.glob("rows-*.partial"):  # of a kill
@@ -150,19 +164,29 @@ def answers_to(
     device = teacher.head_weight.device
     ids, seq_idx = (tensor[list(rows)].to(device) for tensor in (batch.input_ids, batch.seq_idx))
     hidden = teacher.hidden_states(ids, seq_idx=seq_idx).flatten(0, 1)
-    top = linear_topk(hidden, teacher.head_weight, options.k)
-    shape = (*ids.shape, options.k)
-    dtype = DTYPES[options.dtype]
-    kept = {
-        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(len(keys), KEY),
-        "ids": (top.ids % LOW).to(torch.int32).to(torch.int16),  # the same 16 bits
-        "log_probs": top.log_probs.to(dtype),
-        "log_tail": top.log_tail.to(dtype),
-    }
-    if teacher.config.vocab_size > LOW:
-        kept["ids_high"] = (top.ids // LOW).to(torch.uint8)
-    shapes = {"keys": kept["keys"].shape, "log_tail": shape[:2]}
-    return {name: tensor.reshape(shapes.get(name, shape)).cpu() for name, tensor in kept.items()}
+    dtype, shape = DTYPES[options.dtype], tuple(ids.shape)
+    kept = {"keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).reshape(len(keys), KEY)}
+    named: dict[str, Tensor] = {}
+    if options.method == SAMPLE:
+        drawn = linear_draws(hidden, teacher.head_weight, options.k, row_offsets(keys, shape[1]).flatten().to(device))
+        named |= {"ids": drawn.ids.sort(-1).values.reshape(*shape, options.k), "first": drawn.first.reshape(shape)}
+        kept["entropy"] = drawn.entropy.to(dtype).reshape(shape)
+    else:
+        top = linear_topk(hidden, teacher.head_weight, options.k)
+        named["ids"] = top.ids.reshape(*shape, options.k)
+        kept |= {"log_probs": top.log_probs.to(dtype).reshape(*shape, options.k)}
+        kept |= {"log_tail": top.log_tail.to(dtype).reshape(shape)}
+    for name, numbers in named.items():
+        kept[name] = (numbers % LOW).to(torch.int32).to(torch.int16)  # the same 16 bits
+        if teacher.config.vocab_size > LOW:
+            kept[f"{name}_high"] = (numbers // LOW).to(torch.uint8)
+    return {name: tensor.cpu() for name, tensor in kept.items()}
+
+
+def row_offsets(keys: Sequence[bytes], tokens: int) -> Tensor:
+    """The random numbers [B, T] in [0, 1) of the draws of some rows, each from its key."""
+    generators = [torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1) for key in keys]
+    return torch.stack([torch.rand(tokens, dtype=torch.float64, generator=each) for each in generators])
 
 
 def finish_cache(folder: Path, vocabulary: int, tokenizer: str, options: CacheOptions) -> dict[str, Any]:
@@ -170,9 +194,10 @@ def finish_cache(folder: Path, vocabulary: int, tokenizer: str, options: CacheOp
     rows = tokens = 0
     for path in shards(folder):
         with open_shard(path) as file:
-            shape = file.get_slice("log_tail").get_shape()
+            shape = file.get_slice("ids").get_shape()
         rows, tokens = rows + shape[0], tokens + shape[0] * shape[1]
     facts = {
+        "method": options.method,
         "k": options.k,
         "dtype": options.dtype,
         "vocab_size": vocabulary,
@@ -193,11 +218,16 @@ class CachedTeacher:
         try:
             facts = read_object(folder / INDEX)
             self.vocab_size, self.k, self.tokenizer = facts["vocab_size"], facts["k"], facts["tokenizer"]
+            self.method = facts.get("method", TOP_K)  # caches from before there were methods
         except (OSError, ValueError, KeyError):
             raise InputError(
                 f"{folder} is no finished cache of a teacher ({INDEX} is missing or broken);"
                 " limbeck cache-teacher makes one"
             ) from None
+        if self.method not in METHODS:
+            raise InputError(
+                f"{folder} was made by the method {self.method!r}; known: {', '.join(METHODS)} (a newer version's?)"
+            )
         self.files = [open_shard(path) for path in shards(folder)]
         self.places = {
             key: (file, row) for file, path in enumerate(shards(folder)) for row, key in enumerate(read_keys(path))
@@ -217,7 +247,7 @@ class CachedTeacher:
                 " steps or with another seed, seq_len, batch, repack or evaluate_tokens; make it with distill's options"
             )
 
-    def targets(self, rows: Any) -> TopK:
+    def targets(self, rows: Any) -> TopK | Draws:
         """The answers to rows [B, T], as [B * T, k]; of a part of rows, to its tokens alone. Raises InputError where a
         row is not there."""
         parts: dict[str, list[Tensor]] = {}
@@ -235,10 +265,24 @@ class CachedTeacher:
                     parts.setdefault(name, []).append(self.files[file].get_slice(name)[row : row + 1, own][0])
         device = rows.input_ids.device
         stored = {name: torch.cat(tensors).to(device) for name, tensors in parts.items()}
-        ids = stored["ids"].to(torch.int64) % LOW
-        if "ids_high" in stored:
-            ids += stored["ids_high"].to(torch.int64) * LOW
-        return TopK(ids, stored["log_probs"].float(), stored["log_tail"].float())
+
+        def tokens(name: str) -> Tensor:
+            numbers = stored[name].to(torch.int64) % LOW
+            return numbers + stored[high].to(torch.int64) * LOW if (high := f"{name}_high") in stored else numbers
+
+        if self.method == SAMPLE:
+            return Draws(tokens("ids"), stored["entropy"].float(), tokens("first"))
+        return TopK(tokens("ids"), stored["log_probs"].float(), stored["log_tail"].float())
+
+
+def answer_loss(
+    hidden: Tensor, head: Tensor, target: TopK | Draws, *, tail: bool = True, **options: Any
+) -> LinearTopKKL:
+    """The loss of hidden states [T, H] under a head [V, H] against a cache's answers: `linear_topk_kl`, where `tail`
+    counts, or `linear_draws_kl`, of the same further options."""
+    if isinstance(target, Draws):
+        return linear_draws_kl(hidden, head, target, **options)
+    return linear_topk_kl(hidden, head, target, tail=tail, **options)
 
 
 @torch.no_grad()
@@ -246,8 +290,8 @@ def cached_gap(
     teacher: CachedTeacher, student: HybridLM, batches: Iterable[Any], split: RowSplit | None = None
 ) -> dict[str, float]:
     """A student's held-out figures against the answers of a cache: cross-entropy (nats a token), bits per byte, KL over
-    the k + 1 buckets (never more than that of all tokens), and the share of tokens with the same argmax. With a `split`
-    rows go through the student in parts.
+    the k + 1 buckets (never more than that of all tokens) or its estimate from the draws, and the share of tokens with
+    the same argmax. With a `split` rows go through the student in parts.
     """
     sums = torch.zeros(3, dtype=torch.float64)
     tokens = text_bytes = 0
@@ -255,7 +299,7 @@ def cached_gap(
         rows = batch.to(student.head_weight.device)
         hidden = whole_states(student, rows.input_ids, rows.seq_idx, split).flatten(0, 1)
         labels = rows.labels.flatten()
-        loss = linear_topk_kl(hidden, student.head_weight, teacher.targets(rows), labels=labels)
+        loss = answer_loss(hidden, student.head_weight, teacher.targets(rows), labels=labels)
         assert loss.cross_entropy is not None
         sums += torch.stack([part.double().sum() for part in (loss.cross_entropy, loss.kl, loss.agreement)]).cpu()
         tokens, text_bytes = tokens + int((labels >= 0).sum()), text_bytes + int(rows.n_bytes.sum())

@@ -1,5 +1,5 @@
-"""`limbeck cache-teacher`: the teacher's top-k tokens at every token that `limbeck distill` will read with the same
-teacher, data, seed and distill options. Killed, the same command resumes where it was."""
+"""`limbeck cache-teacher`: the teacher's top-k tokens, or draws from its distribution, at every token that `limbeck
+distill` will read with the same teacher, data, seed and distill options. Killed, the same command resumes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 from ..distill.options import DistillOptions
 from ..distill.stages import stage_batches
-from ..distill.teacher import CacheOptions, finish_cache, write_cache
+from ..distill.teacher import TOP_K, CacheOptions, finish_cache, write_cache
 from ..distill.text.mixture import Text
 from ..distill.text.packing import Batch
 from ..models import processes
 from ..models.checkpoint import load_model
 from ..models.device import torch_device, torch_dtype
+from ..models.errors import InputError
 from ..models.folder import sha256_file
 from .distill import held_out
 from .run.resolve import NamedData, corpus, data_input, model_folder
@@ -34,11 +35,18 @@ class Options:
     cache: CacheOptions
     distill: DistillOptions
 
+    def __post_init__(self) -> None:
+        if any(how.own_rows for how in self.distill.plan()):
+            raise InputError(
+                "cache-teacher: a student with distill.rollouts is yet to write what it reads, and nothing of it can be"
+                " cached; leave them out"
+            )
+
 
 def run(options: Options) -> None:
     source, how = model_folder(options.teacher), options.distill
     chosen = {
-        "cache": options.cache,
+        "cache": options.cache.chosen,
         "rows": [[part.train.steps, part.batch, part.seq_len, part.evaluate_tokens] for part in how.plan()],
         "repack": how.repack,
         "seed": options.seed,
@@ -60,6 +68,7 @@ def run(options: Options) -> None:
                 finish_cache(work.folder, teacher.config.vocab_size, tokenizer, options.cache)
     facts = read_json(options.output / "cache.json")
     rows = [(name, f"{facts[name]:,}") for name in ("k", "rows", "tokens")]
+    rows.insert(0, ("method", facts.get("method", TOP_K)))
     rows.append(("bytes a token", f"{facts['bytes_per_token']:,.1f}"))
     table(f"Cached {options.teacher}", ("", ""), rows)
     result(options.output, {"cache": str(options.output), **facts})

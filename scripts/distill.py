@@ -10,17 +10,19 @@ from typing import Any
 
 from ..distill.average import write_trained
 from ..distill.hidden import Pairing, make_pairing
-from ..distill.losses import Distillation, cross_entropy_loss
+from ..distill.losses import cross_entropy_loss
 from ..distill.options import DistillOptions, greatest
 from ..distill.parallel import Trained, check_share, load_frozen, load_trained, process_device
-from ..distill.stages import current_stage, hand_on, join_metrics, stage_batches
+from ..distill.rollouts import check_student, stage_loss
+from ..distill.stages import SEEDS_APART, check_text, current_stage, hand_on, join_metrics, stage_batches
 from ..distill.teacher import CachedTeacher
 from ..distill.teaching import cache_fingerprint, held_out_figures, kept_of, open_cache
 from ..distill.text.packing import Batch
 from ..distill.trainer import train
 from ..models import processes
-from ..models.checkpoint import check_forward
+from ..models.checkpoint import check_forward, load_config
 from ..models.errors import InputError
+from ..models.generate.writer import stop_tokens
 from ..models.hybrid import HybridLM
 from ..models.row_split import row_split
 from ..models.tokenizer import check_agreement
@@ -49,6 +51,11 @@ class Options:
             raise InputError(
                 "distill: teacher_cache holds what the teacher said as it was; leave teacher_correction out, and cache"
                 " the corrected teacher"
+            )
+        if self.teacher_cache is not None and any(how.own_rows for how in self.distill.plan()):
+            raise InputError(
+                "distill: teacher_cache has no answer to text that the student is yet to write; leave it or"
+                " distill.rollouts out"
             )
 
     @property
@@ -110,8 +117,10 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     with processes.together():
         for note in check_agreement(teacher_folder, student_folder):
             say(f"note: {note}")
+        config = load_config(student_folder)
         for how in plan:
             check_share(how.batch, how.seq_len, how.train.context_parallel)
+            check_student(how, config.max_position_embeddings, not options.shard or processes.count() == 1)
     ahead = any(how.loss.mtp_weight for how in plan)
     student = load_trained(student_folder, dtype, process_device(torch_device(options.device)), options.shard, ahead)
     teacher, pairing = open_teacher(work, teacher_folder, student_folder, student, options)
@@ -119,16 +128,17 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     with processes.together():
         text = corpus(options.data, "train", student_folder)
         for number, how in enumerate(plan):
-            text.batches_per_epoch(how.batch, how.seq_len)
+            check_text(text, how)
             if isinstance(teacher, CachedTeacher):  # what one that was made for something else is most likely to lack
                 last = stage_batches(text, how, number, seed, how.train.steps - 1)
                 teacher.check_holds([*last, *held_out(options.data, student_folder, how, seed)])
         if processes.rank() == 0:
             work.content()  # a damaged input shows before the first step
-        say_epochs(text, [(how.train.steps * how.batch, how.seq_len) for how in plan])
+        say_epochs(text, [(how.train.steps * how.text_rows, how.seq_len) for how in plan])
     training = work.folder / "training"
     folders = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
     configs = student.model.config, teacher.config if isinstance(teacher, HybridLM) else None
+    ends = stop_tokens(student_folder, student.model.config)
     with journal(options.wandb, work.folder, options.output.name, work.options) as note_down:
         for number in range(current_stage(folders, say), len(plan)):
             how = plan[number]
@@ -136,7 +146,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
             title = f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling"
             with training_bar(title, how.train.steps, note_down) as on_step:
                 train(
-                    student, Distillation(teacher, how.loss, pairing),
+                    student, stage_loss(teacher, how, pairing, seed + SEEDS_APART * number, ends),
                     functools.partial(stage_batches, text, how, number, seed), how.train, folders[number],
                     evaluate=functools.partial(
                         held_out_figures, teacher, sample=measured, context_parallel=how.train.context_parallel

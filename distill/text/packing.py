@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -44,14 +44,14 @@ class Batch:
     weights: Tensor | None = None
     parts: Tensor | None = None
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
         columns = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Batch(*(None if column is None else change(column) for column in columns))  # type: ignore[arg-type]
+        return type(self)(*(None if column is None else change(column) for column in columns))  # type: ignore[arg-type]
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         return self.each(lambda column: column.to(device))
 
-    def rows(self, start: int, stop: int) -> Batch:
+    def rows(self, start: int, stop: int) -> Self:
         """Some of the rows."""
         return self.each(lambda column: column[start:stop])
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...distill.options import DistillOptions
 from ...distill.report.gap_rows import won_back
+from ...distill.stages import check_text
 from ...models.axes import AXES, AxisRow
 from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
@@ -105,7 +106,7 @@ def check_feasible(data: NamedData, source: Path, rounds: Sequence[Round]) -> No
     for one in rounds:
         with named_round(one.name):
             for how in one.distill.plan():
-                text.batches_per_epoch(how.batch, how.seq_len)
+                check_text(text, how)
 
 
 def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:
