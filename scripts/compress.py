@@ -35,13 +35,14 @@ from .run.resolve import NamedData, data_input, model_config, model_folder
 from .run.rounds import Round, check_feasible, from_plain, print_figures, rehearse, rounds_of, student_folders
 from .run.show import console, read_json, result, say
 from .run.stage import check_ours, many_processes, owned_by_run, stage
+from .run.tracking import Tracked
 
 # What only the last stages read: another value makes these anew, and leaves the rest as it is.
 LATE = ("evaluate_tokens", "export_dtype", "hardware", "fit")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Tracked):
     model: str
     data: NamedData | None
     output: Path | None
@@ -139,7 +140,7 @@ def distill_round(
     options: Options, teacher: str, student: Path, one: Round, folder: Path, cache: Path | None = None
 ) -> None:
     distill.run(distill.Options(teacher, str(student), output=folder, seed=one.seed, distill=one.distill,
-                                teacher_cache=cache, **shared(options)))  # fmt: skip
+                                teacher_cache=cache, **options.tracking, **shared(options)))  # fmt: skip
 
 
 def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], out: Path) -> None:
@@ -156,7 +157,15 @@ def claim(options: Options, data: NamedData, root: Path) -> None:
     where a stage could not do what is wanted of it."""
     source, rounds = model_folder(options.model), options.plan()
     content = plain(options) | {"distill": options.distill.chosen}
-    for name in ("output", "device", "data", "dry_run", *LATE, *(() if options.rounds else ("rounds",))):
+    for name in (
+        "output",
+        "device",
+        "data",
+        "dry_run",
+        *LATE,
+        *options.tracking,
+        *(() if options.rounds else ("rounds",)),
+    ):
         content.pop(name)
     known = {"scores", "plain", "pruned", "distilled", "gap", "exported", "run", "report", "result.json"}
     check_ours(root, known | {one.name for one in rounds}, root / "run")

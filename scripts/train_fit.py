@@ -18,7 +18,7 @@ from ..prune.rounds import in_kinds, leftovers, plan_cuts
 from ..prune.target import Target
 from . import compress
 from .run.resolve import model_config, torch_dtype
-from .run.show import gib, say, table
+from .run.show import gib, say, table, told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ def run(options: Options) -> None:
         print_knobs(name, found)
     if options.output is not None:
         with atomic_folder(options.output) as folder:
-            write_json(folder / "result.json", as_json(options, stages, turns, budget))
+            content = as_json(options, stages, turns, budget)
+            write_json(folder / "result.json", told(folder, content, options.output))
         say(f"result: {options.output / 'result.json'}")
     if turns:
         worst = max(stages, key=lambda stage: stage.report.total)
