@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 
 import torch
-
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.cost.hardware import GIB
 from limbeck.models.cost.parameters import count_parameters
