@@ -42,7 +42,7 @@ def main() -> None:
         how = Training(micro_batch=1, seq_len=row, batch=2 * given.gpus, checkpointing=True, teacher="online",
                        teacher_dtype=torch.bfloat16, processes=given.gpus)  # fmt: skip
         held = train_memory(student, teacher, how).total
-        print(f"| {name} | {count_parameters(student):,} | {tokens:.0e} | {row:,} | {flops:.2e} | {hours:,.0f} |"
+        print(f"| {name} | {count_parameters(student):,} | {tokens / 1e9:g} 10^9 | {row:,} | {flops:.2e} | {hours:,.0f} |"
               f" {held / GIB:.1f} GiB |")  # fmt: skip
     print(f"\ncomputed: {card.name}, {given.peak_share:.0%} of {card.bf16_tflops:g} TFLOP/s, {given.gpus} GPUs (FSDP2)")
     print("\n".join(f"- {key}: {value}" for key, value in provenance().items()))

@@ -363,8 +363,9 @@ def test_a_wheel_has_everything(tmp_path: Path) -> None:
     subprocess.run([*wheel, str(tmp_path), str(tmp_path / "source")], check=True, capture_output=True)
     (found,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(found).namelist())
-    folders = ("benchmarks", "conf", "distill", "kernels", "models", "prune", "scripts", "tests")
+    folders = ("benchmarks", "conf", "distill", "kernels", "models", "prune", "scripts")
     wanted = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     wanted = [path for path in wanted if "__pycache__" not in path.parts]
     missing = {f"limbeck/{path.relative_to(ROOT).as_posix()}" for path in wanted} - names
     assert not missing and "limbeck/py.typed" in names
+    assert not [name for name in names if name.startswith(("limbeck/tests/", "limbeck/docs/"))]
