@@ -42,8 +42,9 @@ def main() -> None:
         how = Training(micro_batch=1, seq_len=row, batch=2 * given.gpus, checkpointing=True, teacher="online",
                        teacher_dtype=torch.bfloat16, processes=given.gpus)  # fmt: skip
         held = train_memory(student, teacher, how).total
-        print(f"| {name} | {count_parameters(student):,} | {tokens / 1e9:g} 10^9 | {row:,} | {flops:.2e} | {hours:,.0f} |"
-              f" {held / GIB:.1f} GiB |")  # fmt: skip
+        cells = (name, f"{count_parameters(student):,}", f"{tokens / 1e9:g} 10^9", f"{row:,}", f"{flops:.2e}",
+                 f"{hours:,.0f}", f"{held / GIB:.1f} GiB")  # fmt: skip
+        print(f"| {' | '.join(cells)} |")
     print(f"\ncomputed: {card.name}, {given.peak_share:.0%} of {card.bf16_tflops:g} TFLOP/s, {given.gpus} GPUs (FSDP2)")
     print("\n".join(f"- {key}: {value}" for key, value in provenance().items()))
 

@@ -155,7 +155,7 @@ def test_the_source_archive_has_docs_and_tests_and_the_wheel_neither() -> None:
     assert all((ROOT / name).is_file() for name in included)
     setup = PROJECT["tool"]["setuptools"]
     assert setup["include-package-data"] is False and "limbeck.tests" not in setup["packages"]
-    patterns = {place: globs for place, globs in setup["package-data"].items()}
+    patterns = setup["package-data"]
     assert patterns["limbeck"] == ["py.typed"], "a pattern at the root takes docs and tests"
     for place, globs in patterns.items():
         folder = ROOT.joinpath(*place.split(".")[1:])
