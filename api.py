@@ -36,12 +36,14 @@ from .models.config import HybridConfig
 from .models.cost.fit import Estimate, Fit
 from .models.cost.hardware import Hardware
 from .models.device import torch_device
-from .models.errors import InputError, guess
+from .models.errors import InputError
 from .models.generate.engine import Engine, Request
 from .models.generate.generate import end_tokens
 from .models.generate.sampling import Sampling
+from .models.hints import guess_option
 from .models.hybrid import HybridLM
 from .models.named import data_path, model_config, model_folder, read_hardware
+from .models.quantities import with_quantities
 from .models.tokenizer import check_vocabulary, load_tokenizer
 from .prune.choose import select
 from .prune.depth import random_layers, score_layers
@@ -102,9 +104,9 @@ def checked(cls: type[Options], where: str, **options: Any) -> Options:
     """A dataclass of options. Raises InputError where one is none of its fields, or of another type."""
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in options.keys() - set(known):
-        raise InputError(f"{where}: {name} is no option here{guess(name, known)}; known: {', '.join(known)}")
+        raise InputError(f"{where}: {name} is no option here{guess_option(name, known)}; known: {', '.join(known)}")
     try:
-        return TypeAdapter(cls).validate_python(options)
+        return TypeAdapter(cls).validate_python(with_quantities(options))
     except ValidationError as error:
         first = error.errors()[0]
     if isinstance(own := first.get("ctx", {}).get("error"), InputError):
@@ -189,16 +191,16 @@ def prune(
     seed: int = 0,
     **target: Any,
 ) -> HybridLM:
-    """A smaller model of the units that score highest. `target` is the size: `parameters=0.75` (a share, or a count),
-    `layers=`, `hidden_size=` and the other fields of `prune.target.Target`. `repair` on `data` rotates the stream and
-    refits the matrices; without data it rescales the norms alone."""
+    """A smaller model of the units that score highest. `target` is the size: `parameters=0.75` (a share, or "75%", or a
+    count, or "5B"), `layers=`, `hidden_size=` and the other fields of `prune.target.Target`. `repair` on `data` rotates
+    the stream and refits the matrices; without data it rescales the norms alone."""
     model = load(model)
     if isinstance(repair, bool):
         read = repair and data is not None
         repair = Repair(rotate=read, norms="count" if repair else "none", least_squares=read)
     if repair.needs_data and data is None:
         raise InputError("prune: this repair needs data=")
-    selection = select(model.config, scores.widths, scores.layers.order, Target(**target))
+    selection = select(model.config, scores.widths, scores.layers.order, Target(**with_quantities(target)))
     batches = read_sample(model, data, "train", tokens, seq_len, batch, seed) if data and repair.needs_data else []
     small = repair_model(model, selection, batches, repair)
     small.tokenizer = model.tokenizer

@@ -17,9 +17,9 @@ import enum
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from .config import HybridConfig
 
 
@@ -157,6 +157,8 @@ class TensorSpec:
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that it has in a model, or a folder, of `dtype`."""
+        import torch  # not above: the options of a command are the widths of this table, and are read without it
+
         return torch.promote_types(dtype, torch.float32) if self.is_precise else dtype
 
     @property

@@ -1,7 +1,8 @@
 """What made a folder (its limbeck.json): a stage's name, its inputs by sha256, its options, and versions.
 
-It holds no time or path, so that equal work gives equal bytes. The sums of large inputs are taken by a thread while
-the stage works: until they are known, files count as the same by name, size and time of change (their `look`).
+All that holds no time or path, so that equal work gives equal bytes; these stand in its `run`, apart from what is
+hashed. The sums of large inputs are taken by a thread while the stage works: until they are known, files count as the
+same by name, size and time of change (their `look`).
 It holds the sums of what the stage left, too: whoever reads the folder next finds what has been damaged since.
 """
 
@@ -17,8 +18,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import __version__
 from .errors import InputError
 from .folder import sha256_file, sha256_files, write_json
@@ -28,7 +27,9 @@ PROVENANCE = "limbeck.json"
 RESULT = "result.json"
 SPEED = "speed.jsonl"  # what a training took, by steps: it differs from run to run, and is no part of the result
 LOG = "log.txt"  # what a stage said of its progress, by the clock
-LOGS = "wandb"
+RUN = "run"  # of limbeck.json: command, host, times, paths and sizes, in no sum
+PAGES = ("gap.html", "report.html")  # say when and how long, and are made from files that are hashed
+LOGS = ("wandb", "tensorboard")
 
 
 class MadeOtherwise(InputError):
@@ -51,6 +52,8 @@ class Fingerprint:
         return digest(self.with_inputs(look_of))
 
     def with_inputs(self, describe: Callable[[Path | str], Any]) -> dict[str, Any]:
+        import torch  # names of files are wanted of this module before it
+
         return {
             "made_by": f"limbeck {self.name}",
             "inputs": {key: describe(value) for key, value in self.inputs.items()},
@@ -115,8 +118,7 @@ class Fingerprint:
         its files (those `apart`, which go, aside) and of all that itself."""
         content = self.unchanged_content() | dict(notes)  # first: its thread writes into the folder until it ends
         files = [file for file in content_files(folder) if file.relative_to(folder).parts[0] not in apart]
-        content |= {"files": sha256_files(folder, files)}
-        return content | {"sum": digest(content)}
+        return summed(content | {"files": sha256_files(folder, files)})
 
     def check_finished(self, folder: Path) -> None:
         """Raises InputError unless the folder is whole (MadeOtherwise, where it is) and was made of just this."""
@@ -154,6 +156,12 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a folder says of the run that made it: command, host, times, paths and sizes; nothing where it does not."""
+    run = read_provenance(folder).get(RUN)
+    return run if isinstance(run, dict) else {}
+
+
 def files_of(folder: Path) -> list[Path]:
     """The files below a folder that are its content; see `content_files` for one of ours."""
     if (folder / PROVENANCE).is_file():
@@ -163,10 +171,14 @@ def files_of(folder: Path) -> list[Path]:
 
 def content_files(folder: Path) -> list[Path]:
     """The files of a folder of ours: not what made it, nor result.json, which is written once it is finished, nor what
-    holds times (speed.jsonl, log.txt, the logs in wandb/)."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (SPEED, LOG))
-    files = [file for file in files if file not in (folder / PROVENANCE, folder / RESULT)]
-    return [file for file in files if folder / LOGS not in file.parents]
+    holds times (speed.jsonl, log.txt, pages, the logs in wandb/ and tensorboard/)."""
+    return sorted(file for file in folder.rglob("*") if file.is_file() and is_content(file.relative_to(folder)))
+
+
+def is_content(name: Path) -> bool:
+    """Whether a file of a folder of ours, by its path in there, is part of what is hashed."""
+    apart = name.parts[0] in (PROVENANCE, RESULT, *PAGES) if len(name.parts) == 1 else name.parts[0] in LOGS
+    return not apart and name.name not in (SPEED, LOG)
 
 
 def fingerprint_of(value: Path | str) -> str:
@@ -191,12 +203,24 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
     if isinstance(made, dict) and "sum" not in made and "files" not in made:
         return  # of no stage (a model that ships), or from before there were sums
     what = f"remove {folder} to make it anew, or its {PROVENANCE} alone to take it as it is"
-    if not isinstance(made, dict) or made.get("sum") != digest({k: v for k, v in made.items() if k != "sum"}):
+    if not isinstance(made, dict) or not holds_sum(made) or not holds_sum(made.get(RUN)):
         raise InputError(f"{path} is damaged; {what}")
     for name, expected in made["files"].items():
-        if sums.get(name) != expected:
+        if is_content(Path(name)) and sums.get(name) != expected:
             state = "missing" if name not in sums else "not as it was left: damaged, or changed by hand"
             raise InputError(f"{folder / name} is {state} ({made['made_by']} left it); {what}")
+
+
+def summed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with a sum of all of it, but for `run`, which has its own."""
+    return {**content, "sum": digest({key: value for key, value in content.items() if key != RUN})}
+
+
+def holds_sum(content: Any) -> bool:
+    """Whether what `summed` gave is still so; None (of a folder from before there was a `run`) is."""
+    if not isinstance(content, dict):
+        return content is None
+    return content.get("sum") == digest({key: value for key, value in content.items() if key not in ("sum", RUN)})
 
 
 def look_of(value: Path | str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .fingerprint import read_provenance
+from .fingerprint import LOG, PROVENANCE, RESULT, RUN, read_provenance
 from .foreign import first_line
 from .schema import read_index
 from .shards import INDEX, SINGLE
@@ -33,7 +34,7 @@ SMALL = (
 )  # fmt: skip
 TERMS = re.compile(r"(licen[cs]e|notice|copying)([-._][^/]*)?", re.IGNORECASE)
 AT_ONCE = 4  # transfers
-LOCAL = ("result.json",)  # of a folder, what says where it lies
+LOCAL = (RESULT, LOG)  # of a folder, what says where it lies, and when it was made
 log = logging.getLogger("limbeck")
 
 
@@ -157,7 +158,12 @@ def push_folder(folder: Path, name: str, dry: bool) -> list[Path]:
         try:
             api = huggingface_hub.HfApi()
             api.create_repo(name, private=True, exist_ok=True)
-            api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=list(LOCAL))
+            made = read_provenance(folder)
+            own = [PROVENANCE] if made else []  # without what it says of this machine
+            api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[*LOCAL, *own])
+            if made:
+                text = json.dumps({key: value for key, value in made.items() if key != RUN}, indent=2)
+                api.upload_file(path_or_fileobj=text.encode(), path_in_repo=PROVENANCE, repo_id=name)
         except Exception as error:  # no network, no login, no right to write
             raise InputError(
                 f"push={name}: the hub does not take it ({first_line(error)}); log in with `hf auth login`, and run the"

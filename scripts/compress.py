@@ -31,17 +31,20 @@ from ..prune.repair import RepairOptions
 from ..prune.scoring import Importance
 from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
+from .run.facts import run_facts
 from .run.resolve import NamedData, data_input, model_config, model_folder
 from .run.rounds import Round, check_feasible, from_plain, print_figures, rehearse, rounds_of, student_folders
 from .run.show import console, read_json, result, say
 from .run.stage import check_ours, many_processes, owned_by_run, stage
+from .run.tracking import Tracked
 
+APART = ("output", "device", "data", "dry_run")  # no options of the run's; data is an input
 # What only the last stages read: another value makes these anew, and leaves the rest as it is.
 LATE = ("evaluate_tokens", "export_dtype", "hardware", "fit")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Tracked):
     model: str
     data: NamedData | None
     output: Path | None
@@ -140,7 +143,7 @@ def distill_round(
     options: Options, teacher: str, student: Path, one: Round, folder: Path, cache: Path | None = None
 ) -> None:
     distill.run(distill.Options(teacher, str(student), output=folder, seed=one.seed, distill=one.distill,
-                                teacher_cache=cache, **shared(options)))  # fmt: skip
+                                teacher_cache=cache, **options.tracking, **shared(options)))  # fmt: skip
 
 
 def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], out: Path) -> None:
@@ -157,7 +160,7 @@ def claim(options: Options, data: NamedData, root: Path) -> None:
     where a stage could not do what is wanted of it."""
     source, rounds = model_folder(options.model), options.plan()
     content = plain(options) | {"distill": options.distill.chosen}
-    for name in ("output", "device", "data", "dry_run", *LATE, *(() if options.rounds else ("rounds",))):
+    for name in (*APART, *LATE, *options.tracking, *(() if options.rounds else ("rounds",))):
         content.pop(name)
     known = {"scores", "plain", "pruned", "distilled", "gap", "exported", "run", "report", "result.json"}
     check_ours(root, known | {one.name for one in rounds}, root / "run")
@@ -177,24 +180,22 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
     folders = {f"{one.name} scores".strip(): out / one.name / "scores" for one in rounds}
     folders |= student_folders(out, rounds)
     folders |= {name: out / name for name in ("gap", "exported")}
+    sizes = student_folders(out, rounds)
     with stage(out / "report", "report", inputs=folders, options={"memory": fits}, replaces=True) as work:
         if not work.finished:
             write_page(
-                work.folder,
-                "report.html",
-                title="Compression report",
-                gap=gap,
+                work.folder, "report.html", title="Compression report", gap=gap,
                 provenance={name: read_json(path / PROVENANCE) for name, path in folders.items()},
+                models={"teacher": options.model, **{name: str(path) for name, path in sizes.items()}},
+                run=run_facts(work.folder, output=out, inputs=work.made_of.inputs),
                 scores=last / "scores",
-                metrics=last / "distilled" / "metrics.jsonl",
-                memory=gap["memory"],
+                metrics=last / "distilled" / "metrics.jsonl", memory=gap["memory"],
                 selection=read_json(last / "pruned" / "selection.json"),
-            )
-    sizes = {"teacher": model_folder(options.model), **student_folders(out, rounds)}
+            )  # fmt: skip
+    sizes = {"teacher": model_folder(options.model), **sizes}
     console.rule("Result", align="left")
     print_figures(gap, {name: load_config(sizes[name]) for name in gap["models"]}, options.hardware, options.fit)
     if gap["recovery"] is not None:
         say(f"recovered {gap['recovery']['value']:.1%} of the cross-entropy that pruning lost{from_plain(gap)}")
-    say(f"page:   {out / 'report' / 'report.html'}")
-    say(f"export: {out / 'exported'}")
+    say(f"page:   {out / 'report' / 'report.html'}\nexport: {out / 'exported'}")
     result(out, {"gap": gap["models"], "recovery": gap["recovery"], "memory": fits})

@@ -29,11 +29,11 @@ from ..models.tokenizer import check_agreement
 from .run.resolve import NamedData, corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
 from .run.show import result, say
 from .run.stage import Work, many_processes, stage
-from .run.tracking import Mode, journal, speed_of, training_bar
+from .run.tracking import Tracked, journal, speed_of, training_bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Tracked):
     teacher: str
     student: str
     data: NamedData
@@ -43,7 +43,6 @@ class Options:
     dtype: str
     distill: DistillOptions
     shard: bool = True
-    wandb: Mode = "off"
     teacher_cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -139,7 +138,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     folders = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
     configs = student.model.config, teacher.config if isinstance(teacher, HybridLM) else None
     ends = stop_tokens(student_folder, student.model.config)
-    with journal(options.wandb, work.folder, options.output.name, work.options) as note_down:
+    with journal(options, work.folder, options.output.name, work.options) as note_down:
         for number in range(current_stage(folders, say), len(plan)):
             how = plan[number]
             measured = held_out(options.data, student_folder, how, seed)

@@ -23,12 +23,13 @@ from ..models.config import HybridConfig
 from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
 from ..models.errors import InputError
-from ..models.fingerprint import read_provenance
+from ..models.fingerprint import RUN, read_provenance
 from ..models.folder import write_json
 from ..models.foreign import own_path
 from ..models.placement import placed
 from ..models.tokenizer import check_agreement, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
+from .run.facts import run_facts
 from .run.resolve import NamedData, corpus, data_input, model_folder, torch_device, torch_dtype
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
@@ -129,7 +130,9 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
             worst=details.worst, device=away, on_step=bar.set,
         )  # fmt: skip
     content = gap_content(report, models, text, tokenizer, str(options.data), options.split)
-    content["continuation"] = continue_texts(teacher, students, text, tokenizer.eos_token_id, details, seed, away, say)
+    content["continuation"], content["samples"] = continue_texts(
+        teacher, students, text, tokenizer, details, seed, away, say
+    )
     content["probes"] = answer_probes(models, probes, details.resamples, seed, away, say)
     if tasks is not None:
         with progress("tasks", 1) as bar:
@@ -140,12 +143,15 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     write_json(work.folder / "gap.json", content)
     made_by = {name: made for name, path in folders.items() if (made := read_provenance(path))}
     curves = [folders[name] / "metrics.jsonl" for name in sorted(students, key=lambda name: name != "distilled")]
+    run = run_facts(work.folder, output=options.output, inputs=work.made_of.inputs)
     write_page(
         work.folder,
         "gap.html",
         title="Teacher-student gap",
         gap=content,
-        provenance={"evaluate": work.content(), **made_by},
+        provenance={"evaluate": work.content() | {RUN: run}, **made_by},
+        models={TEACHER: options.teacher, **options.student},
+        run=run,
         memory=fits,
         scores=own_scores(work, options),
         metrics=next((path for path in curves if path.is_file()), None),

@@ -21,7 +21,7 @@ from ..models.device import torch_dtype
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
 from .run.resolve import model_config, model_folder, model_names
-from .run.show import gib, progress, say, table
+from .run.show import gib, progress, say, table, told
 
 if TYPE_CHECKING:
     from ..models.cost.peak import Measured
@@ -64,7 +64,7 @@ def run(options: Options) -> None:
             content |= {"changes": [dataclasses.asdict(each) for each in changes]}
             content |= {"simulation": simulation and dataclasses.asdict(simulation)}
             content |= {"measurement": measured and dataclasses.asdict(measured)}
-            write_json(folder / "result.json", content)
+            write_json(folder / "result.json", told(folder, content, options.output))
             draw(folder, options.model, estimate)
         say(f"result: {options.output / 'result.json'}, plots/memory.png and .svg beside it")
     if not estimate.fits:

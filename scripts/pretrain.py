@@ -33,11 +33,11 @@ from .run.resolve import (
 )
 from .run.show import progress, result, say
 from .run.stage import Work, many_processes, stage
-from .run.tracking import Mode, journal, speed_of, training_bar
+from .run.tracking import Tracked, journal, speed_of, training_bar
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Tracked):
     model: str
     init: str | None
     data: NamedData
@@ -50,7 +50,6 @@ class Options:
     evaluate_tokens: int
     train: TrainOptions
     shard: bool = True
-    wandb: Mode = "off"
 
     def __post_init__(self) -> None:
         check_counts(self, "seq_len", "batch", "evaluate_tokens")
@@ -63,7 +62,7 @@ def run(options: Options) -> None:
         if options.init is not None:
             inputs["init"] = model_folder(options.init)
             del chosen["model"], chosen["seed"]
-        for name in ("output", "device", "data", "init", "shard", "wandb"):
+        for name in ("output", "device", "data", "init", "shard", *options.tracking):
             del chosen[name]
         del chosen["train"][SPLIT]
         with stage(options.output, "pretrain", inputs=inputs, options=chosen, scratch="training") as work:
@@ -96,7 +95,7 @@ def pretrain(work: Work, options: Options) -> None:
     training, batches = work.folder / "training", functools.partial(text.train_batches, **size)
     speed = speed_of(config, None, options.seq_len, student.device)
     with (
-        journal(options.wandb, work.folder, options.output.name, work.options) as note_down,
+        journal(options, work.folder, options.output.name, work.options) as note_down,
         training_bar("pretraining", options.train.steps, note_down) as on_step,
     ):
         train(

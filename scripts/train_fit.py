@@ -19,7 +19,7 @@ from ..prune.rounds import in_kinds, leftovers, plan_cuts
 from ..prune.target import Target
 from . import compress
 from .run.resolve import model_config, torch_dtype
-from .run.show import gib, say, table
+from .run.show import gib, say, table, told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,8 @@ def run(options: Options) -> None:
         say(f"all {len(stages)} stages fit with {' '.join(together)}")
     if options.output is not None:
         with atomic_folder(options.output) as folder:
-            write_json(folder / "result.json", as_json(options, stages, turns, budget) | {"together": together})
+            content = as_json(options, stages, turns, budget) | {"together": together}
+            write_json(folder / "result.json", told(folder, content, options.output))
         say(f"result: {options.output / 'result.json'}")
     if turns:
         worst = max(stages, key=lambda stage: stage.report.total)

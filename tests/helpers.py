@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import random
 from pathlib import Path
@@ -141,6 +142,19 @@ def limbeck(*arguments: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(arguments)
     return code, out.getvalue(), err.getvalue()
+
+
+# What may differ between two runs of the same work: all of these, and limbeck.json's `run`.
+TIMES = ("result.json", "speed.jsonl", "log.txt", "gap.html", "report.html")
+
+
+def lasting(path: Path) -> bytes:
+    """A file's bytes, of a limbeck.json without what it says of the run."""
+    if path.name != "limbeck.json":
+        return path.read_bytes()
+    content = json.loads(path.read_text())
+    assert {"command", "host", "began", "seconds", "commit", "inputs", "output", "bytes"} <= content["run"].keys()
+    return json.dumps({key: value for key, value in content.items() if key != "run"}).encode()
 
 
 TEXT = "".join(f"def name_{i}(x):\n    return x + {i * i}\n\n" for i in range(400))

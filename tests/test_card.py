@@ -105,14 +105,14 @@ def test_further_figures_and_tasks(tmp_path: Path) -> None:
     for name, model in gap["models"].items():
         figures = {
             "cross-entropy": model["cross_entropy"], "perplexity": model["perplexity"],
-            "KL from teacher": model["reverse_kl"], "top-5 agreement": model["top5_agreement"],
+            "reverse KL": model["reverse_kl"], "top-5 agreement": model["top5_agreement"],
             "mean rank": model["mean_rank"], "ECE": model["calibration"]["ece"],
             "same greedy text, of 16 tokens": gap["continuation"].get(name, {}).get("length"),
         }  # fmt: skip
         cells = {key: "" if value is None else "{value:.4f} [{low:.4f}, {high:.4f}]".format(**value)
                  for key, value in figures.items()}  # fmt: skip
         assert found[name.replace("|", "\\|")] == cells
-    apart = rows_of(text, "| models |")["distilled - pru\\|ned"]["KL to teacher"]
+    apart = rows_of(text, "| models |")["distilled - pru\\|ned"]["forward KL"]
     assert apart == "{value:+.4f} [{low:+.4f}, {high:+.4f}]".format(**pair["kl"]) + f", p {pair['p']['kl']:.3f}"
     assert rows_of(text, "| task, metric |") == {
         "next\\|line, acc": dict.fromkeys(found, "0.5000 \N{PLUS-MINUS SIGN} 0.0125"),

@@ -33,7 +33,7 @@ from limbeck.scripts.run.main import COMMANDS, EXAMPLES
 from limbeck.scripts.run.mistakes import known_keys
 from limbeck.scripts.run.resolve import model_config, model_names
 from limbeck.scripts.run.stage import stage
-from limbeck.tests.helpers import limbeck
+from limbeck.tests.helpers import lasting, limbeck
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,7 +118,7 @@ def test_null_only_where_nothing_is_the_default() -> None:
         ("memory-fit model=zoo -m", "output is missing"),
         ("memory-fit model=zoo -q", "'-q' is no flag"),
         ("memory-fit model=zoo fit=3", "fit.KEY=VALUE"),
-        ("memory-fit model=zoo +foo=3", "foo is no option"),
+        ("memory-fit model=zoo +foo=3", "'foo' is no option"),
         ("memory-fit model=zoo ~steps=64", "steps is missing"),
         ("memory-fit model=zoo fit.batch=[1", "'fit.batch=[1' cannot be read"),
         ("memory-fit model=zoo fit.batch=1,2", "give one value"),
@@ -287,7 +287,7 @@ def test_equal_work_gives_equal_bytes(source: Path, tmp_path: Path) -> None:
     made(tmp_path / "one", source)
     made(tmp_path / "two", source, scratch="work")
     for name in ("limbeck.json", "weights"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        assert lasting(tmp_path / "one" / name) == lasting(tmp_path / "two" / name)
 
 
 def test_unfinished_work_is_found_again_if_it_is_of_the_same_facts(source: Path, tmp_path: Path) -> None:
@@ -363,8 +363,9 @@ def test_a_wheel_has_everything(tmp_path: Path) -> None:
     subprocess.run([*wheel, str(tmp_path), str(tmp_path / "source")], check=True, capture_output=True)
     (found,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(found).namelist())
-    folders = ("benchmarks", "conf", "distill", "kernels", "models", "prune", "scripts", "tests")
+    folders = ("benchmarks", "conf", "distill", "kernels", "models", "prune", "scripts")
     wanted = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     wanted = [path for path in wanted if "__pycache__" not in path.parts]
     missing = {f"limbeck/{path.relative_to(ROOT).as_posix()}" for path in wanted} - names
     assert not missing and "limbeck/py.typed" in names
+    assert not [name for name in names if name.startswith(("limbeck/tests/", "limbeck/docs/"))]

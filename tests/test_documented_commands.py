@@ -123,7 +123,7 @@ def test_commands_run_as_they_are_written(document: str, tmp_path: Path, monkeyp
         assert code == line.code, (line, err, out[-2000:])
     if document == "docs/recipes.md":
         card = (tmp_path / "exported" / "README.md").read_text()
-        assert "KL to teacher" in card and 'license: "apache-2.0"' in card and "does not name them" not in card
+        assert "forward KL" in card and 'license: "apache-2.0"' in card and "does not name them" not in card
 
 
 def test_every_command_is_documented() -> None:

@@ -140,10 +140,26 @@ def test_words_that_were_given_up() -> None:
 
 
 def test_packages_name_every_code_folder() -> None:
-    folders = {".".join(path.relative_to(ROOT).parent.parts) for path in sources()} - {""}
+    folders = {".".join(path.relative_to(ROOT).parent.parts) for path in sources()} - {"", "tests"}
     tops = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith((".", "build"))}
     named = set(PROJECT["tool"]["setuptools"]["packages"])
     assert named == {"limbeck", *(f"limbeck.{folder}" for folder in folders)} and tops == set(CODE)
+
+
+def test_the_source_archive_has_docs_and_tests_and_the_wheel_neither() -> None:
+    """By the configuration; tests/test_compose.py builds a wheel (slow)."""
+    manifest = (ROOT / "MANIFEST.in").read_text().splitlines()
+    assert {"graft docs", "graft tests"} <= set(manifest)
+    included = next(line for line in manifest if line.startswith("include ")).split()[1:]
+    assert {"Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md"} <= set(included)
+    assert all((ROOT / name).is_file() for name in included)
+    setup = PROJECT["tool"]["setuptools"]
+    assert setup["include-package-data"] is False and "limbeck.tests" not in setup["packages"]
+    patterns = setup["package-data"]
+    assert patterns["limbeck"] == ["py.typed"], "a pattern at the root takes docs and tests"
+    for place, globs in patterns.items():
+        folder = ROOT.joinpath(*place.split(".")[1:])
+        assert all(list(folder.glob(each)) for each in globs), place
 
 
 def test_only_conf_is_a_regular_package() -> None:

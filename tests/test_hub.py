@@ -99,12 +99,17 @@ def test_push(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     calls: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **options: calls.append((name, options)))
     monkeypatch.setattr(HfApi, "upload_folder", lambda api, **options: calls.append((options["repo_id"], options)))
+    monkeypatch.setattr(HfApi, "upload_file", lambda api, **options: calls.append((options["repo_id"], options)))
     given = ("export", f"model={workshop / 'model'}", f"output={tmp_path / 'out'}", "check_tokens=16")
     code, out, _ = limbeck(*given, "push=our/small")
     assert code == 0 and not calls and "push_dry=false" in out and "model.safetensors" in out
     code, out, _ = limbeck(*given, "push=our/small", "push_dry=false")
-    assert code == 0 and [name for name, _ in calls] == ["our/small"] * 2 and "Uploaded" in out
-    assert calls[0][1]["private"] and calls[1][1]["ignore_patterns"] == ["result.json"]
+    assert code == 0 and [name for name, _ in calls] == ["our/small"] * 3 and "Uploaded" in out
+    assert calls[0][1]["private"] and calls[1][1]["ignore_patterns"] == [
+        "result.json", "log.txt", "limbeck.json",
+    ]  # fmt: skip
+    sent, kept = json.loads(calls[2][1]["path_or_fileobj"]), json.loads((tmp_path / "out" / "limbeck.json").read_text())
+    assert kept.pop("run")["host"] and sent == kept and str(tmp_path) not in json.dumps(sent)
     assert calls[1][1]["folder_path"] == tmp_path / "out"
     for options, says in (("push=small", "push=small: expected OWNER/NAME"),):
         code, _, err = limbeck(*given, options)

@@ -21,10 +21,9 @@ from limbeck.distill.trainer import train
 from limbeck.models.errors import InputError
 from limbeck.models.folder import atomic_folder, owned
 from limbeck.scripts.run.stage import stage
-from limbeck.tests.helpers import compress_command, limbeck, make_pair
+from limbeck.tests.helpers import TIMES, compress_command, lasting, limbeck, make_pair
 from limbeck.tests.training_helpers import batches_from, model_of, teach, weights
 
-TIMES = {"result.json", "speed.jsonl", "log.txt"}  # what may differ between two runs
 DISTILL = ("distill.train.steps=12", "distill.train.save_every=2", "distill.train.log_every=1", "distill.seq_len=32",
            "distill.train.warmup_steps=2", "distill.train.evaluate_every=6", "distill.batch=2", "device=cpu",
            "distill.evaluate_tokens=64", "wandb=off")  # fmt: skip
@@ -134,7 +133,7 @@ def same_files(one: Path, other: Path) -> bool:
     """Whether two folders have the same files, those that hold times aside, to the byte."""
     contents = [
         {
-            path.relative_to(folder).as_posix(): path.read_bytes()
+            path.relative_to(folder).as_posix(): lasting(path)
             for path in folder.rglob("*")
             if path.is_file() and path.name not in TIMES
         }

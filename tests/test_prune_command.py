@@ -18,7 +18,7 @@ from limbeck.models import checkpoint
 from limbeck.models.checkpoint import open_checkpoint
 from limbeck.models.tensors import TensorFile
 from limbeck.scripts.run.resolve import corpus
-from limbeck.tests.helpers import limbeck, make_workshop
+from limbeck.tests.helpers import TIMES, lasting, limbeck, make_workshop
 
 SHARD = 16_000
 MODES = {"plain": [], "repaired": ["seq_len=32", "batch=2", "repair.tokens=1024"]}
@@ -51,8 +51,8 @@ def command(root: Path, mode: str, output: Path) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All but result.json, which names the folder, and the log with its times."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("result.json", "log.txt")}
+    """All but what holds times."""
+    return {path.name: lasting(path) for path in folder.iterdir() if path.name not in TIMES}
 
 
 def shards(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from limbeck.distill.report import plots
+from limbeck.distill.report.page import cell
 from limbeck.distill.report.report import kept_units, unit_scores, write_page
 from limbeck.distill.report.words import removal_steps
 from limbeck.tests.page_content import SELECTION, facts, fit, gap_of, page_content, scores_folder
@@ -107,19 +108,19 @@ def test_every_number_is_there(everything: dict[str, Any], whole: Path) -> None:
         assert name in found.text and f"{gap['parameters'][name]:,}" in found.text
         for key in ("cross_entropy", "perplexity", "bits_per_byte", "kl", "agreement", "reverse_kl", "top5_agreement",
                     "mass_kept"):  # fmt: skip
-            assert f"{model[key]['value']:.4f}" in found.text, (name, key)
-            assert f"{model[key]['low']:.4f} to {model[key]['high']:.4f}" in found.text, (name, key)
+            shown = cell(model[key])
+            assert shown.value in found.text and shown.interval in found.text, (name, key)
         rank, ece = model["mean_rank"], model["calibration"]["ece"]
-        assert f"{rank['value']:.2f}" in found.text and f"; median {model['median_rank']}" in text
-        assert f"{ece['value']:.4f}" in found.text
+        assert cell(rank).value in found.text and f"; median {model['median_rank']}" in text
+        assert cell(ece).value in found.text
         for key in ("by_class", "by_domain"):
             assert all(group in found.text for group in model[key]) and len(model[key]) > 1
-    assert "multi-key, 2,048 tokens" in found.text and "0.50 to 0.95" in found.text and "3.2" in found.text
+    assert "multi-key, 2,048 tokens" in found.text and "0.50 to 0.95" in found.text and "3.25" in found.text
     assert "9.5" in found.text and "8.0 to 11.0 tokens" in found.text
     for pair in gap["differences"]:
-        assert f"; p {pair['p']['kl']:.3f}" in text
+        assert f"; p {pair['p']['kl']:.2g}" in text
         for key in ("cross_entropy", "bits_per_byte", "kl", "agreement"):
-            assert f"{pair[key]['value']:+.4f}" in found.text, (pair["first"], pair["second"], key)
+            assert cell(pair[key], "+").value in found.text, (pair["first"], pair["second"], key)
     assert f"{gap['recovery']['value']:.0%}" in found.text
     student = everything["memory"]["student"]
     for part in ("weights", "kv", "ssm", "conv", "total"):
@@ -132,6 +133,60 @@ def test_every_number_is_there(everything: dict[str, Any], whole: Path) -> None:
         assert wanted in text, wanted
     for title in ("Residual channels", "FFN neurons", "Mamba heads", "Mamba head channels", "Attention heads"):
         assert title in text, title
+
+
+@pytest.mark.parametrize(("value", "low", "high", "shown"), (
+    (0.84312, 0.8121, 0.8742, "0.843|0.812 to 0.874"), (21.46, 18.2, 24.9, "21.5|18.2 to 24.9"),
+    (1234.6, 900.0, 1600.0, "1235|900 to 1600"), (0.5, 0.5, 0.5, "0.5000|0.5000 to 0.5000"),
+    (0.0012, 0.0011, 0.0014, "0.00120|0.00110 to 0.00140"), (0.5, None, None, "0.5000|"),
+))  # fmt: skip
+def test_intervals_have_two_significant_digits(value: float, low: float, high: float, shown: str) -> None:
+    made = cell({"value": value, "low": low, "high": high})
+    assert f"{made.value}|{made.interval}" == shown
+
+
+def test_a_page_says_where_its_figures_come_from(everything: dict[str, Any], tmp_path: Path) -> None:
+    """Names, date, place, command, seconds and tokens a stage, sizes before and after, what all models write."""
+    run = {"command": "limbeck compress output=a&b", "host": "box", "began": "2031-02-03T04:05:06+00:00",
+           "processes": 1, "cpu": "Abacus 9", "seconds": 3725.2, "threads": 2,
+           "commit": "abc123", "torch": "9.9", "output": "/x/there",
+           "bytes": {"model": 2**21}}  # fmt: skip
+    shapes = {"teacher": {"family": "f", "layers": 12, "hidden_size": 256}}
+    shapes["pruned"] = shapes["distilled"] = {"family": "f", "layers": 11, "hidden_size": 192}
+    gap = everything["gap"] | {
+        "architecture": shapes,
+        "samples": [{"prompt": "def <f>", "teacher": "(x):", "pruned": "(y):", "distilled": "(z):"}],
+    }
+    made = {"scores": facts(importance={"tokens": 16384, "depth_tokens": 8192}) | {"run": run},
+            "distilled": facts(distill={"batch": 4, "seq_len": 512, "train": {"steps": 235}}) | {
+                "run": run | {"seconds": 5.25, "resumed": True}}}  # fmt: skip
+    changes = {"gap": gap, "provenance": made, "run": run, "models": {"teacher": "hf:our/big", "pruned": "out/pruned"}}
+    found = outline(page(tmp_path / "out", **(everything | changes)))
+    text = " ".join(" ".join(found.text).split())
+    for wanted in (
+        "2031-02-03 04:05:06", "Abacus 9, 2 threads, box", "limbeck compress output=a&b", "1 h 2 min", "24,576",
+        "481,280", "5.2 s (resumed", "hf:our/big", "out/pruned", "2.00 MiB", "abc123", "192 75%", "11 92%", "def <f>",
+        "(y):", "(z):", "residual channels", "there", "forward KL", "KL(teacher || student)", "reverse KL",
+    ):  # fmt: skip
+        assert wanted in text, wanted
+    relative = gap["models"]["distilled"]["perplexity"]["value"] / gap["models"]["teacher"]["perplexity"]["value"] - 1
+    assert f"{100 * relative:+.1f}%" in text
+    assert "5.50 nats at '<b>': teacher" in text  # without a pointer
+    anchors = [value for tag, name, value in found.attributes if tag == "a" and name == "href"]
+    assert (
+        "#section-stages" in anchors and "#section-models-before-and-after" in anchors and "#section-memory" in anchors
+    )
+
+
+def test_memory_of_a_tiny_model_takes_little_place(everything: dict[str, Any], tmp_path: Path) -> None:
+    """Beside a card a hundred times as large: no picture, what matters in three lines, the rest folded."""
+    for budget, pictures in ((1.0, False), (0.004, True)):
+        memory = {"teacher": fit(budget), "student": fit(budget)}
+        folder = tmp_path / str(budget)
+        found = outline(page(folder, **(everything | {"memory": memory})))
+        assert (folder / "plots" / "memory.png").exists() is pictures
+        folded = ("details", "class", "folded") in found.attributes
+        assert folded is not pictures and "largest context" in " ".join(found.text)
 
 
 def test_worst_inputs_are_coloured(tmp_path: Path) -> None:
@@ -169,7 +224,7 @@ def test_the_same_twice_and_from_the_files_alone(everything: dict[str, Any], who
 def test_what_is_not_given_is_left_out(tmp_path: Path) -> None:
     found = outline(page(tmp_path / "out", title="Gap", gap=gap_of(), provenance={"evaluate": facts()}))
     text = " ".join(found.text)
-    assert found.tags["svg"] == 3 and "teacher" in text
+    assert found.tags["svg"] == 3 and "teacher" in text and "Stages" not in text and "Written" not in text
     for title in ("Where the gap is", "Worst inputs", "Distillation", "Importance", "Memory", "Differences"):
         assert title not in text
 

@@ -20,7 +20,7 @@ from limbeck.scripts import distill, evaluate, prune
 from limbeck.scripts.compress import Options
 from limbeck.scripts.run.compose import build, compose_config
 from limbeck.scripts.run.rounds import rounds_of
-from limbeck.tests.helpers import limbeck, make_workshop, tiny_config
+from limbeck.tests.helpers import TIMES, lasting, limbeck, make_workshop, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +60,10 @@ def command(workshop: Path, out: Path, *words: str) -> list[str]:
     ]
 
 
-TIMED = ("result.json", "speed.jsonl", "log.txt")
-
-
 def contents(out: Path) -> dict[str, bytes]:
     """The files of all rounds but those that hold times."""
     found = {path.relative_to(out).as_posix(): path for path in sorted(out.glob("[0-9]-*/**/*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if path.name not in TIMED}
+    return {name: lasting(path) for name, path in found.items() if path.name not in TIMES}
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,15 @@ from limbeck.prune.scores import WidthScores, load_scores
 from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import ActivationScores, MagnitudeScores, TaylorScores
 from limbeck.scripts.run.resolve import ZOO
-from limbeck.tests.helpers import assert_close, dense_config, limbeck, make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import (
+    assert_close,
+    dense_config,
+    lasting,
+    limbeck,
+    make_workshop,
+    random_model,
+    tiny_config,
+)
 from limbeck.tests.processes_helpers import launch
 from limbeck.tests.pruning_helpers import draw_rows, split
 
@@ -257,7 +265,7 @@ def test_the_command_on_two_processes(tmp_path: Path) -> None:
     same_widths(one.widths, two.widths, 1e-5)
     assert (one.layers.order, one.layers.values) == (disk.layers.order, disk.layers.values)
     assert one.layers.order == two.layers.order and one.layers.values == pytest.approx(two.layers.values, rel=1e-5)
-    assert (work / "two" / "limbeck.json").read_bytes() == (work / "one" / "limbeck.json").read_bytes()
+    assert lasting(work / "two" / "limbeck.json") == lasting(work / "one" / "limbeck.json")
     assert not [path.name for path in work.iterdir() if path.name.startswith(".")]
     # The same again is there already; with other options it is in the way, and one line says so.
     assert launch([*words, *score_words(work, "two")]).returncode == 0

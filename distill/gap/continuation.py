@@ -25,7 +25,6 @@ class Continuation:
     identical: Estimate
 
 
-@torch.no_grad()
 def continuations(
     teacher: HybridLM,
     students: Mapping[str, HybridLM],
@@ -42,17 +41,27 @@ def continuations(
 
     What comes after an end of text that both wrote is not looked at: it counts as agreement to the end.
     """
+    wanted = greedy_tokens(teacher, prompts, new_tokens, eos_token_id, device)
+    written = {name: greedy_tokens(each, prompts, new_tokens, eos_token_id, device) for name, each in students.items()}
+    return agreement(wanted, written, resamples, seed)
 
-    def written(model: HybridLM) -> Tensor:
-        with placed(model, device):
-            tokens = generate(model, prompts, new_tokens, eos_token_id=eos_token_id)[:, prompts.shape[1] :].cpu()
-        missing = new_tokens - tokens.shape[1]  # every sequence ended before
-        return torch.nn.functional.pad(tokens, (0, missing), value=-1 if eos_token_id is None else eos_token_id)
 
-    wanted = written(teacher)
-    results = {}
-    for name, student in students.items():
-        same = (written(student) == wanted).long().cumprod(1).sum(1).double().numpy()
+@torch.no_grad()
+def greedy_tokens(
+    model: HybridLM, prompts: Tensor, new_tokens: int, eos_token_id: int | None, device: torch.device | None
+) -> Tensor:
+    """What a model writes after prompts [N, T]: [N, new_tokens], the end of text again where it ended before."""
+    with placed(model, device):
+        tokens = generate(model, prompts, new_tokens, eos_token_id=eos_token_id)[:, prompts.shape[1] :].cpu()
+    missing = new_tokens - tokens.shape[1]  # every sequence ended before
+    return torch.nn.functional.pad(tokens, (0, missing), value=-1 if eos_token_id is None else eos_token_id)
+
+
+def agreement(wanted: Tensor, written: Mapping[str, Tensor], resamples: int, seed: int) -> dict[str, Continuation]:
+    """How long each student's tokens [N, T] are the teacher's, those `wanted`; intervals over the N."""
+    new_tokens, results = wanted.shape[1], {}
+    for name, tokens in written.items():
+        same = (tokens == wanted).long().cumprod(1).sum(1).double().numpy()
         drawn = resampled({"length": same, "identical": same == new_tokens, "prompts": np.ones(len(same))},
                           resamples, seed)  # fmt: skip
         results[name] = Continuation(*(drawn[key].over(drawn["prompts"]).estimate() for key in ("length", "identical")))

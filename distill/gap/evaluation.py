@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
+from ...models.axes import AXES
 from ...models.checkpoint import load_config, load_model
+from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError, gib
 from ...models.hybrid import HybridLM
@@ -20,12 +22,13 @@ from ...models.offload import free_memory
 from ...models.placement import release_memory
 from ...models.tokenizer import Tokenizer
 from ..text.packing import Corpus
-from .continuation import continuations, draw_prompts
+from .continuation import agreement, draw_prompts, greedy_tokens
 from .examples import as_text
-from .measure import GapReport
+from .measure import TEACHER, GapReport
 from .probes import Probe, make_probe, retrieve
 
 SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch
+SAMPLES = 3  # continuations that are shown
 Say = Callable[[str], None]
 
 
@@ -58,13 +61,23 @@ def gap_content(
     """What gap.json has of a report: parameters, and the worst windows as text; nothing else is measured yet."""
     return report.to_json() | {
         "parameters": {name: count_parameters(model.config) for name, model in models.items()},
+        "architecture": {name: architecture(model.config) for name, model in models.items()},
         "data": {"data": data, "split": split, "tokens": report.tokens},
         "worst": {name: [as_text(each, text.names, tokenizer) for each in some] for name, some in report.worst.items()},
         "continuation": {},
+        "samples": [],
         "probes": {},
         "tasks": {},
         "memory": {},
     }
+
+
+def architecture(config: HybridConfig) -> dict[str, Any]:
+    """What a table says of a config: its family, layers and widths, those that no layer reads left out."""
+    read = {name for kind in config.kinds for name in kind.fields} | {"hidden_size"}
+    widths = {row.width: getattr(config, row.width) for row in AXES.values() if row.width in read}
+    return {"family": config.family, "layers": config.num_layers, "pattern": config.pattern,
+            "vocab_size": config.vocab_size} | widths  # fmt: skip
 
 
 def load_models(
@@ -100,21 +113,36 @@ def continue_texts(
     teacher: HybridLM,
     students: Mapping[str, HybridLM],
     text: Corpus,
-    eos_token_id: int,
+    tokenizer: Tokenizer,
     details: Details,
     seed: int,
     device: torch.device | None,
     say: Say,
-) -> dict[str, Any]:
-    """How long each student's greedy text is the teacher's; nothing where there is no prompt or no student."""
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """How long each student's greedy text is the teacher's, and the first SAMPLES texts of all models after their
+    prompts; nothing of either where there is no prompt or no student."""
     prompts = draw_prompts(text, details.prompts, details.prompt_tokens, seed) if details.prompts else None
     if prompts is None or not students:
-        return {}
+        return {}, []
     say(f"continuing {len(prompts)} texts by {details.new_tokens} tokens")
-    lengths = continuations(teacher, students, prompts, details.new_tokens, eos_token_id=eos_token_id,
-                            resamples=details.resamples, seed=seed, device=device)  # fmt: skip
+    written = {
+        name: greedy_tokens(model, prompts, details.new_tokens, tokenizer.eos_token_id, device)
+        for name, model in {TEACHER: teacher, **students}.items()
+    }
+    samples = [
+        {"prompt": tokenizer.decode(prompts[number].tolist())}
+        | {name: continued(tokens[number].tolist(), tokenizer) for name, tokens in written.items()}
+        for number in range(min(SAMPLES, len(prompts)))
+    ]
+    lengths = agreement(written.pop(TEACHER), written, details.resamples, seed)
     size = {"prompts": len(prompts), "new_tokens": details.new_tokens}
-    return {name: dataclasses.asdict(each) | size for name, each in lengths.items()}
+    return {name: dataclasses.asdict(each) | size for name, each in lengths.items()}, samples
+
+
+def continued(tokens: list[int], tokenizer: Tokenizer) -> str:
+    """The text of what a model wrote, to the end that it may have set."""
+    end = tokenizer.eos_token_id
+    return tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
 
 
 def draw_probes(

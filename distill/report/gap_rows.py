@@ -13,14 +13,27 @@ TITLES = {
     "bits_per_byte": "bits per byte",
     "cross_entropy": "cross-entropy",
     "perplexity": "perplexity",
-    "kl": "KL to teacher",
+    "kl": "forward KL",
     "agreement": "top-1 agreement",
-    "reverse_kl": "KL from teacher",
+    "reverse_kl": "reverse KL",
     "top5_agreement": "top-5 agreement",
     "mean_rank": "mean rank",
     "mass_kept": "mass kept",
     "ece": "ECE",
     "length": "same greedy text",
+}
+MEANINGS = {  # of the titles, where a table has them
+    "bits_per_byte": "cross-entropy in bits over the text's bytes: comparable between tokenizers; lower is better",
+    "cross_entropy": "nats a token that the model needs for what comes next; lower is better",
+    "perplexity": "e to the cross-entropy: among how many equally probable tokens it chooses",
+    "kl": "KL(teacher || student), nats a token: what the student lacks of what the teacher holds probable; 0 is equal",
+    "reverse_kl": "KL(student || teacher), nats a token: what the student holds probable and the teacher does not",
+    "agreement": "share of tokens at which both hold the same one most probable",
+    "top5_agreement": "share of tokens at which the teacher's first choice is among the student's first five",
+    "mean_rank": "place of the teacher's first choice among the student's, 1 at best",
+    "mass_kept": "overlap of the two distributions, the sum of min(p, q); 1 is equal",
+    "ece": "expected calibration error: how far, on average, confidence is from the share that is right",
+    "length": "tokens of greedy text until the student leaves the teacher's",
 }
 CellOf = TypeVar("CellOf")
 Write = Callable[..., CellOf]

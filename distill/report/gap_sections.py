@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from . import plots
-from .gap_rows import TEACHER, estimates, few_documents, pair_rows, probe_rows, students, task_rows, titles, won_back
+from .gap_rows import (
+    MEANINGS,
+    TEACHER,
+    TITLES,
+    estimates,
+    few_documents,
+    pair_rows,
+    probe_rows,
+    students,
+    task_rows,
+    titles,
+    won_back,
+)
 from .page import Cell, Example, Section, Table, cell, drawn, size
 
 FIGURES = ("bits_per_byte", "cross_entropy", "perplexity", "kl", "agreement")
+LOSSES = ("bits_per_byte", "cross_entropy", "perplexity")  # of which a relative difference says something
 NEARNESS = ("reverse_kl", "top5_agreement", "mean_rank", "mass_kept", "ece", "length")
 GROUPS = {"by_part": "part of the conversation", "by_class": "kind of token", "by_domain": "domain"}
+FURTHEST = 3  # tokens of a stretch that are told in words
 SHADES = (0.1, 0.3, 1.0, 2.0, 4.0)  # nats from which on a token is coloured more strongly
 
 
@@ -37,7 +51,7 @@ def cards(gap: Mapping[str, Any], memory: Mapping[str, Any] | None) -> Iterator[
         yield {"value": f"{parameters[best] / parameters[TEACHER]:.0%}", "label": share, "kind": ""}
         label = f"bits per byte, {best}; teacher {teacher:.3f}"
         yield {"value": f"{figures['bits_per_byte']['value']:.3f}", "label": label, "kind": ""}
-        yield {"value": f"{figures['kl']['value']:.3f}", "label": "nats a token, KL to the teacher", "kind": ""}
+        yield {"value": f"{figures['kl']['value']:.3f}", "label": "nats a token, forward KL to the teacher", "kind": ""}
         label = "of tokens: the teacher's first choice too"
         yield {"value": f"{figures['agreement']['value']:.1%}", "label": label, "kind": ""}
     if (share_back := won_back(gap)) is not None:
@@ -62,6 +76,7 @@ def gap_sections(folder: Path, gap: Mapping[str, Any]) -> Iterator[Section]:
     yield from probe_section(gap)
     yield from task_section(gap)
     if students(gap):
+        yield from sample_section(gap)
         yield from worst_section(gap)
 
 
@@ -78,9 +93,11 @@ def figures_section(folder: Path, gap: Mapping[str, Any]) -> Section:
     if len(models) > 1:
         pictures.append(drawn(folder, plots.kl_by_position(models), "gap-position", "Lines: KL along the row"))
     rows = [
-        (name, [Cell(f"{gap['parameters'][name]:,}"), *(cell(figures[key]) for key in FIGURES)])
+        (name, [Cell(f"{gap['parameters'][name]:,}", "", share_of(gap, name)), *(
+            cell(figures[key], beside=models[TEACHER][key] if key in LOSSES else None) for key in FIGURES
+        )])
         for name, figures in models.items()
-    ]
+    ]  # fmt: skip
     tables = [Table("", ["model", "parameters", *titles(FIGURES)], rows)]
     if students(gap):
         tables.append(nearness_table(gap))
@@ -90,11 +107,17 @@ def figures_section(folder: Path, gap: Mapping[str, Any]) -> Section:
         tables.append(Table("Differences, paired by document", ["models", *titles(keys)], pairs))
     return Section(
         "Teacher and students on held-out text",
-        "Cross-entropy and KL in nats a token. Whiskers and the second lines are 95% intervals over documents. "
-        + few_documents(gap),
+        "Whiskers and the second lines are 95% intervals over documents; a percentage below is the distance from the"
+        " teacher's. " + few_documents(gap),
         pictures,
         tables,
+        terms=[(TITLES[key], MEANINGS[key]) for key in (*FIGURES, *(NEARNESS if students(gap) else ()))],
     )
+
+
+def share_of(gap: Mapping[str, Any], name: str) -> str:
+    """A student's parameters as a share of the teacher's."""
+    return "" if name == TEACHER else f"{gap['parameters'][name] / gap['parameters'][TEACHER]:.1%}"
 
 
 def nearness_table(gap: Mapping[str, Any]) -> Table:
@@ -103,9 +126,9 @@ def nearness_table(gap: Mapping[str, Any]) -> Table:
     rows = []
     for name, figures in estimates(gap).items():
         cells = {key: cell(figures[key]) if figures[key] else Cell("") for key in keys}
-        cells["mean_rank"] = cell(figures["mean_rank"], digits=2, more=f"; median {figures['median_rank']}")
-        if figures["length"]:
-            cells["length"] = cell(figures["length"], digits=1, more=" tokens")
+        cells["mean_rank"] = cell(figures["mean_rank"], more=f"; median {figures['median_rank']}")
+        if figures.get("length"):
+            cells["length"] = cell(figures["length"], more=" tokens")
         rows.append((name, list(cells.values())))
     return Table("Nearness to the teacher, and calibration", ["model", *titles(keys)], rows)
 
@@ -144,7 +167,7 @@ def group_table(gap: Mapping[str, Any], key: str, title: str) -> Table:
     rows = []
     for group, first in groups:
         wanted = [(TEACHER, "cross_entropy"), *((name, kind) for name in names for kind in ("kl", "agreement"))]
-        cells = [cell(gap["models"][name][key][group][kind], digits=3) for name, kind in wanted]
+        cells = [cell(gap["models"][name][key][group][kind]) for name, kind in wanted]
         rows.append((group, [Cell(f"{first['tokens']:,}"), Cell(f"{first['documents']:,}"), *cells]))
     kinds = [f"{name}: {kind}" for name in names for kind in ("KL", "top-1")]
     return Table(f"By {title}", [title, "tokens", "documents", "teacher's cross-entropy", *kinds], rows)
@@ -165,7 +188,7 @@ def task_section(gap: Mapping[str, Any]) -> Iterator[Section]:
 def probe_section(gap: Mapping[str, Any]) -> Iterator[Section]:
     """Retrieval from long text, where it was measured."""
     rows = [
-        (label, [cell(each[key], digits=digits) for each in answers for key, digits in (("answered", 2), ("nats", 1))])
+        (label, [cell(each[key]) for each in answers for key in ("answered", "nats")])
         for label, answers in probe_rows(gap)
     ]
     if rows:
@@ -186,16 +209,35 @@ def worst_section(gap: Mapping[str, Any]) -> Iterator[Section]:
         Example(
             f"{window['document']} \N{MIDDLE DOT} {window['mean_kl']:.2f} nats a token",
             [piece(p) for p in window["pieces"]],
+            [choice(p) for p in sorted(window["pieces"], key=lambda p: -p["kl"])[:FURTHEST]],
         )
         for window in windows
     ]
     if examples:
         yield Section(
             "Worst inputs",
-            f"Stretches where {best} is furthest from the teacher, one a document, each token coloured by its KL"
-            " in nats; a pointer on it reads the argmax of both.",
+            f"Stretches where {best} is furthest from the teacher, one a document, each token coloured by its forward"
+            " KL in nats; below each the tokens with most of it, and what both models hold most probable instead.",
             examples=examples,
             legend=[f"up to {SHADES[0]:g}", *(f"from {shade:g}" for shade in SHADES)],
+        )
+
+
+def choice(token: Mapping[str, Any]) -> str:
+    """What stands in the text, and what teacher and student would have written."""
+    return f"{token['kl']:.2f} nats at {token['text']!r}: teacher {token['teacher']!r}, student {token['student']!r}"
+
+
+def sample_section(gap: Mapping[str, Any]) -> Iterator[Section]:
+    """What all models write after the same prompts."""
+    samples = gap.get("samples") or ()
+    if samples:
+        names = [name for name in gap["models"] if name in samples[0]]
+        rows = [(sample["prompt"], [Cell(sample[name]) for name in names]) for sample in samples]
+        yield Section(
+            "Sample continuations",
+            "Greedy text after held-out prompts, side by side.",
+            tables=[Table("", ["prompt", *names], rows, texts=True)],
         )
 
 

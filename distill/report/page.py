@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,17 +19,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """A figure, and the interval below it."""
+    """A figure, the interval below it, and what stands below that."""
 
     value: str
     interval: str = ""
+    more: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
+    """A `folded` one opens under its title; one of `texts` has text in its cells, and no figures."""
+
     title: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell]]]
+    folded: bool = False
+    texts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +47,29 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Text under a title: pieces (text, shade from 0 to 5, what a pointer on it reads)."""
+    """Text under a title: pieces (text, shade from 0 to 5, what a pointer on it reads), and lines of what counts most
+    in it, to be read without a pointer."""
 
     title: str
     pieces: Sequence[tuple[str, int, str]]
+    lines: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
+    """`terms` are words of it, each with what it means; `slug` is where a link into the page leads."""
+
     title: str
     note: str
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     examples: Sequence[Example] = ()
     legend: Sequence[str] = ()
+    terms: Sequence[tuple[str, str]] = ()
+
+    @property
+    def slug(self) -> str:
+        return "section-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
 def drawn(folder: Path, figure: Figure, name: str, label: str, wide: bool = False) -> Picture:
@@ -61,11 +77,29 @@ def drawn(folder: Path, figure: Figure, name: str, label: str, wide: bool = Fals
     return Picture(Markup(plots.finish(figure, folder, name, label)), wide)
 
 
-def cell(estimate: Mapping[str, Any], sign: str = "", digits: int = 4, more: str = "", p: float | None = None) -> Cell:
+def cell(
+    estimate: Mapping[str, Any], sign: str = "", *, beside: Mapping[str, Any] | None = None, more: str = "",
+    p: float | None = None,
+) -> Cell:  # fmt: skip
+    """A figure with its interval, in so many decimals that half of the interval's width has two significant digits;
+    where it is not of what stands `beside` it, also how much larger or smaller it is than that."""
+    digits = decimals(estimate)
+    relative = ""
+    if beside is not None and beside is not estimate and beside["value"]:
+        relative = f"{100 * (estimate['value'] / beside['value'] - 1):+.1f}%".replace("-", "\N{MINUS SIGN}")
     if estimate["low"] is None:
-        return Cell(f"{estimate['value']:{sign}.{digits}f}")
+        return Cell(f"{estimate['value']:{sign}.{digits}f}", "", relative)
     value, low, high = (f"{estimate[end]:{sign}.{digits}f}" for end in ("value", "low", "high"))
-    return Cell(value, f"{low} to {high}{more}" + ("" if p is None else f"; p {p:.3f}"))
+    return Cell(value, f"{low} to {high}{more}" + ("" if p is None else f"; p {p:.2g}"), relative)
+
+
+def decimals(estimate: Mapping[str, Any], without: int = 4) -> int:
+    """Decimals that show an interval's half-width by two significant digits, 6 at most; `without` where there is no
+    interval, or none that is wider than nothing."""
+    if estimate["low"] is None or not estimate["high"] > estimate["low"]:
+        return without
+    half = (estimate["high"] - estimate["low"]) / 2
+    return min(max(1 - math.floor(math.log10(half)), 0), 6)
 
 
 def size(count: float) -> str:

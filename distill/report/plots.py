@@ -41,7 +41,7 @@ STYLE: Any = {
     "xtick.bottom": False, "figure.facecolor": THEME["paper"], "axes.facecolor": "none", "text.parse_math": False,
 }  # fmt: skip
 PANEL, WIDE = 4.9, 9.6  # inches
-METRICS = {"bits_per_byte": "Bits per byte", "kl": "KL to the teacher (nats)", "agreement": "Top-1 agreement"}
+METRICS = {"bits_per_byte": "Bits per byte", "kl": "Forward KL to the teacher (nats)", "agreement": "Top-1 agreement"}
 Given = ParamSpec("Given")
 Drawn = TypeVar("Drawn")
 

@@ -18,8 +18,12 @@ from ...models.variants import LETTERS
 from . import plots
 from .experts import expert_section
 from .gap_sections import cards, gap_sections
+from .origin import model_section, run_lines, stage_section
 from .page import Cell, Section, Table, drawn, size
 from .words import DEPTH_METRICS, removal_steps
+
+TINY = 0.02  # of the budget: below it what is left is all that counts
+BRIEF = ("weights", "together", "budget")
 
 
 def write_page(
@@ -33,14 +37,17 @@ def write_page(
     metrics: Path | None = None,
     memory: Mapping[str, Any] | None = None,
     selection: Mapping[str, Any] | None = None,
+    models: Mapping[str, str] | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `folder/name`, and its plots as PNG in `folder/plots`; returns the page's path.
 
     `gap` is gap.json's content with "parameters", `provenance` limbeck.json's content of each stage; `scores` a
     scores folder, `metrics` a metrics.jsonl, `memory` the memory-fit results by model, `selection` selection.json's
-    content: what is not given is left out of the page.
+    content, `models` where each model comes from, `run` what limbeck.json says of the run that writes the page: what is
+    not given is left out of the page.
     """
-    sections = list(gap_sections(folder, gap))
+    sections = [*model_section(gap, models or {}), *gap_sections(folder, gap)]
     if metrics is not None:
         sections += training_section(folder, metrics)
     if scores is not None:
@@ -49,6 +56,7 @@ def write_page(
         sections += expert_section(content.get("expert_uses", {}), selection)
     if memory is not None:
         sections.append(memory_section(folder, memory))
+    sections += stage_section(provenance)
     sections.append(Section("Provenance", "What made each folder, from what. Files are known by their sha256."))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -56,6 +64,7 @@ def write_page(
     )  # fmt: skip
     text = environment.get_template("report.html.jinja").render(
         title=title,
+        run=run_lines(run or {}),
         lead=f"{gap['tokens']:,} held-out tokens of {gap['documents']:,} documents. Intervals are 95%, over documents.",
         cards=list(cards(gap, memory)),
         sections=sections,
@@ -148,13 +157,23 @@ def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
     rows = [(line, [Cell(text(fit)) for fit in memory.values()]) for line, text in lines.items()]
     hardware, bytes_ = fit["hardware"], fit["memory"]
     share = max(fit["memory"]["total"] for fit in memory.values()) / max(fit["verdict"]["budget"], 1)
+    few = share < TINY
+    if few:  # a picture of what is nothing beside the card would take more place than it says
+        columns = ["", *memory]
+        short, rest = [row for row in rows if row[0] in BRIEF], [row for row in rows if row[0] not in BRIEF]
+        tables = [
+            Table("", columns, short),
+            Table("Caches, limits, and what vLLM would do", columns, rest, folded=True),
+        ]
+    else:
+        tables = [Table("", ["", *memory], rows)]
     return Section(
         "Memory",
         f"{bytes_['context']:,} tokens \N{MULTIPLICATION SIGN} {bytes_['batch']} on {hardware['name']}: of"
         f" {hardware['usable_gib']:g} GiB usable a budget of {size(fit['verdict']['budget'])}; the largest model takes"
         f" {share:.1%} of it.",
-        [drawn(folder, plots.memory_bars(memory), "memory", "Stacked bars: memory of each model")],
-        [Table("", ["", *memory], rows)],
+        [] if few else [drawn(folder, plots.memory_bars(memory), "memory", "Stacked bars: memory of each model")],
+        tables,
     )
 
 

@@ -6,6 +6,7 @@ Hydra's Compose API reads the tree: no change of directory, no output folder of 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -19,6 +20,8 @@ from ...models.dtype_names import dtype_name
 from ...models.errors import InputError
 from ...models.errors import guess as guess
 from ...models.foreign import parse_yaml
+from ...models.hints import guess_option
+from ...models.quantities import with_quantities
 from .bounds import check_content, check_words
 from .outside import is_own_recipe, own_recipes, searched
 
@@ -44,6 +47,7 @@ def compose_config(
     overrides, of_data = split_data(overrides)
     texts, words = split_verbatim(command, overrides, folders=folders)
     with own_recipes(words) as (named, own), explained(command, words):
+        check_added(command, words)
         config = layered(command, named, [*folders, *own])
         for key in texts:
             top, _, below = key.partition(".")
@@ -54,7 +58,7 @@ def compose_config(
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
     assert isinstance(content, dict)
     content.pop("recipe", None)
-    content = with_texts(content, texts)
+    content = with_texts(with_quantities(content), texts)
     if of_data:
         if "data" not in content:
             raise no_option(command, "data")
@@ -63,6 +67,20 @@ def compose_config(
     content = with_dtypes(content)
     check_content(content)
     return typing.cast(dict[str, Any], content)
+
+
+def check_added(command: str, words: Sequence[str]) -> None:
+    """Raises InputError where an option is added, as `+KEY=VALUE`, of which the command has not even the beginning;
+    what it has not further down its dataclasses say."""
+    added = {word.lstrip("+").partition("=")[0] for word in words if word.startswith("+")}
+    if not added:
+        return
+    from .mistakes import known_keys, unknown
+
+    known = known_keys(command)
+    for key in sorted(added):
+        if key.split(".")[0] not in known:
+            raise InputError(unknown(command, key, known))
 
 
 def split_data(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -76,8 +94,18 @@ def split_data(overrides: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
             others.append(override)
             continue
         check_words([override])
+        check_data_option(key)
         options[key.removeprefix("data.")] = parse_yaml(value, f"{override} (such as data.train_on=all)")
     return others, options
+
+
+def check_data_option(key: str) -> None:
+    """Raises InputError for an option that no text has; its value is checked where it is read."""
+    from ...distill.text.reading import TextData
+
+    known = [f"data.{field.name}" for field in dataclasses.fields(TextData) if field.name != "path"]
+    if key not in known:
+        raise InputError(f"{key} is no option here{guess_option(key, known)}; known: {', '.join(known)}")
 
 
 def with_texts(content: dict[Any, Any], texts: Mapping[str, str]) -> dict[Any, Any]:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from ...models.errors import CheckFailed, InputError, Stopped
+from .facts import note_command
 from .failures import explained_failure, lenient_streams
 
 COMMANDS = {
@@ -56,6 +57,8 @@ errors and answers alone; what a command says of its progress is in OUTPUT/log.t
 model=, teacher= and student= take a checkpoint folder, hf:OWNER/NAME[@REVISION] (of the hub, safetensors only), `zoo`
 (the small trained model that ships), or a named config; data= takes a folder, a file, a mixture's .yaml or its name in
 conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT], or `stdlib` (the running Python's own sources).
+
+Completion of options by the shell: eval "$(limbeck --completion bash)", also zsh and fish.
 
 First run:   limbeck compress recipe=tiny output=first
 Exit codes:  0 done, 1 a defect of ours, 2 wrong input, 3 a check said no
@@ -108,8 +111,15 @@ def dispatch(words: list[str]) -> int:
 
         print(f"limbeck {__version__}")
         return 0
+    if words[0].partition("=")[0] == "--completion":
+        from .completion import completion
+
+        _, equals, shell = words[0].partition("=")
+        print(completion(shell if equals else "".join(words[1:2]), COMMANDS))
+        return 0
     if words[0].startswith("experiment="):
         words.insert(0, "experiment")
+    note_command(words)
     command, overrides = by_mode(words[0], words[1:])
     if command not in COMMANDS:
         from ...models.errors import guess

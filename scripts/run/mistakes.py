@@ -10,6 +10,8 @@ from typing import Any
 
 from ...models.errors import guess
 from ...models.foreign import first_line
+from ...models.hints import guess_option
+from ...models.quantities import COUNTS, SHARES
 from .compose import groups, hydra_config
 
 RENAMED = {"witness": "method", "room": "reserve"}
@@ -43,7 +45,7 @@ def unknown(command: str, key: str, known: Sequence[str] = ()) -> str:
     near = (
         f"; it is {RENAMED[name]} now"
         if (name := key.split(".")[0]) in RENAMED
-        else guess(key, known or known_keys(command))
+        else guess_option(key, known or known_keys(command))
     )
     return f"{key!r} is no option of limbeck {command}{near} (limbeck {command} --help)"
 
@@ -68,7 +70,7 @@ def complaint(errors: Sequence[Any], cls: Any, content: Any) -> str:
     names = names_of(error["loc"][1:], content, kind)
     where = ".".join(names)
     if kind == "unexpected_keyword_argument":
-        near = guess(names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]]))
+        near = guess_option(names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]]))
         return f"{where} is no option here{near or '; leave it out'}"
     if kind == "missing":
         return f"{where} is missing; give {where}=VALUE"
@@ -83,6 +85,10 @@ def complaint(errors: Sequence[Any], cls: Any, content: Any) -> str:
         expected = f"at least {context['gt'] + 1}" if isinstance(context["gt"], int) else f"more than {context['gt']:g}"
     elif kind == "greater_than_equal":
         expected = f"at least {context['ge']:g}"
+    elif names[-1] in SHARES and isinstance(given, str):
+        expected = "a share of at most 100%, such as 0.75 or 75%, or a count, such as 5B"
+    elif names[-1].endswith(COUNTS) and isinstance(given, str):
+        expected = "a whole number, such as 500000 or 1.5M"
     else:
         expected = EXPECTED.get(kind.partition("_")[0], error["msg"])
     return f"{where} is {given!r}; expected {expected}"

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -22,13 +22,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
-from torch import Tensor
 
 from ...models.errors import gib as gib
-from ...models.fingerprint import LOG
+from ...models.fingerprint import LOG, PROVENANCE, RESULT, RUN, read_run
 from ...models.folder import write_json
 from ...models.foreign import read_json as read_json
 from ...models.foreign import read_lines as read_lines
+from .facts import run_facts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Names of files and pieces of programs are shown as they are: [/b] is no markup, and :key: no picture.
 console = Console(highlight=False, markup=False, emoji=False)
@@ -163,6 +166,15 @@ def say(text: str) -> None:
 
 
 def result(folder: Path, content: dict[str, Any]) -> None:
-    """Writes result.json into a finished folder, and says where it is."""
-    write_json(folder / "result.json", content)
-    say(f"result: {folder / 'result.json'}")
+    """Writes result.json into a finished folder, with what is to be told of the run, and says where it is."""
+    write_json(folder / RESULT, told(folder, content))
+    say(f"result: {folder / RESULT}")
+
+
+def told(folder: Path, content: dict[str, Any], output: Path | None = None) -> dict[str, Any]:
+    """The content of result.json, beside it in `run` who did it, when and where (`run_facts`), and the seconds of each
+    stage that has left a folder in there."""
+    stages = {path.parent.relative_to(folder).as_posix(): read_run(path.parent).get("seconds")
+              for path in sorted([*folder.glob(f"*/{PROVENANCE}"), *folder.glob(f"*/*/{PROVENANCE}")])}  # fmt: skip
+    taken = {"stages": {name: seconds for name, seconds in stages.items() if seconds is not None}}
+    return content | {RUN: run_facts(folder, output=output) | (taken if taken["stages"] else {})}

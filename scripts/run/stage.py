@@ -7,16 +7,18 @@ import dataclasses
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...models import processes
 from ...models.errors import DiskError, InputError
-from ...models.fingerprint import LOG, PROVENANCE, Fingerprint, MadeOtherwise
+from ...models.fingerprint import LOG, PROVENANCE, RUN, Fingerprint, MadeOtherwise, summed
 from ...models.folder import finish_folder, owned, partial_of, write_json
 from ...models.foreign import own_path
 from ...models.hub import origins
+from .facts import run_facts
 from .resolve import torch_device
 from .show import console, logged
 
@@ -110,6 +112,7 @@ def stage(
                 clear(folder, scratch)
             yield Work(folder, True, made_of)
             return
+        begun, resumed = time.time(), any(path.name not in (BEGUN, LOG) for path in temporary.iterdir())
         sources = origins(inputs)
         work = Work(temporary, False, made_of, {"sources": sources} if sources else {})
         with processes.together():
@@ -120,7 +123,11 @@ def stage(
                     yield work
                 if writes:
                     apart = (BEGUN, *([scratch] if scratch is not None else []))
-                    write_json(temporary / PROVENANCE, made_of.sealed(temporary, work.notes, apart))
+                    content = made_of.sealed(temporary, work.notes, apart)
+                    facts = run_facts(temporary, output=folder, inputs=made_of.inputs, begun=begun, resumed=resumed)
+                    for name in apart:
+                        facts["bytes"].pop(name, None)
+                    write_json(temporary / PROVENANCE, content | {RUN: summed(facts)})
                     made_of.leave()
                     put_in_place(temporary, folder)
                     clear(folder, scratch)

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...models.errors import InputError, Stopped
 from ...models.folder import owned, write_json
-from ...models.processes import set_up
+from ...models.quantities import with_quantities
 from .compose import build, explained, register_widths, split_verbatim, with_dtypes, with_texts
 from .main import finish
 from .outside import own_recipes, quoted, searched
@@ -37,12 +37,15 @@ class Job:
         from omegaconf import OmegaConf
 
         join_tasks()
+        from ...models.processes import set_up  # with torch, and options have been read by now
+
         set_up()
         content = OmegaConf.to_container(config, resolve=True)
         assert isinstance(content, dict)
         content.pop("recipe", None)
         folder = str(Path(self.texts["output"]) / str(HydraConfig.get().job.num))
-        given = with_texts({str(key): value for key, value in content.items()}, self.texts | {"output": folder})
+        given = {str(key): value for key, value in with_quantities(content).items()}
+        given = with_texts(given, self.texts | {"output": folder})
         for key, value in given.items():
             if value == "???":
                 raise InputError(f"{key} is missing; give {key}=VALUE (limbeck {self.command} --help)")

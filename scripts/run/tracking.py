@@ -1,10 +1,11 @@
-"""What is said of a training: a bar, the share of the card's peak, and figures for Weights & Biases, offline unless
-told otherwise, and never in the way of training: a thread of its own imports, starts and feeds it.
+"""What is said of a training: a bar, the share of the card's peak, and figures for Weights & Biases and TensorBoard,
+never in the way of training: a thread of their own imports, starts and feeds each.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -24,8 +25,23 @@ from ...models.config import HybridConfig
 from .compose import CONF
 from .show import progress, say
 
-Mode = Literal["off", "offline", "online"]
 Record = Mapping[str, Any]
+Line = queue.SimpleQueue  # of records, and a None at the end
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tracked:
+    """Where a command that trains sends its figures, beside metrics.jsonl; nothing of it is part of the result."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "limbeck"
+    wandb_entity: str | None = None
+    tensorboard: Literal["off", "on"] = "off"
+
+    @property
+    def tracking(self) -> dict[str, Any]:
+        """These options by their names."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Tracked)}
 
 
 @contextlib.contextmanager
@@ -75,37 +91,71 @@ def card_tflops(device: torch.device) -> float | None:
 
 
 @contextlib.contextmanager
-def journal(mode: str, folder: Path, name: str, options: Mapping[str, Any]) -> Iterator[Callable[[Record], None]]:
-    """Gives what takes a step's record; `folder/wandb` holds them ("offline"), to be sent by `wandb sync`, or they go
-    out as they come ("online"). In the first process alone; "off", and WANDB_MODE=disabled, do nothing."""
-    if mode == "off" or processes.rank() or os.environ.get("WANDB_MODE") == "disabled":
-        yield lambda record: None
-        return
-    if importlib.util.find_spec("wandb") is None:
-        say("wandb is not installed: figures go to metrics.jsonl alone (pip install wandb, or wandb=off)")
-        yield lambda record: None
-        return
-    line: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
-    settings = {"dir": str(folder), "project": "limbeck", "name": name, "config": dict(options)}
-    thread = threading.Thread(target=keep, args=(mode, settings, line), name="limbeck-wandb", daemon=True)
-    thread.start()
+def journal(how: Tracked, folder: Path, name: str, options: Mapping[str, Any]) -> Iterator[Callable[[Record], None]]:
+    """Gives what takes a step's record. `folder/wandb` holds them for Weights & Biases ("offline"; `wandb sync` sends
+    them), or they go out as they come ("online"); `folder/tensorboard` for TensorBoard. In the first process alone;
+    WANDB_MODE=disabled is wandb=off."""
+    keepers: dict[str, Callable[[Line[Record | None]], None]] = {}
+    if how.wandb != "off" and os.environ.get("WANDB_MODE") != "disabled" and is_there("wandb", "wandb"):
+        settings = {"dir": str(folder), "project": how.wandb_project, "entity": how.wandb_entity, "name": name,
+                    "config": dict(options)}  # fmt: skip
+        keepers["wandb"] = functools.partial(keep_wandb, how.wandb, settings)
+    if how.tensorboard == "on" and is_there("tensorboard", "limbeck[tensorboard]"):
+        keepers["tensorboard"] = functools.partial(keep_tensorboard, folder / "tensorboard")
+    lines: list[Line[Record | None]] = [queue.SimpleQueue() for _ in keepers]
+    threads = [threading.Thread(target=kept, args=(which, keeper, line), name=f"limbeck-{which}", daemon=True)
+               for (which, keeper), line in zip(keepers.items(), lines, strict=True)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+
+    def note_down(record: Record | None) -> None:
+        for line in lines:
+            line.put(record)
+
     try:
-        yield line.put
+        yield note_down
     finally:
-        line.put(None)
-        thread.join()
+        note_down(None)
+        for thread in threads:
+            thread.join()
 
 
-def keep(mode: str, settings: Mapping[str, Any], line: queue.SimpleQueue[Record | None]) -> None:
+def is_there(package: str, wanted: str) -> bool:
+    """Whether this process is the first, and has a package; says how to come by it where it has not."""
+    if processes.rank():
+        return False
+    if importlib.util.find_spec(package) is None:
+        say(f"{package} is not installed: figures go to metrics.jsonl alone (pip install '{wanted}', or {package}=off)")
+        return False
+    return True
+
+
+def kept(which: str, keeper: Callable[[Line[Record | None]], None], line: Line[Record | None]) -> None:
     """Hands records over until a None comes. What goes wrong is said once, and training continues."""
     try:
-        import wandb
-
-        quiet = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, disable_code=True)
-        with wandb.init(mode=mode, settings=quiet, **settings) as run:  # type: ignore[arg-type]
-            while (record := line.get()) is not None:
-                numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
-                run.log(numbers, step=record["step"])
+        keeper(line)
     except Exception as error:
-        say(f"wandb stopped ({str(error).splitlines()[0] if str(error) else type(error).__name__});"
+        say(f"{which} stopped ({str(error).splitlines()[0] if str(error) else type(error).__name__});"
             " metrics.jsonl has every figure")  # fmt: skip
+
+
+def keep_wandb(mode: str, settings: Mapping[str, Any], line: Line[Record | None]) -> None:
+    import wandb
+
+    quiet = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True, disable_code=True)
+    with wandb.init(mode=mode, settings=quiet, **settings) as run:  # type: ignore[arg-type]
+        while (record := line.get()) is not None:
+            run.log(numbers_of(record), step=record["step"])
+
+
+def keep_tensorboard(folder: Path, line: Line[Record | None]) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        while (record := line.get()) is not None:
+            for name, value in numbers_of(record).items():
+                writer.add_scalar(name, value, record["step"])
+
+
+def numbers_of(record: Record) -> dict[str, float]:
+    return {key: value for key, value in record.items() if isinstance(value, (int, float)) and key != "step"}

@@ -1,0 +1,53 @@
+"""What distilling the published 12B into its 9B takes, computed: FLOPs by the shapes, GPU time by a share of the card's
+peak, memory by the training plan. Nothing is run on a GPU; the share of the peak is an assumption, and an argument.
+
+    python -m limbeck.benchmarks.recipe_cost [--peak-share 0.35] [--gpus 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from limbeck.benchmarks.published import PUBLISHED
+from limbeck.models.cost.hardware import GIB
+from limbeck.models.cost.parameters import count_parameters
+from limbeck.models.cost.speed import flops_per_token
+from limbeck.models.cost.training import Training, train_memory
+from limbeck.models.named import read_hardware
+from limbeck.models.provenance import provenance
+
+REMOVED = (7, 52, 8, 48, 17, 18)  # layers between the published patterns
+# Student, tokens, tokens a row: arXiv 2508.14444; and a brief run, from which a first student is had.
+STAGES = (("depth", 60e9, 8192), ("width", 50e9, 8192), ("width", 25e9, 49152), ("width", 1e9, 262144),
+          ("width", 1e9, 8192))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peak-share", type=float, default=0.35, help="of the card's dense bf16 rate (assumed)")
+    parser.add_argument("--gpus", type=int, default=8)
+    given = parser.parse_args()
+    card, teacher = read_hardware("h100"), PUBLISHED["nemotron-nano-12b-v2"]
+    shallow = teacher.replace(
+        pattern="".join(letter for layer, letter in enumerate(teacher.pattern) if layer not in REMOVED)
+    )
+    students = {"depth": shallow, "width": PUBLISHED["nemotron-nano-9b-v2"]}
+    print("| student | parameters | tokens | row | FLOPs | GPU-hours | a GPU holds |\n|---|---|---|---|---|---|---|")
+    for name, tokens, row in STAGES:
+        student = students[name]
+        # Three passes of the student, a fourth where activations are made anew, and one of the teacher.
+        flops = tokens * (4 * flops_per_token(student, row) + flops_per_token(teacher, row))
+        hours = flops / (card.bf16_tflops * 1e12 * given.peak_share) / 3600
+        how = Training(micro_batch=1, seq_len=row, batch=2 * given.gpus, checkpointing=True, teacher="online",
+                       teacher_dtype=torch.bfloat16, processes=given.gpus)  # fmt: skip
+        held = train_memory(student, teacher, how).total
+        cells = (name, f"{count_parameters(student):,}", f"{tokens / 1e9:g} 10^9", f"{row:,}", f"{flops:.2e}",
+                 f"{hours:,.0f}", f"{held / GIB:.1f} GiB")  # fmt: skip
+        print(f"| {' | '.join(cells)} |")
+    print(f"\ncomputed: {card.name}, {given.peak_share:.0%} of {card.bf16_tflops:g} TFLOP/s, {given.gpus} GPUs (FSDP2)")
+    print("\n".join(f"- {key}: {value}" for key, value in provenance().items()))
+
+
+if __name__ == "__main__":
+    main()

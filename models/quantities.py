@@ -1,0 +1,46 @@
+"""Shares and counts as people write them: 75%, 5B, 500M, 1.5M, 8k."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}  # G and B are both a billion
+WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmbgt%])\s*", re.I)
+SHARES = ("parameters",)  # may be a share of the source's, beside a count
+COUNTS = ("tokens",)  # and whatever ends so: evaluate_tokens
+
+
+def quantity(text: str, share: bool) -> float | str:
+    """The number that a text writes with a unit (1.5M), or with `share` as a percentage (75%, above 0 and 100 at most);
+    the text itself where it is neither. A whole number comes as an int."""
+    match = WRITTEN.fullmatch(text)
+    if match is None:
+        return text
+    digits, unit = match.groups()
+    whole, _, fraction = digits.partition(".")
+    if unit == "%":
+        percent = float(digits)
+        return percent / 100 if share and 0 < percent <= 100 else text
+    scaled = int(whole + fraction or "0") * UNITS[unit.lower()]  # exact, whatever the digits
+    value, rest = divmod(scaled, 10 ** len(fraction))
+    return text if rest else value
+
+
+def with_quantities(content: Any) -> Any:
+    """The content with every number of parameters and tokens that is written with a unit as a number."""
+    if isinstance(content, (list, tuple)):
+        return type(content)(with_quantities(each) for each in content)
+    if not isinstance(content, Mapping):
+        return content
+    return {key: read_option(str(key), value) for key, value in content.items()}
+
+
+def read_option(name: str, value: Any) -> Any:
+    share, count = name in SHARES, name.endswith(COUNTS)
+    if (share or count) and isinstance(value, str):
+        return quantity(value, share)
+    if count and isinstance(value, float) and value.is_integer():  # 1e6
+        return int(value)
+    return with_quantities(value)
