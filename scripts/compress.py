@@ -187,8 +187,7 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
                 work.folder, "report.html", title="Compression report", gap=gap,
                 provenance={name: read_json(path / PROVENANCE) for name, path in folders.items()},
                 models={"teacher": options.model, **{name: str(path) for name, path in sizes.items()}},
-                run=run_facts(work.folder, output=out, inputs=work.made_of.inputs),
-                scores=last / "scores",
+                run=run_facts(work.folder, output=out, inputs=work.made_of.inputs), scores=last / "scores",
                 metrics=last / "distilled" / "metrics.jsonl", memory=gap["memory"],
                 selection=read_json(last / "pruned" / "selection.json"),
             )  # fmt: skip

@@ -57,8 +57,8 @@ def run(options: Options) -> None:
     budget = how.budget(options.hardware)
     stages = list(planned(options, teacher))
     print_stages(options, teacher, stages, budget)
-    turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in stages
-             if stage.report.total > budget}  # fmt: skip
+    over = [stage for stage in stages if stage.report.total > budget]
+    turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in over}
     for name, found in turns.items():
         print_knobs(name, found)
     together = common_options([(stage.student, stage.training) for stage in stages], teacher, budget) if turns else []
@@ -195,7 +195,7 @@ def as_json(options: Options, stages: list[Stage], turns: dict[str, list[Knob]],
                 "total": stage.report.total,
                 "fits": stage.report.total <= budget,
                 "knobs": [dataclasses.asdict(knob) for knob in turns.get(stage.name, [])],
-            }
+            }  # fmt: skip
             for stage in stages
         ],
     }
