@@ -61,7 +61,8 @@ def run(options: Options) -> None:
     turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in over}
     for name, found in turns.items():
         print_knobs(name, found)
-    together = common_options([(stage.student, stage.training) for stage in stages], teacher, budget) if turns else []
+    each = [(stage.student, stage.training) for stage in stages]
+    together = common_options(each, teacher, budget) if over else []
     if together:
         say(f"all {len(stages)} stages fit with {' '.join(together)}")
     if options.output is not None:
@@ -179,12 +180,11 @@ def print_knobs(name: str, found: list[Knob]) -> None:
 
 def as_json(options: Options, stages: list[Stage], turns: dict[str, list[Knob]], budget: float) -> dict[str, Any]:
     def plain(training: Training) -> dict[str, Any]:
-        content = dataclasses.asdict(training)
-        return content | {name: str(content[name]).removeprefix("torch.") for name in ("dtype", "teacher_dtype")}
+        names = {name: str(getattr(training, name)).removeprefix("torch.") for name in ("dtype", "teacher_dtype")}
+        return dataclasses.asdict(training) | names
 
     return {
-        "budget": budget,
-        "hardware": dataclasses.asdict(options.hardware),
+        "budget": budget, "hardware": dataclasses.asdict(options.hardware),
         "stages": [
             {
                 "name": stage.name,
@@ -195,7 +195,7 @@ def as_json(options: Options, stages: list[Stage], turns: dict[str, list[Knob]],
                 "total": stage.report.total,
                 "fits": stage.report.total <= budget,
                 "knobs": [dataclasses.asdict(knob) for knob in turns.get(stage.name, [])],
-            }  # fmt: skip
+            }
             for stage in stages
         ],
-    }
+    }  # fmt: skip
