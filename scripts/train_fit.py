@@ -61,8 +61,7 @@ def run(options: Options) -> None:
     turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in over}
     for name, found in turns.items():
         print_knobs(name, found)
-    each = [(stage.student, stage.training) for stage in stages]
-    together = common_options(each, teacher, budget) if over else []
+    together = common_options([(one.student, one.training) for one in stages], teacher, budget) if over else []
     if together:
         say(f"all {len(stages)} stages fit with {' '.join(together)}")
     if options.output is not None:
