@@ -18,6 +18,7 @@ from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation
 from limbeck.distill.options import DistillOptions, HiddenLoss, StageOptions, TrainOptions
 from limbeck.distill.parallel import placed_model, shard
 from limbeck.distill.row_parts import part_rows
+from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
 from limbeck.distill.teacher import CachedTeacher, CacheOptions, finish_cache, write_cache
 from limbeck.distill.teaching import held_out_figures
@@ -172,7 +173,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     return folder, {name: gradients(folder, case) for name, case in CASES.items()}
 
 
-@pytest.mark.parametrize(("count", "parts"), [(2, (2,)), (4, (4, 2))])
+@pytest.mark.parametrize(("count", "parts"), [(2, (2,)), pytest.param(4, (4, 2), marks=pytest.mark.slow)])
 def test_parts_of_rows_against_whole_rows(count: int, parts: tuple[int, ...], whole: Any, tmp_path: Path) -> None:
     """Of 2 and 4 processes, the latter also in two groups that share a batch's rows: losses, every gradient, held-out
     figures; what is kept for the backward; a training, and one that was stopped and resumed."""
@@ -191,8 +192,11 @@ def test_parts_of_rows_against_whole_rows(count: int, parts: tuple[int, ...], wh
     assert rough == calm and len(calm) == 4
     for ours, theirs in zip(calm, records(whole[0] / "whole"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)  # the experts' loads among them
-    for file in sorted((tmp_path / "calm" / "state-4").iterdir()):
-        assert file.read_bytes() == (tmp_path / "rough" / "state-4" / file.name).read_bytes(), file
+    last, resumed = (states(tmp_path / name)[-1] for name in ("calm", "rough"))
+    files = sorted(file.name for file in last.iterdir())
+    assert last.name == resumed.name and files
+    for file in files:
+        assert (last / file).read_bytes() == (resumed / file).read_bytes(), file
 
 
 def test_lengths_of_parts() -> None:

@@ -209,7 +209,7 @@ def figures(
     students: Mapping[str, HybridLM],
     batch: Any,
     device: torch.device | None,
-    split: RowSplit | None,
+    split: RowSplit | None = None,
 ) -> list[LinearFigures]:
     """Each model's per-token figures on a batch, on the CPU, the teacher's first."""
     where = device or teacher.head_weight.device
