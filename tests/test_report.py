@@ -138,7 +138,8 @@ def test_every_number_is_there(everything: dict[str, Any], whole: Path) -> None:
 @pytest.mark.parametrize(("value", "low", "high", "shown"), (
     (0.84312, 0.8121, 0.8742, "0.843|0.812 to 0.874"), (21.46, 18.2, 24.9, "21.5|18.2 to 24.9"),
     (1234.6, 900.0, 1600.0, "1235|900 to 1600"), (0.5, 0.5, 0.5, "0.5000|0.5000 to 0.5000"),
-    (0.0012, 0.0011, 0.0014, "0.00120|0.00110 to 0.00140"), (0.5, None, None, "0.5000|"),
+    (0.0012, 0.0011, 0.0014, "0.00120|0.00110 to 0.00140"),
+    (2.25, 2.25, 2.2500000001, "2.2500|2.2500 to 2.2500"), (0.5, None, None, "0.5000|"),
 ))  # fmt: skip
 def test_intervals_have_two_significant_digits(value: float, low: float, high: float, shown: str) -> None:
     made = cell({"value": value, "low": low, "high": high})

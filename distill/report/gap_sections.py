@@ -237,7 +237,7 @@ def sample_section(gap: Mapping[str, Any]) -> Iterator[Section]:
         yield Section(
             "Sample continuations",
             "Greedy text after held-out prompts, side by side.",
-            tables=[Table("", ["prompt", *names], rows, texts=True)],
+            tables=[Table("", ["prompt", *names], rows, texts=True, code=True)],
         )
 
 

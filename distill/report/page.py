@@ -28,13 +28,15 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A `folded` one opens under its title; one of `texts` has text in its cells, and no figures."""
+    """A `folded` one opens under its title; one of `texts` has text in its cells, and no figures; `code` is that of
+    programs, its spaces kept in line."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell]]]
     folded: bool = False
     texts: bool = False
+    code: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,9 +98,11 @@ def cell(
 def decimals(estimate: Mapping[str, Any], without: int = 4) -> int:
     """Decimals that show an interval's half-width by two significant digits, 6 at most; `without` where there is no
     interval, or none that is wider than nothing."""
-    if estimate["low"] is None or not estimate["high"] > estimate["low"]:
+    if estimate["low"] is None:
         return without
     half = (estimate["high"] - estimate["low"]) / 2
+    if not 1e-6 * abs(estimate["value"]) < half < math.inf:  # what documents share to the last bits of a float
+        return without
     return min(max(1 - math.floor(math.log10(half)), 0), 6)
 
 
