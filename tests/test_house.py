@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from limbeck.models.named import SHIPPED
 from limbeck.scripts.run.compose import build, compose_config
 from limbeck.scripts.run.main import COMMANDS
 from limbeck.tests.helpers import limbeck
@@ -233,12 +234,13 @@ def test_readme_commands_exist() -> None:
         assert set(re.findall(r"recipe=([\w-]+)", blocks)) <= recipes, document
 
 
-def test_shipped_model(tmp_path: Path) -> None:
-    """The model in models/zoo opens, is small enough, and knows Python."""
-    folder = ROOT / "models" / "zoo"
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_model(name: str, tmp_path: Path) -> None:
+    """A model that ships opens, is small enough, and knows Python."""
+    folder = ROOT / "models" / name
     assert (folder / "model.safetensors").stat().st_size < 20e6
     for name in ("README.md", "metrics.jsonl", "curve.png"):
         assert (folder / name).stat().st_size > 0
-    code, out, _ = limbeck("generate", "prompt=import os\nimport", "max_new_tokens=12")
+    code, out, _ = limbeck("generate", f"model={name}", "prompt=import os\nimport", "max_new_tokens=12")
     assert code == 0 and out.startswith("import os\nimport")
-    assert limbeck("memory-fit", "model=zoo", f"output={tmp_path / 'fit'}", "fit.context=4096")[0] == 0
+    assert limbeck("memory-fit", f"model={name}", f"output={tmp_path / 'fit'}", "fit.context=4096")[0] == 0
