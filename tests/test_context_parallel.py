@@ -187,7 +187,7 @@ def test_parts_of_rows_against_whole_rows(count: int, parts: tuple[int, ...], wh
                 assert_close(f"{name}, {number} parts: {weight}", value, found[weight], 1e-5)
     kept = json.loads((tmp_path / "kept.json").read_text())
     # The last part has the keys and values of all others beside its own.
-    assert max(kept) < 1.15 * kept_bytes(tmp_path, 1) / parts[0], kept
+    assert max(kept) < 1.2 * kept_bytes(tmp_path, 1) / parts[0], kept
     calm, rough = (records(tmp_path / name) for name in ("calm", "rough"))
     assert rough == calm and len(calm) == 4
     for ours, theirs in zip(calm, records(whole[0] / "whole"), strict=True):
