@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def our_side(folder: Path, steps: int) -> dict[str, float]:
             "length": statistics.fmean(record["rollout_length"] for record in records)}  # fmt: skip
 
 
-def compare_sides(folder: Path, peer: str, steps: int) -> dict[str, Mapping[str, float]]:
+def compare_sides(folder: Path, peer: str, steps: int) -> dict[str, dict[str, float]]:
     """Ours and TRL's, each in a process of its own, on the same models and prompts."""
     count = SEQ_LEN // Rollouts().width * ROWS
     prompts = Prompts(text("train"), Rollouts().prompt_tokens, 0)

@@ -53,7 +53,7 @@ def main() -> None:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     seconds, lengths = [], []
 
-    class Timed(GKDTrainer):  # type: ignore[misc]
+    class Timed(GKDTrainer):
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             seconds.append(time.perf_counter())
             loss = super().training_step(model, inputs, *rest)

@@ -35,16 +35,14 @@ class Options:
     cache: CacheOptions
     distill: DistillOptions
 
-    def __post_init__(self) -> None:
-        if any(how.own_rows for how in self.distill.plan()):
-            raise InputError(
-                "cache-teacher: a student with distill.rollouts is yet to write what it reads, and nothing of it can be"
-                " cached; leave them out"
-            )
-
 
 def run(options: Options) -> None:
     source, how = model_folder(options.teacher), options.distill
+    if any(part.own_rows for part in how.plan()):
+        raise InputError(
+            "cache-teacher: a student with distill.rollouts is yet to write what it reads, and nothing of it can be"
+            " cached; leave them out"
+        )
     chosen = {
         "cache": options.cache.chosen,
         "rows": [[part.train.steps, part.batch, part.seq_len, part.evaluate_tokens] for part in how.plan()],
