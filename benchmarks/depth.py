@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from limbeck.benchmarks.surgery import BEFORE
-from limbeck.benchmarks.zoo_card import ZOO
 from limbeck.distill.text.packing import IGNORED, Batch, tokenize
 from limbeck.distill.text.resolve import documents
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM, initialize
+from limbeck.models.named import SHIPPED
 from limbeck.models.offload import open_layers
 from limbeck.models.provenance import provenance
 from limbeck.models.tokenizer import load_tokenizer
@@ -51,8 +51,10 @@ SMALL = HybridConfig(
 
 def shipped(rows: int, tokens: int) -> tuple[HybridLM, list[Batch]]:
     """The model in models/zoo, and rows of text, one a batch."""
-    corpus = tokenize(list(documents("stdlib", "train"))[::16], load_tokenizer(ZOO))
-    return load_model(ZOO), list(corpus.sample(batch_size=1, seq_len=tokens, seed=0, max_tokens=rows * tokens))
+    corpus = tokenize(list(documents("stdlib", "train"))[::16], load_tokenizer(SHIPPED["zoo"]))
+    return load_model(SHIPPED["zoo"]), list(
+        corpus.sample(batch_size=1, seq_len=tokens, seed=0, max_tokens=rows * tokens)
+    )
 
 
 @torch.no_grad()

@@ -14,18 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 from limbeck.models.provenance import provenance
 from limbeck.models.rounding import ROUNDINGS
-from limbeck.scripts.run.main import main as limbeck
 
 PLAIN = "bfloat16"
 
 
 def run(*words: str) -> None:
-    if limbeck(list(words)):
-        raise SystemExit(f"limbeck {' '.join(words)} failed")
+    subprocess.run([sys.executable, "-m", "limbeck", *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def exported(folder: Path, source: str, form: str) -> Path:
@@ -87,9 +87,9 @@ def main() -> None:
                 else:
                     source = str(trained(folder, options, form if "through" in how else PLAIN, seed))
                 students[f"{form}{seed}{how.count(' ')}{len(how)}"] = exported(folder, source, form)
-            for form, (name, found) in zip(forms, figures(folder, options, students).items(), strict=True):
+            for form, (name, measured) in zip(forms, figures(folder, options, students).items(), strict=True):
                 size = sum(file.stat().st_size for file in students[name].glob("*.safetensors"))
-                rows.setdefault((how, form), []).append((*found, size))
+                rows.setdefault((how, form), []).append((*measured, size))
     print(f"\n| {options.student}, {options.steps * 2048:,} tokens | format | bytes | bits per byte | KL, nats |")
     print("|---|---|---|---|---|")
     for (how, form), found in rows.items():

@@ -113,10 +113,9 @@ def expert_use(folder: Path) -> dict[int, list[int]]:
 
 def shape(config: HybridConfig) -> str:
     """What the model is made of."""
-    legend = {"M": "M Mamba-2", "*": "* attention", "-": "- MLP", "E": "E experts"}
-    said = ", ".join(text for letter, text in legend.items() if letter in config.pattern)
+    said = ", ".join(dict.fromkeys(f"{kind.letter} {kind.name}" for kind in config.kinds))
     parts = [f"layers `{config.pattern}` ({said})", f"hidden {config.hidden_size}"]
-    if "-" in config.pattern:
+    if not config.n_routed_experts:
         parts.append(f"FFN {config.intermediate_size}")
     if config.n_routed_experts:
         parts.append(
