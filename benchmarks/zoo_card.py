@@ -15,6 +15,7 @@ import gzip
 import json
 import lzma
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "conf" / "recipe"
 STEP = 4096  # tokens
+WIDTH = 118
 MADE = {
     "zoo": (
         "`limbeck pretrain recipe=zoo`, then `limbeck pretrain recipe=zoo-longer init=` its result",
@@ -42,8 +44,8 @@ MADE = {
     ),
     "zoo-moe": (
         "`limbeck pretrain recipe=zoo-moe`",
-        "`metrics.jsonl` and `curve.png` hold the curve, which flattens as the rate falls to zero; more text would"
-        " still help.",
+        "`metrics.jsonl` and `curve.png` hold the curve, which is not level where the rate reaches zero: more text would"
+        " help.",
     ),
 }
 
@@ -138,6 +140,13 @@ def card(folder: Path, config: HybridConfig, rows: dict[str, float], interval: E
     facts = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
     rate = read_yaml(RECIPES / f"{folder.name}.yaml").get("train", {}).get("expert_balance", 0)
     balanced = f"; routers' biases move by {rate} a step towards equal load" if rate else ""
+    origin = (
+        f"{made}: the sources of Python 3.11's standard library (their licence is the PSF's), split by file into train,"
+        f" validation and test by the sha256 of the file's name; {last['tokens']:,} tokens of the training split"
+        f" ({last['step']:,} steps of {STEP:,}), Muon for the layers' matrices and AdamW for the rest{balanced}, two CPU"
+        f" cores. Loss on the validation split at the end {last['validation_loss']:.3f} nats a token, {fallen:.3f} below"
+        " that of 200 steps before."
+    )
     return f"""---
 library_name: transformers
 license: apache-2.0
@@ -145,14 +154,12 @@ tags: [limbeck, nemotron_h, mamba-2]
 ---
 # {"The small mixture of experts" if config.n_routed_experts else "The small trained hybrid"} of limbeck
 
-{shape(config)} Its own byte-level BPE tokenizer has {config.vocab_size:,} tokens. It opens in transformers'
-`NemotronHForCausalLM`.
+{wrapped(shape(config))} Its own byte-level BPE tokenizer has
+{config.vocab_size:,} tokens. It opens in transformers' `NemotronHForCausalLM`.
 
 ## What it was made of
-{made}: the sources of Python 3.11's standard library (their licence is the PSF's), split by file into train, validation
-and test by the sha256 of the file's name; {last["tokens"]:,} tokens of the training split ({last["step"]:,} steps of
-{STEP:,}), Muon for the layers' matrices and AdamW for the rest{balanced}, two CPU cores. Loss on the validation
-split at the end {last["validation_loss"]:.3f} nats a token, {fallen:.3f} below that of 200 steps before. {curves}
+{wrapped(origin)}
+{curves}
 
 ## How good it is
 Bits per byte on the {files} test files ([{interval.low:.3f}, {interval.high:.3f}] is this model's 95% interval over
@@ -165,6 +172,10 @@ files):
 It is a model to try tools on, not to work with. Measured by `benchmarks/zoo_card.py`:
 {facts}
 """
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def use_table(folder: Path) -> str:
