@@ -44,8 +44,8 @@ MADE = {
     ),
     "zoo-moe": (
         "`limbeck pretrain recipe=zoo-moe`",
-        "`metrics.jsonl` and `curve.png` hold the curve, which is not level where the rate reaches zero: more text would"
-        " help.",
+        "`metrics.jsonl` and `curve.png` hold the curve, which is not level where the rate reaches zero: more text"
+        " would help.",
     ),
 }
 
@@ -143,9 +143,9 @@ def card(folder: Path, config: HybridConfig, rows: dict[str, float], interval: E
     origin = (
         f"{made}: the sources of Python 3.11's standard library (their licence is the PSF's), split by file into train,"
         f" validation and test by the sha256 of the file's name; {last['tokens']:,} tokens of the training split"
-        f" ({last['step']:,} steps of {STEP:,}), Muon for the layers' matrices and AdamW for the rest{balanced}, two CPU"
-        f" cores. Loss on the validation split at the end {last['validation_loss']:.3f} nats a token, {fallen:.3f} below"
-        " that of 200 steps before."
+        f" ({last['step']:,} steps of {STEP:,}), Muon for the layers' matrices and AdamW for the rest{balanced}, two"
+        f" CPU cores. Loss on the validation split at the end {last['validation_loss']:.3f} nats a token, {fallen:.3f}"
+        " below that of 200 steps before."
     )
     return f"""---
 library_name: transformers
