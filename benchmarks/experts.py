@@ -38,7 +38,7 @@ WHOLE = (0.75, 0.5, 0.0)
 
 def subject(folder: Path) -> Subject:
     return Subject(
-        folder.name, folder, 16384, 8192, 16384, {}, Target(), Target(), (), steps=60, batch=4, optimizer="muon",
+        folder.name, folder, 8192, 8192, 16384, {}, Target(), Target(), (), steps=60, batch=4, optimizer="muon",
         learning_rates=(1.5e-3,), repairs=(), distilled=(), ablated=False,
     )  # fmt: skip
 
@@ -54,6 +54,7 @@ def added(bench: Bench, name: str, target: Target, method: str, seeds: Sequence[
     return spread([cell["loss"] - bench.base() for cell in cells])
 
 
+@functools.cache
 def widths_by(bench: Bench, method: str, seed: int) -> WidthScores:
     """Scores by a value of `expert_source`, or by another method."""
     if method in ("random", "magnitude", "taylor"):
