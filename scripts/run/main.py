@@ -150,8 +150,9 @@ def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
 def run_command(command: str, words: Sequence[str]) -> int:
     """Composes the options of a command and runs it, or a sweep of it, or prints them (`--cfg job`)."""
     from .outside import CommandLine
+    from .threads import Neighbours, set_wait_policy
 
-    line = CommandLine.parse(words)
+    neighbours, line = Neighbours(), CommandLine.parse(words)
     if line.sweeps:
         from .sweep import sweep
 
@@ -167,6 +168,8 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
             print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), end="")
             return 0
+        if set_wait_policy(neighbours.processors()):
+            note("other processes are busy here: threads wait passively (OMP_WAIT_POLICY=PASSIVE)")
         from ...models.processes import set_up
 
         set_up()
@@ -178,6 +181,14 @@ def run_command(command: str, words: Sequence[str]) -> int:
         gc.enable()
     module.run(options)
     return 0
+
+
+def note(text: str) -> None:
+    """Says something beside the answer, which standard output is for."""
+    from .show import console
+
+    if not console.quiet:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def finish(code: int, message: str) -> int:
