@@ -178,7 +178,7 @@ def content_files(folder: Path) -> list[Path]:
 def is_content(name: Path) -> bool:
     """Whether a file of a folder of ours, by its path in there, is part of what is hashed."""
     apart = name.parts[0] in (PROVENANCE, RESULT, *PAGES) if len(name.parts) == 1 else name.parts[0] in LOGS
-    return not apart and name.name not in (SPEED, LOG)
+    return not apart and name.name not in (SPEED, LOG, PROVENANCE)  # a folder in it has sums of its own
 
 
 def fingerprint_of(value: Path | str) -> str:

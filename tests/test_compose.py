@@ -23,6 +23,7 @@ from limbeck.models.cost.hardware import GIB
 from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.errors import InputError
 from limbeck.models.fingerprint import fingerprint_of
+from limbeck.models.named import SHIPPED
 from limbeck.prune.rounds import plan_cuts
 from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
@@ -160,7 +161,7 @@ def test_every_recipe_is_of_a_command() -> None:
 def test_every_recipe_composes(command: str, name: str) -> None:
     module = importlib.import_module(f"limbeck.scripts.{command.replace('-', '_')}")
     options = build(module.Options, compose_config(command, [f"recipe={name}", "data=x", "output=x"]))
-    assert options.model in ("zoo", *model_names())
+    assert options.model in (*SHIPPED, *model_names())
     assert options.output == Path("x") and options.data == "x"
 
 

@@ -36,7 +36,7 @@ def test_options_beside_a_path() -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     (
-        ("data.trian_on=all", "data.trian_on is no option here; did you mean 'train_on'"),
+        ("data.trian_on=all", "data.trian_on is no option here; did you mean 'data.train_on'"),
         ("data.train_on=none", "train_on 'none' is unknown; known: assistant, all, weighted"),
         ("data.reasoning_share=2", "reasoning_share .2.0. between 0 and 1"),
         ("data.prompt_weight=-1", "prompt_weight .-1.0. must be 0 or more"),

@@ -239,8 +239,8 @@ def test_shipped_model(name: str, tmp_path: Path) -> None:
     """A model that ships opens, is small enough, and knows Python."""
     folder = ROOT / "models" / name
     assert (folder / "model.safetensors").stat().st_size < 20e6
-    for name in ("README.md", "metrics.jsonl", "curve.png"):
-        assert (folder / name).stat().st_size > 0
+    for file in ("README.md", "metrics.jsonl", "curve.png"):
+        assert (folder / file).stat().st_size > 0
     code, out, _ = limbeck("generate", f"model={name}", "prompt=import os\nimport", "max_new_tokens=12")
     assert code == 0 and out.startswith("import os\nimport")
     assert limbeck("memory-fit", f"model={name}", f"output={tmp_path / 'fit'}", "fit.context=4096")[0] == 0

@@ -176,7 +176,7 @@ def test_refused_before_anything_is_written(workshop: Path, tmp_path: Path) -> N
         ("distill.stages=[{},{stpes: 3}]", "distill.stages[1].stpes is no option here; did you mean 'steps'"),
         ("distill.stages=[{steps: 0}]", "steps (0)"),
         ("distill.stages=[{tokens: 0.5}]", "distill.stages[0].tokens is 0.5; expected at least 1"),
-        ("distill.stages=[{tokens: many}]", "distill.stages[0].tokens is 'many'; expected a number"),
+        ("distill.stages=[{tokens: many}]", "distill.stages[0].tokens is 'many'; expected a whole number"),
         ("distill.stages=[{batch: 0}]", "batch (0)"),
         ("distill.stages=[{seq_len: 1000000}] target.hidden_size=24", "do not fill one batch of 2 rows x 1000000"),
         (

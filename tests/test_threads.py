@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from limbeck.scripts.run import threads
-from limbeck.scripts.run.threads import POLICY, Neighbours, busy_seconds, set_wait_policy
+from limbeck.models import threads
+from limbeck.models.threads import POLICY, Neighbours, busy_seconds, set_wait_policy
 
 
 def test_it_waits_passively_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,7 +148,7 @@ BASH_CASES = {
     "limbeck comp": "compress", "limbeck compress hardware.us": "hardware.usable_gib=",
     "limbeck compress hardware=l4": "l4 l40s",
     "limbeck distill distill.train.learn": "distill.train.learning_rate=",
-    "limbeck compress recipe=tin": "tiny-long tiny",
+    "limbeck compress recipe=tin": "tiny-long tiny-moe tiny",
     "limbeck compress distill.train.comp": "distill.train.compile=", "limbeck distill shard=": "true false",
     "limbeck score importance=ta": "taylor", "limbeck --completion z": "zsh", "limbeck score --q": "--quiet",
     "limbeck memory-fit model=nemotron-h": "nemotron-h-4b nemotron-h-8b", "limbeck score nothing": "",

@@ -149,8 +149,8 @@ def by_mode(command: str, overrides: list[str]) -> tuple[str, list[str]]:
 
 def run_command(command: str, words: Sequence[str]) -> int:
     """Composes the options of a command and runs it, or a sweep of it, or prints them (`--cfg job`)."""
+    from ...models.threads import Neighbours, set_wait_policy
     from .outside import CommandLine
-    from .threads import Neighbours, set_wait_policy
 
     neighbours, line = Neighbours(), CommandLine.parse(words)
     if line.sweeps:
