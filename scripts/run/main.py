@@ -168,9 +168,11 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
             print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), end="")
             return 0
-        if set_wait_policy(neighbours.processors()):
-            note("other processes are busy here: threads wait passively (OMP_WAIT_POLICY=PASSIVE)")
-        from ...models.processes import set_up
+        from .show import console
+
+        if set_wait_policy(neighbours.processors()) and not console.quiet:
+            print("note: other processes are busy: threads wait passively (OMP_WAIT_POLICY=PASSIVE)", file=sys.stderr)
+        from ...models.processes import set_up  # imports torch
 
         set_up()
         module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
@@ -181,14 +183,6 @@ def run_command(command: str, words: Sequence[str]) -> int:
         gc.enable()
     module.run(options)
     return 0
-
-
-def note(text: str) -> None:
-    """Says something beside the answer, which standard output is for."""
-    from .show import console
-
-    if not console.quiet:
-        print(f"note: {text}", file=sys.stderr)
 
 
 def finish(code: int, message: str) -> int:
