@@ -1,12 +1,15 @@
 """What distilling the published 12B into its 9B takes, computed: FLOPs by the shapes, GPU time by a share of the card's
 peak, memory by the training plan. Nothing is run on a GPU; the share of the peak is an assumption, and an argument.
 
-    python -m limbeck.benchmarks.recipe_cost [--peak-share 0.35] [--gpus 8]
+    python -m limbeck.benchmarks.recipe_cost [--peak-share 0.35] [--gpus 8] [--split 4]
+
+The last column is for rows that are split over `--split` of the GPUs (distill.train.context_parallel).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import torch
 from limbeck.benchmarks.published import PUBLISHED
@@ -27,13 +30,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peak-share", type=float, default=0.35, help="of the card's dense bf16 rate (assumed)")
     parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--split", type=int, default=4, help="GPUs that share a row")
     given = parser.parse_args()
     card, teacher = read_hardware("h100"), PUBLISHED["nemotron-nano-12b-v2"]
     shallow = teacher.replace(
         pattern="".join(letter for layer, letter in enumerate(teacher.pattern) if layer not in REMOVED)
     )
     students = {"depth": shallow, "width": PUBLISHED["nemotron-nano-9b-v2"]}
-    print("| student | parameters | tokens | row | FLOPs | GPU-hours | a GPU holds |\n|---|---|---|---|---|---|---|")
+    head = ("student", "parameters", "tokens", "row", "FLOPs", "GPU-hours", "a GPU holds", f"rows over {given.split}")
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, tokens, row in STAGES:
         student = students[name]
         # Three passes of the student, a fourth where activations are made anew, and one of the teacher.
@@ -41,9 +46,10 @@ def main() -> None:
         hours = flops / (card.bf16_tflops * 1e12 * given.peak_share) / 3600
         how = Training(micro_batch=1, seq_len=row, batch=2 * given.gpus, checkpointing=True, teacher="online",
                        teacher_dtype=torch.bfloat16, processes=given.gpus)  # fmt: skip
-        held = train_memory(student, teacher, how).total
+        whole, parts = (train_memory(student, teacher, dataclasses.replace(how, context_parallel=split)).total
+                        for split in (1, given.split))  # fmt: skip
         cells = (name, f"{count_parameters(student):,}", f"{tokens / 1e9:g} 10^9", f"{row:,}", f"{flops:.2e}",
-                 f"{hours:,.0f}", f"{held / GIB:.1f} GiB")  # fmt: skip
+                 f"{hours:,.0f}", f"{whole / GIB:.1f} GiB", f"{parts / GIB:.1f} GiB")  # fmt: skip
         print(f"| {' | '.join(cells)} |")
     print(f"\ncomputed: {card.name}, {given.peak_share:.0%} of {card.bf16_tflops:g} TFLOP/s, {given.gpus} GPUs (FSDP2)")
     print("\n".join(f"- {key}: {value}" for key, value in provenance().items()))

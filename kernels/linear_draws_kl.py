@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_loss import ChunkedLoss
 from .linear_kl import IGNORED, check_head, clean, default_chunk, weigh
-from .linear_topk_kl import LinearTopKKL
+from .linear_topk_kl import LinearTopKKL, answered
 
 
 class Draws(NamedTuple):
@@ -102,6 +101,4 @@ def linear_draws_kl(
                 logits.scatter_add_(1, cleaned[outer, None], -ce_weight * factors)
         return agree
 
-    step = chunk_tokens or default_chunk(head.shape[0], hidden)
-    loss, kl, cross_entropy, agreement = ChunkedLoss.apply(hidden, head, weights, scale, 3, step, lambda rows: piece)
-    return LinearTopKKL(loss, kl, None if labels is None else cross_entropy, agreement)
+    return answered(hidden, head, (weights, scale), piece, labels, chunk_tokens)

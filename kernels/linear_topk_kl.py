@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .fused_loss import ChunkedLoss
+from .fused_loss import ChunkedLoss, Piece
 from .linear_kl import IGNORED, check_head, clean, default_chunk, weigh
 
 
@@ -103,8 +103,16 @@ def linear_topk_kl(
         named = None if cleaned is None else cleaned[outer, None]
         return chunk_loss(logits, own, named, values, factors, (kl_weight, ce_weight), need)
 
+    return answered(hidden, head, (weights, scale), piece, labels, chunk_tokens)
+
+
+def answered(
+    hidden: Tensor, head: Tensor, weighing: tuple[Tensor, Tensor], piece: Piece, labels: Tensor | None,
+    chunk_tokens: int | None,
+) -> LinearTopKKL:  # fmt: skip
+    """The loss against a teacher's answers, of which `piece` makes divergence, cross-entropy and loss of each token."""
     step = chunk_tokens or default_chunk(head.shape[0], hidden)
-    loss, kl, cross_entropy, agreement = ChunkedLoss.apply(hidden, head, weights, scale, 3, step, lambda rows: piece)
+    loss, kl, cross_entropy, agreement = ChunkedLoss.apply(hidden, head, *weighing, 3, step, lambda rows: piece)
     return LinearTopKKL(loss, kl, None if labels is None else cross_entropy, agreement)
 
 

@@ -149,7 +149,8 @@ class HybridLM(nn.Module):
 
         Tensors are read where they lie and nothing waits for the host, so that the call can be captured.
         """
-        context = Context(lengths=lengths, max_length=cache.max_length, states=cache.layers, bound=bound)
+        context = Context(lengths=lengths, max_length=cache.max_length, states=cache.layers, bound=bound,
+                          round_input=self.round_input)  # fmt: skip
         hidden = self.run_layers(self.embed(tokens.unsqueeze(1)), 0, self.config.num_layers, context)
         hidden = context.norm(hidden, self.norm_f.weight, self.config.norm_eps)
         hidden = scaled(hidden, self.config.multipliers.logits)

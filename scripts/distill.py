@@ -137,7 +137,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     training = work.folder / "training"
     folders = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
     configs = student.model.config, teacher.config if isinstance(teacher, HybridLM) else None
-    ends = stop_tokens(student_folder, student.model.config)
+    ends = stop_tokens(student_folder, student.model.config) if any(how.own_rows for how in plan) else ()
     with journal(options, work.folder, options.output.name, work.options) as note_down:
         for number in range(current_stage(folders, say), len(plan)):
             how = plan[number]

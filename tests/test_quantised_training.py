@@ -12,6 +12,7 @@ from limbeck.distill.quantised import quantised
 from limbeck.distill.trainer import train
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.errors import InputError
+from limbeck.models.generate.cache import Cache
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.quantise import rounded_input
 from limbeck.models.rounding import ROUNDINGS
@@ -90,6 +91,17 @@ def test_what_experts_and_projections_read_is_rounded(name: str) -> None:
         act = shown["expert_ffn_act"]  # [B, T, I, k]: at most 255 values a token and choice
         steps = act / (act.abs().amax(2, keepdim=True) / 127)
         assert_close("whole numbers", steps.round(), steps, 1e-5)
+
+
+@pytest.mark.parametrize("name", ("nemotron_h", "experts"))
+def test_decoding_is_prefill_while_it_learns(name: str) -> None:
+    """What a student writes in training comes of the same rounding as what it is trained on (in float64, since a number
+    at the border of two steps may fall to either side of it)."""
+    model, ids = model_of(name, dtype=torch.float64), torch.arange(3, 15)[None]
+    with torch.no_grad(), quantised(prepare(model), "w8a8"):
+        whole, cache = model(ids), Cache(model.config, 1, 16, dtype=torch.float64, ssm_dtype=torch.float64)
+        steps = [model.decode(ids[:, step], torch.tensor([step]), cache) for step in range(12)]
+    assert_close("logits", whole[0], torch.cat(steps), 1e-5)
 
 
 def test_killed_and_resumed_it_is_the_same(tmp_path: Path) -> None:

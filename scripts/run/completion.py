@@ -7,7 +7,7 @@ is said of them, and for each option that picks from a few its choices.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ...models.errors import InputError, guess
@@ -15,7 +15,6 @@ from .compose import CONF, VERBATIM, groups, recipes
 from .help import explanations
 
 FLAGS = ("--help", "--quiet", "--cfg", "--multirun", "--config-dir")
-ZOO = "zoo"
 TEXTS = ("prompt", "system", "also")  # of VERBATIM, which otherwise are folders and files
 MODELS = ("model", "against", "teacher", "student", "base", "other", "init")
 
@@ -43,7 +42,7 @@ def options_of(command: str) -> Iterator[Option]:
     """The options that a command takes, in the order of its config, and its groups."""
     said = dict(explanations(command))
     picked = groups(command)
-    named = {"data": ("stdlib", *names_in("data")), **dict.fromkeys(MODELS, (ZOO, *names_in("model")))}
+    named = {"data": ("stdlib", *names_in("data")), **dict.fromkeys(MODELS, (*shipped(), *names_in("model")))}
     parents = {name.rpartition(".")[0] for name in said}
     for name, text in said.items():
         if name in parents or name in picked or name.rpartition(".")[2] in ("recipe", "defaults"):
@@ -53,6 +52,11 @@ def options_of(command: str) -> Iterator[Option]:
     for group, choices in picked.items():
         yield Option(group, tuple(choices), False, said.get(group, ""))
     yield Option("recipe", tuple(recipes(command)), True, "options for a purpose, at once")
+
+
+def shipped() -> list[str]:
+    """The models that lie in the package (models.named.SHIPPED, without torch)."""
+    return sorted(path.parent.name for path in (CONF.parent / "models").glob("*/config.json"))
 
 
 def names_in(group: str) -> tuple[str, ...]:
@@ -93,15 +97,18 @@ def for_bash(told: Told) -> str:
     for command, (_, options) in told.items():
         keys = " ".join([*(f"{option.name}=" for option in options), *FLAGS])
         rows.append(f"    {command}) keys={quoted(keys)} ;;")
-    cases = [
-        f"    {command}:{option.name}) values={quoted(' '.join(option.choices))}"
-        + (" paths=yes" if option.is_path else "")
-        + " ;;"
+    values = cases(told, lambda choices: quoted(" ".join(choices)))
+    return BASH.format(commands=" ".join([*told, *TOP]), keys="\n".join(rows), values=values)
+
+
+def cases(told: Told, written: Callable[[Sequence[str]], str]) -> str:
+    """A line of a `case` for each option whose values are known or are paths; a shell writes choices as `written`."""
+    return "\n".join(
+        f"    {command}:{option.name}) values={written(option.choices)}{' paths=yes' if option.is_path else ''} ;;"
         for command, (_, options) in told.items()
         for option in options
         if option.choices or option.is_path
-    ]
-    return BASH.format(commands=" ".join([*told, *TOP]), keys="\n".join(rows), values="\n".join(cases))
+    )
 
 
 def for_zsh(told: Told) -> str:
@@ -111,16 +118,9 @@ def for_zsh(told: Told) -> str:
     commands = " ".join([*(described(name, text) for name, (text, _) in told.items()), *map(quoted, TOP)])
     keys = [f"    {command}) keys=({' '.join(described(option.name, option.text) for option in options)}) ;;"
             for command, (_, options) in told.items()]  # fmt: skip
-    values = [
-        f"    {command}:{option.name}) values=({' '.join(map(quoted, option.choices))})"
-        + (" paths=yes" if option.is_path else "")
-        + " ;;"
-        for command, (_, options) in told.items()
-        for option in options
-        if option.choices or option.is_path
-    ]
+    values = cases(told, lambda choices: f"({' '.join(map(quoted, choices))})")
     flags = " ".join(map(quoted, FLAGS))
-    return ZSH.format(commands=commands, keys="\n".join(keys), values="\n".join(values), flags=flags)
+    return ZSH.format(commands=commands, keys="\n".join(keys), values=values, flags=flags)
 
 
 def for_fish(told: Told) -> str:

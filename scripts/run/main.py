@@ -55,8 +55,8 @@ Options are KEY=VALUE; `limbeck COMMAND --help` lists a command's. A recipe=NAME
 job prints them all, and with --multirun KEY=A,B every combination of such values is a job of its own. --quiet prints
 errors and answers alone; what a command says of its progress is in OUTPUT/log.txt as well.
 model=, teacher= and student= take a checkpoint folder, hf:OWNER/NAME[@REVISION] (of the hub, safetensors only), `zoo`
-(the small trained model that ships), or a named config; data= takes a folder, a file, a mixture's .yaml or its name in
-conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT], or `stdlib` (the running Python's own sources).
+or `zoo-moe` (small trained models that ship), or a named config; data= takes a folder, a file, a mixture's .yaml or its
+name in conf/data/, hf:OWNER/NAME[:CONFIG][:SPLIT], or `stdlib` (the running Python's own sources).
 
 Completion of options by the shell: eval "$(limbeck --completion bash)", also zsh and fish.
 
