@@ -36,18 +36,14 @@ from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 RECIPES = Path(__file__).parents[1] / "conf" / "recipe"
 STEP = 4096  # tokens
 WIDTH = 118
-MADE = {
-    "zoo": (
-        "`limbeck pretrain recipe=zoo`, then `limbeck pretrain recipe=zoo-longer init=` its result",
-        "`metrics.jsonl` and `curve.png` hold the curve of both runs: in each the rate rises anew and falls to zero,"
-        " and the\ncurve flattens with it; more text would still help.",
-    ),
-    "zoo-moe": (
-        "`limbeck pretrain recipe=zoo-moe`",
-        "`metrics.jsonl` and `curve.png` hold the curve, which is not level where the rate reaches zero: more text"
-        " would help.",
-    ),
-}
+CURVES = (
+    "`metrics.jsonl` and `curve.png` hold the curve of both runs: in each the rate rises anew and falls to zero, and the"
+    "\ncurve flattens with it; more text would still help."
+)
+
+
+def made(name: str) -> str:
+    return f"`limbeck pretrain recipe={name}`, then `limbeck pretrain recipe={name}-longer init=` its result"
 
 
 def compressors(documents: list[Document]) -> dict[str, float]:
@@ -134,14 +130,14 @@ def shape(config: HybridConfig) -> str:
 def card(folder: Path, config: HybridConfig, rows: dict[str, float], interval: Estimate, files: int) -> str:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     held = [record for record in records if "validation_loss" in record]
-    last, (made, curves) = records[-1], MADE[folder.name]
+    last = records[-1]
     fallen = held[-3]["validation_loss"] - last["validation_loss"]
     table = "\n".join(f"| {name} | {value:.3f} |" for name, value in rows.items())
     facts = "\n".join(f"- {name}: {value}" for name, value in provenance().items())
     rate = read_yaml(RECIPES / f"{folder.name}.yaml").get("train", {}).get("expert_balance", 0)
     balanced = f"; routers' biases move by {rate} a step towards equal load" if rate else ""
     origin = (
-        f"{made}: the sources of Python 3.11's standard library (their licence is the PSF's), split by file into train,"
+        f"{made(folder.name)}: the sources of Python 3.11's standard library (their licence is the PSF's), split by file into train,"
         f" validation and test by the sha256 of the file's name; {last['tokens']:,} tokens of the training split"
         f" ({last['step']:,} steps of {STEP:,}), Muon for the layers' matrices and AdamW for the rest{balanced}, two"
         f" CPU cores. Loss on the validation split at the end {last['validation_loss']:.3f} nats a token, {fallen:.3f}"
@@ -159,7 +155,7 @@ tags: [limbeck, nemotron_h, mamba-2]
 
 ## What it was made of
 {wrapped(origin)}
-{curves}
+{CURVES}
 
 ## How good it is
 Bits per byte on the {files} test files ([{interval.low:.3f}, {interval.high:.3f}] is this model's 95% interval over

@@ -7,7 +7,6 @@ size of a shard. A shard has its name once it is whole, so that unfinished work 
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,7 +59,7 @@ from .stored import (
     read_headers,
     without_weights,
 )
-from .tensors import TensorFile, ahead
+from .tensors import Finishing, TensorFile, ahead
 
 PIECE_BYTES = 2**26  # of a tensor in memory, where it is streamed
 
@@ -294,13 +293,14 @@ def write_checkpoint(
     tokenizer_from: Path | None = None,
     provenance: Mapping[str, Any] | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    sums: dict[str, str] | None = None,
 ) -> None:
     """Fills an existing folder (see `folder.atomic_folder`) with config, weights and tokenizer.
 
     `tensors` yields (name, tensor) of the table, or (name, rows), one run of rows after the other; they are stored in
     `dtypes`, one for all or one for each name. Shards that are in the folder already stay, and what is yielded for
     them is skipped: see `finished_shards`. `tokenizer_from` is a folder whose tokenizer files are copied;
-    `provenance` becomes limbeck.json.
+    `provenance` becomes limbeck.json. The sha256 of the shards that are written go into `sums`, if given.
     Raises InputError where the config cannot be written, DiskError where the disk has less space than the weights take
     or refuses a write.
     """
@@ -315,8 +315,7 @@ def write_checkpoint(
     place = {name: shard for shard in missing for name in shard.forms}
     rows_done: dict[str, int] = {}
     files: dict[str, TensorFile] = {}
-    with concurrent.futures.ThreadPoolExecutor(1) as syncing:
-        finishing: concurrent.futures.Future[None] | None = None
+    with Finishing(sums) as finishing:
         try:
             for ours, rows in ahead(tensors):
                 start = rows_done.get(ours, 0)
@@ -330,12 +329,8 @@ def write_checkpoint(
                     file = files[shard.file]
                     file.write(name, part.to(shard.forms[name][0]), row)
                     if file.complete:
-                        if finishing is not None:
-                            finishing.result()
-                        finishing = syncing.submit(files.pop(shard.file).finish)
+                        finishing.add(files.pop(shard.file))
                         place = {other: where for other, where in place.items() if where is not shard}
-            if finishing is not None:
-                finishing.result()
         finally:
             for file in files.values():
                 file.discard()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -75,7 +76,9 @@ class Fingerprint:
     def read(self) -> None:
         try:
             if self.sums is None:
-                content = self.with_inputs(fingerprint_of)
+                # One file after the other, as the stage reads them meanwhile: what does not fit into the system's page
+                # cache is then still read once.
+                content = self.with_inputs(functools.partial(fingerprint_of, at_once=1))
                 self.sums = content | {"fingerprint": digest(content)}
         except BaseException as error:  # raised where the sums are needed
             self.error = error
@@ -113,12 +116,18 @@ class Fingerprint:
             raise InputError(f"an input of {self.name} changed while it was read ({names}); run the same command again")
         return content
 
-    def sealed(self, folder: Path, notes: Mapping[str, Any], apart: tuple[str, ...]) -> dict[str, Any]:
+    def sealed(
+        self, folder: Path, notes: Mapping[str, Any], apart: tuple[str, ...], known: Mapping[str, str]
+    ) -> dict[str, Any]:
         """What limbeck.json says of a folder once the work in it is done: `unchanged_content`, notes, and the sums of
-        its files (those `apart`, which go, aside) and of all that itself."""
+        its files (those `apart`, which go, aside; some are `known` from when they were written) and of all that
+        itself."""
         content = self.unchanged_content() | dict(notes)  # first: its thread writes into the folder until it ends
         files = [file for file in content_files(folder) if file.relative_to(folder).parts[0] not in apart]
-        return summed(content | {"files": sha256_files(folder, files)})
+        unknown = [file for file in files if file.relative_to(folder).as_posix() not in known]
+        sums = {**known, **sha256_files(folder, unknown)}
+        names = [file.relative_to(folder).as_posix() for file in files]
+        return summed(content | {"files": {name: sums[name] for name in names}})
 
     def check_finished(self, folder: Path) -> None:
         """Raises InputError unless the folder is whole (MadeOtherwise, where it is) and was made of just this."""
@@ -181,14 +190,14 @@ def is_content(name: Path) -> bool:
     return not apart and name.name not in (SPEED, LOG, PROVENANCE)  # a folder in it has sums of its own
 
 
-def fingerprint_of(value: Path | str) -> str:
-    """The sha256 of a file, or of a folder's files; a text stands for itself. Raises InputError where a folder of ours
-    is not as it was left."""
+def fingerprint_of(value: Path | str, at_once: int = 4) -> str:
+    """The sha256 of a file, or of a folder's files, so many read at a time; a text stands for itself. Raises InputError
+    where a folder of ours is not as it was left."""
     if isinstance(value, str):
         return value
     if not value.is_dir():
         return sha256_file(value)
-    sums = sha256_files(value, files_of(value))
+    sums = sha256_files(value, files_of(value), at_once)
     check_sums(value, sums)
     return digest(sums)
 

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -124,12 +124,16 @@ def write_json(path: Path, content: Any) -> None:
 
 def sha256_file(path: Path) -> str:
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_stream(stream)
 
 
-def sha256_files(folder: Path, files: Iterable[Path]) -> dict[str, str]:
-    """The sums of files by their names below a folder, several read at a time."""
+def sha256_stream(stream: BinaryIO) -> str:
+    return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_files(folder: Path, files: Iterable[Path], at_once: int = 4) -> dict[str, str]:
+    """The sums of files by their names below a folder, so many read at a time."""
     files = list(files)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         sums = pool.map(sha256_file, files)
         return {file.relative_to(folder).as_posix(): found for file, found in zip(files, sums, strict=True)}

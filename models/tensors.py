@@ -6,6 +6,7 @@ tensors, wider dtypes first, then by name (format: github.com/huggingface/safete
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -15,12 +16,13 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import DiskError
+from .folder import sha256_stream
 
 # By descending width, and within one as the format's own writer has it.
 DTYPES = {
@@ -95,6 +97,45 @@ class TensorFile:
         with contextlib.suppress(OSError):  # what was buffered finds no place either
             self.file.close()
         self.partial.unlink(missing_ok=True)
+
+
+class Finishing:
+    """Finishes files while the next one is filled, one at a time: more would leave all of them to the disk's cache.
+    With `sums`, reads each back meanwhile for its sha256, which goes there by its name. Errors come out of `add` or of
+    the end, which waits for the last."""
+
+    def __init__(self, sums: dict[str, str] | None = None) -> None:
+        self.sums, self.pool = sums, concurrent.futures.ThreadPoolExecutor(2)
+        self.begun: list[concurrent.futures.Future[None]] = []
+
+    def add(self, file: TensorFile) -> None:
+        self.wait()
+        if self.sums is not None:
+            with saying_where(file.path):
+                file.file.flush()
+            self.begun.append(self.pool.submit(self.sum, file.path.name, file.partial.open("rb")))
+        self.begun.append(self.pool.submit(file.finish))
+
+    def sum(self, name: str, stream: BinaryIO) -> None:
+        with stream:
+            found = sha256_stream(stream)
+        assert self.sums is not None
+        self.sums[name] = found
+
+    def wait(self) -> None:
+        begun, self.begun = self.begun, []
+        for future in begun:
+            future.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.pool.shutdown()
 
 
 class Silence(Exception):

@@ -121,6 +121,7 @@ def prune(options: Options) -> None:
             write_checkpoint(
                 work.folder, config, tensors,
                 dtypes=dtypes, tokenizer_from=source, max_shard_bytes=options.max_shard_bytes,
+                sums=work.sums,
             )  # fmt: skip
         check()  # only now: plain pruning is done while the inputs are being read
         write_json(work.folder / "selection.json", kept_units(selection, repair))

@@ -61,12 +61,13 @@ def many_processes(device: str) -> Iterator[None]:
 @dataclasses.dataclass
 class Work:
     """What a stage has to do: nothing where it is `finished`, else what goes into the temporary `folder`. `notes` are
-    what it has to say of itself, for limbeck.json."""
+    what it has to say of itself, for limbeck.json; `sums` the sha256 of files that are known already."""
 
     folder: Path
     finished: bool
     made_of: Fingerprint
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sums: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def stage(
                     yield work
                 if writes:
                     apart = (BEGUN, *([scratch] if scratch is not None else []))
-                    content = made_of.sealed(temporary, work.notes, apart)
+                    content = made_of.sealed(temporary, work.notes, apart, work.sums)
                     facts = run_facts(temporary, output=folder, inputs=made_of.inputs, begun=begun, resumed=resumed)
                     for name in apart:
                         facts["bytes"].pop(name, None)
