@@ -1,6 +1,6 @@
 """Several sizes in one checkpoint: its units lie in their order of importance, and a size is the first so many of each
-axis, equally many in every group. (As in arXiv 2310.07707, MatFormer, which nests the MLP; 2406.10260, Flextron, and
-2511.16664, Nemotron Elastic, nest the other axes, too.)
+axis, equally many in every group. (MatFormer, arXiv 2310.07707, nests the MLP so; Nemotron Elastic, 2511.16664, heads,
+SSM heads and channels, too.)
 
 The order is found once and before any training, by the scores that `choose.select` takes: a permutation, which leaves
 the function as it is.
