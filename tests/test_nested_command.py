@@ -57,7 +57,7 @@ def distil(root: Path, output: Path, *arguments: str, sizes: Any = SIZES, **chan
 
 def as_words(content: Any) -> str:
     """As it is written on a command line."""
-    return json.dumps(content).replace('"', "'")
+    return json.dumps(content).replace('"', "")
 
 
 @pytest.fixture(scope="module")
