@@ -10,6 +10,7 @@ from typing import Any
 from ..kernels.divergence import DIVERGENCES, Divergence
 from ..models.errors import InputError
 from ..models.rounding import ROUNDINGS
+from .nested_options import WHERE, NestedSizes, check_nested
 from .rollout_options import RolloutChanges, Rollouts, changed_rollouts
 
 SCHEDULES = ("cosine", "wsd")
@@ -19,6 +20,7 @@ SHAPES = ("linear", "cosine")
 COMPARISONS = ("auto", "kept", "fitted")
 TEACHER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 SPLIT = "context_parallel"
+LEFT_OUT = ("stages", "rollouts", "nested")  # of a fingerprint where they are not there, as before there were any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +209,11 @@ class DistillLoss:
         if not any(greatest(weight) > 0 for weight in (self.kl_weight, self.ce_weight, self.hidden.weight)):
             raise InputError("loss: kl_weight, ce_weight and hidden.weight are all 0; expected one above 0")
 
+    @property
+    def hidden_weighs(self) -> bool:
+        """Whether hidden states are compared at any step."""
+        return greatest(self.hidden.weight) > 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
@@ -258,7 +265,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 class DistillOptions:
     """What conf/distill/ sets: the loss, the schedule, and the tokens; `repack` cuts an epoch's rows anew. Each of
     `stages` starts from the weights that the one before it left; none is one stage as it stands. With `rollouts` some
-    rows, or all, are text that the student writes itself."""
+    rows, or all, are text that the student writes itself; with `nested` it is several sizes in one."""
 
     loss: DistillLoss
     train: TrainOptions
@@ -271,10 +278,13 @@ class DistillOptions:
     teacher_correction: Correction | None = None
     stages: tuple[StageOptions, ...] = ()
     rollouts: Rollouts | None = None
+    nested: NestedSizes | None = None
 
     def __post_init__(self) -> None:
         if self.seq_len < 1 or self.batch < 1:
             raise InputError(f"distill: seq_len ({self.seq_len}) and batch ({self.batch}) must be at least 1")
+        if not self.stages and self.nested is not None:
+            check_nested(self)
         if not self.stages and self.own_rows:
             self.check_rollouts()
         if self.teacher_dtype not in (None, *TEACHER_DTYPES):
@@ -366,7 +376,7 @@ class DistillOptions:
         options = dataclasses.asdict(self) | {"stages": stages}
         for train in (options["train"], *stages):
             train.pop(SPLIT, None)
-        return {name: value for name, value in options.items() if value or name not in ("stages", "rollouts")}
+        return {name: value for name, value in options.items() if value or name not in LEFT_OUT}
 
     def correction(self) -> DistillOptions:
         """How the teacher is trained before it teaches."""
@@ -374,4 +384,10 @@ class DistillOptions:
         assert correction is not None
         steps = correction.steps or self.steps_for(correction.tokens)
         train = dataclasses.replace(self.train, steps=steps, learning_rate=correction.learning_rate)
-        return dataclasses.replace(self, train=train, repack=True, teacher_correction=None, stages=(), rollouts=None)
+        plain: dict[str, Any] = {"teacher_correction": None, "stages": (), "rollouts": None, "nested": None}
+        return dataclasses.replace(self, train=train, repack=True, **plain)
+
+    def check_one_size(self, where: str) -> None:
+        """Raises InputError where several sizes would be trained at once, which only `limbeck distill` does."""
+        if self.nested is not None:
+            raise InputError(f"{where}: {WHERE} is read by limbeck distill alone; leave it out")

@@ -217,7 +217,12 @@ def stage_loss(
 
 def check_student(how: DistillOptions, longest: int, whole: bool) -> None:
     """Raises InputError where a student of `longest` positions, `whole` in every process or split among them, cannot
-    write what a stage is to read."""
+    write what a stage is to read, or be sliced as a stage needs it."""
+    if how.nested is not None and not whole:
+        raise InputError(
+            "distill.nested slices matrices that are whole in every process, and these are split among them (FSDP2):"
+            " give shard=false"
+        )
     if how.rollouts is None or not how.own_rows:
         return
     if not whole:

@@ -1,25 +1,39 @@
-"""A distillation's stages one after another: the text that each reads, and what it hands on to the next."""
+"""A distillation's stages one after another: the text that each reads, what it learns, and what it hands on to the
+next."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ..models import processes
+from ..models.config import HybridConfig
 from ..models.fingerprint import SPEED
 from ..models.foreign import read_lines
+from ..models.hybrid import HybridLM
 from .average import final_weights
+from .hidden import Pairing
+from .losses import cross_entropy_loss
+from .nested import Nest
 from .options import DistillOptions, TrainOptions
-from .parallel import Trained
+from .parallel import Trained, check_share
+from .rollouts import check_student, stage_loss
 from .state import METRICS, Say, drop_damaged, fill_weights, states
+from .teacher import CachedTeacher
+from .teaching import held_out_figures
 from .text.mixture import Text
 from .text.packing import Batch
 from .text.prompts import Prompts, prompt_batches
+from .trainer import OnStep, train
 
+Bar = Callable[[str, int], AbstractContextManager[OnStep]]
+Describe = Callable[[DistillOptions], Callable[[float], dict[str, float]]]
 SEEDS_APART = 1000  # the seeds of two stages, so that the second does not begin with the first one's text
 
 
@@ -45,6 +59,74 @@ def check_text(text: Text, how: DistillOptions) -> None:
         prompts = Prompts(text, how.rollouts.prompt_tokens, 0)
         for corpus in prompts.corpora:
             Prompts(corpus, prompts.length, 0)[0]
+
+
+def check_texts(
+    text: Text,
+    plan: Sequence[DistillOptions],
+    seed: int,
+    teacher: HybridLM | CachedTeacher,
+    held_out: Callable[[DistillOptions], Sequence[Batch]],
+) -> None:
+    """`check_text` of all stages; and that a cached teacher holds the rows that one which was made for something else
+    is most likely to lack: the last ones, and those that a stage is measured on."""
+    for number, how in enumerate(plan):
+        check_text(text, how)
+        if isinstance(teacher, CachedTeacher):
+            last = stage_batches(text, how, number, seed, how.train.steps - 1)
+            teacher.check_holds([*last, *held_out(how)])
+
+
+def check_plan(plan: Sequence[DistillOptions], student: HybridConfig, whole: bool) -> None:
+    """Raises InputError where the processes cannot share a stage's batches, or a student, `whole` in every process or
+    split among them, is none for a stage."""
+    for how in plan:
+        check_share(how.batch, how.seq_len, how.train.context_parallel)
+        check_student(how, student.max_position_embeddings, whole)
+
+
+def train_stages(
+    student: Trained,
+    teacher: HybridLM | CachedTeacher,
+    plan: Sequence[DistillOptions],
+    folders: Sequence[Path],
+    text: Text,
+    seed: int,
+    *,
+    pairing: Pairing | None,
+    nest: Nest | None,
+    ends: tuple[int, ...],
+    held_out: Callable[[DistillOptions], Sequence[Batch]],
+    bar: Bar,
+    describe: Describe,
+    say: Say,
+) -> None:
+    """Trains a student through the stages that are left, each in its folder; `ends` are the tokens at which its own
+    text ends. Of each stage `held_out` gives what it is measured on, and `describe` what a speed comes to; `bar(title,
+    steps)` shows how far it is."""
+    for number in range(current_stage(folders, say), len(plan)):
+        how, own = plan[number], seed + SEEDS_APART * number
+        loss, figures = stage_loss(teacher, how, pairing, own, ends), held_out_figures
+        measured: dict[str, Any] = {"sample": held_out(how), "context_parallel": how.train.context_parallel}
+        title = f"distilling, stage {number + 1} of {len(plan)}" if len(plan) > 1 else "distilling"
+        with bar(title, how.train.steps) as on_step:
+            train(
+                student, loss if nest is None else nest.loss(loss, own),
+                functools.partial(stage_batches, text, how, number, seed), how.train, folders[number],
+                evaluate=functools.partial(figures if nest is None else nest.figures, teacher, **measured),
+                on_step=on_step, describe=describe(how), say=say,
+            )  # fmt: skip
+        hand_on(student, folders, number, how.train)
+
+
+def correct(
+    teacher: Trained, how: DistillOptions, folder: Path, text: Text, seed: int, bar: Bar, describe: Describe, say: Say
+) -> None:
+    """Trains a teacher on the text itself, before it teaches."""
+    batches = functools.partial(stage_batches, text, how, 0, seed)
+    with bar("correcting the teacher", how.train.steps) as on_step:
+        train(teacher, cross_entropy_loss, batches, how.train, folder, on_step=on_step, describe=describe(how),
+              say=say)  # fmt: skip
 
 
 def current_stage(folders: Sequence[Path], say: Say = print) -> int:

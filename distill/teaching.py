@@ -14,9 +14,10 @@ from ..models.folder import sha256_file
 from ..models.foreign import read_object
 from ..models.hybrid import HybridLM
 from ..models.row_split import row_split
-from .gap.measure import measure_gap
+from .gap.measure import ModelGap, measure_gap
 from .hidden import KeptParts
 from .losses import check_vocabularies
+from .options import DistillOptions
 from .teacher import CachedTeacher, cached_gap
 
 
@@ -28,7 +29,11 @@ def held_out_figures(
     split = row_split(context_parallel)
     if isinstance(teacher, CachedTeacher):
         return cached_gap(teacher, student, sample, split)
-    figures = measure_gap(teacher, {"student": student}, sample, resamples=2, split=split).models["student"]
+    return figures_of(measure_gap(teacher, {"student": student}, sample, resamples=2, split=split).models["student"])
+
+
+def figures_of(figures: ModelGap) -> dict[str, float]:
+    """What metrics.jsonl has of a model's held-out figures."""
     return {
         "validation_loss": figures.cross_entropy.value,
         "validation_bits_per_byte": figures.bits_per_byte.value,
@@ -55,6 +60,20 @@ def open_cache(folder: Path, student: HybridLM, student_folder: Path, inputs: Ma
             " student must share one"
         )
     return cache
+
+
+def check_cache_serves(how: DistillOptions) -> None:
+    """Raises InputError where a cache of the teacher's answers cannot have what is trained on."""
+    if how.teacher_correction is not None:
+        raise InputError(
+            "distill: teacher_cache holds what the teacher said as it was; leave teacher_correction out, and cache"
+            " the corrected teacher"
+        )
+    if any(stage.own_rows for stage in how.plan()):
+        raise InputError(
+            "distill: teacher_cache has no answer to text that the student is yet to write; leave it or"
+            " distill.rollouts out"
+        )
 
 
 def cache_fingerprint(cache: Path) -> str:

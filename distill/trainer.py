@@ -64,10 +64,14 @@ class Scheduled(Protocol):
 
 @runtime_checkable
 class Writing(Protocol):
-    """A loss whose batches the model writes in part, as it stands before the step; `figures` of it go with the step's
-    record. Every process has to call both."""
+    """A loss whose batches the model writes in part, as it stands before the step. Every process has to call it."""
 
     def written(self, model: HybridLM, batch: Any, step: int) -> Any: ...
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A loss that has `figures` of a step for its record. Every process has to call it."""
 
     def figures(self) -> dict[str, float]: ...
 
@@ -169,11 +173,10 @@ class TrainingRun:
         set_rates(self.optimizers, options.rate(progress.step))
         if isinstance(self.loss_of, Scheduled):
             self.loss_of.at(progress.step)
-        writing = self.loss_of if isinstance(self.loss_of, Writing) else None
-        if writing is not None:
-            batch = writing.written(self.trained.model, batch, progress.step)
+        if isinstance(self.loss_of, Writing):
+            batch = self.loss_of.written(self.trained.model, batch, progress.step)
         loss, norm, signal = self.gradients(batch)
-        written: dict[str, float] = {} if writing is None else writing.figures()
+        reported = self.loss_of.figures() if isinstance(self.loss_of, Reporting) else {}
         # Sums over all processes, so that all of them skip a step or none does.
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
@@ -187,7 +190,7 @@ class TrainingRun:
         self.seen += batch.input_ids.numel()
         record: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens}
         if finite:
-            record |= {"loss": loss, "gradient_norm": norm, **loads, **written}
+            record |= {"loss": loss, "gradient_norm": norm, **loads, **reported}
         else:
             record["skipped"] = {"loss": str(loss), "gradient_norm": str(norm), **ids_of(batch, progress.step - 1)}
         record |= {"learning_rate": options.rate(progress.step - 1)}

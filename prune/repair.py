@@ -93,6 +93,16 @@ class RepairOptions:
         return Repair(rotate, self.norms, fit, self.ridge, self.whole_experts)
 
 
+def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
+    """What stays, as selection.json says it; after a rotation no channels of the source do, but a number of its
+    principal directions."""
+    kept = {str(axis): list(units) for axis, units in selection.kept.items()}
+    content = {"layers": list(selection.layers), "kept": kept}
+    return (
+        content | {"principal_directions": len(kept.pop("hidden"))} if repair.rotate and "hidden" in kept else content
+    )
+
+
 @torch.no_grad()
 def repair_tensors(
     get_tensor: GetTensor,

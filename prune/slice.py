@@ -7,17 +7,18 @@ Axes and layers of a `Selection` are numbered as in the source model.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..models.axes import Axis, Dimension, Role, TensorSpec, axis_sizes, group_axis, segment_size, tensor_table
+from ..models.axes import Axis, TensorSpec, axis_sizes, group_axis, tensor_table
 from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
+from ..models.submodel import kept_rows as kept_rows
+from ..models.submodel import rescaled
 from ..models.tensors import take
 
 
@@ -163,8 +164,8 @@ def cut(
     """One tensor of the smaller model, `axes` in its table, from the source's, `source` there."""
     assert tensor.shape == source.shape, (source.name, tuple(tensor.shape), source.shape)
     tensor = chosen(tensor, [kept_rows(dimension, kept) for dimension in source.dimensions])
-    if rescale_norms and axes.role is Role.NORM and axes.numel != source.numel:
-        tensor = (tensor.double() * math.sqrt(source.numel / axes.numel)).to(tensor.dtype)
+    if rescale_norms:
+        tensor = rescaled(tensor, source, axes)
     assert tensor.shape == axes.shape, (axes.name, tuple(tensor.shape), axes.shape)
     return tensor
 
@@ -183,20 +184,6 @@ def source_name(name: str, selection: Selection) -> str:
         return name
     _, layer, rest = name.split(".", 2)
     return f"layers.{selection.layers[int(layer)]}.{rest}"
-
-
-def kept_rows(dimension: Dimension, kept: Mapping[Axis, Sequence[int]]) -> Tensor:
-    """Indices along one dimension (int64, on the CPU) that survive when each axis keeps the units in `kept`."""
-    parts = []
-    offset = 0
-    for segment in dimension:
-        index = torch.zeros(1, dtype=torch.int64)
-        for axis, size in segment:
-            units = torch.tensor(kept[axis]) if axis is not None and axis in kept else torch.arange(size)
-            index = (index[:, None] * size + units).flatten()
-        parts.append(index + offset)
-        offset += segment_size(segment)
-    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -10,23 +10,33 @@ from typing import Any
 
 from ..distill.average import write_trained
 from ..distill.hidden import Pairing, make_pairing
-from ..distill.losses import cross_entropy_loss
-from ..distill.options import DistillOptions, greatest
-from ..distill.parallel import Trained, check_share, load_frozen, load_trained, process_device
-from ..distill.rollouts import check_student, stage_loss
-from ..distill.stages import SEEDS_APART, check_text, current_stage, hand_on, join_metrics, stage_batches
+from ..distill.nested import open_nest
+from ..distill.options import DistillOptions
+from ..distill.parallel import Trained, load_frozen, load_trained, process_device
+from ..distill.stages import check_plan, check_text, check_texts, correct, join_metrics, train_stages
 from ..distill.teacher import CachedTeacher
-from ..distill.teaching import cache_fingerprint, held_out_figures, kept_of, open_cache
+from ..distill.teaching import cache_fingerprint, check_cache_serves, kept_of, open_cache
 from ..distill.text.packing import Batch
-from ..distill.trainer import train
 from ..models import processes
 from ..models.checkpoint import check_forward, load_config
 from ..models.errors import InputError
+from ..models.folder import write_json
 from ..models.generate.writer import stop_tokens
 from ..models.hybrid import HybridLM
 from ..models.row_split import row_split
 from ..models.tokenizer import check_agreement
-from .run.resolve import NamedData, corpus, data_input, model_folder, sample, say_epochs, torch_device, torch_dtype
+from ..prune.nested import NESTED, nested_student
+from .run.resolve import (
+    NamedData,
+    check_scores,
+    corpus,
+    data_input,
+    model_folder,
+    sample,
+    say_epochs,
+    torch_device,
+    torch_dtype,
+)
 from .run.show import result, say
 from .run.stage import Work, many_processes, stage
 from .run.tracking import Tracked, journal, speed_of, training_bar
@@ -44,18 +54,11 @@ class Options(Tracked):
     distill: DistillOptions
     shard: bool = True
     teacher_cache: Path | None = None
+    scores: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.teacher_cache is not None and self.distill.teacher_correction is not None:
-            raise InputError(
-                "distill: teacher_cache holds what the teacher said as it was; leave teacher_correction out, and cache"
-                " the corrected teacher"
-            )
-        if self.teacher_cache is not None and any(how.own_rows for how in self.distill.plan()):
-            raise InputError(
-                "distill: teacher_cache has no answer to text that the student is yet to write; leave it or"
-                " distill.rollouts out"
-            )
+        if self.teacher_cache is not None:
+            check_cache_serves(self.distill)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -73,6 +76,9 @@ def train_student(options: Options) -> None:
     """The stage, without its result.json."""
     teacher, student = model_folder(options.teacher), model_folder(options.student)
     inputs: dict[str, Path | str] = {"teacher": teacher, "student": student, "data": data_input(options.data)}
+    if (options.scores is None) != (options.distill.nested is None):
+        raise InputError("distill: scores=FOLDER, of the student, puts nested sizes in order; give both or neither")
+    inputs |= {} if options.scores is None else {"scores": options.scores}
     if options.teacher_cache is not None:
         inputs["teacher_cache"] = cache_fingerprint(options.teacher_cache)
     if options.distill.teacher_correction is not None:
@@ -93,16 +99,14 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
         if not work.finished:
             with processes.together():
                 text = corpus(options.data, "train", teacher)
-                text.batches_per_epoch(how.batch, how.seq_len)
-                check_share(how.batch, how.seq_len, how.train.context_parallel)
+                check_text(text, how)
+                check_plan([how], load_config(teacher), whole=True)
             model = load_trained(teacher, dtype, process_device(torch_device(options.device)), options.shard)
-            batches, training = functools.partial(stage_batches, text, how, 0, options.seed), work.folder / "training"
-            speed = speed_of(model.model.config, None, how.seq_len, model.device)
-            with training_bar("correcting the teacher", how.train.steps) as on_step:
-                train(model, cross_entropy_loss, batches, how.train, training, on_step=on_step, describe=speed,
-                      say=say)  # fmt: skip
+            training, config = work.folder / "training", model.model.config
+            correct(model, how, training, text, options.seed, bar=training_bar, say=say,
+                    describe=lambda how: speed_of(config, None, how.seq_len, model.device))  # fmt: skip
             work.notes["weights"] = write_trained(
-                work.folder, training, how.train, model.model.config, dtype, tokenizer_from=teacher
+                work.folder, training, how.train, config, dtype, tokenizer_from=teacher
             )
     return folder
 
@@ -116,48 +120,44 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     with processes.together():
         for note in check_agreement(teacher_folder, student_folder):
             say(f"note: {note}")
-        config = load_config(student_folder)
-        for how in plan:
-            check_share(how.batch, how.seq_len, how.train.context_parallel)
-            check_student(how, config.max_position_embeddings, not options.shard or processes.count() == 1)
+        check_plan(plan, load_config(student_folder), not options.shard or processes.count() == 1)
     ahead = any(how.loss.mtp_weight for how in plan)
-    student = load_trained(student_folder, dtype, process_device(torch_device(options.device)), options.shard, ahead)
+    measured = functools.partial(held_out, options.data, student_folder, seed=seed)
+    device, nest = process_device(torch_device(options.device)), None
+    if options.distill.nested is not None and options.scores is not None:
+        with processes.together():
+            cut = nested_student(student_folder, options.scores, options.distill.nested.targets, dtype, device)
+            student, nest = open_nest(options.distill.nested, cut.model, cut.sizes, cut.parameters, dtype)
+    else:
+        student = load_trained(student_folder, dtype, device, options.shard, ahead)
     teacher, pairing = open_teacher(work, teacher_folder, student_folder, student, options)
     check_forward({"student": student.model} | ({"teacher": teacher} if isinstance(teacher, HybridLM) else {}))
     with processes.together():
         text = corpus(options.data, "train", student_folder)
-        for number, how in enumerate(plan):
-            check_text(text, how)
-            if isinstance(teacher, CachedTeacher):  # what one that was made for something else is most likely to lack
-                last = stage_batches(text, how, number, seed, how.train.steps - 1)
-                teacher.check_holds([*last, *held_out(options.data, student_folder, how, seed)])
+        check_texts(text, plan, seed, teacher, measured)
         if processes.rank() == 0:
-            work.content()  # a damaged input shows before the first step
+            made_from = work.content()["inputs"]  # a damaged input shows before the first step
+            if options.scores is not None:
+                check_scores(options.scores, made_from["student"], options.student)
         say_epochs(text, [(how.train.steps * how.text_rows, how.seq_len) for how in plan])
     training = work.folder / "training"
     folders = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
     configs = student.model.config, teacher.config if isinstance(teacher, HybridLM) else None
-    ends = stop_tokens(student_folder, student.model.config) if any(how.own_rows for how in plan) else ()
     with journal(options, work.folder, options.output.name, work.options) as note_down:
-        for number in range(current_stage(folders, say), len(plan)):
-            how = plan[number]
-            measured = held_out(options.data, student_folder, how, seed)
-            title = f"distilling, stage {number + 1} of {len(plan)}" if options.distill.stages else "distilling"
-            with training_bar(title, how.train.steps, note_down) as on_step:
-                train(
-                    student, stage_loss(teacher, how, pairing, seed + SEEDS_APART * number, ends),
-                    functools.partial(stage_batches, text, how, number, seed), how.train, folders[number],
-                    evaluate=functools.partial(
-                        held_out_figures, teacher, sample=measured, context_parallel=how.train.context_parallel
-                    ), on_step=on_step,
-                    describe=speed_of(*configs, how.seq_len, student.device), say=say,
-                )  # fmt: skip
-            hand_on(student, folders, number, how.train)
+        train_stages(
+            student, teacher, plan, folders, text, seed, pairing=pairing, nest=nest,
+            ends=stop_tokens(student_folder, student.model.config) if any(how.own_rows for how in plan) else (),
+            held_out=measured,
+            bar=lambda title, steps: training_bar(title, steps, note_down),
+            describe=lambda how: speed_of(*configs, how.seq_len, student.device), say=say,
+        )  # fmt: skip
     if options.distill.stages and processes.rank() == 0:
         join_metrics(folders, training)
     work.notes["weights"] = write_trained(
         work.folder, folders[-1], plan[-1].train, student.model.config, dtype, tokenizer_from=student_folder
     )
+    if nest is not None and processes.rank() == 0:
+        write_json(work.folder / NESTED, nest.content())
 
 
 def open_teacher(
@@ -177,7 +177,7 @@ def open_teacher(
     dtype = torch_dtype(options.distill.teacher_dtype or options.dtype)
     teacher = load_frozen(teacher_folder, dtype, student.device, options.shard, options.distill.teacher_offload)
     how, hidden = options.distill.plan()[0], options.distill.loss.hidden
-    if greatest(hidden.weight) == 0:
+    if not options.distill.loss.hidden_weighs:
         return teacher, None
     kept = kept_of(student_folder, teacher_folder, lambda: sums()["teacher"])
     rows = sample(options.data, "train", student_folder, tokens=hidden.fit_tokens, seq_len=how.seq_len, batch=how.rows,

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import Tensor
 
-from ..models.axes import AXES, tensor_table
+from ..models.axes import tensor_table
 from ..models.cautions import cautions
 from ..models.checkpoint import (
     SHARD_BYTES,
@@ -23,15 +23,16 @@ from ..models.checkpoint import (
     write_checkpoint,
 )
 from ..models.config import HybridConfig
-from ..models.cost.parameters import count_active, count_parameters
+from ..models.cost.parameters import count_parameters, size_rows
 from ..models.device import torch_device, torch_dtype
 from ..models.errors import InputError
 from ..models.fingerprint import plain
 from ..models.folder import write_json
 from ..prune.choose import select
-from ..prune.repair import Repair, RepairOptions, repair_tensors
+from ..prune.nested import check_as_trained, nested_size
+from ..prune.repair import RepairOptions, kept_units, repair_tensors
 from ..prune.scores import load_scores
-from ..prune.slice import Selection, slice_config, slice_rows, source_name
+from ..prune.slice import slice_config, slice_rows, source_name
 from ..prune.target import Target
 from .run.resolve import NamedData, check_scores, data_input, model_folder, said_format, sample
 from .run.show import counted, progress, result, say, table
@@ -41,7 +42,7 @@ from .run.stage import stage
 @dataclasses.dataclass(frozen=True)
 class Options:
     model: str
-    scores: Path
+    scores: Path | None
     output: Path
     target: Target
     repair: RepairOptions
@@ -52,12 +53,26 @@ class Options:
     device: str
     dtype: str
     max_shard_bytes: PositiveInt = SHARD_BYTES
+    nested: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.scores is None) == (self.nested is None):
+            raise InputError("prune: give scores=FOLDER (limbeck score makes it), or nested=SIZE of a nested student")
+        if self.nested is not None:
+            check_as_trained(self.nested, self.target, self.repair, self.data is not None)
         if self.data is None and self.repair.repair(with_data=False).needs_data:
             raise InputError(
                 "prune: repair.rotate, repair.least_squares, repair.norms=measured and repair.whole_experts need data="
             )
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        repair = self.repair.repair(with_data=self.data is not None)
+        chosen = {"target": self.target, "repair": plain(repair), "max_shard_bytes": self.max_shard_bytes}
+        if repair.needs_data:
+            chosen |= {name: getattr(self, name) for name in ("seed", "seq_len", "batch", "dtype")}
+            chosen["tokens"] = self.repair.tokens
+        return chosen if self.nested is None else chosen | {"nested": self.nested}
 
 
 def run(options: Options) -> None:
@@ -69,22 +84,22 @@ def run(options: Options) -> None:
 def prune(options: Options) -> None:
     """The stage: the checkpoint, and selection.json, which says what was kept. Finished shards of an interrupted run
     are not made again."""
-    scores, source = load_scores(options.scores), model_folder(options.model)
-    repair = options.repair.repair(with_data=options.data is not None)
-    inputs: dict[str, Path | str] = {"model": source, "scores": options.scores}
-    chosen: dict[str, Any] = {"target": options.target, "repair": plain(repair)}
-    chosen |= {"max_shard_bytes": options.max_shard_bytes}
+    source, repair = model_folder(options.model), options.repair.repair(with_data=options.data is not None)
+    if options.scores is not None:
+        scores, target = load_scores(options.scores), options.target
+    else:
+        scores, target = nested_size(source, str(options.nested))
+    inputs: dict[str, Path | str] = {"model": source}
+    inputs |= {} if options.scores is None else {"scores": options.scores}
     if repair.needs_data:
         assert options.data is not None
         inputs["data"] = data_input(options.data)
-        chosen |= {name: getattr(options, name) for name in ("seed", "seq_len", "batch", "dtype")}
-        chosen["tokens"] = options.repair.tokens
-    with stage(options.output, "prune", inputs=inputs, options=chosen, resumes=True) as work:
+    with stage(options.output, "prune", inputs=inputs, options=options.fingerprint, resumes=True) as work:
         if work.finished:
             return
         checkpoint = open_checkpoint(source)
         work.notes |= said_format(options.model, checkpoint)
-        selection = select(checkpoint.config, scores.widths, scores.layers.order, options.target)
+        selection = select(checkpoint.config, scores.widths, scores.layers.order, target)
         config = slice_config(checkpoint.config, selection)
         stored = {name: place.dtype for name, place in checkpoint.stored.items()}
         dtypes = {name: stored[source_name(name, selection)] for name in tensor_table(config)}
@@ -92,7 +107,9 @@ def prune(options: Options) -> None:
         finished = finished_shards(work.folder, config, shards)
 
         def check() -> None:
-            check_scores(options.scores, work.content()["inputs"]["model"], options.model)  # waits for the sums
+            check_scores(
+                options.scores or source, work.content()["inputs"]["model"], options.model
+            )  # waits for the sums
 
         # Both ways give generators: no weight is read before write_checkpoint takes its first rows. (The stage hashes
         # the inputs' files in a thread of its own meanwhile.)
@@ -127,23 +144,7 @@ def prune(options: Options) -> None:
         write_json(work.folder / "selection.json", kept_units(selection, repair))
 
 
-def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
-    """What stays; after a rotation no channels of the source do, but a number of its principal directions."""
-    kept = {str(axis): list(units) for axis, units in selection.kept.items()}
-    content = {"layers": list(selection.layers), "kept": kept}
-    return (
-        content | {"principal_directions": len(kept.pop("hidden"))} if repair.rotate and "hidden" in kept else content
-    )
-
-
 def print_sizes(before: HybridConfig, after: HybridConfig) -> None:
-    widths = [("layers", "num_hidden_layers"), *((row.title, row.width) for row in AXES.values())]
-    rows = [(n, getattr(before, f), getattr(after, f)) for n, f in widths if getattr(before, f, 0)]
-    counts = count_parameters(before), count_parameters(after)
-    rows += [("parameters", f"{counts[0]:,}", f"{counts[1]:,} ({counts[1] / counts[0]:.1%})")]
-    active = count_active(before), count_active(after)
-    if active[0] < counts[0]:
-        rows += [("active parameters", f"{active[0]:,}", f"{active[1]:,} ({active[1] / active[0]:.1%})")]
-    table(f"Pruned to {after.pattern}", ("", "before", "after"), rows)
+    table(f"Pruned to {after.pattern}", ("", "before", "after"), size_rows(before, after))
     for caution in cautions(after):
         say(f"caution: {caution}")

@@ -76,6 +76,7 @@ class Options:
 
 
 def run(options: Options) -> None:
+    options.distill.check_one_size("search")
     inputs: dict[str, Any] = {}
     if options.trains:
         assert options.data is not None

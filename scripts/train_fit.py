@@ -98,6 +98,7 @@ def planned(options: Options, teacher: HybridConfig) -> Iterator[Stage]:
 def stages_of(
     name: str, how: DistillOptions, students: list[HybridConfig], options: Options, teacher: HybridConfig
 ) -> Iterator[Stage]:
+    how.check_one_size("memory-fit mode=train")
     plan = how.plan()
     for number, stage in enumerate(plan, 1):
         training = training_of(stage, options)

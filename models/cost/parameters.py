@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..axes import MATRICES, Role, tensor_table
+from ..axes import AXES, MATRICES, Role, tensor_table
 from ..config import HybridConfig
 from ..families.family import stored_tensors
 
@@ -90,3 +90,17 @@ def shape_sizes(config: HybridConfig) -> Mapping[str, KindSize]:
 def num_tensors(config: HybridConfig) -> int:
     """Tensors of a checkpoint of this config."""
     return len(stored_tensors(config))
+
+
+def size_rows(before: HybridConfig, after: HybridConfig) -> list[tuple[str, object, object]]:
+    """Layers, widths and parameters of a model and of a smaller one, by their titles."""
+    widths = [("layers", "num_hidden_layers"), *((row.title, row.width) for row in AXES.values())]
+    rows: list[tuple[str, object, object]] = [
+        (title, getattr(before, name), getattr(after, name)) for title, name in widths if getattr(before, name, 0)
+    ]
+    counts = count_parameters(before), count_parameters(after)
+    rows += [("parameters", f"{counts[0]:,}", f"{counts[1]:,} ({counts[1] / counts[0]:.1%})")]
+    active = count_active(before), count_active(after)
+    if active[0] < counts[0]:
+        rows += [("active parameters", f"{active[0]:,}", f"{active[1]:,} ({active[1] / active[0]:.1%})")]
+    return rows

@@ -105,6 +105,7 @@ def check_feasible(data: NamedData, source: Path, rounds: Sequence[Round]) -> No
     text, *_ = (corpus(data, split, source) for split in ("train", "validation", "test"))
     for one in rounds:
         with named_round(one.name):
+            one.distill.check_one_size("compress")
             for how in one.distill.plan():
                 check_text(text, how)
 
@@ -127,6 +128,7 @@ def rehearse(config: HybridConfig, rounds: Sequence[Round], hardware: Hardware, 
     with progress("estimating the memory", len(names)) as bar:
         columns = [column([config], hardware, fit, "-")]
         for one, step in zip(rounds, steps, strict=True):
+            one.distill.check_one_size("compress")
             bar.set(len(columns))
             patterns = leftovers(step, patterns)
             outcomes = [step.left(pattern) for pattern in sorted(patterns)]
