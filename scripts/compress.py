@@ -32,7 +32,7 @@ from ..prune.scoring import Importance
 from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .run.facts import run_facts
-from .run.resolve import NamedData, data_input, estimated, model_folder
+from .run.resolve import NamedData, data_input, estimated, model_config, model_folder
 from .run.rounds import Round, check_feasible, from_plain, print_figures, rehearse, rounds_of, student_folders
 from .run.show import console, read_json, result, say
 from .run.stage import check_ours, many_processes, owned_by_run, stage
