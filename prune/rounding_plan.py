@@ -132,11 +132,10 @@ class Measured:
         found = {int(layer): float(kl) for layer, kl in stored.items()}
         work = Sensitivity(open_layers(self.source, torch.float32, device), self.names, self.rounding, batches)
         self.tokens = work.tokens
-        with progress("measuring the sensitivity of layers", len(work.layers)) as bar:
-            for more in work.losses(list(found)):
+        with progress("measuring the sensitivity of layers", len(work.config.pattern)) as bar:
+            for more in work.losses(list(found), on_step=bar.set):
                 found |= more
                 write_json(self.path, {str(layer): kl for layer, kl in found.items()})
-                bar.set(len(found))
         return dict(sorted(found.items()))
 
 

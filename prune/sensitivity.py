@@ -10,7 +10,7 @@ Shapes: [B, T] tokens, [N] counted tokens, [H] hidden.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,21 +45,27 @@ class Sensitivity:
         self.layers = sorted({block_of(self.config, name) for name in names})
 
     @torch.no_grad()
-    def losses(self, finished: Sequence[int] = (), stream_bytes: int = STREAM_BYTES) -> Iterator[dict[int, float]]:
+    def losses(
+        self,
+        finished: Sequence[int] = (),
+        stream_bytes: int = STREAM_BYTES,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Iterator[dict[int, float]]:
         """KL in nats a token by the layer's number, of as many layers at a time as memory holds, in order; those that
-        are `finished` are left out."""
-        streams, place = self.source.embed(self.ids), 0
+        are `finished` are left out. `on_step(done, total)` counts layers that are run."""
+        streams, count, size = self.source.embed(self.ids), self.config.num_layers, self.config.block_size
         held = sum(stream.numel() * stream.element_size() for stream in streams)
         at_once = max(1, stream_bytes // max(held, 1) - 2)
         left = [layer for layer in self.layers if layer not in finished]
-        if not left:
+        chunks = [left[start : start + at_once] for start in range(0, len(left), at_once)]
+        if not chunks:
             return
-        finals = self.head_inputs(self.after(streams, range(self.config.num_layers)))
-        for start in range(0, len(left), at_once):
-            chunk = left[start : start + at_once]
+        finals = self.head_inputs(self.after(streams, range(count)))
+        starts = [0, *((chunk[-1] + 1) * size for chunk in chunks[:-1])]
+        done, total = count, count + sum(count - start for start in starts)
+        for chunk, start in zip(chunks, starts, strict=True):
             candidates: dict[int, list[Tensor]] = {}
-            size = self.config.block_size
-            for layer in self.source.in_turn(range(place, self.config.num_layers)):
+            for layer in self.source.in_turn(range(start, count)):
                 own = layer.number // size
                 for other in candidates:
                     if other != own:
@@ -68,7 +74,10 @@ class Sensitivity:
                     with self.rounded_layer(layer):
                         candidates[own] = self.advanced(layer, candidates.get(own, streams))
                 if own <= chunk[-1]:
-                    streams, place = self.advanced(layer, streams), layer.number + 1
+                    streams = self.advanced(layer, streams)
+                done += 1
+                if on_step is not None:
+                    on_step(done, total)
             yield self.divergences(candidates, finals)
 
     def divergences(self, candidates: dict[int, list[Tensor]], finals: Sequence[Tensor]) -> dict[int, float]:

@@ -55,8 +55,7 @@ def run(options: Options) -> None:
     simulation = simulated(estimate) if options.method in ("simulation", "all") else None
     measured = measured_run(options, estimate) if options.method in ("measurement", "all") and estimate.fits else None
     compare(estimate.memory, simulation, measured)
-    changes = estimate.changes()
-    if changes:
+    if changes := estimate.changes():
         rows = [(each.name, gib(each.saved), "fits" if each.fits else "does not fit") for each in changes]
         table("What would help", ("change", "saves", "then"), rows)
     if options.output is not None:
@@ -133,9 +132,9 @@ def measured_run(options: Options, estimate: Estimate) -> Measured:
 def print_estimate(estimate: Estimate) -> None:
     config, hardware, report, answer = estimate.config, estimate.hardware, estimate.memory, estimate.verdict
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
-    form = "" if estimate.held is None else ", quantised"
+    form = "weights" if estimate.held is None else "quantised weights"
     rows = [
-        (f"weights ({count_parameters(config):,} parameters{form})", gib(report.weights)),
+        (f"{form} ({count_parameters(config):,} parameters)", gib(report.weights)),
         (f"key-value cache ({estimate.layers_with('token')})", gib(report.kv)),
         (f"SSM states ({estimate.layers_with('ssm')})", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
@@ -160,6 +159,8 @@ def print_estimate(estimate: Estimate) -> None:
     ]
     table(f"Memory at {report.context:,} tokens x {report.batch}", ("", ""), rows)
     say("fits" if answer.fits else "does not fit")
+    for caution in estimate.cautions():
+        say(f"caution: {caution}")
 
 
 def print_vllm(estimate: Estimate) -> None:

@@ -123,6 +123,18 @@ class Estimate:
             mamba=self.memory.ssm > 0,
         )
 
+    def cautions(self) -> list[str]:
+        """What of the fit the card does not run, each with its remedy."""
+        types = {"weight_dtype": self.fit.weight_dtype, "ssm_dtype": self.fit.ssm_dtype}
+        wrong = [f"fit.{name}" for name, dtype in types.items() if dtype == "bfloat16"]
+        if self.hardware.has_bfloat16 or not wrong:
+            return []
+        card, capability = self.hardware.name, self.hardware.compute_capability
+        return [
+            f"{card} has no bfloat16 products (compute capability {capability}), and vLLM refuses bfloat16 there; the"
+            f" bytes are those of float16: give {' and '.join(f'{name}=float16' for name in wrong)}"
+        ]
+
     def layers_with(self, state: str) -> str:
         """How many layers of which kinds keep this of a sequence: "token", "ssm" or "conv" (see `StateBytes`)."""
         kinds = [kind.name for kind in self.config.kinds if getattr(kind.state_bytes(self.config, 1, 1, 1), state)]
