@@ -228,6 +228,7 @@ def axes_of(spec: TensorSpec, dimension: int) -> set[object]:
     return {factor.axis for segment in spec.dimensions[dimension] for factor in segment if factor.axis is not None}
 
 
+@torch.no_grad()
 def input_moments(layer: HybridLM, streams: Streams, parts: Sequence[str]) -> dict[str, Tensor]:
     """sum x x^T [1, K, K] (float64) of what the matrices `parts` of a layer, a model of one, read at counted tokens."""
     modules: dict[nn.Module, str] = {layer.layers[0].get_submodule(part.rpartition(".")[0]): part for part in parts}
@@ -256,6 +257,7 @@ def input_moments(layer: HybridLM, streams: Streams, parts: Sequence[str]) -> di
     return sums
 
 
+@torch.no_grad()
 def expert_moments(layer: HybridLM, streams: Streams, part: str, experts: range) -> Tensor:
     """sum x x^T [U, K, K] (float64) of what the stack `part` reads of those of a layer's experts, each at the counted
     tokens that chose it; zeros where none did."""
