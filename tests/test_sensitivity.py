@@ -164,19 +164,19 @@ def test_what_the_files_hold(form: str, root: Path, tmp_path: Path) -> None:
     assert code == 2 and "quantised" in err and err.count("\n") == 1
 
 
-def test_vllm_and_speed_count_what_is_held(root: Path) -> None:
+def test_vllm_and_speed_count_what_is_held() -> None:
     """More blocks are left, a step reads less, and a layer fewer takes its own bytes with it."""
     config = gguf_config("nemotron_h", 400, **MIXTURE)
     held = of_format(config, ROUNDINGS["fp8"], torch.bfloat16)
     fit = fits.Fit(context=64, framework_share=0.0)
-    card = Hardware("card", 0.01, 0.01, 100, 10)
+    card = Hardware("card", 1.0, 0.01, 100, 10, device="cpu")
     plain, less = fit.estimate(config, card), fit.estimate(config, card, held)
     assert plain.memory.weights - less.memory.weights == weight_bytes(config, torch.bfloat16) - held.total > 0
     assert less.memory.vllm.blocks > plain.memory.vllm.blocks and less.memory.kv == plain.memory.kv
     assert less.verdict.largest_batch > plain.verdict.largest_batch
     one, other = plain.throughput(), less.throughput()
     assert one is not None and other is not None
-    small = Hardware("card", 0.01, (less.memory.peak - 1) / 2**30, 100, 10)
+    small = Hardware("card", 1.0, (less.memory.peak - 1) / 2**30, 100, 10, device="cpu")
     change = next(each for each in fit.estimate(config, small, held).changes() if "layers fewer" in each.name)
     assert change.fits and change.saved > 0
     # Of all experts a step of one token reads the chosen: 2 of 6 of their bytes.
@@ -186,7 +186,7 @@ def test_vllm_and_speed_count_what_is_held(root: Path) -> None:
     assert whole == held.total - held.ahead
 
 
-def test_a_card_without_bfloat16(root: Path) -> None:
+def test_a_card_without_bfloat16() -> None:
     words = ("memory-fit", "model=zoo", "hardware=t4", "context=256")
     code, text, _ = limbeck(*words)
     assert code == 0 and "t4 has no bfloat16 products" in text and "fit.weight_dtype=float16" in text
