@@ -335,10 +335,10 @@ def memory_fit(
     """Whether a model fits a card, a name in conf/hardware/, at a context (None: the model's own, 131,072 at most):
     `.fits`, `.memory` in bytes, `.verdict`. `model` may be a config, or a name in conf/model/; of a folder whose
     weights are quantised they count as the files have them. `options` are those of `models.cost.fit.Fit`."""
-    held, fit = None, checked(Fit, "memory_fit", context=context, **options)
-    if isinstance(model, (str, Path)):
-        held = model_weights(str(model), torch_dtype(fit.weight_dtype))
-        model = model_config(str(model))
+    fit = checked(Fit, "memory_fit", context=context, **options)
+    name = str(model) if isinstance(model, (str, Path)) else None
+    held = None if name is None else model_weights(name, torch_dtype(fit.weight_dtype))
+    model = model if name is None else model_config(name)
     config = model if isinstance(model, HybridConfig) else load(model).config
     longest = config.max_position_embeddings
     if context is not None and context > longest:

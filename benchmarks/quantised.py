@@ -4,10 +4,9 @@
         [--formats fp8,w8a8,w4a16] [--seeds 0,1,2] [--rate 0.0005]
 
 The student as it is and rounded to every format, to the nearest and calibrated on the data (GPTQ, 32,768 tokens); then
-trained for so many steps more of 4 x 512 tokens, once as it is
-(and rounded afterwards), once through each format's rounding (`distill.train.quantize`), for every seed. A folder that
-is there already is taken as it is. Held-out figures are those of `limbeck evaluate`: weights rounded, activations as
-they are. KL is from the teacher.
+trained for so many steps more of 4 x 512 tokens, once as it is (and rounded afterwards), once through each format's
+rounding (`distill.train.quantize`), for every seed. A folder that is there already is taken as it is. Held-out figures
+are those of `limbeck evaluate`: weights rounded, activations as they are. KL is from the teacher.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class ExportForm:
         """Fills an existing folder, export.json in it. Of a format that rounds the layers `kept` stay, and weights are
         `calibrated`'s or to the nearest; `facts` are what else there is to tell of that."""
         config, sizes = load_config(source), {"check_tokens": self.check_tokens, "seed": self.seed}
-        found = cautions(config)
+        found, content = cautions(config), dict[str, Any]()
         if self.rounds:
             agreement = write_quantised(folder, source, self.format, kept=kept, calibrated=calibrated, **sizes)
             content = {"format": self.format, "quantised": dataclasses.asdict(agreement)} | dict(facts or {})
@@ -125,7 +125,7 @@ def needs(
     """What weights and caches take for one sequence of 131,072 tokens (or as many as the model is made for), in the
     export's own format, first, and in those that it could have had: bytes, or why it cannot. Keys, values and
     convolution states are in 16 bits, SSM states in 32."""
-    context, rows = min(LONGEST, config.max_position_embeddings), []
+    rows, context = list[dict[str, Any]](), min(LONGEST, config.max_position_embeddings)
     caches = memory(config, context, chunk=None)
     for name in dict.fromkeys((form, "bfloat16", *ROUNDINGS)):
         row: dict[str, Any] = {"format": name, "context": context}
@@ -144,7 +144,7 @@ def needs(
 
 
 def needs_table(content: Mapping[str, Any]) -> Shown:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (row["format"], *((gib(row["weights"]), gib(row["total"])) if "total" in row else ("-", row["cannot"])))
         for row in content["needs"]
     ]
@@ -156,7 +156,7 @@ def sensitivity_table(content: Mapping[str, Any]) -> Shown:
     """Most sensitive first."""
     rows = sorted(content["sensitivity"], key=lambda row: (-row["kl"], row["layer"]))
     kept = content.get("keep_layers", ())
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (f"{row['layer']} ({row['pattern']})", ", ".join(row["matrices"]), f"{row['parameters']:,}",
          f"{row['kl']:.3g}", "bfloat16" if row["layer"] in kept else content["format"])
         for row in rows
@@ -182,7 +182,7 @@ def check_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
     own = content.get("quantised") or content.get("gguf")
     if own is not None:
         logits = f"{own['relative_rms']:.1e} relative RMS, KL {own['kl']:.2g} nats"
-        rows = [("logits beside the source's", logits)]
+        rows: list[tuple[str, ...]] = [("logits beside the source's", logits)]
         if "gguf" in content:
             return [(own["file"], gib(own["bytes"])), *rows, ("pre-tokenizer", own["pre_tokenizer"])]
         return [("weights", f"{gib(own['bytes'])}, {gib(own['bytes_bfloat16'])} in bfloat16"), *rows]
