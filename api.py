@@ -35,14 +35,14 @@ from .models.checkpoint import load_model, save_model
 from .models.config import HybridConfig
 from .models.cost.fit import Estimate, Fit
 from .models.cost.hardware import Hardware
-from .models.device import torch_device
+from .models.device import torch_device, torch_dtype
 from .models.errors import InputError
 from .models.generate.engine import Engine, Request
 from .models.generate.generate import end_tokens
 from .models.generate.sampling import Sampling
 from .models.hints import guess_option
 from .models.hybrid import HybridLM
-from .models.named import data_path, model_config, model_folder, read_hardware
+from .models.named import data_path, model_config, model_folder, model_weights, read_hardware
 from .models.quantities import with_quantities
 from .models.tokenizer import check_vocabulary, load_tokenizer
 from .prune.choose import select
@@ -333,16 +333,17 @@ def memory_fit(
     model: Source | HybridConfig, hardware: str | Hardware = "a10g", context: int | None = None, **options: Any
 ) -> Estimate:
     """Whether a model fits a card, a name in conf/hardware/, at a context (None: the model's own, 131,072 at most):
-    `.fits`, `.memory` in bytes, `.verdict`. `model` may be a config, or a name in conf/model/. `options` are those of
-    `models.cost.fit.Fit`."""
-    if isinstance(model, (str, Path)):
-        model = model_config(str(model))
+    `.fits`, `.memory` in bytes, `.verdict`. `model` may be a config, or a name in conf/model/; of a folder whose
+    weights are quantised they count as the files have them. `options` are those of `models.cost.fit.Fit`."""
+    fit = checked(Fit, "memory_fit", context=context, **options)
+    name = str(model) if isinstance(model, (str, Path)) else None
+    held = None if name is None else model_weights(name, torch_dtype(fit.weight_dtype))
+    model = model if name is None else model_config(name)
     config = model if isinstance(model, HybridConfig) else load(model).config
     longest = config.max_position_embeddings
     if context is not None and context > longest:
         raise InputError(f"memory_fit: context {context:,} is beyond the {longest:,} tokens that the model is made for")
-    fit = checked(Fit, "memory_fit", context=context, **options)
-    return fit.estimate(config, hardware if isinstance(hardware, Hardware) else read_hardware(hardware))
+    return fit.estimate(config, hardware if isinstance(hardware, Hardware) else read_hardware(hardware), held)
 
 
 def generate(

@@ -3,10 +3,10 @@
     python -m limbeck.benchmarks.quantised OUTPUT --teacher zoo --student FOLDER [--data stdlib] [--steps 30]
         [--formats fp8,w8a8,w4a16] [--seeds 0,1,2] [--rate 0.0005]
 
-The student as it is and rounded to every format; then trained for so many steps more of 4 x 512 tokens, once as it is
-(and rounded afterwards), once through each format's rounding (`distill.train.quantize`), for every seed. A folder that
-is there already is taken as it is. Held-out figures are those of `limbeck evaluate`: weights rounded, activations as
-they are. KL is from the teacher.
+The student as it is and rounded to every format, to the nearest and calibrated on the data (GPTQ, 32,768 tokens); then
+trained for so many steps more of 4 x 512 tokens, once as it is (and rounded afterwards), once through each format's
+rounding (`distill.train.quantize`), for every seed. A folder that is there already is taken as it is. Held-out figures
+are those of `limbeck evaluate`: weights rounded, activations as they are. KL is from the teacher.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ def run(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "limbeck", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def exported(folder: Path, source: str, form: str) -> Path:
-    """The folder of a model in a format."""
-    out = folder / f"{Path(source).name}-as-{form}"
+def exported(folder: Path, source: str, form: str, data: str | None = None, seed: int = 0) -> Path:
+    """The folder of a model in a format, calibrated where there is data."""
+    calibrates = data is not None and form != PLAIN
+    out = folder / (f"{Path(source).name}-as-{form}" + (f"-calibrated-{seed}" if calibrates else ""))
     if not out.exists():
         how = "dtype=bfloat16" if form == PLAIN else f"format={form}"
-        run("export", f"model={source}", f"output={out}", how)
+        run(
+            "export", f"model={source}", f"output={out}", how, *([f"data={data}", f"seed={seed}"] if calibrates else [])
+        )
     return out
 
 
@@ -79,14 +82,16 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
     for seed in map(int, options.seeds.split(",")):
-        for how in ("as it is", "trained, then rounded", "trained through rounding"):
+        for how in ("as it is", "calibrated", "trained, then rounded", "trained through rounding"):
             students = {}
             for form in forms:
-                if how == "as it is":
+                if "trained" not in how:
                     source = options.student
                 else:
                     source = str(trained(folder, options, form if "through" in how else PLAIN, seed))
-                students[f"{form}{seed}{how.count(' ')}{len(how)}"] = exported(folder, source, form)
+                students[f"{form}{seed}{how.count(' ')}{len(how)}"] = exported(
+                    folder, source, form, options.data if how == "calibrated" else None, seed
+                )
             for form, (name, measured) in zip(forms, figures(folder, options, students).items(), strict=True):
                 size = sum(file.stat().st_size for file in students[name].glob("*.safetensors"))
                 rows.setdefault((how, form), []).append((*measured, size))

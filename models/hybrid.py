@@ -64,7 +64,7 @@ class HybridLM(nn.Module):
     observer whose `names` have them sees "mamba_state" and "mamba_reach" as well, alike (kernels/state_energy.py).
 
     `tokenizer` is that of the folder, where `api.load` found one. `round_input(module, x)` is there while the model
-    learns to be quantised (distill/quantised.py).
+    learns to be quantised (distill/quantised.py), or to see what its matrices read (prune/calibration.py).
     """
 
     tokenizer: Tokenizer | None = None
@@ -183,7 +183,8 @@ class HybridLM(nn.Module):
         self, hidden: Tensor, start: int, stop: int, *, seq_idx: Tensor | None = None, observe: Observe | None = None
     ) -> Tensor:
         """The residual stream [B, T, hidden] after layers start..stop-1."""
-        return self.run_layers(hidden, start, stop, Context(seq_idx=seq_idx, observe=observe))
+        context = Context(seq_idx=seq_idx, observe=observe, round_input=self.round_input)
+        return self.run_layers(hidden, start, stop, context)
 
     def run_layers(self, hidden: Tensor, start: int, stop: int, context: Context) -> Tensor:
         tokens, blocks = hidden.shape[1], cast("list[Block]", [self.layers[layer] for layer in range(start, stop)])

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .checkpoint import load_config
+from .checkpoint import load_config, open_checkpoint
 from .config import HybridConfig
 from .cost.hardware import Hardware
 from .errors import InputError, guess
 from .foreign import own_path
 from .hub import HUB, hub_folder, is_hub_name
+from .stored import quantization_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from .cost.stored_weights import StoredWeights
 
 CONF = Path(__file__).parents[1] / "conf"
 SHIPPED = {name: Path(__file__).parent / name for name in ("zoo", "zoo-moe")}
@@ -45,6 +51,23 @@ def model_config(name: str) -> HybridConfig:
     if name in names("model"):
         return HybridConfig.from_hf(read_yaml(CONF / "model" / f"{name}.yaml"))
     return load_config(model_folder(name))
+
+
+def quantisation(name: str) -> dict[str, Any]:
+    """What the config.json of `model_config` says of quantised weights; nothing of plain ones."""
+    if name in names("model"):
+        return {}
+    return quantization_of(hub_folder(name, weights=False) if name.startswith(HUB) else model_folder(name))
+
+
+def model_weights(name: str, dtype: torch.dtype) -> StoredWeights | None:
+    """What the weights of `model_config` weigh, plain ones in `dtype`, where some are quantised; None where none is,
+    and of a model whose files are not here."""
+    from .cost.stored_weights import of_checkpoint
+
+    if name.startswith(HUB) or not quantisation(name) or not any(model_folder(name).glob("*.safetensors")):
+        return None
+    return of_checkpoint(open_checkpoint(model_folder(name)), dtype)
 
 
 def data_path(data: str) -> str:

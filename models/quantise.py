@@ -1,8 +1,9 @@
 """Weights rounded for serving, in compressed-tensors' published layout: fp8 and w8a8 with a scale a row, whose
 activations the server rounds token by token, w4a16 with a scale for each group of columns of a row.
 
-Rounding is to the nearest, by the largest number of a row or group; nothing is calibrated. Attention, latent
-projections, routers, convolutions, embeddings and the head stay as they are (arXiv 2601.20088 keeps these, too).
+Rounding is to the nearest, by the largest number of a row or group, unless the caller has rounded on data
+(prune/calibration.py). Attention, latent projections, routers, convolutions, embeddings and the head stay as they are
+(arXiv 2601.20088 keeps these, too), and whole layers that are named.
 Scales are rounded to bfloat16 before the weights are, so that every reader gives the same numbers.
 """
 
@@ -11,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,21 @@ GROUPS = (128, 64, 32)  # columns that have one scale, the widest that goes into
 KEPT = re.compile(r"(^|\.)([qkvo]_proj|fc\d_latent_proj)\.")  # of a layer's parts: attention, latent projections
 
 
+class RoundedWeight(NamedTuple):
+    """A stored weight in a format: its `numbers` [N, K] in units of their scales, and `scale` [N, groups], bfloat16."""
+
+    numbers: Tensor
+    scale: Tensor
+
+    def values(self) -> Tensor:
+        """What a reader makes of it, [N, K] float32."""
+        numbers = self.numbers.float()
+        return numbers * self.scale.float().repeat_interleave(numbers.shape[-1] // self.scale.shape[-1], -1)
+
+
+Calibrated = Callable[[str], RoundedWeight]  # a stored tensor's name -> what data made of it
+
+
 def compressed_tensors() -> Any:
     """The library's module of schemes. Raises InputError where it is not installed."""
     try:
@@ -55,9 +71,9 @@ def is_rounded(spec: TensorSpec) -> bool:
     return KEPT.search(spec.part) is None
 
 
-def rounded_names(config: HybridConfig, rounding: Rounding) -> set[str]:
-    """The stored tensors that are rounded. Of 4 bits all of a kind stay where one has rows that kernels do not take.
-    Raises InputError where a family stores one beside others in one tensor."""
+def rounded_names(config: HybridConfig, rounding: Rounding, kept: Container[int] = ()) -> set[str]:
+    """The stored tensors that are rounded, none of the layers `kept`. Of 4 bits all of a kind stay where one has rows
+    that kernels do not take. Raises InputError where a family stores one beside others in one tensor."""
     table, names = tensor_table_of(config), set[str]()
     for name, stored in stored_tensors(config).items():
         chosen = {is_rounded(table[piece.ours]) for piece in stored.pieces}
@@ -68,7 +84,12 @@ def rounded_names(config: HybridConfig, rounding: Rounding) -> set[str]:
                 )
             names.add(name)
     odd = {module_end(name) for name in names if rounding.grouped and stored_tensors(config)[name].shape[0] % ROWS}
-    return {name for name in names if module_end(name) not in odd}
+    return {name for name in names if module_end(name) not in odd and layer_of(config, name) not in kept}
+
+
+def layer_of(config: HybridConfig, name: str) -> int | None:
+    """The layer of ours that a stored tensor belongs to."""
+    return tensor_table_of(config)[stored_tensors(config)[name].pieces[0].ours].layer
 
 
 def module_end(name: str) -> str:
@@ -89,16 +110,22 @@ def group_of(config: HybridConfig, names: set[str]) -> int:
 
 
 def scales_of(weight: Tensor, rounding: Rounding, group: int) -> Tensor:
-    """[N, groups], bfloat16: rounded up where it is below what the largest number needs, so that none is cut off."""
-    scale = weight.unflatten(1, (-1, group)).abs().amax(-1) / rounding.largest
+    """[..., N, groups] of a weight [..., N, K], bfloat16: rounded up where it is below what the largest number needs,
+    so that none is cut off."""
+    scale = weight.unflatten(-1, (-1, group)).abs().amax(-1) / rounding.largest
     near = scale.clamp(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
     return torch.where(near.float() < scale, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
 
 
 def rounded(weight: Tensor, rounding: Rounding, group: int) -> Tensor:
     """What a reader makes of a weight [N, K] that was stored in a format, in float32."""
-    scale = scales_of(weight, rounding, group).float().repeat_interleave(group, 1)
-    return nearest(weight / scale, rounding) * scale
+    return rounded_weight(weight, rounding, group).values()
+
+
+def rounded_weight(weight: Tensor, rounding: Rounding, group: int) -> RoundedWeight:
+    """A weight [N, K] (float32) at the nearest numbers of a format."""
+    scale = scales_of(weight, rounding, group)
+    return RoundedWeight(nearest(weight / scale.float().repeat_interleave(group, 1), rounding), scale)
 
 
 def rounded_input(x: Tensor, rounding: Rounding) -> Tensor:
@@ -115,19 +142,22 @@ def nearest(numbers: Tensor, rounding: Rounding) -> Tensor:
 
 
 def quantised_tensors(name: str, weight: Tensor, rounding: Rounding, group: int) -> dict[str, Tensor]:
-    """What a weight [N, K] is stored as."""
-    scale = scales_of(weight.float(), rounding, group)
-    numbers = nearest(weight.float() / scale.float().repeat_interleave(group, 1), rounding)
+    """What a weight [N, K] is stored as, to the nearest."""
+    return stored_form(name, rounded_weight(weight.float(), rounding, group), rounding)
+
+
+def stored_form(name: str, weight: RoundedWeight, rounding: Rounding) -> dict[str, Tensor]:
+    """The tensors of a file that hold a rounded weight."""
     module = name.removesuffix(".weight")
     if rounding.kind == "float":
-        return {name: numbers.to(F8), f"{module}.weight_scale": scale}
-    whole = numbers.to(torch.int8)
+        return {name: weight.numbers.to(F8), f"{module}.weight_scale": weight.scale}
+    whole = weight.numbers.to(torch.int8)
     if rounding.bits == 8:
-        return {name: whole, f"{module}.weight_scale": scale}
+        return {name: whole, f"{module}.weight_scale": weight.scale}
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    packed, shape = pack_to_int32(whole, rounding.bits), torch.tensor(weight.shape)
-    return {f"{module}.weight_packed": packed, f"{module}.weight_scale": scale, f"{module}.weight_shape": shape}
+    packed, shape = pack_to_int32(whole, rounding.bits), torch.tensor(whole.shape)
+    return {f"{module}.weight_packed": packed, f"{module}.weight_scale": weight.scale, f"{module}.weight_shape": shape}
 
 
 def forms_of(checkpoint: Checkpoint, names: set[str], rounding: Rounding, group: int | None) -> dict[str, Form]:
@@ -184,16 +214,31 @@ def scheme_of(config: HybridConfig, names: set[str], rounding: Rounding, group: 
 
 
 def ignored_modules(config: HybridConfig, names: set[str]) -> list[str]:
-    """The modules that stay, by the ends of their names, which readers spell with a first part of their own."""
-    table, stays, goes = tensor_table_of(config), set[str](), set[str]()
+    """The modules that stay, by the ends of their names, which readers spell with a first part of their own; those of
+    layers that stay, where others of the kind are rounded, by all but that part."""
+    table, stays, single = tensor_table_of(config), set[str](), set[str]()
+    goes = {module_end(name) for name in names}
     for name, stored in stored_tensors(config).items():
-        if name.startswith(AHEAD):
+        role = table[stored.pieces[0].ours].role
+        if name in names or name.startswith(AHEAD) or role not in (Role.MATRIX, Role.EXPERTS, Role.ROUTER):
             continue
-        if table[stored.pieces[0].ours].role in (Role.MATRIX, Role.EXPERTS, Role.ROUTER):
-            (goes if name in names else stays).add(module_end(name))
-    assert not stays & goes, stays & goes
+        if module_end(name) in goes:
+            single.add(module_pattern(name))
+        else:
+            stays.add(module_end(name))
     ahead = {f"re:{re.escape(AHEAD)}.*"} if config.mtp_steps else set()
-    return sorted({"lm_head", *ahead, *(f"re:.*\\.{last}$" for last in stays if last != "lm_head")})
+    ends = (f"re:.*\\.{last}$" for last in stays if last != "lm_head")
+    return sorted({"lm_head", *ahead, *single, *ends})
+
+
+def module_pattern(name: str) -> str:
+    """A regular expression for the module of a stored weight, and of those that are its like in the same layer (its
+    experts)."""
+    parts, numbered = [], False
+    for part in name.removesuffix(".weight").split(".")[1:]:
+        parts.append(r"\d+" if part.isdigit() and numbered else re.escape(part))
+        numbered |= part.isdigit()
+    return "re:.*\\." + "\\.".join(parts) + "$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,14 +260,24 @@ class QuantisedAgreement:
         )
 
 
-def write_quantised(folder: Path, source: Path, name: str, *, check_tokens: int, seed: int) -> QuantisedAgreement:
+def write_quantised(
+    folder: Path,
+    source: Path,
+    name: str,
+    *,
+    check_tokens: int,
+    seed: int,
+    kept: Container[int] = (),
+    calibrated: Calibrated | None = None,
+) -> QuantisedAgreement:
     """Fills an existing folder with one file of weights, reads it again, and compares every tensor and the logits.
+    The layers `kept` stay in bfloat16; the others are `calibrated`'s, or to the nearest.
 
     Raises CheckFailed, and InputError where the family or a width cannot be stored so.
     """
     checkpoint, rounding = open_checkpoint(source), ROUNDINGS[name]
     config = checkpoint.config
-    names = rounded_names(config, rounding)
+    names = rounded_names(config, rounding, kept)
     group = group_of(config, names) if rounding.grouped else None
     content = config.to_hf() | {"torch_dtype": "bfloat16"}
     content |= {"quantization_config": scheme_of(config, names, rounding, group)}
@@ -230,15 +285,22 @@ def write_quantised(folder: Path, source: Path, name: str, *, check_tokens: int,
     check_disk(folder, sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms.values()))
     with TensorFile(folder / SINGLE, forms) as file:
         for stored, weight in whole_tensors(checkpoint):
-            if stored in names:
-                for key, tensor in quantised_tensors(stored, weight, rounding, group or weight.shape[1]).items():
-                    file.write(key, tensor)
-            else:
+            if stored not in names:
                 file.write(stored, weight.to(forms[stored][0]))
+                continue
+            if calibrated is not None:
+                tensors = stored_form(stored, calibrated(stored), rounding)
+            else:
+                tensors = quantised_tensors(stored, weight, rounding, group or weight.shape[1])
+            for key, tensor in tensors.items():
+                file.write(key, tensor)
     write_json(folder / "config.json", content)
     copy_companions(companions(source), folder)
     state_length(folder, config)
-    check_steps(open_checkpoint(folder), checkpoint, rounding)
+    after = open_checkpoint(folder)
+    check_steps(after, checkpoint, rounding, calibrated is not None)
+    if calibrated is not None:
+        check_calibrated(after, calibrated)
     ids = torch.randint(config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
     expected, logits = logits_of(load_model(source), ids), logits_of(load_model(folder), ids)
     plain = sum(2 * math.prod(each.shape) for each in stored_tensors(config).values())
@@ -246,12 +308,26 @@ def write_quantised(folder: Path, source: Path, name: str, *, check_tokens: int,
                               divergence(expected, logits))  # fmt: skip
 
 
-def check_steps(after: Checkpoint, before: Checkpoint, rounding: Rounding) -> None:
-    """Raises CheckFailed unless every rounded number lies within half a step of the source's, and what stays is the
-    source's in bfloat16. (Of float8 half a step is a sixteenth of the number; at the smallest, 2**-10 of a scale.)"""
+def check_calibrated(after: Checkpoint, calibrated: Calibrated) -> None:
+    """Raises CheckFailed unless every rounded tensor is read as calibration left it."""
+    places = {name: place for stored in after.stored.values() for name, place in stored.places.items()}
+    for name, place in places.items():
+        if place.quantised is not None:
+            expected = calibrated(name).values().to(place.dtype)
+            if not torch.equal(place.rows(0, len(expected)), expected):
+                raise CheckFailed(f"export: tensor {name} read back is not what calibration made of it")
+
+
+def check_steps(after: Checkpoint, before: Checkpoint, rounding: Rounding, calibrated: bool) -> None:
+    """Raises CheckFailed unless every rounded number lies within half a step of the source's (unless that is left to
+    `check_calibrated`), and what stays is the source's in bfloat16. (Of float8 half a step is a sixteenth of the
+    number; at the smallest, 2**-10 of a scale.)"""
     for name in before.names():
+        plain = all(place.quantised is None for place in after.stored[name].places.values())
+        if calibrated and not plain:
+            continue
         source, found = before.tensor(name).float(), after.tensor(name).float()
-        if all(place.quantised is None for place in after.stored[name].places.values()):
+        if plain:
             right = torch.equal(found, source.to(after.stored[name].dtype).float())
         else:
             largest = source.abs().amax(-1, keepdim=True) / rounding.largest

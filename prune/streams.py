@@ -36,7 +36,7 @@ class Streams:
         self.seq_idx = [batch.seq_idx.to(device) for batch in batches]
         self.mask = [(batch.labels != IGNORED_LABEL).to(device) for batch in batches]
         if not any(bool(mask.any()) for mask in self.mask):
-            raise InputError("repair: the data has no counted token; expected at least one sample of two tokens")
+            raise InputError("calibration: the data has no counted token; expected at least one sample of two tokens")
 
     def counted(self) -> Iterator[Tensor]:
         """The stream at the counted positions, [N, H] a batch."""

@@ -32,7 +32,7 @@ from ..prune.scoring import Importance
 from ..prune.target import Target
 from . import distill, evaluate, export, memory_fit, prune, score
 from .run.facts import run_facts
-from .run.resolve import NamedData, data_input, model_config, model_folder
+from .run.resolve import NamedData, data_input, estimated, model_config, model_folder
 from .run.rounds import Round, check_feasible, from_plain, print_figures, rehearse, rounds_of, student_folders
 from .run.show import console, read_json, result, say
 from .run.stage import check_ours, many_processes, owned_by_run, stage
@@ -118,7 +118,7 @@ def prove(options: Options, source: str, distilled: str, out: Path, number: Iter
     export.run(export.Options(distilled, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
                               base=source, gap=str(out / "gap")), replaces=True)  # fmt: skip
     console.rule(f"{next(number)}. memory-fit: does it fit the card", align="left")
-    fits = {name: options.fit.estimate(model_config(str(folder)), options.hardware)
+    fits = {name: estimated(str(folder), options.hardware, options.fit)
             for name, folder in {"teacher": model_folder(source), "student": out / "exported"}.items()}  # fmt: skip
     memory_fit.print_estimate(fits["student"])
     finish(out, options, {name: estimate.to_json() for name, estimate in fits.items()})

@@ -19,7 +19,6 @@ from ..distill.report.gap_tables import gap_tables, recovery_line
 from ..distill.report.report import write_page
 from ..distill.text.mixture import whole
 from ..models.checkpoint import check_forward, load_config
-from ..models.config import HybridConfig
 from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
 from ..models.errors import InputError
@@ -30,7 +29,7 @@ from ..models.placement import placed
 from ..models.tokenizer import check_agreement, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
 from .run.facts import run_facts
-from .run.resolve import NamedData, corpus, data_input, model_folder, torch_device, torch_dtype
+from .run.resolve import NamedData, corpus, data_input, estimated, model_folder, torch_device, torch_dtype
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
 
@@ -115,7 +114,7 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
             check_forward({name: model})
     # What may be wrong with the rest shows before anything is measured.
     say(f"estimating memory on {options.hardware.name}")
-    fits = {name: fitted(load_config(path), options.hardware, options.fit) for name, path in folders.items()}
+    fits = {name: fitted(path, options.hardware, options.fit) for name, path in folders.items()}
     read = corpus(options.data, options.split, folders[TEACHER])
     batches = read.sample(batch_size=options.batch, seq_len=options.seq_len, seed=seed, max_tokens=options.tokens)
     text, tokenizer = whole(read), load_tokenizer(folders[TEACHER])
@@ -159,9 +158,9 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     )
 
 
-def fitted(config: HybridConfig, hardware: Hardware, fit: Fit) -> dict[str, Any]:
-    """What memory-fit says, and the estimated tokens a second."""
-    estimate = fit.estimate(config, hardware)
+def fitted(model: Path, hardware: Hardware, fit: Fit) -> dict[str, Any]:
+    """What memory-fit says of a folder, and the estimated tokens a second."""
+    estimate = estimated(str(model), hardware, fit)
     speed = estimate.throughput()
     return estimate.to_json() | {"throughput": speed and dataclasses.asdict(speed)}
 

@@ -7,24 +7,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
-from ..distill.report.card import TRANSFORMERS, Published, llama_cpp, read_licence, write_card
-from ..models.cautions import cautions
+from ..distill.report.card import read_licence, write_card
+from ..distill.report.exported import ExportForm, check_tables
 from ..models.checkpoint import load_config, open_checkpoint
-from ..models.device import torch_dtype
+from ..models.device import torch_device
 from ..models.errors import InputError, gib
-from ..models.export import write_export
 from ..models.fingerprint import PROVENANCE
-from ..models.folder import write_json
 from ..models.foreign import own_path
-from ..models.gguf.export import write_gguf_export
-from ..models.gguf.file import KINDS_OF_FILE, gguf_package
 from ..models.hub import is_hub_name, push_folder
-from ..models.quantise import compressed_tensors, write_quantised
-from ..models.rounding import ROUNDINGS
-from .run.resolve import model_folder, said_format
-from .run.show import read_json, result, say, table
+from ..prune.rounding_plan import SCRATCH, RoundingOptions, RoundingPlan, plan_rounding
+from .run.resolve import NamedData, data_input, model_folder, said_format, sample
+from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
 
 
@@ -42,96 +37,78 @@ class Options:
     pre_tokenizer: str | None = None
     push: str | None = None
     push_dry: bool = True
+    data: NamedData | None = None
+    calibration_tokens: NonNegativeInt | None = None
+    sensitivity: bool = False
+    sensitivity_tokens: PositiveInt = 8192
+    keep_layers: PositiveInt | tuple[NonNegativeInt, ...] | None = None
+    seq_len: PositiveInt = 512
+    batch: PositiveInt = 8
+    device: str = "auto"
 
+    def form(self) -> ExportForm:
+        return ExportForm(
+            self.format, self.dtype, self.max_shard_bytes, self.check_tokens, self.seed, self.pre_tokenizer
+        )
 
-FORMATS = ("hf", "gguf", *ROUNDINGS)
-
-
-def check(options: Options) -> None:
-    """Raises InputError where the options do not fit the format, or what it needs is not installed."""
-    if options.push is not None and not is_hub_name(options.push):
-        raise InputError(f"push={options.push}: expected OWNER/NAME")
-    if options.format not in FORMATS:
-        raise InputError(f"format={options.format} is unknown; known: {', '.join(FORMATS)}")
-    if options.format == "gguf":
-        gguf_package()
-        if options.dtype not in KINDS_OF_FILE:
-            raise InputError(f"dtype={options.dtype} is none of format=gguf; known: {', '.join(KINDS_OF_FILE)}")
-    elif options.pre_tokenizer is not None:
-        raise InputError("pre_tokenizer is llama.cpp's; give format=gguf with it, or leave it out")
-    elif options.format in ROUNDINGS:
-        compressed_tensors()
-        if options.dtype != "bfloat16":
-            raise InputError(f"dtype={options.dtype}: what format={options.format} leaves is bfloat16; leave dtype out")
-    else:
-        torch_dtype(options.dtype)
+    def rounding(self) -> RoundingOptions:
+        """Where there is data it is calibrated on, unless told otherwise. Raises InputError where options contradict
+        each other."""
+        tokens = 32768 * (self.data is not None) if self.calibration_tokens is None else self.calibration_tokens
+        how = RoundingOptions(tokens, self.sensitivity, self.sensitivity_tokens, self.keep_layers)
+        if not self.form().rounds and (self.data is not None or how != RoundingOptions()):
+            raise InputError(f"format={self.format} rounds nothing; leave data, keep_layers and the like out")
+        if how.needs_data and self.data is None:
+            raise InputError("calibration_tokens, sensitivity and keep_layers=NUMBER need data=")
+        if self.data is not None and not how.needs_data:
+            raise InputError("data= is read for calibration_tokens, sensitivity and keep_layers=NUMBER; none is given")
+        return how
 
 
 def run(options: Options, replaces: bool = False) -> None:
-    check(options)
-    source = model_folder(options.model)
-    inputs = {"model": source}
+    if options.push is not None and not is_hub_name(options.push):
+        raise InputError(f"push={options.push}: expected OWNER/NAME")
+    form, how, source = options.form(), options.rounding(), model_folder(options.model)
+    inputs: dict[str, Path | str] = {"model": source}
     if options.base is not None:
         inputs["base"] = model_folder(options.base)
     if options.gap is not None:
         inputs["gap"] = gap_folder(options.gap)
-    with stage(options.output, "export", inputs=inputs, options=settings(options), replaces=replaces) as work:
+    given, scratch = form.settings(), SCRATCH if how.needs_data else None
+    if how != RoundingOptions():
+        given |= {"rounding": how}
+    if options.data is not None:
+        inputs["data"] = data_input(options.data)
+        given |= {"seq_len": options.seq_len, "batch": options.batch}
+    with stage(options.output, "export", inputs=inputs, options=given, replaces=replaces, scratch=scratch) as work:
         if not work.finished:
             work.notes |= said_format(options.model, open_checkpoint(source))
             gap, name = measured(options, work)
-            published = write_format(options, source, work)
-            licence = read_licence(inputs.get("base", source))
-            picture = None if options.gap is None else inputs["gap"] / "plots" / "gap.png"
+            plan = planned(options, how, source, work) if how != RoundingOptions() else RoundingPlan()
+            published = form.write(work.folder, source, plan.kept, plan.calibrated, plan.facts)
+            licence = read_licence(Path(inputs.get("base", source)))
+            picture = None if options.gap is None else gap_folder(options.gap) / "plots" / "gap.png"
             if picture is not None and not picture.is_file():
                 picture = None
             write_card(work.folder, load_config(source), published, licence, gap, name, picture,
                        sources=work.notes.get("sources"))  # fmt: skip
-    print_checks(options.output)
+    content = read_json(options.output / "export.json")
+    for caution in content.get("cautions", ()):
+        say(f"caution: {caution}")
+    for shown in check_tables(options.output, content):
+        table(*shown)
     if options.push is not None:
         print_push(options)
     result(options.output, {"model": str(options.output)})
 
 
-def settings(options: Options) -> dict[str, Any]:
-    """The options that the weights follow from."""
-    given = {"dtype": options.dtype, "check_tokens": options.check_tokens, "seed": options.seed}
-    if options.format == "hf":
-        return given | {"max_shard_bytes": options.max_shard_bytes}
-    return given | {"format": options.format} | ({"pre_tokenizer": options.pre_tokenizer} if options.format == "gguf"
-                                                 else {})  # fmt: skip
-
-
-def write_format(options: Options, source: Path, work: Work) -> Published:
-    if options.format == "hf":
-        return write_hf(source, work)
-    if options.format == "gguf":
-        return write_gguf(options, source, work)
-    sizes = {"check_tokens": options.check_tokens, "seed": options.seed}
-    found = write_quantised(work.folder, source, options.format, **sizes)
-    write_json(work.folder / "export.json", {"format": options.format, "quantised": dataclasses.asdict(found)})
-    return Published(options.format, TRANSFORMERS, found.sentence(options.format),
-                     tuple(cautions(load_config(source))), "quantized")  # fmt: skip
-
-
-def write_hf(source: Path, work: Work) -> Published:
-    dtype = work.options["dtype"]
-    sizes = {name: work.options[name] for name in ("max_shard_bytes", "check_tokens", "seed")}
-    parity = write_export(work.folder, source, torch_dtype(dtype), **sizes)
-    content = {"dtype": dtype, "read_back": "identical", "transformers": parity.to_json()}
-    found = cautions(load_config(source))
-    write_json(work.folder / "export.json", content | ({"cautions": found} if found else {}))
-    checked = f"Read back before it was published, the logits are those of the source rounded to {dtype}, to the bit.\n"
-    return Published(dtype, TRANSFORMERS, checked + parity.sentence(), tuple(found))
-
-
-def write_gguf(options: Options, source: Path, work: Work) -> Published:
-    sizes = {"check_tokens": options.check_tokens, "seed": options.seed}
-    found = write_gguf_export(work.folder, source, options.dtype, pre_tokenizer=options.pre_tokenizer, **sizes)
-    write_json(
-        work.folder / "export.json", {"format": "gguf", "dtype": options.dtype, "gguf": dataclasses.asdict(found)}
-    )
-    relation = "quantized" if options.dtype == "q8_0" else "finetune"
-    return Published(options.dtype, llama_cpp(found.file), found.sentence(), relation=relation)
+def planned(options: Options, how: RoundingOptions, source: Path, work: Work) -> RoundingPlan:
+    sizes = {"seq_len": options.seq_len, "batch": options.batch, "seed": options.seed}
+    return plan_rounding(
+        source, options.format, how, work.folder / SCRATCH,
+        lambda split, tokens: sample(options.data or "", split, source, tokens=tokens, **sizes),
+        progress, torch_device(options.device),
+    )  # fmt: skip
 
 
 def print_push(options: Options) -> None:
@@ -164,34 +141,3 @@ def measured(options: Options, work: Work) -> tuple[dict[str, Any] | None, str |
         )
     gap["data"]["dtype"] = made["options"]["dtype"]
     return gap, name
-
-
-def print_checks(folder: Path) -> None:
-    content = read_json(folder / "export.json")
-    if "quantised" in content:
-        found = content["quantised"]
-        rows = [
-            ("weights", f"{gib(found['bytes'])}, {gib(found['bytes_bfloat16'])} in bfloat16"),
-            ("logits beside the source's", f"{found['relative_rms']:.1e} relative RMS, KL {found['kl']:.2g} nats"),
-        ]
-        return table(f"Exported to {folder}", ("check", ""), rows)
-    for caution in content.get("cautions", ()):
-        say(f"caution: {caution}")
-    if content.get("format") == "gguf":
-        found = content["gguf"]
-        rows = [
-            (found["file"], gib(found["bytes"])),
-            ("logits beside the source's", f"{found['relative_rms']:.1e} relative RMS, KL {found['kl']:.2g} nats"),
-            ("pre-tokenizer", found["pre_tokenizer"]),
-        ]
-        return table(f"Exported to {folder}", ("check", ""), rows)
-    theirs = content["transformers"]
-    rows = [("read back", content["read_back"]), ("transformers", theirs.get("note", ""))]
-    if theirs["relative_rms"] is not None:
-        rows[1] = (f"{theirs['class']} {theirs['version']}", f"{theirs['relative_rms']:.1e} relative RMS")
-    if "dt_floor_transformers" in theirs:
-        rows.append((f"  both with dt >= {theirs['dt_floor_transformers']:g}", "as transformers has it"))
-        rows.append(
-            (f"  ours with dt >= {theirs['dt_floor']:g}", f"{theirs['relative_rms_own_clamps']:.1e} relative RMS")
-        )
-    table(f"Exported to {folder}", ("check", ""), rows)

@@ -20,7 +20,7 @@ from ..models.cost.parameters import count_parameters
 from ..models.device import torch_dtype
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
-from .run.resolve import model_config, model_folder, model_names
+from .run.resolve import held_weights, model_config, model_folder, model_names
 from .run.show import gib, progress, say, table, told
 
 if TYPE_CHECKING:
@@ -45,27 +45,29 @@ def run(options: Options) -> None:
     config, hardware = model_config(options.model), options.hardware
     named = {name: value for name in ("context", "batch") if (value := getattr(options, name)) is not None}
     fit = dataclasses.replace(options.fit, **named).of(config)
-    check(options, config, fit)
+    held = held_weights(options.model, torch_dtype(fit.weight_dtype))
+    check(options, config, fit, quantised=held is not None)
     with progress("estimating the memory", 1) as bar:
-        estimate = fit.estimate(config, hardware)
+        estimate = fit.estimate(config, hardware, held)
         bar.set(1)
     print_estimate(estimate)
     print_vllm(estimate)
     simulation = simulated(estimate) if options.method in ("simulation", "all") else None
     measured = measured_run(options, estimate) if options.method in ("measurement", "all") and estimate.fits else None
     compare(estimate.memory, simulation, measured)
-    changes = estimate.changes()
-    if changes:
+    if changes := estimate.changes():
         rows = [(each.name, gib(each.saved), "fits" if each.fits else "does not fit") for each in changes]
         table("What would help", ("change", "saves", "then"), rows)
     if options.output is not None:
+        from ..distill.report.memory_plot import draw_memory
+
         with atomic_folder(options.output) as folder:
             content = estimate.to_json() | {"vllm_flags": estimate.vllm_flags()}
             content |= {"changes": [dataclasses.asdict(each) for each in changes]}
             content |= {"simulation": simulation and dataclasses.asdict(simulation)}
             content |= {"measurement": measured and dataclasses.asdict(measured)}
             write_json(folder / "result.json", told(folder, content, options.output))
-            draw(folder, options.model, estimate)
+            draw_memory(folder, options.model, estimate)
         say(f"result: {options.output / 'result.json'}, plots/memory.png and .svg beside it")
     if not estimate.fits:
         raise CheckFailed(
@@ -74,7 +76,7 @@ def run(options: Options) -> None:
         )
 
 
-def check(options: Options, config: HybridConfig, fit: Fit) -> None:
+def check(options: Options, config: HybridConfig, fit: Fit, *, quantised: bool) -> None:
     """Raises InputError for what an estimate lets pass, since a chain of stages makes one too."""
     if fit.length > config.max_position_embeddings:
         raise InputError(
@@ -85,6 +87,11 @@ def check(options: Options, config: HybridConfig, fit: Fit) -> None:
         raise InputError(
             f"method={options.method} runs the inference path, which keeps keys and values in the weights' dtype:"
             f" fit.kv_dtype is {fit.kv_dtype}, fit.weight_dtype {fit.weight_dtype}"
+        )
+    if options.method != "formula" and quantised:
+        raise InputError(
+            f"method={options.method} runs the inference path, whose weights are plain; those of {options.model} are"
+            " quantised, which method=formula counts as the files have them"
         )
     measures = options.method in ("measurement", "all")
     if measures and options.hardware.device == "cuda" and not torch.cuda.is_available():
@@ -125,8 +132,9 @@ def measured_run(options: Options, estimate: Estimate) -> Measured:
 def print_estimate(estimate: Estimate) -> None:
     config, hardware, report, answer = estimate.config, estimate.hardware, estimate.memory, estimate.verdict
     context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
+    form = "weights" if estimate.held is None else "quantised weights"
     rows = [
-        (f"weights ({count_parameters(config):,} parameters)", gib(report.weights)),
+        (f"{form} ({count_parameters(config):,} parameters)", gib(report.weights)),
         (f"key-value cache ({estimate.layers_with('token')})", gib(report.kv)),
         (f"SSM states ({estimate.layers_with('ssm')})", gib(report.ssm)),
         ("convolution states", gib(report.conv)),
@@ -151,6 +159,8 @@ def print_estimate(estimate: Estimate) -> None:
     ]
     table(f"Memory at {report.context:,} tokens x {report.batch}", ("", ""), rows)
     say("fits" if answer.fits else "does not fit")
+    for caution in estimate.cautions():
+        say(f"caution: {caution}")
 
 
 def print_vllm(estimate: Estimate) -> None:
@@ -182,18 +192,9 @@ def compare(report: MemoryReport, simulation: Simulation | None, measured: Measu
     if len(rows) > 1:
         table("Peak by method", ("", "peak", "against the formula"), rows)
     if simulation is not None:
-        where = (
-            "outside of the layers" if simulation.layer is None else f"layer {simulation.layer} ({simulation.letter})"
-        )
+        where = "outside of the layers"
+        if simulation.layer is not None:
+            where = f"layer {simulation.layer} ({simulation.letter})"
         say(f"the simulated peak: {simulation.phase}, {where}, {simulation.operator}; the largest that come and go:")
         for operator, shape, size in simulation.largest:
             say(f"  {gib(size):>12}  {operator} {list(shape)}")
-
-
-def draw(folder: Path, name: str, estimate: Estimate) -> None:
-    from ..distill.report.memory_plot import memory_plot
-    from ..distill.report.plots import save_png, save_svg
-
-    figure = memory_plot(name, estimate.config, estimate.memory, estimate.verdict.budget, estimate.hardware.name)
-    for save in (save_png, save_svg):
-        save(figure, folder, "memory")

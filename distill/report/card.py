@@ -59,6 +59,7 @@ class Published:
     checked: str
     cautions: tuple[str, ...] = ()
     relation: str = "finetune"  # to its base, in the hub's words: or "quantized"
+    tables: tuple[tuple[str, Table], ...] = ()  # further figures, each with its words
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...models.config import HybridConfig
+from ...models.cost.fit import Estimate
 from ...models.cost.hardware import GIB
 from ...models.cost.inference import MemoryReport, sketch
-from .plots import PANEL, THEME, WIDE, blank, styled
+from .plots import PANEL, THEME, WIDE, blank, save_png, save_svg, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,3 +99,11 @@ def draw_batches(axes: Axes, contexts: Sequence[int], peaks: dict[int, list[floa
 
 def short(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 else f"{tokens}"
+
+
+def draw_memory(folder: Path, name: str, estimate: Estimate) -> None:
+    """`memory_plot` of an estimate, in both formats."""
+    config, report, answer = estimate.config, estimate.memory, estimate.verdict
+    figure = memory_plot(name, config, report, answer.budget, estimate.hardware.name)
+    for save in (save_png, save_svg):
+        save(figure, folder, "memory")

@@ -18,6 +18,7 @@ from .vllm import flags
 
 if TYPE_CHECKING:
     from .simulate import Simulation
+    from .stored_weights import StoredWeights
 
 KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
 MOST_SEQUENCES = 2**20
@@ -70,13 +71,14 @@ class Fit(Reserve):
             "mamba_cache_mode": self.mamba_cache_mode,
         }
 
-    def estimate(self, config: HybridConfig, hardware: Hardware) -> Estimate:
-        """The bytes by formula, and the verdict on them. Raises InputError where the card has no memory."""
+    def estimate(self, config: HybridConfig, hardware: Hardware, held: StoredWeights | None = None) -> Estimate:
+        """The bytes by formula, and the verdict on them; quantised weights are what is `held`. Raises InputError where
+        the card has no memory."""
         hardware.check()
         fit = self.of(config)
         budget = fit.budget(hardware)
-        report = memory(config, fit.length, fit.batch, budget=budget, **fit.assumptions(hardware))
-        return Estimate(config, hardware, fit, report, verdict(config, report, budget))
+        report = memory(config, fit.length, fit.batch, budget=budget, held=held, **fit.assumptions(hardware))
+        return Estimate(config, hardware, fit, report, verdict(config, report, budget), held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Estimate:
     fit: Fit
     memory: MemoryReport
     verdict: Verdict
+    held: StoredWeights | None = None
 
     @property
     def fits(self) -> bool:
@@ -97,7 +100,8 @@ class Estimate:
         """What would help a model that does not fit, from the least cost on."""
         if self.fits:
             return []
-        return changes(self.config, self.memory, self.verdict.budget, **self.fit.assumptions(self.hardware))
+        how = self.fit.assumptions(self.hardware) | {"held": self.held}
+        return changes(self.config, self.memory, self.verdict.budget, **how)
 
     def advice(self) -> str:
         """What would help, in half a sentence."""
@@ -118,6 +122,18 @@ class Estimate:
             dtype=self.fit.weight_dtype,
             mamba=self.memory.ssm > 0,
         )
+
+    def cautions(self) -> list[str]:
+        """What of the fit the card does not run, each with its remedy."""
+        types = {"weight_dtype": self.fit.weight_dtype, "ssm_dtype": self.fit.ssm_dtype}
+        wrong = [f"fit.{name}" for name, dtype in types.items() if dtype == "bfloat16"]
+        if self.hardware.has_bfloat16 or not wrong:
+            return []
+        card, capability = self.hardware.name, self.hardware.compute_capability
+        return [
+            f"{card} has no bfloat16 products (compute capability {capability}), and vLLM refuses bfloat16 there; the"
+            f" bytes are those of float16: give {' and '.join(f'{name}=float16' for name in wrong)}"
+        ]
 
     def layers_with(self, state: str) -> str:
         """How many layers of which kinds keep this of a sequence: "token", "ssm" or "conv" (see `StateBytes`)."""
@@ -141,7 +157,8 @@ class Estimate:
         read = max(length // 3, 1)
         return throughput(
             self.config, self.hardware, input_tokens=read, output_tokens=max(length - read, 1),
-            budget=self.verdict.budget, **{name: dtypes[name] for name in ("weight_dtype", "kv_dtype", "ssm_dtype")},
+            budget=self.verdict.budget, held=self.held,
+            **{name: dtypes[name] for name in ("weight_dtype", "kv_dtype", "ssm_dtype")},
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from ..errors import InputError
 
 KIB, GIB = 2**10, 2**30
 
+BFLOAT16_FROM = 8.0  # compute capability
 MOST_GIB = 2**20  # of a card; more is a slip of the units
 
 
@@ -49,7 +50,8 @@ def blas_workspace(place: Place) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """A card: memory in GiB (`usable_gib` is what a process can have of it), GB/s, dense bf16 TFLOP/s."""
+    """A card: memory in GiB (`usable_gib` is what a process can have of it), GB/s, dense bf16 TFLOP/s (float16's where
+    it has no bf16 products, see `has_bfloat16`)."""
 
     name: str
     total_gib: float
@@ -65,6 +67,11 @@ class Hardware:
         """Where a model runs on it; a CPU works with as many threads as torch has."""
         processors = self.multiprocessors if self.device == "cuda" else torch.get_num_threads()
         return Place(self.device, processors, self.compute_capability or Place().capability)
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether it multiplies bfloat16: GPUs do from compute capability 8.0 on (CUDA's programming guide)."""
+        return self.device != "cuda" or float(self.compute_capability or 9) >= BFLOAT16_FROM
 
     def check(self) -> None:
         """Raises InputError where there is no memory to speak of, or no such device."""

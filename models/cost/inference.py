@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from .hardware import Place, check_load, libraries
 from .parameters import weight_bytes
 from .trace import transient
 from .vllm import VllmReport, allocate
+
+if TYPE_CHECKING:
+    from .stored_weights import StoredWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +87,12 @@ def memory(
     chunk: int | None = 512,
     place: Place = Place(),  # noqa: B008 (frozen)
     mamba_cache_mode: str = "none",
+    held: StoredWeights | None = None,
 ) -> MemoryReport:
     """Bytes that `batch` sequences of `context` tokens need, the prompt prefilled in chunks of `chunk` tokens (None:
     weights and caches alone). KV and convolution states follow the weights' dtype unless told otherwise. `budget`
-    (bytes, weights included) and the Mamba cache mode are for vLLM's count of requests.
+    (bytes, weights included) and the Mamba cache mode are for vLLM's count of requests. Quantised weights are what is
+    `held`; what comes and goes is that of plain ones.
 
     Raises InputError where context, batch or chunk is below 1.
     """
@@ -96,7 +101,7 @@ def memory(
     states = layer_states(config, kv_type, ssm_dtype, conv_type)
     fixed = [state.ssm + state.conv for state in states if state.ssm + state.conv]
     growing = [state.token for state in states if state.token]
-    weights = weight_bytes(config, weight_dtype)
+    weights = weight_bytes(config, weight_dtype) if held is None else held.total
     headroom = None if budget is None else budget - weights
     report = MemoryReport(
         context=context,
@@ -288,6 +293,8 @@ def fewer_layers(config: HybridConfig, report: MemoryReport, budget: float, opti
         letter = max(dict.fromkeys(pattern), key=pattern.count)
         place = pattern.rindex(letter)
         pattern = pattern[:place] + pattern[place + 1 :]
+        if options.get("held") is not None:
+            options = options | {"held": options["held"].without(place)}
         less = memory(config.replace(pattern=pattern), report.context, report.batch, **options)
         if less.peak <= budget:
             gone = ", ".join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from ..errors import InputError
 from .hardware import Hardware
 from .inference import memory, verdict
 from .parameters import kind_sizes, unused, weight_bytes
+
+if TYPE_CHECKING:
+    from .stored_weights import StoredWeights
 
 
 def flops_per_token(config: HybridConfig, context: int) -> float:
@@ -48,6 +51,7 @@ def throughput(
     kv_dtype: torch.dtype | None = None,
     ssm_dtype: torch.dtype = torch.float32,
     conv_dtype: torch.dtype | None = None,
+    held: StoredWeights | None = None,
 ) -> Throughput | None:
     """A roofline estimate for `batch` requests of `input_tokens` that write `output_tokens` each; where `batch` is
     None, for as many as fit `budget` (bytes) at full length (one, where a model has no caches).
@@ -55,10 +59,10 @@ def throughput(
     Prefill and every decoding step take whichever is longer: their FLOPs at compute_efficiency x the card's bf16
     rate, or their bytes at bandwidth_efficiency x its bandwidth. A step reads the weights (`weights_read`) and the keys
     and values so far, and reads and writes the SSM and convolution states; prefill reads the weights once, and the head
-    works on the last token alone. Launches, sampling and the scheduler
-    are not in it: it ranks configs on one card, and says nothing of a serving stack. The default efficiencies are
-    assumptions, the bandwidth's such that the published 9B comes out within 2% of the 156.42 tokens/s measured on an
-    A10G (arXiv 2508.14444: 8k in, 16k out, batch 8).
+    works on the last token alone. Of quantised weights the bytes are those `held`, and the rate stays bf16's. Launches,
+    sampling and the scheduler are not in it: it ranks configs on one card, and says nothing of a serving stack. The
+    default efficiencies are assumptions, the bandwidth's such that the published 9B comes out within 2% of the 156.42
+    tokens/s measured on an A10G (arXiv 2508.14444: 8k in, 16k out, batch 8).
 
     None where the profile has no bandwidth or rate, or not one sequence fits.
     Raises InputError where tokens or batch are below 1, or an efficiency is not in (0, 1].
@@ -76,7 +80,8 @@ def throughput(
     if hardware.bandwidth_gb_s <= 0 or hardware.bf16_tflops <= 0:
         return None
     dtypes: Any = {
-        "weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype, "conv_dtype": conv_dtype
+        "weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype, "conv_dtype": conv_dtype,
+        "held": held,
     }  # fmt: skip
     if batch is None:
         batch = largest_batch_of(config, input_tokens + output_tokens, budget, dtypes)
@@ -87,18 +92,21 @@ def throughput(
     report = memory(config, middle, batch, chunk=None, **dtypes)
     head = config.vocab_size * config.hidden_size
     prefill_flops = input_tokens * (flops_per_token(config, input_tokens) - 2.0 * head) + 2.0 * head
-    prefill = max(batch * prefill_flops / rate, weights_read(config, weight_dtype, batch * input_tokens) / bandwidth)
+    prefill_bytes = weights_read(config, weight_dtype, batch * input_tokens, held)
+    prefill = max(batch * prefill_flops / rate, prefill_bytes / bandwidth)
     # A step's attention looks back on all of the context, a prefill's on half of it: hence twice.
     step_flops = batch * flops_per_token(config, 2 * middle)
-    step_bytes = weights_read(config, weight_dtype, batch) + report.kv + 2 * (report.ssm + report.conv)
+    step_bytes = weights_read(config, weight_dtype, batch, held) + report.kv + 2 * (report.ssm + report.conv)
     step = max(step_flops / rate, step_bytes / bandwidth)
     return Throughput(batch, batch * output_tokens / (prefill + output_tokens * step), prefill, step)
 
 
-def weights_read(config: HybridConfig, dtype: torch.dtype, tokens: int) -> float:
+def weights_read(config: HybridConfig, dtype: torch.dtype, tokens: int, held: StoredWeights | None = None) -> float:
     """Bytes of weights that a pass of so many tokens reads: all but the embedding, the experts that none chooses, and
     multi-token prediction."""
     head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    if held is not None:
+        return held.read(config, tokens, head * dtype.itemsize)
     return weight_bytes(config.replace(mtp_steps=0), dtype) - (head + unused(config, tokens)) * dtype.itemsize
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
@@ -19,8 +20,17 @@ from ...models.device import torch_dtype as torch_dtype
 from ...models.errors import InputError
 from ...models.errors import check_counts as check_counts
 from ...models.fingerprint import read_provenance
-from ...models.named import SHIPPED, data_path, model_config, model_folder, names  # noqa: F401 (for the commands)
+from ...models.named import SHIPPED, data_path, model_weights, names, quantisation
+from ...models.named import model_config as model_config
+from ...models.named import model_folder as model_folder
 from .show import progress, say, table
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...models.cost.fit import Estimate, Fit
+    from ...models.cost.hardware import Hardware
+    from ...models.cost.stored_weights import StoredWeights
 
 ZOO = SHIPPED["zoo"]
 
@@ -84,6 +94,19 @@ def check_scores(folder: Path, model: str, name: str) -> None:
     made = read_provenance(folder)
     if made.get("made_by") == "limbeck score" and made["inputs"]["model"] != model:
         raise InputError(f"scores={folder} are of another model than {name}; give the scores of this one")
+
+
+def held_weights(model: str, dtype: torch.dtype) -> StoredWeights | None:
+    """`named.model_weights`; says so where quantised weights count as plain ones, since their files are not here."""
+    held = model_weights(model, dtype)
+    if held is None and quantisation(model):
+        say(f"note: {model} is quantised, but its files are not here: its weights are counted as plain ones")
+    return held
+
+
+def estimated(model: str, hardware: Hardware, fit: Fit) -> Estimate:
+    """What a model takes of a card, quantised weights as `held_weights` counts them."""
+    return fit.estimate(model_config(model), hardware, held_weights(model, torch_dtype(fit.weight_dtype)))
 
 
 def said_format(model: str, checkpoint: Checkpoint) -> dict[str, dict[str, int]]:

@@ -1,0 +1,117 @@
+"""Bytes of weights that are quantised, as a server holds them: numbers and scales as the files do, the rest in the
+dtype that it computes in. Of a folder by the headers of its files, of a format by the config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Container
+
+import torch
+
+from ..axes import Role
+from ..checkpoint import Checkpoint
+from ..config import HybridConfig
+from ..families.family import StoredTensor, stored_tensors, tensor_table_of
+from ..quantise import group_of, rounded_names
+from ..rounding import Rounding
+from ..stored import Header
+from ..tensors import DTYPES as ALL_DTYPES
+
+SCALE_BYTES, SHAPE_BYTES = 2, 16  # a bfloat16 scale; the int64 rows and columns beside packed numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of a layer's weights, and those of them that are its experts'."""
+
+    all: int = 0
+    experts: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeights:
+    """Bytes of a model's weights: by layer, of embedding, final norm and head together, and of multi-token
+    prediction."""
+
+    layers: tuple[LayerBytes, ...]
+    outer: int
+    ahead: int
+
+    @property
+    def total(self) -> int:
+        return sum(layer.all for layer in self.layers) + self.outer + self.ahead
+
+    def without(self, layer: int) -> StoredWeights:
+        return dataclasses.replace(self, layers=self.layers[:layer] + self.layers[layer + 1 :])
+
+    def read(self, config: HybridConfig, tokens: int, embedding: int) -> float:
+        """Bytes that a pass of so many tokens reads: all but the `embedding`'s bytes, the experts that none of them
+        chooses (`parameters.unused`), and multi-token prediction."""
+        unused = 0.0
+        for kind, layer in zip(config.kinds, self.layers, strict=True):
+            chosen, experts = kind.chosen(config)
+            unused += layer.experts * (1 - chosen / experts) ** tokens
+        return self.total - self.ahead - embedding - unused
+
+
+Size = Callable[[str, StoredTensor], int | None]
+
+
+def of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> StoredWeights | None:
+    """What a folder holds, its plain weights in `dtype`; None where all are plain."""
+    if not checkpoint.formats():
+        return None
+    places = {name: place for stored in checkpoint.stored.values() for name, place in stored.places.items()}
+
+    def size(name: str, stored: StoredTensor) -> int | None:
+        quantised = places[name].quantised
+        if quantised is None:
+            return None
+        parts = (quantised.numbers, quantised.scale, quantised.zero)
+        whole = sum(header_bytes(part) for part in parts if part is not None)
+        return whole + (0 if quantised.bits is None else SHAPE_BYTES)
+
+    return summed_weights(checkpoint.config, dtype, size)
+
+
+def of_format(config: HybridConfig, rounding: Rounding, dtype: torch.dtype, kept: Container[int] = ()) -> StoredWeights:
+    """What an export in a format holds, the layers `kept` plain. Raises InputError where the family or a width cannot
+    be stored so."""
+    names = rounded_names(config, rounding, kept)
+    group = group_of(config, names) if rounding.grouped else None
+
+    def size(name: str, stored: StoredTensor) -> int | None:
+        if name not in names:
+            return None
+        rows, columns = stored.shape
+        scales = rows * (columns // (group or columns)) * SCALE_BYTES
+        if rounding.bits == 8:
+            return rows * columns + scales
+        return rows * -(-columns * rounding.bits // 32) * 4 + scales + SHAPE_BYTES
+
+    return summed_weights(config, dtype, size)
+
+
+def summed_weights(config: HybridConfig, dtype: torch.dtype, size: Size) -> StoredWeights:
+    """Stored tensors summed: those that `size` gives bytes for, and the others in `dtype`."""
+    table = tensor_table_of(config)
+    layers = [[0, 0] for _ in range(config.num_layers)]
+    outer = ahead = 0
+    for name, stored in stored_tensors(config).items():
+        spec = table[stored.pieces[0].ours]
+        count = size(name, stored)
+        if count is None:
+            count = math.prod(stored.shape) * spec.dtype(dtype).itemsize
+        if spec.layer is not None:
+            layers[spec.layer][0] += count
+            layers[spec.layer][1] += count if spec.role is Role.EXPERTS else 0
+        elif spec.ahead is not None:
+            ahead += count
+        else:
+            outer += count
+    return StoredWeights(tuple(LayerBytes(*layer) for layer in layers), outer, ahead)
+
+
+def header_bytes(header: Header) -> int:
+    return math.prod(header.shape) * ALL_DTYPES[header.dtype].itemsize
