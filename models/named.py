@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .adapter import base_folder, is_adapter, merged_folder
 from .checkpoint import load_config
 from .config import HybridConfig
 from .cost.hardware import Hardware
@@ -21,13 +22,11 @@ def names(group: str) -> list[str]:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model with weights: one that ships, a path, or hf:OWNER/NAME[@REVISION] of the hub. Raises
-    InputError where there is none."""
-    if name.startswith(HUB):
-        return hub_folder(name)
-    path = SHIPPED.get(name, own_path(name))
+    """The folder of a model with weights: one that ships, a path, or hf:OWNER/NAME[@REVISION] of the hub; of a PEFT
+    adapter that of the model with it merged. Raises InputError where there is none."""
+    path = hub_folder(name) if name.startswith(HUB) else SHIPPED.get(name, own_path(name))
     if path.is_dir():
-        return path
+        return merged_folder(path) if is_adapter(path) else path
     if name in names("model"):
         raise InputError(
             f"model {name!r} is a named config without weights; give a checkpoint folder, or one of"
@@ -41,7 +40,8 @@ def model_folder(name: str) -> Path:
 def model_config(name: str) -> HybridConfig:
     """The config of a named model, of a checkpoint folder, or of a model of the hub, whose weights stay there."""
     if name.startswith(HUB):
-        return load_config(hub_folder(name, weights=False))
+        folder = hub_folder(name, weights=False)
+        return load_config(base_folder(folder, weights=False) if is_adapter(folder) else folder)
     if name in names("model"):
         return HybridConfig.from_hf(read_yaml(CONF / "model" / f"{name}.yaml"))
     return load_config(model_folder(name))
