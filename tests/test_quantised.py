@@ -167,7 +167,9 @@ def test_what_is_not_known(workshop: Path, tmp_path: Path) -> None:
 
 def test_weights_in_a_format_that_runs_code(workshop: Path, tmp_path: Path) -> None:
     """With what to do about it."""
-    shutil.copy(workshop / "model" / "config.json", tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    code, _, err = limbeck("export", f"model={tmp_path}", f"output={tmp_path / 'out'}")
+    binary = tmp_path / "binary"
+    binary.mkdir()
+    shutil.copy(workshop / "model" / "config.json", binary)
+    (binary / "pytorch_model.bin").write_bytes(b"x")
+    code, _, err = limbeck("export", f"model={binary}", f"output={tmp_path / 'out'}")
     assert code == 2 and "safe_serialization" in err and err.count("\n") == 1, (code, err)
