@@ -27,10 +27,13 @@ def built(folder: str) -> Any:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.models import registry
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     given = EngineArgs(folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", enforce_eager=True)
-    config = given.create_engine_config()
+    # It looks at a class in a process of its own, for the sake of GPUs: an import of vLLM for each.
+    with mock.patch.object(registry, "_run_in_subprocess", lambda look: look()):
+        config = given.create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16), torch.device("meta"):
         begin_processes()
         initialize_model(config)
