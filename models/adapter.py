@@ -76,7 +76,7 @@ def merged_folder(adapter: Path) -> Path:
     looks = [(name, str(file.resolve()), *look(file)) for name, file in sorted((copies | links).items())]
     folder = cache_folder() / "adapters" / hashlib.sha256(json.dumps(looks).encode()).hexdigest()[:32]
     if not folder.is_dir():
-        make(folder, copies, links, origins({"base": base, "adapter": adapter}))
+        write_links(folder, copies, links, origins({"base": base, "adapter": adapter}))
     return folder
 
 
@@ -90,7 +90,7 @@ def is_term(name: str) -> bool:
     return name == "README.md" or TERMS.fullmatch(name) is not None
 
 
-def make(folder: Path, copies: dict[str, Path], links: dict[str, Path], sources: dict[str, str]) -> None:
+def write_links(folder: Path, copies: dict[str, Path], links: dict[str, Path], sources: dict[str, str]) -> None:
     """Fills the folder; of several processes that do so at a time the first one's stays."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

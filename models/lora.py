@@ -40,7 +40,7 @@ OTHERWISE = (
     "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
     "monteclora_config",
 )  # fmt: skip
-DEFAULTS = {"r": 8, "lora_alpha": 8}
+DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8}
 AT_ONCE = 2**20  # numbers of the product in memory
 
 
@@ -86,8 +86,8 @@ def read_adapter(folder: Path, config: HybridConfig, expected: Mapping[str, Stor
     settings = read_settings(folder)
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise InputError(f"{folder / ADAPTER_WEIGHTS} is missing; have the adapter saved again, in safetensors")
-    headers, pairs, replaced = list(read_headers([folder / ADAPTER_WEIGHTS])), dict[str, dict[str, Header]](), {}
-    for header in headers:
+    pairs, replaced = dict[str, dict[str, Header]](), dict[str, Header]()
+    for header in read_headers([folder / ADAPTER_WEIGHTS]):
         known, part = role_of(folder, config, header, expected)
         if part in pairs.get(known, {}) or (not part and known in replaced):
             raise InputError(f"{header.file}: {header.name} is there in two spellings; expected it once")

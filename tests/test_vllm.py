@@ -39,7 +39,7 @@ LOADS = tuple(
     for dtype in ("float32", "bfloat16")
     for mode in MODES
 )
-ROOM = 10 * 2**30 + 12345  # bytes for the cache
+HEADROOM = 10 * 2**30 + 12345  # bytes for the cache
 
 
 def vllm_python() -> Path:
@@ -133,14 +133,14 @@ def test_vllm_computes_the_sizes_of_memory_fit(tmp_path: Path) -> None:
     for name, folder in folders.items():
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(model_config(name).to_hf() | {"torch_dtype": "bfloat16"}))
-    request = {"folders": {name: str(folder) for name, folder in folders.items()}, "loads": LOADS, "memory": ROOM}
+    request = {"folders": {name: str(folder) for name, folder in folders.items()}, "loads": LOADS, "memory": HEADROOM}
     found = answered(python, Path(__file__).with_name("vllm_sizes.py"), request, tmp_path)
     for name in SIZED:
         config = model_config(name)
         for load, theirs in zip(LOADS, found[name], strict=True):
             report = memory(
                 config, int(load["context"]), chunk=None, ssm_dtype=torch_dtype(str(load["ssm_dtype"])),
-                mamba_cache_mode=str(load["mode"]), budget=weight_bytes(config, torch.bfloat16) + ROOM,
+                mamba_cache_mode=str(load["mode"]), budget=weight_bytes(config, torch.bfloat16) + HEADROOM,
             ).vllm  # fmt: skip
             starts, most = theirs.pop("starts"), theirs.pop("largest_max_num_seqs")
             assert {key: getattr(report, key) for key in theirs} == theirs, (name, load)
