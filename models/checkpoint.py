@@ -33,7 +33,9 @@ from .families.family import (
 from .folder import atomic_folder, write_json
 from .foreign import SETTINGS, read_object
 from .hybrid import HybridLM, set_tensor
+from .lora import MERGED, read_adapter
 from .shards import (
+    ADAPTER_SETTINGS,
     INDEX,
     SHARD_BYTES,
     SINGLE,
@@ -120,7 +122,7 @@ def load_config(path: Path | str) -> HybridConfig:
     if not path.is_dir():
         raise InputError(f"{path} is no folder; expected a checkpoint folder with config.json and safetensors")
     if not (path / "config.json").exists():
-        if (path / "adapter_config.json").exists():
+        if (path / ADAPTER_SETTINGS).exists():
             raise without_weights(path, "config.json")
         raise InputError(f"{path / 'config.json'} is missing; expected a folder with config.json and safetensors")
     content = read_object(path / "config.json", SETTINGS)
@@ -165,6 +167,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     headers = list(read_headers(weight_files(path)))
     names = {header.name: header for header in headers}
     settings = quantization_of(path)
+    adapter = read_adapter(path / MERGED, config, expected) if (path / MERGED).is_dir() else None
     for header in headers:
         if is_companion(header.name, names):
             continue
@@ -178,7 +181,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
                 f"{header.file}: tensor {header.name} is also in {places[known].file.name}; expected it once"
             )
         dtype = DTYPES[header.dtype] if quantised is None else dtype_of_numbers(path)
-        places[known] = StoredPlace(header.file, header.name, dtype, quantised)
+        place = StoredPlace(header.file, header.name, dtype, quantised)
+        places[known] = place if adapter is None else adapter.place(known, place)
     missing = [name for name in expected if name not in places]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -21,12 +21,12 @@ from .errors import InputError
 from .fingerprint import LOG, PROVENANCE, RESULT, RUN, read_provenance
 from .foreign import first_line
 from .schema import read_index
-from .shards import INDEX, SINGLE
+from .shards import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, INDEX, SINGLE
 
 HUB = "hf:"
 SPELLED = "hf:OWNER/NAME[@REVISION]"
 NAME = r"[\w.-]+/[\w.-]+"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER = (ADAPTER_SETTINGS, ADAPTER_WEIGHTS)
 # What is fetched beside the weights: what the tokenizer needs, and the terms, which an export's card names.
 SMALL = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -65,7 +65,8 @@ def is_hub_name(text: str) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def hub_folder(text: str, weights: bool = True) -> Path:
-    """The folder in the cache that holds a model of the hub, or its config.json alone; requested once in a run.
+    """The folder in the cache that holds a model of the hub, or its config.json alone (of an adapter its settings);
+    requested once in a run.
 
     Raises InputError where the hub has none of the name or the revision, does not let it be read, or cannot be reached
     and the cache has none either; and for a model without safetensors.
@@ -77,7 +78,8 @@ def hub_folder(text: str, weights: bool = True) -> Path:
     try:
         info = huggingface_hub.HfApi().model_info(model.name, revision=model.revision)
         files = [sibling.rfilename for sibling in info.siblings or ()]
-        wanted = chosen_files(model, files, info.sha) if weights else ["config.json"]
+        config = ADAPTER[0] if ADAPTER[0] in files and "config.json" not in files else "config.json"
+        wanted = chosen_files(model, files, info.sha) if weights else [config]
         return download(model, wanted)
     except InputError:
         raise
@@ -138,8 +140,11 @@ def cached(model: HubModel, error: Exception) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    path: Any = huggingface_hub.try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-    if isinstance(path, str):
+    names = ("config.json", ADAPTER[0])
+    places: list[Any] = [huggingface_hub.try_to_load_from_cache(model.name, name, revision=model.revision)
+                         for name in names]  # fmt: skip
+    path = next((place for place in places if isinstance(place, str)), None)
+    if path is not None:
         log.warning("%s: taken from the cache, revision %s", model.text, Path(path).parent.name)
         return Path(path).parent
     why = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else first_line(error)

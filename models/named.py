@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .adapter import base_folder, is_adapter, merged_folder
 from .checkpoint import load_config, open_checkpoint
 from .config import HybridConfig
 from .cost.hardware import Hardware
@@ -27,13 +28,11 @@ def names(group: str) -> list[str]:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a model with weights: one that ships, a path, or hf:OWNER/NAME[@REVISION] of the hub. Raises
-    InputError where there is none."""
-    if name.startswith(HUB):
-        return hub_folder(name)
-    path = SHIPPED.get(name, own_path(name))
+    """The folder of a model with weights: one that ships, a path, or hf:OWNER/NAME[@REVISION] of the hub; of a PEFT
+    adapter that of the model with it merged. Raises InputError where there is none."""
+    path = hub_folder(name) if name.startswith(HUB) else SHIPPED.get(name, own_path(name))
     if path.is_dir():
-        return path
+        return merged_folder(path) if is_adapter(path) else path
     if name in names("model"):
         raise InputError(
             f"model {name!r} is a named config without weights; give a checkpoint folder, or one of"
@@ -46,18 +45,24 @@ def model_folder(name: str) -> Path:
 
 def model_config(name: str) -> HybridConfig:
     """The config of a named model, of a checkpoint folder, or of a model of the hub, whose weights stay there."""
-    if name.startswith(HUB):
-        return load_config(hub_folder(name, weights=False))
     if name in names("model"):
         return HybridConfig.from_hf(read_yaml(CONF / "model" / f"{name}.yaml"))
-    return load_config(model_folder(name))
+    return load_config(config_folder(name))
+
+
+def config_folder(name: str) -> Path:
+    """The folder with a model's config.json; of one of the hub without its weights."""
+    if not name.startswith(HUB):
+        return model_folder(name)
+    folder = hub_folder(name, weights=False)
+    return base_folder(folder, weights=False) if is_adapter(folder) else folder
 
 
 def quantisation(name: str) -> dict[str, Any]:
     """What the config.json of `model_config` says of quantised weights; nothing of plain ones."""
     if name in names("model"):
         return {}
-    return quantization_of(hub_folder(name, weights=False) if name.startswith(HUB) else model_folder(name))
+    return quantization_of(config_folder(name))
 
 
 def model_weights(name: str, dtype: torch.dtype) -> StoredWeights | None:

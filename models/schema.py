@@ -1,6 +1,6 @@
 """What content that is not ours has to be, by pydantic, and what is said of content that is not: one line with the
 place, the value, and what would be right. Fields of a config.json follow from the family's record and HybridConfig's
-annotations; tokenizer files, indices and generation_config.json stand here.
+annotations; tokenizer files, adapters, indices and generation_config.json stand here.
 
 Imported where something is checked: pydantic takes its time, and text is read without it.
 """
@@ -85,6 +85,19 @@ class GenerationSettings(Read):
     """generation_config.json."""
 
     eos_token_id: TokenId | list[TokenId] | None = None
+
+
+class AdapterSettings(Read):
+    """adapter_config.json of PEFT, what is read of one of low rank."""
+
+    peft_type: str
+    base_model_name_or_path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    r: Annotated[int, Field(ge=1, le=LARGEST_WIDTH)] = 8
+    lora_alpha: Real = 8
+    use_rslora: bool = False
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=LARGEST_WIDTH)]] | None = None
+    alpha_pattern: dict[str, Real] | None = None
 
 
 class ShardIndex(Read):

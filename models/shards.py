@@ -18,6 +18,7 @@ from .folder import write_json
 from .tensors import Form
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT
 SHARD_BYTES = 5 * 10**9
 
 

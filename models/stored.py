@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,8 +22,12 @@ from torch import Tensor
 
 from .errors import InputError
 from .foreign import SETTINGS, check_regular, read_object
+from .shards import ADAPTER_SETTINGS
 from .tensors import DTYPES as ALL_DTYPES
 from .tensors import is_finite
+
+if TYPE_CHECKING:
+    from .lora import LowRank
 
 DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point and dtype.itemsize > 1}
 QUANTISED = {"F8_E4M3": "float8", "I8": "int8"}
@@ -96,13 +100,14 @@ def unpacked(words: Tensor, bits: int, columns: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class StoredPlace:
-    """Where a stored tensor lies: the file, its name there, the dtype that it is read in, and what it is quantised
-    as."""
+    """Where a stored tensor lies: the file, its name there, the dtype that it is read in, what it is quantised as, and
+    what an adapter adds to it."""
 
     file: Path
     name: str
     dtype: torch.dtype
     quantised: Quantised | None = None
+    low_rank: LowRank | None = None
 
     def rows(self, begin: int, end: int) -> Tensor:
         """Rows begin..end-1, counted as by `families.family.Piece`. Raises InputError where they hold NaN or
@@ -111,9 +116,12 @@ class StoredPlace:
             tensor = self.quantised.rows(begin, end).to(self.dtype)
         else:
             tensor = plain_rows(self.file, self.name, begin, end)
+        if self.low_rank is not None:
+            tensor = self.low_rank.added(tensor, begin)
         if not is_finite(tensor):
             kind = "NaN" if torch.isnan(tensor).any() else "infinity"
-            raise InputError(f"{self.file}: tensor {self.name} holds {kind}; expected finite numbers")
+            added = "" if self.low_rank is None else f" with what {self.low_rank.a.file} adds"
+            raise InputError(f"{self.file}: tensor {self.name}{added} holds {kind}; expected finite numbers")
         return tensor
 
 
@@ -223,13 +231,8 @@ def dtype_of_numbers(path: Path) -> torch.dtype:
 
 def without_weights(path: Path, expected: str) -> InputError:
     """What to do about a folder that has no weights to be read, but may have others."""
-    if (path / "adapter_config.json").exists():
-        base = read_object(path / "adapter_config.json", SETTINGS).get("base_model_name_or_path")
-        code = f"M.from_pretrained('{path}').merge_and_unload().save_pretrained('MERGED')"
-        return InputError(
-            f"{path} is a PEFT adapter of {base}; merge it first, and put the tokenizer of {base} beside it:"
-            f' python -c "from peft import AutoPeftModelForCausalLM as M; {code}"'
-        )
+    if (path / ADAPTER_SETTINGS).exists():
+        raise merge_first(path, "it has no weights of its own; model= and limbeck.load read it with its base")
     others = sorted(file.name for ending in ("bin", "pt", "pth") for file in path.glob(f"*.{ending}"))
     if others:
         return InputError(
@@ -237,3 +240,13 @@ def without_weights(path: Path, expected: str) -> InputError:
             " you trust it: model.save_pretrained('SAVED', safe_serialization=True)"
         )
     return InputError(f"{path}: no weights; expected {expected}")
+
+
+def merge_first(adapter: Path, why: str) -> InputError:
+    """What to do about a PEFT adapter that is not merged on reading, and why it is not."""
+    base = read_object(adapter / ADAPTER_SETTINGS, SETTINGS).get("base_model_name_or_path")
+    code = f"M.from_pretrained('{adapter}').merge_and_unload().save_pretrained('MERGED')"
+    return InputError(
+        f"{adapter} is a PEFT adapter of {base}: {why}; merge it first, and put the tokenizer of {base} beside it:"
+        f' python -c "from peft import AutoPeftModelForCausalLM as M; {code}"'
+    )

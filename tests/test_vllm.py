@@ -1,6 +1,6 @@
 """Exports served by vLLM on a CPU, in an environment of its own: `make test-clients` makes it in .venv/vllm, or
 LIMBECK_VLLM names its Python. The same greedy tokens as `limbeck generate` in float32, and the same log-probabilities
-of the shipped model's prompts within 1e-4."""
+of the shipped model's prompts within 1e-4; and what vLLM's own code makes of the cache is what memory-fit says."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.checkpoint import load_model, save_model
+from limbeck.models.cost.inference import memory
+from limbeck.models.cost.parameters import weight_bytes
+from limbeck.models.cost.vllm import MODES
+from limbeck.models.device import torch_dtype
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.named import SHIPPED
+from limbeck.models.named import SHIPPED, model_config
 from limbeck.models.quantise import ROUNDINGS
 from limbeck.tests.client_helpers import TOKENS, greedy_tokens, prompts_of, same_or_tied
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
@@ -25,6 +29,17 @@ from torch.nn import functional as F
 
 pytestmark = pytest.mark.clients
 LENGTH = 256
+SIZED = (
+    "nemotron-nano-12b-v2", "nemotron-nano-9b-v2", "nemotron-h-4b", "nemotron-h-8b", "nemotron-3-nano-4b",
+    "falcon-h1-tiny-90m", "falcon-h1-7b", "granite-4.0-h-1b", "qwen3-8b", "smollm2-135m",
+)  # fmt: skip
+LOADS = tuple(
+    {"context": context, "ssm_dtype": dtype, "mode": mode}
+    for context in (8192, 131072)
+    for dtype in ("float32", "bfloat16")
+    for mode in MODES
+)
+HEADROOM = 10 * 2**30 + 12345  # bytes for the cache
 
 
 def vllm_python() -> Path:
@@ -59,6 +74,11 @@ def answers_of(folders: list[Path], prompts: list[list[list[int]]], dtype: str, 
     python, script = vllm_python(), Path(__file__).with_name("vllm_answers.py")
     named = {str(folder): list(given) for folder, given in zip(folders, prompts, strict=True)}
     request = {"tokens": TOKENS, "length": LENGTH, "dtype": dtype, "folders": named}
+    return list(answered(python, script, request, where).values())
+
+
+def answered(python: Path, script: Path, request: Any, where: Path) -> dict[str, Any]:
+    """What a program gives in vLLM's environment."""
     (where / "request.json").write_text(json.dumps(request))
     settings = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
@@ -66,7 +86,7 @@ def answers_of(folders: list[Path], prompts: list[list[list[int]]], dtype: str, 
         env=os.environ | settings, cwd=where, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return list(json.loads((where / "answer.json").read_text()).values())
+    return dict(json.loads((where / "answer.json").read_text()))
 
 
 def logprobs_of(model: HybridLM, prompt: list[int]) -> Tensor:
@@ -103,3 +123,27 @@ def test_vllm_opens_rounded_weights(tmp_path: Path) -> None:
         for prompt, theirs in zip(own, found, strict=True):
             far = (logprobs_of(model, prompt) - torch.tensor(theirs["logprobs"])).abs().mean().item()
             assert far < 0.2, (folder.name, far)
+
+
+@pytest.mark.timeout(3600)
+def test_vllm_computes_the_sizes_of_memory_fit(tmp_path: Path) -> None:
+    """Tokens and bytes of a block, blocks a request, blocks in all, whether it starts, and the largest --max-num-seqs
+    and --max-model-len with which it does: of each config at each load, by vLLM's layers and its allocator."""
+    python, folders = vllm_python(), {name: tmp_path / name for name in SIZED}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(model_config(name).to_hf() | {"torch_dtype": "bfloat16"}))
+    request = {"folders": {name: str(folder) for name, folder in folders.items()}, "loads": LOADS, "memory": HEADROOM}
+    found = answered(python, Path(__file__).with_name("vllm_sizes.py"), request, tmp_path)
+    for name in SIZED:
+        config = model_config(name)
+        for load, theirs in zip(LOADS, found[name], strict=True):
+            report = memory(
+                config, int(load["context"]), chunk=None, ssm_dtype=torch_dtype(str(load["ssm_dtype"])),
+                mamba_cache_mode=str(load["mode"]), budget=weight_bytes(config, torch.bfloat16) + HEADROOM,
+            ).vllm  # fmt: skip
+            starts, most = theirs.pop("starts"), theirs.pop("largest_max_num_seqs")
+            assert {key: getattr(report, key) for key in theirs} == theirs, (name, load)
+            assert (report.max_num_seqs > 0) == starts, (name, load)
+            # Without Mamba layers there is no limit.
+            assert report.largest_max_num_seqs == (most if most < 2**30 else 0), (name, load)
