@@ -17,7 +17,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .errors import InputError
-from .foreign import read_object
+from .foreign import own_path, read_object
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept."""
+    given = os.environ.get("LIMBECK_CACHE")
+    return own_path(given) if given else Path.home() / ".cache" / "limbeck"
 
 
 @contextlib.contextmanager

@@ -18,12 +18,11 @@ import torch
 from ... import __version__
 from ...models.errors import InputError, guess
 from ...models.fingerprint import digest, fingerprint_of
-from ...models.folder import sha256_file, write_json
+from ...models.folder import cache_folder, sha256_file, write_json
 from ...models.foreign import own_path, read_object
 from ...models.hybrid import HybridLM
 from ...models.placement import placed
 from ...models.tokenizer import Tokenizer, load_tokenizer
-from ..text.corpus_cache import cache_folder
 from ..text.formats import first_line
 
 SUFFIXES = (".yaml", ".yml")  # of task files

@@ -23,8 +23,8 @@ import torch
 from safetensors import safe_open
 
 from ...models.errors import DiskError, InputError
-from ...models.folder import finish_folder, sha256_file, write_json
-from ...models.foreign import own_path, read_object
+from ...models.folder import cache_folder, finish_folder, sha256_file, write_json
+from ...models.foreign import read_object
 from ...models.tensors import refusal, save_tensors
 from ...models.tokenizer import Tokenizer
 from .encoding import encoded
@@ -38,12 +38,6 @@ PARTS = "parts.safetensors"  # only where there are conversations
 MAKING = ".making-"  # how unfinished folders' names begin
 HEADER = 248  # bytes of the header of ids.safetensors, whose length is known before the number of tokens is
 STALE = 2 * 86400  # seconds after which an unfinished folder is nobody's
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept."""
-    given = os.environ.get("LIMBECK_CACHE")
-    return own_path(given) if given else Path.home() / ".cache" / "limbeck"
 
 
 def content_digest(base: Path, names: Sequence[str]) -> str:
