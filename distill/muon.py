@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.products import narrows
 from .parallel import TrainedWeight
 
 # The post's quintic: odd polynomial a x + b x^3 + c x^5, steep at zero, that keeps (0, 1] within about 0.7 to 1.2.
@@ -21,12 +22,13 @@ STEPS = 5
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """[rows, columns] with its singular vectors kept and its singular values moved near one; float32 on a CPU. Of a
+    """[rows, columns] with its singular vectors kept and its singular values moved near one; float32 on a CPU, unless
+    its products are bfloat16. Of a
     stack each matrix for itself."""
     if matrix.dim() > 2:
         return torch.stack([orthogonalize(each) for each in matrix])
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda or narrows(len(matrix), matrix) else torch.float32)
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = COEFFICIENTS

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .linear import linear
+from .products import CHOSEN, narrowed
 from .tracing import STATE, iterations
 
 CACHED = 2**19  # elements of the logits that a CPU works through at a time, so that they stay in its cache
@@ -32,9 +33,12 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, weights, scale, figures, chunk_tokens, open_chunk):
         tokens, work = hidden.shape[0], weights.dtype
         need_hidden, need_head = ctx.needs_input_grad[:2]
+        dtypes = hidden.dtype, head.dtype
+        if need_hidden or need_head:
+            hidden, head = narrowed(tokens, hidden, head)
         values = torch.zeros(figures, tokens, dtype=work, device=hidden.device)
         first = torch.empty(tokens, dtype=torch.bool, device=hidden.device)
-        dhidden = torch.empty_like(hidden) if need_hidden else None
+        dhidden = torch.empty_like(hidden, dtype=dtypes[0]) if need_hidden else None
         # float32 whatever the head's dtype: a sum over many chunks would stop growing in bfloat16's eight bits.
         dhead = torch.zeros(head.shape, dtype=work, device=head.device) if need_head else None
         size = max(1, CACHED // head.shape[0])
@@ -60,7 +64,7 @@ class ChunkedLoss(torch.autograd.Function):
         loss = (values[-1] * weights).sum() * scale
         # The gradients are kept, and not the logits: [T, H] and [V, H] in place of [T, V].
         ctx.save_for_backward(dhidden, dhead)
-        ctx.dtypes = (hidden.dtype, head.dtype)
+        ctx.dtypes = dtypes
         outputs = (*values[:-1].unbind(), first & (weights != 0))
         ctx.mark_non_differentiable(*outputs)
         return loss, *outputs
@@ -72,6 +76,11 @@ class ChunkedLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, *[None] * 5
+
+
+def gradients_wanted(hidden: Tensor, head: Tensor) -> bool:
+    """Whether a loss is to give gradients of them; products for values alone stay float32."""
+    return torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad)
 
 
 def product(a: Tensor, b: Tensor, full: bool) -> Tensor:
@@ -91,7 +100,7 @@ def accumulate(total: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
         torch.ops.aten.addmm.dtype_out(total, dlogits.T, hidden, torch.float32, out=total)
     else:
         for part, rows in zip(total.split(VOCABULARY_BLOCK), dlogits.T.split(VOCABULARY_BLOCK), strict=True):
-            part += product(rows, hidden, full=True)
+            part += product(rows, hidden, full=not CHOSEN.narrow)
 
 
 @functools.cache

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .divergence import FORMULAS, Divergence
-from .fused_loss import ChunkedLoss, Piece
+from .fused_loss import ChunkedLoss, Piece, gradients_wanted
 from .linear import linear
+from .products import narrowed
 
 Options = tuple[float, Divergence, float, float, int]  # temperature, divergence, kl_weight, ce_weight, chunk_tokens
 
@@ -28,6 +29,8 @@ def torch_linear_kl(
     options: Options,
 ) -> Any:
     """What `linear_kl.fused_loss` gives."""
+    if teacher_hidden is not None and teacher_head is not None and gradients_wanted(hidden, head):
+        teacher_hidden, teacher_head = narrowed(len(hidden), teacher_hidden, teacher_head)
 
     def open_chunk(rows: slice) -> Piece:
         teacher: Tensor | None = None

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .fused_loss import ChunkedLoss, Piece
+from .fused_loss import ChunkedLoss, Piece, gradients_wanted
 from .linear import linear
 from .linear_kl import IGNORED, LinearKL, check_head, clean, default_chunk, weigh
+from .products import narrowed
 
 
 def linear_reverse_kl(
@@ -61,6 +62,8 @@ def linear_reverse_kl(
     weights, scale = weigh(tokens, labels, ignore_index, normalizer, student_hidden, token_weights)
     drawn = clean(labels, ignore_index)
     assert drawn is not None
+    if gradients_wanted(student_hidden, student_head):
+        teacher_hidden, teacher_head = narrowed(tokens, teacher_hidden, teacher_head)
 
     def open_chunk(rows: slice) -> Piece:
         taught = linear(teacher_hidden[rows], teacher_head).to(weights.dtype)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .launch import capability
 from .linear import linear
+from .products import NARROW, narrows
 
 MANY = 16  # rows from which on `linear`'s way is faster than it costs to copy its answer
 ALIGNED = 8  # numbers of bfloat16 that torch's grouped product wants rows to be multiples of: 16 bytes
@@ -31,9 +32,13 @@ def groups_of_rows(ends: Tensor) -> Iterator[tuple[int, int, int]]:
 def segment_product(x: Tensor, weight: Tensor, ends: Tensor, turned: bool) -> Tensor:
     """`moe.grouped_product`, group after group; a group without rows is not read."""
     y = x.new_empty(len(x), weight.shape[2 if turned else 1])
+    rounded = x.to(NARROW) if narrows(len(x), x, weight) else None
     for group, start, end in groups_of_rows(ends):
-        if turned or end - start < MANY:
-            torch.mm(x[start:end], weight[group] if turned else weight[group].mT, out=y[start:end])
+        matrix = weight[group] if turned else weight[group].mT
+        if rounded is not None and narrows(end - start, x):
+            y[start:end] = rounded[start:end] @ matrix.to(NARROW)
+        elif turned or end - start < MANY:
+            torch.mm(x[start:end], matrix, out=y[start:end])
         else:
             y[start:end] = linear(x[start:end], weight[group])
     return y
@@ -42,8 +47,12 @@ def segment_product(x: Tensor, weight: Tensor, ends: Tensor, turned: bool) -> Te
 def segment_gradient(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """`moe.grouped_gradient`, group after group."""
     gradient = x.new_zeros(len(ends), y.shape[1], x.shape[1])
+    rounded = (y.to(NARROW), x.to(NARROW)) if narrows(len(x), y, x) else None
     for group, start, end in groups_of_rows(ends):
-        torch.mm(y[start:end].mT, x[start:end], out=gradient[group])
+        if rounded is not None and narrows(end - start, x):
+            gradient[group] = rounded[0][start:end].mT @ rounded[1][start:end]
+        else:
+            torch.mm(y[start:end].mT, x[start:end], out=gradient[group])
     return gradient
 
 

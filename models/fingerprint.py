@@ -41,7 +41,10 @@ class Fingerprint:
     """What a folder is to be made of. Raises InputError where an input does not exist."""
 
     def __init__(self, name: str, inputs: Mapping[str, Path | str], options: Mapping[str, Any]) -> None:
-        self.name, self.inputs, self.options = name, dict(sorted(inputs.items())), plain(options)
+        from ..kernels.products import chosen  # imports torch
+
+        self.name, self.inputs = name, dict(sorted(inputs.items()))
+        self.options = plain(options) | chosen()  # of products, which whoever makes the folder does in one way
         self.look = self.current_look()
         self.sums: dict[str, Any] | None = None
         self.error: BaseException | None = None

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear import linear
 from ..kernels.norm import rms_norm
+from ..kernels.products import project
 from .axes import AXES, Dimension, Parts
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Context:
     def project(self, module: nn.Linear, x: Tensor) -> Tensor:
         """x [B, T, K] times a module's weight [N, K] transposed, and its bias [N] added where it has one."""
         x = self.input_of(module, x)
-        y = linear(x, module.weight) if self.bound is None else self.bound.project(module, x)
+        y = project(x, module.weight) if self.bound is None else self.bound.project(module, x)
         # In training biases are float32, as all vectors are; the stream keeps its dtype.
         return y if module.bias is None else y + module.bias.to(y.dtype)
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.linear import linear
 from ..kernels.norm import rms_norm
+from ..kernels.products import project
 from .axes import HIDDEN, Dimension, Factor, Parts, Role, TensorSpec
 from .layer import NormWeight
 
@@ -47,7 +47,7 @@ class MultiTokenPrediction(nn.Module):
         blocks: Any = self.layers[step * size : (step + 1) * size]
         read = rms_norm(embedded, blocks[0].enorm.weight, self.norm_eps)
         kept = rms_norm(hidden, blocks[0].hnorm.weight, self.norm_eps)
-        x = linear(torch.cat((read, kept), -1), blocks[0].eh_proj.weight)
+        x = project(torch.cat((read, kept), -1), blocks[0].eh_proj.weight)
         for block in blocks:
             x = x + block(x, context)
         return rms_norm(x, blocks[-1].final_layernorm.weight, self.norm_eps)

@@ -113,10 +113,12 @@ class StreamedLayers:
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def in_turn(self, numbers: Sequence[int]) -> Iterator[Layer]:
-        with ThreadPoolExecutor(1) as reader:
+        alone = processes.compute_alone
+        with processes.computing_beside() as keep_threads, ThreadPoolExecutor(1, initializer=alone) as reader:
             ahead = [reader.submit(self.read, number) for number in numbers[:1]]
             for place in range(len(numbers)):
                 layer = ahead.pop().result()
+                keep_threads()
                 if place + 1 < len(numbers):
                     ahead.append(reader.submit(self.read, numbers[place + 1]))
                 if layer.ready is not None:  # copied in a stream of its own

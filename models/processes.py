@@ -108,6 +108,31 @@ def in_first(work: Callable[[], None]) -> None:
         distributed.destroy_process_group(done)
 
 
+def compute_alone() -> None:
+    """Has the calling thread, which works beside the first one, compute without OpenMP's threads.
+
+    Those that it would start for itself count: where a process has more of them than there are processors, libgomp has
+    all of them, the first thread's too, wait for 100 turns in place of 300,000 (gcc, libgomp/config/linux/wait.h and
+    env.c), and every operator begins by waking threads that sleep.
+    """
+    torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def computing_beside() -> Iterator[Callable[[], None]]:
+    """Around a thread that calls `compute_alone`; gives what is to be called once it has. The calling thread keeps its
+    number of threads, and so do those that begin later: torch gives them what was set last, by whichever thread."""
+    number = torch.get_num_threads()
+
+    def keep() -> None:
+        torch.set_num_threads(number)
+
+    try:
+        yield keep
+    finally:
+        keep()
+
+
 def set_up() -> None:
     """How this process computes, whichever command it runs."""
     # Decays underflow, and arithmetic on denormal numbers is many times slower on CPUs: they count as zero, in this

@@ -25,6 +25,7 @@ from ..models.errors import InputError
 from ..models.fingerprint import RUN, read_provenance
 from ..models.folder import write_json
 from ..models.foreign import own_path
+from ..models.matmul import Multiplied
 from ..models.placement import placed
 from ..models.tokenizer import check_agreement, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
@@ -37,7 +38,7 @@ CHOSEN = ("split", "tokens", "seq_len", "batch", "seed", "dtype", "details", "ha
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Multiplied):
     teacher: str
     student: dict[str, str]
     data: NamedData

@@ -62,7 +62,7 @@ def run(options: Options) -> None:
         if options.init is not None:
             inputs["init"] = model_folder(options.init)
             del chosen["model"], chosen["seed"]
-        for name in ("output", "device", "data", "init", "shard", *options.tracking):
+        for name in ("output", "device", "data", "init", "shard", "matmul", *options.tracking):
             del chosen[name]
         del chosen["train"][SPLIT]
         with stage(options.output, "pretrain", inputs=inputs, options=chosen, scratch="training") as work:

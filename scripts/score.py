@@ -19,6 +19,7 @@ from ..models import processes
 from ..models.checkpoint import load_config, open_checkpoint
 from ..models.config import HybridConfig
 from ..models.device import torch_device, torch_dtype
+from ..models.matmul import Multiplied
 from ..models.offload import open_layers
 from ..prune.depth import random_layers, score_layers
 from ..prune.depth_metrics import METRICS
@@ -31,7 +32,7 @@ from .run.stage import many_processes, stage
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(Multiplied):
     model: str
     data: NamedData
     output: Path

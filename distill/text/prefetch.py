@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from ...models import processes
 from ...models.errors import InputError
 from ...models.tensors import Silence, ahead
 
@@ -18,9 +19,14 @@ def feed(batches: Iterator[Any], first: int, timeout: float) -> Generator[Any, N
     Raises InputError where `timeout` seconds bring none, and what `batches` raises.
     """
     number = first
-    with contextlib.closing(ahead(batches, AHEAD, timeout)) as source:
+    with (
+        processes.computing_beside() as keep_threads,
+        contextlib.closing(ahead(made_alone(batches), AHEAD, timeout)) as source,
+    ):
         try:
             for batch in source:
+                if number == first:
+                    keep_threads()
                 yield batch
                 number += 1
         except Silence:
@@ -28,3 +34,9 @@ def feed(batches: Iterator[Any], first: int, timeout: float) -> Generator[Any, N
                 f"data: waited {timeout:g} seconds for batch {number}, and its worker gives no sign; look at the"
                 " disk or the network that data= is read from, or raise data_timeout (seconds)"
             ) from None
+
+
+def made_alone(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, by whichever thread takes them, without threads of its own."""
+    processes.compute_alone()
+    yield from batches

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...kernels.products import chosen
 from ..errors import InputError
 from ..folder import sync
 from ..foreign import parse_json, read_text
@@ -94,7 +95,7 @@ def digest(writer: Writer, lines: list[tuple[dict[str, Any], Request]]) -> str:
     """Changes with the prompts, the options and the model's files."""
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in writer.folder.glob("*.*"))
     requests = [(row, dataclasses.asdict(request)) for row, request in lines]
-    options = (writer.options.dtype, writer.options.ssm_dtype)
+    options = (writer.options.dtype, writer.options.ssm_dtype, *chosen().values())
     return hashlib.sha256(json.dumps([files, requests, options], sort_keys=True).encode()).hexdigest()
 
 

@@ -12,6 +12,7 @@ from ..checkpoint import load_config, load_model
 from ..config import HybridConfig
 from ..device import torch_device, torch_dtype
 from ..errors import InputError
+from ..matmul import Multiplied
 from ..schema import GenerationSettings, read_as
 from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .chat import ChatTemplate, Message
@@ -22,7 +23,7 @@ SWITCH = {"on": True, "off": False, "true": True, "false": False}
 
 
 @dataclasses.dataclass(frozen=True)
-class WritingOptions:
+class WritingOptions(Multiplied):
     """How texts are written; see conf/generate.yaml."""
 
     chat: bool

@@ -172,7 +172,8 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
         if set_wait_policy(neighbours.processors()) and not console.quiet:
             print("note: other processes are busy: threads wait passively (OMP_WAIT_POLICY=PASSIVE)", file=sys.stderr)
-        from ...models.processes import set_up  # imports torch
+        from ...models.matmul import multiplying  # imports torch
+        from ...models.processes import set_up
 
         set_up()
         module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
@@ -181,7 +182,8 @@ def run_command(command: str, words: Sequence[str]) -> int:
         if not gc.get_freeze_count():
             gc.freeze()
         gc.enable()
-    module.run(options)
+    with multiplying(options, None if console.quiet else sys.stderr):
+        module.run(options)
     return 0
 
 

@@ -22,6 +22,7 @@ import torch
 from ...distill.speed import speed_figures
 from ...models import processes
 from ...models.config import HybridConfig
+from ...models.matmul import Multiplied
 from .compose import CONF
 from .show import progress, say
 
@@ -30,7 +31,7 @@ Line = queue.SimpleQueue  # of records, and a None at the end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tracked:
+class Tracked(Multiplied):
     """Where a command that trains sends its figures, beside metrics.jsonl; nothing of it is part of the result."""
 
     wandb: Literal["off", "offline", "online"] = "off"
@@ -41,7 +42,7 @@ class Tracked:
     @property
     def tracking(self) -> dict[str, Any]:
         """These options by their names."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Tracked)}
+        return {name: getattr(self, name) for name in Tracked.__annotations__}
 
 
 @contextlib.contextmanager
