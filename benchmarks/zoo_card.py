@@ -37,8 +37,8 @@ RECIPES = Path(__file__).parents[1] / "conf" / "recipe"
 STEP = 4096  # tokens
 WIDTH = 118
 CURVES = (
-    "`metrics.jsonl` and `curve.png` hold the curve of both runs: in each the rate rises anew and falls to zero, and the"
-    "\ncurve flattens with it; more text would still help."
+    "`metrics.jsonl` and `curve.png` hold the curve of both runs: in each the rate rises anew and falls to zero, and"
+    " the\ncurve flattens with it; more text would still help."
 )
 
 
@@ -137,11 +137,11 @@ def card(folder: Path, config: HybridConfig, rows: dict[str, float], interval: E
     rate = read_yaml(RECIPES / f"{folder.name}.yaml").get("train", {}).get("expert_balance", 0)
     balanced = f"; routers' biases move by {rate} a step towards equal load" if rate else ""
     origin = (
-        f"{made(folder.name)}: the sources of Python 3.11's standard library (their licence is the PSF's), split by file into train,"
-        f" validation and test by the sha256 of the file's name; {last['tokens']:,} tokens of the training split"
-        f" ({last['step']:,} steps of {STEP:,}), Muon for the layers' matrices and AdamW for the rest{balanced}, two"
-        f" CPU cores. Loss on the validation split at the end {last['validation_loss']:.3f} nats a token, {fallen:.3f}"
-        " below that of 200 steps before."
+        f"{made(folder.name)}: the sources of Python 3.11's standard library (their licence is the PSF's), split by"
+        f" file into train, validation and test by the sha256 of the file's name; {last['tokens']:,} tokens of the"
+        f" training split ({last['step']:,} steps of {STEP:,}), Muon for the layers' matrices and AdamW for the rest"
+        f"{balanced}, two CPU cores. Loss on the validation split at the end {last['validation_loss']:.3f} nats a"
+        f" token, {fallen:.3f} below that of 200 steps before."
     )
     return f"""---
 library_name: transformers
