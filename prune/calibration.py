@@ -123,7 +123,7 @@ def calibrate(
             if files[number].exists():
                 work.take({name: rounded_tensor(name) for name in own})
             else:
-                work.run()
+                work.round_all()
                 found = work.result.items()
                 save_tensors(files[number], {name: each.numbers for name, each in found}
                              | {name + SCALE: each.scale for name, each in found})  # fmt: skip
@@ -153,7 +153,7 @@ class LayerRounding:
         self.specs = [spec for name, spec in table.items() if name in ours and spec.layer == number]
         self.result: dict[str, RoundedWeight] = {}
 
-    def run(self) -> None:
+    def round_all(self) -> None:
         later = [spec for spec in self.specs if reads_another(spec, self.specs)]
         for specs in ([spec for spec in self.specs if spec not in later], later):
             matrices = [spec for spec in specs if spec.role is not Role.EXPERTS]
