@@ -241,7 +241,8 @@ def test_an_interrupted_export_resumes(root: Path, tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as patch:
         patch.setattr(exported_module, "write_quantised", broken)
-        assert limbeck("export", *words, f"output={tmp_path / 'out'}")[0] == 1
+        with pytest.raises(RuntimeError, match="is gone"):
+            limbeck("export", *words, f"output={tmp_path / 'out'}")
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
         patch.setattr(calibration, "rounded_on", broken)
