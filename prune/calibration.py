@@ -52,8 +52,8 @@ def inverse_factor(moments: Tensor) -> Tensor:
 
 
 def rounded_on(weight: Tensor, moments: Tensor, rounding: Rounding, group: int) -> RoundedWeight:
-    """Weights [U, N, K] at numbers of a format, with as little error as there can be in this order of columns for
-    inputs of these second moments [U, K, K]. `group` columns have a scale (K: all); it divides K."""
+    """Weights [U, N, K] at numbers of a format, column by column, for inputs of these second moments [U, K, K]. `group`
+    columns have a scale (K: all); it divides K."""
     factor = inverse_factor(moments.double()).float()
     left = weight.float().clone()
     numbers, columns = torch.empty_like(left), left.shape[-1]
@@ -106,8 +106,11 @@ def calibrate(
         with open_file(files[number]) as file:
             return RoundedWeight(file.get_tensor(name), file.get_tensor(name + SCALE))
 
+    rounds = {piece.ours for name in names for piece in stored_tensors(config)[name].pieces}
+
     def as_stored(name: str) -> Tensor:
-        return checkpoint.tensor(name).to(table[name].dtype(torch.bfloat16))
+        tensor = checkpoint.tensor(name)
+        return tensor if name in rounds else tensor.to(table[name].dtype(torch.bfloat16))
 
     if all(file.exists() for file, own in zip(files, layers, strict=True) if own):
         return rounded_tensor
@@ -120,7 +123,7 @@ def calibrate(
             if files[number].exists():
                 work.take({name: rounded_tensor(name) for name in own})
             else:
-                work.run()
+                work.round_all()
                 found = work.result.items()
                 save_tensors(files[number], {name: each.numbers for name, each in found}
                              | {name + SCALE: each.scale for name, each in found})  # fmt: skip
@@ -150,7 +153,7 @@ class LayerRounding:
         self.specs = [spec for name, spec in table.items() if name in ours and spec.layer == number]
         self.result: dict[str, RoundedWeight] = {}
 
-    def run(self) -> None:
+    def round_all(self) -> None:
         later = [spec for spec in self.specs if reads_another(spec, self.specs)]
         for specs in ([spec for spec in self.specs if spec not in later], later):
             matrices = [spec for spec in specs if spec.role is not Role.EXPERTS]
@@ -164,7 +167,7 @@ class LayerRounding:
         if not specs:
             return
         experts, _, columns = specs[0].shape
-        at_once = max(1, SUM_BYTES // (8 * columns**2))
+        at_once = max(1, SUM_BYTES // (32 * columns**2))  # moments, their factor, and what comes and goes between
         for start in range(0, experts, at_once):
             units = range(start, min(start + at_once, experts))
             moments = expert_moments(self.layer, self.streams, specs[0].part, units)

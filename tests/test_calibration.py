@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from limbeck.distill.report import exported as exported_module
 from limbeck.models.axes import Role
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.config import HybridConfig
@@ -228,6 +229,29 @@ def test_the_command_calibrates(root: Path) -> None:
     assert (
         needs["fp8"]["total"] - needs["fp8"]["weights"] == needs["bfloat16"]["total"] - needs["bfloat16"]["weights"] > 0
     )
+
+
+def test_an_interrupted_export_resumes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the layers are rounded nothing of them is rounded again, and the bytes are those of a run at once."""
+    data = (f"data={root / 'text'}", "calibration_tokens=200", "seq_len=48", "batch=4", "check_tokens=16")
+    words = (f"model={root / 'llama'}", "format=w4a16", *data)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("the machine is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exported_module, "write_quantised", broken)
+        with pytest.raises(RuntimeError, match="is gone"):
+            limbeck("export", *words, f"output={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration, "rounded_on", broken)
+        code, _, err = limbeck("export", *words, f"output={tmp_path / 'out'}")
+        assert code == 0, err
+    assert limbeck("export", *words, f"output={tmp_path / 'whole'}")[0] == 0
+    for file in ("model.safetensors", "config.json", "export.json", "README.md"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert not (tmp_path / "out" / "rounding").exists()
 
 
 def test_every_format_is_calibrated(root: Path) -> None:

@@ -79,10 +79,8 @@ def throughput(
         )
     if hardware.bandwidth_gb_s <= 0 or hardware.bf16_tflops <= 0:
         return None
-    dtypes: Any = {
-        "weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype, "conv_dtype": conv_dtype,
-        "held": held,
-    }  # fmt: skip
+    dtypes: Any = {"weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype}
+    dtypes |= {"conv_dtype": conv_dtype, "held": held}
     if batch is None:
         batch = largest_batch_of(config, input_tokens + output_tokens, budget, dtypes)
         if batch < 1:
