@@ -214,6 +214,10 @@ class DistillLoss:
         """Whether hidden states are compared at any step."""
         return greatest(self.hidden.weight) > 0
 
+    @property
+    def reads_teacher(self) -> bool:
+        return greatest(self.kl_weight) > 0 or self.hidden_weighs
+
 
 @dataclasses.dataclass(frozen=True)
 class Correction:

@@ -20,6 +20,7 @@ from ..kernels.divergence import Divergence
 from ..kernels.linear_kl import LinearKL, linear_kl
 from ..kernels.linear_reverse_kl import linear_reverse_kl
 from ..models import processes
+from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.generate.engine import Completion, Engine, Request
 from ..models.generate.sampling import Sampling
@@ -27,7 +28,7 @@ from ..models.hybrid import HybridLM
 from .hidden import Pairing
 from .losses import Distillation, token_weights
 from .options import DistillLoss, DistillOptions
-from .parallel import share
+from .parallel import check_share, share
 from .rollout_options import Rollouts
 from .teacher import CachedTeacher
 from .text.prompts import MixedBatch
@@ -235,3 +236,11 @@ def check_student(how: DistillOptions, longest: int, whole: bool) -> None:
             f"distill.rollouts: prompt_tokens and new_tokens make {how.rollouts.width}, and the student is made for"
             f" {longest} (its config's max_position_embeddings); give fewer"
         )
+
+
+def check_plan(plan: Sequence[DistillOptions], student: HybridConfig, whole: bool) -> None:
+    """Raises InputError where the processes cannot share a stage's batches, or a student, `whole` in every process or
+    split among them, is none for a stage."""
+    for how in plan:
+        check_share(how.batch, how.seq_len, how.train.context_parallel)
+        check_student(how, student.max_position_embeddings, whole)

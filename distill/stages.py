@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..models import processes
-from ..models.config import HybridConfig
 from ..models.fingerprint import SPEED
 from ..models.foreign import read_lines
 from ..models.hybrid import HybridLM
@@ -22,8 +21,8 @@ from .hidden import Pairing
 from .losses import cross_entropy_loss
 from .nested import Nest
 from .options import DistillOptions, TrainOptions
-from .parallel import Trained, check_share
-from .rollouts import check_student, stage_loss
+from .parallel import Trained
+from .rollouts import stage_loss
 from .state import METRICS, Say, drop_damaged, fill_weights, states
 from .teacher import CachedTeacher
 from .teaching import held_out_figures
@@ -75,14 +74,6 @@ def check_texts(
         if isinstance(teacher, CachedTeacher):
             last = stage_batches(text, how, number, seed, how.train.steps - 1)
             teacher.check_holds([*last, *held_out(how)])
-
-
-def check_plan(plan: Sequence[DistillOptions], student: HybridConfig, whole: bool) -> None:
-    """Raises InputError where the processes cannot share a stage's batches, or a student, `whole` in every process or
-    split among them, is none for a stage."""
-    for how in plan:
-        check_share(how.batch, how.seq_len, how.train.context_parallel)
-        check_student(how, student.max_position_embeddings, whole)
 
 
 def train_stages(

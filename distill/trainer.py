@@ -176,7 +176,7 @@ class TrainingRun:
         if isinstance(self.loss_of, Writing):
             batch = self.loss_of.written(self.trained.model, batch, progress.step)
         loss, norm, signal = self.gradients(batch)
-        reported = self.loss_of.figures() if isinstance(self.loss_of, Reporting) else {}
+        reported: dict[str, float] = self.loss_of.figures() if isinstance(self.loss_of, Reporting) else {}
         # Sums over all processes, so that all of them skip a step or none does.
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:

@@ -13,7 +13,8 @@ from ..distill.hidden import Pairing, make_pairing
 from ..distill.nested import open_nest
 from ..distill.options import DistillOptions
 from ..distill.parallel import Trained, load_frozen, load_trained, process_device
-from ..distill.stages import check_plan, check_text, check_texts, correct, join_metrics, train_stages
+from ..distill.rollouts import check_plan
+from ..distill.stages import check_text, check_texts, correct, join_metrics, train_stages
 from ..distill.teacher import CachedTeacher
 from ..distill.teaching import cache_fingerprint, check_cache_serves, kept_of, open_cache
 from ..distill.text.packing import Batch

@@ -84,11 +84,9 @@ def run(options: Options) -> None:
 def prune(options: Options) -> None:
     """The stage: the checkpoint, and selection.json, which says what was kept. Finished shards of an interrupted run
     are not made again."""
+    scored = None if options.scores is None else (load_scores(options.scores), options.target)
     source, repair = model_folder(options.model), options.repair.repair(with_data=options.data is not None)
-    if options.scores is not None:
-        scores, target = load_scores(options.scores), options.target
-    else:
-        scores, target = nested_size(source, str(options.nested))
+    scores, target = scored or nested_size(source, str(options.nested))
     inputs: dict[str, Path | str] = {"model": source}
     inputs |= {} if options.scores is None else {"scores": options.scores}
     if repair.needs_data:

@@ -160,10 +160,8 @@ def distil(folder: Path, options: Options, candidates: Sequence[Candidate]) -> l
         pruned, student = folder / "work" / candidate.name, folder / "students" / candidate.name
         say(f"distilling {candidate.name}")
         prune.prune(
-            prune.Options(
-                options.model, options.scores, pruned, candidate.target, options.repair, options.data,
-                options.distill.seq_len, options.distill.batch, options.seed, options.device, options.dtype,
-            ),
+            prune.Options(options.model, options.scores, pruned, candidate.target, options.repair, options.data,
+                          options.distill.seq_len, options.distill.batch, options.seed, options.device, options.dtype)
         )  # fmt: skip
         distill.train_student(
             distill.Options(options.model, str(pruned), options.data, student, options.seed, options.device,

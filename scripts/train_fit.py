@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from ..distill.losses import DistillLoss
-from ..distill.options import DistillOptions, greatest
+from ..distill.options import DistillOptions
 from ..models.config import HybridConfig
 from ..models.cost.hardware import GIB, Reserve
 from ..models.cost.parameters import count_parameters
@@ -121,17 +120,13 @@ def training_of(stage: DistillOptions, options: Options) -> Training:
         checkpointing=stage.train.activation_checkpointing,
         average=stage.train.ema_decay > 0,
         quantized=stage.train.quantize is not None,
-        teacher=how.teacher if reads_teacher(stage.loss) else "none",
+        teacher=how.teacher if stage.loss.reads_teacher else "none",
         teacher_dtype=torch_dtype(stage.teacher_dtype or options.dtype),
         teacher_offload=stage.teacher_offload,
         processes=options.processes,
         context_parallel=parts,
         device="cpu" if options.hardware.name == "cpu" else "cuda",
     )
-
-
-def reads_teacher(loss: DistillLoss) -> bool:
-    return greatest(loss.kl_weight) > 0 or greatest(loss.hidden.weight) > 0
 
 
 def print_stages(options: Options, teacher: HybridConfig, stages: list[Stage], budget: float) -> None:
