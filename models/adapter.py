@@ -29,11 +29,6 @@ MAKING = ".making-"
 GENERATION = "generation_config.json"
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder has an adapter, and no weights of a model."""
-    return (folder / ADAPTER_SETTINGS).exists() and not any((folder / name).exists() for name in (SINGLE, INDEX))
-
-
 def base_folder(adapter: Path, weights: bool = True) -> Path:
     """The folder of an adapter's base, with its weights or its config alone. Raises InputError where it is not
     there."""
@@ -41,8 +36,6 @@ def base_folder(adapter: Path, weights: bool = True) -> Path:
     stated, revision = settings["base_model_name_or_path"], settings.get("revision")
     for folder in (Path(stated), adapter / stated):
         if is_folder(folder):
-            if is_adapter(folder):
-                raise InputError(f"{adapter / ADAPTER_SETTINGS}: the base {stated} is one, too; expected a model")
             return folder
     if is_hub_name(stated):
         return hub_folder(f"{HUB}{stated}" + (f"@{revision}" if revision else ""), weights)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import base_folder, is_adapter, merged_folder
+from .adapter import base_folder, merged_folder
 from .checkpoint import load_config, open_checkpoint
 from .config import HybridConfig
 from .cost.hardware import Hardware
 from .errors import InputError, guess
 from .foreign import own_path
 from .hub import HUB, hub_folder, is_hub_name
+from .shards import ADAPTER_SETTINGS, INDEX, SINGLE
 from .stored import quantization_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ SHIPPED = {name: Path(__file__).parent / name for name in ("zoo", "zoo-moe")}
 
 def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter, and no weights of a model."""
+    return (folder / ADAPTER_SETTINGS).exists() and not any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
 def model_folder(name: str) -> Path:

@@ -237,7 +237,7 @@ def test_what_cannot_be_read_is_said(workshop: Path, tmp_path: Path) -> None:
         ({"lora_alpha": "much"}, pair, 'lora_alpha is "much"; expected a number'),
         ({"base_model_name_or_path": None}, pair, "base_model_name_or_path is null; expected a text"),
         ({"base_model_name_or_path": "a" * 300}, pair, "neither a folder here nor"),
-        ({"base_model_name_or_path": str(workshop / "adapter")}, pair, "is one, too; expected a model"),
+        ({"base_model_name_or_path": str(workshop / "adapter")}, pair, "no weights of its own"),
         ({}, {key: part.int() for key, part in pair.items()}, "has dtype I32"),
         ({}, nan, "holds NaN"),
     ):

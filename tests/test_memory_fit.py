@@ -77,7 +77,7 @@ def test_vllm_by_hand() -> None:
     """The 9B: blocks of 1312 tokens, 82 of 16, to hold a state of 5,316,608 bytes at 4096 bytes a token. Groups of 4
     layers: one of attention, seven of Mamba."""
     headroom = 10 * GIB
-    for mode, states in (("none", 1), ("align", 2)):
+    for mode, states in (("none", 1), ("align", 3)):
         report = memory(SMALL, 131072, budget=headroom + 2 * 8888227328, mamba_cache_mode=mode).vllm
         needed = math.ceil(131072 / 1312) + 7 * states
         assert (report.block_size, report.blocks_per_request) == (1312, needed)

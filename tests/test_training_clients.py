@@ -88,7 +88,7 @@ def step(model: Any, ids: torch.Tensor) -> float:
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return float(loss.item())
 
 
 @pytest.mark.parametrize("name", TARGETS)

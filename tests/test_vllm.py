@@ -18,7 +18,7 @@ from limbeck.models.cost.parameters import weight_bytes
 from limbeck.models.cost.vllm import MODES
 from limbeck.models.device import torch_dtype
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.named import SHIPPED, model_config
+from limbeck.models.named import SHIPPED, model_config, names
 from limbeck.models.quantise import ROUNDINGS
 from limbeck.tests.client_helpers import TOKENS, greedy_tokens, prompts_of, same_or_tied
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
@@ -29,10 +29,7 @@ from torch.nn import functional as F
 
 pytestmark = pytest.mark.clients
 LENGTH = 256
-SIZED = (
-    "nemotron-nano-12b-v2", "nemotron-nano-9b-v2", "nemotron-h-4b", "nemotron-h-8b", "nemotron-3-nano-4b",
-    "falcon-h1-tiny-90m", "falcon-h1-7b", "granite-4.0-h-1b", "qwen3-8b", "smollm2-135m",
-)  # fmt: skip
+SIZED = names("model")
 LOADS = tuple(
     {"context": context, "ssm_dtype": dtype, "mode": mode}
     for context in (8192, 131072)

@@ -3,7 +3,8 @@ vLLM's environment.
 
 It knows nothing of limbeck: the request names folders with a config.json, loads (context, dtype of the SSM states, mode
 of the Mamba cache) and bytes of memory for the cache. A model is made of each config without memory for its weights;
-its layers say what they keep, and vLLM's allocator shares the memory out. The build for CPUs has another default for
+its layers say what they keep, and vLLM's allocator shares the memory out. (Experts keep nothing, and the build for CPUs
+refuses those of Nemotron, so that something else stands in their place.) That build has another default for
 blocks than one for GPUs, so that what a platform decides is requested of FlashAttention and of the base of all
 platforms, which that for CUDA leaves as it is.
 """
@@ -27,17 +28,29 @@ def built(folder: str) -> Any:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.model_executor.models import registry
+    from vllm.model_executor.models import nemotron_h, registry
     from vllm.utils.torch_utils import set_default_torch_dtype
 
     given = EngineArgs(folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", enforce_eager=True)
     # It looks at a class in a process of its own, for the sake of GPUs: an import of vLLM for each.
     with mock.patch.object(registry, "_run_in_subprocess", lambda look: look()):
         config = given.create_engine_config()
-    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16), torch.device("meta"):
+    with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
         begin_processes()
-        initialize_model(config)
+        with torch.device("meta"), mock.patch.object(nemotron_h, "NemotronHMoE", no_experts):
+            initialize_model(config)
     return config
+
+
+def no_experts(*_: Any, **__: Any) -> Any:
+    """A module without weights that has any attribute of a mixture."""
+    from torch import nn
+
+    class Nothing(nn.Module):
+        def __getattr__(self, name: str) -> int:
+            return 0
+
+    return Nothing()
 
 
 def begin_processes() -> None:

@@ -16,7 +16,11 @@ import math
 from ..errors import InputError
 from .hardware import Hardware
 
-MODES = ("none", "align")  # which Mamba states are kept for a common beginning of prompts
+# States of a request that a Mamba-2 layer keeps, by which of them are kept for a common beginning of prompts: the one
+# that it has; or those of two blocks and, where a prefill goes beyond the end of one, that at the end
+# (vllm/v1/kv_cache_interface.py, vllm/model_executor/layers/mamba/mamba_mixer2.py).
+STATES = {"none": 1, "align": 3}
+MODES = tuple(STATES)
 LARGE_GIB, LARGEST_GIB = 70, 160  # memory of a card from which on vLLM takes more tokens at once
 
 
@@ -48,13 +52,13 @@ def allocate(
 ) -> VllmReport:
     """For `attention` and `mamba` layers, t = `kv_token`, bytes of a Mamba layer's state, and `headroom` bytes free.
 
-    Modes (--mamba-cache-mode): "none" keeps one state a request, "align" two. Raises InputError for another mode.
+    Modes (--mamba-cache-mode): "none" keeps one state a request, "align" three. Raises InputError for another mode.
     """
     if mode not in MODES:
         raise InputError(f"vLLM: Mamba cache mode {mode!r} is unknown; known: {', '.join(MODES)}")
     headroom = max(headroom or 0, 0)
     if not attention:
-        states = {"none": 1, "align": 2}[mode]
+        states = STATES[mode]
         per_request = mamba * mamba_layer * states
         blocks = int(headroom // (mamba * mamba_layer)) if mamba else 0
         requests = max(blocks - 1, 0) // states
@@ -67,8 +71,7 @@ def allocate(
     usable = max(blocks - 1, 0)
 
     def needed(tokens: int) -> int:
-        states = {"none": 1, "align": 2}[mode]
-        return math.ceil(attention / group) * math.ceil(tokens / block) + math.ceil(mamba / group) * states
+        return math.ceil(attention / group) * math.ceil(tokens / block) + math.ceil(mamba / group) * STATES[mode]
 
     per_request = per_block * needed(context)
     longest = 0  # in whole blocks of tokens, each of which costs at least one of the pool's
