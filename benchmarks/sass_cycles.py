@@ -146,17 +146,35 @@ def parsed(sass: str) -> list[Instruction]:
     return code
 
 
-def largest_loop(code: list[Instruction]) -> list[Instruction]:
-    """The body of the longest backward branch. Raises ValueError where there is none."""
+def backward_branches(code: list[Instruction]) -> list[tuple[int, int]]:
+    """The first and the last address of every loop, the longest first."""
     spans = []
     for one in code:
         branch = re.search(r"BRA(?:\.\w+)*.*?(0x[0-9a-f]+)$", one.text)
-        if branch and one.address - int(branch[1], 16) > LEAST_LOOP:
-            spans.append((one.address - int(branch[1], 16), int(branch[1], 16), one.address))
-    if not spans:
+        if branch and one.address > int(branch[1], 16):
+            spans.append((int(branch[1], 16), one.address))
+    return sorted(spans, key=lambda span: span[0] - span[1])
+
+
+def largest_loop(code: list[Instruction], trips: int = 1) -> list[Instruction]:
+    """The body of the longest loop, the longest one within it written out as often as it runs. Raises ValueError where
+    there is none."""
+    spans = backward_branches(code)
+    if not spans or spans[0][1] - spans[0][0] <= LEAST_LOOP:
         raise ValueError("the kernel has no loop")
-    _, start, end = max(spans)
-    return [one for one in code if start <= one.address <= end]
+    start, end = spans[0]
+    body = [one for one in code if start <= one.address <= end]
+    inner = [span for span in spans[1:] if start <= span[0] and span[1] <= end]
+    if trips == 1 or not inner:
+        return body
+    first, last = inner[0]
+    written_out = [one for one in body if first <= one.address <= last] * trips
+    return [one for one in body if one.address < first] + written_out + [one for one in body if one.address > last]
+
+
+def once(code: list[Instruction]) -> list[Instruction]:
+    """All up to the end of the program, loops as if they ran once."""
+    return list(itertools.takewhile(lambda one: one.text != "EXIT", code))
 
 
 def timing(name: str, card: Card) -> tuple[str, float, float | None]:
@@ -210,7 +228,7 @@ class Multiprocessor:
         self.waiting: dict[int, list[Warp]] = collections.defaultdict(list)
 
     def run(self) -> list[float]:
-        """Cycles of each iteration but the first."""
+        """When all warps have done each iteration, in cycles."""
         queues = [list(range(number, len(self.warps), SCHEDULERS)) for number in range(SCHEDULERS)]
         last, now = [-1] * SCHEDULERS, 0.0
         while any(warp.turn < self.iterations for warp in self.warps):
@@ -223,8 +241,7 @@ class Multiprocessor:
             now += 1
             if now > GIVE_UP:
                 raise RuntimeError("the simulation does not end")
-        finished = [max(warp.ends[turn] for warp in self.warps) for turn in range(self.iterations)]
-        return [after - before for before, after in itertools.pairwise(finished)]
+        return [max(warp.ends[turn] for warp in self.warps) for turn in range(self.iterations)]
 
     def issued(self, index: int, number: int, now: float) -> bool:
         """Issues a warp's next instruction, if it may."""
@@ -299,8 +316,22 @@ def arrived(one: Instruction, warp: Warp, now: float) -> bool:
     return True
 
 
-def loop_cycles(machine: Machine, card: Card, warps: int, iterations: int = 4) -> dict[int, float]:
-    """Cycles of an iteration of the largest loop, by programs on a multiprocessor: one, and all that fit."""
-    body = largest_loop(parsed(machine.sass))
-    counts = sorted({1, min(MOST_PROGRAMS, machine.resident(card, warps))})
-    return {count: Multiprocessor(body, card, warps, count, iterations).run()[-1] for count in counts}
+def counts(machine: Machine, card: Card, warps: int) -> list[int]:
+    """Programs on a multiprocessor that are looked at: one, and as many as fit."""
+    return sorted({1, min(MOST_PROGRAMS, machine.resident(card, warps))})
+
+
+def loop_cycles(machine: Machine, card: Card, warps: int, trips: int = 1, iterations: int = 4) -> dict[int, float]:
+    """Cycles of an iteration of the largest loop (`trips`: of the loop within it), by programs on a multiprocessor."""
+    body = largest_loop(parsed(machine.sass), trips)
+    found = {}
+    for count in counts(machine, card, warps):
+        ends = Multiprocessor(body, card, warps, count, iterations).run()
+        found[count] = ends[-1] - ends[-2]
+    return found
+
+
+def program_cycles(machine: Machine, card: Card, warps: int) -> dict[int, float]:
+    """Cycles of the whole program with each loop run once, by programs on a multiprocessor."""
+    body = once(parsed(machine.sass))
+    return {count: Multiprocessor(body, card, warps, count, 1).run()[-1] for count in counts(machine, card, warps)}

@@ -39,18 +39,24 @@ def scan_inputs() -> Scan:
 
 
 def launches(capability: int) -> Iterator[tuple[Launch, int]]:
-    """The three kernels, with the tokens of a chunk."""
+    """The kernels of forward and backward, with the tokens of a chunk."""
     scan = scan_inputs()
     y, last = torch.empty_like(scan.x), torch.empty(1, HEADS, HEAD_DIM, STATE, device="meta")
-    forward = ssd_launch.forward_launch(scan, y, last, capability)
-    yield forward, forward.arguments["Q"]
-    tokens = scan.gradient_tokens(capability)
-    states = torch.empty(1, TOKENS // tokens, *last.shape[1:], dtype=scan.kept, device="meta")
-    yield ssd_launch.walk_launch(scan, scan.x, scan.B, scan.initial_state, states, None, capability, False), tokens
+    steps = scan.empty_steps(capability, backward=False)
+    yield ssd_launch.steps_launch(scan, steps), steps.shape[-1]
+    yield ssd_launch.forward_launch(scan, steps, y, last, capability), steps.shape[-1]
+    steps = scan.empty_steps(capability, backward=True)
+    chunks, tokens = steps.shape[1], steps.shape[-1]
+    yield ssd_launch.steps_launch(scan, steps), tokens
+    states = torch.empty(1, chunks, *last.shape[1:], dtype=scan.kept, device="meta")
+    yield (
+        ssd_launch.walk_launch(scan, steps, scan.x, scan.B, scan.initial_state, states, None, capability, False),
+        tokens,
+    )
     into = {"dx": y, "ddt": torch.empty(1, TOKENS, HEADS, dtype=torch.bfloat16, device="meta")}
     into |= {name: torch.empty(1, *scan.B.shape, dtype=torch.bfloat16, device="meta") for name in ("dB", "dC")}
-    into["sums"] = torch.empty(3, 1, TOKENS // tokens, HEADS, device="meta")
-    yield ssd_launch.gradients_launch(scan, y, states, states, into, capability), tokens
+    into["sums"] = torch.empty(3, 1, chunks, HEADS, device="meta")
+    yield ssd_launch.gradients_launch(scan, steps, y, states, states, into, capability), tokens
 
 
 def milliseconds(launch: Launch, tokens: int, batch: int, cycles: dict[int, float], fit: int, card: Card) -> float:
