@@ -23,11 +23,12 @@ from ..kernels.launch import Launch
 
 
 class Card(NamedTuple):
-    """GHz; cycles of a tensor-core step (m16n8k16) for a scheduler; of a float64 instruction, and whether one pipe
-    serves the whole multiprocessor; of an integer and of a float32 one; latency of the L2; multiprocessors, bytes of
-    shared memory and warps of one. From vendor documents and published microbenchmarks."""
+    """GHz; GB/s of its memory; cycles of a tensor-core step (m16n8k16) for a scheduler; of a float64 instruction, and
+    whether one pipe serves the whole multiprocessor; of an integer and of a float32 one; latency of the L2;
+    multiprocessors, bytes of shared memory and warps of one. From vendor documents and published microbenchmarks."""
 
     ghz: float
+    memory: float
     tensor: float
     float64: float
     shared_float64: bool
@@ -40,10 +41,10 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    80: Card(1.41, 8, 4, False, 2, 2, 220, 108, 163 << 10, 64),
-    86: Card(1.71, 32, 16, True, 2, 1, 230, 80, 99 << 10, 48),
-    89: Card(2.0, 16, 16, True, 2, 1, 270, 76, 99 << 10, 48),
-    90: Card(1.755, 6.4, 2, False, 2, 1, 270, 132, 227 << 10, 64),
+    80: Card(1.41, 2039, 8, 4, False, 2, 2, 220, 108, 163 << 10, 64),
+    86: Card(1.71, 600, 32, 16, True, 2, 1, 230, 80, 99 << 10, 48),
+    89: Card(2.0, 717, 16, 16, True, 2, 1, 270, 76, 99 << 10, 48),
+    90: Card(1.755, 3350, 6.4, 2, False, 2, 1, 270, 132, 227 << 10, 64),
 }
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -156,24 +157,24 @@ def backward_branches(code: list[Instruction]) -> list[tuple[int, int]]:
     return sorted(spans, key=lambda span: span[0] - span[1])
 
 
-def largest_loop(code: list[Instruction], trips: int = 1) -> list[Instruction]:
-    """The body of the longest loop, the longest one within it written out as often as it runs. Raises ValueError where
-    there is none."""
+def largest_loop(code: list[Instruction], trips: int = 1) -> tuple[list[Instruction], list[Instruction]]:
+    """The program with every loop run once, and the body of its longest loop; the longest loop within that is written
+    out `trips` times in both. Raises ValueError where there is none."""
     spans = backward_branches(code)
     if not spans or spans[0][1] - spans[0][0] <= LEAST_LOOP:
         raise ValueError("the kernel has no loop")
     start, end = spans[0]
-    body = [one for one in code if start <= one.address <= end]
     inner = [span for span in spans[1:] if start <= span[0] and span[1] <= end]
-    if trips == 1 or not inner:
-        return body
-    first, last = inner[0]
-    written_out = [one for one in body if first <= one.address <= last] * trips
-    return [one for one in body if one.address < first] + written_out + [one for one in body if one.address > last]
+    if trips > 1 and inner:
+        first, last = inner[0]
+        again = [one for one in code if first <= one.address <= last] * (trips - 1)
+        place = next(index for index, one in enumerate(code) if one.address > last)
+        code = [*code[:place], *again, *code[place:]]
+    return once(code), [one for one in code if start <= one.address <= end]
 
 
 def once(code: list[Instruction]) -> list[Instruction]:
-    """All up to the end of the program, loops as if they ran once."""
+    """All up to the end of the program."""
     return list(itertools.takewhile(lambda one: one.text != "EXIT", code))
 
 
@@ -316,22 +317,23 @@ def arrived(one: Instruction, warp: Warp, now: float) -> bool:
     return True
 
 
-def counts(machine: Machine, card: Card, warps: int) -> list[int]:
-    """Programs on a multiprocessor that are looked at: one, and as many as fit."""
-    return sorted({1, min(MOST_PROGRAMS, machine.resident(card, warps))})
+class Cycles(NamedTuple):
+    """Of a program with its loop run once, and of each further time through it."""
+
+    first: float
+    further: float
 
 
-def loop_cycles(machine: Machine, card: Card, warps: int, trips: int = 1, iterations: int = 4) -> dict[int, float]:
-    """Cycles of an iteration of the largest loop (`trips`: of the loop within it), by programs on a multiprocessor."""
-    body = largest_loop(parsed(machine.sass), trips)
+def simulated(machine: Machine, card: Card, warps: int, trips: int = 1) -> dict[int, Cycles]:
+    """By programs on a multiprocessor: one, and as many as fit. `trips`: of the loop within the longest."""
+    code = parsed(machine.sass)
+    try:
+        whole, body = largest_loop(code, trips)
+    except ValueError:
+        whole, body = once(code), []
     found = {}
-    for count in counts(machine, card, warps):
-        ends = Multiprocessor(body, card, warps, count, iterations).run()
-        found[count] = ends[-1] - ends[-2]
+    for count in sorted({1, min(MOST_PROGRAMS, machine.resident(card, warps))}):
+        first = Multiprocessor(whole, card, warps, count, 1).run()[-1]
+        ends = Multiprocessor(body, card, warps, count, 4).run() if body else [0.0, 0.0]
+        found[count] = Cycles(first, ends[-1] - ends[-2])
     return found
-
-
-def program_cycles(machine: Machine, card: Card, warps: int) -> dict[int, float]:
-    """Cycles of the whole program with each loop run once, by programs on a multiprocessor."""
-    body = once(parsed(machine.sass))
-    return {count: Multiprocessor(body, card, warps, count, 1).run()[-1] for count in counts(machine, card, warps)}

@@ -171,8 +171,9 @@ def scan_gradients(
         mixing = tl.trans((scores * between).to(DOT))
         dmixing = tl.zeros((Q, Q), tl.float32)
         read = tl.zeros((Q, BLOCK_N), tl.float32)
-        gain, dstep = tl.zeros((Q,), tl.float32), tl.zeros((Q,), tl.float32)
-        dD, dwhole = 0.0, 0.0
+        # Products whose sums are asked for are added up as tiles: a sum over threads costs barriers.
+        gains, dsteps = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((Q, BLOCK_P), tl.float32)
+        skipped, kept = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
         p_x_h = p_x + i_b * s_x_b + start * s_x_t + i_h * s_x_h
         p_dy_h = p_dy + i_b * s_dy_b + start * s_dy_t + i_h * s_dy_h
         o_states = o_chunk * P * N
@@ -191,16 +192,18 @@ def scan_gradients(
             read = tl.dot(dy, state, read, input_precision=PRECISION)  # [Q, p] x [p, N]
             # [Q, N] x [N, p]: what each token's write into the state is worth; then [Q, Q] x [Q, p]
             written = tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * to_end[:, None]
-            gain += tl.sum(written * x32, 1)
+            gains += written * x32
             dx = tl.dot(mixing, dy, written, input_precision=PRECISION)
-            dstep += tl.sum(dx * x32, 1)
-            dD += tl.sum(tl.sum(dy32 * x32, 1), 0)
-            dwhole += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+            dsteps += dx * x32
+            skipped += dy32 * x32
+            kept += state.to(tl.float32) * dstate.to(tl.float32)
             x_end = (x32 * (step * to_end)[:, None]).to(DOT)
             dB = tl.dot(x_end, dstate, dB, input_precision=PRECISION)  # [Q, p] x [p, N]
             dx = dx * step[:, None] + D * dy32
             o_x = o_dx + i_q[:, None] * (HEADS * P) + i_p[None, :]
             tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=m_x)
+        gain, dstep = tl.sum(gains, 1), tl.sum(dsteps, 1)
+        dwhole = tl.sum(tl.sum(kept, 1), 0)
         read *= from_start[:, None]
         dC += read
         dmixing *= between * step[None, :]
@@ -218,7 +221,7 @@ def scan_gradients(
         n_sums = tl.cast(tl.num_programs(2), tl.int64) * tl.num_programs(0) * HEADS
         tl.store(p_sums + o_chunk, tl.sum(da * step, 0))
         tl.store(p_sums + n_sums + o_chunk, tl.sum(dstep, 0))
-        tl.store(p_sums + 2 * n_sums + o_chunk, dD)
+        tl.store(p_sums + 2 * n_sums + o_chunk, tl.sum(tl.sum(skipped, 1), 0))
     dscores = dscores.to(DOT)
     dC = tl.dot(dscores, B, dC, input_precision=PRECISION)  # [Q, Q] x [Q, N]
     dB = tl.dot(tl.trans(dscores), C, dB, input_precision=PRECISION)
