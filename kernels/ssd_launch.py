@@ -15,24 +15,27 @@ from .ssd_triton import scan_forward, scan_gradients, scan_walk
 
 
 class ScanSizes(NamedTuple):
-    """Of one kernel: the most tokens and the most of head_dim in a tile, warps, stages of loads."""
+    """Of one kernel: the most tokens and the most of head_dim in a tile, warps, stages of loads; of the forward pass
+    whether the state is [p, N] and y is made transposed."""
 
     tokens: int
     width: int
     warps: int
     stages: int
+    turned: bool = False
 
 
 # For each compute capability, and the bytes of a number in the states that the backward keeps (2 for bfloat16 inputs,
 # else 4): forward, walk, gradients. Chosen by simulated cycles of the machine code (benchmarks/scan_cycles.py): a few
-# spilled registers cost less than warps that wait for each other. On Blackwell (100, 120) loops of dependent products
-# with more than one stage give wrong numbers (state-spaces/mamba#997, triton-lang/triton#9871).
+# spilled registers cost less than warps that wait for each other. Before Hopper warps share out a product's rows alone,
+# of which a tile of 32 tokens has enough for two: the forward pass is turned there. On Blackwell (100, 120) loops of
+# dependent products with more than one stage give wrong numbers (state-spaces/mamba#997, triton-lang/triton#9871).
 SIZES = {
-    (80, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
+    (80, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (80, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (86, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
+    (86, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (86, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (89, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
+    (89, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (89, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
     (90, 2): (ScanSizes(64, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (90, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
@@ -156,7 +159,8 @@ def forward_launch(scan: Scan, steps: Tensor, y: Tensor, last: Tensor, device: i
     batch, _, heads, head_dim = scan.x.shape
     number, main, tail = slices(head_dim, scan.B.shape[3], sizes.width)
     arguments = scan.common(steps) | scan.inputs()
-    arguments |= {"p_first": scan.initial_state, "p_y": y, "p_last": last, "MAIN": main, "TAIL": tail}
+    arguments |= {"p_first": scan.initial_state, "p_y": y, "p_last": last}
+    arguments |= {"MAIN": main, "TAIL": tail, "TURNED": sizes.turned}
     return Launch(scan_forward, (number, heads, batch), arguments, sizes.warps, sizes.stages)
 
 

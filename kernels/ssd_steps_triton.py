@@ -88,8 +88,10 @@ def load_steps(p_steps, Q: tl.constexpr):
 
 
 @triton.jit
-def decays_between(coarse, fine, Q: tl.constexpr):
-    """The decay from token s to token l [Q, Q], 0 for s > l."""
+def decays_between(coarse, fine, TURNED: tl.constexpr, Q: tl.constexpr):
+    """The decay from token s to token l, 0 for s > l: [l, s], or [s, l] where `TURNED`."""
     difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     i_q = tl.arange(0, Q)
+    if TURNED:
+        return tl.exp2(tl.where(i_q[:, None] <= i_q[None, :], -difference, -BORDER))
     return tl.exp2(tl.where(i_q[:, None] >= i_q[None, :], difference, -BORDER))

@@ -33,12 +33,31 @@ def forward_tile(
     return tl.dot(tl.trans(B), x_end, state * whole, input_precision=PRECISION)  # [N, Q] x [Q, p]
 
 
+@triton.jit
+def turned_tile(
+    p_x, p_y, s_x_t, s_x_p, i_p, mixing, B, C, state, from_start, written, whole, D, inside,
+    WIDTH: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `forward_tile`, all transposed: mixing from token s to l is [s, l], the state [p, N], which is a factor of its
+    product as it lies in registers; warps share out head_dim."""
+    i_q = tl.arange(0, Q)
+    mask = inside[:, None] & (i_p < P)[None, :]
+    x = tl.load(p_x + i_q[:, None] * s_x_t + i_p[None, :] * s_x_p, mask=mask, other=0.0)
+    # [p, N] x [N, Q]; [p, Q] x [Q, Q]
+    y = tl.dot(state.to(DOT), tl.trans(C), input_precision=PRECISION) * from_start[None, :]
+    y = tl.dot(tl.trans(x.to(DOT)), mixing, y, input_precision=PRECISION)
+    y = tl.trans(y) + D * x.to(tl.float32)
+    tl.store(p_y + i_q[:, None] * WIDTH + i_p[None, :], y.to(p_y.dtype.element_ty), mask=mask)
+    x_end = (x.to(tl.float32) * written[:, None]).to(DOT)
+    return tl.dot(tl.trans(x_end), B, state * whole, input_precision=PRECISION)  # [p, Q] x [Q, N]
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def scan_forward(
     p_steps, p_x, p_B, p_C, p_D, p_first, p_y, p_last, tokens,
     s_x_b, s_x_t, s_x_h, s_x_p, s_B_b, s_B_t, s_B_g, s_B_n, s_C_b, s_C_t, s_C_g, s_C_n,
     HEADS: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr,
-    Q: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+    Q: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, TURNED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (slices of head_dim, heads, batch). A slice is MAIN + TAIL wide: 64 + 16 covers 80 without waste."""
@@ -55,12 +74,16 @@ def scan_forward(
     o_p = 0 if MAIN + TAIL >= P else tl.program_id(0) * (MAIN + TAIL)
     i_main = o_p + tl.arange(0, MAIN)
     i_tail = o_p + MAIN + tl.arange(0, TAIL if TAIL else 1)
-    o_main = i_main[None, :] * N + i_n[:, None]
+    if TURNED:
+        o_main = i_main[:, None] * N + i_n[None, :]
+        m_main = (i_main < P)[:, None] & (i_n < N)[None, :]
+    else:
+        o_main = i_main[None, :] * N + i_n[:, None]
+        m_main = (i_main < P)[None, :] & (i_n < N)[:, None]
     o_tail = i_tail[None, :] * N + i_n[:, None]
-    m_main = (i_main < P)[None, :] & (i_n < N)[:, None]
     m_tail = (i_tail < P)[None, :] & (i_n < N)[:, None]
     if p_first is None:
-        main = tl.zeros((BLOCK_N, MAIN), tl.float32)
+        main = tl.zeros(o_main.shape, tl.float32)
         tail = tl.zeros((BLOCK_N, TAIL if TAIL else 1), tl.float32)
     else:
         p_first += (i_b * HEADS + i_h) * P * N
@@ -73,13 +96,22 @@ def scan_forward(
         step, coarse, fine, from_start, to_end, whole = load_steps(p_steps, Q)
         B = tl.load(p_B + i_q[:, None] * s_B_t + i_n[None, :] * s_B_n, mask=m_n, other=0.0).to(DOT)
         C = tl.load(p_C + i_q[:, None] * s_C_t + i_n[None, :] * s_C_n, mask=m_n, other=0.0).to(DOT)
-        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [Q, N] x [N, Q]
-        mixing = (scores * decays_between(coarse, fine, Q) * step[None, :]).to(DOT)
         written = step * to_end
-        main = forward_tile(
-            p_x, p_y, s_x_t, s_x_p, i_main, mixing, B, C, main, from_start, written, whole, D, inside,
-            HEADS * P, P, Q, DOT, PRECISION,
-        )  # fmt: skip
+        if TURNED:
+            turned = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # [Q, N] x [N, Q]
+            turned = (turned * decays_between(coarse, fine, True, Q) * step[:, None]).to(DOT)
+            main = turned_tile(
+                p_x, p_y, s_x_t, s_x_p, i_main, turned, B, C, main, from_start, written, whole, D, inside,
+                HEADS * P, P, Q, DOT, PRECISION,
+            )  # fmt: skip
+            mixing = tl.trans(turned)
+        else:
+            scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [Q, N] x [N, Q]
+            mixing = (scores * decays_between(coarse, fine, False, Q) * step[None, :]).to(DOT)
+            main = forward_tile(
+                p_x, p_y, s_x_t, s_x_p, i_main, mixing, B, C, main, from_start, written, whole, D, inside,
+                HEADS * P, P, Q, DOT, PRECISION,
+            )  # fmt: skip
         if TAIL:
             tail = forward_tile(
                 p_x, p_y, s_x_t, s_x_p, i_tail, mixing, B, C, tail, from_start, written, whole, D, inside,
@@ -167,7 +199,7 @@ def scan_gradients(
         o_chunk = (i_b * tl.num_programs(0) + chunk) * HEADS + i_h
         p_steps_h = p_steps + o_chunk * PLANES * Q
         step, coarse, fine, from_start, to_end, whole = load_steps(p_steps_h, Q)
-        between = decays_between(coarse, fine, Q)
+        between = decays_between(coarse, fine, False, Q)
         mixing = tl.trans((scores * between).to(DOT))
         dmixing = tl.zeros((Q, Q), tl.float32)
         read = tl.zeros((Q, BLOCK_N), tl.float32)
