@@ -23,11 +23,12 @@ from ..kernels.launch import Launch
 
 
 class Card(NamedTuple):
-    """GHz; cycles of a tensor-core step (m16n8k16) for a scheduler; of a float64 instruction, and whether one pipe
-    serves the whole multiprocessor; of an integer and of a float32 one; latency of the L2; multiprocessors, bytes of
-    shared memory and warps of one. From vendor documents and published microbenchmarks."""
+    """GHz; GB/s of its memory; cycles of a tensor-core step (m16n8k16) for a scheduler; of a float64 instruction, and
+    whether one pipe serves the whole multiprocessor; of an integer and of a float32 one; latency of the L2;
+    multiprocessors, bytes of shared memory and warps of one. From vendor documents and published microbenchmarks."""
 
     ghz: float
+    memory: float
     tensor: float
     float64: float
     shared_float64: bool
@@ -40,10 +41,10 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    80: Card(1.41, 8, 4, False, 2, 2, 220, 108, 163 << 10, 64),
-    86: Card(1.71, 32, 16, True, 2, 1, 230, 80, 99 << 10, 48),
-    89: Card(2.0, 16, 16, True, 2, 1, 270, 76, 99 << 10, 48),
-    90: Card(1.755, 6.4, 2, False, 2, 1, 270, 132, 227 << 10, 64),
+    80: Card(1.41, 2039, 8, 4, False, 2, 2, 220, 108, 163 << 10, 64),
+    86: Card(1.71, 600, 32, 16, True, 2, 1, 230, 80, 99 << 10, 48),
+    89: Card(2.0, 717, 16, 16, True, 2, 1, 270, 76, 99 << 10, 48),
+    90: Card(1.755, 3350, 6.4, 2, False, 2, 1, 270, 132, 227 << 10, 64),
 }
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -146,17 +147,35 @@ def parsed(sass: str) -> list[Instruction]:
     return code
 
 
-def largest_loop(code: list[Instruction]) -> list[Instruction]:
-    """The body of the longest backward branch. Raises ValueError where there is none."""
+def backward_branches(code: list[Instruction]) -> list[tuple[int, int]]:
+    """The first and the last address of every loop, the longest first."""
     spans = []
     for one in code:
         branch = re.search(r"BRA(?:\.\w+)*.*?(0x[0-9a-f]+)$", one.text)
-        if branch and one.address - int(branch[1], 16) > LEAST_LOOP:
-            spans.append((one.address - int(branch[1], 16), int(branch[1], 16), one.address))
-    if not spans:
+        if branch and one.address > int(branch[1], 16):
+            spans.append((int(branch[1], 16), one.address))
+    return sorted(spans, key=lambda span: span[0] - span[1])
+
+
+def largest_loop(code: list[Instruction], trips: int = 1) -> tuple[list[Instruction], list[Instruction]]:
+    """The program with every loop run once, and the body of its longest loop; the longest loop within that is written
+    out `trips` times in both. Raises ValueError where there is none."""
+    spans = backward_branches(code)
+    if not spans or spans[0][1] - spans[0][0] <= LEAST_LOOP:
         raise ValueError("the kernel has no loop")
-    _, start, end = max(spans)
-    return [one for one in code if start <= one.address <= end]
+    start, end = spans[0]
+    inner = [span for span in spans[1:] if start <= span[0] and span[1] <= end]
+    if trips > 1 and inner:
+        first, last = inner[0]
+        again = [one for one in code if first <= one.address <= last] * (trips - 1)
+        place = next(index for index, one in enumerate(code) if one.address > last)
+        code = [*code[:place], *again, *code[place:]]
+    return once(code), [one for one in code if start <= one.address <= end]
+
+
+def once(code: list[Instruction]) -> list[Instruction]:
+    """All up to the end of the program."""
+    return list(itertools.takewhile(lambda one: one.text != "EXIT", code))
 
 
 def timing(name: str, card: Card) -> tuple[str, float, float | None]:
@@ -210,7 +229,7 @@ class Multiprocessor:
         self.waiting: dict[int, list[Warp]] = collections.defaultdict(list)
 
     def run(self) -> list[float]:
-        """Cycles of each iteration but the first."""
+        """When all warps have done each iteration, in cycles."""
         queues = [list(range(number, len(self.warps), SCHEDULERS)) for number in range(SCHEDULERS)]
         last, now = [-1] * SCHEDULERS, 0.0
         while any(warp.turn < self.iterations for warp in self.warps):
@@ -223,8 +242,7 @@ class Multiprocessor:
             now += 1
             if now > GIVE_UP:
                 raise RuntimeError("the simulation does not end")
-        finished = [max(warp.ends[turn] for warp in self.warps) for turn in range(self.iterations)]
-        return [after - before for before, after in itertools.pairwise(finished)]
+        return [max(warp.ends[turn] for warp in self.warps) for turn in range(self.iterations)]
 
     def issued(self, index: int, number: int, now: float) -> bool:
         """Issues a warp's next instruction, if it may."""
@@ -299,8 +317,23 @@ def arrived(one: Instruction, warp: Warp, now: float) -> bool:
     return True
 
 
-def loop_cycles(machine: Machine, card: Card, warps: int, iterations: int = 4) -> dict[int, float]:
-    """Cycles of an iteration of the largest loop, by programs on a multiprocessor: one, and all that fit."""
-    body = largest_loop(parsed(machine.sass))
-    counts = sorted({1, min(MOST_PROGRAMS, machine.resident(card, warps))})
-    return {count: Multiprocessor(body, card, warps, count, iterations).run()[-1] for count in counts}
+class Cycles(NamedTuple):
+    """Of a program with its loop run once, and of each further time through it."""
+
+    first: float
+    further: float
+
+
+def simulated(machine: Machine, card: Card, warps: int, trips: int = 1) -> dict[int, Cycles]:
+    """By programs on a multiprocessor: one, and as many as fit. `trips`: of the loop within the longest."""
+    code = parsed(machine.sass)
+    try:
+        whole, body = largest_loop(code, trips)
+    except ValueError:
+        whole, body = once(code), []
+    found = {}
+    for count in sorted({1, min(MOST_PROGRAMS, machine.resident(card, warps))}):
+        first = Multiprocessor(whole, card, warps, count, 1).run()[-1]
+        ends = Multiprocessor(body, card, warps, count, 4).run() if body else [0.0, 0.0]
+        found[count] = Cycles(first, ends[-1] - ends[-2])
+    return found

@@ -186,13 +186,19 @@ def conv_step(
     x = tl.load(p_x + i_b * s_x_b + i_c * s_x_c, mask=m_c, other=0.0).to(p_state.dtype.element_ty)
     y = x.to(tl.float32) * load_tap(p_weight, i_c, m_c, 0, s_weight_c, s_weight_k, WIDTH)
     # Every column is read before one is written: a tile narrower than the threads lies in several of them at once.
-    for back in tl.static_range(1, WIDTH):
-        older = tl.load(p_state + (WIDTH - 1 - back) * s_state_k, mask=m_c, other=0.0)
-        y += older.to(tl.float32) * load_tap(p_weight, i_c, m_c, back, s_weight_c, s_weight_k, WIDTH)
-    for column in tl.static_range(0, WIDTH - 2):
-        newer = tl.load(p_state + (column + 1) * s_state_k, mask=m_c, other=0.0)
-        tl.debug_barrier()
-        tl.store(p_state + column * s_state_k, newer, mask=m_c)
+    if WIDTH > 3:
+        third = tl.load(p_state + 2 * s_state_k, mask=m_c, other=0.0)
+        y += third.to(tl.float32) * load_tap(p_weight, i_c, m_c, WIDTH - 3, s_weight_c, s_weight_k, WIDTH)
+    if WIDTH > 2:
+        second = tl.load(p_state + s_state_k, mask=m_c, other=0.0)
+        y += second.to(tl.float32) * load_tap(p_weight, i_c, m_c, WIDTH - 2, s_weight_c, s_weight_k, WIDTH)
+    first = tl.load(p_state, mask=m_c, other=0.0)
+    y += first.to(tl.float32) * load_tap(p_weight, i_c, m_c, WIDTH - 1, s_weight_c, s_weight_k, WIDTH)
+    tl.debug_barrier()
+    if WIDTH > 2:
+        tl.store(p_state, second, mask=m_c)
+    if WIDTH > 3:
+        tl.store(p_state + s_state_k, third, mask=m_c)
     tl.store(p_state + (WIDTH - 2) * s_state_k, x, mask=m_c)
     if p_bias is not None:
         y += tl.load(p_bias + i_c, mask=m_c, other=0.0).to(tl.float32)

@@ -26,6 +26,9 @@ __all__ = ["document_numbers", "ssd_scan"]
 # [tokens, state] in one program, and the programs that a launch should have, so that the larger cards are full.
 GRADIENT_TOKENS = {2: 32, 4: 16}
 TILE_ELEMENTS, PROGRAMS = 4096, 256
+# Of the pass before the Triton kernels: float32 numbers that it notes for each token and head, forward and backward,
+# and the most tokens of a chunk, up to a multiple of which they are.
+STEP_PLANES, STEP_TOKENS = (3, 4), 64
 
 
 def ssd_scan(
@@ -122,18 +125,26 @@ def scan_backward_op(
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 
 
+def forward_workspace(x: Tensor) -> tuple[int]:
+    """Bytes that the Triton forward holds beside its answer: what is noted of the steps."""
+    batch, tokens, heads, _ = x.shape
+    return (4 * STEP_PLANES[0] * batch * heads * STEP_TOKENS * -(-tokens // STEP_TOKENS),)
+
+
 def backward_workspace(x: Tensor, B: Tensor, C: Tensor, chunk_size: int) -> tuple[int, ...]:
-    """Bytes of what the Triton backward holds beside its answer (`ssd_launch.scan_backward`): the states at the chunks'
-    starts and their gradients, sums by chunk, and parts of the gradients of B and C where a group's heads are shared
-    out."""
+    """Bytes of what the Triton backward holds beside its answer (`ssd_launch.scan_backward`): what is noted of the
+    steps, the states at the chunks' starts and their gradients, sums by chunk, and parts of the gradients of B and C
+    where a group's heads are shared out."""
     (batch, tokens, heads, head_dim), (groups, state) = x.shape, B.shape[2:]
     size = 2 if {x.dtype, B.dtype, C.dtype} == {torch.bfloat16} else 4
     fitting = min(GRADIENT_TOKENS[size], chunk_size, power_of_two(tokens), TILE_ELEMENTS // state)
-    chunks = -(-tokens // max(16, power_of_two(fitting + 1) // 2))
+    chunk = max(16, power_of_two(fitting + 1) // 2)
+    chunks = -(-tokens // chunk)
+    steps = 4 * STEP_PLANES[1] * batch * heads * chunks * chunk
     states = size * batch * chunks * heads * head_dim * state
     shares = shares_of_heads(batch, chunks, groups, heads // groups)
     parts = 4 * shares * B.numel() if shares > 1 else 0
-    return states, states, 12 * batch * chunks * heads, parts, parts
+    return steps, states, states, 12 * batch * chunks * heads, parts, parts
 
 
 def shares_of_heads(batch: int, chunks: int, groups: int, per_group: int) -> int:

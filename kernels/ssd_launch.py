@@ -9,29 +9,33 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, capability, placed, power_of_two, strides
-from .ssd import TILE_ELEMENTS, shares_of_heads
+from .ssd import STEP_PLANES, TILE_ELEMENTS, shares_of_heads
+from .ssd_steps_triton import scan_steps
 from .ssd_triton import scan_forward, scan_gradients, scan_walk
 
 
 class ScanSizes(NamedTuple):
-    """Of one kernel: the most tokens and the most of head_dim in a tile, warps, stages of loads."""
+    """Of one kernel: the most tokens and the most of head_dim in a tile, warps, stages of loads; of the forward pass
+    whether the state is [p, N] and y is made transposed."""
 
     tokens: int
     width: int
     warps: int
     stages: int
+    turned: bool = False
 
 
 # For each compute capability, and the bytes of a number in the states that the backward keeps (2 for bfloat16 inputs,
 # else 4): forward, walk, gradients. Chosen by simulated cycles of the machine code (benchmarks/scan_cycles.py): a few
-# spilled registers cost less than warps that wait for each other. On Blackwell (100, 120) loops of dependent products
-# with more than one stage give wrong numbers (state-spaces/mamba#997, triton-lang/triton#9871).
+# spilled registers cost less than warps that wait for each other. Before Hopper warps share out a product's rows alone,
+# of which a tile of 32 tokens has enough for two: the forward pass is turned there. On Blackwell (100, 120) loops of
+# dependent products with more than one stage give wrong numbers (state-spaces/mamba#997, triton-lang/triton#9871).
 SIZES = {
-    (80, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
+    (80, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (80, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (86, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
+    (86, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (86, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (89, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
+    (89, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (89, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
     (90, 2): (ScanSizes(64, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
     (90, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
@@ -42,6 +46,7 @@ SIZES = {
 }
 FORWARD_ELEMENTS = 8192  # of [tokens, state] in a tile of the forward pass
 STATE_ELEMENTS = 10240  # of the float32 state that one program keeps in registers: 80 x 128
+STEP_HEADS = 32  # in a tile of the pass before: 64 bytes side by side in bfloat16
 
 
 class Scan(NamedTuple):
@@ -90,24 +95,32 @@ class Scan(NamedTuple):
         fitting = min(most, self.chunk_size, power_of_two(self.x.shape[1]), elements // self.B.shape[3])
         return max(16, power_of_two(fitting + 1) // 2)
 
+    def forward_tokens(self, device: int) -> int:
+        return self.tile_tokens(self.sizes(device)[0].tokens, FORWARD_ELEMENTS)
+
     def gradient_tokens(self, device: int) -> int:
         """The chunk that walk and gradients share."""
         return self.tile_tokens(min(sizes.tokens for sizes in self.sizes(device)[1:]))
+
+    def empty_steps(self, device: int, *, backward: bool) -> Tensor:
+        """What `scan_steps` fills, [B, chunks, H, planes, Q]: its last two sizes say for which kernels."""
+        tokens = self.gradient_tokens(device) if backward else self.forward_tokens(device)
+        batch, length, heads = self.dt.shape
+        shape = (batch, -(-length // tokens), heads, STEP_PLANES[backward], tokens)
+        return self.x.new_empty(shape, dtype=torch.float32)
 
     def tile_width(self, most: int) -> int:
         """The slice of head_dim in a tile: where 16 divides head_dim nothing is wasted, 80 is 5 x 16."""
         return min(most, max(16, self.x.shape[3] & -self.x.shape[3]))
 
-    def common(self) -> dict[str, Any]:
-        """The arguments that every kernel takes."""
+    def common(self, steps: Tensor) -> dict[str, Any]:
+        """The arguments that forward, walk and gradients take."""
         _, tokens, heads, head_dim = self.x.shape
         groups, state = self.B.shape[2:]
         return {
-            "p_dt": self.dt, "p_A": self.A, "p_bias": self.dt_bias, "p_seq": self.seq_idx,
-            "tokens": tokens, "limit_low": self.limit_low, "limit_high": self.limit_high,
-            **strides("dt", "bth", self.dt),
-            "HEADS": heads, "PER_GROUP": heads // groups, "P": head_dim, "N": state, "SOFTPLUS": self.dt_softplus,
-            "BLOCK_N": max(16, power_of_two(state)), "DOT": self.dot, "PRECISION": "ieee",
+            "p_steps": steps, "tokens": tokens, "HEADS": heads, "PER_GROUP": heads // groups, "P": head_dim, "N": state,
+            "PLANES": steps.shape[3], "Q": steps.shape[4], "BLOCK_N": max(16, power_of_two(state)),
+            "DOT": self.dot, "PRECISION": "ieee",
         }  # fmt: skip
 
     def inputs(self) -> dict[str, Any]:
@@ -128,57 +141,66 @@ def slices(head_dim: int, state: int, width: int) -> tuple[int, int, int]:
     return -(-head_dim // main), main, 0
 
 
-def forward_launch(scan: Scan, y: Tensor, last: Tensor, device: int) -> Launch:
+def steps_launch(scan: Scan, steps: Tensor) -> Launch:
+    """What the other kernels read of dt, A, dt_bias, seq_idx and the limits."""
+    batch, tokens, heads = scan.dt.shape
+    arguments: dict[str, Any] = {
+        "p_dt": scan.dt, "p_A": scan.A, "p_bias": scan.dt_bias, "p_seq": scan.seq_idx, "p_steps": steps,
+        "tokens": tokens, "limit_low": scan.limit_low, "limit_high": scan.limit_high, **strides("dt", "bth", scan.dt),
+        "HEADS": heads, "SOFTPLUS": scan.dt_softplus, "PLANES": steps.shape[3], "Q": steps.shape[4],
+        "BLOCK_H": min(STEP_HEADS, power_of_two(heads)),
+    }  # fmt: skip
+    return Launch(scan_steps, (steps.shape[1], -(-heads // arguments["BLOCK_H"]), batch), arguments, 4, 1)
+
+
+def forward_launch(scan: Scan, steps: Tensor, y: Tensor, last: Tensor, device: int) -> Launch:
     """y [B, T, H, P] and the last state [B, H, P, N]."""
     sizes = scan.sizes(device)[0]
     batch, _, heads, head_dim = scan.x.shape
     number, main, tail = slices(head_dim, scan.B.shape[3], sizes.width)
-    arguments = scan.common() | scan.inputs()
+    arguments = scan.common(steps) | scan.inputs()
     arguments |= {"p_first": scan.initial_state, "p_y": y, "p_last": last}
-    arguments |= {"Q": scan.tile_tokens(sizes.tokens, FORWARD_ELEMENTS), "MAIN": main, "TAIL": tail}
+    arguments |= {"MAIN": main, "TAIL": tail, "TURNED": sizes.turned}
     return Launch(scan_forward, (number, heads, batch), arguments, sizes.warps, sizes.stages)
 
 
 def walk_launch(
-    scan: Scan,
-    u: Tensor,
-    v: Tensor,
-    first: Tensor | None,
-    states: Tensor,
-    last: Tensor | None,
-    device: int,
-    reverse: bool,
-) -> Launch:
+    scan: Scan, steps: Tensor, u: Tensor, v: Tensor, first: Tensor | None, states: Tensor, last: Tensor | None,
+    device: int, reverse: bool,
+) -> Launch:  # fmt: skip
     """The states at the chunks' starts (u, v: x, B), or in reverse their gradients at the chunks' ends (dy, C)."""
     sizes = scan.sizes(device)[1]
     width = scan.tile_width(sizes.width)
-    arguments = scan.common() | strides("u", "bthp", u) | strides("v", "btgn", v)
+    arguments = scan.common(steps) | strides("u", "bthp", u) | strides("v", "btgn", v)
     arguments |= {"p_u": u, "p_v": v, "p_first": first, "p_states": states, "p_last": last}
-    arguments |= {"REVERSE": reverse, "Q": scan.gradient_tokens(device), "BLOCK_P": width}
+    arguments |= {"REVERSE": reverse, "BLOCK_P": width}
     grid = (-(-scan.x.shape[3] // width), scan.x.shape[2], scan.x.shape[0])
     return Launch(scan_walk, grid, arguments, sizes.warps, sizes.stages)
 
 
 def gradients_launch(
-    scan: Scan, dy: Tensor, states: Tensor, dstates: Tensor, into: dict[str, Tensor], device: int
+    scan: Scan, steps: Tensor, dy: Tensor, states: Tensor, dstates: Tensor, into: dict[str, Tensor], device: int
 ) -> Launch:
     """dx, ddt, dB and dC [shares, B, T, G, N], and the sums [3, B, chunks, H]."""
     sizes = scan.sizes(device)[2]
     shares, chunks = into["dB"].shape[0], into["sums"].shape[2]
-    arguments = scan.common() | scan.inputs() | strides("dy", "bthp", dy)
-    arguments |= {"p_dy": dy, "p_states": states, "p_dstates": dstates}
+    arguments = scan.common(steps) | scan.inputs() | strides("dy", "bthp", dy)
+    arguments |= {"p_A": scan.A, "p_dy": dy, "p_states": states, "p_dstates": dstates}
     arguments |= {f"p_{name}": tensor for name, tensor in into.items()}
-    arguments |= {"SHARES": shares, "Q": scan.gradient_tokens(device), "BLOCK_P": scan.tile_width(sizes.width)}
+    arguments |= {"SHARES": shares, "BLOCK_P": scan.tile_width(sizes.width)}
     grid = (chunks, scan.B.shape[2] * shares, scan.x.shape[0])
     return Launch(scan_gradients, grid, arguments, sizes.warps, sizes.stages)
 
 
 def scan(given: Scan) -> tuple[Tensor, Tensor]:
     """y [B, T, H, P] in the dtype of x, and the last state [B, H, P, N] in float32."""
-    y = torch.empty(given.x.shape, dtype=given.x.dtype, device=given.x.device)
-    batch, _, heads, head_dim = given.x.shape
-    last = y.new_empty((batch, heads, head_dim, given.B.shape[3]), dtype=torch.float32)
-    forward_launch(given.placed(), y, last, capability(y.device)).enqueue(y)
+    scan, device = given.placed(), capability(given.x.device)
+    y = torch.empty(scan.x.shape, dtype=scan.x.dtype, device=scan.x.device)
+    batch, _, heads, head_dim = scan.x.shape
+    last = y.new_empty((batch, heads, head_dim, scan.B.shape[3]), dtype=torch.float32)
+    steps = scan.empty_steps(device, backward=False)
+    steps_launch(scan, steps).enqueue(y)
+    forward_launch(scan, steps, y, last, device).enqueue(y)
     return y, last
 
 
@@ -186,14 +208,16 @@ def scan_backward(given: Scan, dy: Tensor, dlast: Tensor | None) -> tuple[Tensor
     """Gradients of x, dt, A, B, C, D, dt_bias and initial_state, None for what is not there."""
     scan, dy = given.placed(), placed(dy)
     x, device = scan.x, capability(given.x.device)
-    batch, tokens, heads, head_dim = x.shape
-    chunks = -(-tokens // scan.gradient_tokens(device))
+    batch, _, heads, head_dim = x.shape
+    steps = scan.empty_steps(device, backward=True)
+    steps_launch(scan, steps).enqueue(x)
+    chunks = steps.shape[1]
     shape = (batch, chunks, heads, head_dim, scan.B.shape[3])
     states, dstates = (x.new_empty(shape, dtype=scan.kept) for _ in range(2))
     dfirst = None if scan.initial_state is None else torch.empty_like(scan.initial_state)
-    walk_launch(scan, x, scan.B, scan.initial_state, states, None, device, False).enqueue(x)
+    walk_launch(scan, steps, x, scan.B, scan.initial_state, states, None, device, False).enqueue(x)
     dlast = None if dlast is None else dlast.contiguous()
-    walk_launch(scan, dy, scan.C, dlast, dstates, dfirst, device, True).enqueue(x)
+    walk_launch(scan, steps, dy, scan.C, dlast, dstates, dfirst, device, True).enqueue(x)
     groups = scan.B.shape[2]
     shares = shares_of_heads(batch, chunks, groups, heads // groups)
     summed = {"dB": scan.B, "dC": scan.C}
@@ -203,7 +227,7 @@ def scan_backward(given: Scan, dy: Tensor, dlast: Tensor | None) -> tuple[Tensor
     }
     into |= {"dx": x.new_empty(x.shape), "ddt": scan.dt.new_empty(scan.dt.shape)}
     into["sums"] = x.new_empty((3, batch, chunks, heads), dtype=torch.float32)
-    gradients_launch(scan, dy, states, dstates, into, device).enqueue(x)
+    gradients_launch(scan, steps, dy, states, dstates, into, device).enqueue(x)
     dA, dbias, dD = (sums.sum((0, 1)) for sums in into["sums"])
     dB, dC = (into[name][0] if shares == 1 else into[name].sum(0) for name in ("dB", "dC"))
     return (

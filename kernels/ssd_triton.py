@@ -1,9 +1,10 @@
 """The SSD scan in Triton, without atomics. Source: arXiv 2405.21060, sections 6-7; the recurrence stands in `ssd`.
 
-`scan_forward`, one launch: a program for each (sequence, head, slice of head_dim) walks the chunks in order, the
-float32 state in registers. Backward, three: `scan_walk` notes the state at each chunk's start, then in reverse the
-gradient of the state at each chunk's end; `scan_gradients`, a program for each (chunk, group, share of its heads),
-does the rest, so that gradients of B and C are summed over heads in registers.
+Steps and decays are noted by a pass before (`ssd_steps_triton`). `scan_forward`, one launch: a program for each
+(sequence, head, slice of head_dim) walks the chunks in order, the float32 state in registers. Backward, three:
+`scan_walk` notes the state at each chunk's start, then in reverse the gradient of the state at each chunk's end;
+`scan_gradients`, a program for each (chunk, group, share of its heads), does the rest, so that gradients of B and C are
+summed over heads in registers.
 Names: p_ pointer, i_ index, m_ mask, s_ stride; letters as in `ssd`; shapes stand above the dots.
 """
 
@@ -12,69 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def softplus(v):
-    """log(1 + e^v), with full relative precision where e^v is tiny."""
-    e = tl.exp(-tl.abs(v))
-    z = e / (2 + e)  # log(1 + e) = 2 artanh(z), z <= 1/3: the series below is cut off at z^17 / 17
-    w = z * z
-    series = 1 / 11 + w * (1 / 13 + w * (1 / 15))
-    series = 1 + w * (1 / 3 + w * (1 / 5 + w * (1 / 7 + w * (1 / 9 + w * series))))
-    return tl.maximum(v, 0.0) + 2 * z * series
-
-
-@triton.jit
-def load_steps(p_dt, s_dt_t, bias, inside, limit_low, limit_high, SOFTPLUS: tl.constexpr, Q: tl.constexpr):
-    """The raw step dt + bias, softplus of it, and the step itself [Q]: 0 after the sequence's end."""
-    raw = tl.load(p_dt + tl.arange(0, Q) * s_dt_t, mask=inside, other=0.0).to(tl.float32) + bias
-    unclamped = softplus(raw) if SOFTPLUS else raw
-    step = tl.minimum(tl.maximum(unclamped, limit_low), limit_high)
-    return raw, unclamped, tl.where(inside, step, 0.0)
-
-
-@triton.jit
-def load_documents(p_seq, start, tokens, Q: tl.constexpr):
-    """Which document each token of a chunk lies in [Q]: 0 that of the token before the chunk, then 1, 2, ..."""
-    if p_seq is None:
-        document = tl.zeros((Q,), tl.int32)
-    else:
-        i_t = start + tl.arange(0, Q)
-        inside = (i_t < tokens) & (i_t > 0)
-        here = tl.load(p_seq + i_t, mask=inside, other=0)
-        before = tl.load(p_seq + i_t - 1, mask=inside, other=0)
-        document = tl.cumsum((here != before).to(tl.int32), 0)
-    return document
-
-
-@triton.jit
-def decays(a, document, Q: tl.constexpr):
-    """Cumulated log-decays of a chunk as float32 sums with their rounding errors [Q], and the factors from the
-    chunk's start to each token [Q], from each token to the end [Q], from start to end.
-
-    The sums are float64: differences of them are what counts, and one large step must not blur the small ones.
-    """
-    total = tl.cumsum(a.to(tl.float64), 0)
-    coarse = total.to(tl.float32)
-    fine = (total - coarse.to(tl.float64)).to(tl.float32)
-    last = tl.arange(0, Q) == Q - 1
-    end_coarse = tl.sum(tl.where(last, coarse, 0.0), 0)
-    end_fine = tl.sum(tl.where(last, fine, 0.0), 0)
-    end_document = tl.sum(tl.where(last, document, 0), 0)
-    from_start = tl.where(document == 0, tl.exp(coarse), 0.0)
-    to_end = tl.exp(tl.minimum((end_coarse - coarse) + (end_fine - fine), 0.0))
-    to_end = tl.where(document == end_document, to_end, 0.0)
-    whole = tl.where(end_document == 0, tl.exp(end_coarse), 0.0)
-    return coarse, fine, from_start, to_end, whole
-
-
-@triton.jit
-def decays_between(coarse, fine, document, Q: tl.constexpr):
-    """The decay from token s to token l [Q, Q], 0 for s > l and across documents."""
-    difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
-    i_q = tl.arange(0, Q)
-    mask = (i_q[:, None] >= i_q[None, :]) & (document[:, None] == document[None, :])
-    return tl.where(mask, tl.exp(tl.minimum(difference, 0.0)), 0.0)
+from .ssd_steps_triton import decays_between, load_steps
 
 
 @triton.jit
@@ -94,40 +33,57 @@ def forward_tile(
     return tl.dot(tl.trans(B), x_end, state * whole, input_precision=PRECISION)  # [N, Q] x [Q, p]
 
 
-@triton.jit(do_not_specialize=["tokens", "limit_low", "limit_high"])
+@triton.jit
+def turned_tile(
+    p_x, p_y, s_x_t, s_x_p, i_p, mixing, B, C, state, from_start, written, whole, D, inside,
+    WIDTH: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `forward_tile`, all transposed: mixing from token s to l is [s, l], the state [p, N], which is a factor of its
+    product as it lies in registers; warps share out head_dim."""
+    i_q = tl.arange(0, Q)
+    mask = inside[:, None] & (i_p < P)[None, :]
+    x = tl.load(p_x + i_q[:, None] * s_x_t + i_p[None, :] * s_x_p, mask=mask, other=0.0)
+    # [p, N] x [N, Q]; [p, Q] x [Q, Q]
+    y = tl.dot(state.to(DOT), tl.trans(C), input_precision=PRECISION) * from_start[None, :]
+    y = tl.dot(tl.trans(x.to(DOT)), mixing, y, input_precision=PRECISION)
+    y = tl.trans(y) + D * x.to(tl.float32)
+    tl.store(p_y + i_q[:, None] * WIDTH + i_p[None, :], y.to(p_y.dtype.element_ty), mask=mask)
+    x_end = (x.to(tl.float32) * written[:, None]).to(DOT)
+    return tl.dot(tl.trans(x_end), B, state * whole, input_precision=PRECISION)  # [p, Q] x [Q, N]
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def scan_forward(
-    p_x, p_dt, p_A, p_B, p_C, p_D, p_bias, p_seq, p_first, p_y, p_last,
-    tokens, limit_low, limit_high,
-    s_x_b, s_x_t, s_x_h, s_x_p, s_dt_b, s_dt_t, s_dt_h,
-    s_B_b, s_B_t, s_B_g, s_B_n, s_C_b, s_C_t, s_C_g, s_C_n,
-    HEADS: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr,
-    Q: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_steps, p_x, p_B, p_C, p_D, p_first, p_y, p_last, tokens,
+    s_x_b, s_x_t, s_x_h, s_x_p, s_B_b, s_B_t, s_B_g, s_B_n, s_C_b, s_C_t, s_C_g, s_C_n,
+    HEADS: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr,
+    Q: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, TURNED: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (slices of head_dim, heads, batch). A slice is MAIN + TAIL wide: 64 + 16 covers 80 without waste."""
     i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_g = i_h // PER_GROUP
     p_x += i_b * s_x_b + i_h.to(tl.int64) * s_x_h
-    p_dt += i_b * s_dt_b + i_h.to(tl.int64) * s_dt_h
+    p_steps += (i_b * tl.cdiv(tokens, Q) * HEADS + i_h) * (PLANES * Q)
     p_B += i_b * s_B_b + i_g.to(tl.int64) * s_B_g
     p_C += i_b * s_C_b + i_g.to(tl.int64) * s_C_g
     p_y += i_b * tokens * HEADS * P + i_h * P
     p_last += (i_b * HEADS + i_h) * P * N
-    if p_seq is not None:
-        p_seq += i_b * tokens
-    A = tl.load(p_A + i_h).to(tl.float32)
     D = 0.0 if p_D is None else tl.load(p_D + i_h).to(tl.float32)
-    bias = 0.0 if p_bias is None else tl.load(p_bias + i_h).to(tl.float32)
     i_q, i_n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
     o_p = 0 if MAIN + TAIL >= P else tl.program_id(0) * (MAIN + TAIL)
     i_main = o_p + tl.arange(0, MAIN)
     i_tail = o_p + MAIN + tl.arange(0, TAIL if TAIL else 1)
-    o_main = i_main[None, :] * N + i_n[:, None]
+    if TURNED:
+        o_main = i_main[:, None] * N + i_n[None, :]
+        m_main = (i_main < P)[:, None] & (i_n < N)[None, :]
+    else:
+        o_main = i_main[None, :] * N + i_n[:, None]
+        m_main = (i_main < P)[None, :] & (i_n < N)[:, None]
     o_tail = i_tail[None, :] * N + i_n[:, None]
-    m_main = (i_main < P)[None, :] & (i_n < N)[:, None]
     m_tail = (i_tail < P)[None, :] & (i_n < N)[:, None]
     if p_first is None:
-        main = tl.zeros((BLOCK_N, MAIN), tl.float32)
+        main = tl.zeros(o_main.shape, tl.float32)
         tail = tl.zeros((BLOCK_N, TAIL if TAIL else 1), tl.float32)
     else:
         p_first += (i_b * HEADS + i_h) * P * N
@@ -137,25 +93,32 @@ def scan_forward(
     for start in tl.range(0, tokens, Q, disable_licm=True):
         inside = start + i_q < tokens
         m_n = inside[:, None] & (i_n < N)[None, :]
-        _raw, _unclamped, step = load_steps(p_dt, s_dt_t, bias, inside, limit_low, limit_high, SOFTPLUS, Q)
-        document = load_documents(p_seq, start, tokens, Q)
-        coarse, fine, from_start, to_end, whole = decays(step * A, document, Q)
+        step, coarse, fine, from_start, to_end, whole = load_steps(p_steps, Q)
         B = tl.load(p_B + i_q[:, None] * s_B_t + i_n[None, :] * s_B_n, mask=m_n, other=0.0).to(DOT)
         C = tl.load(p_C + i_q[:, None] * s_C_t + i_n[None, :] * s_C_n, mask=m_n, other=0.0).to(DOT)
-        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [Q, N] x [N, Q]
-        mixing = (scores * decays_between(coarse, fine, document, Q) * step[None, :]).to(DOT)
         written = step * to_end
-        main = forward_tile(
-            p_x, p_y, s_x_t, s_x_p, i_main, mixing, B, C, main, from_start, written, whole, D, inside,
-            HEADS * P, P, Q, DOT, PRECISION,
-        )  # fmt: skip
+        if TURNED:
+            turned = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # [Q, N] x [N, Q]
+            turned = (turned * decays_between(coarse, fine, True, Q) * step[:, None]).to(DOT)
+            main = turned_tile(
+                p_x, p_y, s_x_t, s_x_p, i_main, turned, B, C, main, from_start, written, whole, D, inside,
+                HEADS * P, P, Q, DOT, PRECISION,
+            )  # fmt: skip
+            mixing = tl.trans(turned)
+        else:
+            scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [Q, N] x [N, Q]
+            mixing = (scores * decays_between(coarse, fine, False, Q) * step[None, :]).to(DOT)
+            main = forward_tile(
+                p_x, p_y, s_x_t, s_x_p, i_main, mixing, B, C, main, from_start, written, whole, D, inside,
+                HEADS * P, P, Q, DOT, PRECISION,
+            )  # fmt: skip
         if TAIL:
             tail = forward_tile(
                 p_x, p_y, s_x_t, s_x_p, i_tail, mixing, B, C, tail, from_start, written, whole, D, inside,
                 HEADS * P, P, Q, DOT, PRECISION,
             )  # fmt: skip
         p_x += tl.cast(s_x_t, tl.int64) * Q
-        p_dt += tl.cast(s_dt_t, tl.int64) * Q
+        p_steps += HEADS * PLANES * Q
         p_B += tl.cast(s_B_t, tl.int64) * Q
         p_C += tl.cast(s_C_t, tl.int64) * Q
         p_y += HEADS * P * Q
@@ -164,12 +127,11 @@ def scan_forward(
         tl.store(p_last + o_tail, tail, mask=m_tail)
 
 
-@triton.jit(do_not_specialize=["tokens", "limit_low", "limit_high"])
+@triton.jit(do_not_specialize=["tokens"])
 def scan_walk(
-    p_u, p_dt, p_A, p_v, p_bias, p_seq, p_first, p_states, p_last,
-    tokens, limit_low, limit_high,
-    s_u_b, s_u_t, s_u_h, s_u_p, s_dt_b, s_dt_t, s_dt_h, s_v_b, s_v_t, s_v_g, s_v_n,
-    HEADS: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr,
+    p_steps, p_u, p_v, p_first, p_states, p_last, tokens,
+    s_u_b, s_u_t, s_u_h, s_u_p, s_v_b, s_v_t, s_v_g, s_v_n,
+    HEADS: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr,
     REVERSE: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,12 +139,7 @@ def scan_walk(
     dy, C, and the gradient of each chunk's state at its end is noted. Grid (slices of head_dim, heads, batch)."""
     i_h, i_b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     p_u += i_b * s_u_b + i_h.to(tl.int64) * s_u_h
-    p_dt += i_b * s_dt_b + i_h.to(tl.int64) * s_dt_h
     p_v += i_b * s_v_b + (i_h // PER_GROUP).to(tl.int64) * s_v_g
-    if p_seq is not None:
-        p_seq += i_b * tokens
-    A = tl.load(p_A + i_h).to(tl.float32)
-    bias = 0.0 if p_bias is None else tl.load(p_bias + i_h).to(tl.float32)
     i_q, i_n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
     i_p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     o_tile = i_p[:, None] * N + i_n[None, :]
@@ -196,12 +153,9 @@ def scan_walk(
         chunk = tl.cast(chunks - 1 - number if REVERSE else number, tl.int64)
         start = chunk * Q
         inside = start + i_q < tokens
-        o_states = ((i_b * chunks + chunk) * HEADS + i_h) * P * N
-        tl.store(p_states + o_states + o_tile, state.to(p_states.dtype.element_ty), mask=m_tile)
-        p_steps = p_dt + start * s_dt_t
-        _raw, _unclamped, step = load_steps(p_steps, s_dt_t, bias, inside, limit_low, limit_high, SOFTPLUS, Q)
-        document = load_documents(p_seq, start, tokens, Q)
-        _coarse, _fine, from_start, to_end, whole = decays(step * A, document, Q)
+        o_chunk = (i_b * chunks + chunk) * HEADS + i_h
+        tl.store(p_states + o_chunk * P * N + o_tile, state.to(p_states.dtype.element_ty), mask=m_tile)
+        step, _coarse, _fine, from_start, to_end, whole = load_steps(p_steps + o_chunk * PLANES * Q, Q)
         factor = from_start if REVERSE else step * to_end
         m_u = inside[:, None] & (i_p < P)[None, :]
         m_v = inside[:, None] & (i_n < N)[None, :]
@@ -213,14 +167,11 @@ def scan_walk(
         tl.store(p_last + (i_b * HEADS + i_h) * P * N + o_tile, state.to(p_last.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit(do_not_specialize=["tokens", "limit_low", "limit_high"])
+@triton.jit(do_not_specialize=["tokens"])
 def scan_gradients(
-    p_x, p_dt, p_A, p_B, p_C, p_D, p_bias, p_seq, p_dy, p_states, p_dstates,
-    p_dx, p_ddt, p_dB, p_dC, p_sums,
-    tokens, limit_low, limit_high,
-    s_x_b, s_x_t, s_x_h, s_x_p, s_dt_b, s_dt_t, s_dt_h,
-    s_B_b, s_B_t, s_B_g, s_B_n, s_C_b, s_C_t, s_C_g, s_C_n, s_dy_b, s_dy_t, s_dy_h, s_dy_p,
-    HEADS: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, SOFTPLUS: tl.constexpr,
+    p_steps, p_x, p_A, p_B, p_C, p_D, p_dy, p_states, p_dstates, p_dx, p_ddt, p_dB, p_dC, p_sums, tokens,
+    s_x_b, s_x_t, s_x_h, s_x_p, s_B_b, s_B_t, s_B_g, s_B_n, s_C_b, s_C_t, s_C_g, s_C_n, s_dy_b, s_dy_t, s_dy_h, s_dy_p,
+    HEADS: tl.constexpr, PER_GROUP: tl.constexpr, P: tl.constexpr, N: tl.constexpr, PLANES: tl.constexpr,
     SHARES: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -233,9 +184,6 @@ def scan_gradients(
     i_q, i_n = tl.arange(0, Q), tl.arange(0, BLOCK_N)
     inside = start + i_q < tokens
     m_n = inside[:, None] & (i_n < N)[None, :]
-    if p_seq is not None:
-        p_seq += i_b * tokens
-    document = load_documents(p_seq, start, tokens, Q)
     p_B += i_b * s_B_b + start * s_B_t + i_g.to(tl.int64) * s_B_g
     p_C += i_b * s_C_b + start * s_C_t + i_g.to(tl.int64) * s_C_g
     B = tl.load(p_B + i_q[:, None] * s_B_t + i_n[None, :] * s_B_n, mask=m_n, other=0.0).to(DOT)
@@ -248,19 +196,19 @@ def scan_gradients(
         i_h = (i_g * PER_GROUP + share * (PER_GROUP // SHARES) + number).to(tl.int64)
         A = tl.load(p_A + i_h).to(tl.float32)
         D = 0.0 if p_D is None else tl.load(p_D + i_h).to(tl.float32)
-        bias = 0.0 if p_bias is None else tl.load(p_bias + i_h).to(tl.float32)
-        p_steps = p_dt + i_b * s_dt_b + start * s_dt_t + i_h * s_dt_h
-        raw, unclamped, step = load_steps(p_steps, s_dt_t, bias, inside, limit_low, limit_high, SOFTPLUS, Q)
-        coarse, fine, from_start, to_end, whole = decays(step * A, document, Q)
-        between = decays_between(coarse, fine, document, Q)
+        o_chunk = (i_b * tl.num_programs(0) + chunk) * HEADS + i_h
+        p_steps_h = p_steps + o_chunk * PLANES * Q
+        step, coarse, fine, from_start, to_end, whole = load_steps(p_steps_h, Q)
+        between = decays_between(coarse, fine, False, Q)
         mixing = tl.trans((scores * between).to(DOT))
         dmixing = tl.zeros((Q, Q), tl.float32)
         read = tl.zeros((Q, BLOCK_N), tl.float32)
-        gain, dstep = tl.zeros((Q,), tl.float32), tl.zeros((Q,), tl.float32)
-        dD, dwhole = 0.0, 0.0
+        # Products whose sums are asked for are added up as tiles: a sum over threads costs barriers.
+        gains, dsteps = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((Q, BLOCK_P), tl.float32)
+        skipped, kept = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
         p_x_h = p_x + i_b * s_x_b + start * s_x_t + i_h * s_x_h
         p_dy_h = p_dy + i_b * s_dy_b + start * s_dy_t + i_h * s_dy_h
-        o_states = ((i_b * tl.num_programs(0) + chunk) * HEADS + i_h) * P * N
+        o_states = o_chunk * P * N
         o_dx = ((i_b * tokens + start) * HEADS + i_h) * P
         for o_p in tl.range(0, P, BLOCK_P, disable_licm=True):
             i_p = o_p + tl.arange(0, BLOCK_P)
@@ -276,16 +224,18 @@ def scan_gradients(
             read = tl.dot(dy, state, read, input_precision=PRECISION)  # [Q, p] x [p, N]
             # [Q, N] x [N, p]: what each token's write into the state is worth; then [Q, Q] x [Q, p]
             written = tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * to_end[:, None]
-            gain += tl.sum(written * x32, 1)
+            gains += written * x32
             dx = tl.dot(mixing, dy, written, input_precision=PRECISION)
-            dstep += tl.sum(dx * x32, 1)
-            dD += tl.sum(tl.sum(dy32 * x32, 1), 0)
-            dwhole += tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+            dsteps += dx * x32
+            skipped += dy32 * x32
+            kept += state.to(tl.float32) * dstate.to(tl.float32)
             x_end = (x32 * (step * to_end)[:, None]).to(DOT)
             dB = tl.dot(x_end, dstate, dB, input_precision=PRECISION)  # [Q, p] x [p, N]
             dx = dx * step[:, None] + D * dy32
             o_x = o_dx + i_q[:, None] * (HEADS * P) + i_p[None, :]
             tl.store(p_dx + o_x, dx.to(p_dx.dtype.element_ty), mask=m_x)
+        gain, dstep = tl.sum(gains, 1), tl.sum(dsteps, 1)
+        dwhole = tl.sum(tl.sum(kept, 1), 0)
         read *= from_start[:, None]
         dC += read
         dmixing *= between * step[None, :]
@@ -297,17 +247,13 @@ def scan_gradients(
         da = tl.sum(tl.where(earlier, crossing, 0.0), 1) + dwhole * whole
         da += tl.cumsum(tl.sum(read * C.to(tl.float32), 1), 0, reverse=True)
         dstep += da * A
-        dstep = tl.where((unclamped >= limit_low) & (unclamped <= limit_high) & inside, dstep, 0.0)
-        if SOFTPLUS:
-            e = tl.exp(-tl.abs(raw))
-            dstep *= tl.where(raw >= 0, 1.0, e) / (1 + e)  # the logistic function, without overflow
+        dstep = tl.where(inside, dstep * tl.load(p_steps_h + 3 * Q + i_q), 0.0)
         p_ddt_h = p_ddt + (i_b * tokens + start) * HEADS + i_h
         tl.store(p_ddt_h + i_q * HEADS, dstep.to(p_ddt.dtype.element_ty), mask=inside)
-        o_sum = (i_b * tl.num_programs(0) + chunk) * HEADS + i_h
         n_sums = tl.cast(tl.num_programs(2), tl.int64) * tl.num_programs(0) * HEADS
-        tl.store(p_sums + o_sum, tl.sum(da * step, 0))
-        tl.store(p_sums + n_sums + o_sum, tl.sum(dstep, 0))
-        tl.store(p_sums + 2 * n_sums + o_sum, dD)
+        tl.store(p_sums + o_chunk, tl.sum(da * step, 0))
+        tl.store(p_sums + n_sums + o_chunk, tl.sum(dstep, 0))
+        tl.store(p_sums + 2 * n_sums + o_chunk, tl.sum(tl.sum(skipped, 1), 0))
     dscores = dscores.to(DOT)
     dC = tl.dot(dscores, B, dC, input_precision=PRECISION)  # [Q, Q] x [Q, N]
     dB = tl.dot(tl.trans(dscores), C, dB, input_precision=PRECISION)

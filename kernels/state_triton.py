@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, power_of_two, strides
-from .ssd_triton import softplus
+from .ssd_steps_triton import softplus
 
 
 @triton.jit(do_not_specialize=["limit_low", "limit_high"])

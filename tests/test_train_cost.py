@@ -109,6 +109,7 @@ def test_constants_are_the_kernels() -> None:
     assert {sizes[1].tokens for sizes in conv_triton.SIZES.values()} == {causal_conv1d.SEGMENT}
     for (_, width), sizes in ssd_launch.SIZES.items():
         assert min(found.tokens for found in sizes[1:]) == ssd.GRADIENT_TOKENS[width]
+        assert sizes[0].tokens <= ssd.STEP_TOKENS
 
 
 def test_sizes_of_the_published_models_by_hand() -> None:

@@ -258,6 +258,7 @@ WORKSPACES: dict[str, Callable[[Any, int], tuple[int, ...]]] = {
         args[0].shape[2], args[1].shape[2], args[0].shape[3], processors
     ),
     "limbeck::causal_conv1d_backward": lambda args, _: causal_conv1d.backward_workspace(*args[1:3]),
+    "limbeck::ssd_scan": lambda args, _: ssd.forward_workspace(args[0]),
     "limbeck::ssd_scan_backward": lambda args, _: ssd.backward_workspace(args[2], args[5], args[6], args[14]),
     "limbeck::norm_backward": lambda args, processors: norm.backward_workspace(args[1], args[4], processors),
     "limbeck::linear_kl": lambda args, _: linear_kl.linear_kl_workspace(*args[:3], *args[11:14]),
