@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import load_config
+import torch
+
+from .checkpoint import load_config, load_model
 from .config import HybridConfig
 from .cost.hardware import Hardware
 from .errors import InputError, guess
+from .fingerprint import check_files, checked_files
 from .foreign import own_path
 from .hub import HUB, hub_folder, is_hub_name
+from .hybrid import HybridLM
 
 CONF = Path(__file__).parents[1] / "conf"
 SHIPPED = {name: Path(__file__).parent / name for name in ("zoo", "zoo-moe")}
@@ -44,7 +48,16 @@ def model_config(name: str) -> HybridConfig:
         return load_config(hub_folder(name, weights=False))
     if name in names("model"):
         return HybridConfig.from_hf(read_yaml(CONF / "model" / f"{name}.yaml"))
-    return load_config(model_folder(name))
+    folder = model_folder(name)
+    check_files(folder, ("config.json",))
+    return load_config(folder)
+
+
+def load_checked(folder: Path, dtype: torch.dtype, device: torch.device) -> HybridLM:
+    """The model of a folder. Raises InputError where the folder is not as a stage has left it: its sums are taken while
+    the weights are read."""
+    with checked_files(folder):
+        return load_model(folder, dtype, device)
 
 
 def data_path(data: str) -> str:

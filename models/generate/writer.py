@@ -8,10 +8,11 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from ..checkpoint import load_config, load_model
+from ..checkpoint import load_config
 from ..config import HybridConfig
 from ..device import torch_device, torch_dtype
 from ..errors import InputError
+from ..named import load_checked
 from ..schema import GenerationSettings, read_as
 from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .chat import ChatTemplate, Message
@@ -97,7 +98,7 @@ class Writer:
             )
         options = self.options
         return Engine(
-            load_model(self.folder, torch_dtype(options.dtype), torch_device(options.device)),
+            load_checked(self.folder, torch_dtype(options.dtype), torch_device(options.device)),
             max_length=max_length,
             slots=slots,
             prefill_chunk=options.prefill_chunk,
