@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Options:
     model: str
     hardware: Hardware
-    context: int | None
-    batch: int | None
+    context: PositiveInt | None
+    batch: PositiveInt | None
     fit: Fit
     method: Literal["formula", "simulation", "measurement", "all"]
     steps: PositiveInt
