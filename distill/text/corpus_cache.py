@@ -101,12 +101,12 @@ def write_tokens(
         stream.write(bytes(8 + HEADER))
         beside.write(bytes(8 + HEADER))
         for some in encoded(documents, tokenizer, reading, notes):
-            stream.write(some.ids.astype("<i4", copy=False))
+            stream.write(some.ids.astype("<i4", copy=False).data)
             if some.chat and not has_chats:
                 beside.seek(total, os.SEEK_CUR)  # texts so far, whose parts are zeros
                 has_chats = True
             if has_chats:
-                beside.write(some.parts)
+                beside.write(some.parts.data)
             total += len(some.ids)
             if some.last:
                 ends.append(total)

@@ -274,7 +274,8 @@ def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Op
     from pydantic import ValidationError
 
     try:  # as JSON a list may become a tuple, and a text a path
-        return typing.cast(Options, reader_of(cls, tuple(AXES)).validate_json(json.dumps([content]))[0])
+        reader = reader_of(typing.cast(Any, cls), tuple(AXES))
+        return typing.cast(Options, reader.validate_json(json.dumps([content]))[0])
     except ValidationError as error:
         errors = error.errors(include_url=False)
     for each in errors:
@@ -290,7 +291,7 @@ def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Op
 
 
 @functools.lru_cache(maxsize=32)
-def reader_of(cls: type[Any], axes: tuple[str, ...]) -> Any:
+def reader_of(cls: Any, axes: tuple[str, ...]) -> Any:
     """What reads a dataclass out of JSON, in a list, which gives the dataclasses this config. To make one takes longer
     than to read with it. The options that there are follow from the axes as well."""
     from pydantic import ConfigDict, TypeAdapter
