@@ -8,7 +8,8 @@ import typing
 from typing import Any
 
 from ..kernels.divergence import DIVERGENCES, Divergence
-from ..models.errors import InputError, check_between
+from ..models.errors import InputError
+from ..models.quantities import check_between
 from ..models.rounding import ROUNDINGS
 from .rollout_options import RolloutChanges, Rollouts, changed_rollouts
 
@@ -278,7 +279,7 @@ class DistillOptions:
     def __post_init__(self) -> None:
         if self.seq_len < 1 or self.batch < 1:
             raise InputError(f"distill: seq_len ({self.seq_len}) and batch ({self.batch}) must be at least 1")
-        check_between(self, "distill: ", 1, math.inf, "evaluate_tokens")
+        check_between(self, "distill: ", 0, math.inf, "evaluate_tokens")
         if not self.stages and self.own_rows:
             self.check_rollouts()
         if self.teacher_dtype not in (None, *TEACHER_DTYPES):

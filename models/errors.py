@@ -2,7 +2,6 @@
 (128 and its number)."""
 
 import difflib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,22 +37,6 @@ def check_counts(options: Any, *names: str, least: int = 1, group: str = "") -> 
     for name in names:
         if getattr(options, name) < least:
             raise InputError(f"{group}{name} is {getattr(options, name)}; expected at least {least}")
-
-
-def check_between(
-    options: Any, group: str, least: float, most: float, *names: str, above: bool = False, below: bool = False
-) -> None:
-    """Raises InputError where one of these options (of a `group`, as "training: ") is not from `least` to `most`;
-    `above`: nor `least` itself; `below`: nor `most` itself. NaN and infinity never are, and None is no number."""
-    for name in names:
-        value = getattr(options, name)
-        if value is None:
-            continue
-        fits = (value > least if above else value >= least) and (value < most if below else value <= most)
-        if not fits or not math.isfinite(value):
-            said = f"{'more than' if above else 'at least'} {least:g}"
-            said += f" and {'less than' if below else 'at most'} {most:,g}" if most < math.inf else ""
-            raise InputError(f"{group}{name} is {value}; expected {said}")
 
 
 def gib(count: float) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 from ..models.cost.hardware import GIB, Hardware, Reserve
 from ..models.cost.parameters import count_active
 from ..models.device import torch_dtype
-from ..models.errors import InputError, check_between, gib
+from ..models.errors import InputError, gib
+from ..models.quantities import check_between
 from .search import Budget, Candidate
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from ..models.config import HybridConfig
-from ..models.errors import check_between
+from ..models.quantities import check_between
 from .depth import step_size
 from .width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores, WidthMetric
 

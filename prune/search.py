@@ -19,8 +19,9 @@ from ..models.cost.hardware import GIB, Hardware
 from ..models.cost.inference import MemoryReport, memory
 from ..models.cost.parameters import count_parameters
 from ..models.cost.speed import Throughput, throughput
-from ..models.errors import InputError, check_between
+from ..models.errors import InputError
 from ..models.kinds import KINDS
+from ..models.quantities import check_between
 from .choose import kept_layers, numbered_layers, select
 from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, count_patterns, embed, odd_gap

@@ -19,7 +19,8 @@ from typing import Any, Self
 from ..models.axes import AXES, AxisRow, group_row
 from ..models.config import HybridConfig
 from ..models.cost.parameters import count_parameters
-from ..models.errors import InputError, check_between
+from ..models.errors import InputError
+from ..models.quantities import check_between
 from .expert_target import expert_widths
 
 WIDE = 2048  # from this hidden size on

@@ -17,10 +17,11 @@ from ...models.axes import AXES
 from ...models.checkpoint import load_config, load_model
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
-from ...models.errors import InputError, check_between, gib
+from ...models.errors import InputError, gib
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
 from ...models.placement import release_memory
+from ...models.quantities import check_between
 from ...models.tokenizer import Tokenizer
 from ..text.packing import Corpus
 from .continuation import agreement, draw_prompts, greedy_tokens

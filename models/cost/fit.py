@@ -11,7 +11,8 @@ import torch
 
 from ..config import HybridConfig
 from ..device import DTYPES, torch_dtype
-from ..errors import InputError, check_between
+from ..errors import InputError
+from ..quantities import check_between
 from .hardware import GIB, Hardware, Reserve
 from .inference import Change, MemoryReport, Verdict, changes, memory, verdict
 from .speed import Throughput, throughput

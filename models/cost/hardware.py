@@ -7,7 +7,8 @@ import math
 
 import torch
 
-from ..errors import InputError, check_between
+from ..errors import InputError
+from ..quantities import check_between
 
 KIB, GIB = 2**10, 2**30
 
