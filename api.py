@@ -42,7 +42,7 @@ from .models.generate.generate import end_tokens
 from .models.generate.sampling import Sampling
 from .models.hints import guess_option
 from .models.hybrid import HybridLM
-from .models.named import data_path, model_config, model_folder, model_weights, read_hardware
+from .models.named import data_path, load_checked, model_config, model_folder, model_weights, read_hardware
 from .models.quantities import with_quantities
 from .models.tokenizer import check_vocabulary, load_tokenizer
 from .prune.choose import select
@@ -77,7 +77,7 @@ def load(
         return source
     if isinstance(source, (str, Path)):
         home = model_folder(str(source))
-        model = load_model(home, dtype, place)
+        model = load_checked(home, dtype, place)
     else:
         if not hasattr(source, "save_pretrained"):
             raise InputError(

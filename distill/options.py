@@ -9,6 +9,7 @@ from typing import Any
 
 from ..kernels.divergence import DIVERGENCES, Divergence
 from ..models.errors import InputError
+from ..models.quantities import check_between
 from ..models.rounding import ROUNDINGS
 from .nested_options import WHERE, NestedSizes, check_nested
 from .rollout_options import RolloutChanges, Rollouts, changed_rollouts
@@ -87,6 +88,9 @@ class TrainOptions:
                 f"training: max_skipped ({self.max_skipped}) and average_states ({self.average_states}) must be at"
                 f" least 1, data_timeout ({self.data_timeout}) more than 0"
             )
+        check_between(self, "training: ", 0, math.inf, "warmup_steps", "evaluate_every", "weight_decay", "adamw_ratio")
+        check_between(self, "training: ", 0, 1, "decay_fraction", "final_ratio")
+        check_between(self, "training: ", 0, 1, "beta1", "beta2", below=True)
         if self.context_parallel < 1:
             raise InputError(f"training: context_parallel is {self.context_parallel}; expected 1 (rows whole) or more")
         if self.context_parallel > 1 and self.compile:
@@ -200,10 +204,8 @@ class DistillLoss:
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise InputError(f"loss: divergence {self.divergence!r} is unknown; known: {', '.join(DIVERGENCES)}")
-        if not self.temperature > 0:
-            raise InputError(f"loss: temperature is {self.temperature}; expected more than 0")
-        if not 0 <= self.mtp_weight < math.inf:
-            raise InputError(f"loss: mtp_weight is {self.mtp_weight}; expected 0 or more")
+        check_between(self, "loss: ", 0, math.inf, "temperature", above=True)
+        check_between(self, "loss: ", 0, math.inf, "mtp_weight")
         check_weight("kl_weight", self.kl_weight)
         check_weight("ce_weight", self.ce_weight)
         if not any(greatest(weight) > 0 for weight in (self.kl_weight, self.ce_weight, self.hidden.weight)):
@@ -229,6 +231,8 @@ class Correction:
     learning_rate: float = 1e-5
 
     def __post_init__(self) -> None:
+        check_between(self, "distill.teacher_correction.", 0, math.inf, "steps", "tokens")
+        check_between(self, "distill.teacher_correction.", 0, math.inf, "learning_rate", above=True)
         if (self.steps > 0) == (self.tokens > 0):
             raise InputError(
                 f"distill.teacher_correction: steps is {self.steps}, tokens {self.tokens:g}; give one of the two"
@@ -287,6 +291,7 @@ class DistillOptions:
     def __post_init__(self) -> None:
         if self.seq_len < 1 or self.batch < 1:
             raise InputError(f"distill: seq_len ({self.seq_len}) and batch ({self.batch}) must be at least 1")
+        check_between(self, "distill: ", 0, math.inf, "evaluate_tokens")
         if not self.stages and self.nested is not None:
             check_nested(self)
         if not self.stages and self.own_rows:
@@ -315,7 +320,7 @@ class DistillOptions:
         stage = dataclasses.replace(self, train=train, stages=(), rollouts=rollouts, **own)
         if tokens is None:
             return stage
-        if not tokens >= 1:
+        if not 1 <= tokens < math.inf:
             raise InputError(f"{where}.tokens is {tokens:g}; expected at least 1")
         return dataclasses.replace(stage, train=dataclasses.replace(train, steps=stage.steps_for(tokens)))
 

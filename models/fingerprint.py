@@ -8,6 +8,7 @@ It holds the sums of what the stage left, too: whoever reads the folder next fin
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ import hashlib
 import json
 import platform
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,27 @@ def fingerprint_of(value: Path | str, at_once: int = 4) -> str:
     return digest(sums)
 
 
-def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Raises InputError where the files of a folder, of these sums, are not those that its limbeck.json has."""
+def check_files(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Raises InputError where the files of a folder, or those of them that are named, are not as a stage left them."""
+    if (folder / PROVENANCE).is_file():
+        files = [
+            file for file in content_files(folder) if names is None or file.relative_to(folder).as_posix() in names
+        ]
+        check_sums(folder, sha256_files(folder, files), names)
+
+
+@contextlib.contextmanager
+def checked_files(folder: Path) -> Iterator[None]:
+    """Has the sums of a folder taken by a thread while the block reads it. Raises InputError as `check_files` does."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        check = pool.submit(check_files, folder)
+        yield
+        check.result()
+
+
+def check_sums(folder: Path, sums: Mapping[str, str], names: Sequence[str] | None = None) -> None:
+    """Raises InputError where the files of a folder, of these sums, are not those that its limbeck.json has; of all of
+    them, or of those named."""
     path = folder / PROVENANCE
     try:
         made = read_object(path) if path.exists() else {}
@@ -218,7 +238,7 @@ def check_sums(folder: Path, sums: Mapping[str, str]) -> None:
     if not isinstance(made, dict) or not holds_sum(made) or not holds_sum(made.get(RUN)):
         raise InputError(f"{path} is damaged; {what}")
     for name, expected in made["files"].items():
-        if is_content(Path(name)) and sums.get(name) != expected:
+        if is_content(Path(name)) and (names is None or name in names) and sums.get(name) != expected:
             state = "missing" if name not in sums else "not as it was left: damaged, or changed by hand"
             raise InputError(f"{folder / name} is {state} ({made['made_by']} left it); {what}")
 

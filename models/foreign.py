@@ -18,6 +18,7 @@ from typing import Any
 from .errors import InputError
 
 LARGEST = 2**28  # bytes; the largest public tokenizer.json have 33 MB, the largest indices of shards 20 MB
+AT_ONCE = 2**20  # bytes that are read together
 SETTINGS = 2**20  # bytes of what people write by hand
 LARGEST_WIDTH = 2**24  # the widest public vocabularies have 2**18
 MOST_LAYERS = 4096  # the deepest public models have 252, a block's counted one by one
@@ -55,12 +56,16 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     check_regular(path, largest)
     try:
         with path.open("rb") as stream:
-            content = stream.read(largest + 1)  # files of /proc say that they have none
+            parts, size = [], 0
+            # A file of /proc says that it has none; and to ask for all that there may be would reserve as much.
+            while size <= largest and (part := stream.read(AT_ONCE)):
+                parts.append(part)
+                size += len(part)
     except OSError as error:
         raise unreadable(path, error) from None
-    if len(content) > largest:
+    if size > largest:
         raise InputError(f"{path} has more than {largest:,} bytes, the most that is read of it")
-    return content
+    return b"".join(parts)
 
 
 def read_text(path: Path, largest: int = LARGEST) -> str:

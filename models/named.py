@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter import base_folder, merged_folder
-from .checkpoint import load_config, open_checkpoint
+from .checkpoint import load_config, load_model, open_checkpoint
 from .config import HybridConfig
 from .cost.hardware import Hardware
 from .errors import InputError, guess
+from .fingerprint import check_files, checked_files
 from .foreign import own_path
 from .hub import HUB, hub_folder, is_hub_name
+from .hybrid import HybridLM
 from .shards import ADAPTER_SETTINGS, INDEX, SINGLE
 from .stored import quantization_of
 
@@ -53,7 +55,9 @@ def model_config(name: str) -> HybridConfig:
     """The config of a named model, of a checkpoint folder, or of a model of the hub, whose weights stay there."""
     if name in names("model"):
         return HybridConfig.from_hf(read_yaml(CONF / "model" / f"{name}.yaml"))
-    return load_config(config_folder(name))
+    folder = config_folder(name)
+    check_files(folder, ("config.json",))
+    return load_config(folder)
 
 
 def config_folder(name: str) -> Path:
@@ -79,6 +83,13 @@ def model_weights(name: str, dtype: torch.dtype) -> StoredWeights | None:
     if name.startswith(HUB) or not quantisation(name) or not any(model_folder(name).glob("*.safetensors")):
         return None
     return of_checkpoint(open_checkpoint(model_folder(name)), dtype)
+
+
+def load_checked(folder: Path, dtype: torch.dtype, device: torch.device) -> HybridLM:
+    """The model of a folder. Raises InputError where the folder is not as a stage has left it: its sums are taken while
+    the weights are read."""
+    with checked_files(folder):
+        return load_model(folder, dtype, device)
 
 
 def data_path(data: str) -> str:

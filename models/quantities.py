@@ -1,10 +1,14 @@
-"""Shares and counts as people write them: 75%, 5B, 500M, 1.5M, 8k."""
+"""The numbers of options: shares and counts as people write them (75%, 5B, 500M, 1.5M, 8k), and between which ends they
+may be."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from .errors import InputError
 
 UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}  # G and B are both a billion
 WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmbgt%])\s*", re.I)
@@ -44,3 +48,19 @@ def read_option(name: str, value: Any) -> Any:
     if count and isinstance(value, float) and value.is_integer():  # 1e6
         return int(value)
     return with_quantities(value)
+
+
+def check_between(
+    options: Any, group: str, least: float, most: float, *names: str, above: bool = False, below: bool = False
+) -> None:
+    """Raises InputError where one of these options (of a `group`, as "training: ") is not from `least` to `most`;
+    `above`: nor `least` itself; `below`: nor `most` itself. NaN and infinity never are, and None is no number."""
+    for name in names:
+        value = getattr(options, name)
+        if value is None:
+            continue
+        fits = (value > least if above else value >= least) and (value < most if below else value <= most)
+        if not fits or not math.isfinite(value):
+            said = f"{'more than' if above else 'at least'} {least:g}"
+            said += f" and {'less than' if below else 'at most'} {most:,g}" if most < math.inf else ""
+            raise InputError(f"{group}{name} is {value}; expected {said}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from ..models.cost.hardware import GIB, Hardware, Reserve
 from ..models.cost.parameters import count_active
 from ..models.device import torch_dtype
 from ..models.errors import InputError, gib
+from ..models.quantities import check_between
 from .search import Budget, Candidate
 
 
@@ -25,6 +27,11 @@ class BudgetOptions(Reserve):
     kv_dtype: str = "bfloat16"
     ssm_dtype: str = "float32"
     conv_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_between(self, "budget.", 1, math.inf, "context", "batch")
+        check_between(self, "budget.", 0, math.inf, "gib", above=True)
 
     def limit(self, hardware: Hardware) -> Budget:
         """In bytes. Raises InputError where nothing is left."""

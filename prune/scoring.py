@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from pydantic import PositiveInt
 
 from ..models.config import HybridConfig
+from ..models.quantities import check_between
 from .depth import step_size
 from .width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores, WidthMetric
 
@@ -33,6 +35,9 @@ class Importance:
     state_source: str = "now"
     expert_source: str = "reap"
     times_output: bool = False
+
+    def __post_init__(self) -> None:
+        check_between(self, "importance.", 0, math.inf, "remove_layers")
 
     def width_metric(self, seed: int) -> WidthMetric:
         """What scores the widths; `seed` is for the random baseline."""

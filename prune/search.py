@@ -21,6 +21,7 @@ from ..models.cost.parameters import count_parameters
 from ..models.cost.speed import Throughput, throughput
 from ..models.errors import InputError
 from ..models.kinds import KINDS
+from ..models.quantities import check_between
 from .choose import kept_layers, numbered_layers, select
 from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, count_patterns, embed, odd_gap
@@ -80,6 +81,11 @@ class Space(ByWidth):
             object.__setattr__(self, name, value)
         if align < 1:
             raise InputError(f"space: align is {align}; expected at least 1")
+        sizes: dict[str, Values] = {"layers": layers, "intermediate_ratio": intermediate_ratio, **widths}
+        for name, values in sizes.items():
+            for size in values if isinstance(values, tuple) else ():
+                if not 0 < size < math.inf:
+                    raise InputError(f"space: {name} has {size:g}; expected sizes of more than 0")
         for one, other in (("layers", "patterns"), (INNER, "intermediate_ratio")):
             if all((content | widths).get(name) is not None for name in (one, other)):
                 raise InputError(f"space: {one} and {other} are both given; they say the same, keep one")
@@ -109,6 +115,11 @@ class Requests:
     batch: int = 0
     compute_efficiency: float = 0.5
     bandwidth_efficiency: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_between(self, "requests.", 1, math.inf, "input_tokens", "output_tokens")
+        check_between(self, "requests.", 0, math.inf, "batch")
+        check_between(self, "requests.", 0, 1, "compute_efficiency", "bandwidth_efficiency", above=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..models.axes import AXES, AxisRow, group_row
 from ..models.config import HybridConfig
 from ..models.cost.parameters import count_parameters
 from ..models.errors import InputError
+from ..models.quantities import check_between
 from .expert_target import expert_widths
 
 WIDE = 2048  # from this hidden size on
@@ -94,6 +95,7 @@ class Target(ByWidth):
         content = {"layers": layers, "keep_layers": keep_layers, "parameters": parameters, "drop_mtp": drop_mtp}
         for name, value in (content | {"widths": by_width(widths, "target")}).items():
             object.__setattr__(self, name, value)
+        check_between(self, "target: ", 0, math.inf, "parameters", above=True)
 
     def __getattr__(self, name: str) -> int | None:
         """A width by its config field, None where it stays: `target.hidden_size`."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from pydantic import PositiveInt
 
-from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
 from ..models.cost.comparison import ASSUMED, BenchRow, figures, load_of, ratios, row_of, shares
 from ..models.cost.hardware import Hardware, Reserve
@@ -24,6 +23,7 @@ from ..models.errors import InputError, guess
 from ..models.folder import atomic_folder, write_json
 from ..models.generate.decode import lay_out
 from ..models.hybrid import HybridLM, initialize
+from ..models.named import load_checked
 from ..models.offload import free_memory
 from .run.compose import CONF
 from .run.resolve import model_config, model_folder, model_names
@@ -121,7 +121,7 @@ def model_of(name: str, config: HybridConfig, device: torch.device, dtype: torch
     """A folder's model, or a named config with random weights."""
     check_weights_fit(count_parameters(config), dtype, free_memory(device), name)
     if name not in model_names():
-        return load_model(model_folder(name), dtype, device)
+        return load_checked(model_folder(name), dtype, device)
     model = HybridLM(config, device=device, dtype=dtype).eval()
     initialize(model, torch.Generator(device=device).manual_seed(0))
     return model

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Options:
     model: str
     hardware: Hardware
-    context: int | None
-    batch: int | None
+    context: PositiveInt | None
+    batch: PositiveInt | None
     fit: Fit
     method: Literal["formula", "simulation", "measurement", "all"]
     steps: PositiveInt
@@ -110,8 +110,8 @@ def simulated(estimate: Estimate) -> Simulation:
 
 def measured_run(options: Options, estimate: Estimate) -> Measured:
     """The run under a cap of the card's usable memory; of a named config with drawn weights."""
-    from ..models.checkpoint import load_model
     from ..models.cost.peak import check_memory, measure, random_model
+    from ..models.named import load_checked
 
     config, fit, device = estimate.config, estimate.fit, torch.device(options.hardware.device)
     cap, dtype = options.hardware.usable_gib * GIB, torch_dtype(fit.weight_dtype)
@@ -119,7 +119,7 @@ def measured_run(options: Options, estimate: Estimate) -> Measured:
     if options.model in model_names():
         model = random_model(config, dtype, device)
     else:
-        model = load_model(model_folder(options.model), dtype, device).requires_grad_(False)
+        model = load_checked(model_folder(options.model), dtype, device).requires_grad_(False)
     with progress("measuring a run", 1) as bar:
         measured = measure(
             model, fit.length, fit.batch, chunk=fit.chunk, steps=min(options.steps, fit.length - 1),

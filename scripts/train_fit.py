@@ -12,7 +12,7 @@ from ..models.cost.hardware import GIB, Reserve
 from ..models.cost.parameters import count_parameters
 from ..models.cost.training import LINES, Training, TrainReport, train_memory
 from ..models.cost.turns import Knob, common_options, knobs
-from ..models.errors import CheckFailed, InputError
+from ..models.errors import CheckFailed, InputError, check_counts
 from ..models.folder import atomic_folder, write_json
 from ..prune.rounds import in_kinds, leftovers, plan_cuts
 from ..prune.target import Target
@@ -37,6 +37,7 @@ class Options(compress.Options):
     training: Setup
 
     def __post_init__(self) -> None:
+        check_counts(self, "processes")
         self.plan()
 
 
@@ -52,7 +53,6 @@ class Stage:
 
 def run(options: Options) -> None:
     teacher, how = model_config(options.model), options.training
-    options.hardware.check()
     budget = how.budget(options.hardware)
     stages = list(planned(options, teacher))
     print_stages(options, teacher, stages, budget)
@@ -110,7 +110,7 @@ def stages_of(
 def training_of(stage: DistillOptions, options: Options) -> Training:
     """A stage's step on one of the processes."""
     how, parts = options.training, stage.train.context_parallel
-    rows = max(1, stage.batch * parts // max(1, options.processes))
+    rows = max(1, stage.batch * parts // options.processes)
     return Training(
         micro_batch=min(stage.train.micro_batch or rows, rows),
         seq_len=stage.seq_len,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
-from limbeck.distill.text import resolve
+from limbeck.distill.text import pieces, resolve
 from limbeck.distill.text.bins import best_fit
 from limbeck.distill.text.conversations import ANSWER, KIND, PROMPT, Renderer, read_conversation
 from limbeck.distill.text.mixture import Mixture
@@ -19,8 +19,9 @@ from limbeck.distill.text.packing import Batch, Corpus, joined
 from limbeck.distill.text.reading import TextData
 from limbeck.distill.trainer import counted
 from limbeck.models.errors import InputError
+from limbeck.models.generate import chat
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.tests.chat_helpers import CHATML, NEMOTRON, chat_folder, drawn_row
+from limbeck.tests.chat_helpers import CHATML, NEMOTRON, chat_folder, drawn_row, unmarked
 from limbeck.tests.helpers import random_model, tiny_config
 
 ASK, SAY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -70,6 +71,24 @@ def test_rows_hold_whole_conversations(folder: Path, tmp_path: Path) -> None:
         assert batch.labels[here].tolist() == [*expected.tolist(), -100][:size]
         assert batch.parts[here].tolist()[: len(kinds)] == kinds.tolist()
         assert len(set(batch.seq_idx[here].tolist())) == 1
+
+
+def test_a_long_conversation_goes_through_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text through the tokenizer, its renderings through the template's process: the tokens and their parts stay.
+    One answer is longer than a piece."""
+    rows = [*ROWS[:12], long_row(9), long_row(2, words=300)]
+    conversations = [each for row in rows if (each := read_conversation(row, "row")) is not None]
+    bare = chat_folder(folder.parent / "bare", unmarked(CHATML))
+    for template in (folder, bare):
+        renderer = Renderer(load_tokenizer(template), None)
+        whole = [renderer.tokens(each, None) for each in conversations]
+        with monkeypatch.context() as patch:
+            for name, value in {"PIECE": 400, "OVERLAP": 50, "LONGEST": 3200}.items():
+                patch.setattr(pieces, name, value)
+            patch.setattr(chat, "AT_ONCE", 1000)
+            for expected, conversation in zip(whole, conversations, strict=True):
+                found = renderer.tokens(conversation, None)
+                assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("loss", ("kl", "cross entropy", "hidden"))

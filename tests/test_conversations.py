@@ -35,7 +35,7 @@ def test_tokens_and_masks_are_those_of_transformers(name: str, tmp_path: Path) -
         )
         conversation = read_conversation(row, "row")
         assert conversation is not None
-        rendered = marked.template.renderings([(conversation.messages, False)], reasoning, row.get("tools"))[0]
+        (rendered,) = marked.template.renderings([(conversation.messages, False)], reasoning, row.get("tools"))
         assert rendered.text == theirs.apply_chat_template(row["messages"], tokenize=False, **options)
         if reasoning is not False:  # which takes thoughts away before
             ids, parts = marked.tokens(conversation, reasoning)

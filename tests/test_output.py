@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck import load
 from limbeck.distill.options import TrainOptions
 from limbeck.distill.state import is_whole, states
 from limbeck.distill.trainer import train
@@ -244,3 +245,30 @@ def is_same_json(one: Path, other: Path) -> bool:
         return json.loads(one.read_text()) == json.loads(other.read_text())
     except ValueError:
         return False
+
+
+def test_what_only_reads_a_folder_notices_damage_too(workshop: Path, tmp_path: Path) -> None:
+    """Of the weights where they are read, and of the config where that is all."""
+    folder = tmp_path / "merged"
+    model = f"model={folder}"
+    assert limbeck("merge", f"model={workshop / 'model'}", f"other={workshop / 'model'}", f"output={folder}")[0] == 0
+    write = ("generate", model, "prompt=def", "max_new_tokens=2", "context=64", "device=cpu")
+    fit = ("memory-fit", model, "hardware=cpu", "hardware.usable_gib=1", "context=64", "fit.weight_dtype=float32",
+           "fit.kv_dtype=float32", "steps=2")  # fmt: skip
+    speed = ("bench", model, "lengths=[8/2]", "steps=2", "rounds=1", "device=cpu")
+    commands = {"weights": (write, (*fit, "method=measurement"), speed), "config": (fit, (*speed, "measure=false"))}
+    for words in (*commands["weights"], *commands["config"]):
+        code, _, err = limbeck(*words)
+        assert code == 0, (words, err)
+    for what, name in (("weights", "model.safetensors"), ("config", "config.json")):
+        path = folder / name
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        content[-1] ^= 1
+        path.write_bytes(bytes(content) if what == "weights" else whole + b" ")
+        for words in commands[what]:
+            code, _, err = limbeck(*words)
+            assert code == 2 and f"{name} is not as it was left" in err and err.count("\n") == 1, (words, err)
+        with pytest.raises(InputError, match="not as it was left"):
+            load(folder)
+        path.write_bytes(whole)

@@ -23,6 +23,24 @@ OVERFLOW = """[...document.querySelectorAll('body *')].filter(element => {
 CLIPPED = """[...document.querySelectorAll('.card b, .card span, h1, h2, h3, p')].filter(element =>
     element.scrollWidth > element.clientWidth + 1).map(element => element.textContent)"""
 
+# Texts whose contrast with what they stand on (WCAG 2.2's ratio of luminances) is below a bound, with that contrast.
+FAINT = """least => {
+    const light = colour => colour.slice(0, 3).map(x => x / 255).map(x => x <= .03928 ? x / 12.92 :
+        ((x + .055) / 1.055) ** 2.4).reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+    const read = text => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+    const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3]));
+    return [...document.querySelectorAll('body *')].filter(element => !element.closest('style') &&
+        [...element.childNodes].some(child => child.nodeType == 3 && child.textContent.trim())).map(element => {
+        const chain = [];
+        for (let each = element; each; each = each.parentElement) chain.unshift(getComputedStyle(each).backgroundColor);
+        const under = chain.map(read).reduce((below, each) => over(each, below), [255, 255, 255]);
+        const style = getComputedStyle(element);
+        const text = over(read(element instanceof SVGElement ? style.fill : style.color), under);
+        const [low, high] = [light(text), light(under)].sort((a, b) => a - b);
+        return [element.textContent.trim().slice(0, 40), (high + .05) / (low + .05)];
+    }).filter(each => !(each[1] >= least));
+}"""
+
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -72,6 +90,8 @@ def test_it_stands_alone_and_fits(width: int, scheme: str, page: Path, chromium:
     assert len(sizes) > 10 and min(sizes) > width / 4
     paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(244, 246, 248)") is (scheme == "light")
+    # The labels of lines, in the lines' colours, are of the size that 3 is for; all others have 4.5 in light, too.
+    assert chromium.evaluate(f"({FAINT})({4.5 if scheme == 'dark' else 3})") == []
     assert chromium.screenshot().startswith(b"\x89PNG")
 
 

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from limbeck.distill.text import pieces
 from limbeck.distill.text.encoding import encoded
-from limbeck.distill.text.pieces import encoded_texts, long_text
+from limbeck.distill.text.pieces import encoded_texts, joined_pieces, whole_tokens
 from limbeck.distill.text.records import Document
 from limbeck.models.named import SHIPPED
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
@@ -113,8 +113,12 @@ def test_pieces_give_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.Monk
         monkeypatch.setattr(pieces, "LONGEST", 16 * piece)
         for _ in range(4):
             text = drawn_text(draw, 9000)
-            whole = backend.encode(text, add_special_tokens=False).ids
-            assert long_text(text, backend).tolist() == whole
+            whole, found = backend.encode(text, add_special_tokens=False), whole_tokens(text, backend)
+            assert found.ids.tolist() == whole.ids
+            assert list(zip(found.begins.tolist(), found.ends.tolist(), strict=True)) == whole.offsets
+            places = [draw.randrange(len(text)) for _ in range(100)]
+            assert [found.at(place) for place in places] == [whole.char_to_token(place) for place in places]
+            assert found.at(len(text)) is None
 
 
 def test_no_piece_is_larger_than_stated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +136,9 @@ def test_no_piece_is_larger_than_stated(monkeypatch: pytest.MonkeyPatch) -> None
     backend = BACKENDS["gpt2"]()
     backend.decoder = decoders.ByteLevel()
     for text in (PROSE * 3, " " * 20_000 + "x", "ab" * 10_000):
-        ids = long_text(text, backend)
-        assert backend.decode(ids.tolist()) == text
+        parts = list(joined_pieces(text, backend))
+        assert backend.decode(np.concatenate([part.ids for part in parts]).tolist()) == text
+        assert len(parts) > len(text) // 5000 and max(len(part.ids) for part in parts) <= 4000
     assert max(sizes) == 4000
 
 
@@ -144,9 +149,13 @@ def test_texts_come_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "AT_ONCE_CHARACTERS", 700)
     tokenizer = load_tokenizer(SHIPPED["zoo"])
     texts = [PROSE[i : i + (i * 37) % 900] for i in range(0, 4000, 41)]
-    found = list(encoded_texts(iter(texts), tokenizer))
-    assert all(ids.dtype == np.int32 for ids in found)
-    assert [ids.tolist() for ids in found] == [tokenizer.encode(text) for text in texts]
+    found: list[list[int]] = [[]]
+    stretches = list(encoded_texts(iter(texts), tokenizer))
+    for ids, last in stretches:
+        assert ids.dtype == np.int32
+        found[-1] += ids.tolist()
+        found += [[]] if last else []
+    assert found == [*map(tokenizer.encode, texts), []] and len(stretches) > len(texts)
 
 
 @pytest.mark.parametrize("adds", (True, False, None))
@@ -165,6 +174,6 @@ def test_documents_begin_as_the_tokenizer_says(adds: bool | None, tmp_path: Path
 def test_special_tokens_in_a_text_are_text() -> None:
     tokenizer: Tokenizer = load_tokenizer(SHIPPED["zoo"])
     text = "a tag: </s> and <s>"
-    literal, special = (next(encoded_texts([text], tokenizer, special)).tolist() for special in (False, True))
+    literal, special = (next(encoded_texts([text], tokenizer, special))[0].tolist() for special in (False, True))
     assert tokenizer.eos_token_id in special and not {tokenizer.eos_token_id, tokenizer.bos_token_id} & set(literal)
     assert tokenizer.decode(literal) == tokenizer.decode(special) == text and special == tokenizer.encode(text)

@@ -4,6 +4,7 @@ and where they lie in memory."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ...models.errors import InputError, gib
 from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
 from ...models.placement import release_memory
+from ...models.quantities import check_between
 from ...models.tokenizer import Tokenizer
 from ..text.packing import Corpus
 from .continuation import agreement, draw_prompts, greedy_tokens
@@ -28,6 +30,7 @@ from .measure import TEACHER, GapReport
 from .probes import Probe, make_probe, retrieve
 
 SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch
+MOST_RESAMPLES = 10**6  # each is a number for each figure
 SAMPLES = 3  # continuations that are shown
 Say = Callable[[str], None]
 
@@ -45,6 +48,11 @@ class Details:
     probe_count: PositiveInt = 20
     task_shots: int | None = None
     task_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_between(self, "details.", 0, math.inf, "task_shots")
+        check_between(self, "details.", 1, math.inf, "task_limit")
+        check_between(self, "details.", 1, MOST_RESAMPLES, "resamples")
 
     def check_length(self, longest: int) -> None:
         """Raises InputError where the texts that students continue are longer than what the models are made for."""

@@ -21,6 +21,7 @@ from ...models.generate.chat import REASONING, ChatTemplate, Message
 from ...models.generate.spans import ASSISTANT, Span, assistant_rendering
 from ...models.tokenizer import Tokenizer
 from .notes import Notes
+from .pieces import Tokens, whole_tokens
 
 TEXT, PROMPT, ANSWER, THOUGHT = range(4)  # what a token is part of
 PARTS = ("text", "prompt", "answer", "thought")
@@ -182,21 +183,20 @@ class Renderer:
             )
         except InputError as error:
             raise InputError(f"data: {where}, {error}") from None
-        encoding = self.tokenizer.backend.encode(whole.text, add_special_tokens=False)
-        ids = np.array(encoding.ids, dtype=np.int32)
-        parts = np.full(len(ids), PROMPT, np.uint8)
+        tokens = whole_tokens(whole.text, self.tokenizer.backend)
+        parts = np.full(len(tokens.ids), PROMPT, np.uint8)
         for begin, end in whole.spans:
-            if not mark(parts, encoding, (begin, end), ANSWER):
+            if not mark(parts, tokens, (begin, end), ANSWER):
                 break
             for match in THINKING.finditer(whole.text, begin, end):
-                mark(parts, encoding, match.span(), THOUGHT)
+                mark(parts, tokens, match.span(), THOUGHT)
         if notes is not None and conversation.has_thoughts and not (parts == THOUGHT).any():
             notes.add("conversations have thoughts that the template leaves out, or writes without <think>", where)
-        self.mark_exchanges(parts, encoding, conversation, whole.text, reasoning)
-        return ids, parts
+        self.mark_exchanges(parts, tokens, conversation, whole.text, reasoning)
+        return tokens.ids, parts
 
     def mark_exchanges(
-        self, parts: np.ndarray, encoding: Any, conversation: Conversation, whole: str, reasoning: bool | None
+        self, parts: np.ndarray, tokens: Tokens, conversation: Conversation, whole: str, reasoning: bool | None
     ) -> None:
         """Marks where an exchange begins, and what stands before all of them, so that a conversation can be split: only
         where the parts are rendered as the template renders them alone."""
@@ -204,27 +204,27 @@ class Renderer:
         system = messages[:1] if messages[0]["role"] == "system" else ()
         bounds = [number for number, message in enumerate(messages)
                   if message["role"] == "user" and number > len(system)]  # fmt: skip
-        wanted = [(part, False) for bound in bounds for part in (messages[:bound], (*system, *messages[bound:]))]
-        rendered = self.template.renderings(wanted, reasoning, tools) if bounds else []
+        wanted = ((part, False) for bound in bounds for part in (messages[:bound], (*system, *messages[bound:])))
+        rendered = self.template.renderings(wanted, reasoning, tools)
         heads: list[int] = []
-        for before, after in zip(rendered[::2], rendered[1::2], strict=True):
+        for before, after in zip(rendered, rendered, strict=True):
             place = len(before.text)
             head = len(after.text) - (len(whole) - place)
             if before.wrong or after.wrong or head < 0 or (heads and heads[0] != head):
                 continue
             if whole.startswith(before.text) and after.text == whole[:head] + whole[place:]:
-                first, last = encoding.char_to_token(place), encoding.char_to_token(head)
-                if first is None or last is None or encoding.offsets[first][0] != place:
+                first, last = tokens.at(place), tokens.at(head)
+                if first is None or last is None or tokens.begins[first] != place:
                     continue
-                if encoding.offsets[last][0] == head:
+                if tokens.begins[last] == head:
                     heads.append(head)
                     parts[first] |= EXCHANGE
                     parts[:last] |= HEAD
 
 
-def mark(parts: np.ndarray, encoding: Any, span: Span, kind: int) -> bool:
+def mark(parts: np.ndarray, tokens: Tokens, span: Span, kind: int) -> bool:
     """Marks the tokens of a span of characters, as transformers does; False where there are none any more."""
-    first, last = encoding.char_to_token(span[0]), encoding.char_to_token(span[1] - 1)
+    first, last = tokens.at(span[0]), tokens.at(span[1] - 1)
     if first is None:
         return False
     parts[first : last + 1 if last else len(parts)] = kind

@@ -89,35 +89,36 @@ def write_tokens(
     folder: Path, facts: Mapping[str, Any], documents: Iterable[Document], tokenizer: Tokenizer, reading: Reading,
     notes: Notes,
 ) -> None:  # fmt: skip
-    lengths: list[int] = []
+    ends, total, has_chats = [0], 0, False
     names: list[bytes] = []
     with (folder / "ids.safetensors").open("wb") as stream, (folder / PARTS).open("wb") as beside:
         stream.write(bytes(8 + HEADER))
         beside.write(bytes(8 + HEADER))
-        has_chats = False
-        for document in encoded(documents, tokenizer, reading, notes):
-            stream.write(document.ids.astype("<i4").tobytes())
-            if document.chat and not has_chats:
-                beside.seek(sum(lengths), os.SEEK_CUR)  # texts so far, whose parts are zeros
+        for some in encoded(documents, tokenizer, reading, notes):
+            stream.write(some.ids.astype("<i4", copy=False).data)
+            if some.chat and not has_chats:
+                beside.seek(total, os.SEEK_CUR)  # texts so far, whose parts are zeros
                 has_chats = True
             if has_chats:
-                beside.write(document.parts.tobytes())
-            lengths.append(len(document.ids))
-            names.append(document.name.encode("utf-8", "surrogateescape"))
+                beside.write(some.parts.data)
+            total += len(some.ids)
+            if some.last:
+                ends.append(total)
+                names.append(some.name.encode("utf-8", "surrogateescape"))
         # A safetensors header of fixed length, now that the number of tokens is known: the file is read as any other.
         for file, name, dtype, size in ((stream, "ids", "I32", 4), (beside, "parts", "U8", 1)):
-            form = {"dtype": dtype, "shape": [sum(lengths)], "data_offsets": [0, size * sum(lengths)]}
+            form = {"dtype": dtype, "shape": [total], "data_offsets": [0, size * total]}
             file.seek(0)
             file.write(HEADER.to_bytes(8, "little") + json.dumps({name: form}).encode().ljust(HEADER))
     if not has_chats:
         (folder / PARTS).unlink()
     tensors = {
-        "starts": torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0),
+        "starts": torch.tensor(ends, dtype=torch.int64),
         "name_ends": torch.tensor([len(name) for name in names], dtype=torch.int64).cumsum(0),
         "names": torch.frombuffer(bytearray(b"".join(names) or b"\0"), dtype=torch.uint8),
     }
     save_tensors(folder / "documents.safetensors", tensors)
-    write_json(folder / "corpus.json", {**facts, "documents": len(names), "tokens": sum(lengths), "notes": list(notes)})
+    write_json(folder / "corpus.json", {**facts, "documents": len(names), "tokens": total, "notes": list(notes)})
 
 
 def open_corpus(folder: Path, tokenizer: Tokenizer, reading: Reading) -> Corpus:

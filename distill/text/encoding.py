@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -17,20 +18,22 @@ from .records import Document, Notes
 MODES = {True: " (reasoning on)", False: " (reasoning off)", None: ""}
 
 
-class Encoded(NamedTuple):
-    """A document's ids (int32), and what each is part of (uint8; see `conversations`)."""
+class Stretch(NamedTuple):
+    """Some of a document's tokens, one after another: ids (int32), what each is part of (uint8; see `conversations`),
+    and whether the document ends with them. Only a long text comes in several, which memory need not hold together."""
 
     name: str
     ids: np.ndarray
     parts: np.ndarray
     chat: bool
+    last: bool
 
 
 def encoded(
     documents: Iterable[Document], tokenizer: Tokenizer, reading: Reading | None = None, notes: Notes | None = None
-) -> Iterator[Encoded]:
-    """Each document with its tokens, `<s> ... </s>` (`... </s>` where the tokenizer has no bos). A conversation is as
-    its template writes it, special tokens and all; its name says whether it was told to think. Raises InputError."""
+) -> Iterator[Stretch]:
+    """The documents in tokens, `<s> ... </s>` (`... </s>` where the tokenizer has no bos). A conversation is as its
+    template writes it, special tokens and all; its name says whether it was told to think. Raises InputError."""
     reading, notes = reading or Reading(), Notes() if notes is None else notes
     renderer = Renderer(tokenizer, reading.reasoning_share)
     for is_text, group in itertools.groupby(documents, lambda document: document.chat is None):
@@ -41,18 +44,21 @@ def encoded(
             assert document.chat is not None
             reasoning = renderer.reasoning(document.name, document.chat)
             ids, parts = renderer.tokens(document.chat, reasoning, notes)
-            yield Encoded(document.name + MODES[reasoning], ids, parts, True)
+            yield Stretch(document.name + MODES[reasoning], ids, parts, chat=True, last=True)
 
 
-def encoded_plain(documents: Iterable[Document], tokenizer: Tokenizer, special_tokens: bool) -> Iterator[Encoded]:
-    waiting: list[str] = []
+def encoded_plain(documents: Iterable[Document], tokenizer: Tokenizer, special_tokens: bool) -> Iterator[Stretch]:
+    waiting: collections.deque[str] = collections.deque()
 
     def texts() -> Iterator[str]:
         for document in documents:
             waiting.append(document.name)
             yield document.text
 
-    for number, ids in enumerate(encoded_texts(texts(), tokenizer, special_tokens)):
-        framed = np.concatenate((tokenizer.begin, ids, [tokenizer.eos_token_id]), dtype=np.int32, casting="unsafe")
-        yield Encoded(waiting[number], framed, np.full(len(framed), TEXT, np.uint8), False)
-        waiting[number] = ""
+    begins = True
+    for ids, last in encoded_texts(texts(), tokenizer, special_tokens):
+        before, after = tokenizer.begin if begins else [], [tokenizer.eos_token_id] if last else []
+        framed = np.concatenate((before, ids, after), dtype=np.int32, casting="unsafe")
+        name = waiting.popleft() if last else waiting[0]
+        yield Stretch(name, framed, np.full(len(framed), TEXT, np.uint8), chat=False, last=last)
+        begins = last

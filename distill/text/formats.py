@@ -13,6 +13,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,16 +98,19 @@ def without_mark(content: bytes) -> bytes:
 def whole_text(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """Raises InputError where a file of no known suffix is one of records: it is not to be read as prose."""
     with unpacked(path) as (stream, tell):
-        content = without_mark(stream.read())
+        text = decoded(path, without_mark(stream.read()))  # the bytes go before the text is worked on
         done = tell()
-    text = decoded(path, content)
-    if kind_of(path) not in PROSE and text.lstrip()[:1] in ("{", "["):
-        with contextlib.suppress(ValueError, RecursionError):
-            json.loads(text.strip().partition("\n")[0])
-            text = ""
-        if not text:
-            raise InputError(f"data: {path} looks like records; name it .jsonl or .json, or .txt for prose")
+    if kind_of(path) not in PROSE and begins_with_json(text):
+        raise InputError(f"data: {path} looks like records; name it .jsonl or .json, or .txt for prose")
     yield Row(text, str(path), done, prose=True)
+
+
+def begins_with_json(text: str) -> bool:
+    """Whether a text's first line is an object or an array of JSON."""
+    first = re.match(r"\s*([\[{].*)", text)
+    with contextlib.suppress(ValueError, RecursionError):
+        return first is not None and json.loads(first[1]) is not None
+    return False
 
 
 def loaded(text: str, where: str) -> Any:
@@ -124,14 +128,18 @@ def json_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """A row for each line that is not empty. (The reader of `datasets` takes 8 times as long, makes dates of texts that
     look like one, and names no line.)"""
     with unpacked(path) as (stream, tell):
-        begin = 0
-        for number, line in enumerate(stream, 1):
+        number = begin = 0
+        for line in stream:  # a line and its text go before its record is worked on: they may be long
+            number += 1  # noqa: SIM113 - enumerate would hold the line
             text = decoded(path, without_mark(line) if number == 1 else line, begin)
             begin += len(line)
-            if text.strip():
+            del line
+            if text and not text.isspace():
                 # Of an unpacked file what is read is counted by lines, since its buffer is ahead of them.
-                done = tell() if path.suffix.lower() in PACKED else begin
-                yield Row(loaded(text, f"{path}, line {number}"), f"{path}, line {number}", done)
+                done, where = tell() if path.suffix.lower() in PACKED else begin, f"{path}, line {number}"
+                row = Row(loaded(text, where), where, done)
+                del text
+                yield row
 
 
 def json_values(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -280,13 +288,20 @@ def table_rows(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
     number = 0
     try:
         for batch in batches:
-            for record in batch.to_pylist():
+            for record in records_of(batch):
                 yield Row(record, f"{path}, row {number}")
                 number += 1
     except InputError:
         raise
     except Exception as error:  # a broken file
         raise InputError(f"data: {path} cannot be read at row {number}: {first_line(error)}") from None
+
+
+def records_of(batch: Any) -> Iterator[Any]:
+    """The records of some rows of a table, of long ones a few at a time."""
+    at_once = max(1, PIECE * batch.num_rows // max(batch.nbytes, PIECE))
+    for start in range(0, batch.num_rows, at_once):
+        yield from batch.slice(start, at_once).to_pylist()
 
 
 def columns_to_read(columns: Sequence[str], known: Sequence[str], where: str) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...models.errors import InputError
 from ...models.tokenizer import Tokenizer
 from .conversations import KIND, PROMPT
-from .encoding import Encoded, encoded
+from .encoding import encoded
 from .notes import Notes
 from .reading import Reading
 from .records import Document
@@ -256,11 +256,13 @@ class Sample(Indexed[Batch]):
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer, source: Reading | None = None) -> Corpus:
     """Documents in memory to tokens in memory; see `corpus_cache` for those on disk."""
     reading, notes = source or Reading(), Notes()
-    read: list[Encoded] = list(encoded(documents, tokenizer, reading, notes))
-    starts = np.concatenate(([0], np.cumsum([len(each.ids) for each in read])))
-    names = tuple(each.name for each in read)
-    ids = np.concatenate([each.ids for each in read])
-    parts = np.concatenate([each.parts for each in read]) if any(each.chat for each in read) else None
+    read = list(encoded(documents, tokenizer, reading, notes))
+    sizes = np.cumsum([len(some.ids) for some in read])
+    ends = [size for size, some in zip(sizes.tolist(), read, strict=True) if some.last]
+    names = tuple(some.name for some in read if some.last)
+    ids = np.concatenate([some.ids for some in read])
+    parts = np.concatenate([some.parts for some in read]) if any(some.chat for some in read) else None
+    starts = np.array([0, *ends])
     return Corpus(
         ids, starts, names, tokenizer.token_bytes, tokenizer.pad_token_id, notes=tuple(notes), parts=parts,
         prompts=reading.prompts, long=reading.long,

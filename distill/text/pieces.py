@@ -33,10 +33,21 @@ class Tokens(NamedTuple):
     def rest(self, first: int) -> Tokens:
         return Tokens(*(column[first:] for column in self))
 
+    def before(self, end: int) -> Tokens:
+        return Tokens(*(column[:end] for column in self))
 
-def encoded_texts(texts: Iterable[str], tokenizer: Tokenizer, special_tokens: bool = False) -> Iterator[np.ndarray]:
-    """The ids of each text (int32), without special tokens added; those that the text spells are text, unless
-    `special_tokens`. Some hundred go to the tokenizer at once, which works on all processors (RAYON_NUM_THREADS)."""
+    def at(self, place: int) -> int | None:
+        """The number of the first token of the character at a place of the text; None where it has none."""
+        number = int(np.searchsorted(self.ends, place, "right"))
+        return number if number < len(self.ids) and self.begins[number] <= place else None
+
+
+def encoded_texts(
+    texts: Iterable[str], tokenizer: Tokenizer, special_tokens: bool = False
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """The ids of each text (int32), those of a long one in several arrays, and whether the text ends with them; without
+    special tokens added: those that the text spells are text, unless `special_tokens`. Some hundred texts go to the
+    tokenizer at once, which works on all processors (RAYON_NUM_THREADS)."""
     backend = tokenizer.backend if special_tokens else literal_backend(tokenizer.backend)
     waiting: list[str] = []
     characters = 0
@@ -45,16 +56,17 @@ def encoded_texts(texts: Iterable[str], tokenizer: Tokenizer, special_tokens: bo
             yield from at_once(waiting, backend)
             waiting, characters = [], 0
         if len(text) > PIECE:
-            yield long_text(text, backend)
+            yield from ((part.ids, False) for part in joined_pieces(text, backend))
+            yield np.empty(0, np.int32), True
         else:
             waiting.append(text)
             characters += len(text)
     yield from at_once(waiting, backend)
 
 
-def at_once(texts: Sequence[str], backend: tokenizers.Tokenizer) -> Iterator[np.ndarray]:
+def at_once(texts: Sequence[str], backend: tokenizers.Tokenizer) -> Iterator[tuple[np.ndarray, bool]]:
     for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False):
-        yield np.array(encoding.ids, dtype=np.int32)
+        yield np.array(encoding.ids, dtype=np.int32), True
 
 
 @functools.lru_cache(maxsize=4)
@@ -65,25 +77,29 @@ def literal_backend(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return literal
 
 
-def long_text(text: str, backend: tokenizers.Tokenizer) -> np.ndarray:
-    """The ids of a text of any length, those of the whole."""
-    parts: list[np.ndarray] = []
-    begin, size, piece = 0, PIECE, tokens_of(text, 0, PIECE, backend)
+def whole_tokens(text: str, backend: tokenizers.Tokenizer) -> Tokens:
+    """The tokens of a text of any length, all of them together."""
+    return Tokens(*map(np.concatenate, zip(*joined_pieces(text, backend), strict=True)))
+
+
+def joined_pieces(text: str, backend: tokenizers.Tokenizer) -> Iterator[Tokens]:
+    """The tokens of a text of any length, one stretch of it after the other; together they are those of the whole."""
+    is_first, begin, size, piece = True, 0, PIECE, tokens_of(text, 0, PIECE, backend)
     while begin + size < len(text):
         joined = joined_piece(text, piece, begin + size, backend)
         if joined is None and size < LONGEST:  # a word of that length, or a tokenizer of long memory
             size = 2 * size
             longer = tokens_of(text, begin, size, backend)
             # Of the first tokens, which the join with the piece before has left out, there are none in a longer one.
-            piece = longer.rest(int(np.searchsorted(longer.begins, piece.begins[0]))) if parts else longer
+            piece = longer if is_first else longer.rest(int(np.searchsorted(longer.begins, piece.begins[0])))
             continue
         if joined is None:
             cut = max(int(np.searchsorted(piece.begins, begin + size - OVERLAP, "right")) - 1, 1)
             joined = cut, int(piece.begins[cut]), tokens_of(text, int(piece.begins[cut]), PIECE, backend)
         cut, begin, following = joined
-        parts.append(piece.ids[:cut])
-        piece, size = following, PIECE
-    return np.concatenate([*parts, piece.ids])
+        yield piece.before(cut)
+        piece, size, is_first = following, PIECE, False
+    yield piece
 
 
 def joined_piece(text: str, piece: Tokens, end: int, backend: tokenizers.Tokenizer) -> tuple[int, int, Tokens] | None:

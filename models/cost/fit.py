@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from ..config import HybridConfig
 from ..device import DTYPES, torch_dtype
 from ..errors import InputError
+from ..quantities import check_between
 from .hardware import GIB, Hardware, Reserve
 from .inference import Change, MemoryReport, Verdict, changes, memory, verdict
 from .speed import Throughput, throughput
@@ -40,6 +42,7 @@ class Fit(Reserve):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_between(self, "fit.", 1, math.inf, "context", "batch", "chunk")
         if self.batch > MOST_SEQUENCES:
             raise InputError(f"fit.batch is {self.batch:,}; expected {MOST_SEQUENCES:,} at most")
         for name in ("weight_dtype", "ssm_dtype"):
@@ -74,7 +77,6 @@ class Fit(Reserve):
     def estimate(self, config: HybridConfig, hardware: Hardware, held: StoredWeights | None = None) -> Estimate:
         """The bytes by formula, and the verdict on them; quantised weights are what is `held`. Raises InputError where
         the card has no memory."""
-        hardware.check()
         fit = self.of(config)
         budget = fit.budget(hardware)
         report = memory(config, fit.length, fit.batch, budget=budget, held=held, **fit.assumptions(hardware))

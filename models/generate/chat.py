@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,6 +28,7 @@ from .template_worker import SECONDS
 Message = Mapping[str, Any]
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's thoughts are called
+AT_ONCE = 2**20  # characters of JSON that go to the process together, more where one rendering's are
 BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -54,7 +55,7 @@ class TemplateProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
         weakref.finalize(self, end_process, self.process)
-        (answer,) = self.answers({"source": source}, 1)
+        (answer,) = self.answers(json.dumps({"source": source}), 1)
         if "failed" in answer:
             raise InputError(f"{where}: the chat template cannot be read: {one_line(answer['failed'])}")
 
@@ -65,9 +66,24 @@ class TemplateProcess:
             raise InputError(rendering.wrong)
         return rendering.text
 
-    def renderings(self, many: Sequence[Mapping[str, Any]]) -> list[Rendering]:
-        """The template's texts of some variables each."""
-        return [self.rendering(answer) for answer in self.answers({"variables": list(many)}, len(many))]
+    def renderings(self, many: Iterable[Mapping[str, Any]]) -> Iterator[Rendering]:
+        """The template's texts of some variables each, which are read as their turn comes: of a long conversation,
+        rendered from each of its turns on, memory need not hold all."""
+        waiting: list[str] = []
+        size = 0
+        for variables in many:
+            waiting.append(json.dumps(variables))
+            size += len(waiting[-1])
+            if size > AT_ONCE:
+                yield from self.rendered(waiting)
+                waiting, size = [], 0
+        if waiting:
+            yield from self.rendered(waiting)
+
+    def rendered(self, variables: Sequence[str]) -> list[Rendering]:
+        """Of variables in JSON, all of them at once."""
+        answers = self.answers('{"variables": [' + ", ".join(variables) + "]}", len(variables))
+        return [self.rendering(answer) for answer in answers]
 
     def rendering(self, answer: Mapping[str, Any]) -> Rendering:
         if "refused" in answer:
@@ -77,10 +93,10 @@ class TemplateProcess:
         text = str(answer["text"]).encode("utf-8", "replace").decode()  # halves of surrogate pairs
         return Rendering(text, tuple((begin, end) for begin, end in answer["spans"]))
 
-    def answers(self, given: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    def answers(self, given: str, count: int) -> list[dict[str, Any]]:
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(given).encode() + b"\n")
+            self.process.stdin.write(given.encode() + b"\n")
             self.process.stdin.flush()
         line = self.process.stdout.readline()
         if line:
@@ -141,10 +157,10 @@ class ChatTemplate:
         return self.processes[self.name_for(tools)].render(self.variables(messages, reasoning, tools, prompt=True))
 
     def renderings(
-        self, wanted: Sequence[tuple[Sequence[Message], bool]], reasoning: bool | None = None, tools: Any = None
-    ) -> list[Rendering]:
+        self, wanted: Iterable[tuple[Sequence[Message], bool]], reasoning: bool | None = None, tools: Any = None
+    ) -> Iterator[Rendering]:
         """The texts of some messages each, given with whether they end where the assistant begins."""
-        many = [self.variables(messages, reasoning, tools, prompt) for messages, prompt in wanted]
+        many = (self.variables(messages, reasoning, tools, prompt) for messages, prompt in wanted)
         return self.processes[self.name_for(tools)].renderings(many)
 
 

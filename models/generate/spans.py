@@ -10,7 +10,7 @@ it was the last. White space after the token that ends an answer is the template
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -36,19 +36,21 @@ def assistant_rendering(
     it cannot be told from the rest.
     """
     turns = [number for number, message in enumerate(messages) if message.get("role") == ASSISTANT]
-    wanted: list[tuple[Sequence[Message], bool]] = [(messages, False)]
     marked = template.has_blocks(tools)
-    if not marked:
-        for turn in turns:
-            wanted += [(messages[:turn], True), (messages[: turn + 1], False)]
-    whole, *cuts = template.renderings(wanted, reasoning, tools)
+
+    def wanted() -> Iterator[tuple[Sequence[Message], bool]]:
+        yield messages, False
+        for turn in () if marked else turns:
+            yield from ((messages[:turn], True), (messages[: turn + 1], False))
+
+    rendered = template.renderings(wanted(), reasoning, tools)
+    whole = next(rendered)
     if whole.wrong is not None:
         raise InputError(f"turn {wrong_turn(template, messages, reasoning, tools)}: {whole.wrong}")
     if marked:
         return whole
     spans = []
-    for number, turn in enumerate(turns):
-        before, after = cuts[2 * number : 2 * number + 2]
+    for turn, before, after in zip(turns, rendered, rendered, strict=True):
         span = strict_span(whole.text, before, after)
         if span is None:
             span = span_by_content(template, messages, turn, (whole, before, after), reasoning, tools)
@@ -60,7 +62,7 @@ def assistant_rendering(
 
 def wrong_turn(template: ChatTemplate, messages: Sequence[Message], reasoning: bool | None, tools: Any) -> int:
     """The first message with which a conversation is refused, counted from 1."""
-    parts = [(messages[:count], False) for count in range(1, len(messages) + 1)]
+    parts = ((messages[:count], False) for count in range(1, len(messages) + 1))
     wrong = [rendering.wrong is not None for rendering in template.renderings(parts, reasoning, tools)]
     # A refusal that a longer beginning does not meet (no user message yet) is not the one looked for.
     return max((count for count in range(1, len(wrong) + 1) if count == 1 or not wrong[count - 2]), default=1)

@@ -6,13 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
-from ..checkpoint import load_config, load_model
+from ..checkpoint import load_config
 from ..config import HybridConfig
 from ..device import torch_device, torch_dtype
 from ..errors import InputError
 from ..matmul import Multiplied
+from ..named import load_checked
 from ..schema import GenerationSettings, read_as
 from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .chat import ChatTemplate, Message
@@ -29,7 +30,7 @@ class WritingOptions(Multiplied):
     chat: bool
     system: str | None
     reasoning: Any
-    thinking_budget: int | None
+    thinking_budget: NonNegativeInt | None
     max_new_tokens: PositiveInt
     temperature: float
     top_k: int | None
@@ -43,6 +44,13 @@ class WritingOptions(Multiplied):
     device: str
     dtype: str
     ssm_dtype: str
+
+    def __post_init__(self) -> None:
+        self.sampling()  # which says what is out of range
+
+    def sampling(self, seed: int = 0) -> Sampling:
+        """How tokens are drawn; `seed` counts from the options'."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.seed + seed)
 
 
 class Writer:
@@ -77,11 +85,10 @@ class Writer:
 
     def request_of(self, ids: list[int], seed: int) -> Request:
         options = self.options
-        sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.seed + seed)
         return Request(
             ids,
             options.max_new_tokens,
-            sampling,
+            options.sampling(seed),
             stop=options.stop,
             stop_tokens=self.stop_tokens,
             logprobs=options.logprobs,
@@ -98,7 +105,7 @@ class Writer:
             )
         options = self.options
         return Engine(
-            load_model(self.folder, torch_dtype(options.dtype), torch_device(options.device)),
+            load_checked(self.folder, torch_dtype(options.dtype), torch_device(options.device)),
             max_length=max_length,
             slots=slots,
             prefill_chunk=options.prefill_chunk,

@@ -33,7 +33,7 @@ def check_content(content: Any, where: str = "") -> None:
         if ODD.search(content):
             raise InputError(f"{where} is {content[:40]!r}, which has a null byte or is not UTF-8; expected plain text")
     elif isinstance(content, int):
-        seed = where.rpartition(".")[2] == "seed"
+        seed = where.endswith("seed")
         if not (0 if seed else -WHOLE) <= content < WHOLE:
             said = str(content) if abs(content) < 10**30 else "a number of more than 30 digits"
             raise InputError(f"{where} is {said}; expected {'at least 0 and ' if seed else ''}less than 2^63")

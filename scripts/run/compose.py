@@ -271,12 +271,11 @@ def recipes(command: str) -> dict[str, str]:
 def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Options:
     """A frozen dataclass, nested ones included, out of plain data, its annotations taken strictly. Raises InputError
     in one line, which begins with `where`."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    # As JSON a list may become a tuple, and a text a path; the list around gives the dataclasses this config.
-    config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    try:
-        return TypeAdapter(list[cls], config=config).validate_json(json.dumps([content]))[0]  # type: ignore[valid-type]
+    try:  # as JSON a list may become a tuple, and a text a path
+        reader = reader_of(typing.cast(Any, cls), tuple(AXES))
+        return typing.cast(Options, reader.validate_json(json.dumps([content]))[0])
     except ValidationError as error:
         errors = error.errors(include_url=False)
     for each in errors:
@@ -289,6 +288,15 @@ def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Op
     from .mistakes import complaint
 
     raise InputError(where + complaint(errors, cls, content))
+
+
+@functools.lru_cache(maxsize=32)
+def reader_of(cls: Any, axes: tuple[str, ...]) -> Any:
+    """What reads a dataclass out of JSON, in a list, which gives the dataclasses this config. To make one takes longer
+    than to read with it. The options that there are follow from the axes as well."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(list[cls], config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 
 
 def with_text(content: Any, place: Sequence[Any]) -> Any:
