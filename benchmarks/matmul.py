@@ -4,8 +4,8 @@
 
 Cases: a pretraining step of the shipped mixture of experts (8 x 512 tokens, Muon), a distillation step of the shipped
 model as its own teacher, and of 28 M parameters with 32,768 tokens as cpu_vs_transformers draws them (4 x 512, Muon);
-of each the forward pass alone as well. A step is forward, loss, backward and optimizer; each figure is the median of the
-rounds, the first of which counts for nothing. Beside them stands how far the gradient is off: the norm of the
+of each the forward pass alone as well. A step is forward, loss, backward and optimizer; each figure is the median of
+the rounds, the first of which counts for nothing. Beside them stands how far the gradient is off: the norm of the
 difference over the norm of the float32 gradient, of the same weights and batch.
 """
 
