@@ -1,12 +1,13 @@
 """Training steps and forward passes with products in float32 and in bfloat16 (matmul=), in turns, in one process.
 
-    OMP_NUM_THREADS=2 python -m limbeck.benchmarks.matmul [--rounds 5] [--cases NAME ...] [--json FILE]
+    OMP_NUM_THREADS=2 python -m limbeck.benchmarks.matmul [--rounds 5] [--cases NAME ...] [--processor-time] [--json F]
 
 Cases: a pretraining step of the shipped mixture of experts (8 x 512 tokens, Muon), a distillation step of the shipped
 model as its own teacher, and of 28 M parameters with 32,768 tokens as cpu_vs_transformers draws them (4 x 512, Muon);
 of each the forward pass alone as well. A step is forward, loss, backward and optimizer; each figure is the median of
 the rounds, the first of which counts for nothing. Beside them stands how far the gradient is off: the norm of the
-difference over the norm of the float32 gradient, of the same weights and batch.
+difference over the norm of the float32 gradient, of the same weights and batch. `--processor-time` counts the process's
+time instead of the clock's: for one thread on a busy machine.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, rounds: int, now: Callable[[], float]) -> dict[str, Any]:
     """Seconds of a step and of a forward pass each way, and how far the gradient is off."""
     case = CASES[name]()
     optimizers = make_optimizers(case.model, TrainOptions(steps=1, learning_rate=1e-6, optimizer="muon"))
@@ -103,16 +104,16 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     for _ in range(rounds + 1):
         for way, narrow in WAYS.items():
             with bfloat16_products(narrow):
-                begun = time.perf_counter()
+                begun = now()
                 case.loss().backward()
                 for optimizer in optimizers.values():
                     optimizer.step()
                 case.model.zero_grad(set_to_none=True)
-                done = time.perf_counter()
+                done = now()
                 with torch.inference_mode():
                     case.model.hidden_states(case.batch.input_ids, seq_idx=case.batch.seq_idx)
             seconds[way]["step"].append(done - begun)
-            seconds[way]["forward"].append(time.perf_counter() - done)
+            seconds[way]["forward"].append(now() - done)
     medians = {way: {what: statistics.median(taken[1:]) for what, taken in each.items()}
                for way, each in seconds.items()}  # fmt: skip
     return {"seconds": medians, "tokens": case.batch.input_ids.numel(),
@@ -123,14 +124,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=list(CASES), help="those whose names begin so")
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    now = time.process_time if options.processor_time else time.perf_counter
     processes.set_up()
     facts = provenance() | {"load before": round(os.getloadavg()[0], 2), "one product": f"{measured_gain():.2f} times"}
     print("| case | | float32, s | bfloat16, s | gain | tokens/s | gradient off |\n|---|---|---|---|---|---|---|")
     results: dict[str, Any] = {}
     for name in (name for name in CASES if name.startswith(tuple(options.cases))):
-        found = results[name] = measure(name, options.rounds)
+        found = results[name] = measure(name, options.rounds, now)
         for what in ("step", "forward"):
             single, half = (found["seconds"][way][what] for way in WAYS)
             off = f"{found['gradient_off']:.1%}" if what == "step" else ""
