@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .parts import side_by_side
 from .tracing import STATE, iterations
 
 
@@ -55,7 +56,7 @@ def torch_scan_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, dt, A, B, C, D, dt_bias and initial_state, None for what is not there."""
     scan = Chunks(x, dt, A, B, C, D, dt_bias, seq_idx, dt_softplus, dt_limit, chunk_size)
-    dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
+    dx, dB, dC = side_by_side(x, B, C)
     dstep = torch.empty(dt.shape, dtype=scan.dtype, device=x.device)
     da = torch.empty_like(dstep)
     dD = torch.zeros(scan.heads, dtype=scan.dtype, device=x.device)

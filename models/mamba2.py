@@ -20,6 +20,7 @@ from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from ..kernels.entering_state import decay_from_start, with_entering_state
 from ..kernels.mamba_step import PreparedStep, takes_prepared
 from ..kernels.norm import gated_rms_norm, rms_norm
+from ..kernels.parts import split_rows
 from ..kernels.ssd import ssd_scan
 from ..kernels.state_energy import state_energy
 from ..kernels.state_update import state_update
@@ -165,7 +166,7 @@ class Mamba2Mixer(nn.Module):
         """[..., C] -> x [..., H, P], B and C [..., G, N]"""
         config = self.config
         groups = (config.n_groups, config.ssm_state_size)
-        x, B, C = conv_out.split((config.d_inner, groups[0] * groups[1], groups[0] * groups[1]), -1)
+        x, B, C = split_rows(conv_out, (config.d_inner, groups[0] * groups[1], groups[0] * groups[1]))
         heads = (config.mamba_num_heads, config.mamba_head_dim)
         return x.unflatten(-1, heads), B.unflatten(-1, groups), C.unflatten(-1, groups)
 

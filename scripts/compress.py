@@ -38,13 +38,7 @@ from .run.show import console, read_json, result, say
 from .run.stage import check_ours, many_processes, owned_by_run, stage
 from .run.tracking import Tracked
 
-APART = (
-    "output",
-    "device",
-    "data",
-    "dry_run",
-    "matmul",
-)  # no options of the run's; data is an input, and `stage` sees to matmul
+APART = ("output", "device", "data", "dry_run", "matmul")  # no options of the run's; `stage` is told of the latter
 # What only the last stages read: another value makes these anew, and leaves the rest as it is.
 LATE = ("evaluate_tokens", "export_dtype", "hardware", "fit")
 
