@@ -289,8 +289,7 @@ class DistillOptions:
     nested: NestedSizes | None = None
 
     def __post_init__(self) -> None:
-        if self.seq_len < 1 or self.batch < 1:
-            raise InputError(f"distill: seq_len ({self.seq_len}) and batch ({self.batch}) must be at least 1")
+        check_between(self, "distill: ", 1, math.inf, "seq_len", "batch")
         check_between(self, "distill: ", 0, math.inf, "evaluate_tokens")
         if not self.stages and self.nested is not None:
             check_nested(self)
@@ -339,10 +338,8 @@ class DistillOptions:
                 " rows"
             )
         if self.train.context_parallel > 1:
-            raise InputError(
-                "distill.rollouts: the student writes whole rows, and context_parallel is"
-                f" {self.train.context_parallel}; set it to 1"
-            )
+            split = self.train.context_parallel
+            raise InputError(f"distill.rollouts: the student writes whole rows; context_parallel is {split}, not 1")
         if greatest(loss.kl_weight) == 0:
             raise InputError(
                 "distill.rollouts: on its own text the student learns from the teacher alone; give a kl_weight above 0"
@@ -393,8 +390,8 @@ class DistillOptions:
         assert correction is not None
         steps = correction.steps or self.steps_for(correction.tokens)
         train = dataclasses.replace(self.train, steps=steps, learning_rate=correction.learning_rate)
-        plain: dict[str, Any] = {"teacher_correction": None, "stages": (), "rollouts": None, "nested": None}
-        return dataclasses.replace(self, train=train, repack=True, **plain)
+        plain = dataclasses.replace(self, stages=(), rollouts=None, nested=None, teacher_correction=None)
+        return dataclasses.replace(plain, train=train, repack=True)
 
     def check_one_size(self, where: str) -> None:
         """Raises InputError where several sizes would be trained at once, which only `limbeck distill` does."""

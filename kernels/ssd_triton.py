@@ -203,7 +203,7 @@ def scan_gradients(
         mixing = tl.trans((scores * between).to(DOT))
         dmixing = tl.zeros((Q, Q), tl.float32)
         read = tl.zeros((Q, BLOCK_N), tl.float32)
-        # Products whose sums are asked for are added up as tiles: a sum over threads costs barriers.
+        # Products whose sums are wanted are added up as tiles: a sum over threads costs barriers.
         gains, dsteps = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((Q, BLOCK_P), tl.float32)
         skipped, kept = tl.zeros((Q, BLOCK_P), tl.float32), tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
         p_x_h = p_x + i_b * s_x_b + start * s_x_t + i_h * s_x_h

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -133,7 +134,7 @@ def sha256_file(path: Path) -> str:
         return sha256_stream(stream)
 
 
-def sha256_stream(stream: BinaryIO) -> str:
+def sha256_stream(stream: io.BufferedReader) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

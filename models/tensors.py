@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ class Finishing:
             self.begun.append(self.pool.submit(self.sum, file.path.name, file.partial.open("rb")))
         self.begun.append(self.pool.submit(file.finish))
 
-    def sum(self, name: str, stream: BinaryIO) -> None:
+    def sum(self, name: str, stream: io.BufferedReader) -> None:
         with stream:
             found = sha256_stream(stream)
         assert self.sums is not None

@@ -393,9 +393,4 @@ def ranked(candidates: Iterable[Candidate], by: str) -> tuple[Candidate, ...]:
         return tuple(sorted(candidates, key=lambda c: (-c.importance, -c.memory.total, c.name)))  # type: ignore[operator]
     assert by == "loss", by
     unmeasured = float("inf")
-    return tuple(
-        sorted(
-            ranked(candidates, "importance"),
-            key=lambda c: unmeasured if c.loss is None else c.loss,
-        )
-    )
+    return tuple(sorted(ranked(candidates, "importance"), key=lambda c: unmeasured if c.loss is None else c.loss))
