@@ -17,7 +17,7 @@ from .launch import takes_operator
 def split_rows(rows: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
     """rows [..., C] in parts of so many columns, as `Tensor.split`."""
     if not torch.is_grad_enabled() or takes_operator(rows) or torch.compiler.is_compiling():
-        return rows.split(sizes, -1)  # type: ignore[no-untyped-call,no-any-return]
+        return rows.split(sizes, -1)
     return SplitRows.apply(rows, tuple(sizes))
 
 
