@@ -55,11 +55,12 @@ class ChunkedLoss(torch.autograd.Function):
                 first[outer] = piece(logits[inner], inner, outer, values[:, outer], factors, need)
                 if need:  # an ignored token's logits may be anything, and 0 times infinity is none
                     logits[inner].masked_fill_(factors == 0, 0)
+            gradient = logits.to(head.dtype) if need_hidden or need_head else logits
             if dhidden is not None:
-                dhidden[rows] = logits.to(head.dtype) @ head
+                dhidden[rows] = gradient @ head
             if dhead is not None:
-                accumulate(dhead, logits.to(hidden.dtype), hidden[rows])
-            del logits, piece  # before the next chunk's
+                accumulate(dhead, gradient.to(hidden.dtype), hidden[rows])
+            del logits, gradient, piece  # before the next chunk's
         values.masked_fill_(weights == 0, 0)  # an ignored token's figures are of whatever label 0 would be
         loss = (values[-1] * weights).sum() * scale
         # The gradients are kept, and not the logits: [T, H] and [V, H] in place of [T, V].
