@@ -152,9 +152,9 @@ def test_other_shapes_compile_offline(capability: int, shape: dict[str, int]) ->
 
 
 CYCLES = {  # a token, of a program beside as many as fit: forward, walk, gradients of a group's head
-    80: (235, 60, 600),
-    86: (400, 80, 800),
-    89: (280, 70, 700),
+    80: (235, 45, 640),
+    86: (400, 55, 800),
+    89: (280, 50, 700),
     90: (105, 40, 650),
 }
 
