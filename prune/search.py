@@ -83,9 +83,8 @@ class Space(ByWidth):
             raise InputError(f"space: align is {align}; expected at least 1")
         sizes: dict[str, Values] = {"layers": layers, "intermediate_ratio": intermediate_ratio, **widths}
         for name, values in sizes.items():
-            for size in values if isinstance(values, tuple) else ():
-                if not 0 < size < math.inf:
-                    raise InputError(f"space: {name} has {size:g}; expected sizes of more than 0")
+            if isinstance(values, tuple) and not all(0 < size < math.inf for size in values):
+                raise InputError(f"space: {name} is {list(values)}; expected sizes of more than 0")
         for one, other in (("layers", "patterns"), (INNER, "intermediate_ratio")):
             if all((content | widths).get(name) is not None for name in (one, other)):
                 raise InputError(f"space: {one} and {other} are both given; they say the same, keep one")
