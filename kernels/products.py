@@ -3,7 +3,7 @@
 Operands are rounded to bfloat16 and sums are float32. torch's products on a CPU leave these in bfloat16 and in nothing
 wider (2.13: their `out_dtype` is CUDA's alone), so that the answer is rounded as well: three roundings of up to 2**-8
 of a number in place of two. Everything else stays float32, weights too: they are rounded at every product, which from
-FEWEST rows on takes a small part of its time, and cannot be behind the weights that an optimizer has moved.
+FEWEST rows on takes a small part of its time, and are never those from before an optimizer's step.
 Shapes: [m] rows, [K] inputs, [N] outputs.
 """
 
