@@ -121,7 +121,9 @@ def scan_backward_op(
         options = (dt_softplus, (limit_low, limit_high), chunk_size)
         _, last, starts = torch_scan(*inputs, *options, keep_starts=True)
         dlast = torch.zeros_like(last) if dlast is None else dlast
-        gradients = torch_scan_backward(dy, dlast, starts, *inputs, *options)
+        found = torch_scan_backward(dy, dlast, starts, *inputs, *options)
+        # Those of x, B and C share a storage, which an operator's answers may not.
+        gradients = tuple(None if gradient is None else gradient.clone() for gradient in found)
     return tuple(x.new_empty(0) if gradient is None else gradient for gradient in gradients)  # type: ignore[return-value]
 
 

@@ -120,13 +120,13 @@ def nested_cut(config: HybridConfig, widths: WidthScores, targets: Sequence[Mapp
 
 def next_size(config: HybridConfig, before: HybridConfig, target: Mapping[str, Any]) -> HybridConfig:
     """The config of a target, cut from that of the size before it. Raises InputError."""
+    share = target.get("parameters")
+    if share is not None and (type(share) not in (int, float) or not 0 < share < math.inf):
+        raise InputError(f"target: parameters is {share!r}; expected a share, such as 0.75, or a count")
     wanted = Target(**target)
     if wanted.layers is not None or wanted.keep_layers is not None or wanted.drop_mtp is not None:
         raise InputError("target: all sizes have the student's layers; expected widths, or parameters")
-    share: Any = wanted.parameters
     if share is not None:
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < math.inf:
-            raise InputError(f"target: parameters is {share!r}; expected a share, such as 0.75, or a count")
         wanted = wanted.replace(parameters=share * count_parameters(config) if share <= 1 else share)
     return slice_config(before, select(before, prefix_scores(before), (), wanted))
 

@@ -108,6 +108,8 @@ def test_numbers(command: str, done: set[tuple[Any, str]]) -> None:
         for value in (*NEVER, *whole, *below):
             if str in kinds and isinstance(value, str):
                 continue
+            if isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
+                continue
             try:
                 read = with_quantities(changed(content, way, value))
                 check_content(read)

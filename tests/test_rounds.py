@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck.distill import stages
 from limbeck.distill.report import plots
 from limbeck.models.checkpoint import load_config
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.prune.rounds import in_kinds, leftovers, plan_cuts
 from limbeck.prune.target import Target
-from limbeck.scripts import distill, evaluate, prune
+from limbeck.scripts import evaluate, prune
 from limbeck.scripts.compress import Options
 from limbeck.scripts.run.compose import build, compose_config
 from limbeck.scripts.run.rounds import rounds_of
@@ -72,7 +73,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 def stopping_at(step: int) -> Callable[..., Any]:
     """The trainer, interrupted after its `step`th step of all calls."""
-    real, seen = distill.train, 0
+    real, seen = stages.train, 0
 
     def train(*arguments: Any, on_step: Callable[[dict[str, Any]], None], **options: Any) -> int:
         def counted(record: dict[str, Any]) -> None:
@@ -105,17 +106,17 @@ def test_two_rounds_and_again(workshop: Path, tmp_path: Path, monkeypatch: pytes
     assert "1. score: what matters (1-depth)" in text and "9. memory-fit" in text
 
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "train", stopping_at(3))
+        patch.setattr(stages, "train", stopping_at(3))
         interrupted(*command(workshop, rough, ROUNDS))
         assert (rough / "1-depth" / ".distilled.partial" / "training" / "1" / "state-00000002").is_dir()
     with monkeypatch.context() as patch:
         patch.setattr(prune, "run", interrupt)
         interrupted(*command(workshop, rough, ROUNDS))
-    monkeypatch.setattr(distill, "train", stopping_at(2 + 5 + 3))  # 2 of the first round's 4 steps were done
+    monkeypatch.setattr(stages, "train", stopping_at(2 + 5 + 3))  # 2 of the first round's 4 steps were done
     interrupted(*command(workshop, rough, ROUNDS))
     training = rough / "2-width" / ".distilled.partial" / "training"
     assert [path.name for path in sorted(training.glob("*/state-*"))][-2:] == ["state-00000005", "state-00000002"]
-    monkeypatch.setattr(distill, "train", stopping_at(3))  # so that a step of the first stage would be noticed
+    monkeypatch.setattr(stages, "train", stopping_at(3))  # so that a step of the first stage would be noticed
     monkeypatch.setattr(evaluate, "run", interrupt)
     interrupted(*command(workshop, rough, ROUNDS))
     assert contents(rough) == contents(calm) and len(contents(calm)) > 20
@@ -177,7 +178,7 @@ def test_refused_before_anything_is_written(workshop: Path, tmp_path: Path) -> N
         ("distill.stages=[{steps: 0}]", "steps (0)"),
         ("distill.stages=[{tokens: 0.5}]", "distill.stages[0].tokens is 0.5; expected at least 1"),
         ("distill.stages=[{tokens: many}]", "distill.stages[0].tokens is 'many'; expected a whole number"),
-        ("distill.stages=[{batch: 0}]", "batch (0)"),
+        ("distill.stages=[{batch: 0}]", "batch is 0"),
         ("distill.stages=[{seq_len: 1000000}] target.hidden_size=24", "do not fill one batch of 2 rows x 1000000"),
         (
             "rounds=[{name: a, target: {layers: 4}, distill: {stages: [{x: 1}]}}]",

@@ -45,8 +45,9 @@ from limbeck.tests.search_helpers import NOWHERE, candidates_of
     ),
 )
 def test_spaces_that_cannot_be(space: dict[str, Any], rules: dict[str, Any], order: Any, says: str) -> None:
-    config, chosen = tiny_config(), Space(**space)
+    config = tiny_config()
     with pytest.raises(InputError, match=says) as caught:
+        chosen = Space(**space)
         depths = find_depths(config, chosen, Rules(**rules), None if order is None else LayerScores(order))
         find_candidates(config, chosen, depths, Budget(1e9, 64), NOWHERE)
     assert "\n" not in str(caught.value)

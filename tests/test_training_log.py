@@ -62,7 +62,7 @@ def test_merge(workshop: Path, tmp_path: Path) -> None:
     [
         ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
         ("NVIDIA A10G", 70), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40", None), ("NVIDIA A10", None),
-        ("NVIDIA H100 PCIe", None), ("NVIDIA H200", None),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H200", 989), ("NVIDIA H20", None),
     ],
 )  # fmt: skip
 def test_peak_of_the_cards(card: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
