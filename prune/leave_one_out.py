@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..kernels.norm import rms_norm
 from ..models import processes
 from ..models.axes import Axis, axis_sizes
-from ..models.multipliers import scaled
 from ..models.offload import Layer, Layers
 from .depth_metrics import Reading, SquaredError
+from .runs import Runs
 
 if TYPE_CHECKING:
     from .importance import TokenBatch
@@ -49,37 +48,17 @@ def leave_one_out(
                     costs += run.costs(layer, kind, units, streams, finals)
                 sums[axis] = torch.stack(costs)
             streams = run.advanced(layer, streams)
-    tokens = processes.all_sum(torch.tensor(float(sum(int(mask.sum()) for mask in run.counted)), dtype=torch.float64))
+    tokens = processes.all_sum(torch.tensor(float(run.tokens), dtype=torch.float64))
     terms = float(tokens) * config.vocab_size
     return {axis: processes.all_sum(values).cpu() / terms for axis, values in sums.items()}
 
 
-class Without:
+class Without(Runs):
     """Runs batches through the layers of a model, and of it without single units."""
 
     def __init__(self, source: Layers, batches: Sequence[tuple[TokenBatch, Tensor]]) -> None:
-        self.source, self.ids = source, [batch.input_ids for batch, _ in batches]
-        self.seq_idx = [batch.seq_idx.to(source.device) for batch, _ in batches]
-        self.counted = [counted for _, counted in batches]
-        self.metric, self.norm = SquaredError(source), source.tensor("norm_f.weight")
-
-    def embedded(self) -> list[Tensor]:
-        """The streams before the first layer, [B, T, H] a batch."""
-        return self.source.embed(self.ids)
-
-    def advanced(self, layer: Layer, streams: Sequence[Tensor]) -> list[Tensor]:
-        return [layer.forward(stream, own) for stream, own in zip(streams, self.seq_idx, strict=True)]
-
-    def after(self, streams: list[Tensor], numbers: range) -> list[Tensor]:
-        for layer in self.source.in_turn(numbers):
-            streams = self.advanced(layer, streams)
-        return streams
-
-    def head_inputs(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        """What the head reads at the counted tokens, [N, H] a batch."""
-        config, pairs = self.source.config, zip(streams, self.counted, strict=True)
-        normed = (rms_norm(stream[mask], self.norm, config.norm_eps) for stream, mask in pairs)
-        return [scaled(own, config.multipliers.logits) for own in normed]
+        super().__init__(source, [batch for batch, _ in batches], [counted for _, counted in batches])
+        self.metric = SquaredError(source)
 
     def costs(
         self, layer: Layer, kind: str, units: Sequence[int], streams: Sequence[Tensor], finals: Sequence[Tensor]

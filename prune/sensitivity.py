@@ -15,33 +15,28 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.norm import rms_norm
 from ..models.axes import TensorSpec
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.families.family import pieces_of, stored_tensors, tensor_table_of
-from ..models.multipliers import scaled
 from ..models.offload import STREAM_BYTES, Layer, Layers
 from ..models.quantise import group_of, layer_of, rounded
 from ..models.rounding import Rounding
 from .depth_metrics import Divergence, Reading
 from .importance import IGNORED_LABEL, TokenBatch
+from .runs import Runs
 
 
-class Sensitivity:
+class Sensitivity(Runs):
     """Runs batches through a model whose layers are rounded one at a time. `names`: the stored tensors that a format
     rounds. Raises InputError where the data has no counted token."""
 
     def __init__(self, source: Layers, names: set[str], rounding: Rounding, batches: Sequence[TokenBatch]) -> None:
-        self.source, self.config, self.names, self.rounding = source, source.config, names, rounding
+        super().__init__(source, batches, [(batch.labels != IGNORED_LABEL).to(source.device) for batch in batches])
+        self.config, self.names, self.rounding = source.config, names, rounding
         self.group = group_of(self.config, names) if rounding.grouped else 0
-        self.ids = [batch.input_ids for batch in batches]
-        self.seq_idx = [batch.seq_idx.to(source.device) for batch in batches]
-        self.counted = [(batch.labels != IGNORED_LABEL).to(source.device) for batch in batches]
-        self.tokens = sum(int(mask.sum()) for mask in self.counted)
         if not self.tokens:
             raise InputError("sensitivity: the data has no counted token; expected at least one sample of two tokens")
-        self.norm = source.tensor("norm_f.weight")
         self.layers = sorted({block_of(self.config, name) for name in names})
 
     @torch.no_grad()
@@ -53,7 +48,7 @@ class Sensitivity:
     ) -> Iterator[dict[int, float]]:
         """KL in nats a token by the layer's number, of as many layers at a time as memory holds, in order; those that
         are `finished` are left out. `on_step(done, total)` counts layers that are run."""
-        streams, count, size = self.source.embed(self.ids), self.config.num_layers, self.config.block_size
+        streams, count, size = self.embedded(), self.config.num_layers, self.config.block_size
         held = sum(stream.numel() * stream.element_size() for stream in streams)
         at_once = max(1, stream_bytes // max(held, 1) - 2)
         left = [layer for layer in self.layers if layer not in finished]
@@ -88,20 +83,6 @@ class Sensitivity:
         ]
         sums = torch.stack(Divergence(self.source).costs(readings)).sum(0)
         return {layer: float(total) / self.tokens for layer, total in zip(ends, sums, strict=True)}
-
-    def advanced(self, layer: Layer, streams: Sequence[Tensor]) -> list[Tensor]:
-        return [layer.forward(stream, own) for stream, own in zip(streams, self.seq_idx, strict=True)]
-
-    def after(self, streams: list[Tensor], numbers: range) -> list[Tensor]:
-        for layer in self.source.in_turn(numbers):
-            streams = self.advanced(layer, streams)
-        return streams
-
-    def head_inputs(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        """What the head reads at the counted tokens, [N, H] a batch."""
-        pairs = zip(streams, self.counted, strict=True)
-        normed = (rms_norm(stream[mask], self.norm, self.config.norm_eps) for stream, mask in pairs)
-        return [scaled(own, self.config.multipliers.logits) for own in normed]
 
     @contextlib.contextmanager
     def rounded_layer(self, layer: Layer) -> Iterator[None]:
