@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from limbeck.models.generate.engine import Engine, Request
 from limbeck.models.generate.sampling import Sampling
 from limbeck.models.tokenizer import load_tokenizer
+from limbeck.tests.source_helpers import ROOT
 
 TOKENS = 48
 
@@ -34,3 +38,14 @@ def same_or_tied(model: Any, prompt: list[int], ours: list[int], theirs: list[in
         logits = model(torch.tensor([prompt + ours[:first]]))[0, -1]
         gap = (logits[ours[first]] - logits[theirs[first]]).abs().item()
         assert gap <= 1e-4 * logits.abs().max().item(), (first, gap)
+
+
+def client_python(variable: str, folder: str, module: str) -> Path:
+    """The Python of an environment apart, which the variable names, or in .venv/`folder`; skips where there is none
+    that imports the module."""
+    python = Path(os.environ.get(variable, ROOT / ".venv" / folder / "bin" / "python"))
+    if not python.is_file():
+        pytest.skip(f"{python} is not there: no environment with {module}")
+    if subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{python} does not import {module}")
+    return python

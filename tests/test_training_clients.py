@@ -17,10 +17,9 @@ from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.export import relative_rms
 from limbeck.models.named import SHIPPED, model_folder
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.tests.client_helpers import prompts_of
+from limbeck.tests.client_helpers import client_python, prompts_of
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
 from limbeck.tests.helpers import limbeck, random_model
-from limbeck.tests.source_helpers import ROOT
 
 # What these libraries warn of is theirs.
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]
@@ -116,19 +115,12 @@ def test_trl_trains_what_is_read_again(name: str, exports: dict[str, Path], tmp_
     assert load_tokenizer(tmp_path / "trained").vocab_size == load_tokenizer(folder).vocab_size
 
 
-def newest_python() -> Path:
-    """Skips where there is none that imports transformers."""
-    python = Path(os.environ.get("LIMBECK_TRANSFORMERS", ROOT / ".venv" / "newest" / "bin" / "python"))
-    if not python.is_file():
-        pytest.skip(f"{python} is not there: no environment with the newest transformers")
-    if subprocess.run([python, "-c", "import transformers"], capture_output=True, check=False).returncode:
-        pytest.skip(f"{python} does not import transformers")
-    return python
-
-
 def test_the_newest_transformers_agrees(exports: dict[str, Path], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    python, script = newest_python(), Path(__file__).with_name("transformers_logits.py")
+    python, script = (
+        client_python("LIMBECK_TRANSFORMERS", "newest", "transformers"),
+        Path(__file__).with_name("transformers_logits.py"),
+    )
     request = {str(folder): ids_of(folder)[0].tolist() for folder in exports.values()}
     (tmp_path / "request.json").write_text(json.dumps(request))
     done = subprocess.run(

@@ -20,10 +20,9 @@ from limbeck.models.device import torch_dtype
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.named import SHIPPED, model_config, names
 from limbeck.models.quantise import ROUNDINGS
-from limbeck.tests.client_helpers import TOKENS, greedy_tokens, prompts_of, same_or_tied
+from limbeck.tests.client_helpers import TOKENS, client_python, greedy_tokens, prompts_of, same_or_tied
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
 from limbeck.tests.helpers import limbeck, random_model
-from limbeck.tests.source_helpers import ROOT
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,16 +36,6 @@ LOADS = tuple(
     for mode in MODES
 )
 HEADROOM = 10 * 2**30 + 12345  # bytes for the cache
-
-
-def vllm_python() -> Path:
-    """Skips where there is none that imports vLLM."""
-    python = Path(os.environ.get("LIMBECK_VLLM", ROOT / ".venv" / "vllm" / "bin" / "python"))
-    if not python.is_file():
-        pytest.skip(f"{python} is not there: no environment with vLLM")
-    if subprocess.run([python, "-c", "import vllm"], capture_output=True, check=False).returncode:
-        pytest.skip(f"{python} does not import vllm")
-    return python
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def answers_of(folders: list[Path], prompts: list[list[list[int]]], dtype: str, where: Path) -> list[Any]:
     """What vLLM answers for each folder's prompts."""
-    python, script = vllm_python(), Path(__file__).with_name("vllm_answers.py")
+    python, script = client_python("LIMBECK_VLLM", "vllm", "vllm"), Path(__file__).with_name("vllm_answers.py")
     named = {str(folder): list(given) for folder, given in zip(folders, prompts, strict=True)}
     request = {"tokens": TOKENS, "length": LENGTH, "dtype": dtype, "folders": named}
     return list(answered(python, script, request, where).values())
@@ -126,7 +115,7 @@ def test_vllm_opens_rounded_weights(tmp_path: Path) -> None:
 def test_vllm_computes_the_sizes_of_memory_fit(tmp_path: Path) -> None:
     """Tokens and bytes of a block, blocks a request, blocks in all, whether it starts, and the largest --max-num-seqs
     and --max-model-len with which it does: of each config at each load, by vLLM's layers and its allocator."""
-    python, folders = vllm_python(), {name: tmp_path / name for name in SIZED}
+    python, folders = client_python("LIMBECK_VLLM", "vllm", "vllm"), {name: tmp_path / name for name in SIZED}
     for name, folder in folders.items():
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(model_config(name).to_hf() | {"torch_dtype": "bfloat16"}))
