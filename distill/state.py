@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..models import processes
 from ..models.errors import InputError
-from ..models.folder import atomic_folder, sha256_files, write_json
+from ..models.folder import atomic_folder, file_sums, write_json
 from ..models.foreign import read_object
 from ..models.tensors import TensorFile
 from .parallel import Trained, TrainedWeight
@@ -103,15 +103,15 @@ def save_best(trained: Trained, tensors: Mapping[str, Tensor], folder: Path, pro
 
 
 def write_sums(folder: Path) -> None:
-    write_json(folder / SUMS, sha256_files(folder, sorted(folder.iterdir())))
+    write_json(folder / SUMS, file_sums(folder, sorted(folder.iterdir())))
 
 
 def is_whole(folder: Path) -> bool:
     """Whether a state has the files that were written, as they were."""
     try:
         sums = read_object(folder / SUMS)
-        return sums == sha256_files(folder, [folder / name for name in sums])
-    except (OSError, ValueError, TypeError):
+        return sums == file_sums(folder, [folder / name for name in sums], like=sums)
+    except (OSError, ValueError, TypeError, AttributeError):
         return False
 
 

@@ -63,7 +63,7 @@ from .stored import (
 )
 from .tensors import Finishing, TensorFile, ahead
 
-PIECE_BYTES = 2**26  # of a tensor in memory, where it is streamed
+PIECE_BYTES = 2**24  # of a tensor in memory, where it is streamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,7 +304,7 @@ def write_checkpoint(
     `tensors` yields (name, tensor) of the table, or (name, rows), one run of rows after the other; they are stored in
     `dtypes`, one for all or one for each name. Shards that are in the folder already stay, and what is yielded for
     them is skipped: see `finished_shards`. `tokenizer_from` is a folder whose tokenizer files are copied;
-    `provenance` becomes limbeck.json. The sha256 of the shards that are written go into `sums`, if given.
+    `provenance` becomes limbeck.json. The checksums of the shards that are written go into `sums`, if given.
     Raises InputError where the config cannot be written, DiskError where the disk has less space than the weights take
     or refuses a write.
     """

@@ -1,4 +1,4 @@
-"""What made a folder (its limbeck.json): a stage's name, its inputs by sha256, its options, and versions.
+"""What made a folder (its limbeck.json): a stage's name, its inputs by checksum, its options, and versions.
 
 All that holds no time or path, so that equal work gives equal bytes; these stand in its `run`, apart from what is
 hashed. The sums of large inputs are taken by a thread while the stage works: until they are known, files count as the
@@ -22,7 +22,7 @@ from typing import Any
 
 from .. import __version__
 from .errors import InputError
-from .folder import sha256_file, sha256_files, write_json
+from .folder import file_sum, file_sums, write_json
 from .foreign import read_object
 
 PROVENANCE = "limbeck.json"
@@ -102,7 +102,7 @@ class Fingerprint:
         return left.get("look") == self.look or left.get("fingerprint") == self.content()["fingerprint"]
 
     def content(self) -> dict[str, Any]:
-        """The contents of limbeck.json: the inputs by sha256, and the fingerprint of all. Waits for the sums."""
+        """The contents of limbeck.json: the inputs by checksum, and the fingerprint of all. Waits for the sums."""
         if self.thread is not None:
             self.thread.join()
         elif self.sums is None:
@@ -129,7 +129,7 @@ class Fingerprint:
         content = self.unchanged_content() | dict(notes)  # first: its thread writes into the folder until it ends
         files = [file for file in content_files(folder) if file.relative_to(folder).parts[0] not in apart]
         unknown = [file for file in files if file.relative_to(folder).as_posix() not in known]
-        sums = {**known, **sha256_files(folder, unknown)}
+        sums = {**known, **file_sums(folder, unknown)}
         names = [file.relative_to(folder).as_posix() for file in files]
         return summed(content | {"files": {name: sums[name] for name in names}})
 
@@ -195,13 +195,13 @@ def is_content(name: Path) -> bool:
 
 
 def fingerprint_of(value: Path | str, at_once: int = 4) -> str:
-    """The sha256 of a file, or of a folder's files, so many read at a time; a text stands for itself. Raises InputError
+    """The checksum of a file, or of a folder's files, so many read at a time; a text stands for itself. Raises InputError
     where a folder of ours is not as it was left."""
     if isinstance(value, str):
         return value
     if not value.is_dir():
-        return sha256_file(value)
-    sums = sha256_files(value, files_of(value), at_once)
+        return file_sum(value)
+    sums = file_sums(value, files_of(value), at_once, recorded_sums(value))
     check_sums(value, sums)
     return digest(sums)
 
@@ -212,7 +212,7 @@ def check_files(folder: Path, names: Sequence[str] | None = None) -> None:
         files = [
             file for file in content_files(folder) if names is None or file.relative_to(folder).as_posix() in names
         ]
-        check_sums(folder, sha256_files(folder, files), names)
+        check_sums(folder, file_sums(folder, files, like=recorded_sums(folder)), names)
 
 
 @contextlib.contextmanager
@@ -241,6 +241,12 @@ def check_sums(folder: Path, sums: Mapping[str, str], names: Sequence[str] | Non
         if is_content(Path(name)) and (names is None or name in names) and sums.get(name) != expected:
             state = "missing" if name not in sums else "not as it was left: damaged, or changed by hand"
             raise InputError(f"{folder / name} is {state} ({made['made_by']} left it); {what}")
+
+
+def recorded_sums(folder: Path) -> dict[str, str]:
+    """The checksums of its files that a folder's limbeck.json has; nothing where it has none."""
+    files = read_provenance(folder).get("files")
+    return {name: found for name, found in files.items() if isinstance(found, str)} if isinstance(files, dict) else {}
 
 
 def summed(content: Mapping[str, Any]) -> dict[str, Any]:

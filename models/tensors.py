@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .errors import DiskError
-from .folder import sha256_stream
+from .folder import stream_sum
 
 # By descending width, and within one as the format's own writer has it.
 DTYPES = {
@@ -102,7 +102,7 @@ class TensorFile:
 
 class Finishing:
     """Finishes files while the next one is filled, one at a time: more would leave all of them to the disk's cache.
-    With `sums`, reads each back meanwhile for its sha256, which goes there by its name. Errors come out of `add` or of
+    With `sums`, reads each back meanwhile for its checksum, which goes there by its name. Errors come out of `add` or of
     the end, which waits for the last."""
 
     def __init__(self, sums: dict[str, str] | None = None) -> None:
@@ -114,12 +114,12 @@ class Finishing:
         if self.sums is not None:
             with saying_where(file.path):
                 file.file.flush()
-            self.begun.append(self.pool.submit(self.sum, file.path.name, file.partial.open("rb")))
+            self.begun.append(self.pool.submit(self.sum, file.path.name, file.partial.open("rb", buffering=0)))
         self.begun.append(self.pool.submit(file.finish))
 
-    def sum(self, name: str, stream: io.BufferedReader) -> None:
+    def sum(self, name: str, stream: io.RawIOBase) -> None:
         with stream:
-            found = sha256_stream(stream)
+            found = stream_sum(stream)
         assert self.sums is not None
         self.sums[name] = found
 

@@ -20,7 +20,8 @@ from limbeck.distill.options import TrainOptions
 from limbeck.distill.state import is_whole, states
 from limbeck.distill.trainer import train
 from limbeck.models.errors import InputError
-from limbeck.models.folder import atomic_folder, owned
+from limbeck.models.fingerprint import PROVENANCE, check_files, fingerprint_of, summed
+from limbeck.models.folder import atomic_folder, file_sum, owned, sha256_file
 from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import TIMES, compress_command, lasting, limbeck, make_pair
 from limbeck.tests.training_helpers import batches_from, model_of, teach, weights
@@ -272,3 +273,25 @@ def test_what_only_reads_a_folder_notices_damage_too(workshop: Path, tmp_path: P
         with pytest.raises(InputError, match="not as it was left"):
             load(folder)
         path.write_bytes(whole)
+
+
+def test_checksums_of_before_are_checked_too(tmp_path: Path) -> None:
+    """A folder whose limbeck.json has sha256 sums, and one with sums of today."""
+    for name, hashed in (("before", sha256_file), ("today", file_sum)):
+        folder = tmp_path / name
+        folder.mkdir()
+        weights = folder / "model.safetensors"
+        weights.write_bytes(bytes(range(256)) * 8192)
+        files = {weights.name: hashed(weights)}
+        (folder / PROVENANCE).write_text(json.dumps(summed({"made_by": "limbeck prune", "files": files})))
+        check_files(folder)
+        whole = fingerprint_of(folder)
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        for check in (check_files, fingerprint_of):
+            with pytest.raises(InputError, match="model.safetensors is not as it was left"):
+                check(folder)
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        assert fingerprint_of(folder) == whole

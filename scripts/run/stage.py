@@ -61,7 +61,7 @@ def many_processes(device: str) -> Iterator[None]:
 @dataclasses.dataclass
 class Work:
     """What a stage has to do: nothing where it is `finished`, else what goes into the temporary `folder`. `notes` are
-    what it has to say of itself, for limbeck.json; `sums` the sha256 of files that are known already."""
+    what it has to say of itself, for limbeck.json; `sums` the checksums of files that are known already."""
 
     folder: Path
     finished: bool
@@ -75,7 +75,7 @@ class Work:
         return self.made_of.options
 
     def content(self) -> dict[str, Any]:
-        """What limbeck.json will say, without the notes: inputs by sha256, fingerprint. Waits for the sums."""
+        """What limbeck.json will say, without the notes: inputs by checksum, fingerprint. Waits for the sums."""
         return self.made_of.content()
 
 
