@@ -195,8 +195,8 @@ def is_content(name: Path) -> bool:
 
 
 def fingerprint_of(value: Path | str, at_once: int = 4) -> str:
-    """The checksum of a file, or of a folder's files, so many read at a time; a text stands for itself. Raises InputError
-    where a folder of ours is not as it was left."""
+    """The checksum of a file, or of a folder's files, so many read at a time; a text stands for itself. Raises
+    InputError where a folder of ours is not as it was left."""
     if isinstance(value, str):
         return value
     if not value.is_dir():

@@ -102,8 +102,8 @@ class TensorFile:
 
 class Finishing:
     """Finishes files while the next one is filled, one at a time: more would leave all of them to the disk's cache.
-    With `sums`, reads each back meanwhile for its checksum, which goes there by its name. Errors come out of `add` or of
-    the end, which waits for the last."""
+    With `sums`, reads each back meanwhile for its checksum, which goes there by its name. Errors come out of `add` or
+    of the end, which waits for the last."""
 
     def __init__(self, sums: dict[str, str] | None = None) -> None:
         self.sums, self.pool = sums, concurrent.futures.ThreadPoolExecutor(2)

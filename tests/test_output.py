@@ -290,7 +290,7 @@ def test_checksums_of_before_are_checked_too(tmp_path: Path) -> None:
         content[-1] ^= 1
         weights.write_bytes(content)
         for check in (check_files, fingerprint_of):
-            with pytest.raises(InputError, match="model.safetensors is not as it was left"):
+            with pytest.raises(InputError, match=r"model\.safetensors is not as it was left"):
                 check(folder)
         content[-1] ^= 1
         weights.write_bytes(content)

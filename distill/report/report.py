@@ -57,7 +57,7 @@ def write_page(
     if memory is not None:
         sections.append(memory_section(folder, memory))
     sections += stage_section(provenance)
-    sections.append(Section("Provenance", "What made each folder, from what. Files are known by their checksums (BLAKE3)."))
+    sections.append(Section("Provenance", "What made each folder, from what. Files are known by their BLAKE3 sums."))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
