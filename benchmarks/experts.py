@@ -1,6 +1,7 @@
 """What experts are worth by every score, merged or dropped, beside other axes: tables of docs/RESULTS.md.
 
     python -m limbeck.benchmarks.experts OUTPUT [--model FOLDER] [--parts scores,merging,...] [--seeds 0,1,2]
+        [--scores reap,logits,...]
 
 Cells, seeds, held-out text and brackets are those of benchmarks/pruning.py. 25% and 50% are of the experts' parameters;
 other axes are cut to the same total, or to the same that a token meets, of parameters. Figures are what is added to the
@@ -66,10 +67,14 @@ def experts_left(config: HybridConfig, share: float) -> Target:
     return Target(n_routed_experts=round(config.n_routed_experts * (1 - share)))
 
 
-def score_table(bench: Bench, seeds: Sequence[int]) -> None:
+def known_scores() -> list[str]:
+    source = score_sources()["experts"]
+    return ["random", "magnitude", "taylor", *source.observed, *([source.left_out] if source.left_out else [])]
+
+
+def score_table(bench: Bench, seeds: Sequence[int], methods: Sequence[str]) -> None:
     """Every score, experts dropped, and with what is left refitted."""
-    source, config = score_sources()["experts"], bench.model.config
-    methods = ["random", "magnitude", "taylor", *source.observed, *([source.left_out] if source.left_out else [])]
+    config = bench.model.config
     rows = []
     for method in methods:
         row = [method]
@@ -190,7 +195,7 @@ def state_table(bench: Bench, seeds: Sequence[int]) -> None:
     print_table(f"{bench.subject.name}: Mamba-2 layers", ["cut", "parameters", "added", "refitted"], rows)
 
 
-PARTS = {
+PARTS: dict[str, Callable[..., None]] = {
     "scores": score_table, "merging": merging_table, "axes": axis_table, "distill": distill_table, "state": state_table,
 }  # fmt: skip
 
@@ -201,11 +206,13 @@ def main() -> None:
     parser.add_argument("--model", default="zoo-moe", help="a folder, or the name of a shipped model")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of " + ", ".join(PARTS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--scores", default=",".join(known_scores()), help="of the part `scores`, comma-separated")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     bench = Bench(subject(model_folder(options.model)), options.output / "cells")
     for part in options.parts.split(","):
-        PARTS[part](bench, [int(seed) for seed in options.seeds.split(",")])
+        more = (options.scores.split(","),) if part == "scores" else ()
+        PARTS[part](bench, [int(seed) for seed in options.seeds.split(",")], *more)
     print("\n" + "\n".join(f"- {key}: {value}" for key, value in provenance().items()))
 
 

@@ -1,12 +1,13 @@
 """Rounded weights with and without training for it: the table of docs/RESULTS.md.
 
     python -m limbeck.benchmarks.quantised OUTPUT --teacher zoo --student FOLDER [--data stdlib] [--steps 30]
-        [--formats fp8,w8a8,w4a16] [--seeds 0,1,2] [--rate 0.0005]
+        [--formats fp8,w8a8,w4a16] [--seeds 0,1,2] [--train distill.train.learning_rate=0.0005 ...]
 
 The student as it is and rounded to every format, to the nearest and calibrated on the data (GPTQ, 32,768 tokens); then
 trained for so many steps more of 4 x 512 tokens, once as it is (and rounded afterwards), once through each format's
-rounding (`distill.train.quantize`), for every seed. A folder that is there already is taken as it is. Held-out figures
-are those of `limbeck evaluate`: weights rounded, activations as they are. KL is from the teacher.
+rounding (`distill.train.quantize`), for every seed; a student that is its own teacher through the rounding alone. A
+folder that is there already is taken as it is. Held-out figures are those of `limbeck evaluate`: weights rounded,
+activations as they are. KL is from the teacher. `--train` are words for `limbeck distill`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from limbeck.models.provenance import provenance
@@ -45,21 +47,38 @@ def trained(folder: Path, options: argparse.Namespace, quantize: str, seed: int)
     if not out.exists():
         run(
             "distill", f"teacher={options.teacher}", f"student={options.student}", f"data={options.data}",
-            f"output={out}", f"seed={seed}", "wandb=off", "distill.batch=4", "distill.train.optimizer=muon",
-            f"distill.train.steps={options.steps}", f"distill.train.learning_rate={options.rate}",
+            f"output={out}", f"seed={seed}", "wandb=off", "distill.batch=4", f"distill.train.steps={options.steps}",
             "distill.train.warmup_steps=3", f"distill.train.quantize={'null' if quantize == PLAIN else quantize}",
+            *options.train,
         )  # fmt: skip
     return out
 
 
-def figures(folder: Path, options: argparse.Namespace, students: dict[str, Path]) -> dict[str, tuple[float, float]]:
+def students_of(
+    folder: Path, options: argparse.Namespace, forms: Sequence[str], how: str, seed: int
+) -> dict[str, Path]:
+    """The folder of each format; what is trained through rounding has no plain one."""
+    students = {}
+    for form in forms:
+        if form == PLAIN and how in ("calibrated", "trained through rounding"):
+            continue
+        source = options.student
+        if how.startswith("trained"):
+            source = str(trained(folder, options, form if "through" in how else PLAIN, seed))
+        students[form] = exported(folder, source, form, options.data if how == "calibrated" else None, seed)
+    return students
+
+
+def figures(
+    folder: Path, options: argparse.Namespace, how: str, seed: int, students: dict[str, Path]
+) -> list[tuple[float, float]]:
     """Bits per byte, and KL from the teacher, of each."""
-    out = folder / f"gap-{'-'.join(students)}"
+    out = folder / f"gap-{how.replace(', ', '-').replace(' ', '-')}-{seed}"
     if not out.exists():
         run("evaluate", f"teacher={options.teacher}", f"data={options.data}", f"output={out}",
-            f"tokens={options.tokens}", *(f"+student.{name}={path}" for name, path in students.items()))  # fmt: skip
+            f"tokens={options.tokens}", *(f"+student.{form}={path}" for form, path in students.items()))  # fmt: skip
     models = json.loads((out / "gap.json").read_text())["models"]
-    return {name: (models[name]["bits_per_byte"]["value"], models[name]["kl"]["value"]) for name in students}
+    return [(models[form]["bits_per_byte"]["value"], models[form]["kl"]["value"]) for form in students]
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -73,7 +92,9 @@ def main() -> None:
     parser.add_argument("--student", required=True)
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--train", nargs="*", default=["distill.train.optimizer=muon", "distill.train.learning_rate=0.0005"]
+    )
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--formats", default=",".join(ROUNDINGS))
     parser.add_argument("--seeds", default="0,1,2")
@@ -81,19 +102,13 @@ def main() -> None:
     folder, forms = options.output, [PLAIN, *options.formats.split(",")]
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
-    for seed in map(int, options.seeds.split(",")):
-        for how in ("as it is", "calibrated", "trained, then rounded", "trained through rounding"):
-            students = {}
-            for form in forms:
-                if "trained" not in how:
-                    source = options.student
-                else:
-                    source = str(trained(folder, options, form if "through" in how else PLAIN, seed))
-                students[f"{form}{seed}{how.count(' ')}{len(how)}"] = exported(
-                    folder, source, form, options.data if how == "calibrated" else None, seed
-                )
-            for form, (name, measured) in zip(forms, figures(folder, options, students).items(), strict=True):
-                size = sum(file.stat().st_size for file in students[name].glob("*.safetensors"))
+    own = options.teacher == options.student  # nothing to learn as it is
+    hows = ["as it is", "calibrated", *([] if own else ["trained, then rounded"]), "trained through rounding"]
+    for how in hows:
+        for seed in map(int, options.seeds.split(",") if how != "as it is" else "0"):  # draws nothing
+            students = students_of(folder, options, forms, how, seed)
+            for form, measured in zip(students, figures(folder, options, how, seed, students), strict=True):
+                size = sum(file.stat().st_size for file in students[form].glob("*.safetensors"))
                 rows.setdefault((how, form), []).append((*measured, size))
     print(f"\n| {options.student}, {options.steps * 2048:,} tokens | format | bytes | bits per byte | KL, nats |")
     print("|---|---|---|---|---|")
