@@ -151,26 +151,42 @@ def axis_table(bench: Bench, seeds: Sequence[int]) -> None:
         print_table(title, ["of the experts' parameters", "cut", "parameters", "active", "added", "refitted"], rows)
 
 
-def distill_table(bench: Bench, seeds: Sequence[int]) -> None:
-    """After a little training: axes at equal total parameters, experts by REAP, at random, and merged."""
-    config, (rate,) = bench.model.config, bench.subject.learning_rates
-    tokens = bench.subject.steps * bench.subject.batch * bench.subject.seq_len
-    rows = []
+def distill_table(bench: Bench, seeds: Sequence[int], kind: str = "total") -> None:
+    """After a little training: axes at equal parameters, and experts merged."""
+    config, rows = bench.model.config, []
     for share in SHARES:
-        cases: dict[str, tuple[Target, str, float | None]] = {
-            axis: (target, "reap", None) for axis, target in equal_cuts(config, share)["total"].items()
-        }
-        cases["experts at random"] = (experts_left(config, share), "random", None)
-        cases["experts, half of them merged into"] = (experts_left(config, share), "reap", 0.5)
-        for case, (target, method, whole) in cases.items():
-            values = [distilled(bench, f"{share:.0%}, {case}", target, method, whole, seed, rate) for seed in seeds]
+        named = "" if kind == "total" else f"equal {kind}, "
+        cases = {f"{named}{axis}": (target, None) for axis, target in equal_cuts(config, share)[kind].items()}
+        if kind == "total":
+            cases["experts, half of them merged into"] = (experts_left(config, share), 0.5)
+        for case, (target, whole) in cases.items():
+            values = [distilled(bench, f"{share:.0%}, {case}", target, "reap", whole, seed) for seed in seeds]
             rows.append([f"{share:.0%}", case, spread(values)])
-    print_table(f"{bench.subject.name}: added after {tokens:,} tokens", ["", "cut", "added"], rows)
+    print_table(f"{bench.subject.name}: added after {trained_tokens(bench):,} tokens", ["", "cut", "added"], rows)
 
 
-def distilled(
-    bench: Bench, name: str, target: Target, method: str, whole: float | None, seed: int, rate: float
-) -> float:
+def distilled_scores(bench: Bench, seeds: Sequence[int], methods: Sequence[str]) -> None:
+    """After a little training: experts gone by every score."""
+    named = {"reap": "experts", "random": "experts at random"}
+    rows = []
+    for method in methods:
+        row = [method]
+        for share in SHARES:
+            name, target = named.get(method, f"experts by {method}"), experts_left(bench.model.config, share)
+            values = [distilled(bench, f"{share:.0%}, {name}", target, method, None, seed) for seed in seeds]
+            row.append(spread(values))
+        rows.append(row)
+    title = f"{bench.subject.name}: added by experts gone, after {trained_tokens(bench):,} tokens"
+    print_table(title, ["score", *(f"{share:.0%}" for share in SHARES)], rows)
+
+
+def trained_tokens(bench: Bench) -> int:
+    return bench.subject.steps * bench.subject.batch * bench.subject.seq_len
+
+
+def distilled(bench: Bench, name: str, target: Target, method: str, whole: float | None, seed: int) -> float:
+    (rate,) = bench.subject.learning_rates
+
     def make() -> dict[str, Any]:
         selection = select(bench.model.config, widths_by(bench, method, seed), (), target)
         repair = Repair(rotate=True, least_squares=True, whole_experts=whole)
@@ -196,7 +212,9 @@ def state_table(bench: Bench, seeds: Sequence[int]) -> None:
 
 
 PARTS: dict[str, Callable[..., None]] = {
-    "scores": score_table, "merging": merging_table, "axes": axis_table, "distill": distill_table, "state": state_table,
+    "scores": score_table, "merging": merging_table, "axes": axis_table, "distill": distill_table,
+    "distill-active": functools.partial(distill_table, kind="active"), "distill-scores": distilled_scores,
+    "state": state_table,
 }  # fmt: skip
 
 
@@ -206,12 +224,12 @@ def main() -> None:
     parser.add_argument("--model", default="zoo-moe", help="a folder, or the name of a shipped model")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of " + ", ".join(PARTS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--scores", default=",".join(known_scores()), help="of the part `scores`, comma-separated")
+    parser.add_argument("--scores", default=",".join(known_scores()), help="of the parts of scores, comma-separated")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     bench = Bench(subject(model_folder(options.model)), options.output / "cells")
     for part in options.parts.split(","):
-        more = (options.scores.split(","),) if part == "scores" else ()
+        more = (options.scores.split(","),) if part.endswith("scores") else ()
         PARTS[part](bench, [int(seed) for seed in options.seeds.split(",")], *more)
     print("\n" + "\n".join(f"- {key}: {value}" for key, value in provenance().items()))
 
