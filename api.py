@@ -337,7 +337,7 @@ def memory_fit(
     weights are quantised they count as the files have them. `options` are those of `models.cost.fit.Fit`."""
     fit = checked(Fit, "memory_fit", context=context, **options)
     name = str(model) if isinstance(model, (str, Path)) else None
-    held = None if name is None else model_weights(name, torch_dtype(fit.weight_dtype))
+    held = None if name is None else model_weights(name, torch_dtype(fit.weight_dtype), fit.tensor_parallel)
     model = model if name is None else model_config(name)
     config = model if isinstance(model, HybridConfig) else load(model).config
     longest = config.max_position_embeddings
