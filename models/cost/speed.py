@@ -30,6 +30,15 @@ def flops_per_token(config: HybridConfig, context: int) -> float:
     return 2.0 * (products + sum(kind.work(config, context) for kind in config.kinds))
 
 
+def training_flops(
+    student: HybridConfig, teacher: HybridConfig | None, context: int, checkpointing: bool = False
+) -> float:
+    """FLOPs of a token in training on rows of `context` tokens: three passes of the student, a fourth where layers run
+    again in the backward, and one of the teacher."""
+    passes = (3 + checkpointing) * flops_per_token(student, context)
+    return passes + (0.0 if teacher is None else flops_per_token(teacher, context))
+
+
 @dataclasses.dataclass(frozen=True)
 class Throughput:
     """Tokens a second that a card would write for `batch` sequences at once, all of them together; seconds of the
