@@ -101,7 +101,9 @@ def memory(
     Raises InputError where context, batch or chunk is below 1, or the model does not share out over so many GPUs.
     """
     check_load(context, batch, 1 if chunk is None else chunk)
-    whole, config = config, rank_config(config, tensor_parallel)
+    whole = config
+    if tensor_parallel > 1:
+        config = rank_config(config, tensor_parallel)
     kv_type, conv_type = kv_dtype or weight_dtype, conv_dtype or weight_dtype
     states = layer_states(config, kv_type, ssm_dtype, conv_type)
     fixed = [state.ssm + state.conv for state in states if state.ssm + state.conv]
@@ -139,9 +141,11 @@ def at(config: HybridConfig, report: MemoryReport, context: int, batch: int) -> 
     if found.load is None:
         return found
     load = found.load
+    gathered = 0
+    if load.ranks > 1:
+        config, gathered = rank_config(config, load.ranks), padded_vocabulary(config)
     passing = transient(
-        rank_config(config, load.ranks), context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place,
-        padded_vocabulary(config) if load.ranks > 1 else 0,
+        config, context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place, gathered
     )  # fmt: skip
     return dataclasses.replace(
         found,
