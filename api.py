@@ -9,53 +9,56 @@ the text is smaller; the logger "limbeck" says so. Whatever is wrong raises Inpu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from .distill.gap.measure import TEACHER, GapReport, measure_gap
+from .distill.nested import open_nest
+from .distill.nested_options import NestedSizes
 from .distill.options import DistillLoss, DistillOptions, TrainOptions
 from .distill.parallel import prepare
+from .distill.report.exported import ExportForm
 from .distill.rollout_options import Rollouts
 from .distill.rollouts import check_student, stage_loss
 from .distill.stages import check_text, stage_batches
-from .distill.text import resolve
-from .distill.text.documents import EmptySplit
-from .distill.text.mixture import Mixture, Text, whole
-from .distill.text.packing import Batch
-from .distill.text.reading import TextData
+from .distill.text.given import Data, fitted, read_sample, read_text
+from .distill.text.mixture import whole
 from .distill.trainer import train
-from .models.checkpoint import load_model, save_model
+from .models.checkpoint import SHARD_BYTES, load_config, load_model, open_checkpoint, save_model
 from .models.config import HybridConfig
 from .models.cost.fit import Estimate, Fit
 from .models.cost.hardware import Hardware
 from .models.device import torch_device, torch_dtype
+from .models.dtype_names import dtype_name
 from .models.errors import InputError
+from .models.folder import atomic_folder
 from .models.generate.engine import Engine, Request
 from .models.generate.generate import end_tokens
 from .models.generate.sampling import Sampling
-from .models.hints import guess_option
 from .models.hybrid import HybridLM
-from .models.named import data_path, load_checked, model_config, model_folder, model_weights, read_hardware
+from .models.named import load_checked, model_config, model_folder, model_weights, read_hardware
 from .models.quantities import with_quantities
+from .models.schema import checked
 from .models.tokenizer import check_vocabulary, load_tokenizer
 from .prune.choose import select
 from .prune.depth import random_layers, score_layers
 from .prune.importance import score_widths
+from .prune.nested import nested_model
 from .prune.repair import Repair, repair_model
+from .prune.rounding_plan import SCRATCH, GivenRounding, RoundingOptions, RoundingPlan, plan_rounding
 from .prune.scores import Scores
 from .prune.scoring import Importance
 from .prune.target import Target
 
 Source = str | Path | HybridLM | Any  # the last: a model of transformers
-Data = str | Path | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
-Options = TypeVar("Options")
 log = logging.getLogger("limbeck")
 
 
@@ -93,65 +96,55 @@ def load(
     return model
 
 
-def export(model: Source, output: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-    """Writes a model as a folder in the public layout, its tokenizer in it; `dtype` None keeps each tensor's."""
-    model = load(model)
-    save_model(model, output, dtype=dtype, tokenizer_from=None if model.tokenizer is None else model.tokenizer.folder)
+def export(
+    model: Source,
+    output: str | Path,
+    *,
+    format: str = "hf",
+    dtype: torch.dtype | str | None = None,
+    pre_tokenizer: str | None = None,
+    check_tokens: int = 256,
+    seed: int = 0,
+    data: Data | None = None,
+    seq_len: int | None = None,
+    batch: int | None = None,
+    **rounding: Any,
+) -> Path:
+    """Writes a model as a folder, its tokenizer and export.json in it, read back and compared before it appears: in
+    the public layout, or as the `format` gguf, fp8, w8a8 or w4a16. `dtype` None keeps the model's; of the other formats
+    it is bfloat16. For those that round, `data` is calibration text and `rounding` has the options of
+    `prune.rounding_plan.GivenRounding`. Raises CheckFailed where logits are not what they should be."""
+    how = checked(GivenRounding, "export", **rounding).settled(format, data is not None)
+    given = model_folder(str(model)) if isinstance(model, (str, Path)) else load(model)
+    own = torch.bfloat16
+    if format == "hf":
+        own = open_checkpoint(given).dtype() if isinstance(given, Path) else given.head_weight.dtype
+    name = dtype_name(str(own if dtype is None else dtype))
+    form = ExportForm(format, name, SHARD_BYTES, check_tokens, seed, pre_tokenizer)
+    with tempfile.TemporaryDirectory() as temporary, atomic_folder(Path(output)) as folder:
+        source, plan = Path(temporary) / "model", RoundingPlan()
+        if isinstance(given, Path):
+            source = given
+        else:
+            save_model(given, source, tokenizer_from=None if given.tokenizer is None else given.tokenizer.folder)
+        if how != RoundingOptions():
+            reader = HybridLM(load_config(source), device="meta")
+            reader.tokenizer = load_tokenizer(source) if how.needs_data else None
+            plan = plan_rounding(
+                source, format, how, Path(temporary) / SCRATCH,
+                lambda split, tokens: read_sample(reader, data or "", split, tokens, seq_len, batch, seed),
+                unseen, torch_device("auto"),
+            )  # fmt: skip
+        published = form.write(folder, source, plan.kept, plan.calibrated, plan.facts)
+    for caution in published.cautions:
+        log.warning("export: %s", caution)
     return Path(output)
 
 
-def checked(cls: type[Options], where: str, **options: Any) -> Options:
-    """A dataclass of options. Raises InputError where one is none of its fields, or of another type."""
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for name in options.keys() - set(known):
-        raise InputError(f"{where}: {name} is no option here{guess_option(name, known)}; known: {', '.join(known)}")
-    try:
-        return TypeAdapter(cls).validate_python(with_quantities(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-    if isinstance(own := first.get("ctx", {}).get("error"), InputError):
-        raise own
-    raise InputError(f"{where}: {'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")
-
-
-def read_text(model: HybridLM, data: Data, split: str) -> Text:
-    """A split of `data` in the model's tokens; all of a list, and of what has no document in that split."""
-    if model.tokenizer is None:
-        raise InputError("the model has no tokenizer to read text with; give load(..., tokenizer=FOLDER)")
-    folder = model.tokenizer.folder
-    if not isinstance(data, (str, Path, Mapping)):
-        return resolve.text_in_tokens(list(data), "all", folder)
-    path: resolve.NamedData = data_path(str(data)) if not isinstance(data, Mapping) else ""
-    if isinstance(data, Mapping):
-        named = checked(TextData, "data", **data)
-        path = dataclasses.replace(named, path=data_path(named.path))
-    try:
-        return resolve.text_in_tokens(path, split, folder)
-    except EmptySplit:
-        log.warning("data=%s has no document in the split %r: all of it is read", data, split)
-        return resolve.text_in_tokens(path, "all", folder)
-
-
-def fitted(model: HybridLM, text: Text, seq_len: int | None, batch: int | None) -> tuple[int, int]:
-    """Tokens a row and rows a batch: as given, or the commands' 512 and 8, fewer where model or text has fewer."""
-    parts = text.corpora if isinstance(text, Mixture) else (text,)
-    if seq_len is None:
-        seq_len = min(512, model.config.max_position_embeddings, *(part.tokens - 1 for part in parts))
-        if seq_len < 512:
-            log.warning("rows of %d tokens: model or text has no more", seq_len)
-    if batch is None:
-        batch = max(min(8, sum(part.tokens - 1 for part in parts) // max(seq_len, 1)), 1)
-        if batch < 8:
-            log.warning("batches of %d rows: the text has no more", batch)
-    return seq_len, batch
-
-
-def read_sample(
-    model: HybridLM, data: Data, split: str, tokens: int, seq_len: int | None, batch: int | None, seed: int
-) -> list[Batch]:
-    text = read_text(model, data, split)
-    seq_len, batch = fitted(model, text, seq_len, batch)
-    return list(text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens))
+@contextlib.contextmanager
+def unseen(what: str, total: int) -> Iterator[Any]:
+    """A bar that is not shown."""
+    yield types.SimpleNamespace(set=lambda *done: None)
 
 
 def score(
@@ -210,7 +203,7 @@ def prune(
 @dataclasses.dataclass(frozen=True)
 class Distilled:
     """What a distillation did: its steps, the rows of each, the tokens they read and how often that is all of the text,
-    the loss of the last step (nats a token), and every step's record."""
+    the loss of the last step (nats a token), and every step's record; of nested sizes each one's model, by its name."""
 
     steps: int
     seq_len: int
@@ -219,6 +212,7 @@ class Distilled:
     epochs: float
     loss: float
     records: tuple[Mapping[str, Any], ...] = dataclasses.field(repr=False)
+    sizes: Mapping[str, HybridLM] = dataclasses.field(default_factory=dict, repr=False)
 
 
 def distill(
@@ -230,6 +224,8 @@ def distill(
     learning_rate: float = 1e-3,
     loss: DistillLoss | None = None,
     rollouts: Rollouts | Mapping[str, Any] | None = None,
+    nested: NestedSizes | Mapping[str, Any] | None = None,
+    scores: Scores | None = None,
     seq_len: int | None = None,
     batch: int | None = None,
     seed: int = 0,
@@ -237,38 +233,47 @@ def distill(
 ) -> Distilled:
     """Trains the student in place towards the teacher's logits. `options` are fields of `distill.options.TrainOptions`;
     a student in fewer than 32 bits trains in float32 and is in its own dtype again afterwards. `rollouts`, such as
-    {"new_tokens": 64}, has it learn on text that it writes itself (`distill.rollout_options.Rollouts`)."""
+    {"new_tokens": 64}, has it learn on text that it writes itself (`distill.rollout_options.Rollouts`). With `nested`,
+    such as {"sizes": [{"target": {}}, {"target": {"parameters": 0.75}}]} (`distill.nested_options.NestedSizes`), and
+    the student's `scores`, several sizes are cut out of it and trained in one; they are the result's `sizes`, and the
+    student stays as it is."""
     teacher = load(teacher)
     if not isinstance(student, HybridLM) or student is teacher:
         raise InputError("distill: the student is trained in place; expected a model of load or prune, not the teacher")
+    if (nested is None) != (scores is None):
+        raise InputError("distill: scores=, of the student, put nested sizes in order; give both or neither")
     text = read_text(student if student.tokenizer is not None else teacher, data, "train")
     seq_len, batch = fitted(student, text, seq_len, batch)
     few = {"warmup_steps": min(20, steps // 5), "save_every": max(steps, 1)}
     how = checked(TrainOptions, "distill", **({"steps": steps, "learning_rate": learning_rate} | few | options))
     if isinstance(rollouts, Mapping):
         rollouts = checked(Rollouts, "distill.rollouts", **rollouts)
-    plan = DistillOptions(loss or DistillLoss(), how, seq_len, batch, 0, rollouts=rollouts)
+    if isinstance(nested, Mapping):
+        nested = checked(NestedSizes, "distill.nested", **nested)
+    plan = DistillOptions(loss or DistillLoss(), how, seq_len, batch, 0, rollouts=rollouts, nested=nested)
     check_text(text, plan)
     check_student(plan, student.config.max_position_embeddings, whole=True)
-    dtype, records = student.head_weight.dtype, []
-    student.requires_grad_(True).train()
-    trained = prepare(student.float() if dtype.itemsize < 4 else student, dtype)
+    dtype, nest, records = student.head_weight.dtype, None, list[Mapping[str, Any]]()
+    trained_loss: Any = stage_loss(teacher, plan, None, seed, end_tokens(student.config.eos_token_id))
+    if nested is not None and scores is not None:
+        cut = nested_model(student, scores.widths, nested.targets)
+        trained, nest = open_nest(nested, cut.model, cut.sizes, cut.parameters, dtype)
+        trained_loss = nest.loss(trained_loss, seed)
+    else:
+        student.requires_grad_(True).train()
+        trained = prepare(student.float() if dtype.itemsize < 4 else student, dtype)
     try:
         with tempfile.TemporaryDirectory() as folder:
             train(
-                trained,
-                stage_loss(teacher, plan, None, seed, end_tokens(student.config.eos_token_id)),
-                lambda start: stage_batches(text, plan, 0, seed, start),
-                how,
-                Path(folder),
+                trained, trained_loss, lambda start: stage_batches(text, plan, 0, seed, start), how, Path(folder),
                 on_step=lambda record: records.append(dict(record)),
-            )
+            )  # fmt: skip
     finally:
         teacher.requires_grad_(True)
-        student.to(dtype).eval()
+        trained.model.to(dtype).eval()
     last = next((record["loss"] for record in reversed(records) if "loss" in record), float("nan"))
-    read = how.steps * batch * seq_len
-    return Distilled(how.steps, seq_len, batch, read, read / text.tokens, last, tuple(records))
+    read, sizes = how.steps * batch * seq_len, {} if nest is None else nest.models(trained.model)
+    return Distilled(how.steps, seq_len, batch, read, read / text.tokens, last, tuple(records), sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +342,7 @@ def memory_fit(
     weights are quantised they count as the files have them. `options` are those of `models.cost.fit.Fit`."""
     fit = checked(Fit, "memory_fit", context=context, **options)
     name = str(model) if isinstance(model, (str, Path)) else None
-    held = None if name is None else model_weights(name, torch_dtype(fit.weight_dtype))
+    held = None if name is None else model_weights(name, torch_dtype(fit.weight_dtype), fit.tensor_parallel)
     model = model if name is None else model_config(name)
     config = model if isinstance(model, HybridConfig) else load(model).config
     longest = config.max_position_embeddings

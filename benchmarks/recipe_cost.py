@@ -1,5 +1,6 @@
-"""What distilling the published 12B into its 9B takes, computed: FLOPs by the shapes, GPU time by a share of the card's
-peak, memory by the training plan. Nothing is run on a GPU; the share of the peak is an assumption, and an argument.
+"""What distilling the published 12B into its 9B takes, computed: FLOPs by the shapes, GPU time by the roofline of
+`memory-fit mode=train` at a share of the card's peak, memory by its plan. Nothing is run on a GPU; the share of the
+peak is an assumption, and an argument.
 
     python -m limbeck.benchmarks.recipe_cost [--peak-share 0.35] [--gpus 8] [--split 4]
 
@@ -15,8 +16,8 @@ import torch
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.cost.hardware import GIB
 from limbeck.models.cost.parameters import count_parameters
-from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.cost.training import Training, train_memory
+from limbeck.models.cost.training_time import UTILISATION, train_time
 from limbeck.models.named import read_hardware
 from limbeck.models.provenance import provenance
 
@@ -28,7 +29,7 @@ STAGES = (("depth", 60e9, 8192), ("width", 50e9, 8192), ("width", 25e9, 49152), 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peak-share", type=float, default=0.35, help="of the card's dense bf16 rate (assumed)")
+    parser.add_argument("--peak-share", type=float, default=UTILISATION, help="of the card's dense bf16 rate (assumed)")
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--split", type=int, default=4, help="GPUs that share a row")
     given = parser.parse_args()
@@ -41,15 +42,16 @@ def main() -> None:
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for name, tokens, row in STAGES:
         student = students[name]
-        # Three passes of the student, a fourth where activations are made anew, and one of the teacher.
-        flops = tokens * (4 * flops_per_token(student, row) + flops_per_token(teacher, row))
-        hours = flops / (card.bf16_tflops * 1e12 * given.peak_share) / 3600
         how = Training(micro_batch=1, seq_len=row, batch=2 * given.gpus, checkpointing=True, teacher="online",
                        teacher_dtype=torch.bfloat16, processes=given.gpus)  # fmt: skip
-        whole, parts = (train_memory(student, teacher, dataclasses.replace(how, context_parallel=split)).total
+        whole, parts = (train_memory(student, teacher, dataclasses.replace(how, context_parallel=split))
                         for split in (1, given.split))  # fmt: skip
-        cells = (name, f"{count_parameters(student):,}", f"{tokens / 1e9:g} 10^9", f"{row:,}", f"{flops:.2e}",
-                 f"{hours:,.0f}", f"{whole / GIB:.1f} GiB", f"{parts / GIB:.1f} GiB")  # fmt: skip
+        step = train_time(student, teacher, how, whole, 1, card, given.peak_share)
+        assert step is not None
+        steps = tokens / step.tokens
+        cells = (name, f"{count_parameters(student):,}", f"{tokens / 1e9:g} 10^9", f"{row:,}",
+                 f"{steps * step.flops:.2e}", f"{steps * step.gpu_hours:,.0f}", f"{whole.total / GIB:.1f} GiB",
+                 f"{parts.total / GIB:.1f} GiB")  # fmt: skip
         print(f"| {' | '.join(cells)} |")
     print(f"\ncomputed: {card.name}, {given.peak_share:.0%} of {card.bf16_tflops:g} TFLOP/s, {given.gpus} GPUs (FSDP2)")
     print("\n".join(f"- {key}: {value}" for key, value in provenance().items()))

@@ -109,6 +109,10 @@ class Nest:
             mean |= {f"{name}_{size.name}": own[name] for name in ("validation_kl", "validation_bits_per_byte")}
         return mean
 
+    def models(self, student: HybridLM) -> dict[str, HybridLM]:
+        """Each size by its name, as the student's weights are now: the largest is the student, the others copies."""
+        return {size.name: student if size.part is None else size.part.copy(student) for size in self.sizes}
+
     def content(self) -> dict[str, Any]:
         """nested.json: by what `limbeck prune` cuts a size out."""
         rows = [

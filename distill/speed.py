@@ -9,7 +9,7 @@ import torch
 
 from ..models import processes
 from ..models.config import HybridConfig
-from ..models.cost.speed import flops_per_token
+from ..models.cost.speed import training_flops
 
 
 def speed_figures(
@@ -23,8 +23,7 @@ def speed_figures(
     """From the tokens a second, `rate`: the model's TFLOP/s (three passes of the student, one of the teacher; what runs
     twice for activation checkpointing counts once), their share of the cards' `peak` where that is known, and the
     memory."""
-    flops = 3 * flops_per_token(student, seq_len) + (flops_per_token(teacher, seq_len) if teacher else 0)
-    tflops = rate * flops / 1e12
+    tflops = rate * training_flops(student, teacher, seq_len) / 1e12
     share = {"mfu": tflops / (peak * processes.count())} if peak else {}
     return {"model_tflops": tflops, "memory_gib": peak_memory(device) / 2**30} | share
 

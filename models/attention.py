@@ -22,7 +22,7 @@ from ..kernels.ssd import document_numbers
 from ..kernels.tracing import STATE
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
-from .layer import Context, LayerKind, NormWeight, ScoreSource, StateBytes, zeros
+from .layer import Context, LayerKind, NormWeight, ScoreSource, Sharing, StateBytes, zeros
 from .multipliers import scaled
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ KIND = LayerKind(
     new_state=new_key_values,
     state_bytes=key_value_bytes,
     work=score_and_mix,
+    ranks={"num_attention_heads": Sharing.EQUAL, "num_key_value_heads": Sharing.FEWER_COPIED},
     writers={"o_proj.weight": "attn_heads"},
     multipliers={"o_proj.weight": lambda config: config.multipliers.attention_out},
     scores={"attn_heads": ScoreSource({"": "attn_heads"}, reduce=True)},

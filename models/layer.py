@@ -7,6 +7,7 @@ a kind (mamba2.py, attention.py, mlp.py); kinds.py lists them. Shapes: [B, T] ba
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
@@ -176,6 +177,22 @@ class NormSource:
     groups: str
 
 
+class Sharing(enum.Enum):
+    """How tensor parallelism shares out the units that a config field counts: as many to each rank, or else one that
+    all have a copy of, or else fewer than ranks, each copied to as many of them (cost/ranks.py)."""
+
+    EQUAL = "equal"
+    ONE_COPIED = "one copied"
+    FEWER_COPIED = "fewer copied"
+
+    def each(self, units: int, ranks: int) -> int | None:
+        """The units of one of the ranks; None where they cannot be shared out so."""
+        if units % ranks == 0:
+            return units // ranks
+        copied = {Sharing.EQUAL: False, Sharing.ONE_COPIED: units == 1, Sharing.FEWER_COPIED: ranks % units == 0}
+        return 1 if copied[self] else None
+
+
 def zeros(weight: Tensor, generator: torch.Generator, config: HybridConfig) -> None:
     """How biases begin."""
     weight.zero_()
@@ -235,6 +252,7 @@ class LayerKind:
     work: Callable[[HybridConfig, int], float] = no_work  # multiply-adds of a token beside its matrices, at a context
     # Of its expert stacks a token uses so many, and there are so many: (experts chosen, experts).
     chosen: Callable[[HybridConfig], tuple[int, int]] = all_of_them
+    ranks: Mapping[str, Sharing] = dataclasses.field(default_factory=dict)  # field -> how vLLM's ranks share its units
     aligned: tuple[tuple[str, ...], ...] = ()  # products of config fields that kernels like to be multiples of 8
     # axis -> (a mixer, a unit) -> the mixer without the unit, as long as the context is open
     without: Mapping[str, Callable[[Any, int], AbstractContextManager[None]]] = dataclasses.field(default_factory=dict)

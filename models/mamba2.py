@@ -26,7 +26,7 @@ from ..kernels.state_energy import state_energy
 from ..kernels.state_update import state_update
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
-from .layer import Context, LayerKind, NormSource, NormWeight, ScoreSource, StateBytes
+from .layer import Context, LayerKind, NormSource, NormWeight, ScoreSource, Sharing, StateBytes
 from .multipliers import scaled
 
 if TYPE_CHECKING:
@@ -300,6 +300,7 @@ KIND = LayerKind(
     new_state=new_mamba_state,
     state_bytes=mamba_state_bytes,
     work=scan_work,
+    ranks={"mamba_num_heads": Sharing.EQUAL, "n_groups": Sharing.ONE_COPIED},
     writers={"out_proj.weight": "mamba_out"},
     multipliers={"out_proj.weight": lambda config: config.multipliers.mamba_out},
     # Heads and head channels are ranked by one matrix [heads, head_dim] (arXiv 2504.11409, section 3).

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..kernels.activation import relu2, swiglu
 from .axes import Axis, Dimension, Factor, Parts, Role
 from .errors import InputError
-from .layer import Context, LayerKind, ScoreSource, zeros
+from .layer import Context, LayerKind, ScoreSource, Sharing, zeros
 from .multipliers import scaled
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ KIND = LayerKind(
     # "act" is what down_proj reads: after the activation, and the gate where there is one.
     scores={"ffn": ScoreSource({"pre": "ffn", "act": "ffn_act"}, option="ffn_source")},
     initial=dict.fromkeys(("up_proj.bias", "down_proj.bias", "gate_proj.bias"), zeros),
+    ranks={"intermediate_size": Sharing.EQUAL},
     aligned=(("intermediate_size",),),
     size_label=lambda config: f"F{config.intermediate_size}",
 )

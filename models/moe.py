@@ -25,7 +25,7 @@ from ..kernels.activation import relu2, swiglu
 from ..kernels.moe import expert_mlp
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
-from .layer import Context, ExpertStacks, LayerKind, ScoreSource
+from .layer import Context, ExpertStacks, LayerKind, ScoreSource, Sharing
 
 if TYPE_CHECKING:
     from .config import HybridConfig
@@ -289,6 +289,7 @@ KIND = LayerKind(
         "expert_ffn": ScoreSource({"pre": "expert_ffn", "act": "expert_ffn_act"}, option="ffn_source", reduce=True),
         "shared_ffn": ScoreSource({"pre": "shared_ffn", "act": "shared_ffn_act"}, option="ffn_source"),
     },
+    ranks=dict.fromkeys(("moe_intermediate_size", "moe_shared_expert_intermediate_size"), Sharing.EQUAL),
     aligned=(("moe_intermediate_size",), ("moe_shared_expert_intermediate_size",)),
     without={"experts": without_expert},
     experts=ExpertStacks(

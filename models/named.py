@@ -75,14 +75,14 @@ def quantisation(name: str) -> dict[str, Any]:
     return quantization_of(config_folder(name))
 
 
-def model_weights(name: str, dtype: torch.dtype) -> StoredWeights | None:
-    """What the weights of `model_config` weigh, plain ones in `dtype`, where some are quantised; None where none is,
-    and of a model whose files are not here."""
+def model_weights(name: str, dtype: torch.dtype, ranks: int = 1) -> StoredWeights | None:
+    """What the weights of `model_config` weigh, plain ones in `dtype`, where some are quantised, or those that one of
+    so many GPUs holds; None where none is, and of a model whose files are not here."""
     from .cost.stored_weights import of_checkpoint
 
     if name.startswith(HUB) or not quantisation(name) or not any(model_folder(name).glob("*.safetensors")):
         return None
-    return of_checkpoint(open_checkpoint(model_folder(name)), dtype)
+    return of_checkpoint(open_checkpoint(model_folder(name)), dtype, ranks)
 
 
 def load_checked(folder: Path, dtype: torch.dtype, device: torch.device) -> HybridLM:

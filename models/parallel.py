@@ -109,6 +109,7 @@ KIND = LayerKind(
     share=share_parts,
     new_state=new_parallel_state,
     state_bytes=parallel_bytes,
+    ranks={field: sharing for kind in PARTS.values() for field, sharing in kind.ranks.items()},
     work=lambda config, context: sum(kind.work(config, context) for kind in PARTS.values()),
     writers=joined({part: kind.writers for part, kind in PARTS.items()}),
     multipliers=joined({part: kind.multipliers for part, kind in PARTS.items()}),

@@ -13,12 +13,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from .errors import InputError
 from .foreign import LARGEST, LARGEST_WIDTH, MOST_LAYERS, SETTINGS, read_object, shown
+from .hints import guess_option
+from .quantities import with_quantities
 from .rope import ROPE_SCALINGS
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ EXPECTED = {
     "bool": "true or false", "path": "a path", "dict": "an object", "model": "an object", "list": "a list",
     "none": "null", "tuple": "a list",
 }  # fmt: skip
+Checked = TypeVar("Checked")
 Width = Annotated[int, Field(ge=0, le=LARGEST_WIDTH)]
 TokenId = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # -1 stands for none in some files
 Count = Annotated[int, Field(ge=0, le=2**40)]
@@ -206,3 +209,17 @@ def without_none(hint: Any) -> Any:
     """The type of a field that may be none as well."""
     members = [member for member in typing.get_args(hint) if member is not type(None)]
     return members[0] if isinstance(hint, UnionType) and len(members) == 1 else hint
+
+
+def checked(cls: type[Checked], where: str, **options: Any) -> Checked:
+    """A dataclass of options. Raises InputError where one is none of its fields, or of another type."""
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in options.keys() - set(known):
+        raise InputError(f"{where}: {name} is no option here{guess_option(name, known)}; known: {', '.join(known)}")
+    try:
+        return TypeAdapter(cls).validate_python(with_quantities(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+    if isinstance(own := first.get("ctx", {}).get("error"), InputError):
+        raise own
+    raise InputError(f"{where}: {'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")

@@ -87,6 +87,17 @@ class SubModel:
             own.recompute = theirs.recompute
         return self.model.train(model.training)
 
+    @torch.no_grad()
+    def copy(self, model: HybridLM) -> HybridLM:
+        """The smaller model as `model`'s tensors are now, with tensors of its own."""
+        held: dict[str, Any] = dict(model.named_parameters()) | dict(model.named_buffers())
+        weight = model.embeddings.weight
+        own = HybridLM(self.config, device=weight.device, dtype=weight.dtype)
+        for name, target in own.state_dict().items():
+            target.copy_(self.tensors[name].of(held[name]))
+        own.tokenizer = model.tokenizer
+        return own.eval()
+
 
 def part_of(dimension: Dimension, kept: Mapping[Axis, Sequence[int]]) -> int | Tensor | None:
     """What stays along a dimension, as `TensorPart` has it."""

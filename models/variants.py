@@ -38,6 +38,7 @@ def variant_kind(letter: str) -> LayerKind:
         build=build_variant,
         chosen=functools.partial(chosen_of, letter),
         scores={axis: source for axis, source in moe.KIND.scores.items() if axis not in OWN_AXES},
+        ranks={field: sharing for field, sharing in moe.KIND.ranks.items() if field not in OWN_FIELDS},
         aligned=(("moe_shared_expert_intermediate_size",),),
         size_label=lambda config: "",
     )

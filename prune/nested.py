@@ -73,11 +73,24 @@ def nested_student(
 ) -> NestedStudent:
     """A checkpoint in `dtype`, float32 at least, cut and put in order by its scores, for the sizes that
     `distill.nested` targets. Raises InputError."""
-    config = load_config(folder)
-    cut = nested_cut(config, load_scores(scores).widths, targets)
-    model = slice_model(load_model(folder, torch.promote_types(dtype, torch.float32), device), cut.largest)
-    sizes = tuple((slice_config(model.config, size), size.kept) for size in cut.sizes)
-    return NestedStudent(model, sizes, count_parameters(config))
+    cut = nested_cut(load_config(folder), load_scores(scores).widths, targets)
+    return cut_student(load_model(folder, torch.promote_types(dtype, torch.float32), device), cut)
+
+
+def nested_model(model: HybridLM, widths: WidthScores, targets: Sequence[Mapping[str, Any]]) -> NestedStudent:
+    """`nested_student` of a model in memory, which stays as it is."""
+    cut, weight = nested_cut(model.config, widths, targets), model.head_weight
+    wide = HybridLM(model.config, device=weight.device, dtype=torch.promote_types(weight.dtype, torch.float32))
+    wide.load_state_dict(model.state_dict())
+    wide.tokenizer = model.tokenizer
+    return cut_student(wide, cut)
+
+
+def cut_student(model: HybridLM, cut: NestedCut) -> NestedStudent:
+    largest = slice_model(model, cut.largest)
+    largest.tokenizer = model.tokenizer
+    sizes = tuple((slice_config(largest.config, size), size.kept) for size in cut.sizes)
+    return NestedStudent(largest, sizes, count_parameters(model.config))
 
 
 def nested_cut(config: HybridConfig, widths: WidthScores, targets: Sequence[Mapping[str, Any]]) -> NestedCut:

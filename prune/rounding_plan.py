@@ -25,6 +25,7 @@ from .sensitivity import Sensitivity, block_of, layers_in, most_sensitive
 
 Read = Callable[[str, int], Sequence[TokenBatch]]  # (split, tokens) -> rows of calibration text
 Progress = Callable[[str, int], AbstractContextManager[Any]]  # (what, total) -> a bar with `set(done)`
+CALIBRATION_TOKENS = 32768
 SCRATCH = "rounding"  # in an unfinished export: what is measured and rounded so far
 
 
@@ -54,6 +55,29 @@ class RoundingOptions:
     @property
     def needs_data(self) -> bool:
         return self.measures or self.calibration_tokens > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenRounding:
+    """The options of an export as they are given: `calibration_tokens` None are 32,768 where there is data."""
+
+    calibration_tokens: int | None = None
+    sensitivity: bool = False
+    sensitivity_tokens: int = 8192
+    keep_layers: int | tuple[int, ...] | None = None
+
+    def settled(self, form: str, data: bool) -> RoundingOptions:
+        """For an export in the format `form`, with or without data. Raises InputError where options contradict each
+        other."""
+        tokens = CALIBRATION_TOKENS * data if self.calibration_tokens is None else self.calibration_tokens
+        how = RoundingOptions(tokens, self.sensitivity, self.sensitivity_tokens, self.keep_layers)
+        if form not in ROUNDINGS and (data or how != RoundingOptions()):
+            raise InputError(f"format={form} rounds nothing; leave data, keep_layers and the like out")
+        if how.needs_data and not data:
+            raise InputError("calibration_tokens, sensitivity and keep_layers=NUMBER need data=")
+        if data and not how.needs_data:
+            raise InputError("data= is read for calibration_tokens, sensitivity and keep_layers=NUMBER; none is given")
+        return how
 
 
 @dataclasses.dataclass(frozen=True)

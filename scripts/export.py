@@ -17,7 +17,7 @@ from ..models.errors import InputError, gib
 from ..models.fingerprint import PROVENANCE
 from ..models.foreign import own_path
 from ..models.hub import is_hub_name, push_folder
-from ..prune.rounding_plan import SCRATCH, RoundingOptions, RoundingPlan, plan_rounding
+from ..prune.rounding_plan import SCRATCH, GivenRounding, RoundingOptions, RoundingPlan, plan_rounding
 from .run.resolve import NamedData, data_input, model_folder, said_format, sample
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
@@ -52,17 +52,8 @@ class Options:
         )
 
     def rounding(self) -> RoundingOptions:
-        """Where there is data it is calibrated on, unless told otherwise. Raises InputError where options contradict
-        each other."""
-        tokens = 32768 * (self.data is not None) if self.calibration_tokens is None else self.calibration_tokens
-        how = RoundingOptions(tokens, self.sensitivity, self.sensitivity_tokens, self.keep_layers)
-        if not self.form().rounds and (self.data is not None or how != RoundingOptions()):
-            raise InputError(f"format={self.format} rounds nothing; leave data, keep_layers and the like out")
-        if how.needs_data and self.data is None:
-            raise InputError("calibration_tokens, sensitivity and keep_layers=NUMBER need data=")
-        if self.data is not None and not how.needs_data:
-            raise InputError("data= is read for calibration_tokens, sensitivity and keep_layers=NUMBER; none is given")
-        return how
+        given = GivenRounding(self.calibration_tokens, self.sensitivity, self.sensitivity_tokens, self.keep_layers)
+        return given.settled(self.format, self.data is not None)
 
 
 def run(options: Options, replaces: bool = False) -> None:

@@ -16,7 +16,7 @@ from ..models.config import HybridConfig
 from ..models.cost.fit import Estimate, Fit
 from ..models.cost.hardware import GIB, Hardware
 from ..models.cost.inference import MemoryReport
-from ..models.cost.parameters import count_parameters
+from ..models.cost.tables import memory_rows, places, speed_sentence, vllm_command, vllm_rows
 from ..models.device import torch_dtype
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
@@ -34,6 +34,7 @@ class Options:
     hardware: Hardware
     context: PositiveInt | None
     batch: PositiveInt | None
+    tensor_parallel: PositiveInt | None
     fit: Fit
     method: Literal["formula", "simulation", "measurement", "all"]
     steps: PositiveInt
@@ -43,15 +44,18 @@ class Options:
 
 def run(options: Options) -> None:
     config, hardware = model_config(options.model), options.hardware
-    named = {name: value for name in ("context", "batch") if (value := getattr(options, name)) is not None}
+    short = ("context", "batch", "tensor_parallel")
+    named = {name: value for name in short if (value := getattr(options, name)) is not None}
     fit = dataclasses.replace(options.fit, **named).of(config)
-    held = held_weights(options.model, torch_dtype(fit.weight_dtype))
+    held = held_weights(options.model, fit)
     check(options, config, fit, quantised=held is not None)
     with progress("estimating the memory", 1) as bar:
         estimate = fit.estimate(config, hardware, held)
         bar.set(1)
     print_estimate(estimate)
-    print_vllm(estimate)
+    table(f"vLLM, Mamba cache mode {estimate.memory.vllm.mode}", ("", ""), vllm_rows(estimate))
+    say(vllm_command(estimate))
+    say(speed_sentence(estimate))
     simulation = simulated(estimate) if options.method in ("simulation", "all") else None
     measured = measured_run(options, estimate) if options.method in ("measurement", "all") and estimate.fits else None
     compare(estimate.memory, simulation, measured)
@@ -71,7 +75,7 @@ def run(options: Options) -> None:
         say(f"result: {options.output / 'result.json'}, plots/memory.png and .svg beside it")
     if not estimate.fits:
         raise CheckFailed(
-            f"{options.model} does not fit {hardware.name} at {fit.length:,} tokens x {fit.batch}:"
+            f"{options.model} does not fit {places(estimate)} at {fit.length:,} tokens x {fit.batch}:"
             f" {gib(-estimate.verdict.margin)} too much; {estimate.advice()}"
         )
 
@@ -92,6 +96,11 @@ def check(options: Options, config: HybridConfig, fit: Fit, *, quantised: bool) 
         raise InputError(
             f"method={options.method} runs the inference path, whose weights are plain; those of {options.model} are"
             " quantised, which method=formula counts as the files have them"
+        )
+    if options.method != "formula" and fit.tensor_parallel > 1:
+        raise InputError(
+            f"method={options.method} runs the inference path, which is one GPU's; fit.tensor_parallel is"
+            f" {fit.tensor_parallel}, which method=formula counts"
         )
     measures = options.method in ("measurement", "all")
     if measures and options.hardware.device == "cuda" and not torch.cuda.is_available():
@@ -130,56 +139,12 @@ def measured_run(options: Options, estimate: Estimate) -> Measured:
 
 
 def print_estimate(estimate: Estimate) -> None:
-    config, hardware, report, answer = estimate.config, estimate.hardware, estimate.memory, estimate.verdict
-    context = "any" if answer.largest_context < 0 else f"{answer.largest_context:,}"
-    form = "weights" if estimate.held is None else "quantised weights"
-    rows = [
-        (f"{form} ({count_parameters(config):,} parameters)", gib(report.weights)),
-        (f"key-value cache ({estimate.layers_with('token')})", gib(report.kv)),
-        (f"SSM states ({estimate.layers_with('ssm')})", gib(report.ssm)),
-        ("convolution states", gib(report.conv)),
-        ("weights and caches together", gib(report.total)),
-    ]
-    if report.load is not None:
-        step, width = gib(report.decode), gib(report.logits)
-        rows += [
-            ("the prompt's tokens", gib(report.prompt)),
-            (f"activations of a prefill chunk of {report.load.chunk:,}", gib(report.activations)),
-            (f"or of a decoding step, {step}, with logits, {width}", gib(report.decode + report.logits)),
-            ("workspace of the matrix library", gib(report.workspace)),
-            ("peak", gib(report.peak)),
-        ]
-    rows += [
-        (f"usable on {hardware.name}", gib(hardware.usable_gib * GIB)),
-        ("framework and runtime context, reserve and overhead", gib(hardware.usable_gib * GIB - answer.budget)),
-        ("budget", gib(answer.budget)),
-        ("margin", gib(answer.margin)),
-        (f"largest context at this batch (the model's limit: {config.max_position_embeddings:,})", context),
-        ("largest batch at this context", f"{answer.largest_batch:,}"),
-    ]
-    table(f"Memory at {report.context:,} tokens x {report.batch}", ("", ""), rows)
-    say("fits" if answer.fits else "does not fit")
+    report, many = estimate.memory, estimate.fit.tensor_parallel > 1
+    on_each = f" on {places(estimate)}" if many else ""
+    table(f"Memory at {report.context:,} tokens x {report.batch}{on_each}", ("", ""), memory_rows(estimate))
+    say("fits" if estimate.fits else "does not fit")
     for caution in estimate.cautions():
         say(f"caution: {caution}")
-
-
-def print_vllm(estimate: Estimate) -> None:
-    vllm = estimate.memory.vllm
-    rows = [
-        ("tokens a block", f"{vllm.block_size:,}"),
-        ("bytes of a block", gib(vllm.bytes_per_block)),
-        ("blocks in the budget beside the weights", f"{vllm.blocks:,}"),
-        ("blocks a request of this length", f"{vllm.blocks_per_request:,}"),
-        ("cache of one request", gib(vllm.bytes_per_request)),
-        ("requests of this length at once", f"{vllm.max_num_seqs:,}"),
-        ("largest --max-num-seqs that starts", f"{vllm.largest_max_num_seqs:,}" if estimate.memory.ssm else "any"),
-        ("largest --max-model-len that starts", f"{vllm.largest_max_model_len:,}"),
-    ]
-    table(f"vLLM, Mamba cache mode {vllm.mode}", ("", ""), rows)
-    if vllm.max_num_seqs:
-        say("vllm serve MODEL " + " ".join(estimate.vllm_flags()))
-    else:
-        say("vLLM would not start at this length: the blocks do not hold one request")
 
 
 def compare(report: MemoryReport, simulation: Simulation | None, measured: Measured | None) -> None:

@@ -1,16 +1,18 @@
-"""`limbeck memory-fit mode=train`: what each GPU will hold in distillation, stage by stage. Exit code 0 fits, 3 no."""
+"""`limbeck memory-fit mode=train`: what each GPU will hold in distillation, stage by stage, and how long it takes. Exit
+code 0 fits, 3 no."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 from ..distill.options import DistillOptions
 from ..models.config import HybridConfig
-from ..models.cost.hardware import GIB, Reserve
+from ..models.cost.hardware import Reserve
 from ..models.cost.parameters import count_parameters
-from ..models.cost.training import LINES, Training, TrainReport, train_memory
+from ..models.cost.stages import PlannedStage, as_json, fit_rows, kept_apart, line_rows, time_rows, time_sentence
+from ..models.cost.training import Training, train_memory
+from ..models.cost.training_time import UTILISATION, train_time
 from ..models.cost.turns import Knob, common_options, knobs
 from ..models.errors import CheckFailed, InputError, check_counts
 from ..models.folder import atomic_folder, write_json
@@ -23,9 +25,11 @@ from .run.show import gib, say, table, told
 
 @dataclasses.dataclass(frozen=True)
 class Setup(Reserve):
-    """How a step is done, beside what distill says; and what of the card is not ours."""
+    """How a step is done, beside what distill says, and the share of the card's bf16 rate that it reaches; and what of
+    the card is not ours."""
 
     teacher: str = "online"
+    utilisation: float = UTILISATION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +43,6 @@ class Options(compress.Options):
     def __post_init__(self) -> None:
         check_counts(self, "processes")
         self.plan()
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage of distillation: the student (of those that a round may leave the one that takes most), and its step."""
-
-    name: str
-    student: HybridConfig
-    training: Training
-    report: TrainReport
 
 
 def run(options: Options) -> None:
@@ -65,7 +59,7 @@ def run(options: Options) -> None:
         say(f"all {len(stages)} stages fit with {' '.join(together)}")
     if options.output is not None:
         with atomic_folder(options.output) as folder:
-            content = as_json(options, stages, turns, budget) | {"together": together}
+            content = as_json(stages, turns, options.hardware, budget, how.utilisation) | {"together": together}
             write_json(folder / "result.json", told(folder, content, options.output))
         say(f"result: {options.output / 'result.json'}")
     if turns:
@@ -78,7 +72,7 @@ def run(options: Options) -> None:
         )
 
 
-def planned(options: Options, teacher: HybridConfig) -> Iterator[Stage]:
+def planned(options: Options, teacher: HybridConfig) -> Iterator[PlannedStage]:
     """The stages of all rounds in their order. Raises InputError where nothing says what the student is."""
     if options.student is not None:
         if options.rounds or options.target != Target():
@@ -96,7 +90,7 @@ def planned(options: Options, teacher: HybridConfig) -> Iterator[Stage]:
 
 def stages_of(
     name: str, how: DistillOptions, students: list[HybridConfig], options: Options, teacher: HybridConfig
-) -> Iterator[Stage]:
+) -> Iterator[PlannedStage]:
     how.check_one_size("memory-fit mode=train")
     plan = how.plan()
     for number, stage in enumerate(plan, 1):
@@ -104,7 +98,20 @@ def stages_of(
         reports = [(train_memory(student, teacher, training), student) for student in students]
         report, student = max(reports, key=lambda found: found[0].total)
         label = f"{name}/{number}" if name else f"{number}" if len(plan) > 1 else "distill"
-        yield Stage(label, student, training, report)
+        steps, card, share = stage.train.steps, options.hardware, options.training.utilisation
+        time = train_time(student, teacher, training, report, steps, card, share)
+        yield PlannedStage(label, student, training, report, time, uncounted(stage))
+
+
+def uncounted(stage: DistillOptions) -> tuple[str, ...]:
+    """What of a stage its time leaves out."""
+    apart = {
+        "the text that the student writes": stage.own_rows > 0,
+        "the teacher's correction": stage.teacher_correction is not None,
+        "the teacher's way from main memory": stage.teacher_offload,
+        "the exchange of split rows": stage.train.context_parallel > 1,
+    }
+    return tuple(what for what, there in apart.items() if there)
 
 
 def training_of(stage: DistillOptions, options: Options) -> Training:
@@ -129,32 +136,16 @@ def training_of(stage: DistillOptions, options: Options) -> Training:
     )
 
 
-def print_stages(options: Options, teacher: HybridConfig, stages: list[Stage], budget: float) -> None:
-    """A column a stage, its fullest moment line by line; then a row a stage."""
-    lines = [line for line in LINES if any(stage.report.lines[line] for stage in stages)]
-    rows = [
-        ("student, 10^6 parameters", *(f"{count_parameters(stage.student) / 1e6:,.0f}" for stage in stages)),
-        *((line, *(gib(stage.report.lines[line]) for stage in stages)) for line in lines),
-        ("together", *(gib(stage.report.total) for stage in stages)),
-    ]
-    card, usable = options.hardware.name, options.hardware.usable_gib * GIB
+def print_stages(options: Options, teacher: HybridConfig, stages: list[PlannedStage], budget: float) -> None:
     title = f"What each of {options.processes:,} processes holds at the fullest moment of a step"
-    table(title, ("stage", *(stage.name for stage in stages)), rows)
-    summary = [
-        (
-            stage.name,
-            f"{stage.training.micro_batch:,} x {stage.training.seq_len:,}",
-            gib(stage.report.total),
-            gib(budget - stage.report.total),
-            "yes" if stage.report.total <= budget else "no",
-            stage.report.fullest,
-        )
-        for stage in stages
-    ]
-    kept = f"{gib(usable)} less {gib(usable - budget)} for framework, reserve and overhead"
+    table(title, ("stage", *(stage.name for stage in stages)), line_rows(stages))
     columns = ("stage", "rows x tokens", "holds", "margin", "fits", "fullest")
-    table(f"Within {gib(budget)} of {card} ({kept})", columns, summary)
+    table(kept_apart(budget, options.hardware), columns, fit_rows(stages, budget))
     say(f"teacher: {count_parameters(teacher):,} parameters")
+    if rows := time_rows(stages):
+        heads = ("stage", "steps", "tokens", "tokens a second", "bound by", "GPU-hours", "days")
+        table(f"How long it takes on {options.processes:,} {options.hardware.name}", heads, rows)
+    say(time_sentence(stages, options.hardware, options.training.utilisation))
 
 
 def print_knobs(name: str, found: list[Knob]) -> None:
@@ -171,26 +162,3 @@ def print_knobs(name: str, found: list[Knob]) -> None:
     ]
     columns = ("turn", "saves alone", "fits alone", "with those above", "fits")
     table(f"Stage {name} does not fit; what to turn, from the least cost on", columns, rows)
-
-
-def as_json(options: Options, stages: list[Stage], turns: dict[str, list[Knob]], budget: float) -> dict[str, Any]:
-    def plain(training: Training) -> dict[str, Any]:
-        names = {name: str(getattr(training, name)).removeprefix("torch.") for name in ("dtype", "teacher_dtype")}
-        return dataclasses.asdict(training) | names
-
-    return {
-        "budget": budget, "hardware": dataclasses.asdict(options.hardware),
-        "stages": [
-            {
-                "name": stage.name,
-                "parameters": count_parameters(stage.student),
-                "training": plain(stage.training),
-                "fullest": stage.report.fullest,
-                "moments": stage.report.moments,
-                "total": stage.report.total,
-                "fits": stage.report.total <= budget,
-                "knobs": [dataclasses.asdict(knob) for knob in turns.get(stage.name, [])],
-            }
-            for stage in stages
-        ],
-    }  # fmt: skip

@@ -15,15 +15,19 @@ import limbeck
 import pytest
 import torch
 from limbeck.distill.options import DistillLoss
-from limbeck.models.checkpoint import load_model
+from limbeck.models.checkpoint import load_model, save_model
+from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.named import model_config, read_hardware
-from limbeck.prune.scores import load_scores
+from limbeck.prune.scores import load_scores, save_scores
+from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
 from limbeck.tests.helpers import TEXT, make_workshop, random_model, tiny_config
 from limbeck.tests.helpers import limbeck as command
 
 DOCS = Path(__file__).parents[1] / "docs"
+NEST = {"sizes": [{"target": {}, "name": "whole"},
+                  {"target": {"hidden_size": 24, "intermediate_size": 40}, "share": 2, "name": "most"}]}  # fmt: skip
 TEXTS = [TEXT[start : start + 500] for start in range(0, 6000, 500)]
 
 
@@ -35,6 +39,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(workshop: Path) -> HybridLM:
     return limbeck.load(workshop / "model")
+
+
+def copied(model: HybridLM) -> HybridLM:
+    """A model of its own weights."""
+    own = HybridLM(model.config, dtype=model.head_weight.dtype).eval()
+    own.load_state_dict(model.state_dict())
+    own.tokenizer = model.tokenizer
+    return own
 
 
 def same_weights(one: HybridLM, other: HybridLM) -> bool:
@@ -97,6 +109,84 @@ def test_few_bits_and_few_tokens(model: HybridLM) -> None:
     assert not same_weights(student, random_model(student.config, 1, torch.bfloat16))
 
 
+def test_nested_sizes_are_the_commands(workshop: Path, model: HybridLM, tmp_path: Path) -> None:
+    """Each size as `prune nested=` cuts it out of what `distill` leaves, to the bit; the student stays as it was."""
+    text, sizes = str(workshop / "text"), {"seq_len": 32, "batch": 2}
+    scores = limbeck.score(model, text, tokens=512, depth_tokens=128, **sizes)
+    save_scores(tmp_path / "scores", scores)
+    nest = json.dumps(NEST).replace('"', "")
+    code, _, err = command(
+        "distill", f"teacher={workshop / 'model'}", f"student={workshop / 'model'}", f"data={text}", "device=cpu",
+        f"output={tmp_path / 'nested'}", f"scores={tmp_path / 'scores'}", f"distill.nested={nest}", "wandb=off",
+        "distill.seq_len=32", "distill.batch=2", "distill.train.steps=6", "distill.train.warmup_steps=1",
+        "distill.train.learning_rate=0.01",
+    )  # fmt: skip
+    assert code == 0, err
+    student = copied(model)
+    figures = limbeck.distill(model, student, text, steps=6, learning_rate=0.01, nested=NEST, scores=scores, **sizes)
+    assert same_weights(student, model) and list(figures.sizes) == ["whole", "most"] and figures.steps == 6
+    assert {record["size_parameters"] for record in figures.records if "size_parameters" in record} == {
+        count_parameters(each.config) for each in figures.sizes.values()
+    }
+    assert same_weights(figures.sizes["whole"], load_model(tmp_path / "nested"))
+    assert command("prune", f"model={tmp_path / 'nested'}", "nested=most", f"output={tmp_path / 'most'}")[0] == 0
+    most = figures.sizes["most"]
+    assert same_weights(most, load_model(tmp_path / "most")) and most.tokenizer is student.tokenizer
+    assert most.config.intermediate_size == 40 and not same_weights(figures.sizes["whole"], model)
+    assert limbeck.evaluate(model, figures.sizes, TEXTS, tokens=256, seq_len=32).kl.keys() == {"whole", "most"}
+
+
+def test_a_nested_student_in_few_bits(model: HybridLM) -> None:
+    scores = limbeck.score(model, TEXTS, tokens=64, depth_tokens=64, seq_len=32)
+    student = copied(model).bfloat16()
+    figures = limbeck.distill(model, student, TEXTS, steps=2, nested=NEST, scores=scores, seq_len=32, batch=2)
+    for each in (student, *figures.sizes.values()):
+        assert {weight.dtype for weight in each.parameters()} == {torch.bfloat16} and not each.training
+
+
+@pytest.mark.parametrize("form", ("hf", "gguf", "fp8", "w8a8", "w4a16"))
+def test_export_formats_are_the_commands(form: str, tmp_path: Path) -> None:
+    """The same files, of a model in memory and of a folder."""
+    pytest.importorskip("gguf" if form == "gguf" else "compressed_tensors")
+    size = write_tokenizer(tmp_path / "words", "gpt-2")
+    config = gguf_config("qwen3", size, tie_word_embeddings=True)
+    save_model(random_model(config, 1, torch.float32).bfloat16(), tmp_path / "model", tokenizer_from=tmp_path / "words")
+    code, _, err = command("export", f"model={tmp_path / 'model'}", f"output={tmp_path / 'command'}", f"format={form}")
+    assert code == 0, err
+    in_memory = limbeck.load(tmp_path / "model", dtype=torch.bfloat16, device="cpu")
+    assert limbeck.export(in_memory, tmp_path / "memory", format=form) == tmp_path / "memory"
+    limbeck.export(tmp_path / "model", tmp_path / "folder", format=form)
+    expected = json.loads((tmp_path / "command" / "export.json").read_text())
+    for name in ("memory", "folder"):
+        assert json.loads((tmp_path / name / "export.json").read_text()) == expected
+        for file in (tmp_path / "command").iterdir():
+            if file.suffix == ".safetensors":
+                assert file.read_bytes() == (tmp_path / name / file.name).read_bytes()
+
+
+def test_export_on_data_is_the_command_s(tmp_path: Path) -> None:
+    """Calibrated, a most sensitive layer kept."""
+    pytest.importorskip("compressed_tensors")
+    size = write_tokenizer(tmp_path / "words", "gpt-2")
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"# file {number}\n" + TEXT[number * 60 : number * 60 + 900])
+    model = random_model(gguf_config("qwen3", size), 1, torch.float32).bfloat16()
+    save_model(model, tmp_path / "model", tokenizer_from=tmp_path / "words")
+    how = {"calibration_tokens": 256, "keep_layers": 1, "sensitivity_tokens": 128, "seq_len": 64, "batch": 2}
+    words = [
+        f"model={tmp_path / 'model'}",
+        f"data={tmp_path / 'text'}",
+        "format=w8a8",
+        f"output={tmp_path / 'command'}",
+    ]
+    code, _, err = command("export", *words, *(f"{name}={value}" for name, value in how.items()), "device=cpu")
+    assert code == 0, err
+    limbeck.export(tmp_path / "model", tmp_path / "out", format="w8a8", data=str(tmp_path / "text"), **how)
+    one, other = (json.loads((tmp_path / name / "export.json").read_text()) for name in ("command", "out"))
+    assert one == other and len(one["keep_layers"]) == 1 and one["calibration_tokens"] == 256
+
+
 def test_a_folder_with_few_documents(model: HybridLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "one.txt").write_text(TEXT[:3000])
     assert limbeck.evaluate(model, model, str(tmp_path), seq_len=64, tokens=256, resamples=10).report.documents == 1
@@ -147,6 +237,24 @@ def test_a_model_of_transformers(tmp_path: Path) -> None:
         (lambda model, scores: limbeck.memory_fit(model, "cpu"), "usable_gib"),
         (lambda model, scores: limbeck.memory_fit("zoo", context=9000), "8,192"),
         (lambda model, scores: limbeck.generate(model, "def"), "list of texts"),
+        (lambda model, scores: limbeck.export(model, "x", format="awq"), "known: hf, gguf, fp8, w8a8, w4a16"),
+        (lambda model, scores: limbeck.export(model, "x", keep_layers=[1]), "format=hf rounds nothing"),
+        (lambda model, scores: limbeck.export(model, "x", format="fp8", keep_layers=2), "need data="),
+        (lambda model, scores: limbeck.export(model, "x", format="fp8", keep_layer=2), "did you mean 'keep_layers'"),
+        (lambda model, scores: limbeck.export(model, "x", pre_tokenizer="gpt-2"), "format=gguf"),
+        (lambda model, scores: limbeck.export(model, "x", format="fp8", dtype=torch.float32), "leave dtype out"),
+        (lambda model, scores: limbeck.export(model, DOCS), "exists already"),
+        (lambda model, scores: limbeck.distill(model, copied(model), TEXTS, nested={"sizes": []}), "give both"),
+        (
+            lambda model, scores: limbeck.distill(model, copied(model), TEXTS, nested={"sizes": []}, scores=scores),
+            "two",
+        ),
+        (
+            lambda model, scores: limbeck.distill(
+                model, copied(model), TEXTS, nested=NEST, scores=scores, rollouts={"new_tokens": 4, "prompt_tokens": 4}
+            ),
+            "distill.nested does not go with distill.rollouts",
+        ),
     ),
 )
 def test_wrong_input(wrong: Any, says: str, model: HybridLM) -> None:
@@ -173,11 +281,15 @@ assert not {{"hydra", "omegaconf", "matplotlib", "wandb"}} & set(sys.modules), s
 
 
 def test_the_code_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("compressed_tensors")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.S)
     names: dict[str, Any] = {}
     exec("\n".join(blocks), names)
-    assert len(blocks) == 6 and names["fit"].fits and names["small"].config.num_layers == 12
+    assert len(blocks) == 8 and names["fit"].fits and names["fit"].held is not None
+    assert names["small"].config.num_layers == 12
+    assert list(names["nested"].sizes) == ["whole", "75%", "60%"]
+    assert json.loads((tmp_path / "out-w8a8" / "export.json").read_text())["keep_layers"] == [0]
     assert (tmp_path / "gap.html").is_file() and (tmp_path / "out" / "tokenizer.json").is_file()
 
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.checkpoint import load_model, save_model
+from limbeck.models.config import HybridConfig
 from limbeck.models.cost.inference import memory
-from limbeck.models.cost.parameters import weight_bytes
+from limbeck.models.cost.parameters import count_parameters, kind_sizes, weight_bytes
+from limbeck.models.cost.ranks import rank_config, rank_counts
 from limbeck.models.cost.vllm import MODES
 from limbeck.models.device import torch_dtype
 from limbeck.models.hybrid import HybridLM
@@ -29,6 +31,7 @@ from torch.nn import functional as F
 pytestmark = pytest.mark.clients
 LENGTH = 256
 SIZED = names("model")
+RANKS = {name: [count for count in rank_counts(model_config(name)) if 1 < count <= 8] for name in SIZED}
 LOADS = tuple(
     {"context": context, "ssm_dtype": dtype, "mode": mode}
     for context in (8192, 131072)
@@ -114,22 +117,40 @@ def test_vllm_opens_rounded_weights(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_vllm_computes_the_sizes_of_memory_fit(tmp_path: Path) -> None:
     """Tokens and bytes of a block, blocks a request, blocks in all, whether it starts, and the largest --max-num-seqs
-    and --max-model-len with which it does: of each config at each load, by vLLM's layers and its allocator."""
+    and --max-model-len with which it does: of each config at each load, by vLLM's layers and its allocator; and of a
+    rank of several at the first load, with its parameters."""
     python, folders = client_python("LIMBECK_VLLM", "vllm", "vllm"), {name: tmp_path / name for name in SIZED}
     for name, folder in folders.items():
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(model_config(name).to_hf() | {"torch_dtype": "bfloat16"}))
     request = {"folders": {name: str(folder) for name, folder in folders.items()}, "loads": LOADS, "memory": HEADROOM}
+    request |= {"ranks": RANKS}
     found = answered(python, Path(__file__).with_name("vllm_sizes.py"), request, tmp_path)
     for name in SIZED:
         config = model_config(name)
         for load, theirs in zip(LOADS, found[name], strict=True):
-            report = memory(
-                config, int(load["context"]), chunk=None, ssm_dtype=torch_dtype(str(load["ssm_dtype"])),
-                mamba_cache_mode=str(load["mode"]), budget=weight_bytes(config, torch.bfloat16) + HEADROOM,
-            ).vllm  # fmt: skip
-            starts, most = theirs.pop("starts"), theirs.pop("largest_max_num_seqs")
-            assert {key: getattr(report, key) for key in theirs} == theirs, (name, load)
-            assert (report.max_num_seqs > 0) == starts, (name, load)
-            # Without Mamba layers there is no limit.
-            assert report.largest_max_num_seqs == (most if most < 2**30 else 0), (name, load)
+            compare(config, load, theirs, name)
+        for ranks in RANKS[name]:
+            theirs, own = found[f"{name} x {ranks}"], rank_config(config, ranks)
+            assert theirs.pop("parameters") == parameters_without_mocked(own), (name, ranks)
+            compare(config, LOADS[0], theirs, name, ranks)
+
+
+def parameters_without_mocked(config: HybridConfig) -> int:
+    """All but the experts of nemotron_h, in whose place vllm_sizes.py has nothing."""
+    mocked = (size.parameters - config.hidden_size for letter, size in kind_sizes(config).items() if size.experts
+              for _ in range(config.pattern.count(letter)) if config.family == "nemotron_h")  # fmt: skip
+    return count_parameters(config) - sum(mocked)
+
+
+def compare(config: HybridConfig, load: dict[str, Any], theirs: dict[str, Any], name: str, ranks: int = 1) -> None:
+    budget = weight_bytes(rank_config(config, ranks), torch.bfloat16) + HEADROOM
+    report = memory(
+        config, int(load["context"]), chunk=None, ssm_dtype=torch_dtype(str(load["ssm_dtype"])),
+        mamba_cache_mode=str(load["mode"]), budget=budget, tensor_parallel=ranks,
+    ).vllm  # fmt: skip
+    starts, most = theirs.pop("starts"), theirs.pop("largest_max_num_seqs")
+    assert {key: getattr(report, key) for key in theirs} == theirs, (name, load, ranks)
+    assert (report.max_num_seqs > 0) == starts, (name, load, ranks)
+    # Without Mamba layers there is no limit.
+    assert report.largest_max_num_seqs == (most if most < 2**30 else 0), (name, load, ranks)

@@ -3,7 +3,8 @@ vLLM's environment.
 
 It knows nothing of limbeck: the request names folders with a config.json, loads (context, dtype of the SSM states, mode
 of the Mamba cache) and bytes of memory for the cache. A model is made of each config without memory for its weights;
-its layers say what they keep, and vLLM's allocator shares the memory out. (Experts keep nothing, and the build for CPUs
+its layers say what they hold and keep, and vLLM's allocator shares the memory out. A rank of several is the first
+one's, of a group that is told so. (Experts keep nothing, and the build for CPUs
 refuses those of Nemotron, so that something else stands in their place.) That build has another default for
 blocks than one for GPUs, so that what a platform decides is requested of FlashAttention and of the base of all
 platforms, which that for CUDA leaves as it is.
@@ -22,8 +23,8 @@ from unittest import mock
 UNLIMITED = 2**30
 
 
-def built(folder: str) -> Any:
-    """vLLM's config, the layers of the model in it."""
+def built(folder: str, ranks: int = 1) -> tuple[Any, int]:
+    """vLLM's config, the layers of the model in it, and the parameters of a rank, without those of experts."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -35,11 +36,12 @@ def built(folder: str) -> Any:
     # It looks at a class in a process of its own, for the sake of GPUs: an import of vLLM for each.
     with mock.patch.object(registry, "_run_in_subprocess", lambda look: look()):
         config = given.create_engine_config()
+    config.parallel_config.tensor_parallel_size = ranks
     with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
-        begin_processes()
+        begin_processes(ranks)
         with torch.device("meta"), mock.patch.object(nemotron_h, "NemotronHMoE", no_experts):
-            initialize_model(config)
-    return config
+            model = initialize_model(config)
+    return config, sum(parameter.numel() for parameter in model.parameters())
 
 
 def no_experts(*_: Any, **__: Any) -> Any:
@@ -53,13 +55,16 @@ def no_experts(*_: Any, **__: Any) -> Any:
     return Nothing()
 
 
-def begin_processes() -> None:
-    """The process group of one that layers ask for their part."""
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+def begin_processes(ranks: int) -> None:
+    """The process group that layers ask for their part: of one, which answers for the first of `ranks`."""
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment, parallel_state
 
     place = Path(tempfile.gettempdir()) / f"vllm-sizes-{os.getpid()}"
     init_distributed_environment(1, 0, f"file://{place}", 0, "gloo")
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.get_tp_group().world_size = 1
     ensure_model_parallel_initialized(1, 1)
+    parallel_state.get_tp_group().world_size = ranks
 
 
 def prepare(config: Any, context: int, ssm_dtype: str, mode: str) -> None:
@@ -142,7 +147,13 @@ if __name__ == "__main__":
     request = json.loads(Path(sys.argv[1]).read_text())
     found = {}
     for name, folder in request["folders"].items():
-        config = built(folder)
+        config, _ = built(folder)
         found[name] = [sizes(config, **load, memory=request["memory"]) for load in request["loads"]]
         print(name, flush=True)
+    for name, counts in request.get("ranks", {}).items():
+        for ranks in counts:
+            config, parameters = built(request["folders"][name], ranks)
+            own = sizes(config, **request["loads"][0], memory=request["memory"])
+            found[f"{name} x {ranks}"] = own | {"parameters": parameters}
+            print(name, ranks, flush=True)
     Path(sys.argv[2]).write_text(json.dumps(found))

@@ -156,6 +156,8 @@ def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
         lines["at a batch of"] = lambda fit: estimated(fit, "batch")
     rows = [(line, [Cell(text(fit)) for fit in memory.values()]) for line, text in lines.items()]
     hardware, bytes_ = fit["hardware"], fit["memory"]
+    several = fit.get("tensor_parallel", 1)
+    card = hardware["name"] if several == 1 else f"each of {several} {hardware['name']}"
     share = max(fit["memory"]["total"] for fit in memory.values()) / max(fit["verdict"]["budget"], 1)
     few = share < TINY
     if few:  # a picture of what is nothing beside the card would take more place than it says
@@ -169,7 +171,7 @@ def memory_section(folder: Path, memory: Mapping[str, Any]) -> Section:
         tables = [Table("", ["", *memory], rows)]
     return Section(
         "Memory",
-        f"{bytes_['context']:,} tokens \N{MULTIPLICATION SIGN} {bytes_['batch']} on {hardware['name']}: of"
+        f"{bytes_['context']:,} tokens \N{MULTIPLICATION SIGN} {bytes_['batch']} on {card}: of"
         f" {hardware['usable_gib']:g} GiB usable a budget of {size(fit['verdict']['budget'])}; the largest model takes"
         f" {share:.1%} of it.",
         [] if few else [drawn(folder, plots.memory_bars(memory), "memory", "Stacked bars: memory of each model")],

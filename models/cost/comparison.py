@@ -10,10 +10,10 @@ from ..config import HybridConfig
 from ..errors import InputError
 from .hardware import Hardware, Reserve
 from .inference import memory, verdict
-from .speed import Load, Speed, predicted, roofline
+from .speed import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, Load, Speed, predicted, roofline
 
-# Shares of a card's rates that are assumed where nothing is measured; `speed.throughput` says why these.
-ASSUMED: dict[str, Any] = {"compute_efficiency": 0.5, "bandwidth_efficiency": 0.7}
+# Assumed where nothing is measured.
+ASSUMED: dict[str, Any] = {"compute_efficiency": COMPUTE_EFFICIENCY, "bandwidth_efficiency": BANDWIDTH_EFFICIENCY}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ LONGEST = 131072  # tokens of a context that nobody has chosen
 @dataclasses.dataclass(frozen=True)
 class Fit(Reserve):
     """Context (tokens a sequence; None: see `of`), batch (sequences), dtypes, tokens of a prefill chunk, vLLM's mode
-    for the states of Mamba layers; and what of the card is not the model's."""
+    for the states of Mamba layers, GPUs that vLLM shares the model out over; and what of a card is not the model's."""
 
     context: int | None = None
     batch: int = 1
@@ -39,10 +39,11 @@ class Fit(Reserve):
     ssm_dtype: str = "float32"
     chunk: int = 512
     mamba_cache_mode: str = "none"
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_between(self, "fit.", 1, math.inf, "context", "batch", "chunk")
+        check_between(self, "fit.", 1, math.inf, "context", "batch", "chunk", "tensor_parallel")
         if self.batch > MOST_SEQUENCES:
             raise InputError(f"fit.batch is {self.batch:,}; expected {MOST_SEQUENCES:,} at most")
         for name in ("weight_dtype", "ssm_dtype"):
@@ -72,12 +73,17 @@ class Fit(Reserve):
             "chunk": self.chunk,
             "place": hardware.place,
             "mamba_cache_mode": self.mamba_cache_mode,
+            "tensor_parallel": self.tensor_parallel,
         }
 
     def estimate(self, config: HybridConfig, hardware: Hardware, held: StoredWeights | None = None) -> Estimate:
-        """The bytes by formula, and the verdict on them; quantised weights are what is `held`. Raises InputError where
-        the card has no memory."""
+        """The bytes by formula, and the verdict on them, of each GPU where there are several; quantised weights are
+        what is `held`. Raises InputError where the card has no memory, or the model does not share out."""
         fit = self.of(config)
+        if self.tensor_parallel > 1 and hardware.device != "cuda":
+            raise InputError(
+                f"fit.tensor_parallel is {self.tensor_parallel} on hardware={hardware.name}; expected 1, or a GPU"
+            )
         budget = fit.budget(hardware)
         report = memory(config, fit.length, fit.batch, budget=budget, held=held, **fit.assumptions(hardware))
         return Estimate(config, hardware, fit, report, verdict(config, report, budget), held)
@@ -85,7 +91,8 @@ class Fit(Reserve):
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a model takes of a card by formula, and whether the card has it."""
+    """What a model takes of a card by formula, of each of several where it is shared out, and whether the card has
+    it."""
 
     config: HybridConfig
     hardware: Hardware
@@ -123,6 +130,7 @@ class Estimate:
             kv_dtype=self.fit.kv_dtype,
             dtype=self.fit.weight_dtype,
             mamba=self.memory.ssm > 0,
+            tensor_parallel=self.fit.tensor_parallel,
         )
 
     def cautions(self) -> list[str]:
@@ -159,7 +167,7 @@ class Estimate:
         read = max(length // 3, 1)
         return throughput(
             self.config, self.hardware, input_tokens=read, output_tokens=max(length - read, 1),
-            budget=self.verdict.budget, held=self.held,
+            budget=self.verdict.budget, held=self.held, tensor_parallel=self.fit.tensor_parallel,
             **{name: dtypes[name] for name in ("weight_dtype", "kv_dtype", "ssm_dtype")},
         )  # fmt: skip
 
@@ -170,5 +178,6 @@ class Estimate:
             "memory": dataclasses.asdict(report) | derived,
             "verdict": dataclasses.asdict(self.verdict),
             "hardware": dataclasses.asdict(self.hardware),
+            "tensor_parallel": self.fit.tensor_parallel,
             "gib": GIB,
         }

@@ -53,7 +53,8 @@ def blas_workspace(place: Place) -> int:
 @dataclasses.dataclass(frozen=True)
 class Hardware:
     """A card: memory in GiB (`usable_gib` is what a process can have of it), GB/s, dense bf16 TFLOP/s (float16's where
-    it has no bf16 products, see `has_bfloat16`)."""
+    it has no bf16 products, see `has_bfloat16`), and GB/s between it and its like, both ways together, as data sheets
+    count them (0: not known)."""
 
     name: str
     total_gib: float
@@ -63,10 +64,12 @@ class Hardware:
     compute_capability: str = ""
     multiprocessors: int = 132
     device: str = "cuda"
+    interconnect_gb_s: float = 0.0
 
     def __post_init__(self) -> None:
         # Of one's own card they may be left open, as 0.
         check_between(self, "hardware.", 0, math.inf, "total_gib", "usable_gib", "bandwidth_gb_s", "bf16_tflops")
+        check_between(self, "hardware.", 0, math.inf, "interconnect_gb_s")
         check_between(self, "hardware.", 1, math.inf, "multiprocessors")
 
     @property
@@ -79,6 +82,11 @@ class Hardware:
     def has_bfloat16(self) -> bool:
         """Whether it multiplies bfloat16: GPUs do from compute capability 8.0 on (CUDA's programming guide)."""
         return self.device != "cuda" or float(self.compute_capability or 9) >= BFLOAT16_FROM
+
+    def missing_rates(self, several: int) -> list[str]:
+        """The fields that are 0, of those by which one of them, or several together, are as fast as they are."""
+        needed = ("bandwidth_gb_s", "bf16_tflops", *(("interconnect_gb_s",) if several > 1 else ()))
+        return [f"hardware.{name}" for name in needed if getattr(self, name) <= 0]
 
     def check(self) -> None:
         """Raises InputError where there is no memory to speak of, or no such device."""

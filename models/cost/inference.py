@@ -18,6 +18,7 @@ from ..config import HybridConfig
 from ..layer import StateBytes
 from .hardware import Place, check_load, libraries
 from .parameters import weight_bytes
+from .ranks import padded_vocabulary, rank_config, rank_counts
 from .trace import transient
 from .vllm import VllmReport, allocate
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True)
 class InferenceLoad:
     """How a run is meant: tokens of a prefill chunk, bytes of a weight, a key or value, an SSM state's and a
-    convolution state's number, and where it runs."""
+    convolution state's number, where it runs, and over how many such places it is shared out (`ranks`)."""
 
     chunk: int
     weight_bytes: int
@@ -36,6 +37,7 @@ class InferenceLoad:
     ssm_bytes: int
     conv_bytes: int
     place: Place
+    ranks: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +90,20 @@ def memory(
     place: Place = Place(),  # noqa: B008 (frozen)
     mamba_cache_mode: str = "none",
     held: StoredWeights | None = None,
+    tensor_parallel: int = 1,
 ) -> MemoryReport:
     """Bytes that `batch` sequences of `context` tokens need, the prompt prefilled in chunks of `chunk` tokens (None:
     weights and caches alone). KV and convolution states follow the weights' dtype unless told otherwise. `budget`
     (bytes, weights included) and the Mamba cache mode are for vLLM's count of requests. Quantised weights are what is
-    `held`; what comes and goes is that of plain ones.
+    `held`; what comes and goes is that of plain ones. With `tensor_parallel` GPUs it is what each of them holds
+    (`ranks`), and so are `held` and `budget`.
 
-    Raises InputError where context, batch or chunk is below 1.
+    Raises InputError where context, batch or chunk is below 1, or the model does not share out over so many GPUs.
     """
     check_load(context, batch, 1 if chunk is None else chunk)
+    whole = config
+    if tensor_parallel > 1:
+        config = rank_config(config, tensor_parallel)
     kv_type, conv_type = kv_dtype or weight_dtype, conv_dtype or weight_dtype
     states = layer_states(config, kv_type, ssm_dtype, conv_type)
     fixed = [state.ssm + state.conv for state in states if state.ssm + state.conv]
@@ -122,17 +129,24 @@ def memory(
     )
     if chunk is None:
         return report
-    load = InferenceLoad(chunk, weight_dtype.itemsize, kv_type.itemsize, ssm_dtype.itemsize, conv_type.itemsize, place)
-    return at(config, dataclasses.replace(report, load=load), context, batch)
+    load = InferenceLoad(
+        chunk, weight_dtype.itemsize, kv_type.itemsize, ssm_dtype.itemsize, conv_type.itemsize, place, tensor_parallel
+    )
+    return at(whole, dataclasses.replace(report, load=load), context, batch)
 
 
 def at(config: HybridConfig, report: MemoryReport, context: int, batch: int) -> MemoryReport:
-    """The report at another context and batch; what it says of vLLM stays."""
+    """The report of a (whole) config at another context and batch; what it says of vLLM stays."""
     found = caches_at(report, context, batch)
     if found.load is None:
         return found
     load = found.load
-    passing = transient(config, context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place)
+    gathered = 0
+    if load.ranks > 1:
+        config, gathered = rank_config(config, load.ranks), padded_vocabulary(config)
+    passing = transient(
+        config, context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place, gathered
+    )  # fmt: skip
     return dataclasses.replace(
         found,
         prompt=8 * max(context - 1, 1) * batch,
@@ -283,7 +297,18 @@ def changes(config: HybridConfig, report: MemoryReport, budget: float, **options
     for name, way in ways.items():
         less = memory(config, report.context, report.batch, **(options | way))
         found.append(Change(name, report.peak - less.peak, less.peak <= budget))
-    return [*found, *fewer_layers(config, report, budget, options)]
+    return [*found, *fewer_layers(config, report, budget, options), *more_gpus(config, report, budget, options)]
+
+
+def more_gpus(config: HybridConfig, report: MemoryReport, budget: float, options: dict[str, Any]) -> list[Change]:
+    """The fewest GPUs that hold the model together, where its weights are plain."""
+    on_gpu = report.load is not None and report.load.place.device == "cuda"
+    for count in rank_counts(config) if on_gpu and options.get("held") is None else ():
+        if count > options.get("tensor_parallel", 1):
+            less = memory(config, report.context, report.batch, **options | {"tensor_parallel": count})
+            if less.peak <= budget:
+                return [Change(f"{count} GPUs (tensor_parallel={count})", report.peak - less.peak, True)]
+    return []
 
 
 def fewer_layers(config: HybridConfig, report: MemoryReport, budget: float, options: dict[str, Any]) -> list[Change]:

@@ -12,9 +12,13 @@ from ..errors import InputError
 from .hardware import Hardware
 from .inference import memory, verdict
 from .parameters import kind_sizes, unused, weight_bytes
+from .ranks import rank_config
 
 if TYPE_CHECKING:
     from .stored_weights import StoredWeights
+
+# Shares of a card's rates that generation is taken to reach where nothing is measured; `throughput` says why these.
+COMPUTE_EFFICIENCY, BANDWIDTH_EFFICIENCY = 0.5, 0.7
 
 
 def flops_per_token(config: HybridConfig, context: int) -> float:
@@ -24,6 +28,15 @@ def flops_per_token(config: HybridConfig, context: int) -> float:
     products = config.vocab_size * config.hidden_size - unused(config, 1)
     products += sum(config.pattern.count(kind) * size.matrices for kind, size in kind_sizes(config).items() if kind)
     return 2.0 * (products + sum(kind.work(config, context) for kind in config.kinds))
+
+
+def training_flops(
+    student: HybridConfig, teacher: HybridConfig | None, context: int, checkpointing: bool = False
+) -> float:
+    """FLOPs of a token in training on rows of `context` tokens: three passes of the student, a fourth where layers run
+    again in the backward, and one of the teacher."""
+    passes = (3 + checkpointing) * flops_per_token(student, context)
+    return passes + (0.0 if teacher is None else flops_per_token(teacher, context))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +58,14 @@ def throughput(
     output_tokens: int,
     batch: int | None = None,
     budget: float | None = None,
-    compute_efficiency: float = 0.5,
-    bandwidth_efficiency: float = 0.7,
+    compute_efficiency: float = COMPUTE_EFFICIENCY,
+    bandwidth_efficiency: float = BANDWIDTH_EFFICIENCY,
     weight_dtype: torch.dtype = torch.bfloat16,
     kv_dtype: torch.dtype | None = None,
     ssm_dtype: torch.dtype = torch.float32,
     conv_dtype: torch.dtype | None = None,
     held: StoredWeights | None = None,
+    tensor_parallel: int = 1,
 ) -> Throughput | None:
     """A roofline estimate for `batch` requests of `input_tokens` that write `output_tokens` each; where `batch` is
     None, for as many as fit `budget` (bytes) at full length (one, where a model has no caches).
@@ -59,28 +73,22 @@ def throughput(
     Prefill and every decoding step take whichever is longer: their FLOPs at compute_efficiency x the card's bf16
     rate, or their bytes at bandwidth_efficiency x its bandwidth. A step reads the weights (`weights_read`) and the keys
     and values so far, and reads and writes the SSM and convolution states; prefill reads the weights once, and the head
-    works on the last token alone. Of quantised weights the bytes are those `held`, and the rate stays bf16's. Launches,
-    sampling and the scheduler are not in it: it ranks configs on one card, and says nothing of a serving stack. The
-    default efficiencies are assumptions, the bandwidth's such that the published 9B comes out within 2% of the 156.42
-    tokens/s measured on an A10G (arXiv 2508.14444: 8k in, 16k out, batch 8).
+    works on the last token alone. Of quantised weights the bytes are those `held`, and the rate stays bf16's. Of
+    several GPUs each does a rank's work (`ranks`), and then they exchange (`exchange_seconds`). Launches, sampling and
+    the scheduler are not in it: it ranks configs on one card, and says nothing of a serving stack. The default
+    efficiencies are assumptions, the bandwidth's such that the published 9B comes out within 2% of the 156.42 tokens/s
+    measured on an A10G (arXiv 2508.14444: 8k in, 16k out, batch 8).
 
-    None where the profile has no bandwidth or rate, or not one sequence fits.
+    None where the profile lacks a rate (`Hardware.missing_rates`), or not one sequence fits.
     Raises InputError where tokens or batch are below 1, or an efficiency is not in (0, 1].
     """
-    if input_tokens < 1 or output_tokens < 1 or (batch is not None and batch < 1):
-        raise InputError(
-            f"throughput: input_tokens ({input_tokens}), output_tokens ({output_tokens}) and batch ({batch})"
-            " must be at least 1"
-        )
-    if not (0 < compute_efficiency <= 1 and 0 < bandwidth_efficiency <= 1):
-        raise InputError(
-            f"throughput: compute_efficiency ({compute_efficiency}) and bandwidth_efficiency ({bandwidth_efficiency})"
-            " must be in (0, 1]"
-        )
-    if hardware.bandwidth_gb_s <= 0 or hardware.bf16_tflops <= 0:
+    check_tokens(input_tokens, output_tokens, batch)
+    check_efficiency("throughput: ", compute_efficiency=compute_efficiency, bandwidth_efficiency=bandwidth_efficiency)
+    if hardware.missing_rates(tensor_parallel):
         return None
-    dtypes: Any = {"weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype}
-    dtypes |= {"conv_dtype": conv_dtype, "held": held}
+    config = rank_config(config, tensor_parallel)
+    dtypes: Any = {"weight_dtype": weight_dtype, "kv_dtype": kv_dtype, "ssm_dtype": ssm_dtype, "conv_dtype": conv_dtype}
+    dtypes |= {"held": held}
     if batch is None:
         batch = largest_batch_of(config, input_tokens + output_tokens, budget, dtypes)
         if batch < 1:
@@ -96,7 +104,34 @@ def throughput(
     step_flops = batch * flops_per_token(config, 2 * middle)
     step_bytes = weights_read(config, weight_dtype, batch, held) + report.kv + 2 * (report.ssm + report.conv)
     step = max(step_flops / rate, step_bytes / bandwidth)
+    if tensor_parallel > 1:
+        each = exchange_seconds(config, hardware, tensor_parallel, weight_dtype, bandwidth_efficiency)
+        prefill, step = prefill + batch * input_tokens * each, step + batch * each
     return Throughput(batch, batch * output_tokens / (prefill + output_tokens * step), prefill, step)
+
+
+def check_tokens(input_tokens: int, output_tokens: int, batch: int | None) -> None:
+    if input_tokens < 1 or output_tokens < 1 or (batch is not None and batch < 1):
+        raise InputError(
+            f"throughput: input_tokens ({input_tokens}), output_tokens ({output_tokens}) and batch ({batch})"
+            " must be at least 1"
+        )
+
+
+def check_efficiency(where: str, **shares: float) -> None:
+    """Raises InputError where a share of a card's rate is not above 0 and 1 at most."""
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise InputError(f"{where}{name} is {share}; expected a share of the card's rate, above 0 and 1 at most")
+
+
+def exchange_seconds(
+    config: HybridConfig, hardware: Hardware, ranks: int, dtype: torch.dtype, efficiency: float
+) -> float:
+    """Seconds of the links a token: the stream, summed over all ranks after the embedding and every layer. In a ring
+    each rank sends 2 (n - 1) / n of it, one way; latency is not in it."""
+    size = config.hidden_size * dtype.itemsize * (config.num_layers + 1)
+    return 2 * (ranks - 1) / ranks * size / (hardware.interconnect_gb_s / 2 * 1e9 * efficiency)
 
 
 def weights_read(config: HybridConfig, dtype: torch.dtype, tokens: int, held: StoredWeights | None = None) -> float:

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
+from fractions import Fraction
 
 import torch
 
 from ..axes import Role
 from ..checkpoint import Checkpoint
 from ..config import HybridConfig
+from ..errors import InputError
 from ..families.family import StoredTensor, stored_tensors, tensor_table_of
 from ..quantise import group_of, rounded_names
 from ..rounding import Rounding
 from ..stored import Header
 from ..tensors import DTYPES as ALL_DTYPES
+from .ranks import rank_config, sizes_text
 
 SCALE_BYTES, SHAPE_BYTES = 2, 16  # a bfloat16 scale; the int64 rows and columns beside packed numbers
 
@@ -58,21 +61,32 @@ class StoredWeights:
 Size = Callable[[str, StoredTensor], int | None]
 
 
-def of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> StoredWeights | None:
-    """What a folder holds, its plain weights in `dtype`; None where all are plain."""
+def of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, ranks: int = 1) -> StoredWeights | None:
+    """What a folder holds, its plain weights in `dtype`, or one of several GPUs that vLLM shares it out over; None
+    where all are plain. Raises InputError where columns that have one scale would come apart, or `ranks.rank_config`
+    does."""
     if not checkpoint.formats():
         return None
     places = {name: place for stored in checkpoint.stored.values() for name, place in stored.places.items()}
+    whole, part = checkpoint.config, rank_config(checkpoint.config, ranks)
+    shapes = {name: stored.shape for name, stored in stored_tensors(whole).items()} if ranks > 1 else {}
 
     def size(name: str, stored: StoredTensor) -> int | None:
         quantised = places[name].quantised
         if quantised is None:
             return None
+        shares = [Fraction(own, all_) for own, all_ in zip(stored.shape, shapes.get(name, stored.shape), strict=True)]
+        if shares[-1] < 1 and stored.shape[-1] % quantised.block[1] and quantised.scale.shape[1:] not in ((), (1,)):
+            raise InputError(
+                f"tensor_parallel is {ranks}: each GPU would have {stored.shape[-1]:,} columns of {name}, whose scales"
+                f" are for {quantised.block[1]} columns each; give a number that leaves whole ones, of"
+                f" {sizes_text(whole)}"
+            )
         parts = (quantised.numbers, quantised.scale, quantised.zero)
-        whole = sum(header_bytes(part) for part in parts if part is not None)
-        return whole + (0 if quantised.bits is None else SHAPE_BYTES)
+        held = sum(shared_bytes(part, shares) for part in parts if part is not None)
+        return held + (0 if quantised.bits is None else SHAPE_BYTES)
 
-    return summed_weights(checkpoint.config, dtype, size)
+    return summed_weights(part, dtype, size)
 
 
 def of_format(config: HybridConfig, rounding: Rounding, dtype: torch.dtype, kept: Container[int] = ()) -> StoredWeights:
@@ -113,5 +127,8 @@ def summed_weights(config: HybridConfig, dtype: torch.dtype, size: Size) -> Stor
     return StoredWeights(tuple(LayerBytes(*layer) for layer in layers), outer, ahead)
 
 
-def header_bytes(header: Header) -> int:
-    return math.prod(header.shape) * ALL_DTYPES[header.dtype].itemsize
+def shared_bytes(header: Header, shares: Sequence[Fraction]) -> int:
+    """Bytes of a tensor, cut to these shares of its rows and columns as far as it has several of them: one scale for
+    all columns is every rank's."""
+    cut = (math.ceil(size * share) if size > 1 else size for size, share in zip(header.shape, shares, strict=False))
+    return math.prod(cut) * ALL_DTYPES[header.dtype].itemsize

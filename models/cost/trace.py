@@ -22,7 +22,7 @@ from ..config import HybridConfig
 from ..generate.cache import Cache
 from ..generate.generate import last_logits
 from ..hybrid import HybridLM
-from .hardware import Place
+from .hardware import Place, round_up
 from .parameters import num_tensors
 from .simulate import Stand, Tracker, advance, decode, without_memory
 
@@ -62,10 +62,18 @@ class Traced:
 
 
 def transient(
-    config: HybridConfig, context: int, batch: int, chunk: int, weight_bytes: int, ssm_bytes: int, place: Place
+    config: HybridConfig,
+    context: int,
+    batch: int,
+    chunk: int,
+    weight_bytes: int,
+    ssm_bytes: int,
+    place: Place,
+    gathered: int = 0,
 ) -> Transient:
     """Of `batch` sequences of `context` tokens, the last one decoded, the others prefilled in chunks. Chunks differ by
-    their past alone: the first, the last whole one and the rest after it are run."""
+    their past alone: the first, the last whole one and the rest after it are run. Where the config is a rank's, its
+    logits are a part of `gathered` in all, which it is given beside its own and keeps alone."""
     few = alike(config)
     traced = Traced(few, weight_bytes, ssm_bytes, place, batch)
     tokens = max(context - 1, 1)
@@ -77,13 +85,15 @@ def transient(
     if whole and rest:
         moments.append(given + chunk_peaks(traced, rest).at(whole * chunk))
     head = run_head(traced, rest or chunk)
-    moments.append(head.peak)
+    whole_logits = round_up(batch * gathered * weight_bytes, place)
+    moments.append(head.peak + whole_logits)
     if context == 1:
         return Transient(max(moments), 0, 0)
     steps = decode_peaks(traced)
     highest = steps.at(context - 1)
     more = sum((config.pattern.count(kind) - few.pattern.count(kind)) * size for kind, size in steps.left)
-    return Transient(max(moments), highest + more - 2 * head.logits, 2 * head.logits)
+    logits = 2 * whole_logits + head.logits if gathered else 2 * head.logits
+    return Transient(max(moments), highest + more - 2 * head.logits, logits)
 
 
 class Moment(NamedTuple):

@@ -106,6 +106,7 @@ def flags(
     kv_dtype: str,
     dtype: str,
     mamba: bool,
+    tensor_parallel: int = 1,
 ) -> list[str]:
     """The arguments of `vllm serve` for requests of `context` tokens. Prefix caching, and with it the Mamba cache mode,
     is given always: its default has changed between versions. Where a step has to take a whole block at once (mode
@@ -117,6 +118,8 @@ def flags(
         f"--gpu-memory-utilization {math.floor(utilization * 1000) / 1000:g}",
         "--no-enable-prefix-caching" if report.mode == "none" else "--enable-prefix-caching",
     ]
+    if tensor_parallel > 1:
+        found.append(f"--tensor-parallel-size {tensor_parallel}")
     if kv_dtype != dtype:
         found.append(f"--kv-cache-dtype {'fp8' if kv_dtype.startswith('float8') else kv_dtype}")
     if mamba:

@@ -26,8 +26,6 @@ from ...models.named import model_folder as model_folder
 from .show import progress, say, table
 
 if TYPE_CHECKING:
-    import torch
-
     from ...models.cost.fit import Estimate, Fit
     from ...models.cost.hardware import Hardware
     from ...models.cost.stored_weights import StoredWeights
@@ -96,9 +94,9 @@ def check_scores(folder: Path, model: str, name: str) -> None:
         raise InputError(f"scores={folder} are of another model than {name}; give the scores of this one")
 
 
-def held_weights(model: str, dtype: torch.dtype) -> StoredWeights | None:
-    """`named.model_weights`; says so where quantised weights count as plain ones, since their files are not here."""
-    held = model_weights(model, dtype)
+def held_weights(model: str, fit: Fit) -> StoredWeights | None:
+    """`named.model_weights` of a fit; says so where quantised weights count as plain, as their files are not here."""
+    held = model_weights(model, torch_dtype(fit.weight_dtype), fit.tensor_parallel)
     if held is None and quantisation(model):
         say(f"note: {model} is quantised, but its files are not here: its weights are counted as plain ones")
     return held
@@ -106,7 +104,7 @@ def held_weights(model: str, dtype: torch.dtype) -> StoredWeights | None:
 
 def estimated(model: str, hardware: Hardware, fit: Fit) -> Estimate:
     """What a model takes of a card, quantised weights as `held_weights` counts them."""
-    return fit.estimate(model_config(model), hardware, held_weights(model, torch_dtype(fit.weight_dtype)))
+    return fit.estimate(model_config(model), hardware, held_weights(model, fit))
 
 
 def said_format(model: str, checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
