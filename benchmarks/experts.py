@@ -196,13 +196,16 @@ def distilled(bench: Bench, name: str, target: Target, method: str, whole: float
 
 
 def state_table(bench: Bench, seeds: Sequence[int]) -> None:
-    """The SSM state beside heads and head channels at equal parameters."""
-    config = bench.model.config
-    goal = count_parameters(config.replace(mamba_num_heads=config.mamba_num_heads * 3 // 4))
-    rows = []
-    for field, step in (("ssm_state_size", 4), ("mamba_num_heads", config.n_groups), ("mamba_head_dim", 1)):
-        target = sized(config, field, goal, count_parameters, step)
-        if target is not None:
+    """The SSM state beside heads and head channels at equal parameters: those that a quarter of the heads takes, and
+    those that half of the state takes, which no whole number of heads may match."""
+    config, rows = bench.model.config, []
+    fewer = config.replace(mamba_num_heads=config.mamba_num_heads * 3 // 4)
+    half = config.replace(ssm_state_size=config.ssm_state_size // 2)
+    for goal in (count_parameters(fewer), count_parameters(half)):
+        for field, step in (("ssm_state_size", 4), ("mamba_num_heads", config.n_groups), ("mamba_head_dim", 1)):
+            target = sized(config, field, goal, count_parameters, step)
+            if target is None or count_parameters(config.replace(**target.widths)) < 0.99 * goal:
+                continue
             said = f"{field} {getattr(config, field)} to {target.widths[field]}"
             row = [said, f"{count_parameters(config.replace(**target.widths)):,}"]
             for how, repair in (("", PLAIN), (", refitted", FITTED)):
