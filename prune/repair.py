@@ -125,11 +125,6 @@ def repair_tensors(
     layerwise = repair.by_layers
     rotates = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
     total = config.num_layers * (rotates + layerwise)
-    if rotates and config.mtp_steps and selection.ahead:
-        raise InputError(
-            "repair: the stream cannot be rotated beside multi-token prediction, whose own norm the head reads as well;"
-            " set repair.rotate=false, or drop multi-token prediction (target.drop_mtp=true)"
-        )
     if rotates:
         count = None if on_step is None else lambda done: on_step(done, total)
         turn = principal_directions(get_tensor, config, batches, selection, device, dtype, count)

@@ -20,6 +20,7 @@ from .slice import Selection
 from .streams import GetTensor, Streams, one_layer
 
 TIED_TOLERANCE = 0.2
+AHEAD = ("eh_proj.weight", "final_layernorm.weight")  # of multi-token prediction: they belong to the head's stream, too
 
 
 def rotated_selection(selection: Selection) -> Selection:
@@ -33,10 +34,12 @@ def rotated_selection(selection: Selection) -> Selection:
 @dataclasses.dataclass(frozen=True)
 class Rotation:
     """Of the residual stream: the new directions are the columns of `turn` [H, H] (float64). The first `fixed` of them
-    are channels that stay as they are, because a final norm in front of a tied embedding has to keep its weights."""
+    are channels that stay as they are, because a final norm in front of a tied embedding has to keep its weights.
+    `scale` is the RMS, over tokens, of what the final norm gives in the source: that of the rotated model's is 1."""
 
     turn: Tensor
     fixed: int
+    scale: float = 1.0
 
 
 def principal_directions(
@@ -57,11 +60,14 @@ def principal_directions(
     """
     moments = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=device)
     streams = Streams(config, get_tensor, batches, device, dtype)
+    last = torch.zeros_like(moments)
     for layer in range(config.num_layers + 1):
         if layer == config.num_layers or layer in selection.layers:
+            last = torch.zeros_like(moments)
             for rows in streams.counted():
                 normed = torch.nn.functional.normalize(rows.double(), dim=-1)
-                moments += normed.T @ normed
+                last += normed.T @ normed
+            moments += last
         if layer < config.num_layers:
             streams.advance(one_layer(config, layer, get_tensor, device, dtype))
             if on_layer is not None:
@@ -77,12 +83,20 @@ def principal_directions(
     turn = torch.zeros_like(moments)
     turn[fixed, torch.arange(count, device=turn.device)] = 1
     turn[free, count:] = directions.flip(1)
-    return Rotation(turn, count)
+    energy = last.diagonal() / last.diagonal().sum()
+    return Rotation(turn, count, 1.0 if config.tie_word_embeddings else float((energy * weight.square()).sum().sqrt()))
 
 
 def rotated(get_tensor: GetTensor, config: HybridConfig, rotation: Rotation, device: torch.device | str) -> GetTensor:
     """Tensors of the same function with the residual stream turned and the norms' weights folded into the matrices
-    that read it (with tied embeddings the final norm's as far as `Rotation` allows)."""
+    that read it (with tied embeddings the final norm's as far as `Rotation` allows).
+
+    Multi-token prediction is turned as far as one head allows that two norms stand before: the final norm's weights w
+    are folded into the head, so that what a step gives it has to carry f / w of its own final_layernorm f, in the new
+    directions a matrix R^T diag(f / w) R. Its diagonal takes the weights' place (the least squares, where directions
+    are alike). hnorm divides by the RMS of what the head reads, which no longer has w; its mean is made up for. Both
+    are exact where w and f / w are constant.
+    """
     table = tensor_table(config)
     turns: dict[torch.dtype, Tensor] = {}
 
@@ -90,9 +104,23 @@ def rotated(get_tensor: GetTensor, config: HybridConfig, rotation: Rotation, dev
         work = torch.float64 if tensor.dtype == torch.float64 else torch.float32
         return turns.setdefault(work, rotation.turn.to(device, work))
 
+    def ahead(name: str, tensor: Tensor, turn: Tensor) -> Tensor:
+        """What joins the streams at the start of a step, or its last norm."""
+        folded = torch.ones_like(turn[0]) if config.tie_word_embeddings else get_tensor("norm_f.weight").to(turn)
+        if name.endswith("final_layernorm.weight"):
+            weight = torch.where(folded == 0, 0, tensor.to(turn) / folded)
+            return weight @ turn.square()
+        layer = name.removesuffix("eh_proj.weight")
+        read, kept = tensor.to(turn).chunk(2, -1)
+        read = read * get_tensor(f"{layer}enorm.weight").to(turn)
+        kept = kept * get_tensor(f"{layer}hnorm.weight").to(turn) * folded / rotation.scale
+        return turn.T @ torch.cat((read @ turn, kept @ turn), -1)
+
     def get(name: str) -> Tensor:
         axes, tensor = table[name], get_tensor(name)
         turn = turn_like(tensor)
+        if axes.ahead is not None and axes.part in AHEAD:
+            return ahead(name, tensor, turn).to(tensor)
         if axes.reads_stream:
             return ((tensor.to(turn) * get_tensor(norm_before(axes)).to(turn)) @ turn).to(tensor)
         if axes.writes_stream:
@@ -116,4 +144,6 @@ def hidden_of(config: HybridConfig) -> Dimension:
 
 
 def norm_before(axes: TensorSpec) -> str:
+    if axes.ahead is not None:
+        return f"mtp.layers.{axes.ahead}.norm.weight"
     return "norm_f.weight" if axes.layer is None else f"layers.{axes.layer}.norm.weight"

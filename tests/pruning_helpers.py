@@ -76,9 +76,9 @@ def naive_mse(model: HybridLM, batches: Sequence[Rows], gone: Sequence[int]) -> 
     return torch.cat(errors).square().mean().item()
 
 
-def turned(model: HybridLM) -> HybridLM:
+def turned(model: HybridLM, scale: float = 1.0) -> HybridLM:
     """The model with its stream in a random basis."""
     width = model.config.hidden_size
     turn = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
-    get_tensor = rotated(model.state_dict().__getitem__, model.config, Rotation(turn, 0), "cpu")
+    get_tensor = rotated(model.state_dict().__getitem__, model.config, Rotation(turn, 0, scale), "cpu")
     return filled(model.config, ((name, get_tensor(name)) for name in tensor_table(model.config)), model)
