@@ -10,6 +10,7 @@ from ..distill.options import DistillOptions
 from ..models.config import HybridConfig
 from ..models.cost.hardware import Reserve
 from ..models.cost.parameters import count_parameters
+from ..models.cost.speed import check_efficiency
 from ..models.cost.stages import PlannedStage, as_json, fit_rows, kept_apart, line_rows, time_rows, time_sentence
 from ..models.cost.training import Training, train_memory
 from ..models.cost.training_time import UTILISATION, train_time
@@ -30,6 +31,10 @@ class Setup(Reserve):
 
     teacher: str = "online"
     utilisation: float = UTILISATION
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_efficiency("training.", utilisation=self.utilisation)
 
 
 @dataclasses.dataclass(frozen=True)
