@@ -64,6 +64,7 @@ from .stored import (
 from .tensors import Finishing, TensorFile, ahead
 
 PIECE_BYTES = 2**24  # of a tensor in memory, where it is streamed
+PIECES_AHEAD = 4  # read while others are written: with one, reading and writing waited for each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +322,7 @@ def write_checkpoint(
     files: dict[str, TensorFile] = {}
     with Finishing(sums) as finishing:
         try:
-            for ours, rows in ahead(tensors):
+            for ours, rows in ahead(tensors, PIECES_AHEAD):
                 start = rows_done.get(ours, 0)
                 rows_done[ours] = start + len(rows)
                 for name, row, part in scattered(config, ours, start, rows.detach()):
