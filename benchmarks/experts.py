@@ -1,7 +1,7 @@
 """What experts are worth by every score, merged or dropped, beside other axes: tables of docs/RESULTS.md.
 
     python -m limbeck.benchmarks.experts OUTPUT [--model FOLDER] [--parts scores,merging,...] [--seeds 0,1,2]
-        [--scores reap,logits,...]
+        [--scores reap,logits,...] [--rate 0.0005]
 
 Cells, seeds, held-out text and brackets are those of benchmarks/pruning.py. 25% and 50% are of the experts' parameters;
 other axes are cut to the same total, or to the same that a token meets, of parameters. Figures are what is added to the
@@ -37,10 +37,10 @@ FITTED = Repair(norms="measured", least_squares=True)
 WHOLE = (0.75, 0.5, 0.0)
 
 
-def subject(folder: Path) -> Subject:
+def subject(folder: Path, rate: float) -> Subject:
     return Subject(
         folder.name, folder, 8192, 8192, 16384, {}, Target(), Target(), (), steps=60, batch=4, optimizer="muon",
-        learning_rates=(1.5e-3,), repairs=(), distilled=(), ablated=False,
+        learning_rates=(rate,), repairs=(), distilled=(), ablated=False,
     )  # fmt: skip
 
 
@@ -227,10 +227,11 @@ def main() -> None:
     parser.add_argument("--model", default="zoo-moe", help="a folder, or the name of a shipped model")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of " + ", ".join(PARTS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rate", type=float, default=5e-4, help="of Muon, in the parts that train")
     parser.add_argument("--scores", default=",".join(known_scores()), help="of the parts of scores, comma-separated")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    bench = Bench(subject(model_folder(options.model)), options.output / "cells")
+    bench = Bench(subject(model_folder(options.model), options.rate), options.output / "cells")
     for part in options.parts.split(","):
         more = (options.scores.split(","),) if part.endswith("scores") else ()
         PARTS[part](bench, [int(seed) for seed in options.seeds.split(",")], *more)
