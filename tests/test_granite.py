@@ -77,6 +77,7 @@ def test_public_spellings_are_read() -> None:
         ({"num_local_experts": 4, "num_experts_per_tok": 5}, "more than the experts"),
         ({"num_local_experts": 4}, "num_experts_per_tok"),
         ({"num_local_experts": -1}, "num_local_experts"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 2, "scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
     ),
 )
 def test_wrong_configs_are_refused(change: dict[str, Any], said: str) -> None:

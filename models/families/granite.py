@@ -18,6 +18,7 @@ from ..multipliers import Multipliers
 from .family import Family, Fused, FusedUnits
 from .positions import KEYS, read_rope, write_rope
 from .spelling import (
+    check_router,
     read_fields,
     read_float,
     read_layers,
@@ -101,6 +102,7 @@ def read_granite(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"family": "granitemoehybrid", "pattern": pattern, **FIXED}
     if experts:
         known["num_local_experts"], fields["router"] = experts, "softmax"
+        check_router(hf, "softmax")
     fields |= read_fields(known, spellings, pattern, fields | stated(hf, DEFAULTS)) | read_limit(hf)
     fields |= {field: read_switch(hf, *how) for field, how in SWITCHES.items()}
     for kind in (mamba2.KIND, attention.KIND):
