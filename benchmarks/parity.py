@@ -29,7 +29,7 @@ FAMILIES: dict[str, tuple[Callable[[int], HybridConfig], int]] = {
     "granitemoehybrid without experts": (granite_config, 1),
     "granitemoehybrid with experts": (functools.partial(granite_config, experts=True), 1),
     "nemotron_h with experts": (nemotron_config, 1),
-    "nemotron_h with experts behind latent projections": (functools.partial(nemotron_config, latent=True), 1),
+    "nemotron_h with experts and latent projections": (functools.partial(nemotron_config, latent=True), 1),
 }
 
 
