@@ -102,7 +102,7 @@ def check_gradients(ours: HybridLM, theirs: Any, expected: torch.Tensor, found: 
 def published_gradients(config: HybridConfig, theirs: Any) -> dict[str, torch.Tensor]:
     """transformers' gradients by the names of the hub, where nemotron_h's experts, stacked in memory, are one by
     one."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, weight in theirs.named_parameters():
         name = published(name, FAMILIES[config.family].prefixes[0])
         if name.endswith(("mixer.experts.up_proj", "mixer.experts.down_proj")):
