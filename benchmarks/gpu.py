@@ -3,12 +3,12 @@
     python -m limbeck.benchmarks.gpu [--json gpu.json] [--only NAME ...] [--short]
     python -m limbeck.benchmarks.gpu --interpret
 
-Needs torch, triton, numpy and safetensors; mamba_ssm, causal_conv1d, liger_kernel and fla are measured where they are
-installed. In this order: the first call of every kernel with an empty cache of compiled kernels; values and gradients
-against float64; gradients twice, bit for bit; times at the 9B's shapes. A floor is the least traffic over the measured
-bandwidth of a copy, or the operations over the measured rate of a matrix product. One table is printed, JSON written
-beside it, and the exit code is 3 where a kernel is wrong or does not repeat itself. `--interpret` checks values,
-gradients and bits alone, on tiny shapes, on the CPU, in Triton's interpreter.
+Needs torch, triton, numpy and safetensors; mamba_ssm, causal_conv1d, liger_kernel, fla, transformers and vllm are
+measured where they are installed. In this order: the first call of every kernel with an empty cache of compiled
+kernels; values and gradients against float64; gradients twice, bit for bit; times at the 9B's shapes. A floor is the
+least traffic over the measured bandwidth of a copy, or the operations over the measured rate of a matrix product. One
+table is printed, JSON written beside it, and the exit code is 3 where a kernel is wrong or does not repeat itself.
+`--interpret` checks values, gradients and bits alone, on tiny shapes, on the CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations

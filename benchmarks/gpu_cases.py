@@ -14,8 +14,8 @@ from limbeck.kernels.attention import attention, decode_attention, document_mask
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from limbeck.kernels.linear_kl import linear_cross_entropy, linear_kl
 from limbeck.kernels.moe import expert_mlp
-from limbeck.kernels.moe_launch import triton_product
-from limbeck.kernels.moe_torch import segment_product
+from limbeck.kernels.moe_launch import triton_gradient, triton_product
+from limbeck.kernels.moe_torch import segment_gradient, segment_product
 from limbeck.kernels.norm import gated_rms_norm, rms_norm
 from limbeck.kernels.ssd import ssd_scan
 from limbeck.kernels.state_update import state_update
@@ -131,6 +131,12 @@ def grouped_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     return {"x": normal(len(rows), found["x"].shape[1]), "weight": found["up"], "ends": ends}
 
 
+def grouped_gradient_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
+    """What the product of `grouped_inputs` gives its gradient for, with the rows that it reads."""
+    found = grouped_inputs(batch, tokens, tiny)
+    return {"y": normal(len(found["x"]), found["weight"].shape[1]), "x": found["x"], "ends": found["ends"]}
+
+
 def query_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     heads, groups, size = (6, 2, 16) if tiny else (QUERIES, KEYS, QUERY_DIM)
     return {"q": normal(batch, heads, tokens, size), "k": normal(batch, groups, tokens, size),
@@ -220,11 +226,19 @@ def operators() -> dict[str, Op]:
             lambda student_hidden, student_head, labels: F.cross_entropy(student_hidden @ student_head.T, labels),
             flops_of=loss_flops(HIDDEN, 0)),
         "expert_mlp": Op(expert_inputs, expert_mlp, reference.expert_mlp_reference,
-                         flops_of=(lambda b, t: b * t * expert, lambda b, t: 2 * b * t * expert)),
+                         flops_of=(lambda b, t: b * t * expert, lambda b, t: 2 * b * t * expert),
+                         peers=gpu_peers.EXPERTS),
+        "expert_mlp, served": Op(expert_inputs, expert_mlp, reference.expert_mlp_reference,
+                                 flops_of=(lambda b, t: b * t * expert, lambda b, t: 0.0), no_grad=True,
+                                 peers=gpu_peers.EXPERTS_SERVED),
         "grouped_product, Triton": Op(
             grouped_inputs, lambda x, weight, ends: triton_product(x, weight, ends, False),
             lambda x, weight, ends: segment_product(x, weight, ends, False),
             flops_of=(lambda b, t: b * t * expert / 2, lambda b, t: 0.0), no_grad=True, peers=gpu_peers.GROUPED),
+        "grouped_gradient, Triton": Op(
+            grouped_gradient_inputs, triton_gradient, segment_gradient,
+            flops_of=(lambda b, t: b * t * expert / 2, lambda b, t: 0.0), no_grad=True,
+            peers=gpu_peers.GROUPED_GRADIENT),
         "attention causal": Op(query_inputs, attention, dense_attention, flops_of=per_pair(pair, 2.5 * pair)),
         "attention packed, FlexAttention": Op(
             packed_inputs, lambda q, k, v, document: attention(q, k, v, document_mask(document)), dense_attention,

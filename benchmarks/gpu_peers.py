@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from limbeck.kernels import reference
-from limbeck.kernels.moe_torch import segment_product
+from limbeck.kernels.moe_torch import segment_gradient, segment_product
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,10 +169,38 @@ def one_by_one(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return segment_product(x, weight, ends, False)
 
 
+def torch_grouped_gradient(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(y.mT, x, offs=ends)
+
+
+def transformers_experts(x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """transformers' experts of Nemotron 3, by torch's grouped product, as it runs them unless told otherwise."""
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    config: Any = SimpleNamespace(
+        n_routed_experts=len(up), hidden_size=x.shape[1], moe_intermediate_size=up.shape[1], moe_latent_size=None,
+        mlp_hidden_act="relu2", _experts_implementation="grouped_mm",
+    )  # fmt: skip
+    with torch.device("meta"):
+        experts = NemotronHExperts(config)
+    return torch.func.functional_call(experts, {"up_proj": up, "down_proj": down}, (x, indices, weights))
+
+
+def vllm_experts(x: Tensor, indices: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """vLLM's Triton kernel of experts without a gate (0.32), which has no gradients."""
+    from vllm.model_executor.layers.fused_moe import fused_experts
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+    return fused_experts(x, up, down, weights.float(), indices.int(), activation=MoEActivation.RELU2_NO_MUL)
+
+
 RMS_NORM = {"torch.compile": compiled(torch_rms_norm), "liger_kernel": liger_rms_norm, "fla": fla_rms_norm}
 GATED_RMS_NORM = {"torch.compile": compiled(torch_gated_rms_norm), "mamba_ssm": mamba_ssm_gated}
 RELU2 = {"torch.compile": compiled(reference.relu2_reference)}
 GROUPED = {"torch grouped_mm": torch_grouped, "expert by expert": one_by_one}
+GROUPED_GRADIENT = {"torch grouped_mm": torch_grouped_gradient, "expert by expert": segment_gradient}
+EXPERTS = {"transformers": transformers_experts}
+EXPERTS_SERVED = EXPERTS | {"vllm": vllm_experts}
 SWIGLU = {"torch.compile": compiled(lambda gate, up: F.silu(gate) * up), "liger_kernel": liger_swiglu}
 LINEAR_KL = {"dense": dense_kl, "dense, torch.compile": compiled(dense_kl)}
 LINEAR_JSD = {"liger_kernel": liger_jsd}

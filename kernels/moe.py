@@ -4,8 +4,9 @@ Tokens are put in the order of their experts, so that each expert's are neighbou
 rows do the rest (`grouped_product`). Nothing is ever [tokens, experts, width]: what there is grows with the rows that
 were chosen, and an expert that no token chose is not read. The routing weight is taken in before the second product, so
 that the sum over a token's experts is a sum of rows and every order is fixed: equal inputs give equal bits.
-All shapes follow from the inputs' (`ends` says which rows are which expert's, and stays on the device), so that a CUDA
-graph captures a decoding step once and replays it whatever is chosen.
+All shapes follow from the inputs' (`ends` says which rows are which expert's, and on a GPU it stays there: Triton's
+product never looks at it from the host, and torch's is taken where it does not either), so that a CUDA graph captures a
+decoding step once and replays it whatever is chosen.
 Shapes: [n] tokens, [k] experts a token, [m] = n k rows, [E] experts, [D] inputs, [I] neurons of an expert.
 """
 

@@ -1,4 +1,4 @@
-"""Products over groups of rows (moe.py) in torch: group after group on a CPU, by torch's grouped product on a GPU.
+"""Products over groups of rows (moe.py) in torch: group after group on a CPU, by torch's grouped product on some GPUs.
 
 Shapes: [m] rows, [E] groups, `ends` [E] (int32) where each ends; [N] outputs, [K] inputs of a group's matrix.
 """
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .launch import capability
 from .linear import linear
 from .products import NARROW, narrows
 
 MANY = 16  # rows from which on `linear`'s way is faster than it costs to copy its answer
+# Compute capabilities on which torch's grouped product is one kernel (ATen/native/cuda/GroupedBlas.cpp).
+# Elsewhere it copies `ends` to the host and loops over groups, which a CUDA graph cannot capture.
+WHOLE = ((9, 0), (10, 0))
 ALIGNED = 8  # numbers of bfloat16 that torch's grouped product wants rows to be multiples of: 16 bytes
 
 
@@ -57,8 +59,11 @@ def segment_gradient(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def takes_torch_grouped(*operands: Tensor) -> bool:
-    """Whether torch's grouped product takes these: bfloat16 on a GPU from compute capability 8.0 on, aligned."""
-    if not operands[0].is_cuda or not hasattr(F, "grouped_mm") or capability(operands[0].device) < 80:
+    """Whether torch's grouped product takes these without a look at them from the host: bfloat16 on a GPU of WHOLE,
+    aligned."""
+    if not operands[0].is_cuda or not hasattr(F, "grouped_mm"):
+        return False
+    if torch.cuda.get_device_capability(operands[0].device) not in WHOLE:
         return False
     return all(
         tensor.dtype == torch.bfloat16
@@ -75,4 +80,8 @@ def torch_product(x: Tensor, weight: Tensor, ends: Tensor, turned: bool) -> Tens
 
 def torch_gradient(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     """`moe.grouped_gradient` by torch's: groups lie along the dimension that is summed over."""
-    return F.grouped_mm(y.mT, x, offs=ends)
+    gradient = F.grouped_mm(y.mT, x, offs=ends)
+    # On compute capability 10.0 torch leaves what was in memory where a group has no rows (pytorch#172439): it is put
+    # aside, and in place, as a product with zero would keep NaN and another stack would be as large as the weights.
+    empty = ends == F.pad(ends[:-1], (1, 0))
+    return gradient.masked_fill_(empty[:, None, None], 0)

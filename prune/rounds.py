@@ -16,7 +16,7 @@ from ..models.config import HybridConfig
 from ..models.errors import InputError
 from .choose import select
 from .depth import check_removal, random_layers, step_size
-from .slice import Selection, slice_config
+from .slice import Selection, written_config
 from .target import Target, with_widths
 from .width_metrics import RandomScores
 
@@ -85,8 +85,7 @@ def plan_cuts(config: HybridConfig, cuts: Sequence[Cut], orders: Sequence[Sequen
         with named_round(cut.name):
             order = orders[number] if number < len(orders) else cut.some_layers(config)
             selection = select(config, RandomScores(cut.seed).scores(config), order, cut.target)
-            after = slice_config(config, selection)
-            after.to_hf()
+            after = written_config(config, selection)
         yield CutStep(cut, config, selection, after)
         config = after
 

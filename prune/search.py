@@ -27,7 +27,7 @@ from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, count_patterns, embed, odd_gap
 from .scores import LayerScores, WidthScores
 from .slice import Selection
-from .target import HIDDEN, INNER, ByWidth, Target, by_width, followed, unwritable
+from .target import HIDDEN, INNER, ByWidth, Target, by_width, followed, unwritable, with_hidden
 
 RANKS = ("memory", "importance", "loss")
 
@@ -271,7 +271,10 @@ def find_candidates(
             smallest = min(smallest, report.total)
             if report.total > budget.bytes:
                 continue
-            changed: dict[str, Any] = {n: int(value) for n, value in widths.items() if value != getattr(config, n)}
+            tied = with_hidden(base, {HIDDEN: smaller.hidden_size})  # said also where it is the source's
+            changed: dict[str, Any] = {
+                n: int(value) for n, value in widths.items() if value != getattr(config, n) or n in tied
+            }
             if len(depth.layers) < config.num_layers:
                 stay = numbered_layers(config, depth.layers)
                 changed |= {"keep_layers": stay} if depth.named else {"layers": len(stay)}
@@ -307,7 +310,8 @@ def grid(base: HybridConfig, space: Space) -> Iterable[dict[str, float]]:
     for name in widths_of(base):
         values = space.widths.get(name)
         axes[name] = [getattr(base, name)] if values is None else whole(name, values, getattr(base, name))
-    ratios = None
+    ratios, fixed = None, {name for name, values in space.widths.items() if values is not None}
+    fixed |= {row.width for row in AXES.values() if row.groups in fixed and group_row(row) is not None}
     if space.intermediate_ratio is not None and INNER in axes:
         ratios = axes[INNER] = values_of("intermediate_ratio", space.intermediate_ratio)
     for values in itertools.product(*axes.values()):
@@ -317,6 +321,7 @@ def grid(base: HybridConfig, space: Space) -> Iterable[dict[str, float]]:
         for row in AXES.values():
             if group_row(row) is not None and row.width in widths and space.widths.get(row.width) is None:
                 widths[row.width] = followed(base, row, int(widths[str(row.groups)]))
+        widths |= with_hidden(base, {name: int(widths[name]) for name in widths if name in fixed})
         yield widths
 
 

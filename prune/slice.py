@@ -74,6 +74,15 @@ def slice_config(config: HybridConfig, selection: Selection) -> HybridConfig:
     return config.replace(pattern=pattern, mtp_steps=config.mtp_steps if selection.ahead else 0, **widths)
 
 
+def written_config(config: HybridConfig, selection: Selection) -> HybridConfig:
+    """`slice_config`, of what a folder is to hold. Raises InputError where none can, with sizes that would work where
+    the family knows any."""
+    smaller = slice_config(config, selection)
+    smaller.family_record.check_cut(config, smaller)
+    smaller.to_hf()
+    return smaller
+
+
 def check_ahead(config: HybridConfig, ahead: HybridConfig, widths: Mapping[str, int]) -> None:
     """Raises InputError where layers of multi-token prediction would have to lose units that nothing has scored."""
     for name in (name for kind in ahead.kinds for name in kind.widths()):

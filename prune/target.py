@@ -118,7 +118,8 @@ class Target(ByWidth):
 
 def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
     """The target with the widths that its `parameters` stand for where layers of that pattern stay, and those that
-    follow from others (the heads of key-value heads). Raises InputError."""
+    follow from others (the heads of key-value heads, and where a family's readers derive sizes from hidden_size, what
+    goes with it). Raises InputError."""
     held = ((row, group_row(row)) for row in AXES.values())
     followers = {
         row.width: followed(config, row, target.widths[own.width])
@@ -126,6 +127,7 @@ def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
         if own and own.width in target.widths and row.width not in target.widths
     }
     target = target.replace(**followers)
+    target = target.replace(**with_hidden(config.replace(pattern=pattern), target.widths))
     if target.parameters is None:
         return target
     smaller = config.replace(pattern=pattern, **target.widths)
@@ -165,6 +167,13 @@ def tied_widths(config: HybridConfig, hidden: int, given: Mapping[str, int]) -> 
     that are given, which stay as they are."""
     tied = {} if HIDDEN in given else config.family_record.tied(config, hidden)
     return {name: size for name, size in tied.items() if name not in given}
+
+
+def with_hidden(config: HybridConfig, given: Mapping[str, int]) -> dict[str, int]:
+    """The widths that go with another hidden_size that is given (`Family.tied`), but for those that are given, too."""
+    hidden = given.get(HIDDEN, config.hidden_size)
+    others = {name: size for name, size in given.items() if name != HIDDEN}
+    return {} if hidden == config.hidden_size else tied_widths(config, hidden, others)
 
 
 def alignment(config: HybridConfig) -> int:

@@ -32,7 +32,7 @@ from ..prune.choose import select
 from ..prune.nested import check_as_trained, nested_size
 from ..prune.repair import RepairOptions, kept_units, repair_tensors
 from ..prune.scores import load_scores
-from ..prune.slice import slice_config, slice_rows, source_name
+from ..prune.slice import slice_rows, source_name, written_config
 from ..prune.target import Target
 from .run.resolve import NamedData, check_scores, data_input, model_folder, said_format, sample
 from .run.show import counted, progress, result, say, table
@@ -98,7 +98,7 @@ def prune(options: Options) -> None:
         checkpoint = open_checkpoint(source)
         work.notes |= said_format(options.model, checkpoint)
         selection = select(checkpoint.config, scores.widths, scores.layers.order, target)
-        config = slice_config(checkpoint.config, selection)
+        config = written_config(checkpoint.config, selection)
         stored = {name: place.dtype for name, place in checkpoint.stored.items()}
         dtypes = {name: stored[source_name(name, selection)] for name in tensor_table(config)}
         shards = plan_shards(config, dtypes, options.max_shard_bytes)

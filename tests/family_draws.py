@@ -1,4 +1,4 @@
-"""Small configs of the families with multipliers, everything that matters drawn."""
+"""Small configs that are held beside transformers' classes, everything that matters drawn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from limbeck.models.config import HybridConfig
 from limbeck.models.multipliers import Multipliers
-from limbeck.models.rope import Llama3Rope
+from limbeck.models.rope import Llama3Rope, RopeScaling, YarnRope
+from limbeck.tests.helpers import dense_config, moe_config
 
 
 def falcon_config(seed: int, **changes: Any) -> HybridConfig:
@@ -75,3 +76,50 @@ def granite_config(seed: int, experts: bool = False, **changes: Any) -> HybridCo
             "chunk_size": draw.choice((4, 8)), "conv_bias": draw.random() < 0.8,
         }  # fmt: skip
     return HybridConfig(**(fields | changes))
+
+
+def nemotron_config(seed: int, latent: bool = False) -> HybridConfig:
+    """nemotron_h with experts, everything of their layer drawn; every third has groups."""
+    draw = random.Random(seed)
+    groups = draw.choice((2, 3)) if seed % 3 == 0 else 1
+    experts = groups * draw.choice((2, 3, 5))
+    best = draw.randint(1, groups)
+    kv = draw.choice((1, 2))
+    return moe_config(
+        pattern=draw.choice(("E", "EE", "ME*E", "E-E", "*EM", "M-E*-E")),
+        vocab_size=draw.choice((61, 90)),
+        hidden_size=draw.choice((24, 32)),
+        num_attention_heads=kv * draw.choice((1, 2)),
+        num_key_value_heads=kv,
+        n_routed_experts=experts,
+        num_experts_per_tok=draw.randint(1, experts // groups * best),
+        moe_intermediate_size=draw.choice((8, 20)),
+        moe_shared_expert_intermediate_size=draw.choice((12, 36)),
+        moe_latent_size=draw.choice((8, 40)) if latent else 0,
+        n_group=groups,
+        topk_group=best,
+        norm_topk_prob=draw.random() < 0.7,
+        routed_scaling_factor=draw.choice((1.0, 2.5)),
+        tie_word_embeddings=draw.random() < 0.3,
+        extra={"time_step_min": 1e-9},  # transformers clamps the step from below at it
+        pad_token_id=0,
+    )
+
+
+def draw_scaling(seed: int) -> RopeScaling:
+    """Every number that a config.json may state, drawn; most of the time some are left out."""
+    draw = random.Random(seed)
+    length = draw.choice((8, 16, 64, 1000))
+    if seed % 2 == 0:
+        return Llama3Rope(draw.choice((2.0, 8.0, 32.0)), draw.choice((0.5, 1.0)), draw.choice((2.0, 4.0)), length)
+    scales: dict[str, Any] = draw.choice(({}, {"mscale": 0.7, "mscale_all_dim": 1.3}, {"attention_factor": 1.4}))
+    if draw.random() < 0.5:
+        scales |= {"beta_fast": draw.choice((32.0, 4.0)), "beta_slow": draw.choice((1.0, 2.0))}
+    return YarnRope(draw.choice((1.0, 4.0, 40.0)), length, truncate=draw.choice((None, False, True)), **scales)
+
+
+def stretched_config(seed: int) -> HybridConfig:
+    """By turns llama and qwen3, with positions that are stretched, and biases."""
+    config = dense_config(seed).replace(rope_theta=random.Random(seed).choice((100.0, 1e4, 5e5)))
+    biases = {"attention_bias": seed % 3 == 0, "mlp_bias": seed % 4 == 0 and config.family == "llama"}
+    return config.replace(rope_scaling=draw_scaling(seed // 2), **biases)

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def assert_close(name: str, reference: Tensor, found: Tensor, ratio: float) -> None:
-    """Relative RMS error of `found` at most `ratio`; NaN never passes."""
+def assert_close(name: str, reference: Tensor, found: Tensor, ratio: float) -> float:
+    """Relative RMS error of `found`, which is at most `ratio`; NaN never passes."""
     assert reference.shape == found.shape, (name, reference.shape, found.shape)
     difference = (reference.double() - found.double()).square().sum().sqrt().item()
     size = reference.double().square().sum().sqrt().item()
@@ -30,6 +30,7 @@ def assert_close(name: str, reference: Tensor, found: Tensor, ratio: float) -> N
     assert difference <= ratio * size + 1e-30, (
         f"{name}: relative RMS error {difference / max(size, 1e-300):.2e} > {ratio}"
     )
+    return difference / max(size, 1e-300)
 
 
 TINY: dict[str, Any] = {

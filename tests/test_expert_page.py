@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from limbeck.distill.report.experts import COLUMNS, use_row
+from limbeck.distill.gap.measure import measure_gap
+from limbeck.distill.report.experts import COLUMNS, ranges, student_rows, use_row
 from limbeck.distill.report.report import write_page
 from limbeck.models.axes import Axis
 from limbeck.models.checkpoint import save_model
@@ -17,9 +18,10 @@ from limbeck.prune.scores import LayerScores, Scores, load_scores, save_scores
 from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import ActivationScores, MagnitudeScores, TaylorScores
 from limbeck.scripts.prune import kept_units
-from limbeck.tests.helpers import limbeck, make_workshop, moe_config, random_model
+from limbeck.tests.helpers import limbeck, make_workshop, moe_config, random_model, tiny_config
 from limbeck.tests.page_content import facts, gap_of
 from limbeck.tests.pruning_helpers import draw_rows
+from limbeck.tests.training_helpers import draw_batch
 from torch import Tensor
 
 
@@ -46,6 +48,12 @@ def test_a_row_of_the_table() -> None:
     assert cells == ["4 of 6", "83.3%", "5 (3.00)", "1 (0.00)", "1", "0.648"]
     assert use_row([4, 4], None) == ["2 of 2", "100.0%", "0 (1.00)", "0 (1.00)", "0", "1.000"]
     assert use_row([0, 0], [1])[1:] == ["0.0%", "1 (0.00)", "1 (0.00)", "1", "1.000"]
+    assert [ranges(numbers) for numbers in ([], [4], [0, 1, 2, 5, 7, 8])] == ["-", "4", "0-2, 5, 7-8"]
+    stays = {"3": [0, 4, 5]}
+    for uses, first in (({"1": [8, 0, 1]}, ["3", "3", "0 (2.67)"]), ({"1": [8, 0]}, ["1", "2", "0 (2.00)"])):
+        ((layer, cells),) = student_rows(uses, ["0", "3"], stays)
+        assert [layer, *(cell.value for cell in cells[:2])] == first
+    assert student_rows({"1": [0, 0, 9]}, ["0", "3"], stays)[0][1][1].value == "5 (3.00)"
 
 
 @pytest.mark.parametrize("cut", (False, True))
@@ -56,8 +64,9 @@ def test_the_page_shows_which_stayed(cut: bool, tmp_path: Path) -> None:
     counts = {str(layer): [int(count) for count in own] for layer, own in uses.items()}
     save_scores(tmp_path / "scores", Scores(widths, LayerScores(), {"pattern": config.pattern, "expert_uses": counts}))
     selection = select(config, widths, (), Target(n_routed_experts=4, num_experts_per_tok=1, keep_layers=(0, 1, 2, 3)))
+    gap = gap_of("pruned") | {"expert_uses": {"teacher": {"1": [9] * 6}, "pruned": {"1": [5, 2, 2, 1], "3": [4] * 4}}}
     page = write_page(
-        tmp_path, "report.html", title="Experts", gap=gap_of("pruned"), provenance={"scores": facts()},
+        tmp_path, "report.html", title="Experts", gap=gap, provenance={"scores": facts()},
         scores=tmp_path / "scores", selection=kept_units(selection, Repair()) if cut else None,
     )  # fmt: skip
     text = page.read_text()
@@ -65,6 +74,28 @@ def test_the_page_shows_which_stayed(cut: bool, tmp_path: Path) -> None:
     share = sum(counts["3"][expert] for expert in selection.kept[Axis("experts", 3)]) / sum(counts["3"])
     assert (f"{share:.1%}" in text) or not cut
     assert (tmp_path / "plots" / "importance-experts.png").is_file()
+    kept = {layer: list(selection.kept[Axis("experts", layer)]) for layer in (1, 3)}
+    assert ("Which stay" in text) == cut and "How pruned uses its experts" in text and "How teacher uses" not in text
+    assert all((f">{ranges(numbers)}<" in text) == cut for numbers in kept.values())
+    assert f"{kept[1][0] if cut else 0} (2.00)" in text
+
+
+def test_a_measurement_counts_the_choices_of_every_model() -> None:
+    config = moe_config()
+    model, other = random_model(config), random_model(config.replace(n_routed_experts=4), seed=1)
+    batch = draw_batch(0, 3, 12, config.vocab_size)
+    report = measure_gap(model, {"other": other, "itself": model}, [batch, batch], resamples=2)
+    counted = int((batch.labels >= 0).sum())
+    assert report.expert_uses["teacher"] == report.expert_uses["itself"] and report.expert_uses.keys() == {
+        "teacher", "other", "itself"
+    }  # fmt: skip
+    for name, experts in (("teacher", 6), ("other", 4)):
+        uses = report.expert_uses[name]
+        assert uses.keys() == {"1", "3", "5"}
+        assert all(len(own) == experts and sum(own) == 2 * 2 * counted for own in uses.values())
+    assert not model.layers[1].mixer.gate._forward_hooks
+    plain = random_model(tiny_config())
+    assert measure_gap(plain, {}, [batch], resamples=2).expert_uses == {}
 
 
 def test_the_command_keeps_them_with_the_scores(tmp_path: Path) -> None:

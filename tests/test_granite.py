@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from limbeck.models.cost.parameters import count_active, count_parameters
 from limbeck.models.errors import InputError
 from limbeck.models.multipliers import Multipliers
 from limbeck.models.named import model_config
+from limbeck.prune.choose import select
+from limbeck.prune.search import Space
+from limbeck.prune.slice import written_config
 from limbeck.prune.target import Target, with_widths
+from limbeck.prune.width_metrics import RandomScores
 from limbeck.tests.family_draws import granite_config
 from limbeck.tests.family_helpers import check_parity, some_slow
+from limbeck.tests.search_helpers import candidates_of
 
 
 @pytest.mark.parametrize("experts", (False, True), ids=("dense", "experts"))
@@ -71,6 +77,7 @@ def test_public_spellings_are_read() -> None:
         ({"num_local_experts": 4, "num_experts_per_tok": 5}, "more than the experts"),
         ({"num_local_experts": 4}, "num_experts_per_tok"),
         ({"num_local_experts": -1}, "num_local_experts"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 2, "scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'"),
     ),
 )
 def test_wrong_configs_are_refused(change: dict[str, Any], said: str) -> None:
@@ -108,6 +115,55 @@ def test_what_its_readers_would_refuse_is_not_written(changes: dict[str, Any], s
     with pytest.raises(InputError, match=said) as caught:
         H_1B.replace(**changes).to_hf()
     assert "\n" not in str(caught.value)
+
+
+CUTS = (
+    {"num_key_value_heads": 2},
+    {"num_key_value_heads": 1, "mamba_num_heads": 40},
+    {"mamba_num_heads": 40},
+    {"mamba_head_dim": 40, "hidden_size": 1024},
+    {"hidden_size": 1280},
+    {"hidden_size": 1280, "mamba_num_heads": 44},
+    {"num_attention_heads": 8},
+    {"hidden_size": 512, "num_attention_heads": 8},
+)
+
+
+@pytest.mark.parametrize("target", CUTS, ids=str)
+def test_sizes_that_are_offered_are_accepted(target: dict[str, int]) -> None:
+    """Whoever gives one of the offers in place of what was wrong has a cut that can be written."""
+    config = H_1B.replace(pattern="M-*-", vocab_size=16)
+    scores = RandomScores(0).scores(config)
+
+    def cut(widths: dict[str, int]) -> HybridConfig:
+        return written_config(config, select(config, scores, (), Target(**widths)))
+
+    with pytest.raises(InputError, match="give ") as caught:
+        cut(target)
+    words = str(caught.value).split("give ")[1]
+    offers = [dict(re.findall(r"(\w+)=(\d+)", offer)) for offer in words.split(" or ")]
+    name = re.match(r"\w+", words)
+    assert name is not None
+    offers = [offer or {name[0]: number} for offer, number in zip(offers, words.split(" or "), strict=True)]
+    for offer in offers:
+        after = cut(target | {width: int(size) for width, size in offer.items()})
+        assert after.hidden_size <= 1536 and after.head_dim == 128, offer
+
+
+def test_heads_go_with_a_hidden_size_that_is_given() -> None:
+    config = H_1B.replace(pattern="M-*-", vocab_size=16)
+    for given, heads in (({}, 32), ({"num_attention_heads": 8}, 32), ({"mamba_num_heads": 16}, 16)):
+        widths = with_widths(config, config.pattern, Target(hidden_size=1024, **given)).widths
+        assert widths == {"hidden_size": 1024, "num_attention_heads": 8, "mamba_num_heads": heads}
+    assert with_widths(config, "M-", Target(hidden_size=1024)).widths == {"hidden_size": 1024, "mamba_num_heads": 32}
+    space = Space(hidden_size=(1024, 1536), intermediate_size=(2048, 4096))
+    found = candidates_of(config, space)
+    assert [candidate.config.mamba_num_heads for candidate in found] == [32, 32, 48, 48]
+    assert "target.mamba_num_heads=32" in found[0].words() and len(found[-1].words()) == 0
+    held = candidates_of(config, Space(hidden_size=(1024,), mamba_num_heads=(16, 48)))
+    for candidate, heads in zip(held, (16, 48), strict=True):
+        selection = candidate.selection(config, RandomScores(0).scores(config))
+        assert written_config(config, selection) == candidate.config and candidate.config.mamba_num_heads == heads
 
 
 def test_published_sizes() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 from pathlib import Path
 from typing import Any
@@ -20,91 +19,17 @@ from limbeck.models.generate.generate import generate
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.moe import Router
 from limbeck.prune.slice import slice_model
-from limbeck.tests.helpers import assert_close, cached_logits, moe_config, random_model
+from limbeck.tests.family_draws import nemotron_config
+from limbeck.tests.family_helpers import BIAS, check_parity, some_slow
+from limbeck.tests.helpers import assert_close, moe_config, random_model
 from limbeck.tests.pruning_helpers import draw_selection
 from safetensors import safe_open
 
-BIAS = "e_score_correction_bias"
 
-
-def draw_config(seed: int) -> HybridConfig:
-    """Small, with everything of the expert layer drawn; every third has groups, every fourth a latent size."""
-    draw = random.Random(seed)
-    groups = draw.choice((2, 3)) if seed % 3 == 0 else 1
-    experts = groups * draw.choice((2, 3, 5))
-    best = draw.randint(1, groups)
-    kv = draw.choice((1, 2))
-    return moe_config(
-        pattern=draw.choice(("E", "EE", "ME*E", "E-E", "*EM", "M-E*-E")),
-        vocab_size=draw.choice((61, 90)),
-        hidden_size=draw.choice((24, 32)),
-        num_attention_heads=kv * draw.choice((1, 2)),
-        num_key_value_heads=kv,
-        n_routed_experts=experts,
-        num_experts_per_tok=draw.randint(1, experts // groups * best),
-        moe_intermediate_size=draw.choice((8, 20)),
-        moe_shared_expert_intermediate_size=draw.choice((12, 36)),
-        moe_latent_size=draw.choice((8, 40)) if seed % 4 == 0 else 0,
-        n_group=groups,
-        topk_group=best,
-        norm_topk_prob=draw.random() < 0.7,
-        routed_scaling_factor=draw.choice((1.0, 2.5)),
-        tie_word_embeddings=draw.random() < 0.3,
-        extra={"time_step_min": 1e-9},  # transformers clamps the step from below at it
-        pad_token_id=0,
-    )
-
-
-def theirs_of(config: HybridConfig, folder: Path, seed: int = 0) -> Any:
-    """transformers' model of a config, by way of its config.json alone, with weights and choices that all matter."""
-    transformers = pytest.importorskip("transformers")
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_hf()))
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder)).eval()
-    assert type(model).__name__ == "NemotronHForCausalLM"
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 1 / math.sqrt(weight.shape[-1]))
-            elif name.endswith(("norm.weight", "norm_f.weight")):
-                weight.uniform_(0.5, 1.5)
-        for name, buffer in model.named_buffers():
-            if name.endswith(BIAS):
-                buffer.normal_(0, 0.3)
-    return model
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_logits_gradients_and_folders(seed: int, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = draw_config(seed)
-    theirs = theirs_of(config, tmp_path / "config", seed)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_model(tmp_path / "theirs")
-    # transformers' class of the family has a head of its own, whatever its config says.
-    assert ours.config == config.replace(tie_word_embeddings=False)
-    ids = torch.randint(config.vocab_size, (1 + seed % 3, (1, 2, 7, 16, 33)[seed % 5]))
-    expected, found = theirs(ids, use_cache=False).logits, ours(ids)
-    assert_close("logits", expected, found, 1e-5)
-    along = torch.randn(expected.shape)
-    (expected * along).sum().backward()
-    (found * along).sum().backward()
-    gradients = {key.removeprefix("model."): weight.grad for key, weight in theirs.named_parameters()}
-    assert gradients.keys() == dict(ours.named_parameters()).keys()  # stacked in memory, as theirs
-    largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-    for key, weight in ours.named_parameters():
-        assert weight.grad is not None
-        difference = float((gradients[key] - weight.grad).abs().max())
-        if difference > 1e-6 * largest:  # where a gradient is zero, or all but zero, there is rounding alone
-            assert_close(key, gradients[key], weight.grad, 1e-4)
-    save_model(ours, tmp_path / "ours", max_shard_bytes=(20000, 10**9)[seed % 2])
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    with torch.no_grad():
-        assert_close("theirs again", found, again(ids, use_cache=False).logits, 1e-5)
+@pytest.mark.parametrize("latent", (False, True), ids=("plain", "latent"))
+@pytest.mark.parametrize("seed", some_slow(24, 8))
+def test_transformers_computes_the_same(seed: int, latent: bool, tmp_path: Path) -> None:
+    check_parity(nemotron_config(seed, latent), seed, tmp_path)
 
 
 def test_experts_are_one_by_one_on_the_disk_and_the_router_is_float32(tmp_path: Path) -> None:
@@ -181,14 +106,6 @@ def test_decoding_packing_and_padding(name: str) -> None:
     other = ids.clone()
     other[:, 17:] = 0  # what comes after does not matter, whichever experts it takes
     assert_close("padding", whole[:, :17], model(other)[:, :17], 1e-12)
-
-
-def test_cached_steps_equal_transformers_cache(tmp_path: Path) -> None:
-    config = draw_config(2).replace(pattern="ME*E")
-    theirs = theirs_of(config, tmp_path / "config")
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = load_model(tmp_path / "theirs")
-    assert_close("logits", *cached_logits(ours, theirs, torch.randint(config.vocab_size, (2, 20)), 11), 1e-5)
 
 
 AXES_OF_EXPERTS = ("experts", "expert_ffn", "shared_ffn", "hidden")

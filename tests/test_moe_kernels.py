@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.kernels.moe import expert_mlp, grouped_gradient, grouped_product, routing_of
+from limbeck.kernels.moe_torch import segment_gradient, takes_torch_grouped, torch_gradient
 from limbeck.kernels.reference import expert_mlp_reference
 from limbeck.tests.helpers import Largest, assert_close
 from torch import Tensor
@@ -114,6 +115,33 @@ def test_an_expert_that_no_token_chose_is_not_read() -> None:
     assert expert_mlp(x, indices, torch.ones(1, 2), up, down).isfinite().all() and len(inputs) == 4
     gradient = grouped_gradient(torch.ones(2, 3), torch.ones(2, 4), torch.tensor([0, 1, 2, 2], dtype=torch.int32))
     assert gradient.sum((1, 2)).tolist() == [0, 12, 12, 0]
+
+
+def test_gradients_of_groups_without_rows_are_zero_whatever_torch_leaves_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's grouped product does on compute capability 10.0 (pytorch#172439)."""
+    y, x, ends = torch.randn(7, 3), torch.randn(7, 4), torch.tensor([0, 2, 2, 7, 7], dtype=torch.int32)
+    expected = segment_gradient(y, x, ends)
+
+    def leaving(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        assert torch.equal(left, y.mT) and torch.equal(right, x)
+        found = expected.clone()
+        found[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", leaving, raising=False)
+    assert torch.equal(torch_gradient(y, x, ends), expected) and not expected[[0, 2, 4]].any()
+
+
+def test_torchs_product_is_taken_where_it_does_not_look_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", None, raising=False)
+    with FakeTensorMode():
+        rows, narrow = (torch.empty(5, width, dtype=torch.bfloat16, device="cuda") for width in (16, 12))
+        stack = torch.empty(3, 8, 16, dtype=torch.bfloat16, device="cuda")
+        for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+            assert takes_torch_grouped(rows, stack) == (capability in ((9, 0), (10, 0))), capability
+            assert not takes_torch_grouped(narrow, stack) and not takes_torch_grouped(rows.float(), stack)
+        assert not takes_torch_grouped(rows.to("cpu"), stack)
 
 
 def test_shapes_are_known_without_values() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,34 +11,17 @@ from limbeck.models.axes import Role, tensor_table
 from limbeck.models.checkpoint import load_config, load_model, save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.hybrid import HybridLM, initialize
-from limbeck.models.rope import Llama3Rope, RopeScaling, YarnRope
+from limbeck.models.rope import YarnRope
 from limbeck.prune.choose import select
 from limbeck.prune.importance import score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.rotation import Rotation, rotated
 from limbeck.prune.slice import filled
 from limbeck.prune.target import Target
+from limbeck.tests.family_draws import stretched_config
 from limbeck.tests.family_helpers import check_parity, some_slow
 from limbeck.tests.helpers import assert_close, dense_config, random_model
 from limbeck.tests.pruning_helpers import draw_rows
-
-
-def draw_scaling(seed: int) -> RopeScaling:
-    """Every number that a config.json may state, drawn; most of the time some are left out."""
-    draw = random.Random(seed)
-    length = draw.choice((8, 16, 64, 1000))
-    if seed % 2 == 0:
-        return Llama3Rope(draw.choice((2.0, 8.0, 32.0)), draw.choice((0.5, 1.0)), draw.choice((2.0, 4.0)), length)
-    scales: dict[str, Any] = draw.choice(({}, {"mscale": 0.7, "mscale_all_dim": 1.3}, {"attention_factor": 1.4}))
-    if draw.random() < 0.5:
-        scales |= {"beta_fast": draw.choice((32.0, 4.0)), "beta_slow": draw.choice((1.0, 2.0))}
-    return YarnRope(draw.choice((1.0, 4.0, 40.0)), length, truncate=draw.choice((None, False, True)), **scales)
-
-
-def stretched_config(seed: int) -> HybridConfig:
-    config = dense_config(seed).replace(rope_theta=random.Random(seed).choice((100.0, 1e4, 5e5)))
-    biases = {"attention_bias": seed % 3 == 0, "mlp_bias": seed % 4 == 0 and config.family == "llama"}
-    return config.replace(rope_scaling=draw_scaling(seed // 2), **biases)
 
 
 @pytest.mark.parametrize("seed", some_slow(48, 16))

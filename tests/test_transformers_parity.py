@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from limbeck.benchmarks import greedy
+from limbeck.benchmarks.greedy import PROMPTS
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.config import HybridConfig
-from limbeck.models.generate.engine import Engine, Request
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.tokenizer import load_tokenizer
+from limbeck.models.named import SHIPPED
 from limbeck.tests.helpers import cached_logits, limbeck
 
 transformers = pytest.importorskip("transformers")
@@ -159,14 +160,6 @@ def test_cached_steps_equal_transformers_cache(tmp_path: Path) -> None:
     assert relative(*cached_logits(ours, theirs, ids, 11)) <= 1e-5
 
 
-BEGINNINGS = (
-    "import ", "from os import ", "def {}(self, x):\n    ", "class {}(object):\n", "    for i in {}:\n", "# {}\n",
-    "if {} is None:\n    raise ", "    return {}", "with open({}) as ", "assertEqual({}, ",
-)  # fmt: skip
-NAMES = ("value", "parse_args", "Node", "self._lock", "b'data'")
-
-
-PROMPTS = [begin.format(name) for name in NAMES for begin in BEGINNINGS]
 PARTS = {"three": PROMPTS[::20], **{str(part): PROMPTS[10 * part - 10 : 10 * part] for part in range(1, 6)}}
 
 
@@ -178,14 +171,18 @@ def test_greedy_text_is_that_of_transformers(part: str, shipped: str, tmp_path: 
     exported = tmp_path / "exported"
     code, _, err = limbeck("export", f"model={shipped}", f"output={exported}", "dtype=float32")
     assert code == 0, err
-    prompts = PARTS[part]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
-    tokenizer = load_tokenizer(exported)
-    engine = Engine(load_model(exported), max_length=96, slots=4, prefill_chunk=5, tokenizer=tokenizer)
-    requests = [Request([tokenizer.bos_token_id, *tokenizer.encode(prompt)], 64) for prompt in prompts]
-    for prompt, request, found in zip(prompts, requests, engine.complete(requests), strict=True):
-        ids = torch.tensor([request.prompt])
-        output = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
-        expected = output[0, ids.shape[1] :].tolist()
-        assert found.tokens == expected, prompt
-        assert found.text == tokenizer.decode(expected, skip_special_tokens=True)
+    for pair in greedy.continued(exported, PARTS[part], 64):
+        assert pair.found == pair.expected and pair.text == pair.expected_text, pair
+
+
+def test_the_benchmark_says_where_texts_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "exported").symlink_to(SHIPPED["zoo-moe"])
+    assert greedy.main([str(tmp_path), "--prompts", "3", "--tokens", "5"]) == 0
+    assert "3 of 3 prompts: the same 5 greedy tokens" in capsys.readouterr().out
+    found = [greedy.Pair("a", [1, 2], [1, 2], "b", "b"), greedy.Pair("a", [1, 2], [1, 3], "b", "c")]
+    monkeypatch.setattr(greedy, "continued", lambda *arguments: found)
+    assert greedy.main([str(tmp_path)]) == 3
+    said = capsys.readouterr().out
+    assert "'a': 1 tokens are the same, then 'b' and 'c'" in said and "1 of 2 prompts" in said

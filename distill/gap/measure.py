@@ -7,6 +7,7 @@ Shapes: [D] documents, [R] resamples, [T] positions of a row, [V] vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -27,6 +28,7 @@ from ..losses import check_vocabularies
 from ..row_parts import whole_states
 from ..text.conversations import PARTS, TEXT
 from .examples import Window, Worst
+from .expert_uses import Uses, counting_uses
 from .statistics import Estimate, Totals, calibration_error, resampled
 from .sums import BINNED, BINS, GROUPED, QUANTITIES, Sums, add_sizes, widened
 from .token_groups import CLASSES, CONTEXTS, TokenGroups, context_name, contexts
@@ -107,7 +109,8 @@ class Difference:
 class GapReport:
     """The figures of the teacher (named "teacher") and every student on the same tokens, and of every two of them the
     difference. `recovery` is None where nothing was pruned and distilled, or pruning lost nothing. `worst`: the
-    windows where each student is furthest from the teacher."""
+    windows where each student is furthest from the teacher. `expert_uses`: of a model with experts, by layer how many
+    tokens chose each (not counted where rows went through the models in parts)."""
 
     tokens: int
     text_bytes: int
@@ -116,6 +119,7 @@ class GapReport:
     differences: tuple[Difference, ...]
     recovery: Estimate | None
     worst: Mapping[str, Sequence[Window]]
+    expert_uses: Mapping[str, Mapping[str, list[int]]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -167,6 +171,7 @@ def measure_gap(
     windows = {name: Worst(worst) for name in students}
     sizes: dict[int, np.ndarray] = {}  # tokens and bytes a document
     seen = Seen()
+    uses: dict[str, Uses] = {name: {} for name in sums}
     width = 0
     for done, batch in enumerate(batches, 1):
         width = max(width, batch.input_ids.shape[1])
@@ -174,7 +179,7 @@ def measure_gap(
         counted = labels >= 0
         seen.add(torch.unique(doc_id[counted]).tolist())
         add_sizes(sizes, doc_id[counted], batch.n_bytes.cpu()[counted])
-        results = figures(teacher, students, batch, device, split)
+        results = figures(teacher, students, batch, device, split, uses)
         grouping = groupings(batch, groups)
         for name, values in zip(sums, results, strict=True):
             sums[name].add(values, results[0], labels.flatten(), doc_id.flatten(), labels.shape[1], grouping)
@@ -186,7 +191,9 @@ def measure_gap(
         raise ValueError("measure_gap: no token counts; expected batches with labels and n_bytes")
     report = summarise(sums, sizes, width, resamples, seed, () if groups is None else groups.domains)
     kept = {name: tuple(worst.windows) for name, worst in windows.items()}
-    return dataclasses.replace(report, documents=len(seen), worst=kept)
+    chosen = {name: {str(layer): counts.long().tolist() for layer, counts in own.items()} for name, own in uses.items()}
+    chosen = {name: own for name, own in chosen.items() if own}
+    return dataclasses.replace(report, documents=len(seen), worst=kept, expert_uses=chosen)
 
 
 class Seen:
@@ -210,13 +217,18 @@ def figures(
     batch: Any,
     device: torch.device | None,
     split: RowSplit | None = None,
+    uses: Mapping[str, Uses] | None = None,
 ) -> list[LinearFigures]:
-    """Each model's per-token figures on a batch, on the CPU, the teacher's first."""
+    """Each model's per-token figures on a batch, on the CPU, the teacher's first; of whole rows `uses` has the choices
+    of experts added to it."""
     where = device or teacher.head_weight.device
     ids, seq_idx, labels = batch.input_ids.to(where), batch.seq_idx.to(where), batch.labels.flatten().to(where)
     sides = []
-    for model in (teacher, *students.values()):
-        with placed(model, device):  # the head stays for the figures, which need all of them
+    for name, model in {TEACHER: teacher, **students}.items():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(placed(model, device))  # the head stays for the figures, which need all of them
+            if uses is not None and split is None:
+                stack.enter_context(counting_uses(model, uses[name], batch.labels >= 0))
             hidden = whole_states(model, ids, seq_idx, split).flatten(0, 1)
             sides.append((hidden, model.head_weight))
     results = linear_figures(sides[1:], *sides[0], labels)

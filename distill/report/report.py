@@ -53,7 +53,7 @@ def write_page(
     if scores is not None:
         sections += importance_sections(folder, scores, selection)
         content = json.loads((scores / "scores.json").read_text(encoding="utf-8"))
-        sections += expert_section(content.get("expert_uses", {}), selection)
+        sections += expert_section(content.get("expert_uses", {}), selection, gap.get("expert_uses", {}))
     if memory is not None:
         sections.append(memory_section(folder, memory))
     sections += stage_section(provenance)

@@ -79,7 +79,8 @@ class Family:
     transformers has a head of its own whatever `tie_word_embeddings` says: it is written out. `spellings` are the
     names in a config.json of HybridConfig's fields, which say what types those have to be of. `config` is the class
     of its configs where a kind of its layers needs fields of its own. `tied` names the widths that go with another
-    hidden_size, where the family's readers derive sizes from it.
+    hidden_size, where the family's readers derive sizes from it. `check_cut`, of a source and what is cut from it,
+    refuses as `write` does, with sizes that this source can be cut to.
     """
 
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -96,6 +97,7 @@ class Family:
     spellings: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     config: type[HybridConfig] | None = None
     tied: Callable[[HybridConfig, int], Mapping[str, int]] = lambda config, hidden: {}
+    check_cut: Callable[[HybridConfig, HybridConfig], None] = lambda source, smaller: None
 
     @property
     def block_size(self) -> int:

@@ -18,6 +18,7 @@ from ..multipliers import Multipliers
 from .family import Family, Fused, FusedUnits
 from .positions import KEYS, read_rope, write_rope
 from .spelling import (
+    check_router,
     read_fields,
     read_float,
     read_layers,
@@ -101,6 +102,7 @@ def read_granite(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"family": "granitemoehybrid", "pattern": pattern, **FIXED}
     if experts:
         known["num_local_experts"], fields["router"] = experts, "softmax"
+        check_router(hf, "softmax")
     fields |= read_fields(known, spellings, pattern, fields | stated(hf, DEFAULTS)) | read_limit(hf)
     fields |= {field: read_switch(hf, *how) for field, how in SWITCHES.items()}
     for kind in (mamba2.KIND, attention.KIND):
@@ -194,31 +196,73 @@ def check_experts(config: HybridConfig) -> None:
         )
 
 
-def check_attention(config: HybridConfig) -> None:
-    """Raises InputError, with sizes that work, unless head_dim is what readers derive."""
+def check_cut(source: HybridConfig, smaller: HybridConfig) -> None:
+    """Raises InputError, with sizes that the source can be cut to, for heads that do not fit hidden_size."""
+    if ATTENTION in smaller.pattern:
+        check_attention(smaller, source)
+    if MAMBA in smaller.pattern:
+        check_expansion(smaller, source)
+
+
+def check_attention(config: HybridConfig, source: HybridConfig | None = None) -> None:
+    """Raises InputError, with sizes that work (of a cut: for its source), unless head_dim is what readers derive."""
     hidden, heads, size = config.hidden_size, config.num_attention_heads, config.head_dim
-    if heads * size != hidden:
-        groups = config.num_key_value_heads
-        near = sorted(range(groups, max(heads, hidden // size) + 1, groups), key=lambda n: abs(n * size - hidden))[:3]
-        ways = (f"hidden_size={number * size} num_attention_heads={number}" for number in sorted(near))
-        raise InputError(
-            f"config: hidden_size {hidden} with num_attention_heads {heads} of head_dim {size}: readers of"
-            f" granitemoehybrid take hidden_size / num_attention_heads for head_dim; give {' or '.join(ways)}"
-        )
+    if heads * size == hidden:
+        return
+    groups, most = config.num_key_value_heads, max(heads, hidden // size)
+    if source is not None:
+        per_group = source.num_attention_heads // source.num_key_value_heads
+        most = min(per_group * groups, source.hidden_size // size)
+    near = sorted(range(groups, most + 1, groups), key=lambda number: abs(number * size - hidden))
+    ways = [(number, way) for number in near if (way := sizes_with(config, number, source))][:3]
+    listed = " or ".join(way for _, way in sorted(ways)) or "another num_key_value_heads"
+    raise InputError(
+        f"config: hidden_size {hidden} with num_attention_heads {heads} of head_dim {size}: readers of"
+        f" granitemoehybrid take hidden_size / num_attention_heads for head_dim; give {listed}"
+    )
 
 
-def check_expansion(config: HybridConfig) -> None:
-    """Raises InputError, with sizes that work, unless the mixer's channels are a whole number of times hidden_size."""
+def sizes_with(config: HybridConfig, heads: int, source: HybridConfig | None) -> str | None:
+    """The sizes to give for so many query heads, with Mamba heads where a cut's own do not fit the hidden_size that
+    goes with them; None where none do."""
+    hidden = heads * config.head_dim
+    said = f"hidden_size={hidden} num_attention_heads={heads}"
+    if source is None or MAMBA not in config.pattern:
+        return said
+    working = expanding(config, hidden, source.mamba_num_heads)
+    # Who gives no Mamba heads has those that go with hidden_size, whichever they are here.
+    if {config.mamba_num_heads, tied(source, hidden).get("mamba_num_heads", source.mamba_num_heads)} <= {*working}:
+        return said
+    near = min(working, key=lambda number: abs(number - config.mamba_num_heads), default=None)
+    return None if near is None else f"{said} mamba_num_heads={near}"
+
+
+def expanding(config: HybridConfig, hidden: int, most: int) -> list[int]:
+    """The numbers of Mamba heads, up to `most`, whose channels are a whole number of times a hidden_size."""
+    return [n for n in range(config.n_groups, most + 1, config.n_groups) if n * config.mamba_head_dim % hidden == 0]
+
+
+def check_expansion(config: HybridConfig, source: HybridConfig | None = None) -> None:
+    """Raises InputError, with sizes that work (of a cut: for its source), unless the mixer's channels are a whole
+    number of times hidden_size."""
     hidden, heads, size = config.hidden_size, config.mamba_num_heads, config.mamba_head_dim
-    if config.d_inner % hidden:
-        working = [number for number in range(config.n_groups, 4 * hidden // size + 1, config.n_groups)
-                   if number * size % hidden == 0]  # fmt: skip
-        near = sorted(sorted(working, key=lambda number: abs(number - heads))[:3])
-        listed = f"mamba_num_heads={' or '.join(map(str, near))}" if working else "another hidden_size"
-        raise InputError(
-            f"config: mamba_num_heads {heads} x mamba_head_dim {size} is no multiple of hidden_size {hidden}, which"
-            f" readers of granitemoehybrid ask for (mamba_expand); give {listed}"
-        )
+    if config.d_inner % hidden == 0:
+        return
+    most = (4 * hidden // size, 4 * hidden // heads)
+    if source is not None:
+        most = source.mamba_num_heads, source.mamba_head_dim
+    ways = {"mamba_num_heads": (heads, expanding(config, hidden, most[0]))}
+    ways["mamba_head_dim"] = size, [n for n in range(1, most[1] + 1) if heads * n % hidden == 0]
+    listed = "another hidden_size"
+    for name, (own, working) in ways.items():
+        if working:
+            near = sorted(sorted(working, key=lambda number: abs(number - own))[:3])
+            listed = f"{name}={' or '.join(map(str, near))}"
+            break
+    raise InputError(
+        f"config: mamba_num_heads {heads} x mamba_head_dim {size} is no multiple of hidden_size {hidden}, which"
+        f" readers of granitemoehybrid ask for (mamba_expand); give {listed}"
+    )
 
 
 def tied(config: HybridConfig, hidden: int) -> dict[str, int]:
@@ -277,4 +321,5 @@ FAMILY = Family(
     spellings={field: names for field, names in SPELLINGS.items() if field != "mamba_head_dim"} | EXPERT_SPELLINGS
     | {field: (name,) for field, (name, _) in SWITCHES.items()},
     tied=tied,
+    check_cut=check_cut,
 )  # fmt: skip

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 from .. import attention, mamba2, mlp, moe
 from ..errors import InputError
 from .family import PLAIN, Family, Transform, Units
-from .spelling import TIME_STEP_LIMIT, read_fields, read_limit, refuse_biases, unread, write_fields, write_limit
+from .spelling import (
+    TIME_STEP_LIMIT,
+    check_router,
+    read_fields,
+    read_limit,
+    refuse_biases,
+    unread,
+    write_fields,
+    write_limit,
+)
 
 if TYPE_CHECKING:
     from ..config import HybridConfig
@@ -74,6 +83,7 @@ def read_nemotron_h(hf: Mapping[str, Any]) -> dict[str, Any]:
         known |= EXPERT_SPELLINGS
         defaults = {"n_group": 1, "topk_group": 1}
         check_shared(hf)
+        check_router(hf, "sigmoid")
     fields |= read_fields(hf, known, every, defaults)
     refuse_biases(hf, BIASES)
     for name, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):

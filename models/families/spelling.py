@@ -19,6 +19,8 @@ REQUIRED = ("vocab_size", "hidden_size")
 # could be read are plain, whatever was done to those that config.json was first written for.
 DROPPED = ("auto_map", "quantization_config", "compression_config", "architectures", "model_type", "layers_block_type",
            "layer_types", "hybrid_override_pattern", "dtype", "torch_dtype")  # fmt: skip
+# What a config.json may call the function of a router's scores: as DeepSeek's does, and as Megatron's option.
+ROUTERS = ("scoring_func", "moe_router_score_function")
 
 
 def read_fields(
@@ -117,6 +119,13 @@ def refuse_biases(hf: Mapping[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         if hf.get(name):
             raise InputError(f"config: {name}={hf[name]!r}; biases of projections are not supported, expected false")
+
+
+def check_router(hf: Mapping[str, Any], kind: str) -> None:
+    """Raises InputError where a config.json with experts names another kind of router than its family's."""
+    for name in ROUTERS:
+        if hf.get(name) not in (None, kind):
+            raise InputError(f"config: {name} is {hf[name]!r}; experts of {hf.get('model_type')} have {kind!r} alone")
 
 
 def read_float(value: Any, name: str) -> float:
