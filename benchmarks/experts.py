@@ -156,7 +156,8 @@ def distill_table(bench: Bench, seeds: Sequence[int], kind: str = "total") -> No
     config, rows = bench.model.config, []
     for share in SHARES:
         named = "" if kind == "total" else f"equal {kind}, "
-        cases = {f"{named}{axis}": (target, None) for axis, target in equal_cuts(config, share)[kind].items()}
+        cuts = equal_cuts(config, share)[kind]
+        cases: dict[str, tuple[Target, float | None]] = {f"{named}{axis}": (cuts[axis], None) for axis in cuts}
         if kind == "total":
             cases["experts, half of them merged into"] = (experts_left(config, share), 0.5)
         for case, (target, whole) in cases.items():

@@ -84,6 +84,7 @@ def logprobs_of(model: HybridLM, prompt: list[int]) -> Tensor:
     return every[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
 
+@pytest.mark.timeout(3600)
 @torch.no_grad()
 def test_vllm_serves_what_limbeck_generates(folders: dict[str, Path], tmp_path: Path) -> None:
     """Of the same texts: vLLM makes their tokens itself."""
