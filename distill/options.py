@@ -10,7 +10,7 @@ from typing import Any
 from ..kernels.divergence import DIVERGENCES, Divergence
 from ..models.errors import InputError
 from ..models.quantities import check_between
-from ..models.rounding import ROUNDINGS
+from ..models.rounding import ALIASES, ROUNDINGS
 from .nested_options import WHERE, NestedSizes, check_nested
 from .rollout_options import RolloutChanges, Rollouts, changed_rollouts
 
@@ -77,6 +77,7 @@ class TrainOptions:
         for name, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("keep", KEEPS)):
             if getattr(self, name) not in known:
                 raise InputError(f"training: {name} {getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+        object.__setattr__(self, "quantize", ALIASES.get(self.quantize, self.quantize))
         if self.quantize is not None and self.quantize not in ROUNDINGS:
             raise InputError(f"training: quantize {self.quantize!r} is unknown; known: {', '.join(ROUNDINGS)}")
         if not (0 < self.learning_rate < math.inf and self.clip_norm > 0):

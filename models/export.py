@@ -23,6 +23,7 @@ from .folder import write_json
 from .foreign import read_object
 from .hybrid import HybridLM
 from .tensors import is_finite
+from .tokenizer import state_begin
 
 PARITY = 1e-4
 LARGEST_LENGTH = 2**40  # beyond it a number of tokens means that none is known
@@ -104,6 +105,7 @@ def write_export(
         max_shard_bytes=max_shard_bytes,
     )
     state_length(folder, checkpoint.config)
+    state_begin(folder)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=generator)
     expected = logits_of(load_model(source, dtype).float(), ids)

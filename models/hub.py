@@ -98,7 +98,7 @@ def hub_folder(text: str, weights: bool = True) -> Path:
     except errors.HFValidationError as error:
         raise InputError(f"{text}: {first_line(error)}; expected {SPELLED}") from None
     except Exception as error:  # no network, a network that breaks, offline mode, a server's fault
-        return cached(model, error)
+        return cached(model, error, weights)
 
 
 def chosen_files(model: HubModel, files: Sequence[str], commit: str | None) -> list[str]:
@@ -135,8 +135,9 @@ def download(model: HubModel, files: Sequence[str]) -> Path:
     return folder
 
 
-def cached(model: HubModel, error: Exception) -> Path:
-    """The folder that an earlier download left. Raises InputError where there is none, with what kept the hub away."""
+def cached(model: HubModel, error: Exception, weights: bool) -> Path:
+    """The folder that an earlier download left. Raises InputError where there is none, or none with the weights that
+    are wanted, with what kept the hub away."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -144,13 +145,22 @@ def cached(model: HubModel, error: Exception) -> Path:
     places: list[Any] = [huggingface_hub.try_to_load_from_cache(model.name, name, revision=model.revision)
                          for name in names]  # fmt: skip
     path = next((place for place in places if isinstance(place, str)), None)
-    if path is not None:
+    if path is not None and (not weights or has_weights(Path(path).parent)):
         log.warning("%s: taken from the cache, revision %s", model.text, Path(path).parent.name)
         return Path(path).parent
     why = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else first_line(error)
-    raise InputError(
-        f"{model.text} cannot be fetched ({why}), and is not in the local cache; without a network give a folder"
-    ) from None
+    there = "is not in the local cache"
+    if path is not None:
+        there = f"its weights are not in the local cache (revision {Path(path).parent.name} without them)"
+    raise InputError(f"{model.text} cannot be fetched ({why}), and {there}; without a network give a folder") from None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether all of a model's weights lie in a folder of the cache, or those of an adapter. Raises InputError for a
+    broken index."""
+    if (folder / INDEX).is_file():
+        return all((folder / name).is_file() for name in read_index(folder / INDEX).values())
+    return any((folder / name).is_file() for name in (SINGLE, ADAPTER[1]))
 
 
 def push_folder(folder: Path, name: str, dry: bool) -> list[Path]:

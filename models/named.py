@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from .cost.hardware import Hardware
 from .errors import InputError, guess
 from .fingerprint import check_files, checked_files
 from .foreign import own_path
-from .hub import HUB, hub_folder, is_hub_name
+from .hub import HUB, hub_folder, is_hub_name, origins
 from .hybrid import HybridLM
 from .shards import ADAPTER_SETTINGS, INDEX, SINGLE
 from .stored import quantization_of
@@ -83,6 +84,30 @@ def model_weights(name: str, dtype: torch.dtype, ranks: int = 1) -> StoredWeight
     if name.startswith(HUB) or not quantisation(name) or not any(model_folder(name).glob("*.safetensors")):
         return None
     return of_checkpoint(open_checkpoint(model_folder(name)), dtype, ranks)
+
+
+def quantised_as(folder: Path) -> tuple[dict[str, int], str]:
+    """What a folder's tensors are quantised as, and how many; and that in words. Neither of plain weights, nor of what
+    is no model or a broken one: who reads it says so."""
+    try:
+        checkpoint = open_checkpoint(folder)
+    except InputError:
+        return {}, ""
+    if not (formats := checkpoint.formats()):
+        return {}, ""
+    kinds = ", ".join(f"{count} tensors of {kind}" for kind, count in formats.items())
+    return formats, f"{kinds}; they are read as {str(checkpoint.dtype()).removeprefix('torch.')}"
+
+
+def input_notes(inputs: Mapping[str, Path | str]) -> dict[str, Any]:
+    """What limbeck.json says of a stage's inputs: their `sources` (see `origins`), and what those are quantised as that
+    are: the model as `source_format`, another one as its own (`teacher_format`)."""
+    sources = origins(inputs)
+    notes: dict[str, Any] = {"sources": sources} if sources else {}
+    for key, value in inputs.items():
+        if isinstance(value, Path) and (formats := quantised_as(value)[0]):
+            notes["source_format" if key == "model" else f"{key}_format"] = formats
+    return notes
 
 
 def load_checked(folder: Path, dtype: torch.dtype, device: torch.device) -> HybridLM:

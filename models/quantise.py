@@ -30,6 +30,7 @@ from .folder import write_json
 from .rounding import ROUNDINGS, Rounding
 from .shards import SINGLE, check_disk
 from .tensors import Form, TensorFile
+from .tokenizer import state_begin
 
 F8 = torch.float8_e4m3fn
 AHEAD = "mtp."  # how the layers of multi-token prediction begin, which stay
@@ -297,6 +298,7 @@ def write_quantised(
     write_json(folder / "config.json", content)
     copy_companions(companions(source), folder)
     state_length(folder, config)
+    state_begin(folder)
     after = open_checkpoint(folder)
     check_steps(after, checkpoint, rounding, calibrated is not None)
     if calibrated is not None:

@@ -22,3 +22,4 @@ ROUNDINGS = {
     "w8a8": Rounding("int-quantized", "int", 8, 127.0, activations=True, grouped=False),
     "w4a16": Rounding("pack-quantized", "int", 4, 7.0, activations=False, grouped=True),
 }
+ALIASES: dict[str | None, str] = {"int8": "w8a8"}  # what training's `quantize` takes as well

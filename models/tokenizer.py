@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from .config import HybridConfig
 from .errors import InputError
 from .folder import write_json
 from .foreign import LARGEST_WIDTH, SETTINGS, first_line, read_bytes, read_object
+from .post_processor import added_ids, put_before, state_of
 
+log = logging.getLogger("limbeck")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -31,30 +34,32 @@ PATTERN = r"[^\r\n\p{L}\p{N}_]?[\p{L}_]+|\p{N}{1,3}|[\r\n]+[ \t]*| ?[^\s\p{L}\p{
 
 
 class Tokenizer:
-    """A folder's tokenizer.json with the ids of its special tokens; without a `bos_token_id` (Qwen3) texts begin with
-    nothing. `token_bytes` [V]: see `byte_counts`.
+    """A folder's tokenizer.json with the ids of its special tokens (`bos_token_id` is None where it has none, as
+    Qwen3's). A text begins with the ids `begin` and ends with `end`: what the post-processor adds, often nothing.
+    `token_bytes` [V]: see `byte_counts`.
     """
 
     def __init__(
-        self, backend: tokenizers.Tokenizer, folder: Path, bos: str | None, eos: str | None, pad: str | None,
-        adds_bos: bool = True,
-    ):  # fmt: skip
-        self.backend, self.folder, self.adds_bos = backend, folder, adds_bos
+        self, backend: tokenizers.Tokenizer, folder: Path, bos: str | None, eos: str | None, pad: str | None
+    ) -> None:
+        self.backend, self.folder = backend, folder
         self.vocab_size = vocabulary_size(backend)
+        self.begin, self.end = added_ids(backend)
+        if (most := max([*self.begin, *self.end], default=0)) >= self.vocab_size:
+            raise InputError(f"{folder / 'tokenizer.json'}: the post-processor adds token {most}, which is not there")
         self.bos_token_id = None if bos is None else self.special(bos, "bos_token")
         self.eos_token_id = self.special(eos, "eos_token")
         self.pad_token_id = self.eos_token_id if pad is None else self.special(pad, "pad_token")
 
-    @property
-    def begin(self) -> list[int]:
-        """What a document or a prompt begins with: bos, or nothing where there is none or add_bos_token is false."""
-        return [] if self.bos_token_id is None or not self.adds_bos else [self.bos_token_id]
+    def framed(self, text: str) -> list[int]:
+        """A text's token ids with those that the tokenizer adds: what transformers and vLLM make of it."""
+        return [*self.begin, *self.encode(text), *self.end]
 
     def prompt(self, text: str) -> list[int]:
         """A text to be continued. Raises InputError where that is no token at all."""
-        ids = [*self.begin, *self.encode(text)]
+        ids = self.framed(text)
         if not ids:
-            raise InputError(f"the prompt is empty, and {self.folder} has no bos_token to begin with; give some text")
+            raise InputError(f"the prompt is empty, and the tokenizer of {self.folder} adds nothing; give some text")
         return ids
 
     @property
@@ -133,18 +138,23 @@ def read_backend(content: bytes) -> tokenizers.Tokenizer:
     return backend
 
 
+def open_backend(path: Path) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a file, shared with who reads the same. Raises InputError where it is broken."""
+    try:
+        return read_backend(read_bytes(path))
+    except InputError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{path} is no tokenizer: {first_line(error)}") from None
+
+
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer of a checkpoint folder. Raises InputError where tokenizer.json is missing or broken."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not path.exists():
         raise InputError(f"{path} is missing; the folder needs its tokenizer beside the weights")
-    try:
-        backend = read_backend(read_bytes(path))
-    except InputError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path} is no tokenizer: {first_line(error)}") from None
+    backend = open_backend(path)
     if not 0 < vocabulary_size(backend) <= LARGEST_WIDTH:
         most = vocabulary_size(backend) - 1
         raise InputError(
@@ -158,7 +168,43 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         return fallback if backend.token_to_id(fallback) is not None else None
 
     named = text("bos_token", BOS), text("eos_token", EOS), text("pad_token", PAD)
-    return Tokenizer(backend, folder, *named, adds_bos=settings.get("add_bos_token") is not False)
+    tokenizer = Tokenizer(backend, folder, *named)
+    stated = settings.get("add_bos_token")
+    if stated in (True, False) and stated != bool(tokenizer.begin):
+        first = backend.decode(tokenizer.begin, skip_special_tokens=False) or "nothing"
+        say_once(
+            f"{folder}: tokenizer_config.json has add_bos_token {json.dumps(stated)}, tokenizer.json lets texts begin"
+            f" with {first}; that counts, as it does in transformers"
+        )
+    elif trained_with_bos(backend, settings):
+        say_once(
+            f"{folder}: an earlier limbeck trained this with {BOS} before every text, which its tokenizer.json does not"
+            " say; texts are read without, and limbeck export writes it there"
+        )
+    return tokenizer
+
+
+def trained_with_bos(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> bool:
+    """Whether a vocabulary is one that limbeck trained before it gave those a post-processor: it put bos before every
+    text then, unless tokenizer_config.json said otherwise."""
+    if backend.post_processor is not None or backend.token_to_id(BOS) is None:
+        return False
+    own = json.dumps(PATTERN) in json.dumps(state_of(backend.pre_tokenizer))
+    return own and settings.get("bos_token", BOS) == BOS and settings.get("add_bos_token") is not False
+
+
+def state_begin(folder: Path) -> None:
+    """Says in a folder's tokenizer.json that texts begin with bos, where limbeck trained it so and it does not."""
+    path = folder / "tokenizer.json"
+    if path.is_file() and trained_with_bos(open_backend(path), tokenizer_settings(folder)):
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        put_before(backend, BOS)
+        backend.save(str(path))
+
+
+@functools.lru_cache(maxsize=64)
+def say_once(text: str) -> None:
+    log.warning(text)
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -185,7 +231,8 @@ def check_vocabulary(tokenizer: Tokenizer, config: HybridConfig) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
-    """Trains a byte-level BPE on texts and writes it to an existing folder; equal texts give equal files."""
+    """Trains a byte-level BPE on texts and writes it to an existing folder; equal texts give equal files.
+    Texts begin with bos."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -199,6 +246,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
         vocab_size=vocab_size, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
+    put_before(backend, BOS)
     backend.save(str(folder / "tokenizer.json"))
     write_json(
         folder / "tokenizer_config.json",
@@ -237,7 +285,7 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
     check_vocabulary(tokenizer, configs[student])
     if (teacher / "tokenizer.json").is_file() and teacher != student:
         check_tokens(load_tokenizer(teacher), tokenizer)
-    notes = []
+    notes = begin_notes(teacher, tokenizer)
     for name in SPECIAL[:2]:
         stated, used = ids[student].get(name), getattr(tokenizer, name)
         if stated is not None and used is not None and used not in stated:
@@ -246,6 +294,18 @@ def check_agreement(teacher: Path, student: Path) -> list[str]:
                 " tokenizer's"
             )
     return notes
+
+
+def begin_notes(teacher: Path, student: Tokenizer) -> list[str]:
+    """What is odd where the two begin texts with other tokens."""
+    if teacher == student.folder or not (teacher / "tokenizer.json").is_file():
+        return []
+    begins = [load_tokenizer(teacher).begin, student.begin]
+    first, second = (student.decode(begin) or "nothing" for begin in begins)
+    if begins[0] == begins[1]:
+        return []
+    return [f"texts begin with {first} in {teacher / 'tokenizer.json'}, with {second} in the student's: training uses"
+            " the student's"]  # fmt: skip
 
 
 def special_ids(path: Path, vocabulary: int) -> dict[str, tuple[int, ...]]:

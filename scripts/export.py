@@ -11,14 +11,14 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from ..distill.report.card import read_licence, write_card
 from ..distill.report.exported import ExportForm, check_tables
-from ..models.checkpoint import load_config, open_checkpoint
+from ..models.checkpoint import load_config
 from ..models.device import torch_device
 from ..models.errors import InputError, gib
 from ..models.fingerprint import PROVENANCE
 from ..models.foreign import own_path
 from ..models.hub import is_hub_name, push_folder
 from ..prune.rounding_plan import SCRATCH, GivenRounding, RoundingOptions, RoundingPlan, plan_rounding
-from .run.resolve import NamedData, data_input, model_folder, said_format, sample
+from .run.resolve import NamedData, data_input, model_folder, sample
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
 
@@ -73,7 +73,6 @@ def run(options: Options, replaces: bool = False) -> None:
         given |= {"seq_len": options.seq_len, "batch": options.batch}
     with stage(options.output, "export", inputs=inputs, options=given, replaces=replaces, scratch=scratch) as work:
         if not work.finished:
-            work.notes |= said_format(options.model, open_checkpoint(source))
             gap, name = measured(options, work)
             plan = planned(options, how, source, work) if how != RoundingOptions() else RoundingPlan()
             published = form.write(work.folder, source, plan.kept, plan.calibrated, plan.facts)

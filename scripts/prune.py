@@ -34,7 +34,7 @@ from ..prune.repair import RepairOptions, kept_units, repair_tensors
 from ..prune.scores import load_scores
 from ..prune.slice import slice_rows, source_name, written_config
 from ..prune.target import Target
-from .run.resolve import NamedData, check_scores, data_input, model_folder, said_format, sample
+from .run.resolve import NamedData, check_scores, data_input, model_folder, sample
 from .run.show import counted, progress, result, say, table
 from .run.stage import stage
 
@@ -96,7 +96,6 @@ def prune(options: Options) -> None:
         if work.finished:
             return
         checkpoint = open_checkpoint(source)
-        work.notes |= said_format(options.model, checkpoint)
         selection = select(checkpoint.config, scores.widths, scores.layers.order, target)
         config = written_config(checkpoint.config, selection)
         stored = {name: place.dtype for name, place in checkpoint.stored.items()}

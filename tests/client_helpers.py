@@ -17,11 +17,15 @@ from limbeck.tests.source_helpers import ROOT
 TOKENS = 48
 
 
-def prompts_of(source: Path) -> list[list[int]]:
-    """Twenty prompts of the standard library's text, in the folder's tokens."""
+def prompt_texts() -> list[str]:
+    """Twenty prompts of torch's source."""
     text = Path(torch.__file__).with_name("functional.py").read_text()
-    tokenizer = load_tokenizer(source)
-    return [tokenizer.prompt(text[start : start + 120]) for start in range(3000, 43000, 2000)]
+    return [text[start : start + 120] for start in range(3000, 43000, 2000)]
+
+
+def prompts_of(source: Path) -> list[list[int]]:
+    """These prompts in a folder's tokens, as `limbeck generate` reads them."""
+    return [*map(load_tokenizer(source).prompt, prompt_texts())]
 
 
 def greedy_tokens(model: Any, prompts: list[list[int]]) -> list[list[int]]:

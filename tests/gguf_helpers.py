@@ -12,6 +12,7 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.folder import write_json
 from limbeck.models.gguf.pretokenizers import DIGIT, GPT2, KNOWN
 from limbeck.models.multipliers import Multipliers
+from limbeck.models.post_processor import begins_with
 from limbeck.models.rope import Llama3Rope, YarnRope
 from limbeck.tests.helpers import EXPERTS, TEXT, random_model, tiny_config
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
@@ -43,7 +44,8 @@ def pre_tokenizer_of(name: str) -> Any:
 
 
 def write_tokenizer(folder: Path, name: str, size: int = 400, **settings: Any) -> int:
-    """A byte-level BPE that cuts text as llama.cpp's pre-tokenizer of that name; gives its number of tokens."""
+    """A byte-level BPE that cuts text as llama.cpp's pre-tokenizer of that name, and begins it with bos where it has
+    one; gives its number of tokens."""
     ignore = KNOWN[name][1]
     backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore))
     backend.pre_tokenizer, backend.decoder = pre_tokenizer_of(name), decoders.ByteLevel()
@@ -55,8 +57,10 @@ def write_tokenizer(folder: Path, name: str, size: int = 400, **settings: Any) -
     )
     backend.train_from_iterator([TEXT, *SAMPLES * 3], trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | settings
+    if special["bos_token"] is not None:
+        backend.post_processor = begins_with("<s>", 1)
+    backend.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
     return backend.get_vocab_size()
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from limbeck.distill.report.card import TRANSFORMERS, Published, front_matter, read_licence, write_card
 from limbeck.models.checkpoint import load_config
 from limbeck.models.config import HybridConfig
 from limbeck.models.fingerprint import fingerprint_of
+from limbeck.models.hub import origins
 from limbeck.prune.scores import LayerScores, Scores, save_scores
 from limbeck.prune.width_metrics import RandomScores
 from limbeck.tests.helpers import limbeck, make_workshop, tiny_config
@@ -54,6 +56,20 @@ def test_a_folders_terms(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "Notice.txt").read_text() == "Notice.txt"
     assert "\nlicense: other\n" in text.split("---")[1] and "[LICENSE](LICENSE)" in text and "`license: other`." in text
     assert "Not compared." in text and "How near" not in text
+
+
+def test_models_and_data_sets_of_the_hub(tmp_path: Path) -> None:
+    """Those that a model was made of, as the folders before it say."""
+    (tmp_path / "distilled").mkdir()
+    sources = {"teacher": "hf:our/large@1", "student.model": "hf:our/large@1", "data": "hf:our/text@2:en:train"}
+    (tmp_path / "distilled" / "limbeck.json").write_text(json.dumps({"sources": sources}))
+    found = origins({"model": tmp_path / "distilled", "data": "hf:our/calibration@3:default:train"})
+    assert found["model.data"] == sources["data"] and found["data"].startswith("hf:our/calibration")
+    card = published("fp8", "Not compared.")
+    write_card(tmp_path, tiny_config(), card, read_licence(tmp_path), sources=found)
+    text = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["datasets"] == ["our/calibration", "our/text"] and head["base_model"] == ["our/large"]
 
 
 def published(dtype: str, checked: str = "") -> Published:

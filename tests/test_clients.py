@@ -88,5 +88,5 @@ def test_llama_cpp_makes_the_same_tokens(pre: str, root: Path) -> None:
         assert opened.tokenize(text) == tokenizer.prompt(text), (pre, text)
     lib, vocab = opened.lib, opened.vocab
     assert lib.llama_vocab_eos(vocab) == tokenizer.eos_token_id
-    assert lib.llama_vocab_get_add_bos(vocab) == (tokenizer.bos_token_id is not None)
+    assert lib.llama_vocab_get_add_bos(vocab) == bool(tokenizer.begin)
     opened.close()

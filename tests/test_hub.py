@@ -139,6 +139,39 @@ def test_without_a_network(
         refused("hf:our/other", "HF_HUB_OFFLINE is set")
 
 
+def test_without_a_network_a_config_is_no_model(
+    server: HubServer, workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What estimates fetch is not enough to run; nor are some of several files of weights."""
+    save_model(load_model(workshop / "model"), tmp_path / "shards", max_shard_bytes=20000)
+    server.models["our/shards"] = tmp_path / "shards"
+    shard = next(hub_folder("hf:our/shards").glob("model-*"))
+    shard.unlink()
+    fit = ("memory-fit", "model=hf:our/tiny", "fit.context=64", "output=null")
+    assert limbeck(*fit)[0] == 0 and server.fetched().count("config.json") == 2
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("tiny", "shards"):
+        hub.hub_folder.cache_clear()
+        refused(f"hf:our/{name}", f"its weights are not in the local cache (revision {COMMIT} without them)")
+    assert limbeck(*fit)[0] == 0
+
+
+def test_teacher_and_student_of_the_hub(server: HubServer, workshop: Path, tmp_path: Path) -> None:
+    server.models["our/small"] = workshop / "model"
+    data, small = f"data={workshop / 'text'}", ["seq_len=32", "batch=2"]
+    pair = ["teacher=hf:our/tiny", f"student=hf:our/small@{COMMIT}"]
+    options = ["distill.train.steps=1", "distill.evaluate_tokens=0", *(f"distill.{option}" for option in small)]
+    code, _, err = limbeck("distill", *pair, data, *options, f"output={tmp_path / 'out'}")
+    assert code == 0, err
+    sources = {"teacher": f"hf:our/tiny@{COMMIT}", "student": f"hf:our/small@{COMMIT}"}
+    assert json.loads((tmp_path / "out" / "limbeck.json").read_text())["sources"] == sources
+    measured = ["details.prompt_tokens=8", "details.new_tokens=4", "details.resamples=20", "split=all", "tokens=128"]
+    code, _, err = limbeck("evaluate", pair[0], "student.small=hf:our/small", data, *small, *measured,
+                           f"output={tmp_path / 'gap'}")  # fmt: skip
+    made = json.loads((tmp_path / "gap" / "limbeck.json").read_text()) if code == 0 else {}
+    assert made.get("sources") == {"teacher": sources["teacher"], "small": sources["student"]}, err
+
+
 def refused(model: str, says: str) -> None:
     code, _, err = limbeck("generate", f"model={model}", "prompt=x")
     assert code == 2 and says in err and err.count("\n") == 1, (code, err)

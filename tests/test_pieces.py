@@ -21,6 +21,7 @@ from limbeck.tests.helpers import TEXT
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 PROSE = TEXT[:6000] + "It's a fine day, isn't it?  We'll see 数字 and é, 12345678 times.\n\n" * 40
+WORDS = ("tokenizer_config.json", "tokenizer.json")
 # The pattern of Llama 3 and its like.
 LLAMA3 = (
     r"(?i:'[stmd]|'re|'ve|'ll)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -158,15 +159,15 @@ def test_texts_come_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == [*map(tokenizer.encode, texts), []] and len(stretches) > len(texts)
 
 
-@pytest.mark.parametrize("adds", (True, False, None))
-def test_documents_begin_as_the_tokenizer_says(adds: bool | None, tmp_path: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((SHIPPED["zoo"] / name).read_bytes())
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": adds}))
+@pytest.mark.parametrize("adds", (True, False))
+def test_documents_begin_as_the_tokenizer_says(adds: bool, tmp_path: Path) -> None:
+    """Its post-processor, that is: not add_bos_token. They end with eos either way."""
+    settings, words = (json.loads((SHIPPED["zoo"] / name).read_text()) for name in WORDS)
+    (tmp_path / WORDS[0]).write_text(json.dumps(settings | {"add_bos_token": not adds}))
+    (tmp_path / WORDS[1]).write_text(json.dumps(words if adds else words | {"post_processor": None}))
     tokenizer = load_tokenizer(tmp_path)
     (document,) = encoded([Document("a", "text")], tokenizer)
-    begin = [] if adds is False else [tokenizer.bos_token_id]
+    begin = [tokenizer.bos_token_id] if adds else []
     assert document.ids.tolist() == [*begin, *tokenizer.encode("text"), tokenizer.eos_token_id]
     assert tokenizer.prompt("text") == [*begin, *tokenizer.encode("text")]
 

@@ -128,6 +128,34 @@ def test_commands_leave_plain_weights(workshop: Path, tmp_path: Path) -> None:
         assert weight.dtype == torch.bfloat16 and not name.endswith("scale_inv")
 
 
+def test_every_command_says_what_it_reads(workshop: Path, tmp_path: Path) -> None:
+    """In the terminal, once; in limbeck.json where there is one, of each model that is so."""
+    layout, settings, _, _ = METHODS["blocks"]
+    quantise(workshop / "model", tmp_path / "q", layout, settings)
+    model, data, small = str(tmp_path / "q"), f"data={workshop / 'text'}", ["seq_len=32", "batch=2"]
+    pair = [f"teacher={model}", data, *(f"distill.{each}" for each in (*small, "train.steps=1", "evaluate_tokens=0"))]
+    measured = ["details.prompt_tokens=8", "details.new_tokens=4", "details.resamples=20", "split=all", "tokens=128"]
+    scored = ["importance.tokens=64", "importance.depth_tokens=64", "importance.remove_layers=1"]
+    commands: dict[str, tuple[list[str], set[str]]] = {
+        "generate": ([f"model={model}", "prompt=x", "max_new_tokens=1"], set()),
+        "score": ([f"model={model}", data, *small, *scored], {"source_format"}),
+        "prune": ([f"model={model}", f"scores={tmp_path / 'score'}", "target.layers=5", "repair=plain"],
+                  {"source_format"}),
+        "cache-teacher": (pair, {"teacher_format"}),
+        "distill": ([*pair, f"student={model}"], {"teacher_format", "student_format"}),
+        "evaluate": ([f"teacher={model}", f"student.small={tmp_path / 'prune'}", data, *small, *measured],
+                     {"teacher_format"}),
+    }  # fmt: skip
+    for command, (options, keys) in commands.items():
+        written = [f"output={tmp_path / command}"] if keys else []
+        code, out, err = limbeck(command, *options, *written)
+        assert code == 0, (command, err)
+        assert out.count(f"{model} is quantised: 14 tensors of float8; they are read as bfloat16") == 1, (command, out)
+        if keys:
+            made = json.loads((tmp_path / command / "limbeck.json").read_text())
+            assert {key: made[key] for key in made if key.endswith("_format")} == {key: {"float8": 14} for key in keys}
+
+
 def test_as_compressed_tensors_reads_it(tmp_path: Path) -> None:
     """Packed by the library itself, symmetric and not."""
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")

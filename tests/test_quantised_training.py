@@ -132,6 +132,7 @@ def test_bfloat16_weights_are_rounded_from_float32_copies() -> None:
 def test_what_cannot_be() -> None:
     with pytest.raises(InputError, match=r"quantize 'int3' is unknown; known: fp8, w8a8, w4a16"):
         options(quantize="int3")
+    assert options(quantize="int8") == options(quantize="w8a8") and options().quantize is None
     odd = random_model(tiny_config(intermediate_size=33, hidden_size=36), 0, torch.float32)
     with pytest.raises(InputError, match="w4a16 needs"), quantised(prepare(odd), "w4a16"):
         pass

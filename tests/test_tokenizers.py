@@ -1,8 +1,11 @@
-"""Tokenizers of other makers: what a file says of one batch, bytes of a token by what it decodes to, and no bos."""
+"""Tokenizers of other makers: what a file says of one batch, bytes of a token by what it decodes to, what stands before
+a text and after it as transformers has it, and no bos."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,12 @@ from typing import Any
 import pytest
 from limbeck.models.checkpoint import save_model
 from limbeck.models.errors import InputError
-from limbeck.models.tokenizer import check_agreement, load_tokenizer
+from limbeck.models.gguf.vocabulary import read_vocabulary
+from limbeck.models.named import SHIPPED
+from limbeck.models.post_processor import begins_with
+from limbeck.models.tokenizer import check_agreement, load_tokenizer, say_once
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXTS = [
     "def mean(values):\n    return sum(values) / len(values)\n",
@@ -105,16 +111,127 @@ def test_how_a_batch_was_cut_and_padded_is_not_obeyed(workshop: Path, tmp_path: 
     assert cut.encode_many(["a", text]) == plain.encode_many(["a", text])
 
 
+def framing(before: str, after: str, ids: dict[str, int]) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(single=f"{before} $A {after}".strip(), special_tokens=list(ids.items()))
+
+
+# What stands before and after a text -> the post-processor that adds it, of a vocabulary's ids of <s> and </s>.
+ADDED: dict[tuple[str, ...], Callable[[int, int], Any]] = {
+    ("",): lambda bos, eos: None,
+    ("", "offsets"): lambda bos, eos: processors.ByteLevel(),
+    ("<s>",): lambda bos, eos: begins_with("<s>", bos),
+    ("<s>", "offsets"): lambda bos, eos: processors.Sequence([processors.ByteLevel(), begins_with("<s>", bos)]),
+    ("", "</s>"): lambda bos, eos: framing("", "</s>", {"</s>": eos}),
+    ("<s></s>",): lambda bos, eos: framing("<s> </s>", "", {"<s>": bos, "</s>": eos}),
+    ("<s>", "</s>"): lambda bos, eos: processors.RobertaProcessing(("</s>", eos), ("<s>", bos)),
+    ("</s><s></s>",): lambda bos, eos: processors.Sequence([begins_with("<s>", bos), begins_with("</s>", eos)]),
+}
+
+
+@pytest.mark.parametrize("added", ADDED)
+@pytest.mark.parametrize("maker", (sentencepiece, metaspace, byte_level))
+def test_a_prompt_is_what_transformers_makes_of_it(
+    maker: Callable[[], Tokenizer], added: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Whatever tokenizer_config.json says of bos."""
+    transformers = pytest.importorskip("transformers")
+    backend = maker()
+    backend.post_processor = ADDED[added](*map(backend.token_to_id, ("<s>", "</s>")))
+    texts = ["", "a", "<s> is a tag, </s> too", *TEXTS]
+    for number, (adds, bos) in enumerate(itertools.product((True, False, None, "absent"), ("<s>", None))):
+        stated = {} if adds == "absent" else {"add_bos_token": adds}
+        folder = saved(backend, tmp_path / str(number), tokenizer_class="PreTrainedTokenizerFast", bos_token=bos,
+                       eos_token="</s>", unk_token="<unk>", **stated)  # fmt: skip
+        ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        assert [ours.framed(text) for text in texts] == [theirs(text).input_ids for text in texts], (adds, bos)
+        assert ours.decode(ours.begin) == added[0] and ours.decode(ours.end) in ("", *added[1:])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_prompts_of_shipped_models_are_those_of_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours, theirs = load_tokenizer(SHIPPED[name]), transformers.AutoTokenizer.from_pretrained(SHIPPED[name])
+    assert ours.prompt("def f(x):") == [1, 295, 404, 917, 952] and ours.begin == [ours.bos_token_id]
+    assert [ours.prompt(text) for text in ("", *TEXTS)] == [theirs(text).input_ids for text in ("", *TEXTS)]
+
+
+def test_a_post_processor_of_no_token(workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(workshop / "model", tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    words = json.loads(path.read_text())
+    words["post_processor"]["special_tokens"]["<s>"]["ids"] = [320]
+    path.write_text(json.dumps(words))
+    code, _, err = limbeck("generate", f"model={tmp_path / 'model'}", "prompt=x")
+    assert code == 2 and "the post-processor adds token 320, which is not there" in err and err.count("\n") == 1
+
+
+def test_what_two_files_say_otherwise_is_said(workshop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """add_bos_token beside a post-processor, once; and a teacher that begins texts otherwise."""
+    for name in ("plain", "other"):
+        shutil.copytree(workshop / "model", tmp_path / name)
+    (path := tmp_path / "plain" / "tokenizer_config.json").write_text(
+        json.dumps(json.loads(path.read_text()) | {"add_bos_token": False})
+    )
+    say_once.cache_clear()
+    assert load_tokenizer(tmp_path / "plain").begin == load_tokenizer(tmp_path / "plain").begin == [1]
+    assert caplog.text.count("add_bos_token false, tokenizer.json lets texts begin with <s>; that counts") == 1
+    words = json.loads((path := tmp_path / "other" / "tokenizer.json").read_text())
+    path.write_text(json.dumps(words | {"post_processor": {"type": "ByteLevel", "add_prefix_space": False,
+                                                           "trim_offsets": True, "use_regex": False}}))  # fmt: skip
+    (note,) = check_agreement(tmp_path / "plain", tmp_path / "other")
+    assert note.startswith("texts begin with <s> in ") and "with nothing in the student's" in note
+
+
+@pytest.mark.parametrize("form", ("hf", "gguf", "fp8"))
+def test_export_says_the_bos_of_folders_before_post_processors(
+    form: str, workshop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a vocabulary of limbeck's had bos before every text, which nothing in its folder says."""
+    shutil.copytree(workshop / "model", tmp_path / "old")
+    path = tmp_path / "old" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    say_once.cache_clear()
+    assert load_tokenizer(tmp_path / "old").begin == [] and "limbeck export writes it there" in caplog.text
+    pytest.importorskip({"gguf": "gguf", "fp8": "compressed_tensors"}.get(form, "tokenizers"))
+    options = ["check_tokens=16", f"format={form}", *(["pre_tokenizer=gpt-2"] if form == "gguf" else [])]
+    code, _, err = limbeck("export", f"model={tmp_path / 'old'}", f"output={tmp_path / 'new'}", *options)
+    assert code == 0, err
+    if form == "gguf":
+        config = tiny_config(vocab_size=320)
+        assert read_vocabulary(tmp_path / "old", config, "gpt-2").ggml["add_bos_token"]
+    else:
+        assert (tmp_path / "new" / "tokenizer.json").read_bytes() == (workshop / "model/tokenizer.json").read_bytes()
+
+
+def test_gguf_says_what_stands_around_a_text(tmp_path: Path) -> None:
+    config = tiny_config(vocab_size=400)
+    found = []
+    for number, added in enumerate(ADDED):
+        backend = byte_level()
+        backend.post_processor = ADDED[added](*map(backend.token_to_id, ("<s>", "</s>")))
+        folder = saved(backend, tmp_path / str(number), bos_token=None, eos_token="</s>")
+        if len(added[0]) > 4:
+            with pytest.raises(InputError, match=r"before a text and .* after it; llama.cpp adds one"):
+                read_vocabulary(folder, config)
+            continue
+        ggml = read_vocabulary(folder, config).ggml
+        found.append((ggml.get("bos_token_id"), ggml["add_bos_token"], ggml["add_eos_token"]))
+    none, first = (None, False), (1, True)
+    assert found == [(*none, False), (*none, False), (*first, False), (*first, False), (*none, True), (*first, True)]
+
+
 def test_a_tokenizer_without_bos(workshop: Path, tmp_path: Path) -> None:
     """`"bos_token": null` (Qwen3 as published): every command reads text, which begins with nothing."""
-    words = saved(Tokenizer.from_file(str(workshop / "model" / "tokenizer.json")), tmp_path / "words",
+    backend = Tokenizer.from_file(str(workshop / "model" / "tokenizer.json"))
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    words = saved(backend, tmp_path / "words",
                   bos_token=None, eos_token="</s>", pad_token="<pad>")  # fmt: skip
     config = tiny_config(vocab_size=320, pad_token_id=0, bos_token_id=7, extra={"time_step_min": 1e-6})
     save_model(random_model(config).float(), tmp_path / "model", tokenizer_from=words)
     tokenizer = load_tokenizer(tmp_path / "model")
     assert tokenizer.bos_token_id is None and tokenizer.prompt("x") == tokenizer.encode("x")
     assert check_agreement(tmp_path / "model", tmp_path / "model") == []
-    with pytest.raises(InputError, match=r"the prompt is empty, and .* has no bos_token"):
+    with pytest.raises(InputError, match=r"the prompt is empty, and the tokenizer of .* adds nothing"):
         tokenizer.prompt("")
     places = [f"model={tmp_path / 'model'}", f"data={workshop / 'text'}"]
     small = ["seq_len=32", "batch=2"]

@@ -22,7 +22,7 @@ from limbeck.models.device import torch_dtype
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.named import SHIPPED, model_config, names
 from limbeck.models.quantise import ROUNDINGS
-from limbeck.tests.client_helpers import TOKENS, client_python, greedy_tokens, prompts_of, same_or_tied
+from limbeck.tests.client_helpers import TOKENS, client_python, greedy_tokens, prompt_texts, prompts_of, same_or_tied
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
 from limbeck.tests.helpers import limbeck, random_model
 from torch import Tensor
@@ -43,14 +43,14 @@ HEADROOM = 10 * 2**30 + 12345  # bytes for the cache
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The shipped model as it is exported, and random ones of the dense families."""
+    """The shipped model as it is exported, and random ones of the dense families, one of them without bos."""
     root = tmp_path_factory.mktemp("vllm")
     made = {"zoo": SHIPPED["zoo"]}
-    size = write_tokenizer(root / "words", "gpt-2")
     for family in ("llama", "qwen3"):
+        size = write_tokenizer(root / f"{family}-words", "gpt-2", **({"bos_token": None} if family == "qwen3" else {}))
         sizes = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 512}
         model = random_model(gguf_config(family, size, **sizes), 5, torch.float32)
-        save_model(model, root / family, tokenizer_from=root / "words")
+        save_model(model, root / family, tokenizer_from=root / f"{family}-words")
         made[family] = root / family
     for name, folder in made.items():
         code, _, err = limbeck("export", f"model={folder}", f"output={root / 'out' / name}", "dtype=bfloat16")
@@ -58,8 +58,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / "out" / name for name in made}
 
 
-def answers_of(folders: list[Path], prompts: list[list[list[int]]], dtype: str, where: Path) -> list[Any]:
-    """What vLLM answers for each folder's prompts."""
+def answers_of(folders: list[Path], prompts: list[Any], dtype: str, where: Path) -> list[Any]:
+    """What vLLM answers for each folder's prompts, texts or token ids."""
     python, script = client_python("LIMBECK_VLLM", "vllm", "vllm"), Path(__file__).with_name("vllm_answers.py")
     named = {str(folder): list(given) for folder, given in zip(folders, prompts, strict=True)}
     request = {"tokens": TOKENS, "length": LENGTH, "dtype": dtype, "folders": named}
@@ -84,13 +84,17 @@ def logprobs_of(model: HybridLM, prompt: list[int]) -> Tensor:
     return every[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
 
+@pytest.mark.timeout(3600)
 @torch.no_grad()
 def test_vllm_serves_what_limbeck_generates(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of the same texts: vLLM makes their tokens itself."""
     prompts = [prompts_of(folder) for folder in folders.values()]
-    answers = answers_of(list(folders.values()), prompts, "float32", tmp_path)
+    texts = [prompt_texts() for _ in folders]
+    answers = answers_of(list(folders.values()), texts, "float32", tmp_path)
     for (name, folder), own, found in zip(folders.items(), prompts, answers, strict=True):
         model = load_model(folder)
         for prompt, ours, theirs in zip(own, greedy_tokens(model, own), found, strict=True):
+            assert theirs["prompt"] == prompt, name
             same_or_tied(model, prompt, ours, theirs["tokens"])
             far = (logprobs_of(model, prompt) - torch.tensor(theirs["logprobs"])).abs().max().item()
             # Random weights give logits of several tens, and float32 as many times the error.

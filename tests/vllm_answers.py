@@ -1,7 +1,7 @@
 """What vLLM answers, as a program of its own: `python vllm_answers.py REQUEST.json ANSWER.json`, in vLLM's environment.
 
-It knows nothing of limbeck: the request names folders with prompts in token ids, the answer has greedy tokens and the
-log-probability of every token of each prompt.
+It knows nothing of limbeck: the request names folders with prompts, texts that vLLM makes tokens of or token ids; the
+answer has the prompt's tokens, greedy ones after it, and the log-probability of every token of each prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 
-def answers(folder: str, prompts: list[list[int]], tokens: int, length: int, dtype: str) -> list[dict[str, Any]]:
+def answers(
+    folder: str, prompts: list[str] | list[list[int]], tokens: int, length: int, dtype: str
+) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -20,9 +22,11 @@ def answers(folder: str, prompts: list[list[int]], tokens: int, length: int, dty
         max_num_seqs=4, skip_tokenizer_init=False,
     )  # fmt: skip
     how = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, prompt_logprobs=0)
-    given = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], how, use_tqdm=False)
+    requests = [prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt} for prompt in prompts]
+    given = llm.generate(requests, how, use_tqdm=False)
     return [
         {
+            "prompt": list(each.prompt_token_ids),
             "tokens": list(each.outputs[0].token_ids),
             "logprobs": [
                 place[number].logprob

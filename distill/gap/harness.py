@@ -106,7 +106,7 @@ class HarnessModel(TemplateLM):
         release_memory()
         self.row_tokens = row_tokens or self.headroom.row_tokens(free_memory(self.device))
         self.max_length = model.config.max_position_embeddings
-        self.prefix = tokenizer.backend.decode(tokenizer.begin, skip_special_tokens=False)
+        self.prefix = tokenizer.decode([self.prefix_token_id])
 
     @property
     def device(self) -> torch.device:
@@ -118,13 +118,14 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.tokens.begin[0] if self.tokens.begin else self.eot_token_id  # as the harness's own model has it
+        """What stands before a text without a context, as the harness's own model has it."""
+        return self.eot_token_id if self.tokens.bos_token_id is None else self.tokens.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; special tokens as tokenizer.json adds them, unless the text begins with the first one already."""
+        """Token ids, with those that the tokenizer adds unless the text begins with such a token already."""
         if add_special_tokens is None:
             add_special_tokens = not (self.prefix and string.startswith(self.prefix))
-        return self.tokens.backend.encode(string, add_special_tokens=add_special_tokens).ids
+        return self.tokens.framed(string) if add_special_tokens else self.tokens.encode(string)
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[Scored]:
         """Of each (name, context, continuation): too long ones lose tokens on the left."""

@@ -1,4 +1,5 @@
-"""Documents to tokens: a text as `<s> ... </s>`, a conversation as its template has it."""
+"""Documents to tokens: a text as `<s> ... </s>` where the tokenizer begins texts so, a conversation as its template has
+it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class Stretch(NamedTuple):
 def encoded(
     documents: Iterable[Document], tokenizer: Tokenizer, reading: Reading | None = None, notes: Notes | None = None
 ) -> Iterator[Stretch]:
-    """The documents in tokens, `<s> ... </s>` (`... </s>` where the tokenizer has no bos). A conversation is as its
+    """The documents in tokens, `<s> ... </s>` (`... </s>` where the tokenizer adds no bos). A conversation is as its
     template writes it, special tokens and all; its name says whether it was told to think. Raises InputError."""
     reading, notes = reading or Reading(), Notes() if notes is None else notes
     renderer = Renderer(tokenizer, reading.reasoning_share)

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import HybridConfig
 from ..errors import InputError
 from ..generate.chat import read_template
-from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_settings, trained_with_bos
 from .pretokenizers import pre_tokenizer
 
 # Kinds of tokens (gguf.TokenType).
@@ -85,9 +85,15 @@ def tokens_of(tokenizer: Tokenizer, count: int) -> tuple[list[str], list[int]]:
 
 def special_ids_of(tokenizer: Tokenizer, config: HybridConfig) -> dict[str, Any]:
     """The ids that begin, end and fill text; of a config's several ends the further two are those of a turn and of a
-    message, which end text there too."""
+    message, which end text there too. Raises InputError where the tokenizer adds what llama.cpp cannot."""
+    begin, end = tokenizer.begin, tokenizer.end
+    if len(begin) > 1 or end not in ([], [tokenizer.eos_token_id]):
+        raise InputError(
+            f"{tokenizer.folder / 'tokenizer.json'} puts tokens {begin} before a text and {end} after it; llama.cpp"
+            " adds one that begins it, and eos"
+        )
     ids: dict[str, Any] = {
-        "bos_token_id": tokenizer.bos_token_id,
+        "bos_token_id": begin[0] if begin else tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "padding_token_id": tokenizer.pad_token_id,
     }
@@ -95,4 +101,5 @@ def special_ids_of(tokenizer: Tokenizer, config: HybridConfig) -> dict[str, Any]
     others = [number for number in ends if number != tokenizer.eos_token_id]
     ids |= dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
     stated = {name: number for name, number in ids.items() if number is not None}
-    return stated | {"add_bos_token": bool(tokenizer.begin), "add_eos_token": False}
+    adds_bos = bool(begin) or trained_with_bos(tokenizer.backend, tokenizer_settings(tokenizer.folder))
+    return stated | {"add_bos_token": adds_bos, "add_eos_token": bool(end)}

@@ -178,6 +178,9 @@ def run_command(command: str, words: Sequence[str]) -> int:
         set_up()
         module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
         options = build(module.Options, content)
+        from .resolve import say_format
+
+        say_format.cache_clear()
     finally:
         if not gc.get_freeze_count():
             gc.freeze()

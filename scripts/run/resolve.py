@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from ...distill.text.mixture import Mixture, Text
 from ...distill.text.notes import say as say_notes
 from ...distill.text.packing import Batch
 from ...distill.text.resolve import NamedData as NamedData
-from ...models.checkpoint import Checkpoint, load_config
+from ...models import named
+from ...models.checkpoint import load_config
 from ...models.device import DTYPES as DTYPES
 from ...models.device import torch_device as torch_device
 from ...models.device import torch_dtype as torch_dtype
@@ -22,7 +24,6 @@ from ...models.errors import check_counts as check_counts
 from ...models.fingerprint import read_provenance
 from ...models.named import SHIPPED, data_path, model_weights, names, quantisation
 from ...models.named import model_config as model_config
-from ...models.named import model_folder as model_folder
 from .show import progress, say, table
 
 if TYPE_CHECKING:
@@ -31,6 +32,17 @@ if TYPE_CHECKING:
     from ...models.cost.stored_weights import StoredWeights
 
 ZOO = SHIPPED["zoo"]
+
+
+def model_folder(name: str) -> Path:
+    """`named.model_folder`; says what the weights are quantised as, where they are."""
+    folder = named.model_folder(name)
+    if kinds := named.quantised_as(folder)[1]:
+        say_format(f"note: {name} is quantised: {kinds}")
+    return folder
+
+
+say_format = functools.lru_cache(maxsize=64)(say)  # once in a command
 
 
 def model_names() -> list[str]:
@@ -105,13 +117,3 @@ def held_weights(model: str, fit: Fit) -> StoredWeights | None:
 def estimated(model: str, hardware: Hardware, fit: Fit) -> Estimate:
     """What a model takes of a card, quantised weights as `held_weights` counts them."""
     return fit.estimate(model_config(model), hardware, held_weights(model, fit))
-
-
-def said_format(model: str, checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
-    """Says what a model is quantised as, and gives it for limbeck.json; nothing for plain weights."""
-    formats = checkpoint.formats()
-    if not formats:
-        return {}
-    kinds = ", ".join(f"{count} tensors of {kind}" for kind, count in formats.items())
-    say(f"note: {model} is quantised: {kinds}; they are read as {str(checkpoint.dtype()).removeprefix('torch.')}")
-    return {"source_format": formats}

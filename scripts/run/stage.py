@@ -17,7 +17,7 @@ from ...models.errors import DiskError, InputError
 from ...models.fingerprint import LOG, PROVENANCE, RUN, Fingerprint, MadeOtherwise, summed
 from ...models.folder import finish_folder, owned, partial_of, write_json
 from ...models.foreign import own_path
-from ...models.hub import origins
+from ...models.named import input_notes
 from .facts import run_facts
 from .resolve import torch_device
 from .show import console, logged
@@ -114,8 +114,7 @@ def stage(
             yield Work(folder, True, made_of)
             return
         begun, resumed = time.time(), any(path.name not in (BEGUN, LOG) for path in temporary.iterdir())
-        sources = origins(inputs)
-        work = Work(temporary, False, made_of, {"sources": sources} if sources else {})
+        work = Work(temporary, False, made_of, input_notes(inputs))
         with processes.together():
             if writes:
                 made_of.begin(temporary / BEGUN if keeps else None)
