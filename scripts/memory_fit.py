@@ -87,21 +87,8 @@ def check(options: Options, config: HybridConfig, fit: Fit, *, quantised: bool) 
             f"context {fit.length:,} is beyond the {config.max_position_embeddings:,} tokens that {options.model} is"
             f" made for; give context={config.max_position_embeddings} or less"
         )
-    if options.method != "formula" and fit.kv_dtype != fit.weight_dtype:
-        raise InputError(
-            f"method={options.method} runs the inference path, which keeps keys and values in the weights' dtype:"
-            f" fit.kv_dtype is {fit.kv_dtype}, fit.weight_dtype {fit.weight_dtype}"
-        )
-    if options.method != "formula" and quantised:
-        raise InputError(
-            f"method={options.method} runs the inference path, whose weights are plain; those of {options.model} are"
-            " quantised, which method=formula counts as the files have them"
-        )
-    if options.method != "formula" and fit.tensor_parallel > 1:
-        raise InputError(
-            f"method={options.method} runs the inference path, which is one GPU's; fit.tensor_parallel is"
-            f" {fit.tensor_parallel}, which method=formula counts"
-        )
+    if options.method != "formula":
+        fit.check_run(options.method, options.model, quantised=quantised)
     measures = options.method in ("measurement", "all")
     if measures and options.hardware.device == "cuda" and not torch.cuda.is_available():
         raise InputError(

@@ -67,8 +67,8 @@ def vllm_rows(estimate: Estimate) -> Rows:
 
 
 def vllm_command(estimate: Estimate) -> str:
-    if not estimate.memory.vllm.max_num_seqs:
-        return "vLLM would not start at this length: the blocks do not hold one request"
+    if refusal := estimate.vllm_refusal():
+        return refusal
     return "vllm serve MODEL " + " ".join(estimate.vllm_flags())
 
 
