@@ -16,9 +16,10 @@ from limbeck.benchmarks import inference
 from limbeck.models.cost.fit import Fit
 from limbeck.models.cost.hardware import GIB, Hardware
 from limbeck.models.cost.inference import changes, memory, verdict
+from limbeck.models.cost.serving import serving_rows
 from limbeck.models.cost.vllm import flags
 from limbeck.models.errors import InputError
-from limbeck.models.named import read_hardware
+from limbeck.models.named import SHIPPED, read_hardware
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import any_config, limbeck, tiny_config
 
@@ -168,6 +169,28 @@ def test_stochastic_rounding_by_card() -> None:
     here = Hardware("cpu", 64, 64, 100, 1, device="cpu")
     assert "NVIDIA" in fit.estimate(SMALL, here).vllm_refusal() and not fit.estimate(SMALL, here).vllm_flags()
     assert any("0.3%" in caution for caution in fit.estimate(SMALL, here).cautions())
+
+
+def test_commands_of_every_program() -> None:
+    """With the model's path or name where there is one; a program that keeps caches otherwise says so instead."""
+    card, wide = read_hardware("h100"), model_config("falcon-h1-0.5b")
+    config = model_config("zoo")
+    rows = dict(serving_rows(Fit(context=512, batch=2).estimate(config, card), "zoo"))
+    assert rows["vLLM"].startswith(f"vllm serve {SHIPPED['zoo']} --dtype bfloat16 --max-model-len 512")
+    assert "export model=zoo output=gguf format=gguf dtype=bf16 && llama-server" in rows["llama.cpp"]
+    assert "--ctx-size 1024 --parallel 2" in rows["llama.cpp"] and "--cache-type-k bf16" in rows["llama.cpp"]
+    assert rows["transformers"] == f"transformers serve {SHIPPED['zoo']} --dtype bfloat16 --device cuda"
+    eight = Fit(context=512, kv_dtype="float8_e4m3fn").estimate(config, card)
+    rows = dict(serving_rows(eight, "hf:some/model@v1"))
+    assert rows["vLLM"].startswith("vllm serve some/model --revision v1 --dtype")
+    assert "no keys and values" in rows["llama.cpp"] and "fit.kv_dtype" in rows["transformers"]
+    short = Fit(context=512, ssm_dtype="float16").estimate(SMALL, card)
+    rows = dict(serving_rows(short, "nemotron-nano-9b-v2"))
+    assert rows["vLLM"].startswith("vllm serve MODEL ") and "SSM states in float32" in rows["llama.cpp"]
+    assert (
+        "format=gguf knows no falcon_h1" in dict(serving_rows(Fit(context=512).estimate(wide, card), "x"))["llama.cpp"]
+    )
+    assert dict(serving_rows(eight, "my models/9b"))["vLLM"].startswith("vllm serve 'my models/9b' ")
 
 
 def test_command(tmp_path: Path) -> None:
