@@ -26,11 +26,13 @@ from .distill.nested_options import NestedSizes
 from .distill.options import DistillLoss, DistillOptions, TrainOptions
 from .distill.parallel import prepare
 from .distill.report.exported import ExportForm
+from .distill.report.exported_text import evaluated_tokens
 from .distill.rollout_options import Rollouts
 from .distill.rollouts import check_student, stage_loss
 from .distill.stages import check_text, stage_batches
 from .distill.text.given import Data, fitted, read_sample, read_text
 from .distill.text.mixture import whole
+from .distill.text.packing import Batch
 from .distill.trainer import train
 from .models.checkpoint import SHARD_BYTES, load_config, load_model, open_checkpoint, save_model
 from .models.config import HybridConfig
@@ -106,15 +108,18 @@ def export(
     check_tokens: int = 256,
     seed: int = 0,
     data: Data | None = None,
+    evaluate_tokens: int | None = None,
     seq_len: int | None = None,
     batch: int | None = None,
     **rounding: Any,
 ) -> Path:
     """Writes a model as a folder, its tokenizer and export.json in it, read back and compared before it appears: in
     the public layout, or as the `format` gguf, fp8, w8a8 or w4a16. `dtype` None keeps the model's; of the other formats
-    it is bfloat16. For those that round, `data` is calibration text and `rounding` has the options of
+    it is bfloat16. On `evaluate_tokens` of held-out `data` (None: 16,384, 0: none) export.json has bits per byte
+    beside the model's; for formats that round, `data` is calibration text, too, and `rounding` has the options of
     `prune.rounding_plan.GivenRounding`. Raises CheckFailed where logits are not what they should be."""
-    how = checked(GivenRounding, "export", **rounding).settled(format, data is not None)
+    measured = evaluated_tokens(evaluate_tokens, data is not None)
+    how = checked(GivenRounding, "export", **rounding).settled(format, data is not None, measured > 0)
     given = model_folder(str(model)) if isinstance(model, (str, Path)) else load(model)
     own = torch.bfloat16
     if format == "hf":
@@ -127,15 +132,17 @@ def export(
             source = given
         else:
             save_model(given, source, tokenizer_from=None if given.tokenizer is None else given.tokenizer.folder)
+        reader = HybridLM(load_config(source), device="meta")
+        reader.tokenizer = None if data is None else load_tokenizer(source)
+
+        def rows(split: str, tokens: int) -> list[Batch]:
+            return read_sample(reader, data or "", split, tokens, seq_len, batch, seed)
+
+        device = torch_device("auto")
         if how != RoundingOptions():
-            reader = HybridLM(load_config(source), device="meta")
-            reader.tokenizer = load_tokenizer(source) if how.needs_data else None
-            plan = plan_rounding(
-                source, format, how, Path(temporary) / SCRATCH,
-                lambda split, tokens: read_sample(reader, data or "", split, tokens, seq_len, batch, seed),
-                unseen, torch_device("auto"),
-            )  # fmt: skip
-        published = form.write(folder, source, plan.kept, plan.calibrated, plan.facts)
+            plan = plan_rounding(source, format, how, Path(temporary) / SCRATCH, rows, unseen, device)
+        text = rows("validation", measured) if measured else ()
+        published = form.write(folder, source, plan.kept, plan.calibrated, plan.facts, text, device)
     for caution in published.cautions:
         log.warning("export: %s", caution)
     return Path(output)

@@ -177,7 +177,7 @@ def test_commands_of_every_program() -> None:
     config = model_config("zoo")
     rows = dict(serving_rows(Fit(context=512, batch=2).estimate(config, card), "zoo"))
     assert rows["vLLM"].startswith(f"vllm serve {SHIPPED['zoo']} --dtype bfloat16 --max-model-len 512")
-    assert "export model=zoo output=gguf format=gguf dtype=bf16 && llama-server" in rows["llama.cpp"]
+    assert "export model=zoo output=gguf format=gguf dtype=bfloat16 && llama-server" in rows["llama.cpp"]
     assert "--ctx-size 1024 --parallel 2" in rows["llama.cpp"] and "--cache-type-k bf16" in rows["llama.cpp"]
     assert rows["transformers"] == f"transformers serve {SHIPPED['zoo']} --dtype bfloat16 --device cuda"
     eight = Fit(context=512, kv_dtype="float8_e4m3fn").estimate(config, card)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...models.cautions import cautions
-from ...models.checkpoint import load_config
+from ...models.checkpoint import load_config, load_model
 from ...models.config import HybridConfig
 from ...models.cost.fit import LONGEST
 from ...models.cost.inference import memory
@@ -19,11 +19,14 @@ from ...models.device import torch_dtype
 from ...models.errors import InputError, gib
 from ...models.export import write_export
 from ...models.folder import write_json
-from ...models.gguf.export import write_gguf_export
-from ...models.gguf.file import KINDS_OF_FILE, gguf_package
+from ...models.gguf.export import gguf_path, write_gguf_export
+from ...models.gguf.file import KINDS_OF_FILE, gguf_package, load_gguf
+from ...models.hybrid import HybridLM
 from ...models.quantise import Calibrated, compressed_tensors, write_quantised
 from ...models.rounding import ROUNDINGS
+from ..text.packing import Batch
 from .card import TRANSFORMERS, Published, Table, llama_cpp
+from .exported_text import text_agreement, text_rows, text_sentence
 
 FORMATS = ("hf", "gguf", *ROUNDINGS)
 Shown = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # a table's title, columns and rows
@@ -76,9 +79,12 @@ class ExportForm:
         kept: Container[int] = (),
         calibrated: Calibrated | None = None,
         facts: Mapping[str, Any] | None = None,
+        held_out: Sequence[Batch] = (),
+        device: torch.device | None = None,
     ) -> Published:
         """Fills an existing folder, export.json in it. Of a format that rounds the layers `kept` stay, and weights are
-        `calibrated`'s or to the nearest; `facts` are what else there is to tell of that."""
+        `calibrated`'s or to the nearest; `facts` are what else there is to tell of that. On `held_out` text, where
+        there is any, the export is measured beside its source, on `device`."""
         config, sizes = load_config(source), {"check_tokens": self.check_tokens, "seed": self.seed}
         found, content = cautions(config), dict[str, Any]()
         if self.rounds:
@@ -102,8 +108,17 @@ class ExportForm:
             same = "Read back before it was published, the logits are those of the source rounded to"
             checked = f"{same} {self.dtype}, to the bit.\n{parity.sentence()}"
             published = Published(self.dtype, TRANSFORMERS, checked, tuple(found))
+        if held_out:
+            text = text_agreement(load_model(source).to(device), self.read(folder, config).to(device), held_out)
+            content["text"] = dataclasses.asdict(text)
+            checked = published.checked + text_sentence(content["text"])
+            published = dataclasses.replace(published, checked=checked)
         write_json(folder / "export.json", content)
         return published
+
+    def read(self, folder: Path, config: HybridConfig) -> HybridLM:
+        """The model of a folder in this format, in float32."""
+        return load_gguf(gguf_path(folder, self.dtype), config) if self.format == "gguf" else load_model(folder)
 
 
 def how_rounded(content: Mapping[str, Any]) -> str:
@@ -179,6 +194,11 @@ def check_tables(folder: Path, content: Mapping[str, Any]) -> list[Shown]:
 
 
 def check_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    text = text_rows(content["text"]) if "text" in content else []
+    return [*logit_rows(content), *text]
+
+
+def logit_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
     own = content.get("quantised") or content.get("gguf")
     if own is not None:
         logits = f"{own['relative_rms']:.1e} relative RMS, KL {own['kl']:.2g} nats"

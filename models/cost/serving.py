@@ -7,9 +7,11 @@ ggml-org/llama.cpp#11681) and src/llama-model.cpp (recurrent states are float32)
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from ..config import HybridConfig
 from ..errors import InputError
+from ..gguf.export import gguf_path
 from ..gguf.layout import layout_of
 from ..hub import HUB, HubModel
 from ..named import SHIPPED, names
@@ -78,7 +80,7 @@ def llama_command(estimate: Estimate, model: str) -> str:
     own = model if name != UNKNOWN else UNKNOWN
     dtype = fit.weight_dtype
     flags = [
-        f"--model gguf/model-{dtype}.gguf", f"--ctx-size {fit.length * fit.batch}", f"--parallel {fit.batch}",
+        f"--model {gguf_path(Path('gguf'), dtype)}", f"--ctx-size {fit.length * fit.batch}", f"--parallel {fit.batch}",
         f"--batch-size {fit.chunk}", f"--ubatch-size {fit.chunk}",
         f"--n-gpu-layers {999 if estimate.hardware.device == 'cuda' else 0}",
     ]  # fmt: skip

@@ -46,6 +46,10 @@ class GgufAgreement:
         )
 
 
+def gguf_path(folder: Path, dtype: str) -> Path:
+    return folder / f"model-{dtype}.gguf"
+
+
 def write_gguf_export(
     folder: Path, source: Path, dtype: str, *, pre_tokenizer: str | None, check_tokens: int, seed: int
 ) -> GgufAgreement:
@@ -56,7 +60,7 @@ def write_gguf_export(
     """
     checkpoint = open_checkpoint(source)
     vocabulary = read_vocabulary(source, checkpoint.config, pre_tokenizer)
-    path = folder / f"model-{dtype}.gguf"
+    path = gguf_path(folder, dtype)
     write_gguf(path, checkpoint, vocabulary, dtype, source.resolve().name)
     check_tensors(path, checkpoint)
     ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
