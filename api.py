@@ -34,7 +34,7 @@ from .distill.text.given import Data, fitted, read_sample, read_text
 from .distill.text.mixture import whole
 from .distill.text.packing import Batch
 from .distill.trainer import train
-from .models.checkpoint import SHARD_BYTES, load_config, load_model, open_checkpoint, save_model
+from .models.checkpoint import load_config, load_model, open_checkpoint, save_model
 from .models.config import HybridConfig
 from .models.cost.fit import Estimate, Fit
 from .models.cost.hardware import Hardware
@@ -125,7 +125,7 @@ def export(
     if format == "hf":
         own = open_checkpoint(given).dtype() if isinstance(given, Path) else given.head_weight.dtype
     name = dtype_name(str(own if dtype is None else dtype))
-    form = ExportForm(format, name, SHARD_BYTES, check_tokens, seed, pre_tokenizer)
+    form = ExportForm(format, name, None, check_tokens, seed, pre_tokenizer)
     with tempfile.TemporaryDirectory() as temporary, atomic_folder(Path(output)) as folder:
         source, plan = Path(temporary) / "model", RoundingPlan()
         if isinstance(given, Path):

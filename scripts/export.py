@@ -31,7 +31,7 @@ class Options:
     model: str
     output: Path
     dtype: str
-    max_shard_bytes: PositiveInt
+    max_shard_bytes: PositiveInt | None
     check_tokens: PositiveInt
     seed: int
     base: str | None = None

@@ -88,6 +88,30 @@ def test_the_library_gives_the_same_numbers_back(form: str, root: Path) -> None:
     assert_close(form, theirs.float(), ours.float(), 1e-2 if form == "fp8" else 5e-3)
 
 
+@pytest.mark.parametrize("form", quantise.ROUNDINGS)
+def test_weights_in_several_files(form: str, root: Path) -> None:
+    """The same tensors as in one file, each weight with its scales, in files of at most so many bytes."""
+    limit, whole = 60_000, root / f"llama-{form}"
+    whole = whole if whole.exists() else exported(root, "llama", form)
+    out = root / f"shards-{form}"
+    words = ("check_tokens=32", f"max_shard_bytes={limit}", f"format={form}")
+    assert limbeck("export", f"model={root / 'llama'}", f"output={out}", *words)[0] == 0
+    shards = {path.name: load_file(path) for path in out.glob("model-*-of-*.safetensors")}
+    assert len(shards) > 2 and not (out / "model.safetensors").exists()
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(shards[index[name]][name], tensor), name
+        module = name.rpartition(".")[0]
+        assert len({index[key] for key in index if key.rpartition(".")[0] == module}) == 1
+    for tensors in shards.values():
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        modules = {name.rpartition(".")[0] for name in tensors}
+        assert size <= limit or len(modules) == 1
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(out)(ids), load_model(whole)(ids))
+
+
 def test_transformers_opens_it(root: Path) -> None:
     """Weights alone are rounded in w4a16, so that its logits are ours."""
     transformers = pytest.importorskip("transformers")

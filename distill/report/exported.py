@@ -24,6 +24,7 @@ from ...models.gguf.file import KINDS_OF_FILE, gguf_package, load_gguf
 from ...models.hybrid import HybridLM
 from ...models.quantise import Calibrated, compressed_tensors, write_quantised
 from ...models.rounding import ROUNDINGS
+from ...models.shards import SHARD_BYTES
 from ..text.packing import Batch
 from .card import TRANSFORMERS, Published, Table, llama_cpp
 from .exported_text import text_agreement, text_rows, text_sentence
@@ -38,7 +39,7 @@ class ExportForm:
 
     format: str
     dtype: str
-    max_shard_bytes: int
+    max_shard_bytes: int | None  # None: 5 GB, of formats that have several files
     check_tokens: int
     seed: int
     pre_tokenizer: str | None = None
@@ -48,6 +49,8 @@ class ExportForm:
             raise InputError(f"format={self.format} is unknown; known: {', '.join(FORMATS)}")
         if self.format == "gguf":
             gguf_package()
+            if self.max_shard_bytes is not None:
+                raise InputError("max_shard_bytes is of folders; format=gguf writes one file, leave it out")
             if self.dtype not in KINDS_OF_FILE:
                 raise InputError(f"dtype={self.dtype} is none of format=gguf; known: {', '.join(KINDS_OF_FILE)}")
         elif self.pre_tokenizer is not None:
@@ -66,11 +69,15 @@ class ExportForm:
     def settings(self) -> dict[str, Any]:
         """The options that the weights follow from."""
         given = {"dtype": self.dtype, "check_tokens": self.check_tokens, "seed": self.seed}
-        if self.format == "hf":
-            return given | {"max_shard_bytes": self.max_shard_bytes}
-        return given | {"format": self.format} | (
-            {"pre_tokenizer": self.pre_tokenizer} if self.format == "gguf" else {}
-        )  # fmt: skip
+        if self.format != "hf":
+            given |= {"format": self.format}
+        if self.format == "gguf":
+            return given | {"pre_tokenizer": self.pre_tokenizer}
+        return given | {"max_shard_bytes": self.shard_bytes}
+
+    @property
+    def shard_bytes(self) -> int:
+        return SHARD_BYTES if self.max_shard_bytes is None else self.max_shard_bytes
 
     def write(
         self,
@@ -88,7 +95,9 @@ class ExportForm:
         config, sizes = load_config(source), {"check_tokens": self.check_tokens, "seed": self.seed}
         found, content = cautions(config), dict[str, Any]()
         if self.rounds:
-            agreement = write_quantised(folder, source, self.format, kept=kept, calibrated=calibrated, **sizes)
+            agreement = write_quantised(
+                folder, source, self.format, kept=kept, calibrated=calibrated, max_shard_bytes=self.shard_bytes, **sizes
+            )
             content = {"format": self.format, "quantised": dataclasses.asdict(agreement)} | dict(facts or {})
             content["needs"] = needs(config, self.format, kept=kept)
             checked = agreement.sentence(self.format) + how_rounded(content)
@@ -96,13 +105,12 @@ class ExportForm:
         elif self.format == "gguf":
             made = write_gguf_export(folder, source, self.dtype, pre_tokenizer=self.pre_tokenizer, **sizes)
             content = {"format": "gguf", "dtype": self.dtype, "gguf": dataclasses.asdict(made)}
+            content |= {"cautions": made.notes} if made.notes else {}
             content["needs"] = needs(config, f"gguf {self.dtype}", file_bytes=made.bytes)
             relation = "quantized" if self.dtype == "q8_0" else "finetune"
             published = Published(self.dtype, llama_cpp(made.file), made.sentence(), relation=relation)
         else:
-            parity = write_export(
-                folder, source, torch_dtype(self.dtype), max_shard_bytes=self.max_shard_bytes, **sizes
-            )
+            parity = write_export(folder, source, torch_dtype(self.dtype), max_shard_bytes=self.shard_bytes, **sizes)
             content = {"dtype": self.dtype, "read_back": "identical", "transformers": parity.to_json()}
             content |= ({"cautions": found} if found else {}) | {"needs": needs(config, self.dtype)}
             same = "Read back before it was published, the logits are those of the source rounded to"
