@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...models.cautions import cautions
+from ...models.cautions import cautions, format_cautions
 from ...models.checkpoint import load_config, load_model
 from ...models.config import HybridConfig
 from ...models.cost.fit import LONGEST
@@ -95,11 +95,12 @@ class ExportForm:
         config, sizes = load_config(source), {"check_tokens": self.check_tokens, "seed": self.seed}
         found, content = cautions(config), dict[str, Any]()
         if self.rounds:
+            found += format_cautions(config, self.format, kept)
             agreement = write_quantised(
                 folder, source, self.format, kept=kept, calibrated=calibrated, max_shard_bytes=self.shard_bytes, **sizes
             )
             content = {"format": self.format, "quantised": dataclasses.asdict(agreement)} | dict(facts or {})
-            content["needs"] = needs(config, self.format, kept=kept)
+            content |= ({"cautions": found} if found else {}) | {"needs": needs(config, self.format, kept=kept)}
             checked = agreement.sentence(self.format) + how_rounded(content)
             published = Published(self.format, TRANSFORMERS, checked, tuple(found), "quantized", cards(content))
         elif self.format == "gguf":
