@@ -49,6 +49,7 @@ from .models.hybrid import HybridLM
 from .models.named import load_checked, model_config, model_folder, model_weights, read_hardware
 from .models.quantities import with_quantities
 from .models.schema import checked
+from .models.served_inputs import served
 from .models.tokenizer import check_vocabulary, load_tokenizer
 from .prune.choose import select
 from .prune.depth import random_layers, score_layers
@@ -309,6 +310,12 @@ class Evaluation:
         return write_page(path.parent, path.name, title="Teacher-student gap", gap=self.content, provenance={})
 
 
+def load_to_measure(source: Source) -> HybridLM:
+    """`load`; of a folder as a server computes."""
+    model = load(source)
+    return served(model, model_folder(str(source))) if isinstance(source, (str, Path)) else model
+
+
 def evaluate(
     teacher: Source,
     students: Mapping[str, Source] | Source,
@@ -322,13 +329,14 @@ def evaluate(
     worst: int = 6,
     resamples: int = 1000,
 ) -> Evaluation:
-    """The gap on held-out text, with intervals over documents. One model alone is called "student"."""
+    """The gap on held-out text, with intervals over documents. One model alone is called "student". Of folders that are
+    quantised with their activations it is what a server computes (`models.served_inputs`)."""
     from .distill.gap.evaluation import gap_content
     from .distill.gap.token_groups import group_tokens
 
-    teacher = load(teacher)
+    teacher = load_to_measure(teacher)
     named = students if isinstance(students, Mapping) else {"student": students}
-    models = {name: load(model) for name, model in named.items()}
+    models = {name: load_to_measure(model) for name, model in named.items()}
     read = read_text(teacher, data, split)
     seq_len, batch = fitted(teacher, read, seq_len, batch)
     text, tokenizer = whole(read), teacher.tokenizer

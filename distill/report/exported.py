@@ -24,6 +24,7 @@ from ...models.gguf.file import KINDS_OF_FILE, gguf_package, load_gguf
 from ...models.hybrid import HybridLM
 from ...models.quantise import Calibrated, compressed_tensors, write_quantised
 from ...models.rounding import ROUNDINGS
+from ...models.served_inputs import load_served
 from ...models.shards import SHARD_BYTES
 from ..text.packing import Batch
 from .card import TRANSFORMERS, Published, Table, llama_cpp
@@ -126,8 +127,10 @@ class ExportForm:
         return published
 
     def read(self, folder: Path, config: HybridConfig) -> HybridLM:
-        """The model of a folder in this format, in float32."""
-        return load_gguf(gguf_path(folder, self.dtype), config) if self.format == "gguf" else load_model(folder)
+        """The model of a folder in this format, in float32, as a server computes (`served`)."""
+        if self.format == "gguf":
+            return load_gguf(gguf_path(folder, self.dtype), config)
+        return load_served(folder, torch.float32, "cpu")
 
 
 def how_rounded(content: Mapping[str, Any]) -> str:
