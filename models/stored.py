@@ -40,15 +40,18 @@ BLOCK = 128  # of rows and columns that one `weight_scale_inv` is for, where con
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says of one of its tensors."""
+    """What a file says of one of its tensors; `numbers` are what it holds, where that is known without the file."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    numbers: tuple[int, ...] | None = None
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop-1 of the first dimension."""
+        if self.numbers is not None:
+            return torch.tensor(self.numbers)[start:stop]
         with open_file(self.file) as file:
             return file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
 
