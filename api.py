@@ -128,10 +128,8 @@ def export(
     name = dtype_name(str(own if dtype is None else dtype))
     form = ExportForm(format, name, None, check_tokens, seed, pre_tokenizer)
     with tempfile.TemporaryDirectory() as temporary, atomic_folder(Path(output)) as folder:
-        source, plan = Path(temporary) / "model", RoundingPlan()
-        if isinstance(given, Path):
-            source = given
-        else:
+        source, plan = given if isinstance(given, Path) else Path(temporary) / "model", RoundingPlan()
+        if not isinstance(given, Path):
             save_model(given, source, tokenizer_from=None if given.tokenizer is None else given.tokenizer.folder)
         reader = HybridLM(load_config(source), device="meta")
         reader.tokenizer = None if data is None else load_tokenizer(source)
@@ -139,10 +137,9 @@ def export(
         def rows(split: str, tokens: int) -> list[Batch]:
             return read_sample(reader, data or "", split, tokens, seq_len, batch, seed)
 
-        device = torch_device("auto")
+        device, text = torch_device("auto"), rows("validation", measured) if measured else ()
         if how != RoundingOptions():
             plan = plan_rounding(source, format, how, Path(temporary) / SCRATCH, rows, unseen, device)
-        text = rows("validation", measured) if measured else ()
         published = form.write(folder, source, plan.kept, plan.calibrated, plan.facts, text, device)
     for caution in published.cautions:
         log.warning("export: %s", caution)
@@ -329,8 +326,8 @@ def evaluate(
     worst: int = 6,
     resamples: int = 1000,
 ) -> Evaluation:
-    """The gap on held-out text, with intervals over documents. One model alone is called "student". Of folders that are
-    quantised with their activations it is what a server computes (`models.served_inputs`)."""
+    """The gap on held-out text, with intervals over documents. One model alone is called "student". Folders compute as
+    a server does (`models.served_inputs`)."""
     from .distill.gap.evaluation import gap_content
     from .distill.gap.token_groups import group_tokens
 
