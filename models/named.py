@@ -21,6 +21,7 @@ from .stored import quantization_of
 if TYPE_CHECKING:
     import torch
 
+    from .checkpoint import Checkpoint
     from .cost.stored_weights import StoredWeights
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -78,12 +79,25 @@ def quantisation(name: str) -> dict[str, Any]:
 
 def model_weights(name: str, dtype: torch.dtype, ranks: int = 1) -> StoredWeights | None:
     """What the weights of `model_config` weigh, plain ones in `dtype`, where some are quantised, or those that one of
-    so many GPUs holds; None where none is, and of a model whose files are not here."""
+    so many GPUs holds, of a model of the hub by the headers of its files; None where none is, and where the files
+    cannot be reached."""
     from .cost.stored_weights import of_checkpoint
 
-    if name.startswith(HUB) or not quantisation(name) or not any(model_folder(name).glob("*.safetensors")):
+    if not quantisation(name):
         return None
-    return of_checkpoint(open_checkpoint(model_folder(name)), dtype, ranks)
+    checkpoint = counted_checkpoint(name)
+    return None if checkpoint is None else of_checkpoint(checkpoint, dtype, ranks)
+
+
+def counted_checkpoint(name: str) -> Checkpoint | None:
+    """The tensors of `model_config` as the files have them, none of a hub's fetched; None where there are none."""
+    from .hub_weights import hub_checkpoint
+
+    if not name.startswith(HUB):
+        folder = model_folder(name)
+        return open_checkpoint(folder) if any(folder.glob("*.safetensors")) else None
+    folder = hub_folder(name, weights=False)
+    return None if is_adapter(folder) else hub_checkpoint(name, folder)
 
 
 def quantised_as(folder: Path) -> tuple[dict[str, int], str]:

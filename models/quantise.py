@@ -9,6 +9,7 @@ Scales are rounded to bfloat16 before the weights are, so that every reader give
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -28,7 +29,7 @@ from .export import divergence, logits_of, relative_rms, state_length
 from .families.family import scattered, stored_tensors, tensor_table_of
 from .folder import write_json
 from .rounding import ROUNDINGS, Rounding
-from .shards import SINGLE, check_disk
+from .shards import SHARD_BYTES, check_disk, shared_out, write_index
 from .tensors import Form, TensorFile
 from .tokenizer import state_begin
 
@@ -161,19 +162,20 @@ def stored_form(name: str, weight: RoundedWeight, rounding: Rounding) -> dict[st
     return {f"{module}.weight_packed": packed, f"{module}.weight_scale": weight.scale, f"{module}.weight_shape": shape}
 
 
-def forms_of(checkpoint: Checkpoint, names: set[str], rounding: Rounding, group: int | None) -> dict[str, Form]:
-    """Every tensor of the file with its dtype and shape: those of one rounded row tell the rest."""
-    forms: dict[str, Form] = {}
+def forms_of(
+    checkpoint: Checkpoint, names: set[str], rounding: Rounding, group: int | None
+) -> Iterator[dict[str, Form]]:
+    """What each weight is stored as, with dtypes and shapes: those of one rounded row tell the rest."""
     for name, stored in stored_tensors(checkpoint.config).items():
         if name not in names:
             spec = tensor_table_of(checkpoint.config)[stored.pieces[0].ours]
-            forms[name] = (torch.float32 if spec.role in PRECISE else torch.bfloat16, stored.shape)
+            yield {name: (torch.float32 if spec.role in PRECISE else torch.bfloat16, stored.shape)}
             continue
-        rows, columns = stored.shape
+        (rows, columns), forms = stored.shape, dict[str, Form]()
         for key, tensor in quantised_tensors(name, torch.zeros(1, columns), rounding, group or columns).items():
             one_row = not key.endswith("_shape")
             forms[key] = (tensor.dtype, (rows, *tensor.shape[1:]) if one_row else tuple(tensor.shape))
-    return forms
+        yield forms
 
 
 def whole_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
@@ -270,8 +272,9 @@ def write_quantised(
     seed: int,
     kept: Container[int] = (),
     calibrated: Calibrated | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> QuantisedAgreement:
-    """Fills an existing folder with one file of weights, reads it again, and compares every tensor and the logits.
+    """Fills an existing folder with files of weights, reads it again, and compares every tensor and the logits.
     The layers `kept` stay in bfloat16; the others are `calibrated`'s, or to the nearest.
 
     Raises CheckFailed, and InputError where the family or a width cannot be stored so.
@@ -282,19 +285,22 @@ def write_quantised(
     group = group_of(config, names) if rounding.grouped else None
     content = config.to_hf() | {"torch_dtype": "bfloat16"}
     content |= {"quantization_config": scheme_of(config, names, rounding, group)}
-    forms = forms_of(checkpoint, names, rounding, group)
-    check_disk(folder, sum(math.prod(shape) * dtype.itemsize for dtype, shape in forms.values()))
-    with TensorFile(folder / SINGLE, forms) as file:
+    shards = shared_out(forms_of(checkpoint, names, rounding, group), max_shard_bytes)
+    check_disk(folder, sum(shard.bytes for shard in shards))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(folder / shard.file, shard.forms)) for shard in shards]
+        place = {key: (file, form[0]) for file, shard in zip(files, shards, strict=True)
+                 for key, form in shard.forms.items()}  # fmt: skip
         for stored, weight in whole_tensors(checkpoint):
             if stored not in names:
-                file.write(stored, weight.to(forms[stored][0]))
-                continue
-            if calibrated is not None:
+                tensors = {stored: weight.to(place[stored][1])}
+            elif calibrated is not None:
                 tensors = stored_form(stored, calibrated(stored), rounding)
             else:
                 tensors = quantised_tensors(stored, weight, rounding, group or weight.shape[1])
             for key, tensor in tensors.items():
-                file.write(key, tensor)
+                place[key][0].write(key, tensor)
+    write_index(folder, shards)
     write_json(folder / "config.json", content)
     copy_companions(companions(source), folder)
     state_length(folder, config)
@@ -306,7 +312,8 @@ def write_quantised(
     ids = torch.randint(config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
     expected, logits = logits_of(load_model(source), ids), logits_of(load_model(folder), ids)
     plain = sum(2 * math.prod(each.shape) for each in stored_tensors(config).values())
-    return QuantisedAgreement((folder / SINGLE).stat().st_size, plain, relative_rms(expected, logits),
+    written = sum((folder / shard.file).stat().st_size for shard in shards)
+    return QuantisedAgreement(written, plain, relative_rms(expected, logits),
                               divergence(expected, logits))  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import HybridConfig
 from .errors import DiskError
-from .families.family import stored_tensors, tensor_table_of
+from .families.family import StoredTensor, stored_tensors, tensor_table_of
 from .folder import write_json
 from .tensors import Form
 
@@ -38,17 +38,26 @@ def plan_shards(
     config: HybridConfig, dtypes: torch.dtype | Mapping[str, torch.dtype], max_shard_bytes: int = SHARD_BYTES
 ) -> tuple[Shard, ...]:
     """The files of a checkpoint: its tensors in the table's order, as many to a file as `max_shard_bytes` hold."""
-    groups: list[dict[str, Form]] = [{}]
     table = tensor_table_of(config)
-    filled = 0
-    for name, tensor in stored_tensors(config).items():
+
+    def form_of(tensor: StoredTensor) -> Form:
         ours = tensor.pieces[0].ours
         dtype = dtypes[ours] if isinstance(dtypes, Mapping) else table[ours].dtype(dtypes)
-        size = math.prod(tensor.shape) * dtype.itemsize
+        return dtype, tensor.shape
+
+    return shared_out(({name: form_of(tensor)} for name, tensor in stored_tensors(config).items()), max_shard_bytes)
+
+
+def shared_out(units: Iterable[Mapping[str, Form]], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Files of as many units as `max_shard_bytes` hold, in their order; tensors of a unit lie together."""
+    groups: list[dict[str, Form]] = [{}]
+    filled = 0
+    for unit in units:
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in unit.values())
         if groups[-1] and filled + size > max_shard_bytes:
             groups.append({})
             filled = 0
-        groups[-1][name] = (dtype, tensor.shape)
+        groups[-1] |= unit
         filled += size
     if len(groups) == 1:
         return (Shard(SINGLE, groups[0]),)

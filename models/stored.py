@@ -2,7 +2,7 @@
 
 Quantised weights are recognised by the tensors beside them, as the libraries that write them call these:
 - float8 (`weight` F8_E4M3): times `weight_scale` or `weight_scale_inv`, one number, one a row, or one a block
-  (DeepSeek's and transformers' "fp8", ModelOpt's FP8, compressed-tensors' "float-quantized");
+  (DeepSeek's and transformers' "fp8", ModelOpt's FP8, compressed-tensors' "float-quantized", FP8_BLOCK among it);
 - int8 (`weight` I8): times `weight_scale`, less `weight_zero_point` before where there is one ("int-quantized");
 - 4 or 8 bits packed into int32 (`weight_packed`, `weight_shape`): the low bits first, half the range above zero, times
   `weight_scale` of a group of columns ("pack-quantized"); a packed `weight_zero_point` runs down the rows.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +40,18 @@ BLOCK = 128  # of rows and columns that one `weight_scale_inv` is for, where con
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says of one of its tensors."""
+    """What a file says of one of its tensors; `numbers` are what it holds, where that is known without the file."""
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    numbers: tuple[int, ...] | None = None
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start..stop-1 of the first dimension."""
+        if self.numbers is not None:
+            return torch.tensor(self.numbers)[start:stop]
         with open_file(self.file) as file:
             return file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
 
@@ -201,10 +204,10 @@ def quantised_weight(header: Header, names: Mapping[str, Header], settings: Mapp
 
 def block_of(scale: Header, shape: tuple[int, ...], settings: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of a weight that one of its scales is for. Raises InputError where they do not fit."""
-    stated = settings.get("weight_block_size")
-    rows, columns = stated if isinstance(stated, list) and len(stated) == 2 else (BLOCK, BLOCK)
-    if (stated or scale.name.endswith("_inv")) and scale.shape == (-(-shape[0] // rows), -(-shape[1] // columns)):
-        return rows, columns
+    stated = stated_blocks(settings)
+    for rows, columns in stated or ([(BLOCK, BLOCK)] if scale.name.endswith("_inv") else []):
+        if scale.shape == (-(-shape[0] // rows), -(-shape[1] // columns)):
+            return rows, columns
     if len(scale.shape) != 2 and math.prod(scale.shape) in (1, shape[0]):
         return shape[0], shape[1]
     if len(scale.shape) == 2 and scale.shape[0] in (1, shape[0]) and shape[1] % scale.shape[1] == 0:
@@ -213,6 +216,23 @@ def block_of(scale: Header, shape: tuple[int, ...], settings: Mapping[str, Any])
         f"{scale.file}: tensor {scale.name} has shape {list(scale.shape)}, which is no scale of a weight {list(shape)};"
         " expected one number, one a row, a group of columns or a block"
     )
+
+
+def objects(values: Iterable[Any]) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)]
+
+
+def stated_blocks(settings: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Rows and columns of blocks as a quantization_config states them: DeepSeek's and transformers' "fp8" for all
+    weights, compressed-tensors for each group of modules."""
+    groups = settings.get("config_groups")
+    weights = [group.get("weights") for group in objects(groups.values())] if isinstance(groups, dict) else []
+    given = [each.get("block_structure") for each in objects(weights)]
+    return [
+        (each[0], each[1])
+        for each in (settings.get("weight_block_size"), *given)
+        if isinstance(each, list) and len(each) == 2 and all(isinstance(size, int) and size > 0 for size in each)
+    ]
 
 
 def quantization_of(path: Path) -> dict[str, Any]:

@@ -59,24 +59,32 @@ class RoundingOptions:
 
 @dataclasses.dataclass(frozen=True)
 class GivenRounding:
-    """The options of an export as they are given: `calibration_tokens` None are 32,768 where there is data."""
+    """The options of an export as they are given: `calibration_tokens` None are 32,768 where there is data and the
+    format rounds."""
 
     calibration_tokens: int | None = None
     sensitivity: bool = False
     sensitivity_tokens: int = 8192
     keep_layers: int | tuple[int, ...] | None = None
 
-    def settled(self, form: str, data: bool) -> RoundingOptions:
-        """For an export in the format `form`, with or without data. Raises InputError where options contradict each
-        other."""
-        tokens = CALIBRATION_TOKENS * data if self.calibration_tokens is None else self.calibration_tokens
+    def settled(self, form: str, data: bool, evaluates: bool = False) -> RoundingOptions:
+        """For an export in the format `form`, with or without data, on which the export itself is measured where it
+        `evaluates`. Raises InputError where options contradict each other."""
+        tokens = (
+            CALIBRATION_TOKENS * (data and form in ROUNDINGS)
+            if self.calibration_tokens is None
+            else self.calibration_tokens
+        )
         how = RoundingOptions(tokens, self.sensitivity, self.sensitivity_tokens, self.keep_layers)
-        if form not in ROUNDINGS and (data or how != RoundingOptions()):
-            raise InputError(f"format={form} rounds nothing; leave data, keep_layers and the like out")
+        if form not in ROUNDINGS and how != RoundingOptions():
+            raise InputError(f"format={form} rounds nothing; leave calibration_tokens, keep_layers and the like out")
         if how.needs_data and not data:
             raise InputError("calibration_tokens, sensitivity and keep_layers=NUMBER need data=")
-        if data and not how.needs_data:
-            raise InputError("data= is read for calibration_tokens, sensitivity and keep_layers=NUMBER; none is given")
+        if data and not how.needs_data and not evaluates:
+            raise InputError(
+                "data= is read for evaluate_tokens, calibration_tokens, sensitivity and keep_layers=NUMBER; none is"
+                " given"
+            )
         return how
 
 

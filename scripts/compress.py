@@ -115,7 +115,7 @@ def prove(options: Options, source: str, distilled: str, out: Path, number: Iter
     console.rule(f"{next(number)}. evaluate: the gap on held-out files", align="left")
     measure_gap(options, source, student_folders(out, options.plan()), out)
     console.rule(f"{next(number)}. export: a folder for others", align="left")
-    export.run(export.Options(distilled, out / "exported", options.export_dtype, 5 * 10**9, 256, options.seed,
+    export.run(export.Options(distilled, out / "exported", options.export_dtype, None, 256, options.seed,
                               base=source, gap=str(out / "gap")), replaces=True)  # fmt: skip
     console.rule(f"{next(number)}. memory-fit: does it fit the card", align="left")
     fits = {name: estimated(str(folder), options.hardware, options.fit)

@@ -4,6 +4,7 @@ it appears."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from ..distill.report.card import read_licence, write_card
 from ..distill.report.exported import ExportForm, check_tables
+from ..distill.report.exported_text import evaluated_tokens
+from ..distill.text.packing import Batch
 from ..models.checkpoint import load_config
 from ..models.device import torch_device
 from ..models.errors import InputError, gib
@@ -28,7 +31,7 @@ class Options:
     model: str
     output: Path
     dtype: str
-    max_shard_bytes: PositiveInt
+    max_shard_bytes: PositiveInt | None
     check_tokens: PositiveInt
     seed: int
     base: str | None = None
@@ -39,6 +42,7 @@ class Options:
     push_dry: bool = True
     data: NamedData | None = None
     calibration_tokens: NonNegativeInt | None = None
+    evaluate_tokens: NonNegativeInt | None = None
     sensitivity: bool = False
     sensitivity_tokens: PositiveInt = 8192
     keep_layers: PositiveInt | tuple[NonNegativeInt, ...] | None = None
@@ -53,7 +57,12 @@ class Options:
 
     def rounding(self) -> RoundingOptions:
         given = GivenRounding(self.calibration_tokens, self.sensitivity, self.sensitivity_tokens, self.keep_layers)
-        return given.settled(self.format, self.data is not None)
+        return given.settled(self.format, self.data is not None, self.measured > 0)
+
+    @property
+    def measured(self) -> int:
+        """Held-out tokens that the export is measured on."""
+        return evaluated_tokens(self.evaluate_tokens, self.data is not None)
 
 
 def run(options: Options, replaces: bool = False) -> None:
@@ -70,12 +79,15 @@ def run(options: Options, replaces: bool = False) -> None:
         given |= {"rounding": how}
     if options.data is not None:
         inputs["data"] = data_input(options.data)
-        given |= {"seq_len": options.seq_len, "batch": options.batch}
+        given |= {"seq_len": options.seq_len, "batch": options.batch, "evaluate_tokens": options.measured}
     with stage(options.output, "export", inputs=inputs, options=given, replaces=replaces, scratch=scratch) as work:
         if not work.finished:
             gap, name = measured(options, work)
             plan = planned(options, how, source, work) if how != RoundingOptions() else RoundingPlan()
-            published = form.write(work.folder, source, plan.kept, plan.calibrated, plan.facts)
+            text = reader(options, source)("validation", options.measured) if options.measured else ()
+            published = form.write(
+                work.folder, source, plan.kept, plan.calibrated, plan.facts, text, torch_device(options.device)
+            )
             licence = read_licence(Path(inputs.get("base", source)))
             picture = None if options.gap is None else gap_folder(options.gap) / "plots" / "gap.png"
             if picture is not None and not picture.is_file():
@@ -93,12 +105,16 @@ def run(options: Options, replaces: bool = False) -> None:
 
 
 def planned(options: Options, how: RoundingOptions, source: Path, work: Work) -> RoundingPlan:
-    sizes = {"seq_len": options.seq_len, "batch": options.batch, "seed": options.seed}
     return plan_rounding(
-        source, options.format, how, work.folder / SCRATCH,
-        lambda split, tokens: sample(options.data or "", split, source, tokens=tokens, **sizes),
-        progress, torch_device(options.device),
+        source, options.format, how, work.folder / SCRATCH, reader(options, source), progress,
+        torch_device(options.device),
     )  # fmt: skip
+
+
+def reader(options: Options, source: Path) -> Callable[[str, int], list[Batch]]:
+    """Rows of a split of data=, of so many tokens."""
+    sizes = {"seq_len": options.seq_len, "batch": options.batch, "seed": options.seed}
+    return lambda split, tokens: sample(options.data or "", split, source, tokens=tokens, **sizes)
 
 
 def print_push(options: Options) -> None:

@@ -16,7 +16,8 @@ from ..models.config import HybridConfig
 from ..models.cost.fit import Estimate, Fit
 from ..models.cost.hardware import GIB, Hardware
 from ..models.cost.inference import MemoryReport
-from ..models.cost.tables import memory_rows, places, speed_sentence, vllm_command, vllm_rows
+from ..models.cost.serving import serving_rows
+from ..models.cost.tables import memory_rows, places, speed_sentence, vllm_rows
 from ..models.device import torch_dtype
 from ..models.errors import CheckFailed, InputError
 from ..models.folder import atomic_folder, write_json
@@ -54,7 +55,9 @@ def run(options: Options) -> None:
         bar.set(1)
     print_estimate(estimate)
     table(f"vLLM, Mamba cache mode {estimate.memory.vllm.mode}", ("", ""), vllm_rows(estimate))
-    say(vllm_command(estimate))
+    commands = serving_rows(estimate, options.model)
+    for program, command in commands:
+        say(f"{program}: {command}")
     say(speed_sentence(estimate))
     simulation = simulated(estimate) if options.method in ("simulation", "all") else None
     measured = measured_run(options, estimate) if options.method in ("measurement", "all") and estimate.fits else None
@@ -66,7 +69,7 @@ def run(options: Options) -> None:
         from ..distill.report.memory_plot import draw_memory
 
         with atomic_folder(options.output) as folder:
-            content = estimate.to_json() | {"vllm_flags": estimate.vllm_flags()}
+            content = estimate.to_json() | {"vllm_flags": estimate.vllm_flags(), "commands": dict(commands)}
             content |= {"changes": [dataclasses.asdict(each) for each in changes]}
             content |= {"simulation": simulation and dataclasses.asdict(simulation)}
             content |= {"measurement": measured and dataclasses.asdict(measured)}
@@ -87,21 +90,8 @@ def check(options: Options, config: HybridConfig, fit: Fit, *, quantised: bool) 
             f"context {fit.length:,} is beyond the {config.max_position_embeddings:,} tokens that {options.model} is"
             f" made for; give context={config.max_position_embeddings} or less"
         )
-    if options.method != "formula" and fit.kv_dtype != fit.weight_dtype:
-        raise InputError(
-            f"method={options.method} runs the inference path, which keeps keys and values in the weights' dtype:"
-            f" fit.kv_dtype is {fit.kv_dtype}, fit.weight_dtype {fit.weight_dtype}"
-        )
-    if options.method != "formula" and quantised:
-        raise InputError(
-            f"method={options.method} runs the inference path, whose weights are plain; those of {options.model} are"
-            " quantised, which method=formula counts as the files have them"
-        )
-    if options.method != "formula" and fit.tensor_parallel > 1:
-        raise InputError(
-            f"method={options.method} runs the inference path, which is one GPU's; fit.tensor_parallel is"
-            f" {fit.tensor_parallel}, which method=formula counts"
-        )
+    if options.method != "formula":
+        fit.check_run(options.method, options.model, quantised=quantised)
     measures = options.method in ("measurement", "all")
     if measures and options.hardware.device == "cuda" and not torch.cuda.is_available():
         raise InputError(

@@ -19,13 +19,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer(http.server.ThreadingHTTPServer):
-    """Models by name: folders of files. `log` holds what was requested; `gated` and `broken` say what is refused, and
-    after how many bytes of a file the connection ends."""
+    """Models by name: folders of files. `log` holds what was requested, `ranges` the bytes of files that were sent in
+    part; `gated` and `broken` say what is refused, and after how many bytes of a file the connection ends."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.models: dict[str, Path] = {}
         self.log: list[str] = []
+        self.ranges: list[tuple[str, int]] = []
         self.gated: set[str] = set()
         self.broken: dict[str, int] = {}
 
@@ -80,13 +81,14 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
                                    "Accept-Ranges": "bytes"}  # fmt: skip
         if not body:
             return self.send_bytes(200, b"", headers | {"Content-Length": len(content)})
-        begin = 0
+        part, whole = content, len(content)
         if "Range" in self.headers:
-            begin = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            begin, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
+            part = content[int(begin) : int(end) + 1 if end else whole]
+            headers["Content-Range"] = f"bytes {begin}-{int(begin) + len(part) - 1}/{whole}"
+            self.server.ranges.append((path.name, len(part)))
         limit = self.server.broken.pop(path.name, None)
-        part = content[begin:]
-        self.send_bytes(206 if begin else 200, part if limit is None else part[:limit],
+        self.send_bytes(206 if "Range" in self.headers else 200, part if limit is None else part[:limit],
                         headers | {"Content-Length": len(part)})  # fmt: skip
         if limit is not None:
             self.close_connection = True
@@ -96,7 +98,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         for key, value in ({"Content-Length": len(content)} | headers).items():
             self.send_header(key, str(value))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, *args: Any) -> None:
         """Quiet."""

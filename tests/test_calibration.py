@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill.report import exported as exported_module
+from limbeck.distill.text.resolve import sample
 from limbeck.models.axes import Role
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.config import HybridConfig
@@ -217,6 +219,9 @@ def test_the_command_calibrates(root: Path) -> None:
     out, text = exported(root, "llama", *data)
     content, card = json.loads((out / "export.json").read_text()), (out / "README.md").read_text()
     assert content["calibration_tokens"] == 400 and "GPTQ" in card and "with caches" in text
+    figures = content["text"]
+    assert figures["tokens"] > 0 and abs(figures["exported"]["value"] - figures["source"]["value"]) < 0.5
+    assert f"{figures['exported']['value']:.4f} bits per byte" in card and "held-out tokens" in text
     assert not (out / "rounding").exists() and "data" in json.loads((out / "limbeck.json").read_text())["inputs"]
     first = (out / "model.safetensors").read_bytes()
     nearest, _ = exported(root, "llama")
@@ -264,15 +269,38 @@ def test_every_format_is_calibrated(root: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("form", ("hf", "gguf"))
+def test_formats_that_round_nothing_are_measured_too(form: str, root: Path) -> None:
+    """In float32 an export keeps every bit per byte of its source, and these are the text's."""
+    if form == "gguf":
+        pytest.importorskip("gguf")
+    pieces = (f"data={root / 'text'}", "evaluate_tokens=96", "dtype=float32")
+    out, text = exported(root, "llama", *pieces, form=form)
+    figures, source = json.loads((out / "export.json").read_text())["text"], root / "llama"
+    assert figures["exported"]["value"] == pytest.approx(figures["source"]["value"], rel=1e-5)
+    assert figures["kl"]["value"] < 1e-6 and figures["agreement"]["value"] == 1 and "of the source" in text
+    rows = sample(str(root / "text"), "validation", source, tokens=96, seq_len=48, batch=4, seed=0)
+    model = load_model(source)
+    with torch.no_grad():
+        nats = sum(cross_entropy(model(row.input_ids, seq_idx=row.seq_idx), row.labels) for row in rows)
+    text_bytes = sum(int(row.n_bytes[row.labels >= 0].sum()) for row in rows)
+    assert figures["source"]["value"] == pytest.approx(float(nats) / math.log(2) / text_bytes, rel=1e-5)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("format=hf", "data=TEXT"), "format=hf rounds nothing"),
+        (("format=hf", "data=TEXT", "calibration_tokens=9"), "format=hf rounds nothing"),
+        (("format=hf", "evaluate_tokens=9"), "evaluate_tokens=9 needs data="),
         (("format=gguf", "keep_layers=[0]"), "format=gguf rounds nothing"),
         (("format=w4a16", "calibration_tokens=10"), "need data="),
         (("format=w4a16", "sensitivity=true"), "need data="),
         (("format=w4a16", "keep_layers=2"), "need data="),
-        (("format=w4a16", "data=TEXT", "calibration_tokens=0"), "none is given"),
+        (("format=w4a16", "data=TEXT", "calibration_tokens=0", "evaluate_tokens=0"), "none is given"),
         (("format=w4a16", "keep_layers=[3]"), "no layer 3; expected numbers from 0 to 2"),
         (("format=w4a16", "keep_layers=[0,1,2]"), "leaves nothing to round"),
         (("format=w4a16", "data=TEXT", "keep_layers=3", "sensitivity_tokens=48"), "keep_layers=3 leaves nothing"),

@@ -213,12 +213,25 @@ def changed(source: Path, root: Path, change: Callable[[dict[str, Any]], Any]) -
     return root
 
 
+def test_a_normalizer_is_told(root: Path, tmp_path: Path) -> None:
+    """llama.cpp has none, and decomposed text becomes other tokens: the card, export.json and the command say it."""
+    composed = changed(source_of(root, "llama"), tmp_path / "model", lambda content: content.update(
+        normalizer={"type": "NFC"}))  # fmt: skip
+    options = ("format=gguf", "dtype=float32", "check_tokens=8")
+    code, text, err = limbeck("export", f"model={composed}", f"output={tmp_path / 'out'}", *options)
+    assert code == 0 and "caution: llama.cpp has no normalizer" in text, err
+    content = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert not content["gguf"]["same_text"] and content["cautions"] == content["gguf"]["notes"]
+    assert "has NFC" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_what_cannot_be_written(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = source_of(root, "llama")
     out, model = tmp_path / "out", f"model={source}"
     refused("format=pt is unknown", out, 2, model, "format=pt")
     refused("dtype=q4 is none of format=gguf", out, 2, model, "format=gguf", "dtype=q4")
     refused("q8_0", out, 2, model, "dtype=q8_0")
+    refused("format=gguf writes one file", out, 2, model, "format=gguf", "max_shard_bytes=9000")
     refused("pre_tokenizer is llama.cpp's", out, 2, model, "pre_tokenizer=gpt-2")
     refused("did you mean 'gpt-2'", out, 2, model, "format=gguf", "pre_tokenizer=gpt2")
     refused("no pre-tokenizer that cuts text as this one", out, 2, "model=zoo", "format=gguf")

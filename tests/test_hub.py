@@ -15,7 +15,9 @@ from huggingface_hub import HfApi, constants
 from limbeck.models import hub
 from limbeck.models.checkpoint import load_config, load_model, save_model
 from limbeck.models.hub import hub_folder, hub_origin, names_in
-from limbeck.tests.helpers import limbeck, make_workshop
+from limbeck.models.named import model_weights
+from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
+from limbeck.tests.helpers import limbeck, make_workshop, random_model
 from limbeck.tests.hub_server import COMMIT, HubServer, serving
 
 
@@ -86,6 +88,30 @@ def test_commands_write_the_revision(server: HubServer, workshop: Path, tmp_path
 def test_a_config_alone(server: HubServer) -> None:
     code, _, err = limbeck("memory-fit", "model=hf:our/tiny", "fit.context=64", "output=null")
     assert code == 0 and server.fetched() == ["config.json"], (code, err)
+
+
+@pytest.mark.parametrize("form", ("fp8", "w4a16"))
+def test_quantised_weights_are_counted_by_their_headers(form: str, server: HubServer, tmp_path: Path) -> None:
+    """As of the same folder here, in one file or several; without the headers they count as plain, which is said."""
+    pytest.importorskip("compressed_tensors")
+    config = gguf_config("llama", write_tokenizer(tmp_path / "words", "gpt-2"))
+    save_model(random_model(config, 1, torch.bfloat16), tmp_path / "model", tokenizer_from=tmp_path / "words")
+    words = (f"model={tmp_path / 'model'}", f"output={tmp_path / 'q'}", f"format={form}", "max_shard_bytes=60000")
+    assert limbeck("export", *words, "check_tokens=8")[0] == 0
+    server.models["our/q"] = tmp_path / "q"
+    held = model_weights(str(tmp_path / "q"), torch.bfloat16)
+    assert model_weights("hf:our/q", torch.bfloat16) == held
+    files = {name for name, _ in server.ranges if name.endswith(".safetensors")}
+    assert files == {path.name for path in (tmp_path / "q").glob("*.safetensors")} and len(files) > 1
+    code, text, _ = limbeck("memory-fit", "model=hf:our/q", "hardware=l4", "context=64")
+    assert code == 0 and "quantised weights" in text and "counted as plain" not in text
+    folder = hub_folder("hf:our/q")  # fetched, it is read here
+    server.models.clear()
+    assert model_weights("hf:our/q", torch.bfloat16) == held
+    next(folder.glob("*.safetensors")).unlink()
+    assert model_weights("hf:our/q", torch.bfloat16) is None
+    code, text, _ = limbeck("memory-fit", "model=hf:our/q", "hardware=l4", "context=64")
+    assert code == 0 and "counted as plain" in text
 
 
 def test_sources_by_name() -> None:

@@ -16,8 +16,10 @@ from limbeck.benchmarks import inference
 from limbeck.models.cost.fit import Fit
 from limbeck.models.cost.hardware import GIB, Hardware
 from limbeck.models.cost.inference import changes, memory, verdict
+from limbeck.models.cost.serving import serving_rows
 from limbeck.models.cost.vllm import flags
 from limbeck.models.errors import InputError
+from limbeck.models.named import SHIPPED, read_hardware
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import any_config, limbeck, tiny_config
 
@@ -136,6 +138,61 @@ def test_a_block_longer_than_a_step_is_given(card: Hardware, given: bool) -> Non
     assert ("--max-num-batched-tokens 2608" in estimate.vllm_flags()) == given
 
 
+@pytest.mark.parametrize(
+    ("ssm_dtype", "size", "given"),
+    (
+        ("float16", 2, "--mamba-ssm-cache-dtype float16"),
+        ("float16_stochastic", 2, "--enable-mamba-cache-stochastic-rounding --mamba-backend flashinfer"),
+        ("int8", 1, ""),
+        ("int8_stochastic", 1, ""),
+        ("float8_e4m3fn", 1, ""),
+        ("float64", 8, ""),
+    ),
+)
+def test_states_as_a_server_keeps_them(ssm_dtype: str, size: int, given: str) -> None:
+    """The 9B's 27 Mamba layers of 10,240 channels with 128 numbers each, and a scale of four bytes a channel where a
+    number has one; the flags that vLLM 0.32 has for it, and what it is known to cost."""
+    estimate = Fit(context=8192, ssm_dtype=ssm_dtype).estimate(SMALL, A10G)
+    channels = SMALL.pattern.count("M") * SMALL.d_inner
+    assert estimate.memory.ssm == channels * (128 * size + (4 if size == 1 else 0))
+    found, refusal = " ".join(estimate.vllm_flags()), estimate.vllm_refusal()
+    assert given in found if given else not found and f"no SSM states in {ssm_dtype}" in refusal
+    assert len(estimate.cautions()) == (ssm_dtype != "float64")
+    assert estimate.memory.peak < memory(SMALL, 8192, ssm_dtype=torch.float64, place=A10G.place).peak + 1
+
+
+def test_stochastic_rounding_by_card() -> None:
+    """Triton rounds so at compute capability 10.x, FlashInfer elsewhere, and nothing on a processor."""
+    fit = Fit(context=8192, ssm_dtype="float16_stochastic")
+    found = " ".join(fit.estimate(SMALL, read_hardware("b200")).vllm_flags())
+    assert "stochastic-rounding" in found and "flashinfer" not in found
+    here = Hardware("cpu", 64, 64, 100, 1, device="cpu")
+    assert "NVIDIA" in fit.estimate(SMALL, here).vllm_refusal() and not fit.estimate(SMALL, here).vllm_flags()
+    assert any("0.3%" in caution for caution in fit.estimate(SMALL, here).cautions())
+
+
+def test_commands_of_every_program() -> None:
+    """With the model's path or name where there is one; a program that keeps caches otherwise says so instead."""
+    card, wide = read_hardware("h100"), model_config("falcon-h1-0.5b")
+    config = model_config("zoo")
+    rows = dict(serving_rows(Fit(context=512, batch=2).estimate(config, card), "zoo"))
+    assert rows["vLLM"].startswith(f"vllm serve {SHIPPED['zoo']} --dtype bfloat16 --max-model-len 512")
+    assert "export model=zoo output=gguf format=gguf dtype=bfloat16 && llama-server" in rows["llama.cpp"]
+    assert "--ctx-size 1024 --parallel 2" in rows["llama.cpp"] and "--cache-type-k bf16" in rows["llama.cpp"]
+    assert rows["transformers"] == f"transformers serve {SHIPPED['zoo']} --dtype bfloat16 --device cuda"
+    eight = Fit(context=512, kv_dtype="float8_e4m3fn").estimate(config, card)
+    rows = dict(serving_rows(eight, "hf:some/model@v1"))
+    assert rows["vLLM"].startswith("vllm serve some/model --revision v1 --dtype")
+    assert "no keys and values" in rows["llama.cpp"] and "fit.kv_dtype" in rows["transformers"]
+    short = Fit(context=512, ssm_dtype="float16").estimate(SMALL, card)
+    rows = dict(serving_rows(short, "nemotron-nano-9b-v2"))
+    assert rows["vLLM"].startswith("vllm serve MODEL ") and "SSM states in float32" in rows["llama.cpp"]
+    assert (
+        "format=gguf knows no falcon_h1" in dict(serving_rows(Fit(context=512).estimate(wide, card), "x"))["llama.cpp"]
+    )
+    assert dict(serving_rows(eight, "my models/9b"))["vLLM"].startswith("vllm serve 'my models/9b' ")
+
+
 def test_command(tmp_path: Path) -> None:
     out = tmp_path / "fit"
     code, text, _ = limbeck("memory-fit", "model=nemotron-nano-9b-v2", "fit.reserve_gib=1.3", f"output={out}")
@@ -169,6 +226,8 @@ def test_three_methods_on_the_shipped_model() -> None:
         (("steps=0",), "steps"),
         (("fit.kv_dtype=int4",), "float8_e4m3fn"),
         (("fit.kv_dtype=float8_e4m3fn", "method=simulation"), "fit.kv_dtype"),
+        (("fit.ssm_dtype=int4",), "float16_stochastic"),
+        (("fit.ssm_dtype=int8", "method=simulation"), "fit.ssm_dtype is int8"),
         (("fit.mamba_cache_mode=some",), "align"),
         (("hardware.device=tpu",), "cuda or cpu"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from limbeck.models import quantise
+from limbeck.models.cautions import format_cautions
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
@@ -86,6 +87,51 @@ def test_the_library_gives_the_same_numbers_back(form: str, root: Path) -> None:
     theirs = BaseCompressor.get_value_from_registry(content["format"]).decompress(part, scheme)["weight"]
     ours = open_checkpoint(out).tensor("layers.3.mixer.down_proj.weight")
     assert_close(form, theirs.float(), ours.float(), 1e-2 if form == "fp8" else 5e-3)
+
+
+@pytest.mark.parametrize("form", quantise.ROUNDINGS)
+def test_weights_in_several_files(form: str, root: Path) -> None:
+    """The same tensors as in one file, each weight with its scales, in files of at most so many bytes."""
+    limit, whole = 60_000, root / f"llama-{form}"
+    whole = whole if whole.exists() else exported(root, "llama", form)
+    out = root / f"shards-{form}"
+    words = ("check_tokens=32", f"max_shard_bytes={limit}", f"format={form}")
+    assert limbeck("export", f"model={root / 'llama'}", f"output={out}", *words)[0] == 0
+    shards = {path.name: load_file(path) for path in out.glob("model-*-of-*.safetensors")}
+    assert len(shards) > 2 and not (out / "model.safetensors").exists()
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(shards[index[name]][name], tensor), name
+        module = name.rpartition(".")[0]
+        assert len({index[key] for key in index if key.rpartition(".")[0] == module}) == 1
+    for tensors in shards.values():
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        modules = {name.rpartition(".")[0] for name in tensors}
+        assert size <= limit or len(modules) == 1
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(load_model(out)(ids), load_model(whole)(ids))
+
+
+def test_what_kernels_do_not_take_is_said(root: Path) -> None:
+    """Of 4 bits rows and columns by Marlin's tiles (gate and up are one matrix there), of 8 bits multiples of 16."""
+    config = gguf_config("llama", 400)  # 64 wide, MLPs of 96
+    (found,) = format_cautions(config, "w4a16")
+    assert "down_proj of 64 x 96" in found and "up_proj of 192 x 64" in found and "Marlin" in found
+    assert not format_cautions(config, "fp8") and not format_cautions(config, "w8a8")
+    assert not format_cautions(config.replace(hidden_size=128, intermediate_size=192), "w4a16")
+    assert "up_proj of 320 x 128" not in str(
+        format_cautions(config.replace(hidden_size=128, intermediate_size=160), "w4a16")
+    )
+    hybrid = gguf_config("nemotron_h", 400)
+    assert ["in_proj of 200 x 64" in each for each in format_cautions(hybrid, "fp8")] == [True]
+    assert "Triton" in format_cautions(hybrid, "w8a8")[0]
+    few = gguf_config("nemotron_h", 400, **EXPERTS | {"moe_intermediate_size": 32})
+    assert any("experts read 64 numbers" in each for each in format_cautions(few, "w4a16"))
+    out = root / "nemotron_h-fp8"
+    out = out if out.exists() else exported(root, "nemotron_h", "fp8")
+    assert "in_proj of 200 x 64" in (out / "README.md").read_text()
+    assert json.loads((out / "export.json").read_text())["cautions"]
 
 
 def test_transformers_opens_it(root: Path) -> None:

@@ -20,7 +20,7 @@ Layout = Callable[[str, Tensor], dict[str, Tensor]]
 F8 = torch.float8_e4m3fn
 
 
-def blocks(size: int) -> Layout:
+def blocks(size: int, ending: str = "_scale_inv") -> Layout:
     """DeepSeek's and transformers': a scale for each block, of which the last ones may be smaller."""
 
     def layout(name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def blocks(size: int) -> Layout:
                 part = (slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size))
                 scale[i, j] = weight[part].abs().max() / 448
                 q[part] = (weight[part] / scale[i, j]).to(F8)
-        return {name: q, f"{name}_scale_inv": scale}
+        return {name: q, f"{name}{ending}": scale}
 
     return layout
 
@@ -74,8 +74,20 @@ def words(numbers: Tensor) -> Tensor:
     return torch.where(whole >= 2**31, whole - 2**32, whole).to(torch.int32)
 
 
+FP8_BLOCK = {  # as llm-compressor writes it, but for the size
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [24, 24]},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 24},
+        }
+    },
+}
 METHODS: dict[str, tuple[Layout, dict[str, Any], str, float]] = {
     "blocks": (blocks(24), {"quant_method": "fp8", "weight_block_size": [24, 24]}, "float8", 0.04),
+    "blocks, compressed-tensors": (blocks(24, "_scale"), FP8_BLOCK, "float8", 0.04),
     "tensor": (per_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}, "float8", 0.04),
     "int8": (per_row, {"quant_method": "compressed-tensors", "format": "int-quantized"}, "int8", 0.02),
     "w4a16": (packed(True), {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "int4, packed", 0.2),

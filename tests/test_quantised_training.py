@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limbeck.distill.gap.measure import measure_gap
 from limbeck.distill.losses import cross_entropy_loss
 from limbeck.distill.parallel import prepare
 from limbeck.distill.quantised import quantised
@@ -16,6 +17,7 @@ from limbeck.models.generate.cache import Cache
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.quantise import rounded_input
 from limbeck.models.rounding import ROUNDINGS
+from limbeck.models.served_inputs import load_served, rounds_inputs, token_rounding
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
 from limbeck.tests.helpers import EXPERTS, assert_close, limbeck, random_model, tiny_config
 from limbeck.tests.training_helpers import batches_from, draw_batch, options, weights
@@ -48,6 +50,46 @@ def test_it_computes_with_what_export_writes(name: str, form: str, tmp_path: Pat
     assert model.round_input is None
     for key, weight in weights(model).items():
         assert torch.equal(weight, before[key]), key
+
+
+@pytest.mark.parametrize("form", ("fp8", "w8a8"))
+@pytest.mark.parametrize("name", ("nemotron_h", "experts"))
+def test_what_was_trained_is_what_is_measured(name: str, form: str, tmp_path: Path) -> None:
+    """The figures of a student while it learns through rounding are those of its export, inputs rounded as a server
+    does, once its weights are in bfloat16 as readers have them. Read for anything else inputs are as they are."""
+    pytest.importorskip("compressed_tensors")
+    size = write_tokenizer(tmp_path / "words", "gpt-2")
+    model = model_of(name, size).bfloat16().float()
+    save_model(model, tmp_path / "model", tokenizer_from=tmp_path / "words")
+    words = (f"model={tmp_path / 'model'}", f"output={tmp_path / 'out'}", f"format={form}", "check_tokens=8")
+    assert limbeck("export", *words)[0] == 0
+    after, plain = load_served(tmp_path / "out", torch.float32, "cpu"), load_model(tmp_path / "out")
+    assert plain.round_input is None and after.round_input is not None
+    rows = [draw_batch(seed, count=3, length=40) for seed in range(2)]
+    teacher = load_model(tmp_path / "model")
+    with torch.no_grad(), quantised(prepare(model), form) as within:
+        for key, weight in within.model.state_dict().items():
+            weight.copy_(plain.state_dict()[key])
+        before = measure_gap(teacher, {"it": within.model}, rows).models["it"]
+        logits = within.model(rows[0].input_ids)
+    found = {key: measure_gap(teacher, {"it": it}, rows).models["it"] for key, it in (("s", after), ("p", plain))}
+    assert found["s"] == before != found["p"]
+    with torch.no_grad():
+        assert torch.equal(logits, after(rows[0].input_ids))
+
+
+def test_how_inputs_are_rounded_is_known_by_the_config() -> None:
+    group = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+    config = {"config_groups": {"group_0": {"input_activations": group}}}
+    assert token_rounding(config) is ROUNDINGS["fp8"] and rounds_inputs(config)
+    whole = {"config_groups": {"group_0": {"input_activations": group | {"type": "int", "symmetric": True}}}}
+    assert token_rounding(whole) is ROUNDINGS["w8a8"]
+    for change in ({"strategy": "group"}, {"dynamic": False}, {"num_bits": 4}, {"symmetric": False}):
+        other = {"config_groups": {"group_0": {"input_activations": group | change}}}
+        assert token_rounding(other) is None and rounds_inputs(other)
+    assert not rounds_inputs({"config_groups": {"group_0": {"input_activations": None}}})
+    assert rounds_inputs({"quant_method": "modelopt", "quant_algo": "FP8"}) and rounds_inputs({"quant_method": "fp8"})
+    assert not rounds_inputs({"quant_method": "gptq"})
 
 
 @pytest.mark.parametrize("name", ("nemotron_h", "experts"))

@@ -14,7 +14,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from ...models.axes import AXES
-from ...models.checkpoint import load_config, load_model
+from ...models.checkpoint import load_config
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError, gib
@@ -22,6 +22,7 @@ from ...models.hybrid import HybridLM
 from ...models.offload import free_memory
 from ...models.placement import release_memory
 from ...models.quantities import check_between
+from ...models.served_inputs import load_served
 from ...models.tokenizer import Tokenizer
 from ..text.packing import Corpus
 from .continuation import agreement, draw_prompts, greedy_tokens
@@ -91,12 +92,12 @@ def architecture(config: HybridConfig) -> dict[str, Any]:
 def load_models(
     folders: Mapping[str, Path], dtype: torch.dtype, device: torch.device, say: Say
 ) -> tuple[dict[str, HybridLM], torch.device | None]:
-    """The models on the device; where a GPU does not hold all of them, in main memory, and the device that each is to
-    come to when its turn comes. Raises InputError where one alone is too large."""
+    """The models on the device, as a server computes (`served`); where a GPU does not hold all of them, in main memory,
+    and the device that each is to come to when its turn comes. Raises InputError where one alone is too large."""
     release_memory()
     away = held_elsewhere(folders, dtype, device, say) if device.type == "cuda" else None
     home = device if away is None else torch.device("cpu")
-    return {name: load_model(path, dtype, home) for name, path in folders.items()}, away
+    return {name: load_served(path, dtype, home) for name, path in folders.items()}, away
 
 
 def held_elsewhere(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...models.cautions import cautions
-from ...models.checkpoint import load_config
+from ...models.cautions import cautions, format_cautions
+from ...models.checkpoint import load_config, load_model
 from ...models.config import HybridConfig
 from ...models.cost.fit import LONGEST
 from ...models.cost.inference import memory
@@ -19,11 +19,16 @@ from ...models.device import torch_dtype
 from ...models.errors import InputError, gib
 from ...models.export import write_export
 from ...models.folder import write_json
-from ...models.gguf.export import write_gguf_export
-from ...models.gguf.file import KINDS_OF_FILE, gguf_package
+from ...models.gguf.export import gguf_path, write_gguf_export
+from ...models.gguf.file import KINDS_OF_FILE, gguf_package, load_gguf
+from ...models.hybrid import HybridLM
 from ...models.quantise import Calibrated, compressed_tensors, write_quantised
 from ...models.rounding import ROUNDINGS
+from ...models.served_inputs import load_served
+from ...models.shards import SHARD_BYTES
+from ..text.packing import Batch
 from .card import TRANSFORMERS, Published, Table, llama_cpp
+from .exported_text import text_agreement, text_rows, text_sentence
 
 FORMATS = ("hf", "gguf", *ROUNDINGS)
 Shown = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # a table's title, columns and rows
@@ -35,7 +40,7 @@ class ExportForm:
 
     format: str
     dtype: str
-    max_shard_bytes: int
+    max_shard_bytes: int | None  # None: 5 GB, of formats that have several files
     check_tokens: int
     seed: int
     pre_tokenizer: str | None = None
@@ -45,6 +50,8 @@ class ExportForm:
             raise InputError(f"format={self.format} is unknown; known: {', '.join(FORMATS)}")
         if self.format == "gguf":
             gguf_package()
+            if self.max_shard_bytes is not None:
+                raise InputError("max_shard_bytes is of folders; format=gguf writes one file, leave it out")
             if self.dtype not in KINDS_OF_FILE:
                 raise InputError(f"dtype={self.dtype} is none of format=gguf; known: {', '.join(KINDS_OF_FILE)}")
         elif self.pre_tokenizer is not None:
@@ -63,11 +70,15 @@ class ExportForm:
     def settings(self) -> dict[str, Any]:
         """The options that the weights follow from."""
         given = {"dtype": self.dtype, "check_tokens": self.check_tokens, "seed": self.seed}
-        if self.format == "hf":
-            return given | {"max_shard_bytes": self.max_shard_bytes}
-        return given | {"format": self.format} | (
-            {"pre_tokenizer": self.pre_tokenizer} if self.format == "gguf" else {}
-        )  # fmt: skip
+        if self.format != "hf":
+            given |= {"format": self.format}
+        if self.format == "gguf":
+            return given | {"pre_tokenizer": self.pre_tokenizer}
+        return given | {"max_shard_bytes": self.shard_bytes}
+
+    @property
+    def shard_bytes(self) -> int:
+        return SHARD_BYTES if self.max_shard_bytes is None else self.max_shard_bytes
 
     def write(
         self,
@@ -76,34 +87,50 @@ class ExportForm:
         kept: Container[int] = (),
         calibrated: Calibrated | None = None,
         facts: Mapping[str, Any] | None = None,
+        held_out: Sequence[Batch] = (),
+        device: torch.device | None = None,
     ) -> Published:
         """Fills an existing folder, export.json in it. Of a format that rounds the layers `kept` stay, and weights are
-        `calibrated`'s or to the nearest; `facts` are what else there is to tell of that."""
+        `calibrated`'s or to the nearest; `facts` are what else there is to tell of that. On `held_out` text, where
+        there is any, the export is measured beside its source, on `device`."""
         config, sizes = load_config(source), {"check_tokens": self.check_tokens, "seed": self.seed}
         found, content = cautions(config), dict[str, Any]()
         if self.rounds:
-            agreement = write_quantised(folder, source, self.format, kept=kept, calibrated=calibrated, **sizes)
+            found += format_cautions(config, self.format, kept)
+            agreement = write_quantised(
+                folder, source, self.format, kept=kept, calibrated=calibrated, max_shard_bytes=self.shard_bytes, **sizes
+            )
             content = {"format": self.format, "quantised": dataclasses.asdict(agreement)} | dict(facts or {})
-            content["needs"] = needs(config, self.format, kept=kept)
+            content |= ({"cautions": found} if found else {}) | {"needs": needs(config, self.format, kept=kept)}
             checked = agreement.sentence(self.format) + how_rounded(content)
             published = Published(self.format, TRANSFORMERS, checked, tuple(found), "quantized", cards(content))
         elif self.format == "gguf":
             made = write_gguf_export(folder, source, self.dtype, pre_tokenizer=self.pre_tokenizer, **sizes)
             content = {"format": "gguf", "dtype": self.dtype, "gguf": dataclasses.asdict(made)}
+            content |= {"cautions": made.notes} if made.notes else {}
             content["needs"] = needs(config, f"gguf {self.dtype}", file_bytes=made.bytes)
             relation = "quantized" if self.dtype == "q8_0" else "finetune"
             published = Published(self.dtype, llama_cpp(made.file), made.sentence(), relation=relation)
         else:
-            parity = write_export(
-                folder, source, torch_dtype(self.dtype), max_shard_bytes=self.max_shard_bytes, **sizes
-            )
+            parity = write_export(folder, source, torch_dtype(self.dtype), max_shard_bytes=self.shard_bytes, **sizes)
             content = {"dtype": self.dtype, "read_back": "identical", "transformers": parity.to_json()}
             content |= ({"cautions": found} if found else {}) | {"needs": needs(config, self.dtype)}
             same = "Read back before it was published, the logits are those of the source rounded to"
             checked = f"{same} {self.dtype}, to the bit.\n{parity.sentence()}"
             published = Published(self.dtype, TRANSFORMERS, checked, tuple(found))
+        if held_out:
+            text = text_agreement(load_model(source).to(device), self.read(folder, config).to(device), held_out)
+            content["text"] = dataclasses.asdict(text)
+            checked = published.checked + text_sentence(content["text"])
+            published = dataclasses.replace(published, checked=checked)
         write_json(folder / "export.json", content)
         return published
+
+    def read(self, folder: Path, config: HybridConfig) -> HybridLM:
+        """The model of a folder in this format, in float32, as a server computes (`served`)."""
+        if self.format == "gguf":
+            return load_gguf(gguf_path(folder, self.dtype), config)
+        return load_served(folder, torch.float32, "cpu")
 
 
 def how_rounded(content: Mapping[str, Any]) -> str:
@@ -179,6 +206,11 @@ def check_tables(folder: Path, content: Mapping[str, Any]) -> list[Shown]:
 
 
 def check_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    text = text_rows(content["text"]) if "text" in content else []
+    return [*logit_rows(content), *text]
+
+
+def logit_rows(content: Mapping[str, Any]) -> list[tuple[str, ...]]:
     own = content.get("quantised") or content.get("gguf")
     if own is not None:
         logits = f"{own['relative_rms']:.1e} relative RMS, KL {own['kl']:.2g} nats"

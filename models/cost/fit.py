@@ -16,6 +16,7 @@ from ..quantities import check_between
 from .hardware import GIB, Hardware, Reserve
 from .inference import Change, MemoryReport, Verdict, changes, memory, verdict
 from .speed import Throughput, throughput
+from .state_formats import STATE_FORMATS, runs_here, state_caution, vllm_refusal
 from .vllm import flags
 
 if TYPE_CHECKING:
@@ -46,11 +47,9 @@ class Fit(Reserve):
         check_between(self, "fit.", 1, math.inf, "context", "batch", "chunk", "tensor_parallel")
         if self.batch > MOST_SEQUENCES:
             raise InputError(f"fit.batch is {self.batch:,}; expected {MOST_SEQUENCES:,} at most")
-        for name in ("weight_dtype", "ssm_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise InputError(f"fit.{name} {getattr(self, name)!r} is unknown; known: {', '.join(DTYPES)}")
-        if self.kv_dtype not in KV_DTYPES:
-            raise InputError(f"fit.kv_dtype {self.kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
+        for name, known in (("weight_dtype", DTYPES), ("ssm_dtype", STATE_FORMATS), ("kv_dtype", KV_DTYPES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"fit.{name} {getattr(self, name)!r} is unknown; known: {', '.join(known)}")
 
     def of(self, config: HybridConfig) -> Fit:
         """With a context where none was given: what the model is made for, at most `LONGEST`."""
@@ -69,12 +68,33 @@ class Fit(Reserve):
         return {
             "weight_dtype": torch_dtype(self.weight_dtype),
             "kv_dtype": KV_DTYPES[self.kv_dtype],
-            "ssm_dtype": torch_dtype(self.ssm_dtype),
+            "ssm_dtype": STATE_FORMATS[self.ssm_dtype].dtype,
             "chunk": self.chunk,
             "place": hardware.place,
             "mamba_cache_mode": self.mamba_cache_mode,
             "tensor_parallel": self.tensor_parallel,
         }
+
+    def check_run(self, method: str, model: str, *, quantised: bool) -> None:
+        """Raises InputError for what the inference path does not run, which a simulation and a measurement take; of
+        quantised weights they would be of plain ones."""
+        if self.kv_dtype != self.weight_dtype:
+            wrong = (
+                f"which keeps keys and values in the weights' dtype: fit.kv_dtype is {self.kv_dtype},"
+                f" fit.weight_dtype {self.weight_dtype}"
+            )
+        elif not runs_here(self.ssm_dtype):
+            wrong = f"which keeps SSM states in {', '.join(DTYPES)}: fit.ssm_dtype is {self.ssm_dtype}"
+        elif quantised:
+            wrong = (
+                f"whose weights are plain; those of {model} are quantised, which method=formula counts as the files"
+                " have them"
+            )
+        elif self.tensor_parallel > 1:
+            wrong = f"which is one GPU's; fit.tensor_parallel is {self.tensor_parallel}, which method=formula counts"
+        else:
+            return
+        raise InputError(f"method={method} runs the inference path, {wrong}")
 
     def estimate(self, config: HybridConfig, hardware: Hardware, held: StoredWeights | None = None) -> Estimate:
         """The bytes by formula, and the verdict on them, of each GPU where there are several; quantised weights are
@@ -119,8 +139,18 @@ class Estimate:
             return f"{self.verdict.largest_context:,} tokens would fit at this batch, or {helps or 'prune further'}"
         return f"no context fits at this batch: {helps or 'prune further, or take a larger card'}"
 
+    def vllm_refusal(self) -> str:
+        """Why vLLM does not serve this fit; "" where it does."""
+        if self.memory.ssm and (refusal := vllm_refusal(self.fit.ssm_dtype, self.hardware)):
+            return refusal
+        if not self.memory.vllm.max_num_seqs:
+            return "vLLM would not start at this length: the blocks do not hold one request"
+        return ""
+
     def vllm_flags(self) -> list[str]:
-        """The flags of `vllm serve` for this fit."""
+        """The flags of `vllm serve` for this fit; none where vLLM does not keep such states."""
+        if self.memory.ssm and vllm_refusal(self.fit.ssm_dtype, self.hardware):
+            return []
         return flags(
             self.memory.vllm,
             self.hardware,
@@ -134,16 +164,20 @@ class Estimate:
         )
 
     def cautions(self) -> list[str]:
-        """What of the fit the card does not run, each with its remedy."""
+        """What of the fit the card does not run, each with its remedy, and what states are known to cost."""
+        cost = state_caution(self.fit.ssm_dtype) if self.memory.ssm else ""
+        return [sentence for sentence in (self.without_bfloat16(), cost) if sentence]
+
+    def without_bfloat16(self) -> str:
         types = {"weight_dtype": self.fit.weight_dtype, "ssm_dtype": self.fit.ssm_dtype}
         wrong = [f"fit.{name}" for name, dtype in types.items() if dtype == "bfloat16"]
         if self.hardware.has_bfloat16 or not wrong:
-            return []
+            return ""
         card, capability = self.hardware.name, self.hardware.compute_capability
-        return [
+        return (
             f"{card} has no bfloat16 products (compute capability {capability}), and vLLM refuses bfloat16 there; the"
             f" bytes are those of float16: give {' and '.join(f'{name}=float16' for name in wrong)}"
-        ]
+        )
 
     def layers_with(self, state: str) -> str:
         """How many layers of which kinds keep this of a sequence: "token", "ssm" or "conv" (see `StateBytes`)."""

@@ -144,8 +144,9 @@ def at(config: HybridConfig, report: MemoryReport, context: int, batch: int) -> 
     gathered = 0
     if load.ranks > 1:
         config, gathered = rank_config(config, load.ranks), padded_vocabulary(config)
+    # States of one byte are those of a server: our own path, which is traced, keeps two at least.
     passing = transient(
-        config, context, batch, load.chunk, load.weight_bytes, load.ssm_bytes, load.place, gathered
+        config, context, batch, load.chunk, load.weight_bytes, max(load.ssm_bytes, 2), load.place, gathered
     )  # fmt: skip
     return dataclasses.replace(
         found,

@@ -66,12 +66,6 @@ def vllm_rows(estimate: Estimate) -> Rows:
     ]
 
 
-def vllm_command(estimate: Estimate) -> str:
-    if not estimate.memory.vllm.max_num_seqs:
-        return "vLLM would not start at this length: the blocks do not hold one request"
-    return "vllm serve MODEL " + " ".join(estimate.vllm_flags())
-
-
 def speed_sentence(estimate: Estimate) -> str:
     """Tokens a second by the card's rates, and what is assumed for it."""
     card, ranks = estimate.hardware, estimate.fit.tensor_parallel

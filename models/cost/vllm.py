@@ -15,6 +15,7 @@ import math
 
 from ..errors import InputError
 from .hardware import Hardware
+from .state_formats import state_flags
 
 # States of a request that a Mamba-2 layer keeps, by which of them are kept for a common beginning of prompts: the one
 # that it has; or those of two blocks and, where a prefill goes beyond the end of one, that at the end
@@ -123,7 +124,7 @@ def flags(
     if kv_dtype != dtype:
         found.append(f"--kv-cache-dtype {'fp8' if kv_dtype.startswith('float8') else kv_dtype}")
     if mamba:
-        found.append(f"--mamba-ssm-cache-dtype {ssm_dtype}")
+        found += state_flags(ssm_dtype, card)
         if report.mode != "none":
             found.append(f"--mamba-cache-mode {report.mode}")
             if report.block_size > default_batched_tokens(card):

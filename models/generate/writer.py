@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..matmul import Multiplied
 from ..named import load_checked
 from ..schema import GenerationSettings, read_as
+from ..served_inputs import served
 from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .chat import ChatTemplate, Message
 from .engine import Engine, Request
@@ -105,7 +106,7 @@ class Writer:
             )
         options = self.options
         return Engine(
-            load_checked(self.folder, torch_dtype(options.dtype), torch_device(options.device)),
+            served(load_checked(self.folder, torch_dtype(options.dtype), torch_device(options.device)), self.folder),
             max_length=max_length,
             slots=slots,
             prefill_chunk=options.prefill_chunk,

@@ -21,8 +21,8 @@ STEP_ERROR = 0.5 + 127 * 2**-11
 @dataclasses.dataclass(frozen=True)
 class GgufAgreement:
     """What a GGUF file holds beside its source, in float32 arithmetic: logits of random tokens in relative RMS,
-    KL(source || file) in nats a token; the file's name and bytes, the pre-tokenizer it names, and whether that cuts
-    `same_text`."""
+    KL(source || file) in nats a token; the file's name and bytes, the pre-tokenizer it names, whether llama.cpp makes
+    the `same_text` into the same tokens, and what is otherwise."""
 
     file: str
     bytes: int
@@ -30,6 +30,7 @@ class GgufAgreement:
     relative_rms: float
     kl: float
     same_text: bool
+    notes: tuple[str, ...] = ()
 
     def sentence(self) -> str:
         """The comparison in a sentence or two."""
@@ -37,13 +38,11 @@ class GgufAgreement:
             f"Read back before it was published, `{self.file}` gives the source's logits up to"
             f" {self.relative_rms:.1e} relative RMS (KL {self.kl:.2g} nats a token) in float32 arithmetic."
         )
-        if self.same_text:
-            return text
-        return text + (
-            "\nllama.cpp has no pre-tokenizer that cuts text as this model's: the file names"
-            f" `{self.pre_tokenizer}`, and some texts become other tokens there. Give it token ids where they have to"
-            " be the same."
-        )
+        return "\n".join((text, *self.notes))
+
+
+def gguf_path(folder: Path, dtype: str) -> Path:
+    return folder / f"model-{dtype}.gguf"
 
 
 def write_gguf_export(
@@ -56,13 +55,14 @@ def write_gguf_export(
     """
     checkpoint = open_checkpoint(source)
     vocabulary = read_vocabulary(source, checkpoint.config, pre_tokenizer)
-    path = folder / f"model-{dtype}.gguf"
+    path = gguf_path(folder, dtype)
     write_gguf(path, checkpoint, vocabulary, dtype, source.resolve().name)
     check_tensors(path, checkpoint)
     ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
     logits = [logits_of(load_model(source), ids), logits_of(load_gguf(path, checkpoint.config), ids)]
     rms, kl = relative_rms(*logits), divergence(*logits)
-    return GgufAgreement(path.name, path.stat().st_size, vocabulary.pre, rms, kl, vocabulary.same_text)
+    notes = vocabulary.notes
+    return GgufAgreement(path.name, path.stat().st_size, vocabulary.pre, rms, kl, not notes, notes)
 
 
 def check_tensors(path: Path, checkpoint: Checkpoint) -> None:

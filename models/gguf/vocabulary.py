@@ -21,11 +21,11 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """What stands under `tokenizer.` in the file: `ggml` below tokenizer.ggml., lists and numbers, and the template;
-    and whether llama.cpp makes the same tokens of a text."""
+    and why llama.cpp makes other tokens of some texts, in sentences."""
 
     ggml: Mapping[str, Any]
     chat_template: str | None
-    same_text: bool
+    notes: tuple[str, ...]
 
     @property
     def pre(self) -> str:
@@ -40,7 +40,7 @@ def read_vocabulary(folder: Path, config: HybridConfig, chosen: str | None = Non
     path = folder / "tokenizer.json"
     content = json.loads(tokenizer.backend.to_str())
     merges = merges_of(content, path)
-    pre, same_text = pre_tokenizer(content, path, chosen)
+    pre, same_cuts = pre_tokenizer(content, path, chosen)
     tokens, kinds = tokens_of(tokenizer, config.vocab_size)
     ggml = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
     ids = special_ids_of(tokenizer, config)
@@ -48,7 +48,23 @@ def read_vocabulary(folder: Path, config: HybridConfig, chosen: str | None = Non
         template: str | None = read_template(folder)[0]
     except InputError:  # base models have none
         template = None
-    return Vocabulary(ggml | ids, template, same_text)
+    return Vocabulary(ggml | ids, template, text_notes(content, pre, same_cuts))
+
+
+def text_notes(content: Mapping[str, Any], pre: str, same_cuts: bool) -> tuple[str, ...]:
+    """What llama.cpp does otherwise with a text, each with its remedy."""
+    notes = []
+    if content.get("normalizer") is not None:
+        notes.append(
+            "llama.cpp has no normalizer, this model's tokenizer has NFC: text with decomposed letters becomes other"
+            " tokens there. Give it text in NFC."
+        )
+    if not same_cuts:
+        notes.append(
+            f"llama.cpp has no pre-tokenizer that cuts text as this model's: the file names `{pre}`, and some texts"
+            " become other tokens there. Give it token ids where they have to be the same."
+        )
+    return tuple(notes)
 
 
 def merges_of(content: Mapping[str, Any], path: Path) -> list[str]:
@@ -59,7 +75,7 @@ def merges_of(content: Mapping[str, Any], path: Path) -> list[str]:
     if kind != "BPE" or '"ByteLevel"' not in levels:
         what = "BPE of characters" if kind == "BPE" else kind
         raise InputError(f"{path} is a tokenizer of type {what}; format=gguf takes a byte-level BPE")
-    if normalizer is not None and normalizer.get("type") != "NFC":  # llama.cpp has none; most text is in NFC already
+    if normalizer is not None and normalizer.get("type") != "NFC":  # most text is in NFC already (`text_notes`)
         raise InputError(f"{path} has a normalizer {normalizer.get('type')}, which llama.cpp does not have")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):

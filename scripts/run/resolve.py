@@ -107,10 +107,11 @@ def check_scores(folder: Path, model: str, name: str) -> None:
 
 
 def held_weights(model: str, fit: Fit) -> StoredWeights | None:
-    """`named.model_weights` of a fit; says so where quantised weights count as plain, as their files are not here."""
+    """`named.model_weights` of a fit; says so where quantised weights count as plain, since their files cannot be
+    read."""
     held = model_weights(model, torch_dtype(fit.weight_dtype), fit.tensor_parallel)
     if held is None and quantisation(model):
-        say(f"note: {model} is quantised, but its files are not here: its weights are counted as plain ones")
+        say(f"note: {model} is quantised, but its files cannot be read: its weights are counted as plain ones")
     return held
 
 
