@@ -45,6 +45,7 @@ WRITTEN: dict[str, Any] = {
     "hybrid_override_pattern": Annotated[str, Field(max_length=MOST_LAYERS)],
     "layers_block_type": Words, "layer_types": Words, "max_position_embeddings": Count,
     "bos_token_id": TokenId | list[TokenId], "eos_token_id": TokenId | list[TokenId], "pad_token_id": TokenId,
+    "scoring_func": str, "moe_router_score_function": str,
     "hidden_act": str, "mlp_hidden_act": str, "mamba_hidden_act": str,
     "use_bias": bool, "mlp_bias": bool, "attention_bias": bool, "mamba_proj_bias": bool, "use_sliding_window": bool,
     "time_step_limit": Limit, "mamba_dt_limit": Limit, "rope_theta": Real, "license": str | list[str],

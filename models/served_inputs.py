@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_model, open_checkpoint
 from .hybrid import HybridLM
-from .quantise import rounded_input
-from .rounding import ROUNDINGS, Rounding
 from .stored import objects, quantization_of
+
+if TYPE_CHECKING:
+    from .rounding import Rounding
 
 log = logging.getLogger("limbeck")
 
@@ -44,6 +45,8 @@ def served(model: HybridLM, path: Path) -> HybridLM:
             path,
         )
         return model
+    from .quantise import rounded_input
+
     parts = (name for name, stored in checkpoint.stored.items()
              if any(place.quantised for place in stored.places.values()))  # fmt: skip
     owners = {model.get_submodule(name.rpartition(".")[0]) for name in parts if has_part(model, name)}
@@ -81,5 +84,7 @@ def token_rounding(settings: Mapping[str, Any]) -> Rounding | None:
     how = {"num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
     if any(given[0].get(name, value) != value for name, value in how.items()):
         return None
+    from .rounding import ROUNDINGS
+
     kinds = {rounding.kind: rounding for rounding in ROUNDINGS.values() if rounding.activations}
     return kinds.get(str(given[0].get("type")))

@@ -80,7 +80,7 @@ def test_models_wait_in_main_memory_where_a_gpu_is_too_small(
 ) -> None:
     places: list[Any] = []
     said: list[str] = []
-    monkeypatch.setattr(evaluation, "load_model", lambda path, dtype, device: places.append(device))
+    monkeypatch.setattr(evaluation, "load_served", lambda path, dtype, device: places.append(device))
     folders = {"teacher": ZOO, "student": ZOO}
     needed = 2 * 7_130_096 * 4
     cuda = torch.device("cuda")

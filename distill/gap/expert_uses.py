@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...models.hybrid import HybridLM
 from ...models.moe import Router
@@ -33,9 +33,9 @@ def counting_uses(model: HybridLM, uses: Uses, counted: Tensor) -> Iterator[None
 
 
 def add_choices(
-    uses: Uses, layer: int, counted: Tensor, router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]
+    uses: Uses, layer: int, counted: Tensor, router: Router, inputs: Any, outputs: tuple[Tensor, Tensor]
 ) -> None:
     """Adds the choices [n, k] of a pass, of the tokens that count."""
     chosen = outputs[0][counted.to(outputs[0].device)].flatten()
-    found = torch.bincount(chosen, minlength=len(router.get_parameter("weight"))).cpu().double()
+    found = torch.bincount(chosen, minlength=len(router.weight)).cpu().double()
     uses[layer] = uses[layer] + found if layer in uses else found
