@@ -6,8 +6,8 @@
 The student as it is and rounded to every format, to the nearest and calibrated on the data (GPTQ, 32,768 tokens); then
 trained for so many steps more of 4 x 512 tokens, once as it is (and rounded afterwards), once through each format's
 rounding (`distill.train.quantize`), for every seed; a student that is its own teacher through the rounding alone. A
-folder that is there already is taken as it is. Held-out figures are those of `limbeck evaluate`: weights rounded,
-activations as they are. KL is from the teacher. `--train` are words for `limbeck distill`.
+folder that is there already is taken as it is. Held-out figures are those of `limbeck evaluate`: weights rounded, and
+the inputs of fp8 and w8a8 products. KL is from the teacher. `--train` are words for `limbeck distill`.
 """
 
 from __future__ import annotations
