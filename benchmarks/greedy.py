@@ -51,8 +51,7 @@ def continued(folder: Path, prompts: Sequence[str], tokens: int) -> Iterator[Pai
 
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(folder)
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    requests = [Request(start + tokenizer.encode(prompt), tokens) for prompt in prompts]
+    requests = [Request(tokenizer.prompt(prompt), tokens) for prompt in prompts]
     longest = max(len(request.prompt) for request in requests) + tokens
     engine = Engine(load_model(folder), max_length=longest, slots=4, prefill_chunk=5, tokenizer=tokenizer)
     for prompt, request, found in zip(prompts, requests, engine.complete(requests), strict=True):

@@ -64,7 +64,7 @@ from .stored import (
 from .tensors import Finishing, TensorFile, ahead
 
 PIECE_BYTES = 2**24  # of a tensor in memory, where it is streamed
-PIECES_AHEAD = 4  # read while others are written: with one, reading and writing waited for each other
+PIECES_AHEAD = 4  # read while others are written: with one, reading and writing wait for each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +325,7 @@ def write_checkpoint(
     files: dict[str, TensorFile] = {}
     with Finishing(sums) as finishing:
         try:
-            for ours, rows in ahead(tensors, PIECES_AHEAD):
+            for ours, rows in ahead(tensors, PIECES_AHEAD, size=lambda item: item[1].nbytes // PIECE_BYTES):
                 start = rows_done.get(ours, 0)
                 rows_done[ours] = start + len(rows)
                 for name, row, part in scattered(config, ours, start, rows.detach()):

@@ -144,23 +144,22 @@ def cached(model: HubModel, error: Exception, weights: bool) -> Path:
     names = ("config.json", ADAPTER[0])
     places: list[Any] = [huggingface_hub.try_to_load_from_cache(model.name, name, revision=model.revision)
                          for name in names]  # fmt: skip
-    path = next((place for place in places if isinstance(place, str)), None)
-    if path is not None and (not weights or has_weights(Path(path).parent)):
-        log.warning("%s: taken from the cache, revision %s", model.text, Path(path).parent.name)
-        return Path(path).parent
+    folder = next((Path(place).parent for place in places if isinstance(place, str)), None)
+    if folder is not None and (not weights or has_weights(folder) or (folder / ADAPTER[1]).is_file()):
+        log.warning("%s: taken from the cache, revision %s", model.text, folder.name)
+        return folder
     why = "HF_HUB_OFFLINE is set" if isinstance(error, errors.OfflineModeIsEnabled) else first_line(error)
     there = "is not in the local cache"
-    if path is not None:
-        there = f"its weights are not in the local cache (revision {Path(path).parent.name} without them)"
+    if folder is not None:
+        there = f"its weights are not in the local cache (revision {folder.name} without them)"
     raise InputError(f"{model.text} cannot be fetched ({why}), and {there}; without a network give a folder") from None
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether all of a model's weights lie in a folder of the cache, or those of an adapter. Raises InputError for a
-    broken index."""
+    """Whether all of a model's weights lie in a folder. Raises InputError for a broken index."""
     if (folder / INDEX).is_file():
         return all((folder / name).is_file() for name in read_index(folder / INDEX).values())
-    return any((folder / name).is_file() for name in (SINGLE, ADAPTER[1]))
+    return (folder / SINGLE).is_file()
 
 
 def push_folder(folder: Path, name: str, dry: bool) -> list[Path]:

@@ -6,12 +6,11 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from .checkpoint import Checkpoint, checkpoint_of, load_config, open_checkpoint, weight_files
+from .checkpoint import Checkpoint, checkpoint_of, load_config, open_checkpoint
 from .config import HybridConfig
-from .errors import InputError
 from .families.family import published_name, stored_tensors
 from .foreign import first_line
-from .hub import HubModel
+from .hub import HubModel, has_weights
 from .stored import SHAPE, Header
 
 log = logging.getLogger("limbeck")
@@ -21,7 +20,7 @@ def hub_checkpoint(text: str, folder: Path) -> Checkpoint | None:
     """A model hf:OWNER/NAME whose config.json lies in `folder`, the cache's; None where neither the folder has its
     files nor the hub gives their headers, which is said. Raises InputError where they are not what config.json asks
     for."""
-    if is_whole(folder):
+    if has_weights(folder):
         return open_checkpoint(folder)
     headers = hub_headers(text, folder)
     if headers is None:
@@ -30,14 +29,6 @@ def hub_checkpoint(text: str, folder: Path) -> Checkpoint | None:
     if not any(header.name.startswith("mtp.") for header in headers):
         config = config.replace(mtp_steps=0)
     return checkpoint_of(folder, config, [with_shape(config, header) for header in headers])
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a folder has all of its files of weights."""
-    try:
-        return bool(weight_files(folder))
-    except InputError:
-        return False
 
 
 def hub_headers(text: str, folder: Path) -> list[Header] | None:

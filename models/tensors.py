@@ -14,7 +14,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -146,11 +146,34 @@ class Silence(Exception):
 PATIENCE = 10.0  # seconds for the item that a thread is at when nobody wants more
 
 
-def ahead(items: Iterable[Item], most: int = 1, timeout: float | None = None) -> Generator[Item, None, None]:
-    """The same items; a thread of its own makes the next ones, `most` in advance. Its errors come out here; with a
-    `timeout` in seconds Silence does where they bring nothing. The thread is waited for at the end, unless it is
-    silent: one that is left within torch when the interpreter goes takes the process down with it."""
-    line: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(most)
+class Places(queue.Queue[Any]):
+    """A queue whose entries take `size(entry)` of its places, one at least; where a place is free any is let in."""
+
+    def __init__(self, places: int, size: Callable[[Any], int]) -> None:
+        self.size, self.taken = size, 0
+        super().__init__(places)
+
+    def _qsize(self) -> int:
+        return self.taken
+
+    def _put(self, item: Any) -> None:
+        self.taken += max(self.size(item), 1)
+        super()._put(item)
+
+    def _get(self) -> Any:
+        item = super()._get()
+        self.taken -= max(self.size(item), 1)
+        return item
+
+
+def ahead(
+    items: Iterable[Item], most: int = 1, timeout: float | None = None, size: Callable[[Item], int] = lambda item: 1
+) -> Generator[Item, None, None]:
+    """The same items; a thread of its own makes the next ones, `most` in advance. An item counts as `size` of them, so
+    that none is put behind a large one before that is taken. The thread's errors come out here; with a `timeout` in
+    seconds Silence does where it brings nothing. It is waited for at the end, unless it is silent: one that is left
+    within torch when the interpreter goes takes the process down with it."""
+    line = Places(most, lambda entry: size(entry[0]) if isinstance(entry, tuple) else 1)
     left = threading.Event()
 
     def put(entry: tuple[Item] | BaseException | None) -> None:

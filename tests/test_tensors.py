@@ -158,3 +158,23 @@ def test_no_thread_is_left() -> None:
     (silent,) = set(threading.enumerate()) - before  # a silent one is not waited for
     woken.set()
     silent.join()
+
+
+def test_no_item_is_put_behind_a_large_one() -> None:
+    """Of items of ten places in a line of four one waits, beside the one that is being made; of small ones four."""
+    for size, most in ((10, 2), (1, 5)):
+        made: list[int] = []
+
+        def numbered(made: list[int] = made) -> Iterator[int]:
+            for number in range(20):
+                made.append(number)
+                yield number
+
+        with contextlib.closing(ahead(numbered(), 4, size=lambda item, size=size: size)) as source:
+            assert next(source) == 0
+            deadline = time.monotonic() + 5
+            while len(made) < 1 + most and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert len(made) == 1 + most
+            assert [*source] == list(range(1, 20))
