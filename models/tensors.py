@@ -170,7 +170,7 @@ def ahead(
     items: Iterable[Item], most: int = 1, timeout: float | None = None, size: Callable[[Item], int] = lambda item: 1
 ) -> Generator[Item, None, None]:
     """The same items; a thread of its own makes the next ones, `most` in advance. An item counts as `size` of them, so
-    that none is put behind a large one before that is taken. The thread's errors come out here; with a `timeout` in
+    that none is put after a large one before that is taken. The thread's errors come out here; with a `timeout` in
     seconds Silence does where it brings nothing. It is waited for at the end, unless it is silent: one that is left
     within torch when the interpreter goes takes the process down with it."""
     line = Places(most, lambda entry: size(entry[0]) if isinstance(entry, tuple) else 1)

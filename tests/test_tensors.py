@@ -160,7 +160,7 @@ def test_no_thread_is_left() -> None:
     silent.join()
 
 
-def test_no_item_is_put_behind_a_large_one() -> None:
+def test_no_item_is_put_after_a_large_one() -> None:
     """Of items of ten places in a line of four one waits, beside the one that is being made; of small ones four."""
     for size, most in ((10, 2), (1, 5)):
         made: list[int] = []
