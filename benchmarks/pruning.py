@@ -12,6 +12,7 @@ iterative logit MSE, slices as they are. Run it alone on the machine; one model'
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -44,6 +45,7 @@ from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
 from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import AGGREGATES, ActivationScores, MagnitudeScores, RandomScores, TaylorScores
+from torch import Tensor
 
 PLAIN = Repair(norms="none")
 REPAIRS = {
@@ -125,6 +127,21 @@ class Bench:
     def model(self) -> HybridLM:
         return load_model(self.subject.folder)
 
+    @functools.cached_property
+    def teacher(self) -> HybridLM:
+        """The model, which keeps what it says of rows: every training reads the same text in the same order."""
+        teacher, said = copy.copy(self.model), dict[bytes, Tensor]()
+
+        def hidden_states(input_ids: Tensor, *, seq_idx: Tensor, **none: None) -> Tensor:
+            assert not any(value is not None for value in none.values()), "nothing else is kept"
+            key = torch.stack((input_ids, seq_idx.to(input_ids.dtype))).numpy().tobytes()
+            if key not in said:
+                said[key] = self.model.hidden_states(input_ids, seq_idx=seq_idx)
+            return said[key]
+
+        teacher.hidden_states = hidden_states  # type: ignore[method-assign,assignment]
+        return teacher
+
     def tokenized(self, split: str) -> Corpus:
         return tokenize(documents("stdlib", split), load_tokenizer(self.subject.folder))
 
@@ -195,7 +212,7 @@ class Bench:
             text = self.corpus("train")
             return text.train_batches(batch_size=subject.batch, seq_len=subject.seq_len, seed=0, start=start)
 
-        loss_of = distillation_loss(self.model, DistillLoss())
+        loss_of = distillation_loss(self.teacher, DistillLoss())
         with tempfile.TemporaryDirectory() as folder:
             train(model.train(), loss_of, batches, options, Path(folder))
         return model.eval()
