@@ -1,6 +1,6 @@
-"""What pruning breaks, repaired without training: the residual stream rotated, norms rescaled, matrices refitted.
+"""What pruning breaks, repaired before training: the residual stream rotated, norms rescaled, layers refitted.
 
-Four means, each an option, none of which leaves a trace in the architecture:
+Five means, each an option, none of which leaves a trace in the architecture:
 
 - Rotation (rotation.py): the stream is turned into its principal directions on calibration data, one rotation for the
   whole model, and the hidden axis is cut there.
@@ -10,6 +10,7 @@ Four means, each an option, none of which leaves a trace in the architecture:
 - Least squares: layer by layer, the matrices that read the stream are refitted so that the pruned model's narrower
   stream gives what the original's gives, and the matrices that write into it so that the stream stays where the
   original's is, the contributions of removed layers included. Both pull towards the sliced weights (ridge).
+- Local distillation (local_distill.py): gradient steps on all weights of a layer, towards the original's stream.
 
 One layer of either model and both streams of all calibration tokens are in memory, no more: it runs at any size.
 Shapes: [N] counted tokens, [H] channels of the source, [h] those that stay, [K] inputs of a matrix.
@@ -35,6 +36,7 @@ from ..models.multipliers import scaled
 from .expert_merge import merged_experts
 from .expert_repair import refit_experts
 from .importance import TokenBatch
+from .local_distill import distill_layer
 from .ridge import RidgeFit
 from .rotation import hidden_of, principal_directions, rotated, rotated_selection
 from .slice import Selection, chosen, cut, filled, kept_rows, slice_config, slice_tensors, source_name
@@ -48,13 +50,15 @@ NORMS = ("none", "count", "measured")
 class Repair:
     """What to repair; see the module. `ridge`: relative to the mean second moment of a matrix's inputs.
     `whole_experts`: of the experts that stay, the share that is kept whole while the others take in those that go
-    (expert_merge.py); None: they are dropped."""
+    (expert_merge.py); None: they are dropped. `local_steps`, `local_rate`: of local distillation, a layer."""
 
     rotate: bool = False
     norms: str = "count"
     least_squares: bool = False
     ridge: float = 0.01
     whole_experts: float | None = None
+    local_steps: int = 0
+    local_rate: float = 0.02
 
     def __post_init__(self) -> None:
         if self.norms not in NORMS:
@@ -63,6 +67,10 @@ class Repair:
             raise InputError(f"repair.ridge is {self.ridge}; expected more than 0")
         if self.whole_experts is not None and not 0 <= self.whole_experts <= 1:
             raise InputError(f"repair.whole_experts is {self.whole_experts}; expected a share of 0 to 1, or null")
+        if self.local_steps < 0:
+            raise InputError(f"repair.local_steps is {self.local_steps}; expected 0 or more")
+        if not 0 < self.local_rate < 1:
+            raise InputError(f"repair.local_rate is {self.local_rate}; expected more than 0 and less than 1")
 
     @property
     def needs_data(self) -> bool:
@@ -71,7 +79,8 @@ class Repair:
     @property
     def by_layers(self) -> bool:
         """Whether both models run side by side, layer by layer."""
-        return self.least_squares or self.norms == "measured" or self.whole_experts is not None
+        merges = self.whole_experts is not None
+        return self.least_squares or self.norms == "measured" or merges or self.local_steps > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +92,8 @@ class RepairOptions:
     least_squares: bool | None = None
     ridge: float = 0.01
     whole_experts: float | None = None
+    local_steps: int = 0
+    local_rate: float = 0.02
     tokens: PositiveInt = 32768
 
     def __post_init__(self) -> None:
@@ -90,7 +101,7 @@ class RepairOptions:
 
     def repair(self, with_data: bool) -> Repair:
         rotate, fit = (with_data if wish is None else wish for wish in (self.rotate, self.least_squares))
-        return Repair(rotate, self.norms, fit, self.ridge, self.whole_experts)
+        return Repair(rotate, self.norms, fit, self.ridge, self.whole_experts, self.local_steps, self.local_rate)
 
 
 def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
@@ -230,6 +241,9 @@ class LayerwiseRepair:
             self.refit_writers(place, original, pruned, weights)
         else:
             self.original.advance(original)
+        if self.repair.local_steps and not resumed:
+            steps, rate = self.repair.local_steps, self.repair.local_rate
+            distill_layer(pruned, self.pruned, self.original, self.kept, steps, rate)
         for name in names:
             own = weights[name.split(".", 2)[2]]
             _, tensor = self.stored(name, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,14 +119,15 @@ def test_repair_comes_nearer_than_slicing(model: HybridLM) -> None:
     selection = select(model.config, scores, (), target)
     with torch.no_grad():
         logits = model(batch.input_ids, seq_idx=batch.seq_idx)
-        plain, fitted = (
+        plain, fitted, local = (
             (smaller(batch.input_ids, seq_idx=batch.seq_idx) - logits).square().mean().item()
-            for repair in (Repair(norms="none"), Repair(rotate=True, norms="measured", least_squares=True))
+            for fit in (Repair(rotate=True, norms="measured", least_squares=True),)
+            for repair in (Repair(norms="none"), fit, dataclasses.replace(fit, local_steps=40))
             for smaller in (repair_model(model, selection, [batch], repair),)
         )
-    assert fitted < 0.8 * plain
+    assert fitted < 0.8 * plain and local < 0.99 * fitted
     everything = select(model.config, scores, (), Target())
-    same = repair_model(model, everything, [batch], Repair(norms="measured", least_squares=True))
+    same = repair_model(model, everything, [batch], Repair(norms="measured", least_squares=True, local_steps=2))
     for name, tensor in model.state_dict().items():
         assert_close(name, tensor, same.state_dict()[name], 1e-6)
 

@@ -21,7 +21,7 @@ from limbeck.scripts.run.resolve import corpus
 from limbeck.tests.helpers import TIMES, lasting, limbeck, make_workshop
 
 SHARD = 16_000
-MODES = {"plain": [], "repaired": ["seq_len=32", "batch=2", "repair.tokens=1024"]}
+MODES = {"plain": [], "repaired": ["seq_len=32", "batch=2", "repair.tokens=1024", "repair.local_steps=2"]}
 RUN = [sys.executable, "-m", "limbeck.scripts.run.main"]
 
 

@@ -29,7 +29,7 @@ ALL = [
     for rotate in (False, True)
     for norms in ("none", "count", "measured")
     for fit in (False, True)
-]
+] + [Repair(local_steps=2), Repair(True, "count", True, local_steps=2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +233,11 @@ def test_wrong_options() -> None:
         Repair(norms="some")
     with pytest.raises(InputError, match="ridge"):
         Repair(ridge=0.0)
+    with pytest.raises(InputError, match=r"local_steps is -1; expected 0 or more"):
+        Repair(local_steps=-1)
+    for rate in (0.0, 1.0, math.nan):
+        with pytest.raises(InputError, match="local_rate"):
+            Repair(local_rate=rate)
     empty = [dataclasses.replace(batch, labels=batch.labels.fill_(-100)) for batch in rows(config)]
     everything = Selection(tuple(range(config.num_layers)))
     with pytest.raises(InputError, match="no counted token"):
