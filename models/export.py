@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .axes import Role, tensor_table
-from .checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows, write_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint, stream_rows, write_checkpoint
 from .config import HybridConfig
-from .errors import CheckFailed, InputError
+from .cost.parameters import count_parameters
+from .errors import CheckFailed, InputError, gib
 from .families.known import FAMILIES
 from .folder import write_json
 from .foreign import read_object
 from .hybrid import HybridLM
+from .offload import free_memory
+from .streamed import open_streamed
 from .tensors import is_finite
 from .tokenizer import state_begin
 
@@ -108,13 +111,12 @@ def write_export(
     state_begin(folder)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=generator)
-    expected = logits_of(load_model(source, dtype).float(), ids)
-    again = load_model(folder)
-    logits = logits_of(again, ids)
+    expected = logits_of(open_streamed(source, rounded=dtype), ids)
+    logits = logits_of(open_streamed(folder), ids)
     if not torch.equal(expected, logits):
         worst = (expected - logits).abs().max().item()
         raise CheckFailed(f"export: logits of the folder read back differ from the source's by up to {worst:.3g}")
-    parity = transformers_parity(folder, ids, again, logits)
+    parity = transformers_parity(folder, ids, checkpoint.config, logits)
     parity.check()
     return parity
 
@@ -150,21 +152,25 @@ def logits_of(model: HybridLM, ids: Tensor) -> Tensor:
     return model(ids)
 
 
-def transformers_parity(folder: Path, ids: Tensor, model: HybridLM, logits: Tensor) -> Parity:
-    """transformers' native class of the family on the folder, beside the logits of ours."""
-    mamba = bool(model.config.mamba_num_heads)
-    floor = model.config.dt_limit[0] if mamba else None
+def transformers_parity(folder: Path, ids: Tensor, config: HybridConfig, logits: Tensor) -> Parity:
+    """transformers' native class of the family on the folder, beside the logits of ours; it holds the whole model."""
+    mamba = bool(config.mamba_num_heads)
+    floor = config.dt_limit[0] if mamba else None
     if importlib.util.find_spec("transformers") is None:
         return Parity(note="transformers is not installed", dt_floor=floor)
     import transformers
 
-    version, name = transformers.__version__, FAMILIES[model.config.family].architecture
+    version, name = transformers.__version__, FAMILIES[config.family].architecture
     if not hasattr(transformers, name):
         return Parity(note=f"transformers {version} has no {name}", dt_floor=floor)
+    needed, free = 4 * count_parameters(config), free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        note = f"in float32 it takes {gib(needed)} of memory, of which {gib(free)} is free"
+        return Parity(note=note, dt_floor=floor)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     # Experts one after the other: torch's grouped product refuses strides of no whole 16 bytes (cautions.py).
-    mixture = any(spec.role is Role.EXPERTS for spec in tensor_table(model.config).values())
+    mixture = any(spec.role is Role.EXPERTS for spec in tensor_table(config).values())
     how = {"experts_implementation": "eager"} if mixture else {}
     theirs = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, **how)
     with torch.no_grad():
@@ -174,10 +180,10 @@ def transformers_parity(folder: Path, ids: Tensor, model: HybridLM, logits: Tens
     if not mamba or least is None:
         return Parity(own, version=version, class_name=name)
     theirs_floor = float(least)
-    clamped = HybridLM(model.config.replace(dt_limit=(theirs_floor, math.inf)), device="meta")
-    clamped.load_state_dict(model.state_dict(), assign=True)
+    del theirs
+    clamped = open_streamed(folder, config=config.replace(dt_limit=(theirs_floor, math.inf)))
     return Parity(
-        relative_rms(logits_of(clamped.eval(), ids), expected),
+        relative_rms(logits_of(clamped, ids), expected),
         dt_floor=floor,
         version=version,
         class_name=name,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .axes import PRECISE, Role, TensorSpec
-from .checkpoint import Checkpoint, load_model, open_checkpoint, stream_rows
+from .checkpoint import Checkpoint, open_checkpoint, stream_rows
 from .companions import companions, copy_companions
 from .config import HybridConfig
 from .errors import CheckFailed, InputError
@@ -30,6 +30,7 @@ from .families.family import scattered, stored_tensors, tensor_table_of
 from .folder import write_json
 from .rounding import ROUNDINGS, Rounding
 from .shards import SHARD_BYTES, check_disk, shared_out, write_index
+from .streamed import open_streamed
 from .tensors import Form, TensorFile
 from .tokenizer import state_begin
 
@@ -310,7 +311,7 @@ def write_quantised(
     if calibrated is not None:
         check_calibrated(after, calibrated)
     ids = torch.randint(config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
-    expected, logits = logits_of(load_model(source), ids), logits_of(load_model(folder), ids)
+    expected, logits = logits_of(open_streamed(source), ids), logits_of(open_streamed(folder), ids)
     plain = sum(2 * math.prod(each.shape) for each in stored_tensors(config).values())
     written = sum((folder / shard.file).stat().st_size for shard in shards)
     return QuantisedAgreement(written, plain, relative_rms(expected, logits),

@@ -159,7 +159,7 @@ def test_every_type_holds_the_weights(name: str, dtype: str, root: Path) -> None
     assert found["bytes"] == (out / found["file"]).stat().st_size and found["same_text"]
     ids = torch.arange(32)[None]
     with torch.no_grad():
-        ours, theirs = load_model(source)(ids), file.load_gguf(out / found["file"], load_model(source).config)(ids)
+        ours, theirs = load_model(source)(ids), file.open_gguf(out / found["file"], load_model(source).config)(ids)
     error = ((ours - theirs).square().mean() / ours.square().mean()).sqrt().item()
     assert error <= {"float32": 1e-5, "float16": 0.01, "bfloat16": 0.06, "q8_0": 0.1}[dtype]
     assert f"llama-cli -m {found['file']}" in (out / "README.md").read_text()

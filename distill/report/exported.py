@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ...models.cautions import cautions, format_cautions
-from ...models.checkpoint import load_config, load_model
+from ...models.checkpoint import load_config
 from ...models.config import HybridConfig
 from ...models.cost.fit import LONGEST
 from ...models.cost.inference import memory
@@ -20,12 +20,13 @@ from ...models.errors import InputError, gib
 from ...models.export import write_export
 from ...models.folder import write_json
 from ...models.gguf.export import gguf_path, write_gguf_export
-from ...models.gguf.file import KINDS_OF_FILE, gguf_package, load_gguf
+from ...models.gguf.file import KINDS_OF_FILE, gguf_package, open_gguf
 from ...models.hybrid import HybridLM
 from ...models.quantise import Calibrated, compressed_tensors, write_quantised
 from ...models.rounding import ROUNDINGS
-from ...models.served_inputs import load_served
+from ...models.served_inputs import served
 from ...models.shards import SHARD_BYTES
+from ...models.streamed import open_streamed
 from ..text.packing import Batch
 from .card import TRANSFORMERS, Published, Table, llama_cpp
 from .exported_text import text_agreement, text_rows, text_sentence
@@ -119,18 +120,20 @@ class ExportForm:
             checked = f"{same} {self.dtype}, to the bit.\n{parity.sentence()}"
             published = Published(self.dtype, TRANSFORMERS, checked, tuple(found))
         if held_out:
-            text = text_agreement(load_model(source).to(device), self.read(folder, config).to(device), held_out)
+            text = text_agreement(
+                open_streamed(source, device=device or "cpu"), self.read(folder, config, device or "cpu"), held_out
+            )
             content["text"] = dataclasses.asdict(text)
             checked = published.checked + text_sentence(content["text"])
             published = dataclasses.replace(published, checked=checked)
         write_json(folder / "export.json", content)
         return published
 
-    def read(self, folder: Path, config: HybridConfig) -> HybridLM:
+    def read(self, folder: Path, config: HybridConfig, device: torch.device | str) -> HybridLM:
         """The model of a folder in this format, in float32, as a server computes (`served`)."""
         if self.format == "gguf":
-            return load_gguf(gguf_path(folder, self.dtype), config)
-        return load_served(folder, torch.float32, "cpu")
+            return open_gguf(gguf_path(folder, self.dtype), config, device)
+        return served(open_streamed(folder, device=device), folder)
 
 
 def how_rounded(content: Mapping[str, Any]) -> str:

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, load_model, open_checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import CheckFailed
 from ..export import divergence, logits_of, relative_rms
-from .file import load_gguf, read_gguf, write_gguf
+from ..streamed import open_streamed
+from .file import GgufWeights, open_gguf, write_gguf
 from .vocabulary import read_vocabulary
 
 # Of a block's largest number by 127, the step of Q8_0: half a step, and what rounding the step to 16 bits adds.
@@ -59,7 +60,7 @@ def write_gguf_export(
     write_gguf(path, checkpoint, vocabulary, dtype, source.resolve().name)
     check_tensors(path, checkpoint)
     ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
-    logits = [logits_of(load_model(source), ids), logits_of(load_gguf(path, checkpoint.config), ids)]
+    logits = [logits_of(open_streamed(source), ids), logits_of(open_gguf(path, checkpoint.config), ids)]
     rms, kl = relative_rms(*logits), divergence(*logits)
     notes = vocabulary.notes
     return GgufAgreement(path.name, path.stat().st_size, vocabulary.pre, rms, kl, not notes, notes)
@@ -67,8 +68,9 @@ def write_gguf_export(
 
 def check_tensors(path: Path, checkpoint: Checkpoint) -> None:
     """Raises CheckFailed at the first tensor that is not the checkpoint's within its type."""
-    for entry, kind, ours in read_gguf(path, checkpoint.config):
-        expected = checkpoint.tensor(entry.spec.name).float()
+    weights = GgufWeights(path, checkpoint.config)
+    for name, entry in weights.entries.items():
+        kind, ours, expected = weights.kind(name), weights.tensor(name), checkpoint.tensor(name).float()
         if entry.form is not None:
             expected = entry.form.read(checkpoint.config, entry.form.written(checkpoint.config, expected))
         if kind == "Q8_0":

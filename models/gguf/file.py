@@ -18,8 +18,8 @@ from ..axes import Role
 from ..checkpoint import Checkpoint, row_blocks
 from ..config import HybridConfig
 from ..errors import InputError
-from ..hybrid import HybridLM, set_tensor
 from ..shards import check_disk
+from ..streamed import StreamedLM
 from ..tensors import as_bytes, is_finite, saying_where
 from .layout import Entry, entries, layout_of
 
@@ -128,22 +128,30 @@ def add_values(writer: Any, prefix: str, values: Mapping[str, Any]) -> None:
         add[type(value)](prefix + key, value)
 
 
-def read_gguf(path: Path, config: HybridConfig) -> Iterator[tuple[Entry, str, Tensor]]:
-    """Every tensor of ours in a file, the type that it is stored as, and its numbers in our form, float32."""
-    gguf = gguf_package()
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for entry in entries(config):
-        tensor = stored[entry.name]
-        values = gguf.quants.dequantize(np.ascontiguousarray(tensor.data), tensor.tensor_type)
+class GgufWeights:
+    """The tensors of a file by our names, each read when it is asked for."""
+
+    def __init__(self, path: Path, config: HybridConfig) -> None:
+        self.gguf, self.config = gguf_package(), config
+        self.stored = {tensor.name: tensor for tensor in self.gguf.GGUFReader(path).tensors}
+        self.entries = {entry.spec.name: entry for entry in entries(config)}
+
+    def kind(self, name: str) -> str:
+        """The type that a tensor is stored as."""
+        return self.stored[self.entries[name].name].tensor_type.name
+
+    def tensor(self, name: str) -> Tensor:
+        """Its numbers in our form, float32."""
+        entry = self.entries[name]
+        tensor = self.stored[entry.name]
+        values = self.gguf.quants.dequantize(np.ascontiguousarray(tensor.data), tensor.tensor_type)
         ours = torch.from_numpy(values.copy()).reshape(entry.shape)
         if entry.form is not None:
-            ours = entry.form.read(config, ours)
-        yield entry, tensor.tensor_type.name, ours.contiguous()
+            ours = entry.form.read(self.config, ours)
+        return ours.contiguous()
 
 
-def load_gguf(path: Path, config: HybridConfig) -> HybridLM:
+def open_gguf(path: Path, config: HybridConfig, device: torch.device | str = "cpu") -> StreamedLM:
     """A model of a file's weights, in float32."""
-    model = HybridLM(config, device="meta")
-    for entry, _, tensor in read_gguf(path, config):
-        set_tensor(model, entry.spec.name, tensor)
-    return model.eval()
+    weights = GgufWeights(path, config)
+    return StreamedLM(config, lambda name: weights.tensor(name).to(device))
