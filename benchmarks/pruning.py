@@ -56,6 +56,7 @@ REPAIRS = {
     "least squares": Repair(least_squares=True),
     "rotation, least squares": Repair(rotate=True, least_squares=True),
     "rotation, measured, least squares": Repair(rotate=True, norms="measured", least_squares=True),
+    "rotation, least squares, local distillation": Repair(rotate=True, least_squares=True, local_steps=64),
 }
 METHODS = ("random", "magnitude", "activation", "taylor")
 DEPTHS = ("random", "single shot", "iterative")
@@ -96,7 +97,8 @@ def zoo() -> Subject:
     return Subject(
         "shipped model", SHIPPED["zoo"], 16384, 8192, 16384, cuts, together, hidden, (1, 2, 3),
         steps=60, batch=4, optimizer="muon", learning_rates=(1.5e-3,), repairs=tuple(REPAIRS),
-        distilled=("plain", "rotation", "rotation, least squares"), ablated=True,
+        distilled=("plain", "rotation", "rotation, least squares", "rotation, least squares, local distillation"),
+        ablated=True,
     )  # fmt: skip
 
 
@@ -110,8 +112,11 @@ def smollm2(folder: Path) -> Subject:
     return Subject(
         "SmolLM2-135M", folder, 6144, 1024, 4096, cuts, together, Target(hidden_size=432), (2, 4, 8),
         steps=30, batch=1, optimizer="adamw", learning_rates=(1e-4, 3e-4),
-        repairs=("plain", "norms by count", "rotation", "rotation, least squares"),
-        distilled=("plain", "rotation, least squares"), ablated=False,
+        repairs=(
+            "plain", "norms by count", "rotation", "rotation, least squares",
+            "rotation, least squares, local distillation",
+        ),
+        distilled=("plain", "rotation, least squares", "rotation, least squares, local distillation"), ablated=False,
     )  # fmt: skip
 
 

@@ -62,7 +62,8 @@ class Options:
             check_as_trained(self.nested, self.target, self.repair, self.data is not None)
         if self.data is None and self.repair.repair(with_data=False).needs_data:
             raise InputError(
-                "prune: repair.rotate, repair.least_squares, repair.norms=measured and repair.whole_experts need data="
+                "prune: repair.rotate, repair.least_squares, repair.norms=measured, repair.whole_experts and"
+                " repair.local_steps need data="
             )
 
     @property

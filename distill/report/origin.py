@@ -74,7 +74,7 @@ def stage_tokens(options: Mapping[str, Any]) -> int:
     if isinstance(importance, Mapping):
         count += sum(importance.get(name) or 0 for name in ("tokens", "depth_tokens"))
     repair = options.get("repair")
-    if isinstance(repair, Mapping) and (repair.get("rotate") or repair.get("least_squares")):
+    if isinstance(repair, Mapping) and reads_text(repair):
         count += repair.get("tokens") or 0
     how = options.get("distill")
     if isinstance(how, Mapping):
@@ -83,6 +83,12 @@ def stage_tokens(options: Mapping[str, Any]) -> int:
             steps = stage.get("steps", how.get("train", {}).get("steps", 0))
             count += stage.get("tokens") or steps * rows
     return int(count)
+
+
+def reads_text(repair: Mapping[str, Any]) -> bool:
+    """Whether a repair of these options reads calibration text."""
+    wished = any(repair.get(name) for name in ("rotate", "least_squares", "local_steps"))
+    return wished or repair.get("norms") == "measured" or repair.get("whole_experts") is not None
 
 
 def seconds(count: Any) -> str:
