@@ -120,6 +120,17 @@ def smollm2(folder: Path) -> Subject:
     )  # fmt: skip
 
 
+def stored_cell(folder: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The figures of a cell, from its file or made now."""
+    file = folder / f"{name}.json".replace("/", " of ")
+    if not file.exists():
+        clock = time.perf_counter()
+        found = make()
+        write_json(file, found | {"seconds": time.perf_counter() - clock})
+        print(f"{file.stem}: {found}", flush=True)
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 class Bench:
     """One model with its text; scores and losses are made once and stand in files."""
 
@@ -159,13 +170,7 @@ class Bench:
 
     def cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The figures of a cell, from its file or made now."""
-        file = self.cells / f"{self.subject.name}, {name}.json".replace("/", " of ")
-        if not file.exists():
-            clock = time.perf_counter()
-            found = make()
-            write_json(file, found | {"seconds": time.perf_counter() - clock})
-            print(f"{file.stem}: {found}", flush=True)
-        return json.loads(file.read_text(encoding="utf-8"))
+        return stored_cell(self.cells, f"{self.subject.name}, {name}", make)
 
     @torch.no_grad()
     def loss(self, model: HybridLM) -> float:
