@@ -135,7 +135,7 @@ def slicegpt(folder: Path) -> Callable[[Any, Rows, int], Any]:
             scheduler = importlib.import_module("slicegpt.slicing_scheduler")
         llama = importlib.import_module("transformers.models.llama.modeling_llama")
 
-        class TurnedLayer(llama.LlamaDecoderLayer):
+        class TurnedLayer(llama.LlamaDecoderLayer):  # type: ignore[name-defined]
             """Theirs, for the layers of transformers' present versions."""
 
             attn_shortcut_Q: Tensor | None
@@ -146,7 +146,7 @@ def slicegpt(folder: Path) -> Callable[[Any, Rows, int], Any]:
                 hidden = turned(hidden_states, self.attn_shortcut_Q) + given
                 return turned(hidden, self.mlp_shortcut_Q) + self.mlp(self.post_attention_layernorm(hidden))
 
-        class Adapter(adapters.LlamaModelAdapter):
+        class Adapter(adapters.LlamaModelAdapter):  # type: ignore[name-defined]
             compressed_layer_type = TurnedLayer
 
             def convert_layer_to_compressed(self, layer: nn.Module, layer_idx: int | None) -> nn.Module:
