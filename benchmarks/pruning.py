@@ -58,6 +58,7 @@ REPAIRS = {
     "rotation, measured, least squares": Repair(rotate=True, norms="measured", least_squares=True),
     "rotation, least squares, local distillation": Repair(rotate=True, least_squares=True, local_steps=64),
 }
+BEST = ("rotation, least squares", "rotation, least squares, local distillation")
 METHODS = ("random", "magnitude", "activation", "taylor")
 DEPTHS = ("random", "single shot", "iterative")
 
@@ -97,8 +98,7 @@ def zoo() -> Subject:
     return Subject(
         "shipped model", SHIPPED["zoo"], 16384, 8192, 16384, cuts, together, hidden, (1, 2, 3),
         steps=60, batch=4, optimizer="muon", learning_rates=(1.5e-3,), repairs=tuple(REPAIRS),
-        distilled=("plain", "rotation", "rotation, least squares", "rotation, least squares, local distillation"),
-        ablated=True,
+        distilled=("plain", "rotation", *BEST), ablated=True,
     )  # fmt: skip
 
 
@@ -112,11 +112,7 @@ def smollm2(folder: Path) -> Subject:
     return Subject(
         "SmolLM2-135M", folder, 6144, 1024, 4096, cuts, together, Target(hidden_size=432), (2, 4, 8),
         steps=30, batch=1, optimizer="adamw", learning_rates=(1e-4, 3e-4),
-        repairs=(
-            "plain", "norms by count", "rotation", "rotation, least squares",
-            "rotation, least squares, local distillation",
-        ),
-        distilled=("plain", "rotation, least squares", "rotation, least squares, local distillation"), ablated=False,
+        repairs=("plain", "norms by count", "rotation", *BEST), distilled=("plain", *BEST), ablated=False,
     )  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def pruneme(folder: Path) -> Callable[[Any, Rows, int], list[int]]:
                 last = [stream[:, -1] for stream in streams]
                 total += torch.tensor(theirs.compute_block_distances(last, gone), dtype=torch.float64)
                 count += 1
-        first = int((total / count).argmin()) + 1  # what block `first - 1` gives goes on to the one after the gap
+        first = int((total / count).argmin()) + 1  # what block `first - 1` gives is read by the one after the gap
         return [block for block in range(model.config.num_hidden_layers) if not first <= block < first + gone]
 
     return kept

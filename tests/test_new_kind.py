@@ -222,7 +222,7 @@ def test_repair_comes_nearer_than_slicing(model: HybridLM) -> None:
             assert smaller.config == slice_config(model.config, selection)
             distances[repair] = (smaller(batch.input_ids, seq_idx=batch.seq_idx) - logits).square().mean().item()
     plain, *_, fitted, both, local = distances.values()
-    assert fitted < 0.7 * plain and both < 0.7 * plain and local < 0.95 * both, distances
+    assert fitted < 0.7 * plain and both < 0.7 * plain and local < 0.99 * both, distances
     # Where nothing is cut there is nothing to repair.
     everything = Selection(tuple(range(6)))
     same = repair_model(model, everything, [batch], Repair(norms="measured", least_squares=True, local_steps=2))

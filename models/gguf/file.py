@@ -129,7 +129,7 @@ def add_values(writer: Any, prefix: str, values: Mapping[str, Any]) -> None:
 
 
 class GgufWeights:
-    """The tensors of a file by our names, each read when it is asked for."""
+    """The tensors of a file by our names, each read when it is wanted."""
 
     def __init__(self, path: Path, config: HybridConfig) -> None:
         self.gguf, self.config = gguf_package(), config
