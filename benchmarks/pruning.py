@@ -165,7 +165,6 @@ class Bench:
         return self.sample("train", self.subject.calibration_tokens, seed)
 
     def cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The figures of a cell, from its file or made now."""
         return stored_cell(self.cells, f"{self.subject.name}, {name}", make)
 
     @torch.no_grad()
