@@ -7,7 +7,7 @@
 The model is one of llama's layers (SmolLM2-135M: benchmarks/smollm2.py makes its folder) with a tied embedding. Every
 method reads the same rows, is cut to the same share of the parameters (the embedding counted once) or a little below,
 and is measured by the same rows of held-out text, in nats a token: before training, and after `--tokens` of forward KL
-from the uncut model by one plain loop (AdamW; of the rates the better one). Rows are the text as it comes, documents
+from the unpruned model by one plain loop (AdamW; of the rates the better one). Rows are the text as it comes, documents
 after one another, since transformers' models know no borders. Peers run where they are given: Torch-Pruning where it is
 installed, others' code from a folder (benchmarks/pruning_peers.py). A cell is a file of OUTPUT/cells, not made twice;
 tables give means and, in brackets, the least and the largest of the seeds, which draw the calibration text.
@@ -78,7 +78,7 @@ class Cut:
         return found if isinstance(found, Tensor) else found.logits
 
 
-class Arena:
+class PeerBench:
     """The model, its text and its scores, which all methods share."""
 
     def __init__(self, setting: PeerSetting, cells: Path) -> None:
@@ -134,13 +134,13 @@ class Arena:
         return total / tokens
 
     def base(self) -> float:
-        return stored_cell(self.cells, "uncut", lambda: {"loss": self.loss(self.whole())})["loss"]
+        return stored_cell(self.cells, "unpruned", lambda: {"loss": self.loss(self.whole())})["loss"]
 
     def whole(self) -> Cut:
         return Cut(self.model, count_parameters(self.model.config))
 
     def train(self, cut: Cut, rate: float) -> Cut:
-        """So many tokens of forward KL(uncut || cut), one row a step, the same rows in the same order for all."""
+        """So many tokens of forward KL(unpruned || pruned), one row a step, the same rows in the same order for all."""
         steps = self.setting.tokens // self.setting.seq_len
         weights = list(cut.module.requires_grad_(True).parameters())
         optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -163,73 +163,73 @@ def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Te
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction=reduction)
 
 
-def ours(repair: Repair) -> Callable[[Arena, float, int], Cut]:
-    def cut(arena: Arena, share: float, seed: int) -> Cut:
-        target = Target(parameters=arena.goal(share) / count_parameters(arena.model.config))
-        return sliced(arena, select(arena.model.config, arena.widths(seed), (), target), seed, repair)
+def ours(repair: Repair) -> Callable[[PeerBench, float, int], Cut]:
+    def cut(bench: PeerBench, share: float, seed: int) -> Cut:
+        target = Target(parameters=bench.goal(share) / count_parameters(bench.model.config))
+        return sliced(bench, select(bench.model.config, bench.widths(seed), (), target), seed, repair)
 
     return cut
 
 
-def sliced(arena: Arena, selection: Selection, seed: int, repair: Repair = PLAIN) -> Cut:
-    small = repair_model(arena.model, selection, arena.calibration(seed) if repair.needs_data else [], repair)
+def sliced(bench: PeerBench, selection: Selection, seed: int, repair: Repair = PLAIN) -> Cut:
+    small = repair_model(bench.model, selection, bench.calibration(seed) if repair.needs_data else [], repair)
     return Cut(small, count_parameters(small.config))
 
 
-def blocks_to_remove(arena: Arena, share: float) -> int:
+def blocks_to_remove(bench: PeerBench, share: float) -> int:
     """As few whole blocks as bring the model to the share."""
-    config, size = arena.model.config, arena.model.config.block_size
-    for gone in range(1, arena.blocks):
-        if count_parameters(config.replace(pattern=config.pattern[gone * size :])) <= arena.goal(share):
+    config, size = bench.model.config, bench.model.config.block_size
+    for gone in range(1, bench.blocks):
+        if count_parameters(config.replace(pattern=config.pattern[gone * size :])) <= bench.goal(share):
             return gone
     raise InputError(f"no number of blocks brings the model to {share:.0%}")
 
 
-def without_blocks(arena: Arena, kept: Sequence[int], seed: int) -> Cut:
-    size = arena.model.config.block_size
-    return sliced(arena, Selection(tuple(block * size + part for block in kept for part in range(size))), seed)
+def without_blocks(bench: PeerBench, kept: Sequence[int], seed: int) -> Cut:
+    size = bench.model.config.block_size
+    return sliced(bench, Selection(tuple(block * size + part for block in kept for part in range(size))), seed)
 
 
-def shortgpt(arena: Arena, share: float, seed: int) -> Cut:
-    gone, size = blocks_to_remove(arena, share), arena.model.config.block_size
+def shortgpt(bench: PeerBench, share: float, seed: int) -> Cut:
+    gone, size = blocks_to_remove(bench, share), bench.model.config.block_size
     how: Any = {"metric": "block_influence", "iterative": False}
-    order = score_layers(arena.model, arena.calibration(seed), remove=gone * size, **how).order
+    order = score_layers(bench.model, bench.calibration(seed), remove=gone * size, **how).order
     removed = {layer // size for layer in order}
-    return without_blocks(arena, [block for block in range(arena.blocks) if block not in removed], seed)
+    return without_blocks(bench, [block for block in range(bench.blocks) if block not in removed], seed)
 
 
-def neighbours(folder: Path) -> Callable[[Arena, float, int], Cut]:
+def neighbours(folder: Path) -> Callable[[PeerBench, float, int], Cut]:
     choose = pruning_peers.pruneme(folder)
 
-    def cut(arena: Arena, share: float, seed: int) -> Cut:
-        rows = [batch.input_ids for batch in arena.calibration(seed)]
-        return without_blocks(arena, choose(arena.theirs(), rows, blocks_to_remove(arena, share)), seed)
+    def cut(bench: PeerBench, share: float, seed: int) -> Cut:
+        rows = [batch.input_ids for batch in bench.calibration(seed)]
+        return without_blocks(bench, choose(bench.theirs(), rows, blocks_to_remove(bench, share)), seed)
 
     return cut
 
 
-def peer(prune: Callable[[Any, pruning_peers.Rows, int], Any]) -> Callable[[Arena, float, int], Cut]:
-    def cut(arena: Arena, share: float, seed: int) -> Cut:
-        rows = [batch.input_ids for batch in arena.calibration(seed)]
-        model = prune(arena.theirs(), rows, arena.goal(share))
+def peer(prune: Callable[[Any, pruning_peers.Rows, int], Any]) -> Callable[[PeerBench, float, int], Cut]:
+    def cut(bench: PeerBench, share: float, seed: int) -> Cut:
+        rows = [batch.input_ids for batch in bench.calibration(seed)]
+        model = prune(bench.theirs(), rows, bench.goal(share))
         return Cut(model, pruning_peers.parameters_of(model))
 
     return cut
 
 
-def taylor(arena: Arena, share: float, seed: int) -> Cut:
-    batches = arena.calibration(seed)
+def taylor(bench: PeerBench, share: float, seed: int) -> Cut:
+    batches = bench.calibration(seed)
     labels = iter([batch.labels for batch in batches])
     rows = [batch.input_ids for batch in batches]
     model = pruning_peers.torch_pruning(
-        arena.theirs(), rows, arena.goal(share), lambda logits: cross_entropy(logits, next(labels))
+        bench.theirs(), rows, bench.goal(share), lambda logits: cross_entropy(logits, next(labels))
     )
     return Cut(model, pruning_peers.parameters_of(model))
 
 
-def methods_of(options: argparse.Namespace) -> dict[str, Callable[[Arena, float, int], Cut]]:
+def methods_of(options: argparse.Namespace) -> dict[str, Callable[[PeerBench, float, int], Cut]]:
     """Every method that is there, by name."""
-    found: dict[str, Callable[[Arena, float, int], Cut]] = {name: ours(repair) for name, repair in OURS.items()}
+    found: dict[str, Callable[[PeerBench, float, int], Cut]] = {name: ours(repair) for name, repair in OURS.items()}
     found[SHORTGPT] = shortgpt
     if options.torch_pruning:
         found["Torch-Pruning (Taylor)"] = taylor
@@ -242,23 +242,25 @@ def methods_of(options: argparse.Namespace) -> dict[str, Callable[[Arena, float,
     return found
 
 
-def measured(arena: Arena, name: str, cut: Callable[[Arena, float, int], Cut], share: float, seed: int) -> list[float]:
+def measured(
+    bench: PeerBench, name: str, cut: Callable[[PeerBench, float, int], Cut], share: float, seed: int
+) -> list[float]:
     """[share left, added before training, added after]; the last is the best of the rates."""
     where = f"{name}, {share:.0%}, seed {seed}"
 
     def before() -> dict[str, Any]:
-        found = cut(arena, share, seed)
-        return {"loss": arena.loss(found), "parameters": found.parameters}
+        found = cut(bench, share, seed)
+        return {"loss": bench.loss(found), "parameters": found.parameters}
 
     def after(rate: float) -> dict[str, Any]:
-        return {"loss": arena.loss(arena.train(cut(arena, share, seed), rate))}
+        return {"loss": bench.loss(bench.train(cut(bench, share, seed), rate))}
 
-    base, first = arena.base(), stored_cell(arena.cells, where, before)
+    base, first = bench.base(), stored_cell(bench.cells, where, before)
     gc.collect()
-    figures = [first["parameters"] / count_parameters(arena.model.config), first["loss"] - base]
+    figures = [first["parameters"] / count_parameters(bench.model.config), first["loss"] - base]
     trained = [
-        stored_cell(arena.cells, f"{where}, {arena.setting.tokens} tokens at {rate:g}", functools.partial(after, rate))
-        for rate in arena.setting.rates if arena.setting.tokens
+        stored_cell(bench.cells, f"{where}, {bench.setting.tokens} tokens at {rate:g}", functools.partial(after, rate))
+        for rate in bench.setting.rates if bench.setting.tokens
     ]  # fmt: skip
     return figures + ([min(each["loss"] for each in trained) - base] if trained else [])
 
@@ -284,7 +286,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     rates = tuple(float(rate) for rate in options.rates.split(","))
     sizes = (options.seq_len, options.batch, options.calibration_tokens, options.held_out_tokens, options.tokens)
-    arena = Arena(PeerSetting(options.model, options.data, *sizes, rates), options.output / "cells")
+    bench = PeerBench(PeerSetting(options.model, options.data, *sizes, rates), options.output / "cells")
     methods = methods_of(options)
     chosen = options.methods.split(";") if options.methods else list(methods)
     if unknown := [name for name in chosen if name not in methods]:
@@ -294,11 +296,11 @@ def main() -> None:
     for share in shares:
         rows = []
         for name in chosen:
-            figures = [measured(arena, name, methods[name], float(share), int(seed)) for seed in seeds]
+            figures = [measured(bench, name, methods[name], float(share), int(seed)) for seed in seeds]
             left, *added = ([row[column] for row in figures] for column in range(len(figures[0])))
             rows.append([name, f"{sum(left) / len(left):.1%}", *(spread(values) for values in added)])
         title = (
-            f"{options.model.name}, {options.data}: added to {arena.base():.3f} nats at {share:.0%} of the parameters"
+            f"{options.model.name}, {options.data}: added to {bench.base():.3f} nats at {share:.0%} of the parameters"
         )
         columns = ["method", "left", "before training", f"after {options.tokens:,} tokens"]
         print_table(title, columns[: len(rows[0])], rows)

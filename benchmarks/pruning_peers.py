@@ -135,7 +135,7 @@ def slicegpt(folder: Path) -> Callable[[Any, Rows, int], Any]:
             scheduler = importlib.import_module("slicegpt.slicing_scheduler")
         llama = importlib.import_module("transformers.models.llama.modeling_llama")
 
-        class TurnedLayer(llama.LlamaDecoderLayer):  # type: ignore[name-defined]
+        class RotatedLayer(llama.LlamaDecoderLayer):  # type: ignore[name-defined]
             """Theirs, for the layers of transformers' present versions."""
 
             attn_shortcut_Q: Tensor | None
@@ -143,14 +143,14 @@ def slicegpt(folder: Path) -> Callable[[Any, Rows, int], Any]:
 
             def forward(self, hidden_states: Tensor, **more: Any) -> Tensor:
                 given, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **more)
-                hidden = turned(hidden_states, self.attn_shortcut_Q) + given
-                return turned(hidden, self.mlp_shortcut_Q) + self.mlp(self.post_attention_layernorm(hidden))
+                hidden = rotated(hidden_states, self.attn_shortcut_Q) + given
+                return rotated(hidden, self.mlp_shortcut_Q) + self.mlp(self.post_attention_layernorm(hidden))
 
         class Adapter(adapters.LlamaModelAdapter):  # type: ignore[name-defined]
-            compressed_layer_type = TurnedLayer
+            compressed_layer_type = RotatedLayer
 
             def convert_layer_to_compressed(self, layer: nn.Module, layer_idx: int | None) -> nn.Module:
-                made = TurnedLayer(self.config, layer_idx)
+                made = RotatedLayer(self.config, layer_idx)
                 made.load_state_dict(layer.state_dict())
                 return made
 
@@ -174,7 +174,7 @@ def slicegpt(folder: Path) -> Callable[[Any, Rows, int], Any]:
     return cut
 
 
-def turned(hidden: Tensor, turn: Tensor | None) -> Tensor:
+def rotated(hidden: Tensor, turn: Tensor | None) -> Tensor:
     return hidden if turn is None else hidden @ turn
 
 

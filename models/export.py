@@ -165,7 +165,7 @@ def transformers_parity(folder: Path, ids: Tensor, config: HybridConfig, logits:
         return Parity(note=f"transformers {version} has no {name}", dt_floor=floor)
     needed, free = 4 * count_parameters(config), free_memory(torch.device("cpu"))
     if free is not None and needed > free:
-        note = f"in float32 it takes {gib(needed)} of memory, of which {gib(free)} is free"
+        note = f"its model takes {gib(needed)} in float32, and {gib(free)} of memory are free"
         return Parity(note=note, dt_floor=floor)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()

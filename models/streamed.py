@@ -1,7 +1,8 @@
 """A model whose layers are read when their turn comes, for logits of folders that main memory may not hold.
 
 Embedding, final norm and head are in memory, and of the layers the one that runs: every pass reads the others anew.
-What it gives is what the model in memory gives, to the bit.
+What it gives is what the model in memory gives, to the bit. (Scoring takes all batches through a layer before the next
+is read: offload.py.)
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arena(folder: Path, out: Path) -> peers.Arena:
+def bench(folder: Path, out: Path) -> peers.PeerBench:
     sizes = (32, 2, 128, 128, 96)
-    return peers.Arena(peers.PeerSetting(folder / "model", str(folder / "text"), *sizes, (1e-3, 1e-2)), out)
+    return peers.PeerBench(peers.PeerSetting(folder / "model", str(folder / "text"), *sizes, (1e-3, 1e-2)), out)
 
 
 def test_every_method_is_cut_to_the_share(llama: Path, tmp_path: Path) -> None:
     whole = count_parameters(load_config(llama / "model"))
-    work = arena(llama, tmp_path)
+    work = bench(llama, tmp_path)
     for name, repair in peers.OURS.items():
         if not repair.local_steps:
             assert 0.895 * whole < peers.ours(repair)(work, 0.9, 0).parameters < 0.902 * whole, name
@@ -55,7 +55,7 @@ def test_every_method_is_cut_to_the_share(llama: Path, tmp_path: Path) -> None:
 
 def test_the_loss_is_of_the_rows_as_transformers_reads_them(llama: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    work = arena(llama, tmp_path)
+    work = bench(llama, tmp_path)
     theirs = peers.Cut(work.theirs(), 0)
     assert pruning_peers.parameters_of(theirs.module) == count_parameters(work.model.config)
     theirs.module.lm_head.weight = torch.nn.Parameter(theirs.module.lm_head.weight.clone())
@@ -87,7 +87,7 @@ def test_the_command_measures_and_goes_on(
     def never(*_: Any) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(peers.Arena, "loss", never)
+    monkeypatch.setattr(peers.PeerBench, "loss", never)
     peers.main()
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")] == [
         line for line in first.splitlines() if line.startswith("| ")

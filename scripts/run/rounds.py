@@ -50,8 +50,7 @@ class Round:
         "plain": without repair, to show what repair is worth."""
         repair = self.repair.repair(with_data=True)
         plain = dataclasses.replace(self, repair=RepairOptions(rotate=False, least_squares=False))
-        repairs = repair.rotate or repair.least_squares or repair.local_steps > 0
-        return ({"plain": plain} if last and repairs else {}) | {"pruned": self}
+        return ({"plain": plain} if last and repair.needs_data else {}) | {"pruned": self}
 
     def scored(self, config: HybridConfig) -> Importance:
         """How a model of this config is scored: as many layers as the target removes are put in order."""
