@@ -1,13 +1,14 @@
 """What a student learns on its own text, beside as many tokens more of the text it has always read.
 
-    python -m limbeck.benchmarks.on_policy STUDENT [--steps 47] [--seeds 0,1,2] [--ways off,full,...] [--rate 0.0003]
-        [--tokens 65536] [--prompts 128] [--peer PYTHON] [--peer-steps 4] [--json FILE]
+    python -m limbeck.benchmarks.on_policy STUDENT OUTPUT [--steps 47] [--seeds 0,1,2] [--ways off,full,...]
+        [--rate 0.0003] [--tokens 65536] [--prompts 128] [--peer PYTHON] [--peer-steps 4]
 
 STUDENT is the folder `distilled` of `limbeck compress recipe=tiny`; 47 steps are a fifth of its 235. From it every way
 trains the same number of rows with Muon at the same rate: `off`, forward KL on the text; `full`, `top_k` and
 `advantage`, reverse KL on its own continuations; `half`, half of the rows of each kind. On held-out text: KL to the
 teacher, how many tokens both write alike from a prompt (greedily), and KL(student || teacher) on continuations that the
-student draws. Means over seeds, with the least and the greatest.
+student draws. Means over seeds, with the least and the greatest. A run is a file of OUTPUT/cells, not made twice, with
+the means of its first and last ten steps' lengths, entropies and KL.
 
 With --peer, a Python that has TRL (benchmarks/on_policy_peer.py), its trainer of on-policy distillation does the same
 steps on this CPU: the same weights through transformers, prompts, batch, new tokens, reverse KL and AdamW. Tokens are
@@ -18,6 +19,7 @@ process of its own above what it held before the models were there.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 from limbeck.benchmarks.cpu_vs_transformers import resident
 from limbeck.benchmarks.distill import status
-from limbeck.benchmarks.pruning import print_table, spread
+from limbeck.benchmarks.pruning import print_table, spread, stored_cell
 from limbeck.distill.gap.continuation import continuations, draw_prompts
 from limbeck.distill.gap.measure import measure_gap
 from limbeck.distill.losses import DistillLoss
@@ -59,6 +61,7 @@ WAYS: dict[str, Rollouts | None] = {
     "advantage": Rollouts(estimator="advantage"),
     "half": Rollouts(share=0.5),
 }
+BEFORE = "before"
 FIGURES = ("KL", "tokens alike", "KL on its own text")
 
 
@@ -115,20 +118,31 @@ def figures(student: HybridLM, teacher: HybridLM, tokens: int, prompts: int) -> 
     )
 
 
-def compare_ways(folder: Path, options: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+def compare_ways(folder: Path, options: argparse.Namespace) -> None:
     """The figures of the student as it is, and after each way with each seed."""
     teacher = load_model(SHIPPED["zoo"]).requires_grad_(False)
-    found = {"before": [figures(load_model(folder), teacher, options.tokens, options.prompts)]}
-    for way in options.ways.split(","):
-        found[way] = []
-        for seed in map(int, options.seeds.split(",")):
-            student = load_model(folder)
-            trained(student, teacher, plan_of(WAYS[way], options.steps, options.rate), seed)
-            found[way].append(figures(student, teacher, options.tokens, options.prompts))
-            print(f"{way}, seed {seed}: {found[way][-1]}", file=sys.stderr)
+
+    def run(way: str, seed: int) -> dict[str, Any]:
+        student = load_model(folder)
+        records = [] if way == BEFORE else trained(student, teacher, plan_of(WAYS[way], *plan), seed)
+        told = [name for name in ("rollout_length", "rollout_entropy", "rollout_kl") if records and name in records[0]]
+        ends = {
+            name: [statistics.fmean(record[name] for record in part) for part in (records[:10], records[-10:])]
+            for name in told
+        }
+        return figures(student, teacher, options.tokens, options.prompts) | ends
+
+    plan, seeds = (options.steps, options.rate), [int(seed) for seed in options.seeds.split(",")]
+    cells, found = options.output / "cells", dict[str, list[dict[str, Any]]]()
+    cells.mkdir(parents=True, exist_ok=True)
+    for way in (BEFORE, *options.ways.split(",")):
+        named = BEFORE if way == BEFORE else f"{way}, {options.steps} steps at {options.rate:g}"
+        found[way] = [
+            stored_cell(cells, f"{named}, seed {seed}", functools.partial(run, way, seed))
+            for seed in (seeds[:1] if way == BEFORE else seeds)
+        ]
     rows = [[way, *(spread([each[name] for each in seeds], 4) for name in FIGURES)] for way, seeds in found.items()]
     print_table(f"{options.steps} steps more, {options.steps * ROWS * SEQ_LEN:,} tokens", ["way", *FIGURES], rows)
-    return found
 
 
 def our_side(folder: Path, steps: int) -> dict[str, float]:
@@ -145,7 +159,7 @@ def our_side(folder: Path, steps: int) -> dict[str, float]:
             "length": statistics.fmean(record["rollout_length"] for record in records)}  # fmt: skip
 
 
-def compare_sides(folder: Path, peer: str, steps: int) -> dict[str, dict[str, float]]:
+def compare_sides(folder: Path, peer: str, steps: int) -> None:
     """Ours and TRL's, each in a process of its own, on the same models and prompts."""
     count = SEQ_LEN // Rollouts().width * ROWS
     prompts = Prompts(text("train"), Rollouts().prompt_tokens, 0)
@@ -158,7 +172,7 @@ def compare_sides(folder: Path, peer: str, steps: int) -> dict[str, dict[str, fl
         (root / "prompts.json").write_text(
             json.dumps({"prompts": given, "batch": count, "new_tokens": NEW, "ends": ends})
         )
-        ours = [sys.executable, "-m", "limbeck.benchmarks.on_policy", str(folder), "--own", str(steps)]
+        ours = [sys.executable, "-m", "limbeck.benchmarks.on_policy", str(folder), temporary, "--own", str(steps)]
         theirs = [peer, str(Path(__file__).with_name("on_policy_peer.py")), str(root)]
         found = {name: answer_of(words) for name, words in (("limbeck", ours), ("TRL", theirs))}
     rows = []
@@ -169,7 +183,6 @@ def compare_sides(folder: Path, peer: str, steps: int) -> dict[str, dict[str, fl
     rows.append(["TRL / limbeck", f"{ratios[0]:.2f}", "", f"{ratios[1]:.2f}"])
     title = f"A step of {count} continuations of {NEW} tokens after prompts of {Rollouts().prompt_tokens}"
     print_table(title, ["", "seconds a step", "tokens a second", "memory, MiB"], rows)
-    return found
 
 
 def answer_of(words: Sequence[str]) -> dict[str, float]:
@@ -182,6 +195,7 @@ def answer_of(words: Sequence[str]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("student", type=Path)
+    parser.add_argument("output", type=Path, help="folder of the cells, made where it is not there")
     parser.add_argument("--steps", type=int, default=47)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}")
@@ -190,7 +204,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--peer", help="a Python with TRL")
     parser.add_argument("--peer-steps", type=int, default=4)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--own", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_flush_denormal(True)
@@ -198,13 +211,11 @@ def main() -> None:
     if options.own:
         print(json.dumps(our_side(options.student, options.own)))
         return
-    found: dict[str, Any] = {"ways": compare_ways(options.student, options) if options.ways else {}}
+    if options.ways:
+        compare_ways(options.student, options)
     if options.peer:
-        found["sides"] = compare_sides(options.student, options.peer, options.peer_steps)
-    facts = provenance()
-    print("\n" + "\n".join(f"- {key}: {value}" for key, value in facts.items()))
-    if options.json:
-        options.json.write_text(json.dumps(found | {"provenance": facts}, indent=1))
+        compare_sides(options.student, options.peer, options.peer_steps)
+    print("\n" + "\n".join(f"- {key}: {value}" for key, value in provenance().items()))
 
 
 if __name__ == "__main__":
