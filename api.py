@@ -21,19 +21,18 @@ from typing import Any
 import torch
 
 from .distill.gap.measure import TEACHER, GapReport, measure_gap
+from .distill.in_memory import distill_in_memory
 from .distill.nested import open_nest
 from .distill.nested_options import NestedSizes
 from .distill.options import DistillLoss, DistillOptions, TrainOptions
-from .distill.parallel import prepare
 from .distill.report.exported import ExportForm
 from .distill.report.exported_text import evaluated_tokens
 from .distill.rollout_options import Rollouts
-from .distill.rollouts import check_student, stage_loss
-from .distill.stages import check_text, stage_batches
+from .distill.rollouts import check_student
+from .distill.stages import check_epochs, check_text
 from .distill.text.given import Data, fitted, read_sample, read_text
 from .distill.text.mixture import whole
 from .distill.text.packing import Batch
-from .distill.trainer import train
 from .models.checkpoint import load_config, load_model, open_checkpoint, save_model
 from .models.config import HybridConfig
 from .models.cost.fit import Estimate, Fit
@@ -43,7 +42,6 @@ from .models.dtype_names import dtype_name
 from .models.errors import InputError
 from .models.folder import atomic_folder
 from .models.generate.engine import Engine, Request
-from .models.generate.generate import end_tokens
 from .models.generate.sampling import Sampling
 from .models.hybrid import HybridLM
 from .models.named import load_checked, model_config, model_folder, model_weights, read_hardware
@@ -231,6 +229,8 @@ def distill(
     rollouts: Rollouts | Mapping[str, Any] | None = None,
     nested: NestedSizes | Mapping[str, Any] | None = None,
     scores: Scores | None = None,
+    held_out: Data | None = None,
+    evaluate_tokens: int = 16384,
     seq_len: int | None = None,
     batch: int | None = None,
     seed: int = 0,
@@ -241,7 +241,8 @@ def distill(
     {"new_tokens": 64}, has it learn on text that it writes itself (`distill.rollout_options.Rollouts`). With `nested`,
     such as {"sizes": [{"target": {}}, {"target": {"parameters": 0.75}}]} (`distill.nested_options.NestedSizes`), and
     the student's `scores`, several sizes are cut out of it and trained in one; they are the result's `sizes`, and the
-    student stays as it is."""
+    student stays as it is. With `evaluate_every` records have figures of so many tokens of `held_out`, which is the
+    validation split of `data` unless told; what the options keep (best, mean, moving average) is what is left."""
     teacher = load(teacher)
     if not isinstance(student, HybridLM) or student is teacher:
         raise InputError("distill: the student is trained in place; expected a model of load or prune, not the teacher")
@@ -257,28 +258,27 @@ def distill(
         nested = checked(NestedSizes, "distill.nested", **nested)
     plan = DistillOptions(loss or DistillLoss(), how, seq_len, batch, 0, rollouts=rollouts, nested=nested)
     check_text(text, plan)
+    check_epochs(text, [plan])
     check_student(plan, student.config.max_position_embeddings, whole=True)
-    dtype, nest, records = student.head_weight.dtype, None, list[Mapping[str, Any]]()
-    trained_loss: Any = stage_loss(teacher, plan, None, seed, end_tokens(student.config.eos_token_id))
+    measured: list[Batch] = []
+    if how.evaluate_every:
+        reader, unseen_text = student if student.tokenizer is not None else teacher, held_out_of(data, held_out)
+        measured = read_sample(reader, unseen_text, "validation", evaluate_tokens, seq_len, plan.rows, seed)
+    nest = None
     if nested is not None and scores is not None:
         cut = nested_model(student, scores.widths, nested.targets)
-        trained, nest = open_nest(nested, cut.model, cut.sizes, cut.parameters, dtype)
-        trained_loss = nest.loss(trained_loss, seed)
-    else:
-        student.requires_grad_(True).train()
-        trained = prepare(student.float() if dtype.itemsize < 4 else student, dtype)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            train(
-                trained, trained_loss, lambda start: stage_batches(text, plan, 0, seed, start), how, Path(folder),
-                on_step=lambda record: records.append(dict(record)),
-            )  # fmt: skip
-    finally:
-        teacher.requires_grad_(True)
-        trained.model.to(dtype).eval()
+        nest = open_nest(nested, cut.model, cut.sizes, cut.parameters, student.head_weight.dtype)
+    records, sizes = distill_in_memory(teacher, student, text, plan, seed, nest, measured)
     last = next((record["loss"] for record in reversed(records) if "loss" in record), float("nan"))
-    read, sizes = how.steps * batch * seq_len, {} if nest is None else nest.models(trained.model)
+    read = how.steps * batch * seq_len
     return Distilled(how.steps, seq_len, batch, read, read / text.tokens, last, tuple(records), sizes)
+
+
+def held_out_of(data: Data, held_out: Data | None) -> Data:
+    """The text that a training is measured on. Raises InputError where there is none besides what it reads."""
+    if held_out is None and not isinstance(data, (str, Path, Mapping)):
+        raise InputError("distill: a list of texts is read as a whole; evaluate_every needs held_out=, text besides it")
+    return data if held_out is None else held_out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from limbeck.models.config import HybridConfig
 from limbeck.models.provenance import provenance
 from limbeck.tests.family_draws import falcon_config, granite_config, nemotron_config, stretched_config
@@ -48,6 +49,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--configs", type=int, default=24, help="of each family")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     origin = provenance()
     print(", ".join(f"{name} {origin[name]}" for name in ("commit", "torch", "transformers") if origin.get(name)))
     print("| family | configs | logits | gradients |\n|---|---|---|---|")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from typing import Any
 
 from ..kernels.divergence import DIVERGENCES, Divergence
@@ -12,7 +11,7 @@ from ..models.errors import InputError
 from ..models.quantities import check_between
 from ..models.rounding import ALIASES, ROUNDINGS
 from .nested_options import WHERE, NestedSizes, check_nested
-from .rollout_options import RolloutChanges, Rollouts, changed_rollouts
+from .rollout_options import RolloutChanges, Rollouts, changed_rollouts, changes_of, given
 
 SCHEDULES = ("cosine", "wsd")
 OPTIMIZERS = ("adamw", "muon")
@@ -240,12 +239,7 @@ class Correction:
             )
 
 
-# A field for each of TrainOptions, None where a stage leaves it as it is.
-TrainChanges = dataclasses.make_dataclass(
-    "TrainChanges",
-    [(name, kind | None, None) for name, kind in typing.get_type_hints(TrainOptions).items()],
-    frozen=True,
-)
+TrainChanges = changes_of(TrainOptions, "TrainChanges")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,17 +251,12 @@ class StageOptions(TrainChanges):  # type: ignore[misc, valid-type]
     seq_len: int | None = None
     batch: int | None = None
     evaluate_tokens: int | None = None
-    rollouts: RolloutChanges | None = None  # type: ignore[valid-type]
+    rollouts: RolloutChanges | None = None
 
     @property
     def changes(self) -> dict[str, Any]:
         found = given(dataclasses.asdict(self))
         return found if self.rollouts is None else found | {"rollouts": given(found["rollouts"])}
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Those of the options that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +379,9 @@ class DistillOptions:
         correction = self.teacher_correction
         assert correction is not None
         steps = correction.steps or self.steps_for(correction.tokens)
-        train = dataclasses.replace(self.train, steps=steps, learning_rate=correction.learning_rate)
+        # The teacher answers in its own precision, and nothing is measured meanwhile.
+        plain_weights: dict[str, Any] = {"quantize": None, "keep": "last", "evaluate_every": 0}
+        train = dataclasses.replace(self.train, steps=steps, learning_rate=correction.learning_rate, **plain_weights)
         plain = dataclasses.replace(self, stages=(), rollouts=None, nested=None, teacher_correction=None)
         return dataclasses.replace(plain, train=train, repack=True)
 

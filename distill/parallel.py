@@ -28,6 +28,9 @@ from ..models.row_split import check_context
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
 
 
+SPLIT_ROWS = "training: quantize={} needs whole rows in every process; give shard=false with it"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedWeight:
     """A parameter in training. `local` is what the optimizer moves here: the parameter, its rows that are this

@@ -19,7 +19,7 @@ from ..models.errors import InputError
 from ..models.families.family import stored_tensors
 from ..models.quantise import group_of, rounded, rounded_input, rounded_names
 from ..models.rounding import ROUNDINGS, Rounding
-from .parallel import Trained, TrainedWeight, lowered, placed
+from .parallel import SPLIT_ROWS, Trained, TrainedWeight, lowered, placed
 
 
 class RoundedInput(torch.autograd.Function):
@@ -65,7 +65,7 @@ def quantised(trained: Trained, name: str | None) -> Iterator[Trained]:
     rounding = ROUNDINGS[name]
     parts, group = rounded_parts(trained.model.config, rounding)
     if any(weight.split for weight in trained.weights):
-        raise InputError(f"training: quantize={name} needs whole rows in every process; give shard=false with it")
+        raise InputError(SPLIT_ROWS.format(name))
     model, weights = trained.model, []
     for weight in trained.weights:
         weights.append(through(weight, WeightRounding(rounding, group), model) if weight.name in parts else weight)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from ..kernels.divergence import DIVERGENCES, Divergence
@@ -79,12 +80,24 @@ class Rollouts:
         return rows
 
 
-# A field for each of Rollouts, None where a stage leaves it as it is.
-RolloutChanges = dataclasses.make_dataclass(
-    "RolloutChanges",
-    [(name, kind | None, None) for name, kind in typing.get_type_hints(Rollouts).items()],
-    frozen=True,
-)
+def changes_of(options: type, name: str) -> Any:
+    """A dataclass with a field for each of `options`, None where a stage leaves it as it is; what may be null, "none"
+    makes null."""
+    kinds = {field: kind | None for field, kind in typing.get_type_hints(options).items()}
+    kinds |= {
+        field: kind | typing.Literal["none"]
+        for field, kind in kinds.items()
+        if type(None) in typing.get_args(typing.get_type_hints(options)[field])
+    }
+    return dataclasses.make_dataclass(name, [(field, kind, None) for field, kind in kinds.items()], frozen=True)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a stage's options that are not left as they are."""
+    return {name: None if value == "none" else value for name, value in options.items() if value is not None}
+
+
+RolloutChanges = changes_of(Rollouts, "RolloutChanges")
 
 
 def changed_rollouts(rollouts: Rollouts | None, changes: dict[str, Any] | None) -> Rollouts | None:

@@ -26,7 +26,8 @@ from .rollouts import stage_loss
 from .state import METRICS, Say, drop_damaged, fill_weights, states
 from .teacher import CachedTeacher
 from .teaching import held_out_figures
-from .text.mixture import Text
+from .text.mixture import Mixture, Text
+from .text.notes import say as say_notes
 from .text.packing import Batch
 from .text.prompts import Prompts, prompt_batches
 from .trainer import OnStep, train
@@ -58,6 +59,13 @@ def check_text(text: Text, how: DistillOptions) -> None:
         prompts = Prompts(text, how.rollouts.prompt_tokens, 0)
         for corpus in prompts.corpora:
             Prompts(corpus, prompts.length, 0)[0]
+        say_notes(prompts.notes(), "distill.rollouts")
+
+
+def check_epochs(text: Text, plan: Sequence[DistillOptions]) -> None:
+    """Raises InputError where a mixture's source would be read more often than its `epochs`."""
+    if isinstance(text, Mixture):
+        text.check_epochs([(how.train.steps * how.text_rows, how.seq_len) for how in plan])
 
 
 def check_texts(

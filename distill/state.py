@@ -192,8 +192,11 @@ def load_state(
         return Progress()
     newest = all_states[-1]  # as the first process sees it: on a shared disk another may not see it yet
     read_weights(trained, newest / WEIGHTS)
-    if average and (newest / AVERAGE).exists():  # a run resumed with ema_decay added begins its average here
+    if average and (newest / AVERAGE).exists():
         read_parts(newest / AVERAGE, trained, average)
+    elif average:  # a run resumed with ema_decay added begins its average here
+        for weight in trained.weights:
+            average[weight.name].copy_(weight.local.detach())
     by_name = {weight.name: weight for weight in trained.weights}
     with safe_open(newest / OPTIMIZER, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118

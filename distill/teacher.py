@@ -29,7 +29,7 @@ from torch import Tensor
 from ..kernels.linear_draws_kl import Draws, linear_draws, linear_draws_kl
 from ..kernels.linear_topk_kl import LinearTopKKL, TopK, linear_topk, linear_topk_kl
 from ..models import processes
-from ..models.errors import InputError
+from ..models.errors import CheckFailed, InputError
 from ..models.folder import write_json
 from ..models.foreign import read_object
 from ..models.hybrid import HybridLM
@@ -304,6 +304,8 @@ def cached_gap(
         sums += torch.stack([part.double().sum() for part in (loss.cross_entropy, loss.kl, loss.agreement)]).cpu()
         tokens, text_bytes = tokens + int((labels >= 0).sum()), text_bytes + int(rows.n_bytes.sum())
     nats, kl, agreed = sums.tolist()
+    if not (math.isfinite(nats) and math.isfinite(kl)):
+        raise CheckFailed("distill: the student's held-out figures are not finite; try a wider dtype, or a lower rate")
     return {
         "validation_loss": nats / tokens,
         "validation_bits_per_byte": nats / math.log(2) / text_bytes,

@@ -69,6 +69,9 @@ def check_cache_serves(how: DistillOptions) -> None:
             "distill: teacher_cache holds what the teacher said as it was; leave teacher_correction out, and cache"
             " the corrected teacher"
         )
+    if how.teacher_dtype is not None or how.teacher_offload:
+        name = "teacher_dtype" if how.teacher_dtype is not None else "teacher_offload"
+        raise InputError(f"distill: with teacher_cache no teacher is read; leave distill.{name} out")
     if any(stage.own_rows for stage in how.plan()):
         raise InputError(
             "distill: teacher_cache has no answer to text that the student is yet to write; leave it or"

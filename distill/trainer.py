@@ -136,7 +136,8 @@ class TrainingRun:
                 check_warmup(self.options, self.say)
         self.split = row_split(self.options.context_parallel)
         self.metrics = self.folder / METRICS
-        set_layers(self.trained.model, self.options)
+        run_twice, compiled = self.options.activation_checkpointing, self.options.compile
+        set_layers(self.trained.model, recompute=run_twice, compiled=compiled)
         self.optimizers = make_optimizers(self.trained, self.options)
         rate = self.options.expert_balance
         self.balance = ExpertBalance(self.trained.model, rate) if rate else None
@@ -164,6 +165,9 @@ class TrainingRun:
                     self.save()
                 if signal:
                     raise Stopped(signal, self.farewell())
+        if self.progress.in_a_row and self.progress.step == options.steps and processes.rank() == 0:
+            skipped = self.progress.in_a_row
+            self.say(f"note: the last {skipped:,} steps were not finite and are skipped: the weights are those before")
         return self.progress.step
 
     def step(self, batch: Rows) -> int:
@@ -344,11 +348,11 @@ def set_rates(optimizers: Mapping[str, torch.optim.Optimizer], rate: float) -> N
             group["lr"] = rate * group["rate_ratio"]
 
 
-def set_layers(model: HybridLM, options: TrainOptions) -> None:
+def set_layers(model: HybridLM, *, recompute: bool, compiled: bool) -> None:
     """How the layers run: kept or run twice, as they stand or compiled."""
     for block in model.layers:
-        block.recompute = options.activation_checkpointing  # type: ignore[assignment]
-        if options.compile:
+        block.recompute = recompute  # type: ignore[assignment]
+        if compiled:
             block.mix = torch.compile(type(block).mix.__get__(block))  # type: ignore[assignment, attr-defined]
         else:
             block.__dict__.pop("mix", None)

@@ -59,6 +59,7 @@ from .stored import (
     quantised_weight,
     quantization_of,
     read_headers,
+    states_tied,
     without_weights,
 )
 from .tensors import Finishing, TensorFile, ahead
@@ -118,7 +119,7 @@ class Checkpoint:
 
 
 def load_config(path: Path | str) -> HybridConfig:
-    """The config of a checkpoint folder. Raises InputError."""
+    """The config of a checkpoint folder; the head is its own where its files or its class say so. Raises InputError."""
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path} is no folder; expected a checkpoint folder with config.json and safetensors")
@@ -131,21 +132,19 @@ def load_config(path: Path | str) -> HybridConfig:
         config = HybridConfig.from_hf(content)
     except InputError as error:
         raise InputError(f"{path / 'config.json'}: {error}") from None
-    tied = config.tie_word_embeddings and not has_own_head(path, config)
+    tied = config.tie_word_embeddings and config.family_record.ties and not has_own_head(path, config)
     steps = 0 if config.mtp_steps and lacks_ahead(path) else config.mtp_steps
     return config.replace(tie_word_embeddings=tied, mtp_steps=steps)
 
 
 def has_own_head(path: Path, config: HybridConfig) -> bool:
-    """Whether the files hold a head of its own though config.json ties it to the embeddings: another matrix than they
-    are (transformers keeps it, too), or any where the family's class ties nothing."""
-    if not config.tie_word_embeddings:
-        return False
+    """Whether the files hold a head though config.json ties it to the embeddings, another matrix than they are:
+    transformers keeps it, too."""
     outer, headers = config.family_record.outer, dict[str, Header]()
     for header in read_headers(weight_files(path)) if (path / SINGLE).exists() or (path / INDEX).exists() else ():
         headers[published_name(config, header.name.removesuffix(PACKED))] = header
     head, table = (headers.get(str(outer[name])) for name in ("lm_head.weight", "embeddings.weight"))
-    if head is None or table is None or not config.family_record.ties or not {head.dtype, table.dtype} <= {*DTYPES}:
+    if head is None or table is None or not {head.dtype, table.dtype} <= {*DTYPES}:
         return head is not None
     blocks = row_blocks((config.vocab_size, config.hidden_size), DTYPES[table.dtype])
     one, other = (StoredPlace(each.file, each.name, DTYPES[each.dtype]) for each in (head, table))
@@ -187,6 +186,9 @@ def checkpoint_of(path: Path, config: HybridConfig, headers: Sequence[Header]) -
         dtype = DTYPES[header.dtype] if quantised is None else dtype_of_numbers(path)
         place = StoredPlace(header.file, header.name, dtype, quantised)
         places[known] = place if adapter is None else adapter.place(known, place)
+    head, table = (str(config.family_record.outer[name]) for name in ("lm_head.weight", "embeddings.weight"))
+    if head in expected and table in places and states_tied(path):  # which the family's class does not do
+        places.setdefault(head, places[table])
     missing = [name for name in expected if name not in places]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -242,6 +242,11 @@ def quantization_of(path: Path) -> dict[str, Any]:
     return stated if isinstance(stated, dict) else {}
 
 
+def states_tied(path: Path) -> bool:
+    """Whether a folder's config.json says that the head is the embeddings."""
+    return read_object(path / "config.json", SETTINGS).get("tie_word_embeddings") is True
+
+
 def dtype_of_numbers(path: Path) -> torch.dtype:
     """The dtype that quantised weights are read in: what config.json says that the model computes in, else bfloat16."""
     content = read_object(path / "config.json", SETTINGS)

@@ -61,43 +61,56 @@ def odd_gap(layers: Sequence[int], total: int) -> bool:
 
 
 def embed(
-    source: str, pattern: str, rules: Rules | None = None, cost: Mapping[int, float] | None = None
+    source: str, pattern: str, rules: Rules | None = None, cost: Mapping[int, float] | None = None, *, size: int = 1
 ) -> tuple[int, ...] | None:
-    """The layers of `source` that stay when it becomes `pattern`; None where no choice within the rules does.
+    """The layers of `source` that stay when it becomes `pattern`, whole blocks of `size`; None where no choice within
+    the rules does.
 
     Of several choices the one whose removed layers cost least together, by `cost` (0 for those it does not name); of
     equal ones the leftmost.
     """
     rules, cost = rules or Rules(), cost or {}
-    if broken_rule(pattern, rules) is not None:
+    if broken_rule(pattern, rules) is not None or len(pattern) % size:
         return None
-    # best[k]: least cost of making pattern[k:] out of source[place:], and the step there (keep the layer or not).
+    left, wanted, pairs = blocks_of(source, size), blocks_of(pattern, size), by_pairs(rules, size)
+    # best[k]: least cost of making wanted[k:] out of left[place:], and the step there (keep the block or not).
     impossible = float("inf")
-    best = [impossible] * len(pattern) + [0.0]
+    best = [impossible] * len(wanted) + [0.0]
     kept: list[list[bool]] = []
-    for place in reversed(range(len(source))):
+    for place in reversed(range(len(left))):
         row, choices = list(best), []
-        for k in range(len(pattern) + 1):
-            fits = k < len(pattern) and pattern[k] == source[place] and not (rules.pairs and (place - k) % 2)
+        gone = sum(cost.get(layer, 0.0) for layer in range(place * size, (place + 1) * size))
+        for k in range(len(wanted) + 1):
+            fits = k < len(wanted) and wanted[k] == left[place] and not (pairs and (place - k) % 2)
             keep = best[k + 1] if fits else impossible
-            drop = best[k] + cost.get(place, 0.0)
+            drop = best[k] + gone
             row[k] = min(keep, drop)
             choices.append(keep <= drop and keep < impossible)
         best = row
         kept.append(choices)
     # Kept layers of like parity as their numbers leave even gaps; the last gap is even when the lengths agree.
-    if best[0] == impossible or (rules.pairs and (len(source) - len(pattern)) % 2):
+    if best[0] == impossible or (pairs and (len(left) - len(wanted)) % 2):
         return None
-    layers: list[int] = []
+    blocks: list[int] = []
     for place, choices in enumerate(reversed(kept)):
-        if choices[len(layers)]:
-            layers.append(place)
-    return tuple(layers)
+        if choices[len(blocks)]:
+            blocks.append(place)
+    return tuple(layer for block in blocks for layer in range(block * size, (block + 1) * size))
+
+
+def blocks_of(pattern: str, size: int) -> tuple[str, ...]:
+    """The blocks of a pattern, each the letters of the layers that come and go together."""
+    return tuple(pattern[start : start + size] for start in range(0, len(pattern), size))
+
+
+def by_pairs(rules: Rules, size: int) -> bool:
+    """Whether blocks go two at a time: those of an even size are pairs of layers each."""
+    return rules.pairs and size % 2 == 1
 
 
 class State(NamedTuple):
-    """Where a leftmost choice stands: layers kept, the next source layer, the run so far, and of each kind how many
-    are kept, counted up to the least number (so that few states are different)."""
+    """Where a leftmost choice stands: blocks kept, the next block of the source, the run so far, and of each kind how
+    many layers are kept, counted up to the least number (so that few states are different)."""
 
     kept: int
     place: int
@@ -106,63 +119,69 @@ class State(NamedTuple):
     counts: tuple[int, ...]
 
 
-def automaton(source: str, layers: int, rules: Rules) -> tuple[Callable[[State], Iterator[tuple[str, State]]], State]:
-    """The steps from a state, by their letters, and the state to begin with."""
-    letters = tuple(dict.fromkeys(source))
-    least = [rules.least(letter) for letter in letters]
+def automaton(
+    source: Sequence[str], blocks: int, rules: Rules
+) -> tuple[Callable[[State], Iterator[tuple[str, State]]], State]:
+    """The steps from a state, by the blocks that they keep, and the state to begin with."""
+    known, kinds = tuple(dict.fromkeys(source)), tuple(dict.fromkeys("".join(source)))
+    least, size = [rules.least(kind) for kind in kinds], len(source[0])
 
     def steps(state: State) -> Iterator[tuple[str, State]]:
-        stop = len(source) - (layers - state.kept) + 1
-        for number, letter in enumerate(letters):
-            run = state.run + 1 if letter == state.last else 1
-            if 0 < rules.longest_run < run:
+        stop = len(source) - (blocks - state.kept) + 1
+        for block in known:
+            run = state.run + 1 if block == state.last else 1
+            if size == 1 and 0 < rules.longest_run < run:
                 continue
-            stride = 2 if rules.pairs else 1
-            found = next((p for p in range(state.place, stop, stride) if source[p] == letter), None)
+            stride = 2 if by_pairs(rules, size) else 1
+            found = next((p for p in range(state.place, stop, stride) if source[p] == block), None)
             if found is not None:
-                counts = list(state.counts)
-                counts[number] = min(counts[number] + 1, least[number])
-                last, run = (letter, run) if rules.longest_run else ("", 0)
-                yield letter, State(state.kept + 1, found + 1, last, run, tuple(counts))
+                counts = tuple(
+                    min(count + block.count(kind), most)
+                    for kind, count, most in zip(kinds, state.counts, least, strict=True)
+                )
+                last, run = (block, run) if rules.longest_run else ("", 0)
+                yield block, State(state.kept + 1, found + 1, last, run, counts)
 
-    return steps, State(0, 0, "", 0, (0,) * len(letters))
+    return steps, State(0, 0, "", 0, (0,) * len(kinds))
 
 
-def ways(source: str, layers: int, rules: Rules) -> Callable[[State], int]:
-    """How many patterns of `layers` letters continue a state."""
-    steps, _ = automaton(source, layers, rules)
-    least = tuple(rules.least(letter) for letter in dict.fromkeys(source))
-    missing = [letter for letter in KINDS if letter not in source and rules.least(letter)]
-    even = not (rules.pairs and (len(source) - layers) % 2)
+def ways(source: Sequence[str], blocks: int, rules: Rules) -> Callable[[State], int]:
+    """How many patterns of so many blocks continue a state."""
+    steps, _ = automaton(source, blocks, rules)
+    letters = dict.fromkeys("".join(source))
+    least = tuple(rules.least(letter) for letter in letters)
+    missing = [letter for letter in KINDS if letter not in letters and rules.least(letter)]
+    even = not (by_pairs(rules, len(source[0])) and (len(source) - blocks) % 2)
 
     @functools.cache
     def count(state: State) -> int:
-        if state.kept == layers:
+        if state.kept == blocks:
             return int(state.counts == least and not missing and even)
         return sum(count(after) for _, after in steps(state))
 
     return count
 
 
-def count_patterns(source: str, layers: int, rules: Rules | None = None) -> int:
-    """How many different patterns of `layers` layers can be left of `source`."""
-    rules = rules or Rules()
-    return ways(source, layers, rules)(automaton(source, layers, rules)[1])
+def count_patterns(source: str, layers: int, rules: Rules | None = None, *, size: int = 1) -> int:
+    """How many different patterns of `layers` layers can be left of `source`, whose blocks of `size` layers come and go
+    together."""
+    rules, blocks = rules or Rules(), blocks_of(source, size)
+    return ways(blocks, layers // size, rules)(automaton(blocks, layers // size, rules)[1])
 
 
-def patterns(source: str, layers: int, rules: Rules | None = None) -> Iterator[str]:
+def patterns(source: str, layers: int, rules: Rules | None = None, *, size: int = 1) -> Iterator[str]:
     """The patterns that `count_patterns` counts, one by one; nothing that leads nowhere is walked."""
-    rules = rules or Rules()
-    steps, start = automaton(source, layers, rules)
-    count = ways(source, layers, rules)
+    rules, blocks, number = rules or Rules(), blocks_of(source, size), layers // size
+    steps, start = automaton(blocks, number, rules)
+    count = ways(blocks, number, rules)
 
     def continued(state: State, before: str) -> Iterator[str]:
-        if state.kept == layers:
+        if state.kept == number:
             yield before
             return
-        for letter, after in steps(state):
+        for block, after in steps(state):
             if count(after):
-                yield from continued(after, before + letter)
+                yield from continued(after, before + block)
 
     if count(start):
         yield from continued(start, "")

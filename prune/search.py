@@ -206,19 +206,19 @@ def find_depths(config: HybridConfig, space: Space, rules: Rules, scores: LayerS
 
 def pattern_counts(config: HybridConfig, candidates: Sequence[Candidate], rules: Rules) -> dict[str, int]:
     """How many patterns can be left at each number of layers that the candidates have."""
-    lengths = sorted({candidate.config.num_layers for candidate in candidates})
-    return {str(number // config.block_size): count_patterns(config.pattern, number, rules) for number in lengths}
+    size, lengths = config.block_size, sorted({candidate.config.num_layers for candidate in candidates})
+    return {str(number // size): count_patterns(config.pattern, number, rules, size=size) for number in lengths}
 
 
 def embedded(config: HybridConfig, pattern: str, rules: Rules, scores: LayerScores | None) -> tuple[int, ...]:
     """The layers that become a named pattern. Raises InputError."""
+    config.replace(pattern=pattern).to_hf()
     cost = scores.candidates[0] if scores is not None and scores.candidates else {}
-    layers = embed(config.pattern, pattern, rules, cost)
+    layers = embed(config.pattern, pattern, rules, cost, size=config.block_size)
     if not layers:
         rule = broken_rule(pattern, rules)
         why = f"it has {rule}" if rule else "no layers of it are left in that order" + ", by pairs" * rules.pairs
         raise InputError(f"space: pattern {pattern!r} cannot be made of the model's {config.pattern}: {why}")
-    config.replace(pattern=pattern).to_hf()
     return layers
 
 

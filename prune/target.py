@@ -197,9 +197,9 @@ def goal_of(config: HybridConfig, parameters: float) -> float:
 def widths_for(
     config: HybridConfig, goal: float, hidden: int | None, intermediate: int | None, given: Mapping[str, int]
 ) -> tuple[int, int]:
-    """hidden_size and intermediate_size for `goal` parameters at most, and within `NEAR` of it if multiples of 1 allow
-    that, of a config whose layers and heads are the target's; those that are given stay, what is tied to hidden_size
-    goes with it (`tied_widths`). Raises InputError where no width leaves so few, or both are given."""
+    """hidden_size and intermediate_size for `goal` parameters at most, within `NEAR` of it where intermediate_size is
+    free (else hidden_size stays a multiple of `FINE`), of a config whose layers and heads are the target's; what is
+    tied to hidden_size goes with it. Raises InputError where no width leaves so few, or both are given."""
     has_mlp, align = any(INNER in kind.fields for kind in config.kinds), alignment(config)
     free = has_mlp and intermediate is None
     if hidden is not None and not free:

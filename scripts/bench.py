@@ -19,13 +19,13 @@ from ..models.cost.parameters import count_parameters
 from ..models.cost.speed import Load, Speed
 from ..models.cost.timing import check_weights_fit, measure, this_cpu
 from ..models.device import torch_device, torch_dtype
-from ..models.errors import InputError, guess
+from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
 from ..models.generate.decode import lay_out
 from ..models.hybrid import HybridLM, initialize
 from ..models.named import load_checked
 from ..models.offload import free_memory
-from .run.compose import CONF
+from .run.cards import card_named, profile
 from .run.resolve import model_config, model_folder, model_names
 from .run.show import progress, say, table
 
@@ -52,6 +52,8 @@ class Options:
 def run(options: Options) -> None:
     if options.output is not None and options.output.exists():
         raise InputError(f"{options.output} exists already; give an output folder that does not")
+    if options.against == options.model:
+        raise InputError(f"against={options.against} is the model itself; give another one, or leave it out")
     names = [options.model, *([] if options.against is None else [options.against])]
     configs = {name: model_config(name) for name in names}
     device = torch_device(options.device)
@@ -59,15 +61,11 @@ def run(options: Options) -> None:
     if options.dtype != "auto":
         dtype = torch_dtype(options.dtype)
     types: dict[str, Any] = {"dtype": dtype, "ssm_dtype": torch_dtype(options.ssm_dtype)}
-    loads = {
-        name: [
-            load_of(text, config, options.batch, options.hardware, options.reserve, types) for text in options.lengths
-        ]
-        for name, config in configs.items()
-    }
+    types_there = types if options.dtype != "auto" else types | {"dtype": torch.bfloat16}
+    limits = (options.batch, options.hardware, options.reserve, types_there, options.prefill_chunk)
+    loads = {name: [load_of(text, config, *limits) for text in options.lengths] for name, config in configs.items()}
     here = profile_here(options, device) if options.measure else None
     speeds = measured_speeds(loads, configs, device, options, types) if options.measure else {}
-    types_there = types if options.dtype != "auto" else types | {"dtype": torch.bfloat16}
     carries = options.measure and device.type == "cuda"
     rows = [
         row_of(name, loads[name][number], config, speeds.get((name, number)), here, options.hardware, types,
@@ -92,29 +90,12 @@ def run(options: Options) -> None:
 
 
 def profile_here(options: Options, device: torch.device) -> Hardware | None:
-    """The limits of what is measured on: the profile that here= names, else a CPU's as probed, else the profile whose
-    name is part of the GPU's."""
+    """The limits of what is measured on: the profile that here= names, else a CPU's as probed, else the GPU's own."""
     if options.here is not None:
         return profile(options.here)
     if device.type == "cpu":
         return this_cpu()
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    near = [known for known in profiles() if known.split("-")[0] in name]
-    return profile(near[0]) if near else None
-
-
-def profiles() -> list[str]:
-    return sorted(path.stem for path in (CONF / "hardware").glob("*.yaml") if path.stem not in ("cpu", "custom"))
-
-
-def profile(name: str) -> Hardware:
-    """A profile of conf/hardware/. Raises InputError."""
-    from omegaconf import OmegaConf
-
-    if name not in profiles():
-        raise InputError(f"here={name}: no such profile; known: {', '.join(profiles())}" + guess(name, profiles()))
-    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / "hardware" / f"{name}.yaml"))
-    return Hardware(**content)
+    return card_named(torch.cuda.get_device_name(device))
 
 
 def model_of(name: str, config: HybridConfig, device: torch.device, dtype: torch.dtype) -> HybridLM:

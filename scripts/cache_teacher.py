@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..distill.options import DistillOptions
+from ..distill.parallel import process_device
 from ..distill.stages import stage_batches
 from ..distill.teacher import TOP_K, CacheOptions, finish_cache, write_cache
 from ..distill.text.mixture import Text
@@ -19,9 +20,9 @@ from ..models.device import torch_device, torch_dtype
 from ..models.errors import InputError
 from ..models.folder import sha256_file
 from .distill import held_out
-from .run.resolve import NamedData, corpus, data_input, model_folder
+from .run.resolve import NamedData, corpus, data_input, model_folder, say_epochs
 from .run.show import progress, read_json, result, table
-from .run.stage import stage
+from .run.stage import many_processes, stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,38 @@ class Options:
 
 
 def run(options: Options) -> None:
-    source, how = model_folder(options.teacher), options.distill
+    check(options.distill)
+    with many_processes(options.device), processes.together():
+        cache(options)
+        if processes.rank():
+            return
+        facts = read_json(options.output / "cache.json")
+        rows = [(name, f"{facts[name]:,}") for name in ("k", "rows", "tokens")]
+        rows.insert(0, ("method", facts.get("method", TOP_K)))
+        rows.append(("bytes a token", f"{facts['bytes_per_token']:,.1f}"))
+        table(f"Cached {options.teacher}", ("", ""), rows)
+        result(options.output, {"cache": str(options.output), **facts})
+
+
+def check(how: DistillOptions) -> None:
+    """Raises InputError for what a cache cannot have, or what would not be heeded."""
     if any(part.own_rows for part in how.plan()):
         raise InputError(
             "cache-teacher: a student with distill.rollouts is yet to write what it reads, and nothing of it can be"
             " cached; leave them out"
         )
+    if how.teacher_correction is not None:
+        raise InputError(
+            "cache-teacher: the teacher is cached as it is; leave distill.teacher_correction out, and give"
+            " teacher=OUTPUT-corrected-teacher of a limbeck distill that has it"
+        )
+    if how.teacher_dtype is not None:
+        raise InputError("cache-teacher: the teacher's dtype is dtype=; leave distill.teacher_dtype out")
+
+
+def cache(options: Options) -> None:
+    """The stage. Of many processes each runs a whole teacher on its share of the rows."""
+    source, how = model_folder(options.teacher), options.distill
     chosen = {
         "cache": options.cache.chosen,
         "rows": [[part.train.steps, part.batch, part.seq_len, part.evaluate_tokens] for part in how.plan()],
@@ -52,24 +79,21 @@ def run(options: Options) -> None:
     }
     inputs = {"teacher": source, "data": data_input(options.data)}
     with stage(options.output, "cache-teacher", inputs=inputs, options=chosen, resumes=True) as work:
-        if not work.finished:
-            teacher = load_model(source, torch_dtype(options.dtype), torch_device(options.device))
-            text = corpus(options.data, "train", source)
-            measured = [held_out(options.data, source, part, options.seed) for part in how.plan()]
-            total = sum(part.train.steps * part.batch for part in how.plan())
-            total += sum(len(batch.input_ids) for batches in measured for batch in batches)
-            with progress("caching the teacher", total) as bar:
-                write_cache(teacher, batches(text, measured, options), work.folder, options.cache, bar.add)
-            processes.gather(None)  # every process has written its files
-            if processes.rank() == 0:
-                tokenizer = sha256_file(source / "tokenizer.json")
-                finish_cache(work.folder, teacher.config.vocab_size, tokenizer, options.cache)
-    facts = read_json(options.output / "cache.json")
-    rows = [(name, f"{facts[name]:,}") for name in ("k", "rows", "tokens")]
-    rows.insert(0, ("method", facts.get("method", TOP_K)))
-    rows.append(("bytes a token", f"{facts['bytes_per_token']:,.1f}"))
-    table(f"Cached {options.teacher}", ("", ""), rows)
-    result(options.output, {"cache": str(options.output), **facts})
+        if work.finished:
+            return
+        device = process_device(torch_device(options.device))
+        teacher = load_model(source, torch_dtype(options.dtype), device)
+        text = corpus(options.data, "train", source)
+        say_epochs(text, [(part.train.steps * part.text_rows, part.seq_len) for part in how.plan()])
+        measured = [held_out(options.data, source, part, options.seed) for part in how.plan()]
+        total = sum(part.train.steps * part.batch for part in how.plan())
+        total += sum(len(batch.input_ids) for batches in measured for batch in batches)
+        with progress("caching the teacher", total) as bar:
+            write_cache(teacher, batches(text, measured, options), work.folder, options.cache, bar.add)
+        processes.gather(None)  # every process has written its files
+        if processes.rank() == 0:
+            tokenizer = sha256_file(source / "tokenizer.json")
+            finish_cache(work.folder, teacher.config.vocab_size, tokenizer, options.cache)
 
 
 def batches(text: Text, held_out: list[list[Batch]], options: Options) -> Iterator[tuple[Batch, int]]:

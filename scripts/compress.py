@@ -38,7 +38,7 @@ from .run.show import console, read_json, result, say
 from .run.stage import check_ours, many_processes, owned_by_run, stage
 from .run.tracking import Tracked
 
-APART = ("output", "device", "data", "dry_run", "matmul")  # no options of the run's; `stage` is told of the latter
+APART = ("output", "device", "data", "dry_run", "matmul", "shard")  # not the run's own, or what `stage` is told of
 # What only the last stages read: another value makes these anew, and leaves the rest as it is.
 LATE = ("evaluate_tokens", "export_dtype", "hardware", "fit")
 
@@ -61,6 +61,7 @@ class Options(Tracked):
     export_dtype: str
     hardware: Hardware
     fit: Fit
+    shard: bool
 
     def __post_init__(self) -> None:
         for name in ("data", "output"):
@@ -84,12 +85,12 @@ def run(options: Options) -> None:
             if not options.dry_run or processes.count() > 1:  # one process may plan for many
                 check_share(how.batch, how.seq_len, how.train.context_parallel)
         if options.dry_run:
-            return processes.in_first(
-                lambda: rehearse(model_config(options.model), rounds, options.hardware, options.fit)
-            )
+            config = model_config(options.model)
+            return processes.in_first(lambda: rehearse(config, rounds, options.hardware, options.fit))
         assert options.data is not None and options.output is not None
         with owned_by_run(options.output):
-            processes.in_first(functools.partial(claim, options, options.data, options.output))
+            whole = not options.shard or processes.count() == 1
+            processes.in_first(functools.partial(claim, options, options.data, options.output, whole=whole))
             compress(options, options.output)
 
 
@@ -124,9 +125,9 @@ def prove(options: Options, source: str, distilled: str, out: Path, number: Iter
     finish(out, options, {name: estimate.to_json() for name, estimate in fits.items()})
 
 
-def shared(options: Options) -> dict[str, Any]:
+def shared(options: Options, reads: bool = True) -> dict[str, Any]:
     """What every stage is told."""
-    return {"data": options.data, "device": options.device, "dtype": options.dtype}
+    return {"data": options.data if reads else None, "device": options.device, "dtype": options.dtype}
 
 
 def score_round(options: Options, model: str, one: Round, folder: Path) -> None:
@@ -136,14 +137,14 @@ def score_round(options: Options, model: str, one: Round, folder: Path) -> None:
 
 def prune_round(options: Options, model: str, one: Round, scores: Path, folder: Path) -> None:
     prune.run(prune.Options(model, scores, folder, one.target, one.repair, seq_len=one.distill.seq_len,
-                            batch=one.distill.rows, seed=one.seed, **shared(options)))  # fmt: skip
+                            batch=one.distill.rows, seed=one.seed, **shared(options, one.reads_text)))  # fmt: skip
 
 
 def distill_round(
     options: Options, teacher: str, student: Path, one: Round, folder: Path, cache: Path | None = None
 ) -> None:
     distill.run(distill.Options(teacher, str(student), output=folder, seed=one.seed, distill=one.distill,
-                                teacher_cache=cache, **options.tracking, **shared(options)))  # fmt: skip
+        teacher_cache=cache, shard=options.shard, **options.tracking, **shared(options)))  # fmt: skip
 
 
 def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], out: Path) -> None:
@@ -155,9 +156,9 @@ def measure_gap(options: Options, teacher: str, students: Mapping[str, Path], ou
     evaluate.run(wanted, replaces=True)
 
 
-def claim(options: Options, data: NamedData, root: Path) -> None:
-    """Makes the output folder this run's. Raises InputError where it is not new or this very run's (but for LATE), and
-    where a stage could not do what is wanted of it."""
+def claim(options: Options, data: NamedData, root: Path, *, whole: bool) -> None:
+    """Makes the output folder this run's, whose students are `whole` in every process or split among them. Raises
+    InputError where it is not new or this very run's (but for LATE), and where a stage could not do what is wanted."""
     source, rounds = model_folder(options.model), options.plan()
     content = plain(options) | {"distill": options.distill.chosen}
     for name in (*APART, *LATE, *options.tracking, *(() if options.rounds else ("rounds",))):
@@ -168,7 +169,7 @@ def claim(options: Options, data: NamedData, root: Path) -> None:
     options.fit.estimate(load_config(source), options.hardware)  # says what is wrong with either
     evaluate.Details().check_length(load_config(source).max_position_embeddings)
     if not (root / "run").exists():
-        check_feasible(data, source, rounds)
+        check_feasible(data, source, rounds, whole=whole)
     with stage(root / "run", "compress", inputs={"model": source, "data": data_input(data)}, options=content):
         pass
 
@@ -178,9 +179,8 @@ def finish(out: Path, options: Options, fits: dict[str, Any]) -> None:
     gap, rounds = read_json(out / "gap" / "gap.json"), options.plan()
     last = out / rounds[-1].name
     folders = {f"{one.name} scores".strip(): out / one.name / "scores" for one in rounds}
-    folders |= student_folders(out, rounds)
-    folders |= {name: out / name for name in ("gap", "exported")}
     sizes = student_folders(out, rounds)
+    folders |= sizes | {name: out / name for name in ("gap", "exported")}
     with stage(out / "report", "report", inputs=folders, options={"memory": fits}, replaces=True) as work:
         if not work.finished:
             write_page(

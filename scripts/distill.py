@@ -101,6 +101,7 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
             with processes.together():
                 text = corpus(options.data, "train", teacher)
                 check_text(text, how)
+                say_epochs(text, [(how.train.steps * how.text_rows, how.seq_len)])
                 check_plan([how], load_config(teacher), whole=True)
             model = load_trained(teacher, dtype, process_device(torch_device(options.device)), options.shard)
             training, config = work.folder / "training", model.model.config
@@ -122,7 +123,6 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
         for note in check_agreement(teacher_folder, student_folder):
             say(f"note: {note}")
         check_plan(plan, load_config(student_folder), not options.shard or processes.count() == 1)
-    ahead = any(how.loss.mtp_weight for how in plan)
     measured = functools.partial(held_out, options.data, student_folder, seed=seed)
     device, nest = process_device(torch_device(options.device)), None
     if options.distill.nested is not None and options.scores is not None:
@@ -130,7 +130,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
             cut = nested_student(student_folder, options.scores, options.distill.nested.targets, dtype, device)
             student, nest = open_nest(options.distill.nested, cut.model, cut.sizes, cut.parameters, dtype)
     else:
-        student = load_trained(student_folder, dtype, device, options.shard, ahead)
+        student = load_trained(student_folder, dtype, device, options.shard, any(how.loss.mtp_weight for how in plan))
     teacher, pairing = open_teacher(work, teacher_folder, student_folder, student, options)
     check_forward({"student": student.model} | ({"teacher": teacher} if isinstance(teacher, HybridLM) else {}))
     with processes.together():

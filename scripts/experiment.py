@@ -92,7 +92,7 @@ def check(options: Options, plans: Sequence[Plan]) -> None:
         for cell, *_ in plan.cells.values():
             assert cell.chain.data is not None
             try:
-                check_feasible(cell.chain.data, model_folder(cell.chain.model), cell.chain.plan())
+                check_feasible(cell.chain.data, model_folder(cell.chain.model), cell.chain.plan(), whole=True)
             except InputError as error:
                 raise InputError(f"{cell.title}: {error}") from None
 

@@ -44,6 +44,8 @@ class Options:
 
 
 def run(options: Options) -> None:
+    if options.output is not None and options.output.exists():
+        raise InputError(f"{options.output} exists already; give an output folder that does not")
     config, hardware = model_config(options.model), options.hardware
     short = ("context", "batch", "tensor_parallel")
     named = {name: value for name in short if (value := getattr(options, name)) is not None}

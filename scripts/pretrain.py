@@ -28,6 +28,7 @@ from .run.resolve import (
     documents,
     model_config,
     model_folder,
+    say_epochs,
     text_in_tokens,
     torch_device,
 )
@@ -86,6 +87,7 @@ def pretrain(work: Work, options: Options) -> None:
         text_in_tokens(options.data, "validation", tokenizer_from).sample(**size, max_tokens=options.evaluate_tokens)
     )
     say(f"{count_parameters(config):,} parameters, {text.tokens:,} tokens of text")
+    say_epochs(text, [(options.train.steps * options.batch, options.seq_len)])
 
     def evaluate(model: HybridLM) -> dict[str, float]:
         split = row_split(options.train.context_parallel)

@@ -90,6 +90,8 @@ def prune(options: Options) -> None:
     scores, target = scored or nested_size(source, str(options.nested))
     inputs: dict[str, Path | str] = {"model": source}
     inputs |= {} if options.scores is None else {"scores": options.scores}
+    if options.data is not None and not repair.needs_data:
+        say("note: data= is not read: the repair needs no text (repair=auto or repair=full would)")
     if repair.needs_data:
         assert options.data is not None
         inputs["data"] = data_input(options.data)

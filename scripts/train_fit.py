@@ -47,6 +47,8 @@ class Options(compress.Options):
 
     def __post_init__(self) -> None:
         check_counts(self, "processes")
+        if not self.shard:
+            raise InputError("train-fit: matrices are counted as split among the processes (FSDP2); leave shard out")
         self.plan()
 
 

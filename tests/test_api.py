@@ -14,7 +14,10 @@ from typing import Any
 import limbeck
 import pytest
 import torch
-from limbeck.distill.options import DistillLoss
+from limbeck.distill import in_memory
+from limbeck.distill.options import DistillLoss, HiddenLoss
+from limbeck.distill.text import given
+from limbeck.distill.text.packing import Corpus
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
@@ -306,3 +309,62 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytes
     matplotlib.pyplot.close("all")
     assert len(cells) >= 6 and names["gap"].kl["distilled"] < names["gap"].kl["pruned"]
     assert not any(cell.get("outputs") for cell in content["cells"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    ({"ema_decay": 0.9}, {"average_states": 3, "save_every": 1}, {"keep": "best", "evaluate_every": 1}),
+    ids=lambda options: next(iter(options)),
+)
+def test_what_a_training_keeps_is_left(
+    options: dict[str, Any], model: HybridLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average, the mean of the last states or the best step, and held-out figures in the records."""
+    measure, measured = in_memory.held_out_figures, list[float]()
+
+    def rising(*given: Any, **named: Any) -> dict[str, float]:
+        measured.append(measure(*given, **named)["validation_kl"])
+        return {"validation_kl": float(len(measured))}
+
+    monkeypatch.setattr(in_memory, "held_out_figures", rising)
+    plain, kept = copied(model), copied(model)
+    for student in (plain, kept):  # what the teacher is already stays as it is
+        with torch.no_grad():
+            student.norm_f.weight.mul_(1.5)
+    how: dict[str, Any] = {"steps": 3, "seq_len": 64, "batch": 2, "learning_rate": 0.5, "evaluate_tokens": 256}
+    limbeck.distill(model, plain, TEXTS, **how)
+    done = limbeck.distill(model, kept, TEXTS, held_out=TEXTS[:2], **how, **options)
+    assert not same_weights(plain, kept)
+    if "keep" in options:
+        assert [record["validation_kl"] for record in done.records] == [1, 2, 3] and len({*measured}) == 3
+        report = limbeck.evaluate(model, {"kept": kept}, TEXTS[:2], tokens=256, seq_len=64, batch=2).report
+        assert report.models["kept"].kl.value == pytest.approx(measured[0], rel=0.02)  # the rows differ in their order
+
+
+def test_held_out_text_of_a_list_has_to_be_given(model: HybridLM) -> None:
+    with pytest.raises(InputError, match="held_out="):
+        limbeck.distill(model, copied(model), TEXTS, steps=2, seq_len=64, batch=2, evaluate_every=1)
+
+
+def test_hidden_states_and_layers_run_twice(model: HybridLM) -> None:
+    student = copied(model)
+    loss = DistillLoss(hidden=HiddenLoss(weight=1.0, fit_tokens=256))
+    how: dict[str, Any] = {"steps": 2, "seq_len": 64, "batch": 2}
+    found = limbeck.distill(model, student, TEXTS, loss=loss, activation_checkpointing=True, **how)
+    assert found.loss >= 0 and not any(block.recompute for block in student.layers)
+
+
+def test_files_are_read_as_they_are_now(model: HybridLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one name, rewritten, and in another folder."""
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        rows = [json.dumps({"text": f"{name} {n}"}) for n in range(60)]
+        (tmp_path / name / "t.jsonl").write_text("\n".join(rows))
+        monkeypatch.chdir(tmp_path / name)
+        assert len(given.read_text(model, "t.jsonl", "all")) == 60
+        first = given.read_text(model, "t.jsonl", "all")
+        assert isinstance(first, Corpus)
+        assert model.tokenizer is not None
+        assert name in model.tokenizer.decode(first.ids[: int(first.starts[1])].tolist()), number
+    (tmp_path / "two" / "t.jsonl").write_text("\n".join(json.dumps({"text": f"new {n}"}) for n in range(90)))
+    assert len(given.read_text(model, "t.jsonl", "all")) == 90

@@ -12,6 +12,7 @@ from limbeck.models.cost.speed import Load, Speed, predicted, roofline
 from limbeck.models.cost.timing import measure
 from limbeck.models.errors import InputError
 from limbeck.scripts import bench
+from limbeck.scripts.run.cards import card_named, profile
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import limbeck, random_model, tiny_config
 
@@ -82,12 +83,40 @@ def test_two_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["batch=fit", "hardware=custom", "hardware.usable_gib=0.1"], "not one sequence"),
         (["against=nothing"], "nothing"),
         (["rounds=0"], "at least 1"),
+        (["against=zoo"], "the model itself"),
     ),
 )
 def test_wrong_input(arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "this_cpu", lambda: Hardware("this CPU", 0, 0, 20, 0.1))
     code, _, err = limbeck("bench", "model=zoo", "rounds=1", *arguments)
     assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    (
+        ("NVIDIA A10G", "a10g"), ("NVIDIA L4", "l4"), ("NVIDIA L40S", "l40s"), ("NVIDIA L40", None),
+        ("NVIDIA T400", None),
+        ("Tesla T4", "t4"), ("NVIDIA A100-SXM4-80GB", "a100-80g"), ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA A100 80GB PCIe", None), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None), ("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"), ("NVIDIA GeForce RTX 5090 Laptop GPU", None), ("NVIDIA B200", "b200"),
+    ),
+)  # fmt: skip
+def test_a_card_is_known_by_its_own_name_alone(device: str, name: str | None) -> None:
+    found = card_named(device)
+    assert found == (None if name is None else profile(name))
+
+
+def test_the_batch_that_fits_a_card_is_that_in_its_dtypes() -> None:
+    """In bfloat16 there, whatever this machine measures in, with the prefill's own chunks."""
+    profile_of = {"hardware=custom", "hardware.usable_gib=2"}
+    sizes = []
+    for more in (["measure=false"], ["measure=false", "dtype=bfloat16"], ["measure=false", "dtype=float32"]):
+        code, out, err = limbeck("bench", "model=zoo-small", "batch=fit", "lengths=[64/64]", *profile_of, *more)
+        assert code == 0, err
+        sizes.append(out)
+    assert sizes[0] == sizes[1] != sizes[2]
 
 
 def test_weights_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -336,3 +337,43 @@ def test_null_and_silent_conversations_are_counted(
     assert len(corpus) == 2 and corpus.rows(64) == 1
     told = " ".join(record.message for record in caplog.records)
     assert "2 records whose text is null" in told and "1 conversations without an answer" in told
+
+
+def test_of_conversations_without_tokens_or_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The template may write nothing of a conversation, first, between others and last; and of rows without any answer
+    longer rows are no help."""
+    quiet = "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    folder, system = chat_folder(tmp_path / "f", quiet), {"role": "system", "content": "s"}
+    rows = [{"messages": [system]}, {"messages": [ASK, SAY]}, {"messages": [{**system, "content": "t"}]},
+            {"messages": [ASK, {**SAY, "content": "b"}]}, {"messages": [{**system, "content": "u"}]}]  # fmt: skip
+    corpus = corpus_of(write_rows(tmp_path / "a.jsonl", rows), folder)
+    assert len(corpus) == 5 and corpus.rows(64) == 1
+    assert "3 conversations of which the template writes nothing" in " ".join(r.message for r in caplog.records)
+    batch = whole_batch(corpus, 64)
+    assert int((batch.labels >= 0).sum()) > 0 and set(batch.doc_id.unique().tolist()) == {-1, 1, 3}
+    silent = corpus_of(write_rows(tmp_path / "b.jsonl", [{"messages": [ASK]}]), folder)
+    with pytest.raises(InputError, match=r"1 conversations without an answer are left out$"):
+        silent.rows(64)
+
+
+def test_contents_in_parts_are_texts(folder: Path, tmp_path: Path) -> None:
+    """And a message's dates are texts, too, as a table has them."""
+    parts = {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "?"}]}
+    rows = [{"messages": [parts, SAY]}]
+    one = corpus_of(write_rows(tmp_path / "a.jsonl", rows), folder)
+    rows = [{"messages": [{"role": "user", "content": "q?"}, SAY]}]
+    other = corpus_of(write_rows(tmp_path / "b.jsonl", rows), folder)
+    assert one.ids.tolist() == other.ids.tolist()
+    dated = [{"messages": [{**ASK, "at": datetime.datetime(2026, 1, 1)}, SAY]}]
+    text = resolve.text_in_tokens(dated, "all", folder)
+    assert text.tokens == one.tokens - 1
+
+
+def test_a_template_that_knows_nothing_of_thinking_is_told_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = chat_folder(tmp_path / "f", "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}")
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [ASK, SAY | {"reasoning_content": "hm"}]}])
+    told, plain = (corpus_of(path, folder, **more) for more in ({"reasoning_share": 1.0}, {}))
+    assert told.ids.tolist() == plain.ids.tolist()
+    assert "the template has no word for it" in " ".join(record.message for record in caplog.records)

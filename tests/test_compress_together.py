@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limbeck.distill.teacher import read_keys, shards
 from limbeck.models import processes
 from limbeck.models.errors import InputError
 from limbeck.scripts.run.show import read_json
@@ -70,3 +71,30 @@ def test_rows_that_do_not_divide_are_refused_at_once(workshop: Path, tmp_path: P
     lines = [line for line in done.stderr.splitlines() if line.startswith("limbeck:")]
     assert done.returncode and len(lines) == 1 and "distill.batch is 3" in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_cache_as_one(workshop: Path, tmp_path: Path) -> None:
+    """Each its share of the rows, and what distill reads from both is the same."""
+    places = [f"teacher={workshop / 'model'}", f"data={workshop / 'text'}", "device=cpu", "cache.k=8"]
+    rows = ["distill.seq_len=32", "distill.batch=2", "distill.train.steps=4", "distill.evaluate_tokens=64"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, _, err = limbeck("cache-teacher", *places, *rows, f"output={one}")
+    assert code == 0, err
+    done = launch([*MAIN, "cache-teacher", *places, *rows, f"output={two}"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("bytes a token") == 1 and len(shards(two)) == 2 * len(shards(one)) == 2
+    facts = [read_json(folder / "cache.json") for folder in (one, two)]
+    assert facts[0]["rows"] == facts[1]["rows"] and facts[0]["tokens"] == facts[1]["tokens"]
+    keys = [sorted(key for path in shards(folder) for key in read_keys(path)) for folder in (one, two)]
+    assert keys[0] == keys[1]
+
+
+@pytest.mark.slow
+def test_students_that_cannot_be_split_are_refused_before_work(workshop: Path, tmp_path: Path) -> None:
+    """And shard=false, which the refusal asks for, is an option of the command."""
+    words = [*compress_command(workshop, tmp_path / "out"), "device=cpu", "distill.train.quantize=w8a8"]
+    done = launch([*MAIN, *words])
+    assert done.returncode != 0 and "give shard=false" in done.stderr and not (tmp_path / "out").exists()
+    done = launch([*MAIN, *words, "shard=false"])
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from limbeck.distill import teacher as module
+from limbeck.distill.losses import DistillLoss
+from limbeck.distill.options import Correction, DistillOptions, TrainOptions
 from limbeck.distill.parallel import load_frozen
 from limbeck.distill.teaching import kept_of
 from limbeck.models.checkpoint import load_model, save_model
@@ -210,3 +212,26 @@ def test_a_teacher_in_main_memory_and_in_another_dtype(workshop: Path, tmp_path:
     assert all(weight.is_meta for weight in teacher.layers.parameters()) and not teacher.head_weight.is_meta
     code, _, said = distil(workshop, tmp_path / "x", "distill.teacher_dtype=float31")
     assert code == 2 and "float31" in said
+
+
+def test_options_that_a_cache_cannot_heed_are_refused(workshop: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    for word, says in (
+        ("distill.teacher_correction={steps: 2}", "leave distill.teacher_correction out"),
+        ("distill.teacher_dtype=bfloat16", "is dtype="),
+    ):
+        code, _, err = cache(workshop, out, word)
+        assert code == 2 and says in err and not out.exists(), err
+    assert cache(workshop, out, "cache.k=8")[0] == 0
+    for word in ("distill.teacher_dtype=bfloat16", "distill.teacher_offload=true"):
+        code, _, said = distil(workshop, tmp_path / "no", f"teacher_cache={out}", word)
+        assert code == 2 and "no teacher is read" in said, said
+
+
+def test_a_corrected_teacher_is_trained_plainly(workshop: Path, tmp_path: Path) -> None:
+    """Not through the student's rounding, and without the student's choice of a best step."""
+    how = DistillOptions(
+        DistillLoss(), TrainOptions(3, 1e-3, quantize="w8a8", keep="best", evaluate_every=1), 32, 2, 64,
+        teacher_correction=Correction(steps=2),
+    ).correction()  # fmt: skip
+    assert (how.train.quantize, how.train.keep, how.train.evaluate_every, how.train.steps) == (None, "last", 0, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck.models.errors import InputError
 from limbeck.models.generate import answers
 from limbeck.models.generate.chat import ChatTemplate
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
@@ -24,6 +26,7 @@ from rich.console import Console
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    "{# /no_think #}"
 )
 
 
@@ -310,3 +313,57 @@ def test_a_chat_at_the_terminal(endless: list[str]) -> None:
     terminal.wait_for("> ")
     terminal.send("\x04")
     assert terminal.close() == 0 and "Traceback" not in terminal.seen
+
+
+@pytest.mark.parametrize("ending", ("JSONL", "ndjson", "json"))
+def test_objects_by_every_ending(ending: str, aligned: Path, tmp_path: Path) -> None:
+    """With tools as a table holds them, as a text; contents in parts; a byte order mark."""
+    tools, user = [{"name": "look"}], {"role": "user", "content": [{"type": "text", "text": "u"}]}
+    rows: list[dict[str, Any]] = [
+        {"messages": [user], "tools": json.dumps(tools)}, {"prompt": "p", "tools": tools}, {"prompt": "p"}
+    ]  # fmt: skip
+    text = json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"p.{ending}").write_text("\ufeff" + text)
+    read = answers.read_prompts(tmp_path / f"p.{ending}")
+    assert [row.get("tools") for row in read] == [tools, tools, None]
+    assert read[0]["messages"] == [{"role": "user", "content": "u"}]
+    (aligned / "chat_template.jinja").write_text("{{ tools[0].name if tools else 'none' }}:{{ messages[0].content }}")
+    words = ("generate", f"model={aligned}", f"prompts={tmp_path / f'p.{ending}'}", "max_new_tokens=1", "chat=true")
+    with pytest.MonkeyPatch.context() as patch:
+        seen: list[str] = []
+        encode = Tokenizer.encode
+        patch.setattr(Tokenizer, "encode", lambda own, text: seen.append(text) or encode(own, text))
+        code, _, err = limbeck(*words, f"output={tmp_path / 'a.jsonl'}")
+    (aligned / "chat_template.jinja").write_text(TEMPLATE)
+    assert code == 0, err
+    assert seen[-3:] == ["look:u", "look:p", "none:p"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    (
+        ("p.txt", '{"prompt": "x"}\ny', "name it p.jsonl"),
+        ("p.jsonl", '{"prompt": "x", "tools": "x y"}', "is no valid JSON"),
+        ("p.jsonl", '{"prompt": "x", "tools": [5]}', "no list of objects"),
+        ("p.jsonl", '{"messages": {"role": "user"}}', "no list of messages"),
+        ("p.jsonl", '{"messages": [{"role": "user"}]}', "turn 1 has no content"),
+        ("p.jsonl", '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "part of type 'image'"),
+        ("p.json", '{"prompt": "x"}', "holds no list"),
+    ),
+)  # fmt: skip
+def test_wrong_rows_of_prompts(name: str, text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=re.escape(says)):
+        answers.read_prompts(tmp_path / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("\ufeffdef a\n")
+    assert answers.read_prompts(tmp_path / "p.txt") == [{"prompt": "def a"}]
+
+
+def test_a_template_without_a_word_for_reasoning(aligned: Path) -> None:
+    (aligned / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    code, _, err = limbeck("generate", f"model={aligned}", "prompt=x", "chat=true", "reasoning=on")
+    (aligned / "chat_template.jinja").write_text(TEMPLATE)
+    assert code == 2 and "neither enable_thinking nor /no_think" in err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -261,3 +262,26 @@ def test_inference_benchmark_interpreted(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "x.json").read_text())
     assert figures["memory"]["right"] and abs(figures["memory"]["off"]) < 0.02
+
+
+def test_an_output_that_exists_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limbeck.scripts.memory_fit.model_config", lambda name: pytest.fail("work began"))
+    code, _, err = limbeck("memory-fit", "model=zoo", f"output={tmp_path}")
+    assert code == 2 and "exists already" in err
+
+
+def test_whole_blocks_are_what_fewer_layers_means() -> None:
+    """So many as the config counts, and a pattern that the family has."""
+    code, out, _ = limbeck(
+        "memory-fit", "model=qwen3-8b", "hardware=t4", "fit.weight_dtype=float16", "fit.kv_dtype=float16",
+        "context=16384",
+    )  # fmt: skip
+    found = re.search(r"(\d+) layers fewer \((\d+) \*, (\d+) -\)", " ".join(out.split()))
+    assert code == 3 and found is not None and len({*found.groups()}) == 1
+    config, hardware = model_config("qwen3-8b"), read_hardware("t4")
+    estimate = Fit(context=16384, weight_dtype="float16", kv_dtype="float16").estimate(config, hardware)
+    types = {"weight_dtype": torch.float16, "kv_dtype": torch.float16, "place": hardware.place}
+    budget = estimate.memory.peak + estimate.verdict.margin
+    peaks = [memory(config.replace(pattern=config.pattern[2 * gone :]), 16384, **types).peak
+             for gone in (int(found[1]) - 1, int(found[1]))]  # fmt: skip
+    assert peaks[1] <= budget < peaks[0]

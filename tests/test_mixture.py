@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from limbeck import api
 from limbeck.distill.text import resolve as inputs
 from limbeck.distill.text.mixture import BLOCK, Mixture, Source, labels, whole
 from limbeck.distill.text.packing import Batch, Packing, epoch_rows, joined, tokenize
@@ -209,7 +210,6 @@ def test_mixture_of_a_file(workshop: Path) -> None:
     assert 0.2 < float((owners >= first).sum() / (owners >= 0).sum()) < 0.4
     before = inputs.data_input(str(mix))
     (workshop / "more" / "0.md").write_text("changed")
-    inputs.content.cache_clear()
     assert isinstance(before, str) and inputs.data_input(str(mix)) != before
     assert inputs.data_input("stdlib") == "stdlib" and inputs.data_input(str(workshop)) == workshop
     for body, says in (("sources: []", "no sources"), ("a: [", "no YAML"), ("[1]", "no mapping"), ("odd: 1", "odd")):
@@ -253,3 +253,19 @@ def test_the_shipped_mixtures_split_the_standard_library(name: str) -> None:
         "idlelib/idle_test/x.py",
     ):
         assert sum(source.takes(file) for source in sources) == 1
+
+
+def test_epochs_hold_wherever_a_mixture_is_read(workshop: Path, tmp_path: Path) -> None:
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(json.dumps({"sources": [{"path": str(workshop / "text"), "weight": 1, "epochs": 0.001}]}))
+    model = workshop / "model"
+    places = {
+        "pretrain": [f"init={model}", "seq_len=32", "batch=2", "train.steps=20", "evaluate_tokens=64"],
+        "cache-teacher": [f"teacher={model}", "distill.seq_len=32", "distill.batch=2", "distill.train.steps=20"],
+    }
+    for command, words in places.items():
+        code, _, err = limbeck(command, *words, f"data={mix}", f"output={tmp_path / 'out'}", "device=cpu")
+        assert code == 2 and "its epochs are 0.001" in err, err
+    loaded = api.load(model)
+    with pytest.raises(InputError, match=r"its epochs are 0\.001"):
+        api.distill(loaded, api.load(model), str(mix), steps=20, seq_len=32, batch=2)

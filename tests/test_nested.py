@@ -164,7 +164,7 @@ def test_a_step_trains_the_size_that_prune_cuts_out(name: str, checkpointing: bo
     """Its loss, and the gradient of every weight, are those of the pruned model; all other weights have zero."""
     config, targets = CONFIGS[name]
     student, nest = nested(config, targets)
-    trainer.set_layers(student.model, options(activation_checkpointing=checkpointing))
+    trainer.set_layers(student.model, recompute=checkpointing, compiled=False)
     loss, rows = nest.loss(teach(), 0), draw_batch(2)
     for number, selection in enumerate(nested_cut(config, scores_of(config), targets).sizes):
         pruned = slice_model(student.model, selection).requires_grad_(True).train()

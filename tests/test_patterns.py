@@ -50,6 +50,32 @@ def test_patterns_are_those_of_brute_force(seed: int) -> None:
             assert not (rules.pairs and odd_gap(kept, len(source)))
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_blocks_come_and_go_together(seed: int) -> None:
+    """Patterns, their number and the layers of one, where a family's layers are blocks of two or three."""
+    draw, size = random.Random(seed), 2 + seed % 2
+    known = ["M-", "*-", "ME"] if size == 2 else ["M*-", "M--"]
+    blocks = [draw.choice(known) for _ in range(draw.randint(1, 6))]
+    source, number = "".join(blocks), draw.randint(1, len(blocks))
+    rules = Rules({"attention": draw.randint(0, 2)}, draw.choice((0, 0, 2)), draw.random() < 0.4)
+    cost = {layer: draw.random() for layer in range(len(source))}
+    brute: dict[str, float] = {}
+    for kept in itertools.combinations(range(len(blocks)), number):
+        layers = tuple(block * size + part for block in kept for part in range(size))
+        pattern = "".join(source[layer] for layer in layers)
+        if broken_rule(pattern, rules) is None and not (rules.pairs and odd_gap(layers, len(source))):
+            gone = sum(cost[layer] for layer in range(len(source)) if layer not in layers)
+            brute[pattern] = min(gone, brute.get(pattern, gone))
+    assert set(patterns(source, number * size, rules, size=size)) == set(brute)
+    assert count_patterns(source, number * size, rules, size=size) == len(brute)
+    for pattern, least in brute.items():
+        layers = embed(source, pattern, rules, cost, size=size) or ()
+        assert "".join(source[layer] for layer in layers) == pattern
+        assert all(layers[n] == layers[n - n % size] + n % size and layers[n - n % size] % size == 0
+                   for n in range(len(layers)))  # fmt: skip
+        assert sum(cost[layer] for layer in range(len(source)) if layer not in layers) == pytest.approx(least)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_pattern_is_made_of_the_cheapest_layers(seed: int) -> None:
     draw = random.Random(seed)

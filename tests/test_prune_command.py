@@ -196,3 +196,23 @@ def test_killed_at_random_points(mode: str, workshop: Path, tmp_path: Path) -> N
     assert len(met) > 2, met
     subprocess.run([*RUN, *command(workshop, mode, out)], check=True, capture_output=True)
     assert contents(out) == contents(workshop / f"calm-{mode}")
+
+
+def test_data_that_no_repair_reads_is_said(workshop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    words = [*command(workshop, "plain", tmp_path / "out"), f"data={workshop / 'text'}", "repair=plain"]
+    code, out, err = limbeck(*words)
+    assert code == 0 and "data= is not read" in out + err
+    folders = tmp_path / "out", workshop / "calm-plain"
+    assert len({(folder / "selection.json").read_bytes() for folder in folders}) == 1
+
+
+def test_a_path_of_the_home_folder(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within quotes, where no shell resolves it; for what is read and what is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workshop / "scores", tmp_path / "sc")
+    words = command(workshop, "plain", Path("~/out"))
+    given = ["scores=~/sc" if word.startswith("scores=") else word for word in words]
+    code, _, err = limbeck(*given)
+    assert code == 0, err
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "~").exists()

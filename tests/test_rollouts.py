@@ -17,7 +17,7 @@ from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.options import DistillOptions, StageOptions, TrainOptions
 from limbeck.distill.rollout_options import RolloutChanges, Rollouts
 from limbeck.distill.rollouts import OnPolicy, check_student, continuations_of, slots_of
-from limbeck.distill.stages import stage_batches
+from limbeck.distill.stages import check_text, stage_batches
 from limbeck.distill.text.conversations import ANSWER, PROMPT, THOUGHT
 from limbeck.distill.text.mixture import Mixture, Source
 from limbeck.distill.text.packing import Corpus
@@ -376,3 +376,24 @@ def test_two_processes_write_their_own_rows(tmp_path: Path) -> None:
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
         assert one["rollout_kl"] == pytest.approx(two["rollout_kl"], rel=1e-4)
         assert one["rollout_length"] == two["rollout_length"]
+
+
+def test_conversations_that_are_skipped_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    long, short = [PROMPT] * 30 + [ANSWER] * 2, [PROMPT] * 3 + [ANSWER] * 2
+    text = corpus_of([32, 32, 5, 32], parts=[long, long, short, long])
+    assert [*Prompts(text, 8, 0).notes()] == [
+        "1 of 4 documents give a prompt of at most 8 tokens; only these are continued (a larger prompt_tokens takes"
+        " more of them)"
+    ]
+    check_text(text, plan_of(rollouts=Rollouts(prompt_tokens=8, new_tokens=8)))
+    assert "1 of 4 documents give a prompt" in caplog.text
+    assert not [*Prompts(text, 30, 0).notes()] and not [*Prompts(corpus_of([9, 3]), 8, 0).notes()]
+
+
+def test_a_stage_may_switch_off_what_the_whole_has() -> None:
+    whole = Rollouts(prompt_tokens=4, new_tokens=4, top_p=0.9)
+    own = StageOptions(rollouts=RolloutChanges(top_p="none", estimator="advantage"), quantize="none")  # type: ignore[call-arg]
+    train = TrainOptions(3, 1e-3, quantize="w8a8")
+    plan = DistillOptions(DistillLoss(), train, SEQ_LEN, 4, 0, rollouts=whole, stages=(StageOptions(), own)).plan()
+    assert plan[0].rollouts == whole and plan[0].train.quantize == "w8a8"
+    assert plan[1].rollouts is not None and plan[1].rollouts.top_p is None and plan[1].train.quantize is None

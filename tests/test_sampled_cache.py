@@ -13,7 +13,7 @@ from limbeck.distill.text.packing import Batch
 from limbeck.kernels.linear_draws_kl import Draws, linear_draws, linear_draws_kl
 from limbeck.kernels.linear_kl import linear_kl
 from limbeck.kernels.linear_topk_kl import TopK, linear_topk, linear_topk_kl
-from limbeck.models.errors import InputError
+from limbeck.models.errors import CheckFailed, InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.helpers import assert_close, limbeck, make_pair
 from limbeck.tests.training_helpers import draw_batch, model_of
@@ -180,3 +180,11 @@ def test_the_commands(tmp_path: Path) -> None:
     assert code == 0, err
     last = json.loads((root / "out" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["validation_kl"] > 0 and "validation_agreement" in last
+
+
+def test_figures_that_are_not_finite_are_a_check_that_failed(tmp_path: Path) -> None:
+    cache, student = cache_of(model_of(0), [draw_batch(0)], tmp_path / "cache"), model_of(1)
+    with torch.no_grad():
+        student.norm_f.weight[0] = float("nan")
+    with pytest.raises(CheckFailed, match="not finite"):
+        cached_gap(cache, student, [draw_batch(0)])

@@ -83,3 +83,31 @@ def test_two_tasks_of_a_submitted_job_are_two_processes(workshop: Path, tmp_path
     logs = sorted((tmp_path / "out" / "hydra" / ".submitit").rglob("*_log.out"))
     assert len(logs) == 2 and [("result: " in log.read_text()) for log in logs] == [True, False]  # the first speaks
     assert (tmp_path / "out" / "0" / "model.safetensors").exists()
+
+
+def test_a_job_is_the_command_without_multirun(workshop: Path, tmp_path: Path) -> None:
+    """Products as matmul= says, a group after the recipe, options of data=, and what is refused."""
+    places = [f"model={workshop / 'model'}", f"data={workshop / 'text'}", "device=cpu", "seq_len=32", "batch=2"]
+    few = ["importance.tokens=64", "importance.depth_tokens=64", "matmul=bfloat16"]
+    assert limbeck("score", *places, *few, f"output={tmp_path / 'alone'}")[0] == 0
+    code, _, err = limbeck("score", "--multirun", *places, *few, f"output={tmp_path / 'out'}", "seed=0,1")
+    assert code == 0, err
+    alone, job = (json.loads((folder / "limbeck.json").read_text()) for folder in
+                  (tmp_path / "alone", tmp_path / "out" / "0"))  # fmt: skip
+    assert alone["options"] == job["options"] and alone["options"]["matmul"] == "bfloat16"
+    same = "scores.safetensors"
+    assert (tmp_path / "alone" / same).read_bytes() == (tmp_path / "out" / "0" / same).read_bytes()
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("hardware:\n  usable_gib: 3\n")
+    search = ["search", "model=nemotron-nano-9b-v2", "space.layers=[56]", f"recipe={recipe}", "hardware=l4"]
+    assert limbeck(*search, f"output={tmp_path / 's'}")[0] == 0
+    assert limbeck(*search, "--multirun", f"output={tmp_path / 'm'}")[0] == 0
+    budgets = [json.loads((folder / "candidates.json").read_text())["budget_bytes"]
+               for folder in (tmp_path / "s", tmp_path / "m" / "0")]  # fmt: skip
+    assert budgets[0] == budgets[1]
+    code, _, err = limbeck("score", "--multirun", *places, "importance=random", f"output={tmp_path / 'n'}", "seed=-1")
+    assert code == 2 and "seed" in err
+    words = [*places, "importance=random", "data.special_tokens=true"]
+    assert limbeck("score", "--multirun", *words, f"output={tmp_path / 'd'}")[0] == 0
+    code, _, err = limbeck("score", "--multirun", *places, "data.no=1", f"output={tmp_path / 'e'}")
+    assert code == 2 and "data.no is no option" in err

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from limbeck.distill.average import final_weights
 from limbeck.distill.gap.measure import measure_gap, summarise
 from limbeck.distill.gap.sums import QUANTITIES, Sums
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
@@ -24,6 +25,7 @@ from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
 from limbeck.tests.helpers import assert_close
 from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, weights
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 
@@ -201,3 +203,32 @@ def test_batches_have_rows() -> None:
     batch = draw_batch(0)
     columns = (getattr(batch.rows(1, 3), field.name) for field in dataclasses.fields(batch))
     assert all(column is None or column.shape[0] == 2 for column in columns)
+
+
+def test_steps_that_were_skipped_last_are_said(tmp_path: Path) -> None:
+    """Their number, since the weights are those of the step before."""
+    student, said = model_of(1), list[str]()
+    plain = distillation_loss(model_of(0), DistillLoss())
+
+    def loss(model: Any, rows: Any, normalizer: float) -> Any:
+        found = plain(model, rows, normalizer)
+        return found * float("nan") if int(rows.input_ids[0, 0]) in late else found
+
+    late = {int(draw_batch(number).input_ids[0, 0]) for number in (4, 5)}
+    options = TrainOptions(steps=6, learning_rate=0.01, log_every=1)
+    assert train(student, loss, batches_from, options, tmp_path / "run", say=said.append) == 6
+    assert [line for line in said if "the last 2 steps were not finite" in line]
+
+
+def test_an_average_that_is_added_on_resuming_begins_there(tmp_path: Path) -> None:
+    loss, folder = distillation_loss(model_of(0), DistillLoss()), tmp_path / "run"
+    options = TrainOptions(steps=4, learning_rate=0.1, log_every=1, save_every=2)
+    train(model_of(1), loss, batches_from, options, folder, stop_after=2)
+    student = model_of(1)
+    train(student, loss, batches_from, dataclasses.replace(options, ema_decay=0.999), folder)
+    found = dict(final_weights(folder, dataclasses.replace(options, ema_decay=0.999)).tensors())
+    before = dict(final_weights(folder, options).tensors())
+    begun = load_file(folder / "state-00000002" / "model.safetensors")
+    for name, weight in found.items():
+        # Two steps of 0.001 away from the state's weights, and not from those of a new model.
+        assert (weight - begun[name]).norm() <= 0.003 * (before[name] - begun[name]).norm() + 1e-6, name

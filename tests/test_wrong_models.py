@@ -80,6 +80,28 @@ def test_a_tied_hybrid_is_written_with_its_head(tmp_path: Path) -> None:
     assert dict(stream_rows(open_checkpoint(tmp_path / "model"))).keys() == checkpoint.stored.keys()
 
 
+def test_a_tied_hybrid_without_a_head_is_read_with_one(workshop: Path, tmp_path: Path) -> None:
+    """The embeddings once more, in every count and every format of an export, as the class that opens it has them."""
+    model = random_model(tiny_config(tie_word_embeddings=False, vocab_size=320, pad_token_id=0)).float()
+    model.requires_grad_(False).lm_head.weight.copy_(model.embeddings.weight)
+    save_model(model, tmp_path / "model", tokenizer_from=workshop / "words")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lm_head"):  # which config.json does not tie
+        open_checkpoint(tmp_path / "model")
+    say(tmp_path / "model", tie_word_embeddings=True)
+    assert load_config(tmp_path / "model") == model.config
+    assert_close("logits", logits(model), logits(load_model(tmp_path / "model")), 1e-6)
+    for form in ("hf", "fp8"):
+        out = tmp_path / form
+        code, _, err = limbeck("export", f"model={tmp_path / 'model'}", f"output={out}", f"format={form}")
+        assert code == 0, err
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+        assert "lm_head.weight" in load_file(out / "model.safetensors")
+
+
 @pytest.mark.parametrize("value", ("false", "true", 1, [], None))
 def test_booleans_are_no_texts(value: Any, tmp_path: Path) -> None:
     save_model(random_model(dense_config(1, "qwen3").replace(tie_word_embeddings=False)).float(), tmp_path / "model")

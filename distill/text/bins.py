@@ -20,6 +20,8 @@ from .notes import say
 from .packing import Batch, Corpus
 
 CHUNK = 2**24  # tokens whose parts are looked at together
+SILENT = "conversations without an answer are left out"
+EMPTY = "conversations of which the template writes nothing are left out"
 
 
 class Bins:
@@ -33,9 +35,11 @@ class Bins:
         pieces = np.array(list(self.pieces()), dtype=np.int64).reshape(-1, 4)
         self.documents, self.heads, self.begins, self.ends = pieces.T
         if not len(pieces):
+            left = "; ".join(f"{len(names):,} {kind}" for kind, names in self.left_out.items())
+            hint = "" if self.left_out.keys() <= {SILENT, EMPTY} else "; give longer rows"
             raise InputError(
-                f"data: no conversation or text of {len(corpus):,} fits a row of {seq_len} tokens with something to"
-                " learn in it; give longer rows"
+                f"data: none of {len(corpus):,} conversations and texts has something to learn in a row of {seq_len}"
+                f" tokens: {left}{hint}"
             )
         self.rows = best_fit(self.heads + self.ends - self.begins, seq_len + 1)
         say(
@@ -52,8 +56,10 @@ class Bins:
         silent = self.silent()
         for document in range(len(self.corpus)):
             begin, end = int(starts[document]), int(starts[document + 1])
-            if silent[document]:
-                self.leave_out("conversations without an answer are left out", document)
+            if begin == end:
+                self.leave_out(EMPTY, document)
+            elif silent[document]:
+                self.leave_out(SILENT, document)
             elif end - begin <= longest:
                 yield document, 0, begin, end
             elif (int(self.parts[begin : begin + 1][0]) & KIND) == 0:  # a text may be cut anywhere
@@ -71,8 +77,9 @@ class Bins:
         while document < len(self.corpus):
             last = max(int(np.searchsorted(starts, starts[document] + CHUNK, "right")) - 1, document + 1)
             kinds = self.parts[int(starts[document]) : int(starts[last])] & KIND
-            places = (starts[document:last] - starts[document]).astype(np.int64)
-            silent[document:last] = ~np.logical_or.reduceat(kinds != PROMPT, places)
+            counts = np.concatenate(([0], np.cumsum(kinds != PROMPT)))  # of the tokens before each
+            places = (starts[document : last + 1] - starts[document]).astype(np.int64)
+            silent[document:last] = np.diff(counts[places]) == 0
             document = last
         return silent
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ...models.errors import InputError
-from ...models.generate.chat import REASONING, ChatTemplate, Message
+from ...models.generate.chat import REASONING, ChatTemplate, Message, text_of_parts
 from ...models.generate.spans import ASSISTANT, Span, assistant_rendering
 from ...models.tokenizer import Tokenizer
 from .notes import Notes
@@ -129,10 +129,7 @@ def read_message(turn: Any, where: str) -> Message:
         raise InputError(f"data: {where} has no role; it has {', '.join(map(repr, turn))}")
     content = turn.get("content")
     if isinstance(content, list):
-        for part in content:
-            kind = part.get("type", "text") if isinstance(part, dict) else "text"
-            if kind != "text" or not isinstance(part if isinstance(part, str) else part.get("text"), str):
-                raise InputError(f"data: {where} has a part of type {kind!r} in its content; only text is read")
+        turn = {**turn, "content": text_of_parts(content, f"data: {where}")}
     elif content is None:
         if not turn.get("tool_calls"):
             raise InputError(f"data: {where} has no content")
@@ -183,6 +180,8 @@ class Renderer:
             )
         except InputError as error:
             raise InputError(f"data: {where}, {error}") from None
+        if notes is not None and reasoning is not None and not template.knows_reasoning:
+            notes.add("conversations are told nothing of thinking: the template has no word for it", where)
         tokens = whole_tokens(whole.text, self.tokenizer.backend)
         parts = np.full(len(tokens.ids), PROMPT, np.uint8)
         for begin, end in whole.spans:

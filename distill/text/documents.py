@@ -54,7 +54,7 @@ def unique(documents: Iterable[Document]) -> Iterator[Document]:
     seen: set[bytes] = set()
     for document in documents:
         digest = hashlib.sha256(document.content.encode()).digest()
-        if document.text and digest not in seen:
+        if (document.text or document.chat is not None) and digest not in seen:
             seen.add(digest)
             yield document
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from ...models.errors import InputError
 from .conversations import ANSWER, KIND
 from .mixture import BLOCK, Mixture, Text
 from .packing import IGNORED, Batch, Corpus, joined
+
+LOOKED_AT = 20_000  # documents of a corpus, to see how many give a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Prompts:
 
     def __init__(self, text: Text, length: int, seed: int) -> None:
         self.text, self.length, self.seed = text, length, seed
-        self.corpora = text.corpora if isinstance(text, Mixture) else (text,)
+        self.corpora: Sequence[Corpus] = text.corpora if isinstance(text, Mixture) else (text,)
 
     def __getitem__(self, number: int) -> tuple[int, np.ndarray]:
         """The number of the document and the ids of a prompt, counted from 0 without an end. Raises InputError where
@@ -61,6 +63,18 @@ class Prompts:
             f"data: none of {len(corpus):,} documents gives a prompt of at most {self.length} tokens (a conversation is"
             " read up to its last answer); give more prompt_tokens"
         )
+
+    def notes(self) -> Iterator[str]:
+        """What is to be said of conversations that are skipped, by as many as `LOOKED_AT` of each corpus."""
+        for corpus in (corpus for corpus in self.corpora if corpus.parts is not None):
+            looked = np.unique(np.linspace(0, len(corpus) - 1, LOOKED_AT, dtype=np.int64))
+            found = sum(len(prompt_of(corpus, int(document), self.length)) > 0 for document in looked)
+            if found < len(looked):
+                of = f" (of {len(corpus):,})" if len(looked) < len(corpus) else ""
+                yield (
+                    f"{found:,} of {len(looked):,} documents{of} give a prompt of at most {self.length} tokens; only"
+                    " these are continued (a larger prompt_tokens takes more of them)"
+                )
 
     def place(self, number: int) -> tuple[int, int]:
         """The source of a prompt, and its number among those of the source."""

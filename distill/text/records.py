@@ -30,7 +30,12 @@ class Document:
     @property
     def content(self) -> str:
         """What makes two documents the same one."""
-        return self.text if self.chat is None else json.dumps([self.chat.messages, self.chat.tools], sort_keys=True)
+        return self.text if self.chat is None else as_json([self.chat.messages, self.chat.tools])
+
+
+def as_json(content: Any) -> str:
+    """The JSON of a record's values, dates and other types of a table as their texts."""
+    return json.dumps(content, sort_keys=True, default=str)
 
 
 def shape_of(record: Any, columns: Sequence[str]) -> str | None:

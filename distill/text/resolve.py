@@ -94,9 +94,14 @@ def read_mixture(path: Path) -> tuple[Source, ...]:
         raise InputError(f"data: {path}: {place}: {first['msg']} ({first['input']!r})") from None
 
 
-@functools.cache
 def content(path: str) -> str:
-    """What stands for a source's text: a digest, or the hub's name with its commit; taken once in a run."""
+    """What stands for a source's text: a digest of the files as they are now, or the hub's name with its commit."""
+    return fixed_content(path) if local_file(path) is None else content_of(path, content_digest)
+
+
+@functools.cache
+def fixed_content(path: str) -> str:
+    """Of what does not change while a process runs: the standard library, a commit of the hub."""
     return content_of(path, content_digest)
 
 
@@ -179,9 +184,15 @@ def tokenized_by_turns(source: Source, split: str, tokenizer: Tokenizer, progres
     return made
 
 
-@functools.cache
 def splits_by_name(source: Source) -> bool:
-    """Whether every split has a document of a source; read until that is known."""
+    """Whether every split has a document of a source."""
+    return names_fill_splits(source, content(source.path), Path.cwd())
+
+
+@functools.lru_cache(maxsize=256)
+def names_fill_splits(source: Source, content: str, folder: Path) -> bool:
+    """Whether every split has a document of a source of this content, by names that count from this folder; read until
+    that is known."""
     seen = set[str]()
     for document in read_source(source):
         seen.add(split_of(document.name))

@@ -37,9 +37,16 @@ class BenchRow:
 
 
 def load_of(
-    text: str, config: HybridConfig, batch: int | str, hardware: Hardware, reserve: Reserve, types: Mapping[str, Any]
+    text: str,
+    config: HybridConfig,
+    batch: int | str,
+    hardware: Hardware,
+    reserve: Reserve,
+    types: Mapping[str, Any],
+    chunk: int,
 ) -> Load:
-    """ "1k/8k": 1024 tokens in, 8192 out; the batch as given, or the largest that fits the profile at full length."""
+    """ "1k/8k": 1024 tokens in, 8192 out; the batch as given, or the largest that fits the profile at full length, in
+    the dtypes that are those there, the prompt prefilled in chunks of `chunk` tokens."""
     parts = text.lower().split("/")
     try:
         source, target = (int(part.removesuffix("k")) * (1024 if part.endswith("k") else 1) for part in parts)
@@ -49,7 +56,7 @@ def load_of(
         return Load(source, target, batch)
     dtypes: dict[str, Any] = {"weight_dtype": types["dtype"], "ssm_dtype": types["ssm_dtype"]}
     Load(source, target, 1)  # refuses what is below 1
-    one = memory(config, source + target, 1, **dtypes)
+    one = memory(config, source + target, 1, chunk=chunk, place=hardware.place, **dtypes)
     largest = verdict(config, one, reserve.budget(hardware)).largest_batch
     if largest < 1:
         raise InputError(f"batch=fit: not one sequence of {source} + {target} tokens fits {hardware.name}")

@@ -313,14 +313,17 @@ def more_gpus(config: HybridConfig, report: MemoryReport, budget: float, options
 
 
 def fewer_layers(config: HybridConfig, report: MemoryReport, budget: float, options: dict[str, Any]) -> list[Change]:
-    """The fewest layers to drop, last ones first and the most frequent kind each time; nothing where that is all."""
-    pattern = config.pattern
-    for count in range(1, config.num_layers):
-        letter = max(dict.fromkeys(pattern), key=pattern.count)
-        place = pattern.rindex(letter)
-        pattern = pattern[:place] + pattern[place + 1 :]
+    """The fewest layers to drop, last ones first and the most frequent kind each time; nothing where that is all. Where
+    a family's layers are blocks, whole blocks go."""
+    pattern, size = config.pattern, config.block_size
+    for count in range(1, config.num_layers // size):
+        blocks = [pattern[start : start + size] for start in range(0, len(pattern), size)]
+        frequent = max(dict.fromkeys(blocks), key=blocks.count)
+        place = size * (len(blocks) - 1 - blocks[::-1].index(frequent))
+        pattern = pattern[:place] + pattern[place + size :]
         if options.get("held") is not None:
-            options = options | {"held": options["held"].without(place)}
+            for layer in range(place + size - 1, place - 1, -1):
+                options = options | {"held": options["held"].without(layer)}
         less = memory(config.replace(pattern=pattern), report.context, report.batch, **options)
         if less.peak <= budget:
             gone = ", ".join(
@@ -328,5 +331,6 @@ def fewer_layers(config: HybridConfig, report: MemoryReport, budget: float, opti
                 for kind in dict.fromkeys(config.pattern)
                 if config.pattern.count(kind) > pattern.count(kind)
             )
-            return [Change(f"{count} layers fewer ({gone})", report.peak - less.peak, True)]
+            number = "1 layer" if count == 1 else f"{count} layers"
+            return [Change(f"{number} fewer ({gone})", report.peak - less.peak, True)]
     return []

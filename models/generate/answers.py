@@ -14,12 +14,15 @@ from ...kernels.products import chosen
 from ..errors import InputError
 from ..folder import sync
 from ..foreign import parse_json, read_text
+from .chat import text_of_parts
 from .engine import Completion, Request
 from .writer import Writer
 
+OBJECTS = (".jsonl", ".ndjson")  # endings of files with an object a line
+
 
 def answer_file(writer: Writer, prompts: Path, output: Path, on_answer: Callable[[int, int], None]) -> int:
-    """Answers each line of a text file, or each object of a JSONL file ({"prompt": ...} or {"messages": [...]}),
+    """Answers each line of a text file, or each object of a JSON or JSONL one ({"prompt": ...} or {"messages": [...]}),
     as many at a time as the options' `batch`. A line of the output has the object's fields, "text", "finished",
     "tokens", and "logprobs" where the options say so. `on_answer(done, total)` counts them; returns how many there are.
 
@@ -51,44 +54,71 @@ def answer(row: dict[str, Any], completion: Completion, logprobs: bool) -> dict[
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """The lines of a text file, empty ones left out, or the objects of a .jsonl file. Raises InputError."""
-    lines = read_text(path).split("\n")  # other line ends may be part of a text
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix != ".jsonl":
-            rows.append({"prompt": line.rstrip("\r")})
-            continue
-        row = parse_json(line, f"{path}: line {number}")
-        if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or messages_of(row)):
-            raise InputError(
-                f'{path}: line {number} has neither a "prompt" (a text) nor "messages" (of "role" and "content")'
-            )
-        rows.append(row)
+    """The lines of a text file, empty ones left out; or the objects of a .jsonl, .ndjson or .json file, each checked.
+    Raises InputError."""
+    text, kind = read_text(path).removeprefix("\ufeff"), path.suffix.lower()
+    if kind == ".json":
+        content = parse_json(text, str(path))
+        if not isinstance(content, list):
+            raise InputError(f"{path} holds no list; expected [{{...}}, ...], or one object a line in a .jsonl file")
+        rows = [checked_row(row, f"{path}: record {number}") for number, row in enumerate(content, 1)]
+    else:
+        lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        if kind in OBJECTS:  # other line ends may be part of a text
+            read = ((f"{path}: line {number}", line) for number, line in lines)
+            rows = [checked_row(parse_json(line, where), where) for where, line in read]
+        else:
+            rows = [{"prompt": line.rstrip("\r")} for _, line in lines]
+            if rows and is_row(rows[0]["prompt"]):
+                raise InputError(f"{path} holds JSON objects, and would be read as texts; name it {path.stem}.jsonl")
     if not rows:
         raise InputError(f"prompts={path} has no prompts")
     return rows
 
 
-def messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row, none where they are not of the right form."""
-    messages = row.get("messages")
-    good = isinstance(messages, list) and all(
-        isinstance(each, dict)
-        and isinstance(each.get("role"), str)
-        and (isinstance(each.get("content"), str) or (each.get("content") is None and each.get("tool_calls")))
-        for each in messages
-    )
-    return messages if good and messages else []
+def is_row(line: str) -> bool:
+    """Whether a line is an object of a .jsonl file."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and bool(row.keys() & {"prompt", "messages"})
+
+
+def checked_row(row: Any, where: str) -> dict[str, Any]:
+    """A row with its messages as templates read them: contents are texts, tools objects. Raises InputError."""
+    if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or row.get("messages")):
+        raise InputError(f'{where} has neither a "prompt" (a text) nor "messages" (of "role" and "content")')
+    row = dict(row)
+    if row.get("messages"):
+        if not isinstance(row["messages"], list):
+            raise InputError(f'{where}: "messages" is no list of messages')
+        row["messages"] = [checked_message(each, f"{where}, turn {n}") for n, each in enumerate(row["messages"], 1)]
+    if isinstance(tools := row.get("tools"), str):
+        row["tools"] = tools = parse_json(tools, f'{where}: "tools"') if tools.strip() else None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError(f'{where}: "tools" is no list of objects')
+    return row
+
+
+def checked_message(message: Any, where: str) -> dict[str, Any]:
+    """A message whose content is a text, or that calls tools. Raises InputError."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise InputError(f'{where} is no message: expected {{"role": ..., "content": ...}}')
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": text_of_parts(content, where)}
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise InputError(f"{where} has no content that is a text")
+    return message
 
 
 def line_request(writer: Writer, row: dict[str, Any], number: int) -> Request:
     """Each line draws from a seed of its own."""
-    messages = messages_of(row)
-    if not messages:
+    messages, tools = row.get("messages"), row.get("tools") or None
+    if not messages and tools is None:
         return writer.request(row["prompt"], number)
-    return writer.reply(list(messages), number, tools=row.get("tools") or None)
+    return writer.reply(list(messages or [{"role": "user", "content": row["prompt"]}]), number, tools=tools)
 
 
 def digest(writer: Writer, lines: list[tuple[dict[str, Any], Request]]) -> str:

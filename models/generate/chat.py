@@ -29,6 +29,7 @@ Message = Mapping[str, Any]
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # what a message's thoughts are called
 AT_ONCE = 2**20  # characters of JSON that go to the process together, more where one rendering's are
+SWITCHED_BY, SET_BY = "/no_think", "enable_thinking"  # how templates are told whether to think
 BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -72,7 +73,7 @@ class TemplateProcess:
         waiting: list[str] = []
         size = 0
         for variables in many:
-            waiting.append(json.dumps(variables))
+            waiting.append(json.dumps(variables, default=str))  # a table may have dates
             size += len(waiting[-1])
             if size > AT_ONCE:
                 yield from self.rendered(waiting)
@@ -135,17 +136,21 @@ class ChatTemplate:
         """Whether {% generation %} blocks say what the assistant's is."""
         return BLOCK.search(self.sources[self.name_for(tools)]) is not None
 
+    @property
+    def knows_reasoning(self) -> bool:
+        """Whether a template goes by reasoning on or off."""
+        return any(word in source for source in self.sources.values() for word in (SWITCHED_BY, SET_BY))
+
     def variables(
         self, messages: Sequence[Message], reasoning: bool | None = None, tools: Any = None, prompt: bool = False
     ) -> dict[str, Any]:
         """What a template is given; `prompt`: the text is to end where the assistant begins. `reasoning` sets
-        `enable_thinking`, as Qwen3 has it, and where the template does not go by that alone adds "/think" or
-        "/no_think" to the system message, as Nemotron-Nano-9B-v2 has it."""
+        `enable_thinking`, as Qwen3 has it, and where the template reads "/think" or "/no_think" in messages, as
+        Nemotron-Nano-9B-v2's does, adds that to the system message."""
         given: dict[str, Any] = {**self.special, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         if reasoning is not None:
             given["enable_thinking"] = reasoning
-            source = self.sources[self.name_for(tools)]
-            if "enable_thinking" not in source or "/no_think" in source:
+            if SWITCHED_BY in self.sources[self.name_for(tools)]:
                 messages = with_reasoning(messages, reasoning)
         return given | {"messages": [plain(message) for message in messages]}
 
@@ -162,6 +167,19 @@ class ChatTemplate:
         """The texts of some messages each, given with whether they end where the assistant begins."""
         many = (self.variables(messages, reasoning, tools, prompt) for messages, prompt in wanted)
         return self.processes[self.name_for(tools)].renderings(many)
+
+
+def text_of_parts(parts: list[Any], where: str) -> str:
+    """The text of a content in parts, as a text: most templates would write the list itself. Raises InputError where
+    a part is something else."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind != "text" or not isinstance(text, str):
+            raise InputError(f"{where} has a part of type {kind!r} in its content; only text is read")
+        texts.append(text)
+    return "".join(texts)
 
 
 def plain(message: Message) -> dict[str, Any]:

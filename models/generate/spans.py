@@ -94,7 +94,7 @@ def span_by_content(
     if after.wrong or other.wrong or other_after.wrong or other.text.count(MARK) != 1:
         raise InputError(
             f"turn {turn + 1}: the chat template does not show which tokens are the assistant's; give it"
-            " {% generation %} blocks, or train_on: all"
+            " {% generation %} blocks"
         )
     begin, end = differing(whole.text, other.text)
     first, last = differing(after.text, other_after.text)

@@ -66,6 +66,10 @@ class Writer:
         if not options.chat and (self.reasoning is not None or options.system is not None):
             raise InputError("reasoning= and system= are parts of a chat; give chat=true too")
         self.template = ChatTemplate(folder) if options.chat else None
+        if self.reasoning is not None and self.template is not None and not self.template.knows_reasoning:
+            raise InputError(
+                f"{folder}: the chat template knows neither enable_thinking nor /no_think; leave reasoning= out"
+            )
         self.stop_tokens = stop_tokens(folder, self.config)
         self.request("x")  # wrong options are refused before weights are read
 

@@ -19,7 +19,7 @@ from ...models.axes import AXES
 from ...models.dtype_names import dtype_name
 from ...models.errors import InputError
 from ...models.errors import guess as guess
-from ...models.foreign import parse_yaml
+from ...models.foreign import own_path, parse_yaml
 from ...models.hints import guess_option
 from ...models.quantities import with_quantities
 from .bounds import check_content, check_words
@@ -273,6 +273,7 @@ def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Op
     in one line, which begins with `where`."""
     from pydantic import ValidationError
 
+    content = with_own_paths(cls, content)
     try:  # as JSON a list may become a tuple, and a text a path
         reader = reader_of(typing.cast(Any, cls), tuple(AXES))
         return typing.cast(Options, reader.validate_json(json.dumps([content]))[0])
@@ -288,6 +289,13 @@ def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Op
     from .mistakes import complaint
 
     raise InputError(where + complaint(errors, cls, content))
+
+
+def with_own_paths(cls: Any, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The content whose paths have `~` resolved, which a shell does not do within quotes. Raises InputError."""
+    paths = {name for name, of in typing.get_type_hints(cls).items() if of is Path or Path in typing.get_args(of)}
+    changed = {name: str(own_path(content[name])) for name in paths if isinstance(content.get(name), str)}
+    return {**content, **changed}
 
 
 @functools.lru_cache(maxsize=32)

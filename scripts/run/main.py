@@ -10,7 +10,8 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ...models.errors import CheckFailed, InputError, Stopped
 from .facts import note_command
@@ -160,7 +161,7 @@ def run_command(command: str, words: Sequence[str]) -> int:
         return 0
     gc.disable()  # what is imported stays: to look through it for garbage again and again is a fifth of the start
     try:
-        from .compose import build, compose_config
+        from .compose import compose_config
 
         content = compose_config(command, line.overrides, line.folders, complete=not line.shows_config)
         if line.shows_config:
@@ -172,22 +173,33 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
         if set_wait_policy(neighbours.processors()) and not console.quiet:
             print("note: other processes are busy: threads wait passively (OMP_WAIT_POLICY=PASSIVE)", file=sys.stderr)
-        from ...models.matmul import multiplying  # imports torch
-        from ...models.processes import set_up
-
-        set_up()
-        module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
-        options = build(module.Options, content)
-        from .resolve import say_format
-
-        say_format.cache_clear()
+        work = prepared(command, content)
     finally:
         if not gc.get_freeze_count():
             gc.freeze()
         gc.enable()
-    with multiplying(options, None if console.quiet else sys.stderr):
-        module.run(options)
+    work()
     return 0
+
+
+def prepared(command: str, content: Mapping[str, Any]) -> Callable[[], None]:
+    """What runs a command with its composed options. Raises InputError where they are not right."""
+    from ...models.matmul import multiplying  # imports torch
+    from ...models.processes import set_up
+    from .compose import build
+    from .resolve import say_format
+    from .show import console
+
+    set_up()
+    module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
+    options = build(module.Options, content)
+    say_format.cache_clear()
+
+    def work() -> None:
+        with multiplying(options, None if console.quiet else sys.stderr):
+            module.run(options)
+
+    return work
 
 
 def finish(code: int, message: str) -> int:

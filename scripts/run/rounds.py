@@ -10,6 +10,7 @@ from typing import Any
 
 from ...distill.options import DistillOptions
 from ...distill.report.gap_rows import won_back
+from ...distill.rollouts import check_plan
 from ...distill.stages import check_text
 from ...models.axes import AXES, AxisRow
 from ...models.checkpoint import open_checkpoint
@@ -51,6 +52,11 @@ class Round:
         repair = self.repair.repair(with_data=True)
         plain = dataclasses.replace(self, repair=RepairOptions(rotate=False, least_squares=False))
         return ({"plain": plain} if last and repair.needs_data else {}) | {"pruned": self}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its repair does."""
+        return self.repair.repair(with_data=True).needs_data
 
     def scored(self, config: HybridConfig) -> Importance:
         """How a model of this config is scored: as many layers as the target removes are put in order."""
@@ -96,8 +102,9 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return content
 
 
-def check_feasible(data: NamedData, source: Path, rounds: Sequence[Round]) -> None:
-    """Finds what is wrong with model, targets and data before the first folder is written. Raises InputError."""
+def check_feasible(data: NamedData, source: Path, rounds: Sequence[Round], *, whole: bool) -> None:
+    """Finds what is wrong with model, targets, training and data before the first folder is written; in training a
+    student is `whole` in every process, or split among them. Raises InputError."""
     config = open_checkpoint(source).config
     for _ in plan_cuts(config, [one.cut for one in rounds]):
         pass
@@ -106,6 +113,7 @@ def check_feasible(data: NamedData, source: Path, rounds: Sequence[Round]) -> No
     for one in rounds:
         with named_round(one.name):
             one.distill.check_one_size("compress")
+            check_plan(one.distill.plan(), config, whole)
             for how in one.distill.plan():
                 check_text(text, how)
 

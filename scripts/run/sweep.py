@@ -6,19 +6,19 @@ Job N makes OUTPUT/N; what Hydra and submitit write for themselves is in OUTPUT/
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...models.errors import InputError, Stopped
 from ...models.folder import owned, write_json
-from ...models.quantities import with_quantities
-from .compose import build, explained, register_widths, split_verbatim, with_dtypes, with_texts
-from .main import finish
+from ...models.foreign import own_path
+from .compose import compose_config, explained, register_widths, split_data, split_verbatim
+from .main import finish, prepared
 from .outside import own_recipes, quoted, searched
 from .show import result, say, table
 
@@ -26,35 +26,40 @@ FIGURES = ("loss", "validation_loss", "validation_kl", "validation_agreement")
 
 
 class Job:
-    """One combination: options composed by Hydra, beside the texts that it does not read."""
+    """One combination, run as the same command without --multirun would be: Hydra's overrides of the job beside the
+    `words` of texts and data, which it does not read, and `folders` of choices of groups."""
 
-    def __init__(self, command: str, texts: dict[str, str]) -> None:
-        self.command, self.texts = command, texts
+    def __init__(self, command: str, words: Sequence[str], output: Path, folders: Sequence[Path]) -> None:
+        self.command, self.words, self.output, self.folders = command, list(words), output, list(folders)
 
     def __call__(self, config: Any) -> str:
         """Runs the command, and answers with its folder."""
         from hydra.core.hydra_config import HydraConfig
-        from omegaconf import OmegaConf
 
+        job = HydraConfig.get()
         join_tasks()
-        from ...models.processes import set_up  # with torch, and options have been read by now
-
-        set_up()
-        content = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(content, dict)
-        content.pop("recipe", None)
-        folder = str(Path(self.texts["output"]) / str(HydraConfig.get().job.num))
-        given = {str(key): value for key, value in with_quantities(content).items()}
-        given = with_texts(given, self.texts | {"output": folder})
-        for key, value in given.items():
-            if value == "???":
-                raise InputError(f"{key} is missing; give {key}=VALUE (limbeck {self.command} --help)")
-        module = importlib.import_module(f"..{self.command.replace('-', '_')}", __package__)
+        folder = self.output / str(job.job.num)
+        words = [*job.overrides.task, *self.words, f"output={folder}"]
+        with apart():
+            content = compose_config(self.command, words, self.folders)
         try:
-            module.run(build(module.Options, with_dtypes(given)))
+            prepared(self.command, content)()
         except Stopped as error:  # not this job alone
             raise SystemExit(finish(128 + error.signal, str(error))) from None
-        return folder
+        return str(folder)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Leaves the running Hydra alone, so that another one may compose; there can be one at a time."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def join_tasks() -> None:
@@ -74,11 +79,14 @@ def sweep(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) 
     from hydra._internal.utils import create_automatic_config_search_path
     from hydra.core.global_hydra import GlobalHydra
 
-    texts, words = split_verbatim(command, overrides, sweeping=True, folders=folders)
+    others, _ = split_data(overrides)
+    texts, words = split_verbatim(command, others, sweeping=True, folders=folders)
     if "output" not in texts:
         raise InputError(f"output is missing; give output=FOLDER, in which each job of --multirun has its own"
                          f" (limbeck {command} --help)")  # fmt: skip
-    out = Path(texts["output"])
+    out = own_path(texts.pop("output"))
+    fixed_words = [f"{key}={value}" for key, value in texts.items()]
+    fixed_words += [word for word in overrides if word not in others]
     fixed = {
         "hydra/job_logging": "none", "hydra/hydra_logging": "none", "hydra.output_subdir": "null",
         "hydra.job.name": f"limbeck-{command}", "hydra.job.chdir": "false",
@@ -93,7 +101,8 @@ def sweep(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) 
         try:
             search = create_automatic_config_search_path(None, None, "pkg://limbeck.conf")
             hydra = Hydra.create_main_hydra2(task_name=f"limbeck-{command}", config_search_path=search)
-            batches = hydra.multirun(command, Job(command, texts), [*words, *hidden], with_log_configuration=False)
+            job = Job(command, fixed_words, out, [*folders, *own])
+            batches = hydra.multirun(command, job, [*words, *hidden], with_log_configuration=False)
         finally:
             GlobalHydra.instance().clear()
     report(out, [job for batch in batches for job in batch])

@@ -8,10 +8,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import os
 import queue
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +21,7 @@ from ...distill.speed import speed_figures
 from ...models import processes
 from ...models.config import HybridConfig
 from ...models.matmul import Multiplied
-from .compose import CONF
+from .cards import card_named
 from .show import progress, say
 
 Record = Mapping[str, Any]
@@ -76,19 +74,9 @@ def speed_of(
 
 
 def card_tflops(device: torch.device) -> float | None:
-    """Dense bfloat16 TFLOP/s of a GPU that conf/hardware/ knows, None for others (PCIe cards are slower)."""
-    if device.type != "cuda":
-        return None
-    from omegaconf import OmegaConf
-
-    words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name(device).lower())
-    words += [one + other for one, other in itertools.pairwise(words)] + [word.removesuffix("b") for word in words]
-    for profile in sorted((CONF / "hardware").glob("*.yaml")):
-        if "pcie" not in words and set(profile.stem.split("-")) <= set(words):
-            content = OmegaConf.to_container(OmegaConf.load(profile), resolve=False)
-            assert isinstance(content, dict)
-            return float(content["bf16_tflops"])
-    return None
+    """Dense bfloat16 TFLOP/s of a GPU that conf/hardware/ knows, None for others."""
+    card = card_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if card is None else card.bf16_tflops
 
 
 @contextlib.contextmanager
