@@ -88,7 +88,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = N
 
 def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, H, D] of q [B, H, D] over all of k and v [B, K, L, D]."""
-    q_grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    q_grouped = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
     return F.scaled_dot_product_attention(q_grouped, k, v).reshape(q.shape)
 
 

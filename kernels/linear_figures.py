@@ -76,10 +76,10 @@ def linear_figures(
     step = chunk_tokens or default_chunk(vocabulary, teacher_hidden)
     piece = max(1, PIECE.get(teacher_hidden.device.type, CACHED) // vocabulary)
     parts: list[list[LinearFigures]] = [[] for _ in pairs]
-    for start in range(0, tokens, step):
+    for start in range(0, max(tokens, 1), step):
         rows = slice(start, start + step)
         logits = [product(hidden[rows], head.T, full=hidden.dtype != torch.float64) for hidden, head in pairs]
-        for begin in range(0, logits[0].shape[0], piece):
+        for begin in range(0, max(logits[0].shape[0], 1), piece):
             inner = slice(begin, begin + piece)
             results = piece_figures([values[inner] for values in logits], target[rows][inner])
             for part, figures in zip(parts, results, strict=True):

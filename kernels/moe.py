@@ -69,7 +69,7 @@ def expert_mlp(
 
     `note`, where given, sees what passes: "expert_ffn" [n, I, k] what `up` gives, "expert_ffn_act" [n, I, k] what
     `down` reads (after the activation, times the weight), and "expert_out" [n, k, D], whose sum over k is y.
-    Raises ValueError where shapes disagree.
+    Experts are counted from 0. Raises ValueError where shapes disagree, on a CPU also where an index is beyond E - 1.
     """
     if indices.shape != weights.shape or indices.dim() != 2 or len(indices) != len(x):
         raise ValueError(

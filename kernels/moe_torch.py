@@ -33,6 +33,8 @@ def groups_of_rows(ends: Tensor) -> Iterator[tuple[int, int, int]]:
 @torch.no_grad()
 def segment_product(x: Tensor, weight: Tensor, ends: Tensor, turned: bool) -> Tensor:
     """`moe.grouped_product`, group after group; a group without rows is not read."""
+    if ends.numel() and int(ends[-1]) != len(x):
+        raise ValueError(f"grouped_product: {len(x)} rows, of which groups 0..{len(ends) - 1} have {int(ends[-1])}")
     y = x.new_empty(len(x), weight.shape[2 if turned else 1])
     rounded = x.to(NARROW) if narrows(len(x), x, weight) else None
     for group, start, end in groups_of_rows(ends):

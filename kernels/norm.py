@@ -81,7 +81,7 @@ class TorchNorm(torch.autograd.Function):
         normed = grouped * rms
         dy = dy.to(work).unflatten(-1, (n_groups, size))
         product = dy * normed
-        dweight = product.flatten(0, -3).sum(0).flatten()
+        dweight = product.reshape(-1, n_groups, size).sum(0).flatten()
         scale = weight.to(work).view(n_groups, size)
         mean = torch.linalg.vecdot(product, scale)[..., None]
         du = torch.mul(dy, scale, out=product).addcmul_(normed, mean, value=-1 / size).mul_(rms).flatten(-2)

@@ -19,8 +19,7 @@ from ..models.checkpoint import load_model
 from ..models.device import torch_device, torch_dtype
 from ..models.errors import InputError
 from ..models.folder import sha256_file
-from .distill import held_out
-from .run.resolve import NamedData, corpus, data_input, model_folder, say_epochs
+from .run.resolve import NamedData, corpus, data_input, held_out, model_folder, say_epochs
 from .run.show import progress, read_json, result, table
 from .run.stage import many_processes, stage
 

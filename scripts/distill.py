@@ -17,7 +17,6 @@ from ..distill.rollouts import check_plan
 from ..distill.stages import check_text, check_texts, correct, join_metrics, train_stages
 from ..distill.teacher import CachedTeacher
 from ..distill.teaching import cache_fingerprint, check_cache_serves, kept_of, open_cache
-from ..distill.text.packing import Batch
 from ..models import processes
 from ..models.checkpoint import check_forward, load_config
 from ..models.errors import InputError
@@ -32,6 +31,7 @@ from .run.resolve import (
     check_scores,
     corpus,
     data_input,
+    held_out,
     model_folder,
     sample,
     say_epochs,
@@ -185,13 +185,6 @@ def open_teacher(
                   seed=options.seed)  # fmt: skip
     split, there = row_split(how.train.context_parallel), (row.to(student.device) for row in rows)
     return teacher, make_pairing(teacher, student.model, hidden, kept, there, split)
-
-
-def held_out(data: NamedData, folder: Path, how: DistillOptions, seed: int) -> list[Batch]:
-    """What a stage is measured on, in the tokens of a folder."""
-    return sample(
-        data, "validation", folder, tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=seed
-    )  # fmt: skip
 
 
 if __name__ == "__main__":  # accelerate launch -m limbeck.scripts.distill KEY=VALUE ...

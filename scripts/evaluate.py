@@ -30,7 +30,16 @@ from ..models.placement import placed
 from ..models.tokenizer import check_agreement, load_tokenizer
 from ..prune.scores import check_width_scores, load_scores
 from .run.facts import run_facts
-from .run.resolve import NamedData, corpus, data_input, estimated, model_folder, torch_device, torch_dtype
+from .run.resolve import (
+    NamedData,
+    corpus,
+    data_input,
+    estimated,
+    model_folder,
+    say_sampled,
+    torch_device,
+    torch_dtype,
+)
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
 
@@ -118,6 +127,7 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     fits = {name: fitted(path, options.hardware, options.fit) for name, path in folders.items()}
     read = corpus(options.data, options.split, folders[TEACHER])
     batches = read.sample(batch_size=options.batch, seq_len=options.seq_len, seed=seed, max_tokens=options.tokens)
+    say_sampled(batches, options.data, options.split, folders[TEACHER], options.tokens, options.seq_len)
     text, tokenizer = whole(read), load_tokenizer(folders[TEACHER])
     probes = draw_probes(options.probes, details, text, tokenizer, seed)
     tasks = plan_tasks(folders, options.suites, dtype=dtype, seed=seed) if options.tasks else None

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from ..distill.options import DistillOptions
+from ..kernels.divergence import Divergence
 from ..models.config import HybridConfig
 from ..models.cost.hardware import Reserve
 from ..models.cost.parameters import count_parameters
@@ -22,6 +23,8 @@ from ..prune.target import Target
 from . import compress
 from .run.resolve import model_config, torch_dtype
 from .run.show import gib, say, table, told
+
+UNCACHED = frozenset({"teacher"})  # the turn of which a stage without a teacher, or beyond a cache, has no use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +61,12 @@ def run(options: Options) -> None:
     stages = list(planned(options, teacher))
     print_stages(options, teacher, stages, budget)
     over = [stage for stage in stages if stage.report.total > budget]
-    turns = {stage.name: knobs(stage.student, teacher, stage.training, budget) for stage in over}
+    turns = {stage.name: knobs(stage.student, teacher, stage.training, budget, stage.turnless) for stage in over}
     for name, found in turns.items():
         print_knobs(name, found)
-    together = common_options([(one.student, one.training) for one in stages], teacher, budget) if over else []
+    without = frozenset(key for stage in stages for key in stage.turnless)
+    each = [(one.student, one.training) for one in stages]
+    together = common_options(each, teacher, budget, without) if over else []
     if together:
         say(f"all {len(stages)} stages fit with {' '.join(together)}")
     if options.output is not None:
@@ -100,6 +105,13 @@ def stages_of(
 ) -> Iterator[PlannedStage]:
     how.check_one_size("memory-fit mode=train")
     plan = how.plan()
+    if how.teacher_correction is not None:
+        first = how.correction()
+        training = dataclasses.replace(training_of(first, options), teacher="none")
+        report = train_memory(teacher, None, training)
+        time = train_time(teacher, None, training, report, first.train.steps, options.hardware,
+                          options.training.utilisation)  # fmt: skip
+        yield PlannedStage(f"{name}/teacher" if name else "teacher", teacher, training, report, time, turnless=UNCACHED)
     for number, stage in enumerate(plan, 1):
         training = training_of(stage, options)
         reports = [(train_memory(student, teacher, training), student) for student in students]
@@ -107,14 +119,26 @@ def stages_of(
         label = f"{name}/{number}" if name else f"{number}" if len(plan) > 1 else "distill"
         steps, card, share = stage.train.steps, options.hardware, options.training.utilisation
         time = train_time(student, teacher, training, report, steps, card, share)
-        yield PlannedStage(label, student, training, report, time, uncounted(stage))
+        yield PlannedStage(label, student, training, report, time, uncounted(stage), turnless(stage))
+
+
+def turnless(stage: DistillOptions) -> frozenset[str]:
+    """The turns that a stage's other options refuse; a student that is not split among processes is none of them."""
+    apart = stage.own_rows > 0 or stage.loss.mtp_weight > 0 or stage.train.compile
+    return frozenset({"context_parallel"} if apart else ()) | (frozenset() if cacheable(stage) else UNCACHED)
+
+
+def cacheable(stage: DistillOptions) -> bool:
+    """Whether a cached teacher has what a stage is trained on."""
+    loss = stage.loss
+    forward = loss.divergence == Divergence.FORWARD.option and loss.temperature == 1
+    return forward and not (stage.own_rows or loss.mtp_weight or loss.hidden_weighs or stage.teacher_correction)
 
 
 def uncounted(stage: DistillOptions) -> tuple[str, ...]:
     """What of a stage its time leaves out."""
     apart = {
         "the text that the student writes": stage.own_rows > 0,
-        "the teacher's correction": stage.teacher_correction is not None,
         "the teacher's way from main memory": stage.teacher_offload,
         "the exchange of split rows": stage.train.context_parallel > 1,
     }
@@ -140,6 +164,9 @@ def training_of(stage: DistillOptions, options: Options) -> Training:
         processes=options.processes,
         context_parallel=parts,
         device="cpu" if options.hardware.name == "cpu" else "cuda",
+        hidden_streams=(len(stage.loss.hidden.pairs) or stage.loss.hidden.streams) * stage.loss.hidden_weighs,
+        trains_ahead=stage.loss.mtp_weight > 0,
+        rows_given=stage.train.micro_batch > 0,
     )
 
 

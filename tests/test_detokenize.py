@@ -137,6 +137,13 @@ def test_thoughts_end_with_their_budget(tokenizer: Tokenizer, budget: int) -> No
     assert found.text.count("</think>") == 1 and len(found.tokens) == 30
 
 
+def test_a_thought_that_began_long_ago_is_one(tokenizer: Tokenizer) -> None:
+    """Of a prompt whose marker is further back than what a new marker's text is looked for in."""
+    prompt = tokenizer.encode("<think>" + "a b c d " * 20)
+    assert len(prompt) > 40 and Thought(tokenizer, prompt, 2).open
+    assert not Thought(tokenizer, tokenizer.encode("<think></think>" + "a b c d " * 20), 2).open
+
+
 def test_thoughts_are_seen_opening_and_closing(tokenizer: Tokenizer) -> None:
     thought = Thought(tokenizer, [1, *tokenizer.encode("<think>a</think>b")], 2)
     assert not thought.open

@@ -18,6 +18,7 @@ from limbeck.distill.gap import tasks as module
 from limbeck.distill.gap.harness import SHARE, HarnessModel, Headroom, first_row
 from limbeck.distill.gap.tasks import Tasks, answer_tasks, plan_tasks
 from limbeck.distill.report.gap_tables import task_table
+from limbeck.kernels.products import bfloat16_products
 from limbeck.models.checkpoint import load_model
 from limbeck.models.cost.hardware import Place
 from limbeck.models.errors import InputError
@@ -368,3 +369,22 @@ def test_evaluate_asks_tasks(tasks: dict[str, str], tmp_path: Path, monkeypatch:
     found = json.loads((tmp_path / "gap" / "gap.json").read_text())["tasks"]
     assert found["teacher"] == found["same"] and "acc,none" in found["same"]["next_line"]
     assert "next_line, acc" in out and "next_line, acc_norm" in (tmp_path / "gap" / "gap.html").read_text()
+
+
+def test_texts_that_are_drawn_differ_and_repeat(exported: Path) -> None:
+    """Of one prompt asked several times, as tasks with repeats do; by the seed, and with top_k switched off."""
+    model, tokenizer = load_model(exported), load_tokenizer(exported)
+    how = {"until": [], "do_sample": True, "temperature": 0.8, "top_k": 0, "max_gen_toks": 12}
+    asked = [SimpleNamespace(args=("def mean(values):", dict(how))) for _ in range(6)]
+    found = HarnessModel(model, tokenizer, seed=3).generate_until(asked)
+    assert len(set(found)) > 3
+    assert HarnessModel(model, tokenizer, seed=3).generate_until(asked) == found
+    assert HarnessModel(model, tokenizer, seed=90).generate_until(asked) != found
+
+
+def test_kept_answers_know_their_products(exported: Path, tasks: dict[str, str]) -> None:
+    asked = Tasks((tasks["complete"],))
+    kept = [plan_tasks({"one": exported}, asked, dtype=torch.float32, seed=0).kept["one"]]
+    with bfloat16_products():
+        kept.append(plan_tasks({"one": exported}, asked, dtype=torch.float32, seed=0).kept["one"])
+    assert kept[0] != kept[1]

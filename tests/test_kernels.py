@@ -10,8 +10,10 @@ import pytest
 import torch
 from limbeck.benchmarks import operator_peers
 from limbeck.kernels.activation import relu2, swiglu
+from limbeck.kernels.attention import attention, decode_attention
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from limbeck.kernels.linear import linear
+from limbeck.kernels.moe import expert_mlp
 from limbeck.kernels.norm import gated_rms_norm, rms_norm
 from limbeck.kernels.reference import (
     causal_conv1d_reference,
@@ -334,3 +336,26 @@ def test_transformers_says_the_same() -> None:
     for line in lines:
         for value, gradient in line["differences"]:
             assert 0 < value < 1e-5 and gradient < 1e-4, line
+
+
+def test_a_vector_and_nothing_at_all() -> None:
+    """Norms of one row without a batch, attention over an empty batch."""
+    for norm in (lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: gated_rms_norm(x, x, w, 1e-5, 2)):
+        x, weight = torch.randn(24, requires_grad=True), torch.randn(24, requires_grad=True)
+        rows, same = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+        norm(x, weight).sum().backward()
+        norm(rows[None], same).sum().backward()
+        assert x.grad is not None and rows.grad is not None and weight.grad is not None and same.grad is not None
+        assert torch.equal(x.grad, rows.grad) and torch.equal(weight.grad, same.grad)
+    with torch.no_grad():
+        q, k = torch.randn(0, 4, 1, 8), torch.randn(0, 2, 1, 8)
+        assert attention(q, k, k).shape == q.shape
+        assert decode_attention(torch.randn(0, 4, 8), k, k).shape == (0, 4, 8)
+
+
+@torch.no_grad()
+def test_an_expert_that_is_not_there_is_refused() -> None:
+    x, up = torch.randn(3, 8), torch.randn(2, 5, 8)
+    for indices in ([[0], [1], [2]], [[9], [9], [9]]):
+        with pytest.raises(ValueError, match=r"groups 0\.\.1 have"):
+            expert_mlp(x, torch.tensor(indices), torch.ones(3, 1), up, up.mT)

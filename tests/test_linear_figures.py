@@ -79,3 +79,9 @@ def test_what_does_not_fit_is_said() -> None:
         linear_figures([(other, narrow)], hidden, head, labels[:4])
     with pytest.raises(ValueError, match="model 1"):
         linear_figures([(other, head)], hidden, head, labels)
+
+
+def test_no_tokens_have_no_figures() -> None:
+    hidden, head, other, narrow, labels = drawn(4, 11, 0.3)
+    found = linear_figures([(other[:0], narrow)], hidden[:0], head, labels[:0])
+    assert len(found) == 2 and all(len(column) == 0 for figures in found for column in figures)

@@ -193,6 +193,44 @@ def test_command_plans_the_published_recipe(tmp_path: Path) -> None:
     assert limbeck(*words, *plan["together"])[0] == 0
 
 
+def test_what_the_plan_says_fits_fits() -> None:
+    """With exactly its options, where nobody has given a micro-batch: a group of more processes has more rows."""
+    words = ["train-fit", "teacher=nemotron-nano-12b-v2", "student=nemotron-nano-9b-v2", "hardware=h100", "processes=8",
+             "dtype=bfloat16", "distill.batch=8", "distill.train.activation_checkpointing=true"]  # fmt: skip
+    code, text, _ = limbeck(*words, "distill.seq_len=131072")
+    found = next(line for line in text.splitlines() if "stages fit with" in line).split(" fit with ")[1].split()
+    assert code == 3 and found == ["distill.train.micro_batch=1", "distill.train.context_parallel=2"]
+    assert limbeck(*words, "distill.seq_len=131072", *found)[0] == 0
+
+
+def test_turns_that_a_stage_refuses_are_not_named() -> None:
+    """Rows that the student writes are neither split nor cached; a cache has no reverse KL; and what saves nothing is no
+    turn."""
+    words = ["train-fit", "teacher=nemotron-nano-12b-v2", "student=nemotron-nano-9b-v2", "hardware=l4", "dtype=bfloat16",
+             "processes=2", "distill.batch=2"]  # fmt: skip
+    own = ["distill.rollouts={prompt_tokens: 64, new_tokens: 64}", "distill.loss.divergence=reverse"]
+    code, text, _ = limbeck(*words, own[0])
+    assert code == 3 and "context_parallel" not in text and "cached teacher" not in text
+    code, text, _ = limbeck(*words, own[1])
+    assert code == 3 and "cached teacher" not in text and "-1." not in text
+    assert "cached teacher" in limbeck(*words)[1]
+
+
+def test_the_teacher_s_own_training_and_compared_states_are_planned() -> None:
+    words = ["train-fit", "teacher=nemotron-nano-12b-v2", "student=nemotron-nano-9b-v2", "hardware=h100", "processes=8",
+             "dtype=bfloat16", "distill.batch=8", "distill.seq_len=8192"]  # fmt: skip
+    text = limbeck(*words, "distill.teacher_correction={tokens: 1e6, learning_rate: 1e-5}")[1]
+    assert "teacher" in next(line for line in text.splitlines() if "stage" in line and "distill" in line)
+    plain, hidden = (
+        train_memory(SMALL, LARGE, Training(hidden_streams=count, seq_len=32768, checkpointing=True)).moments["loss"]
+        for count in (0, 4)
+    )
+    # Two float32 numbers a channel of each stream, as the autograd of the loss keeps them (143,376 bytes a token).
+    more = hidden["kept for the backward"] - plain["kept for the backward"]
+    assert more / 32768 == pytest.approx(143_376, rel=1e-3)
+    assert hidden["hidden states"] == 4 * 32768 * LARGE.hidden_size * 2
+
+
 def test_command_of_two_models() -> None:
     """teacher= and student= take named configs and folders; the micro-batch is of a process's rows."""
     words = ["teacher=nemotron-nano-12b-v2", "student=nemotron-nano-9b-v2", "hardware=h100", "distill.batch=64"]

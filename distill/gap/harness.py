@@ -95,13 +95,15 @@ class Headroom:
 
 
 class HarnessModel(TemplateLM):
-    """A model and its tokenizer, as the harness wants them. `on_step(done, total)` counts requests of one kind."""
+    """A model and its tokenizer, as the harness wants them. `on_step(done, total)` counts requests of one kind; texts
+    that are drawn follow from `seed` and the number of their request."""
 
     def __init__(
-        self, model: HybridLM, tokenizer: Tokenizer, *, row_tokens: int | None = None, on_step: OnStep | None = None
-    ) -> None:
+        self, model: HybridLM, tokenizer: Tokenizer, *, row_tokens: int | None = None, on_step: OnStep | None = None,
+        seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.tokens, self.on_step = model, tokenizer, on_step
+        self.model, self.tokens, self.on_step, self.seed = model, tokenizer, on_step, seed
         self.headroom = Headroom.of(model)
         release_memory()
         self.row_tokens = row_tokens or self.headroom.row_tokens(free_memory(self.device))
@@ -191,13 +193,20 @@ class HarnessModel(TemplateLM):
         """Texts that continue prompts (too long ones lose tokens on the left), up to a stop string or the end."""
         end = self.tokens.backend.decode([self.eot_token_id], skip_special_tokens=False)
         prompts, stops = [], []
-        for request in requests:
+        for number, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1], MOST_NEW_TOKENS)
             stops.append(handle_stop_sequences(options["until"], eos=end))
             new = options["max_gen_toks"]
             if new >= self.max_length:
                 raise InputError(f"tasks: {new} new tokens leave nothing for a prompt within {self.max_length} tokens")
-            sampling = Sampling(options.get("temperature") or 0.0, *map(options.get, ("top_k", "top_p", "min_p")))
+            top_k = options.get("top_k")
+            sampling = Sampling(
+                options.get("temperature") or 0.0,
+                top_k if top_k and top_k > 0 else None,  # transformers switches it off with 0
+                options.get("top_p"),
+                options.get("min_p"),
+                self.seed + number,
+            )
             prompt = self.tok_encode(request.args[0])[new - self.max_length :] or [self.prefix_token_id]
             stop = tuple(each for each in stops[-1] if each not in ("", end))
             prompts.append(Request(prompt, new, sampling, stop=stop, stop_tokens=(self.eot_token_id,)))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ... import __version__
+from ...kernels.products import chosen
 from ...models.errors import InputError, guess
 from ...models.fingerprint import digest, fingerprint_of
 from ...models.folder import cache_folder, sha256_file, write_json
@@ -27,7 +28,7 @@ from ..text.formats import first_line
 
 SUFFIXES = (".yaml", ".yml")  # of task files
 DATA_KEYS = ("dataset_path", "dataset_kwargs")  # of a task file
-FORMAT = 1  # of kept answers; another number wherever a change of ours may change what a model answers
+FORMAT = 2  # of kept answers; another number wherever a change of ours may change what a model answers
 OnStep = Callable[[str, int, int], None]
 
 
@@ -147,6 +148,7 @@ def plan_tasks(folders: Mapping[str, Path], tasks: Tasks, *, dtype: torch.dtype,
         "dtype": str(dtype),
         "seed": seed,
         "torch": torch.__version__,
+        **chosen(),
     }
     kept = {
         name: cache_folder() / "tasks" / f"{digest(facts | {'model': fingerprint_of(folder)})}.json"
@@ -217,7 +219,8 @@ def answers_of(
     told = None if on_step is None else functools.partial(on_step, name)
     with errors_of(tasks):
         content: Any = simple_evaluate(
-            model=HarnessModel(model, tokenizer, on_step=told), tasks=tasks.harness_names, task_manager=plan.manager,
+            model=HarnessModel(model, tokenizer, on_step=told, seed=seed), tasks=tasks.harness_names,
+            task_manager=plan.manager,
             num_fewshot=tasks.shots, limit=tasks.limit, random_seed=seed, numpy_random_seed=seed,
             torch_random_seed=seed, fewshot_random_seed=seed, bootstrap_iters=1000, log_samples=False,
         )  # fmt: skip

@@ -29,7 +29,7 @@ MEANINGS = {  # of the titles, where a table has them
     "kl": "KL(teacher || student), nats a token: what the student lacks of what the teacher holds probable; 0 is equal",
     "reverse_kl": "KL(student || teacher), nats a token: what the student holds probable and the teacher does not",
     "agreement": "share of tokens at which both hold the same one most probable",
-    "top5_agreement": "share of tokens at which the teacher's first choice is among the student's first five",
+    "top5_agreement": "share of the teacher's five most probable tokens that are among the student's five",
     "mean_rank": "place of the teacher's first choice among the student's, 1 at best",
     "mass_kept": "overlap of the two distributions, the sum of min(p, q); 1 is equal",
     "ece": "expected calibration error: how far, on average, confidence is from the share that is right",

@@ -21,7 +21,7 @@ Cells = list[tuple[str, ...]]
 @dataclasses.dataclass(frozen=True)
 class PlannedStage:
     """A stage of distillation: the student (of those that a round may leave the one that takes most), its step and what
-    that holds, how long it takes (None: unknown), and what of it is not in that time."""
+    that holds, how long it takes (None: unknown), what of it is not in that time, and the turns that it cannot take."""
 
     name: str
     student: HybridConfig
@@ -29,6 +29,7 @@ class PlannedStage:
     report: TrainReport
     time: TrainTime | None
     apart: tuple[str, ...] = ()
+    turnless: frozenset[str] = frozenset()
 
 
 def line_rows(stages: Sequence[PlannedStage]) -> Cells:

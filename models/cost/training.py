@@ -32,6 +32,7 @@ LINES = (
     "teacher weights",
     "gathered layers",
     "kept for the backward",
+    "hidden states",
     "loss",
     "layer at work",
 )
@@ -49,7 +50,9 @@ class Training:
     in all training here. `dtype` is that of weights in use and of activations; the optimizer moves float32 copies of
     less, and with `quantized` those that rounded weights are made from. `teacher` is "online", "cached" (its top-k
     tokens, from files) or "none" (cross-entropy). `processes` share weights, gradients and the optimizer's state
-    (FSDP2); `context_parallel` of them split each row.
+    (FSDP2); `context_parallel` of them split each row. `hidden_streams` pairs of hidden states are compared, and with
+    `trains_ahead` multi-token prediction is trained (its activations are not counted). `rows_given`: the micro-batch is
+    the user's, and not what is left for a process.
     """
 
     micro_batch: int = 1
@@ -67,6 +70,9 @@ class Training:
     processes: int = 1
     context_parallel: int = 1
     device: str = "cuda"
+    hidden_streams: int = 0
+    trains_ahead: bool = False
+    rows_given: bool = False
 
     def __post_init__(self) -> None:
         if self.micro_batch < 1 or self.seq_len < 1 or self.processes < 1:
@@ -154,6 +160,7 @@ def train_memory(student: HybridConfig, teacher: HybridConfig | None, training: 
         raise InputError("train: an online teacher needs a config; give teacher=, or training.teacher=cached")
     teacher = teacher if training.teacher == "online" else None
     carried = (count_parameters(student) - count_parameters(student.replace(mtp_steps=0))) * training.stored
+    carried *= 4 if training.trains_ahead else 1  # with gradients and two moments
     student = student.replace(mtp_steps=0)  # multi-token prediction is carried along, whole in every process
     teacher = None if teacher is None else teacher.replace(mtp_steps=0)
     always, moments = standing(student, teacher, training), {}
@@ -206,10 +213,15 @@ def moments_of(
         )
     step = step_trace(student, load)
     kept = [step.kept[kind] for kind in student.pattern]
+    tokens = -(-training.micro_batch * training.seq_len // training.context_parallel)
+    # Of each pair in float32: what the two differ by, and the student's norm; and the teacher's states until then.
+    compared = training.hidden_streams * tokens * 8 * student.hidden_size
+    theirs = 0 if teacher is None else training.hidden_streams * tokens * teacher.hidden_size
     loss = {
         "gradients": before,
         "gathered layers": whole + target,
-        "kept for the backward": sum(kept) + step.final + step.shared,
+        "kept for the backward": sum(kept) + step.final + step.shared + compared,
+        "hidden states": theirs * training.teacher_dtype.itemsize,
     }
     yield "loss", loss | {"loss": step.loss}
     yield "loss backward", loss | {"gathered layers": whole, "loss": step.loss_backward}
@@ -222,7 +234,7 @@ def moments_of(
             {
                 "gradients": before or shard(done, training),
                 "gathered layers": turned,
-                "kept for the backward": sum(kept[: layer + 1]) + step.shared,
+                "kept for the backward": sum(kept[: layer + 1]) + step.shared + compared,
                 "layer at work": step.backward[kind] - kept[layer],
             },
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import torch
@@ -30,15 +30,21 @@ class Knob:
     fits: bool
 
 
-def knobs(student: HybridConfig, teacher: HybridConfig | None, training: Training, budget: float) -> list[Knob]:
-    """What to turn so that a step fits `budget` bytes, cheapest first; what changes nothing is left out."""
+def knobs(
+    student: HybridConfig, teacher: HybridConfig | None, training: Training, budget: float, without: Container[str] = ()
+) -> list[Knob]:
+    """What to turn so that a step fits `budget` bytes, cheapest first; what saves nothing, and the turns `without`
+    which a stage has to do (by the names of `TURNS`), are left out."""
     over = functools.partial(excess, student, teacher, budget)
     answers, above = [], training
-    for turn in TURNS:
+    for key, turn in TURNS.items():
+        if key in without:
+            continue
         alone, name = turn(training, over)
         enough = over(above) <= 0
-        before, (above, name) = above, (above, name) if enough else turn(above, over)
-        if alone != training or above != before:
+        before, (turned, name) = above, (above, name) if enough else turn(above, over)
+        above = turned if over(turned) < over(above) else above
+        if over(alone) < over(training) or above != before:
             together = None if enough else int(over(above) + budget)
             saves = int(over(training) - over(alone))
             answers.append(Knob(name, saves, over(alone) <= 0, together, over(above) <= 0))
@@ -46,22 +52,28 @@ def knobs(student: HybridConfig, teacher: HybridConfig | None, training: Trainin
 
 
 def common_options(
-    stages: Sequence[tuple[HybridConfig, Training]], teacher: HybridConfig | None, budget: float
+    stages: Sequence[tuple[HybridConfig, Training]],
+    teacher: HybridConfig | None,
+    budget: float,
+    without: Container[str] = (),
 ) -> list[str]:
-    """The options, the same for all stages, by which the turns let each of them fit; none where that takes more
-    processes or shorter rows, or what one stage needs does not suit another."""
+    """The options, the same for all stages, by which the turns (but those `without`) let each of them fit; none where
+    that takes more processes or shorter rows, or what one stage needs does not suit another."""
     changes: dict[str, Any] = {}
     for student, training in stages:
         over = functools.partial(excess, student, teacher, budget)
         turned = training
-        for turn in TURNS:
-            if over(turned) > 0:
-                turned, _ = turn(turned, over)
+        for key, turn in TURNS.items():
+            if over(turned) > 0 and key not in without:
+                more, _ = turn(turned, over)
+                turned = more if over(more) < over(turned) else turned
         if (turned.processes, turned.seq_len) != (training.processes, training.seq_len):
             return []
         for field in OPTIONS:
             value = getattr(turned, field)
-            if value != getattr(training, field):
+            if field == "micro_batch" and turned.rows_given and not training.rows_given and training.batch is not None:
+                changes[field] = min(value, changes.get(field, value))
+            elif value != getattr(training, field):
                 changes[field] = max(value, changes.get(field, 0)) if field == "context_parallel" else value
     try:
         fit = all(excess(student, teacher, budget, dataclasses.replace(how, **changes)) <= 0 for student, how in stages)
@@ -89,7 +101,7 @@ def checkpoint_blocks(how: Training, over: Over) -> Turned:
 
 
 def single_rows(how: Training, over: Over) -> Turned:
-    return dataclasses.replace(how, micro_batch=1), "micro_batch 1"
+    return dataclasses.replace(how, micro_batch=1, rows_given=True), "micro_batch 1"
 
 
 def split_rows(how: Training, over: Over) -> Turned:
@@ -104,7 +116,9 @@ def split_rows(how: Training, over: Over) -> Turned:
         more = dataclasses.replace(how, context_parallel=count)
         if over(more) <= 0:
             break
-    return more, f"context_parallel {count}"
+    # A run that is told nothing puts all rows of a group through at once, and a larger group has more.
+    said = "" if how.rows_given or how.batch is None else f", micro_batch {how.micro_batch}"
+    return dataclasses.replace(more, rows_given=True), f"context_parallel {count}{said}"
 
 
 def half_width(how: Training, over: Over) -> Turned:
@@ -151,6 +165,7 @@ OPTIONS = {
     "teacher_offload": "distill.teacher_offload",
 }
 DTYPES = ("dtype", "teacher_dtype")
-TURNS = (
-    checkpoint_blocks, single_rows, half_width, split_rows, cache_teacher, more_processes, offload_teacher, shorter_rows
-)  # fmt: skip
+TURNS: dict[str, Callable[[Training, Over], Turned]] = {
+    "checkpointing": checkpoint_blocks, "micro_batch": single_rows, "dtype": half_width, "context_parallel": split_rows,
+    "teacher": cache_teacher, "processes": more_processes, "teacher_offload": offload_teacher, "seq_len": shorter_rows,
+}  # fmt: skip

@@ -81,7 +81,8 @@ class Thought:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], budget: int) -> None:
         self.tokenizer, self.budget = tokenizer, budget
         self.recent = collections.deque(prompt[-MARKER_TOKENS:], maxlen=MARKER_TOKENS)
-        self.open, self.spent = False, 0
+        text = tokenizer.decode(prompt)  # a thought may have begun long ago
+        self.open, self.spent = text.rfind(OPEN) > text.rfind(CLOSE), 0
         self.forced: collections.deque[int] = collections.deque()
         self.look()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from ...distill.text.mixture import Mixture, Text
 from ...distill.text.notes import say as say_notes
 from ...distill.text.packing import Batch
 from ...distill.text.resolve import NamedData as NamedData
-from ...models import named
+from ...models import named, processes
 from ...models.checkpoint import load_config
 from ...models.device import DTYPES as DTYPES
 from ...models.device import torch_device as torch_device
@@ -27,6 +27,7 @@ from ...models.named import model_config as model_config
 from .show import progress, say, table
 
 if TYPE_CHECKING:
+    from ...distill.options import DistillOptions
     from ...models.cost.fit import Estimate, Fit
     from ...models.cost.hardware import Hardware
     from ...models.cost.stored_weights import StoredWeights
@@ -81,6 +82,22 @@ def sample(data: NamedData, split: str, model: Path, *, tokens: int, seq_len: in
     """See `resolve.sample`; says so where the text is less than was requested, and where rows are longer than the model
     is made for."""
     batches = resolve.sample(named_data(data), split, model, tokens=tokens, seq_len=seq_len, **size, progress=reading)
+    say_sampled(batches, data, split, model, tokens, seq_len)
+    return batches
+
+
+def held_out(data: NamedData, folder: Path, how: DistillOptions, seed: int) -> list[Batch]:
+    """What a stage is measured on, in the tokens of a folder; as many rows at once as go through a model in training,
+    where many processes share a batch and each measures all rows."""
+    found = sample(
+        data, "validation", folder, tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=seed
+    )
+    most = how.train.micro_batch or max(1, how.batch * how.train.context_parallel // processes.count())
+    return [rows.rows(start, start + most) for rows in found for start in range(0, len(rows.input_ids), most)]
+
+
+def say_sampled(batches: Iterable[Batch], data: NamedData, split: str, model: Path, tokens: int, seq_len: int) -> None:
+    """Says so where a sample is less than was requested, or its rows are longer than the model is made for."""
     taken = sum(int((batch.doc_id >= 0).sum()) for batch in batches)
     most, notes = load_config(model).max_position_embeddings, []
     if taken < tokens // seq_len * seq_len or taken < min(tokens, seq_len):
@@ -89,7 +106,6 @@ def sample(data: NamedData, split: str, model: Path, *, tokens: int, seq_len: in
         notes.append(f"rows of {seq_len:,} tokens are beyond the {most:,} that {model} is made for (its config's"
                      " max_position_embeddings)")  # fmt: skip
     say_notes(notes, f"data={data}")
-    return batches
 
 
 def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
