@@ -218,9 +218,12 @@ def test_stages_one_by_one(workshop: Path, tmp_path: Path) -> None:
     assert code == 0 and "def name" in out
     refused("generate", f"model={exported}", "prompt=hello", "chat=true", says="chat template")
     shutil.rmtree(exported / "no", ignore_errors=True)
-    (exported / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
-    code, _, _ = limbeck("generate", f"model={exported}", "prompt=hello", "chat=true", "reasoning=true")
-    assert code == 0
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    (exported / "chat_template.jinja").write_text(template)
+    asked = ("generate", f"model={exported}", "prompt=hello", "chat=true", "reasoning=true")
+    refused(*asked, says="leave reasoning= out")
+    (exported / "chat_template.jinja").write_text(template + "{# /no_think #}")
+    assert limbeck(*asked)[0] == 0
     assert snapshot(workshop) == untouched
 
 

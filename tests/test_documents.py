@@ -113,9 +113,7 @@ def test_content_and_nothing_else_names_a_text(tmp_path: Path) -> None:
 
 def test_tokens_of_data_are_made_once(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIMBECK_CACHE", str(workshop / "cache"))
-    inputs.content.cache_clear()
     first = inputs.corpus(str(workshop / "text"), "train", workshop / "model")
-    inputs.content.cache_clear()
     monkeypatch.setattr(inputs, "read_documents", None)  # not to be read again
     second = inputs.corpus(str(workshop / "text"), "train", workshop / "model")
     assert isinstance(first, Corpus) and isinstance(second, Corpus) and np.array_equal(first.ids, second.ids)

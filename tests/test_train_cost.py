@@ -204,10 +204,10 @@ def test_what_the_plan_says_fits_fits() -> None:
 
 
 def test_turns_that_a_stage_refuses_are_not_named() -> None:
-    """Rows that the student writes are neither split nor cached; a cache has no reverse KL; and what saves nothing is no
+    """Rows that the student writes are neither split nor cached, a cache has no reverse KL, what saves nothing is no
     turn."""
-    words = ["train-fit", "teacher=nemotron-nano-12b-v2", "student=nemotron-nano-9b-v2", "hardware=l4", "dtype=bfloat16",
-             "processes=2", "distill.batch=2"]  # fmt: skip
+    words = ["train-fit", "teacher=nemotron-nano-12b-v2", "student=nemotron-nano-9b-v2", "hardware=l4", "processes=2",
+             "dtype=bfloat16", "distill.batch=2"]  # fmt: skip
     own = ["distill.rollouts={prompt_tokens: 64, new_tokens: 64}", "distill.loss.divergence=reverse"]
     code, text, _ = limbeck(*words, own[0])
     assert code == 3 and "context_parallel" not in text and "cached teacher" not in text
