@@ -220,10 +220,10 @@ def test_stages_one_by_one(workshop: Path, tmp_path: Path) -> None:
     shutil.rmtree(exported / "no", ignore_errors=True)
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     (exported / "chat_template.jinja").write_text(template)
-    asked = ("generate", f"model={exported}", "prompt=hello", "chat=true", "reasoning=true")
-    refused(*asked, says="leave reasoning= out")
+    wanted = ("generate", f"model={exported}", "prompt=hello", "chat=true", "reasoning=true")
+    refused(*wanted, says="leave reasoning= out")
     (exported / "chat_template.jinja").write_text(template + "{# /no_think #}")
-    assert limbeck(*asked)[0] == 0
+    assert limbeck(*wanted)[0] == 0
     assert snapshot(workshop) == untouched
 
 

@@ -372,19 +372,19 @@ def test_evaluate_asks_tasks(tasks: dict[str, str], tmp_path: Path, monkeypatch:
 
 
 def test_texts_that_are_drawn_differ_and_repeat(exported: Path) -> None:
-    """Of one prompt asked several times, as tasks with repeats do; by the seed, and with top_k switched off."""
+    """Of one prompt wanted several times, as tasks with repeats do; by the seed, and with top_k switched off."""
     model, tokenizer = load_model(exported), load_tokenizer(exported)
     how = {"until": [], "do_sample": True, "temperature": 0.8, "top_k": 0, "max_gen_toks": 12}
-    asked = [SimpleNamespace(args=("def mean(values):", dict(how))) for _ in range(6)]
-    found = HarnessModel(model, tokenizer, seed=3).generate_until(asked)
+    wanted = [SimpleNamespace(args=("def mean(values):", dict(how))) for _ in range(6)]
+    found = HarnessModel(model, tokenizer, seed=3).generate_until(wanted)
     assert len(set(found)) > 3
-    assert HarnessModel(model, tokenizer, seed=3).generate_until(asked) == found
-    assert HarnessModel(model, tokenizer, seed=90).generate_until(asked) != found
+    assert HarnessModel(model, tokenizer, seed=3).generate_until(wanted) == found
+    assert HarnessModel(model, tokenizer, seed=90).generate_until(wanted) != found
 
 
 def test_kept_answers_know_their_products(exported: Path, tasks: dict[str, str]) -> None:
-    asked = Tasks((tasks["complete"],))
-    kept = [plan_tasks({"one": exported}, asked, dtype=torch.float32, seed=0).kept["one"]]
+    wanted = Tasks((tasks["complete"],))
+    kept = [plan_tasks({"one": exported}, wanted, dtype=torch.float32, seed=0).kept["one"]]
     with bfloat16_products():
-        kept.append(plan_tasks({"one": exported}, asked, dtype=torch.float32, seed=0).kept["one"])
+        kept.append(plan_tasks({"one": exported}, wanted, dtype=torch.float32, seed=0).kept["one"])
     assert kept[0] != kept[1]
