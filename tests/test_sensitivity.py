@@ -177,7 +177,7 @@ def test_vllm_and_speed_count_what_is_held() -> None:
     one, other = plain.throughput(), less.throughput()
     assert one is not None and other is not None
     small = Hardware("card", 1.0, (less.memory.peak - 1) / 2**30, 100, 10, device="cpu")
-    change = next(each for each in fit.estimate(config, small, held).changes() if "layers fewer" in each.name)
+    change = next(each for each in fit.estimate(config, small, held).changes() if " fewer (" in each.name)
     assert change.fits and change.saved > 0
     # Of all experts a step of one token reads the chosen: 2 of 6 of their bytes.
     experts = sum(layer.experts for layer in held.layers)
