@@ -212,7 +212,7 @@ def pattern_counts(config: HybridConfig, candidates: Sequence[Candidate], rules:
 
 def embedded(config: HybridConfig, pattern: str, rules: Rules, scores: LayerScores | None) -> tuple[int, ...]:
     """The layers that become a named pattern. Raises InputError."""
-    config.replace(pattern=pattern).to_hf()
+    (config.replace(pattern=pattern) if pattern else config).to_hf()
     cost = scores.candidates[0] if scores is not None and scores.candidates else {}
     layers = embed(config.pattern, pattern, rules, cost, size=config.block_size)
     if not layers:
