@@ -28,7 +28,7 @@ from .distill.options import DistillLoss, DistillOptions, TrainOptions
 from .distill.report.exported import ExportForm
 from .distill.report.exported_text import evaluated_tokens
 from .distill.rollout_options import Rollouts
-from .distill.rollouts import check_student
+from .distill.rollouts import check_plan
 from .distill.stages import check_epochs, check_text
 from .distill.text.given import Data, fitted, read_sample, read_text
 from .distill.text.mixture import whole
@@ -259,7 +259,7 @@ def distill(
     plan = DistillOptions(loss or DistillLoss(), how, seq_len, batch, 0, rollouts=rollouts, nested=nested)
     check_text(text, plan)
     check_epochs(text, [plan])
-    check_student(plan, student.config.max_position_embeddings, whole=True)
+    check_plan([plan], student.config, whole=True)
     measured: list[Batch] = []
     if how.evaluate_every:
         reader, unseen_text = student if student.tokenizer is not None else teacher, held_out_of(data, held_out)

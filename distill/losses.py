@@ -166,16 +166,24 @@ def check_cached(options: DistillLoss, teacher: CachedTeacher) -> None:
     """Raises InputError for what a cache's answers, at temperature 1, do not tell."""
     if teacher.method == SAMPLE and not options.tail:
         raise InputError("loss: a cache of draws has no tail to leave out; set tail=true, or take a top-k cache")
+    if (lacking := beyond_cache(options)) is not None:
+        raise InputError(lacking)
+
+
+def beyond_cache(options: DistillLoss) -> str | None:
+    """What of a loss no cached teacher tells, and what to do; None where one tells all."""
     if options.divergence != Divergence.FORWARD.option or options.temperature != 1:
-        raise InputError(
+        return (
             f"loss: a cached teacher gives forward KL at temperature 1, not divergence={options.divergence} at"
             f" temperature={options.temperature}; change these, or take the teacher itself"
         )
     if options.mtp_weight:
-        raise InputError("loss: a cached teacher does not train multi-token prediction; set mtp_weight=0, or take the"
-                         " teacher itself")  # fmt: skip
-    if greatest(options.hidden.weight) > 0:
-        raise InputError("loss: a cached teacher has no hidden states; set hidden.weight=0, or take the teacher itself")
+        return (
+            "loss: a cached teacher does not train multi-token prediction; set mtp_weight=0, or take the teacher itself"
+        )
+    if options.hidden_weighs:
+        return "loss: a cached teacher has no hidden states; set hidden.weight=0, or take the teacher itself"
+    return None
 
 
 def check_vocabularies(teacher: HybridLM | CachedTeacher, student: HybridLM) -> None:

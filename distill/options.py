@@ -356,6 +356,11 @@ class DistillOptions:
         return self.batch - self.own_rows
 
     @property
+    def reads(self) -> tuple[int, int]:
+        """Rows of the text that all its steps read, and tokens a row."""
+        return self.train.steps * self.text_rows, self.seq_len
+
+    @property
     def rows(self) -> int:
         """Rows that go through a model at once."""
         return self.train.micro_batch or self.batch

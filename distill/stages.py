@@ -65,7 +65,7 @@ def check_text(text: Text, how: DistillOptions) -> None:
 def check_epochs(text: Text, plan: Sequence[DistillOptions]) -> None:
     """Raises InputError where a mixture's source would be read more often than its `epochs`."""
     if isinstance(text, Mixture):
-        text.check_epochs([(how.train.steps * how.text_rows, how.seq_len) for how in plan])
+        text.check_epochs([how.reads for how in plan])
 
 
 def check_texts(

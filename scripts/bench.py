@@ -20,7 +20,7 @@ from ..models.cost.speed import Load, Speed
 from ..models.cost.timing import check_weights_fit, measure, this_cpu
 from ..models.device import torch_device, torch_dtype
 from ..models.errors import InputError
-from ..models.folder import atomic_folder, write_json
+from ..models.folder import atomic_folder, check_new, write_json
 from ..models.generate.decode import lay_out
 from ..models.hybrid import HybridLM, initialize
 from ..models.named import load_checked
@@ -50,8 +50,8 @@ class Options:
 
 
 def run(options: Options) -> None:
-    if options.output is not None and options.output.exists():
-        raise InputError(f"{options.output} exists already; give an output folder that does not")
+    if options.output is not None:
+        check_new(options.output)
     if options.against == options.model:
         raise InputError(f"against={options.against} is the model itself; give another one, or leave it out")
     names = [options.model, *([] if options.against is None else [options.against])]

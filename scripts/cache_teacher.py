@@ -83,7 +83,7 @@ def cache(options: Options) -> None:
         device = process_device(torch_device(options.device))
         teacher = load_model(source, torch_dtype(options.dtype), device)
         text = corpus(options.data, "train", source)
-        say_epochs(text, [(part.train.steps * part.text_rows, part.seq_len) for part in how.plan()])
+        say_epochs(text, [part.reads for part in how.plan()])
         measured = [held_out(options.data, source, part, options.seed) for part in how.plan()]
         total = sum(part.train.steps * part.batch for part in how.plan())
         total += sum(len(batch.input_ids) for batches in measured for batch in batches)

@@ -101,7 +101,7 @@ def correct_teacher(teacher: Path, options: Options) -> Path:
             with processes.together():
                 text = corpus(options.data, "train", teacher)
                 check_text(text, how)
-                say_epochs(text, [(how.train.steps * how.text_rows, how.seq_len)])
+                say_epochs(text, [how.reads])
                 check_plan([how], load_config(teacher), whole=True)
             model = load_trained(teacher, dtype, process_device(torch_device(options.device)), options.shard)
             training, config = work.folder / "training", model.model.config
@@ -140,7 +140,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
             made_from = work.content()["inputs"]  # a damaged input shows before the first step
             if options.scores is not None:
                 check_scores(options.scores, made_from["student"], options.student)
-        say_epochs(text, [(how.train.steps * how.text_rows, how.seq_len) for how in plan])
+        say_epochs(text, [how.reads for how in plan])
     training = work.folder / "training"
     folders = [training / str(number) for number in range(1, len(plan) + 1)] if options.distill.stages else [training]
     configs = student.model.config, teacher.config if isinstance(teacher, HybridLM) else None

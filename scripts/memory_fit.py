@@ -20,7 +20,7 @@ from ..models.cost.serving import serving_rows
 from ..models.cost.tables import memory_rows, places, speed_sentence, vllm_rows
 from ..models.device import torch_dtype
 from ..models.errors import CheckFailed, InputError
-from ..models.folder import atomic_folder, write_json
+from ..models.folder import atomic_folder, check_new, write_json
 from .run.resolve import held_weights, model_config, model_folder, model_names
 from .run.show import gib, progress, say, table, told
 
@@ -44,8 +44,8 @@ class Options:
 
 
 def run(options: Options) -> None:
-    if options.output is not None and options.output.exists():
-        raise InputError(f"{options.output} exists already; give an output folder that does not")
+    if options.output is not None:
+        check_new(options.output)
     config, hardware = model_config(options.model), options.hardware
     short = ("context", "batch", "tensor_parallel")
     named = {name: value for name in short if (value := getattr(options, name)) is not None}

@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from ..distill.losses import beyond_cache
 from ..distill.options import DistillOptions
-from ..kernels.divergence import Divergence
 from ..models.config import HybridConfig
 from ..models.cost.hardware import Reserve
 from ..models.cost.parameters import count_parameters
@@ -17,14 +17,14 @@ from ..models.cost.training import Training, train_memory
 from ..models.cost.training_time import UTILISATION, train_time
 from ..models.cost.turns import Knob, common_options, knobs
 from ..models.errors import CheckFailed, InputError, check_counts
-from ..models.folder import atomic_folder, write_json
+from ..models.folder import atomic_folder, check_new, write_json
 from ..prune.rounds import in_kinds, leftovers, plan_cuts
 from ..prune.target import Target
 from . import compress
 from .run.resolve import model_config, torch_dtype
 from .run.show import gib, say, table, told
 
-UNCACHED = frozenset({"teacher"})  # the turn of which a stage without a teacher, or beyond a cache, has no use
+ONLINE = frozenset({"teacher"})  # excludes the turn to a cached teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +56,19 @@ class Options(compress.Options):
 
 
 def run(options: Options) -> None:
+    if options.output is not None:
+        check_new(options.output)
     teacher, how = model_config(options.model), options.training
     budget = how.budget(options.hardware)
     stages = list(planned(options, teacher))
     print_stages(options, teacher, stages, budget)
     over = [stage for stage in stages if stage.report.total > budget]
-    turns = {stage.name: knobs(stage.student, teacher, stage.training, budget, stage.turnless) for stage in over}
+    turns = {stage.name: knobs(stage.student, teacher, stage.training, budget, stage.excluded) for stage in over}
     for name, found in turns.items():
         print_knobs(name, found)
-    without = frozenset(key for stage in stages for key in stage.turnless)
+    excluded = frozenset(key for stage in stages for key in stage.excluded)
     each = [(one.student, one.training) for one in stages]
-    together = common_options(each, teacher, budget, without) if over else []
+    together = common_options(each, teacher, budget, excluded) if over else []
     if together:
         say(f"all {len(stages)} stages fit with {' '.join(together)}")
     if options.output is not None:
@@ -111,7 +113,7 @@ def stages_of(
         report = train_memory(teacher, None, training)
         time = train_time(teacher, None, training, report, first.train.steps, options.hardware,
                           options.training.utilisation)  # fmt: skip
-        yield PlannedStage(f"{name}/teacher" if name else "teacher", teacher, training, report, time, turnless=UNCACHED)
+        yield PlannedStage(f"{name}/teacher" if name else "teacher", teacher, training, report, time, excluded=ONLINE)
     for number, stage in enumerate(plan, 1):
         training = training_of(stage, options)
         reports = [(train_memory(student, teacher, training), student) for student in students]
@@ -119,20 +121,14 @@ def stages_of(
         label = f"{name}/{number}" if name else f"{number}" if len(plan) > 1 else "distill"
         steps, card, share = stage.train.steps, options.hardware, options.training.utilisation
         time = train_time(student, teacher, training, report, steps, card, share)
-        yield PlannedStage(label, student, training, report, time, uncounted(stage), turnless(stage))
+        yield PlannedStage(label, student, training, report, time, uncounted(stage), excluded_turns(stage))
 
 
-def turnless(stage: DistillOptions) -> frozenset[str]:
-    """The turns that a stage's other options refuse; a student that is not split among processes is none of them."""
-    apart = stage.own_rows > 0 or stage.loss.mtp_weight > 0 or stage.train.compile
-    return frozenset({"context_parallel"} if apart else ()) | (frozenset() if cacheable(stage) else UNCACHED)
-
-
-def cacheable(stage: DistillOptions) -> bool:
-    """Whether a cached teacher has what a stage is trained on."""
-    loss = stage.loss
-    forward = loss.divergence == Divergence.FORWARD.option and loss.temperature == 1
-    return forward and not (stage.own_rows or loss.mtp_weight or loss.hidden_weighs or stage.teacher_correction)
+def excluded_turns(stage: DistillOptions) -> frozenset[str]:
+    """The turns that a stage's other options refuse."""
+    whole_rows = stage.own_rows > 0 or stage.loss.mtp_weight > 0 or stage.train.compile
+    online = stage.own_rows > 0 or stage.teacher_correction is not None or beyond_cache(stage.loss) is not None
+    return frozenset({"context_parallel"} if whole_rows else ()) | (ONLINE if online else frozenset())
 
 
 def uncounted(stage: DistillOptions) -> tuple[str, ...]:

@@ -343,7 +343,7 @@ def test_objects_by_every_ending(ending: str, aligned: Path, tmp_path: Path) -> 
     ("name", "text", "says"),
     (
         ("p.txt", '{"prompt": "x"}\ny', "name it p.jsonl"),
-        ("p.jsonl", '{"prompt": "x", "tools": "x y"}', "is no valid JSON"),
+        ("p.jsonl", '{"prompt": "x", "tools": "x y"}', "tools is a text, and no JSON"),
         ("p.jsonl", '{"prompt": "x", "tools": [5]}', "no list of objects"),
         ("p.jsonl", '{"messages": {"role": "user"}}', "no list of messages"),
         ("p.jsonl", '{"messages": [{"role": "user"}]}', "turn 1 has no content"),

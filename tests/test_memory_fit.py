@@ -264,9 +264,15 @@ def test_inference_benchmark_interpreted(tmp_path: Path) -> None:
     assert figures["memory"]["right"] and abs(figures["memory"]["off"]) < 0.02
 
 
-def test_an_output_that_exists_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("limbeck.scripts.memory_fit.model_config", lambda name: pytest.fail("work began"))
-    code, _, err = limbeck("memory-fit", "model=zoo", f"output={tmp_path}")
+@pytest.mark.parametrize("command", ("memory-fit", "train-fit", "bench"))
+def test_an_output_that_exists_is_refused_before_work(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every command that writes its folder in the end."""
+    module = f"limbeck.scripts.{command.replace('-', '_')}.model_config"
+    monkeypatch.setattr(module, lambda name: pytest.fail("work began"))
+    more = ["target.layers=11"] if command == "train-fit" else []
+    code, _, err = limbeck(command, "model=zoo", f"output={tmp_path}", *more)
     assert code == 2 and "exists already" in err
 
 

@@ -10,14 +10,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 from typing import Any
 
 import numpy as np
 
 from ...models.errors import InputError
-from ...models.generate.chat import REASONING, ChatTemplate, Message, text_of_parts
+from ...models.generate.chat import (
+    REASONING,
+    ChatTemplate,
+    Message,
+    checked_message,
+    checked_tools,
+    unpacked_json,
+)
 from ...models.generate.spans import ASSISTANT, Span, assistant_rendering
 from ...models.tokenizer import Tokenizer
 from .notes import Notes
@@ -74,7 +80,7 @@ def read_conversation(record: dict[str, Any], where: str) -> Conversation | None
     """The conversation of a record; None where its messages are null. Raises InputError."""
     name = next((name for name in ("messages", "conversations") if name in record), "")
     if name:
-        turns = unpacked_json(record[name], f"{where}: {name}")
+        turns = unpacked_json(record[name], f"data: {where}: {name}")
         if turns is None:
             return None
         if not isinstance(turns, list):
@@ -88,22 +94,8 @@ def read_conversation(record: dict[str, Any], where: str) -> Conversation | None
     messages = [read_message(turn, f"{where}, turn {number}") for number, turn in enumerate(turns, 1)]
     if isinstance(system := record.get("system"), str) and system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
-    tools = unpacked_json(record.get("tools"), f"{where}: tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise InputError(f"data: {where}: tools is no list of objects")
+    tools = checked_tools(record.get("tools"), f"data: {where}")
     return Conversation(tuple(messages), where, tuple(tools) if tools else None)
-
-
-def unpacked_json(value: Any, where: str) -> Any:
-    """Lists and objects that a table holds as JSON in a cell. Raises InputError."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise InputError(f"data: {where} is a text, and no JSON") from None
 
 
 def spoken(value: Any, role: str, where: str) -> list[Any]:
@@ -117,25 +109,13 @@ def spoken(value: Any, role: str, where: str) -> list[Any]:
 
 def read_message(turn: Any, where: str) -> Message:
     """Raises InputError where it is no message, or more than text is in it."""
-    if not isinstance(turn, dict):
-        raise InputError(f"data: {where} is no message but {type(turn).__name__}")
-    if "from" in turn and "role" not in turn:
+    if isinstance(turn, dict) and "from" in turn and "role" not in turn:
         role = ROLES.get(str(turn["from"]).lower())
         if role is None:
             raise InputError(f"data: {where} is from {turn['from']!r}; known: {', '.join(ROLES)}")
         others = {name: value for name, value in turn.items() if name not in ("from", "value")}
         turn = {"role": role, "content": turn.get("value"), **others}
-    if not isinstance(turn.get("role"), str):
-        raise InputError(f"data: {where} has no role; it has {', '.join(map(repr, turn))}")
-    content = turn.get("content")
-    if isinstance(content, list):
-        turn = {**turn, "content": text_of_parts(content, f"data: {where}")}
-    elif content is None:
-        if not turn.get("tool_calls"):
-            raise InputError(f"data: {where} has no content")
-    elif not isinstance(content, str):
-        raise InputError(f"data: {where}: its content is no text but {type(content).__name__}")
-    return turn
+    return checked_message(turn, f"data: {where}")
 
 
 def drawn(name: str, share: float) -> bool:

@@ -29,7 +29,7 @@ class PlannedStage:
     report: TrainReport
     time: TrainTime | None
     apart: tuple[str, ...] = ()
-    turnless: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
 
 
 def line_rows(stages: Sequence[PlannedStage]) -> Cells:

@@ -31,14 +31,18 @@ class Knob:
 
 
 def knobs(
-    student: HybridConfig, teacher: HybridConfig | None, training: Training, budget: float, without: Container[str] = ()
+    student: HybridConfig,
+    teacher: HybridConfig | None,
+    training: Training,
+    budget: float,
+    excluded: Container[str] = (),
 ) -> list[Knob]:
-    """What to turn so that a step fits `budget` bytes, cheapest first; what saves nothing, and the turns `without`
-    which a stage has to do (by the names of `TURNS`), are left out."""
+    """What to turn so that a step fits `budget` bytes, cheapest first; what saves nothing, and the turns that
+    are `excluded` (by their names in `TURNS`), are left out."""
     over = functools.partial(excess, student, teacher, budget)
     answers, above = [], training
     for key, turn in TURNS.items():
-        if key in without:
+        if key in excluded:
             continue
         alone, name = turn(training, over)
         enough = over(above) <= 0
@@ -55,16 +59,16 @@ def common_options(
     stages: Sequence[tuple[HybridConfig, Training]],
     teacher: HybridConfig | None,
     budget: float,
-    without: Container[str] = (),
+    excluded: Container[str] = (),
 ) -> list[str]:
-    """The options, the same for all stages, by which the turns (but those `without`) let each of them fit; none where
+    """The options, the same for all stages, by which the turns (but those `excluded`) let each of them fit; none where
     that takes more processes or shorter rows, or what one stage needs does not suit another."""
     changes: dict[str, Any] = {}
     for student, training in stages:
         over = functools.partial(excess, student, teacher, budget)
         turned = training
         for key, turn in TURNS.items():
-            if over(turned) > 0 and key not in without:
+            if over(turned) > 0 and key not in excluded:
                 more, _ = turn(turned, over)
                 turned = more if over(more) < over(turned) else turned
         if (turned.processes, turned.seq_len) != (training.processes, training.seq_len):

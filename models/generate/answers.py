@@ -14,7 +14,7 @@ from ...kernels.products import chosen
 from ..errors import InputError
 from ..folder import sync
 from ..foreign import parse_json, read_text
-from .chat import text_of_parts
+from .chat import checked_message, checked_tools
 from .engine import Completion, Request
 from .writer import Writer
 
@@ -89,33 +89,16 @@ def checked_row(row: Any, where: str) -> dict[str, Any]:
     """A row with its messages as templates read them: contents are texts, tools objects. Raises InputError."""
     if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or row.get("messages")):
         raise InputError(f'{where} has neither a "prompt" (a text) nor "messages" (of "role" and "content")')
-    row = dict(row)
-    if row.get("messages"):
-        if not isinstance(row["messages"], list):
-            raise InputError(f'{where}: "messages" is no list of messages')
-        row["messages"] = [checked_message(each, f"{where}, turn {n}") for n, each in enumerate(row["messages"], 1)]
-    if isinstance(tools := row.get("tools"), str):
-        row["tools"] = tools = parse_json(tools, f'{where}: "tools"') if tools.strip() else None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise InputError(f'{where}: "tools" is no list of objects')
-    return row
-
-
-def checked_message(message: Any, where: str) -> dict[str, Any]:
-    """A message whose content is a text, or that calls tools. Raises InputError."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise InputError(f'{where} is no message: expected {{"role": ..., "content": ...}}')
-    content = message.get("content")
-    if isinstance(content, list):
-        return {**message, "content": text_of_parts(content, where)}
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise InputError(f"{where} has no content that is a text")
-    return message
+    messages, tools = row.get("messages"), checked_tools(row.get("tools"), where)
+    if messages and not isinstance(messages, list):
+        raise InputError(f"{where}: messages is no list of messages")
+    turns = [checked_message(each, f"{where}, turn {number}") for number, each in enumerate(messages or (), 1)]
+    return row | ({"messages": turns} if turns else {}) | ({"tools": tools} if "tools" in row else {})
 
 
 def line_request(writer: Writer, row: dict[str, Any], number: int) -> Request:
     """Each line draws from a seed of its own."""
-    messages, tools = row.get("messages"), row.get("tools") or None
+    messages, tools = row.get("messages"), row.get("tools")
     if not messages and tools is None:
         return writer.request(row["prompt"], number)
     return writer.reply(list(messages or [{"role": "user", "content": row["prompt"]}]), number, tools=tools)

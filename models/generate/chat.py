@@ -182,6 +182,43 @@ def text_of_parts(parts: list[Any], where: str) -> str:
     return "".join(texts)
 
 
+def checked_message(message: Any, where: str) -> dict[str, Any]:
+    """A message as templates read it: its content is a text, or it calls tools. Raises InputError."""
+    if not isinstance(message, dict):
+        raise InputError(f"{where} is no message but {type(message).__name__}")
+    if not isinstance(message.get("role"), str):
+        raise InputError(f"{where} has no role; it has {', '.join(map(repr, message))}")
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": text_of_parts(content, where)}
+    if content is None:
+        if not message.get("tool_calls"):
+            raise InputError(f"{where} has no content")
+    elif not isinstance(content, str):
+        raise InputError(f"{where}: its content is no text but {type(content).__name__}")
+    return message
+
+
+def checked_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """Tools that a conversation has at hand, given as a list or as its JSON; None without any. Raises InputError."""
+    tools = unpacked_json(value, f"{where}: tools")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise InputError(f"{where}: tools is no list of objects")
+    return tools or None
+
+
+def unpacked_json(value: Any, where: str) -> Any:
+    """Lists and objects that a table holds as JSON in a cell. Raises InputError."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise InputError(f"{where} is a text, and no JSON") from None
+
+
 def plain(message: Message) -> dict[str, Any]:
     """A message without null fields, its reasoning under the names that templates read."""
     content = {key: value for key, value in message.items() if value is not None}
