@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import datetime
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, distributed
 from .errors import InputError
 
 PATIENCE = datetime.timedelta(days=7)  # a backend's own time to wait is minutes
+DRAIN = 10.0  # seconds at most for gloo's threads to come to rest
 _alone = False
 
 
@@ -60,6 +63,34 @@ def gather(value: Any) -> list[Any]:
 def from_first(value: Any) -> Any:
     """The first process's value, in all of them."""
     return gather(value)[0]
+
+
+def leave() -> None:
+    """Ends torch.distributed in this process, if it has been set up, so that the interpreter may end after it.
+
+    gloo's threads drop the tensors of the last exchange some time after it is over. One that does so while the
+    interpreter ends finds no lock of it to take, is ended within C++, and aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291). The groups' own end would wait for them, but DTensor's caches hold
+    the groups; so they are given time until all of them sleep, twice in a row: one that still has something to drop
+    runs, or waits for its turn on a busy processor, since nobody holds the lock meanwhile.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    idle, end = 0, time.monotonic() + DRAIN
+    while idle < 2 and time.monotonic() < end and (states := gloo_states()):
+        time.sleep(0.01)
+        idle = idle + 1 if set(states) == {"S"} else 0
+
+
+def gloo_states() -> list[str]:
+    """The state of each of gloo's threads here, "S" for one that sleeps; none where there are none, or no /proc."""
+    states = []
+    for task in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            name, _, rest = task.read_text().partition("(")[2].rpartition(")")
+            if name.startswith("pt_gloo_runloo"):
+                states.append(rest.split()[0])
+    return states
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from limbeck.models import processes
 
 
 def processor_seconds(children: bool = False) -> float:
@@ -45,4 +46,4 @@ def worker(function: Callable[..., None], *arguments: str) -> None:
     try:
         function(*arguments)
     finally:
-        distributed.destroy_process_group()
+        processes.leave()

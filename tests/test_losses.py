@@ -263,7 +263,7 @@ write_cache(random_model(tiny_config(), 0).float(), [(draw_batch(seed), 3) for s
 processes.gather(None)
 if processes.rank() == 0:
     finish_cache(folder, 97, "", options)
-torch.distributed.destroy_process_group()
+processes.leave()
 """
 
 

@@ -209,7 +209,7 @@ except ValueError as error:
 lonely = score_widths(layers, mine if rank == 0 else [])  # more processes than samples
 if rank == 0:
     assert all(value.isfinite().all() for value in lonely.values())
-distributed.destroy_process_group()
+processes.leave()
 """
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import distributed
 from limbeck.benchmarks.train_memory import on_cpu, peaks_of, planned, model_of
 from limbeck.distill.parallel import prepare, shard
+from limbeck.models import processes
 from limbeck.models.cost.training import train_memory
 from limbeck.tests.helpers import wide
 
@@ -30,7 +31,7 @@ for dtype in (torch.float32, torch.bfloat16):
         said.append([plan.forward, found.forward, plan.rest, found.rest])
 if distributed.get_rank() == 0:
     Path(sys.argv[1]).write_text(json.dumps(said))
-distributed.destroy_process_group()
+processes.leave()
 """
 
 

@@ -56,6 +56,7 @@ def many_processes(device: str) -> Iterator[None]:
     finally:
         console.quiet = quiet
         state.destroy_process_group()
+        processes.leave()
 
 
 @dataclasses.dataclass
