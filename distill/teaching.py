@@ -95,7 +95,7 @@ def kept_of(student: Path, teacher: Path, teacher_sum: Callable[[], str]) -> Kep
     except (OSError, ValueError, KeyError):
         return None
     corrected = read_provenance(teacher)
-    original = corrected["inputs"]["teacher"] if corrected.get("made_by") == "limbeck correct-teacher" else None
+    original = corrected["inputs"].get("teacher") if corrected.get("made_by") == "limbeck correct-teacher" else None
     if source not in (original, teacher_sum()):
         return None
     channels: tuple[int, ...] | None = None

@@ -34,6 +34,10 @@ PAGES = ("gap.html", "report.html")  # say when and how long, and are made from 
 LOGS = ("wandb", "tensorboard")
 
 
+# What the limbeck.json of every stage has.
+SAID = {"made_by": str, "inputs": dict, "options": dict, "versions": dict, "fingerprint": str}
+
+
 class MadeOtherwise(InputError):
     """A folder is there, whole, and of other inputs or options."""
 
@@ -161,12 +165,14 @@ def differences(before: Any, now: Any, where: str = "") -> list[str]:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """What a folder says of what made it; nothing where it says nothing."""
+    """What a folder says of the stage that made it; nothing where it says nothing, or what no stage of ours says."""
     try:
         content = read_object(folder / PROVENANCE)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return content if all(isinstance(content.get(key), kind) for key, kind in SAID.items()) else {}
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -327,7 +327,7 @@ def grid(base: HybridConfig, space: Space) -> Iterable[dict[str, float]]:
 
 def widths_of(config: HybridConfig) -> list[str]:
     """The config fields of the widths that a model has, in the order of the axes."""
-    own = {name for kind in config.kinds for name in kind.widths() if getattr(config, name)}
+    own = {name for kind in dict.fromkeys(config.kinds) for name in kind.widths() if getattr(config, name)}
     return [row.width for row in AXES.values() if row.width == HIDDEN or row.width in own]
 
 

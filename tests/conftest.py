@@ -13,7 +13,9 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on a GPU ask for it
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# As `make test` has it: so many tests run at a time, and what a plan of memory says of a CPU depends on its threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it for what runs in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -91,7 +91,7 @@ def brute_force(config: HybridConfig, space: Space, order: tuple[int, ...], budg
             used["d_inner"] = smaller.d_inner
         if any(size % space.align and size != getattr(config, name) for name, size in used.items()):
             continue
-        if memory(smaller, budget.context, budget.batch).total <= budget.bytes:
+        if memory(smaller, budget.context, budget.batch, chunk=None).total <= budget.bytes:
             found[repr(smaller)] = smaller
     return found
 
@@ -170,7 +170,7 @@ def test_candidates_are_those_of_brute_force(seed: int) -> None:
         mamba_head_dim=some(config.mamba_head_dim),
         align=draw.choice((1, 2, 4)),
     )
-    budget = Budget(memory(config, 64, 2).total * draw.choice((0.7, 0.9, 1.0)), 64, 2)
+    budget = Budget(memory(config, 64, 2, chunk=None).total * draw.choice((0.7, 0.9, 1.0)), 64, 2)
     depths = find_depths(config, space, Rules(), LayerScores(order))
     try:
         found = find_candidates(config, space, depths, budget, A10G, Requests(16, 16)).candidates

@@ -201,7 +201,8 @@ def layer_states(
 ) -> list[StateBytes]:
     """Bytes that each layer keeps of a sequence."""
     sizes = [dtype.itemsize for dtype in (kv_dtype, ssm_dtype, conv_dtype)]
-    return [kind.state_bytes(config, *sizes) for kind in config.kinds]
+    of_kind = {kind: kind.state_bytes(config, *sizes) for kind in dict.fromkeys(config.kinds)}
+    return [of_kind[kind] for kind in config.kinds]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,9 +62,10 @@ def counted(config: HybridConfig) -> list[tuple[KindSize, int]]:
     return [(size, config.pattern.count(kind) if kind else 1) for kind, size in kind_sizes(config).items()]
 
 
+@functools.lru_cache(maxsize=64)
 def kind_sizes(config: HybridConfig) -> Mapping[str, KindSize]:
     """The size of one layer of each kind by its letter, and of what is outside of the layers under "". Layers of a kind
-    are alike, so that the table is made of one of each."""
+    are alike, so that the table is made of one of each. A report asks for it again and again."""
     kinds = "".join(sorted(set(config.pattern)))
     return shape_sizes(config.replace(pattern=kinds, bos_token_id=None, eos_token_id=None, pad_token_id=None))
 

@@ -27,7 +27,8 @@ def flops_per_token(config: HybridConfig, context: int) -> float:
     Embedding look-ups and element-wise work do not count."""
     products = config.vocab_size * config.hidden_size - unused(config, 1)
     products += sum(config.pattern.count(kind) * size.matrices for kind, size in kind_sizes(config).items() if kind)
-    return 2.0 * (products + sum(kind.work(config, context) for kind in config.kinds))
+    work = sum(config.kinds.count(kind) * kind.work(config, context) for kind in dict.fromkeys(config.kinds))
+    return 2.0 * (products + work)
 
 
 def training_flops(

@@ -118,7 +118,7 @@ def say_epochs(text: Text, plan: Sequence[tuple[int, int]]) -> None:
 def check_scores(folder: Path, model: str, name: str) -> None:
     """Raises InputError where scores are of another model than that of this sum, though of one of its shape."""
     made = read_provenance(folder)
-    if made.get("made_by") == "limbeck score" and made["inputs"]["model"] != model:
+    if made.get("made_by") == "limbeck score" and made["inputs"].get("model") != model:
         raise InputError(f"scores={folder} are of another model than {name}; give the scores of this one")
 
 
