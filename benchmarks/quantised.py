@@ -1,7 +1,8 @@
 """Rounded weights with and without training for it: the table of docs/RESULTS.md.
 
     python -m limbeck.benchmarks.quantised OUTPUT --teacher zoo --student FOLDER [--data stdlib] [--steps 30]
-        [--formats fp8,w8a8,w4a16] [--seeds 0,1,2] [--train distill.train.learning_rate=0.0005 ...]
+        [--formats fp8,w8a8,w4a16] [--seeds 0,1,2] [--ways as,calibrated,then,through]
+        [--train distill.train.learning_rate=0.0005 ...]
 
 The student as it is and rounded to every format, to the nearest and calibrated on the data (GPTQ, 32,768 tokens); then
 trained for so many steps more of 4 x 512 tokens, once as it is (and rounded afterwards), once through each format's
@@ -24,6 +25,12 @@ from limbeck.models.provenance import provenance
 from limbeck.models.rounding import ROUNDINGS
 
 PLAIN = "bfloat16"
+WAYS = {
+    "as": "as it is",
+    "calibrated": "calibrated",
+    "then": "trained, then rounded",
+    "through": "trained through rounding",
+}
 
 
 def run(*words: str) -> None:
@@ -98,13 +105,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--formats", default=",".join(ROUNDINGS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--ways", default=",".join(WAYS))
     options = parser.parse_args()
     folder, forms = options.output, [PLAIN, *options.formats.split(",")]
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[tuple[str, str], list[tuple[float, float, int]]] = {}
     own = options.teacher == options.student  # nothing to learn as it is
-    hows = ["as it is", "calibrated", *([] if own else ["trained, then rounded"]), "trained through rounding"]
-    for how in hows:
+    ways = [way for way in options.ways.split(",") if not (own and way == "then")]
+    for how in (WAYS[way] for way in ways):
         for seed in map(int, options.seeds.split(",") if how != "as it is" else "0"):  # draws nothing
             students = students_of(folder, options, forms, how, seed)
             for form, measured in zip(students, figures(folder, options, how, seed, students), strict=True):

@@ -28,14 +28,11 @@ from ..models.row_split import check_context
 BUCKET = 2**25  # numbers of gradients that are summed over the processes at a time
 
 
-SPLIT_ROWS = "training: quantize={} needs whole rows in every process; give shard=false with it"
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainedWeight:
     """A parameter in training. `local` is what the optimizer moves here: the parameter, its rows that are this
-    process's (`split`), or a float32 copy where the model keeps it in fewer bits; `used` makes of it what the model
-    computes with, where that is another."""
+    process's (`split`), or a float32 copy where the model keeps it in fewer bits; `used` makes of it, row by row, what
+    the model computes with, where that is another."""
 
     spec: TensorSpec
     parameter: nn.Parameter
@@ -107,8 +104,12 @@ class Trained:
     def moved(self) -> None:
         """Tells the model that the locals have new values."""
         for weight in self.weights:
-            if not weight.split and weight.local is not weight.parameter:
-                weight.parameter.copy_(weight.local if weight.used is None else weight.used(weight.local))
+            value = weight.local if weight.used is None else weight.used(weight.local)
+            if weight.split and weight.used is not None:
+                rows: Any = weight.parameter
+                rows.to_local().copy_(value)  # the memory that FSDP puts whole matrices together from
+            elif not weight.split and weight.local is not weight.parameter:
+                weight.parameter.copy_(value)
         reshard(self.model)
 
 

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..models.config import HybridConfig
-from ..models.errors import InputError
 from ..models.families.family import stored_tensors
 from ..models.quantise import group_of, rounded, rounded_input, rounded_names
 from ..models.rounding import ROUNDINGS, Rounding
-from .parallel import SPLIT_ROWS, Trained, TrainedWeight, lowered, placed
+from .parallel import Trained, TrainedWeight, lowered, placed
 
 
 class RoundedInput(torch.autograd.Function):
@@ -43,6 +42,8 @@ class WeightRounding:
     group: int
 
     def __call__(self, weight: Tensor) -> Tensor:
+        if not weight.numel():  # a process without rows of it
+            return weight
         flat = weight.detach().float().flatten(0, -2)
         return rounded(flat, self.rounding, self.group or flat.shape[1]).view_as(weight)
 
@@ -58,14 +59,12 @@ def rounded_parts(config: HybridConfig, rounding: Rounding) -> tuple[set[str], i
 @contextlib.contextmanager
 def quantised(trained: Trained, name: str | None) -> Iterator[Trained]:
     """The same model while it learns to be quantised; afterwards it has the optimizer's weights again, as they are.
-    Raises InputError where the format does not fit the family, or the weights are split among processes."""
+    Raises InputError where the format does not fit the family."""
     if name is None:
         yield trained
         return
     rounding = ROUNDINGS[name]
     parts, group = rounded_parts(trained.model.config, rounding)
-    if any(weight.split for weight in trained.weights):
-        raise InputError(SPLIT_ROWS.format(name))
     model, weights = trained.model, []
     for weight in trained.weights:
         weights.append(through(weight, WeightRounding(rounding, group), model) if weight.name in parts else weight)
@@ -82,13 +81,19 @@ def quantised(trained: Trained, name: str | None) -> Iterator[Trained]:
         yield within
     finally:
         model.round_input = None
-        for weight in trained.weights:
-            placed(model, weight.name, weight.parameter)
+        for weight, learned in zip(trained.weights, weights, strict=True):
+            if weight.split:
+                with torch.no_grad():
+                    weight.local.copy_(learned.local)
+            else:
+                placed(model, weight.name, weight.parameter)
         trained.moved()
 
 
 def through(weight: TrainedWeight, used: WeightRounding, model: nn.Module) -> TrainedWeight:
     """A weight whose place in the model is taken by what a format makes of it."""
+    if weight.split:  # whole rows, whose memory the model has
+        return dataclasses.replace(weight, local=nn.Parameter(weight.local.detach().clone()), used=used)
     if weight.local is not weight.parameter:  # a copy in fewer bits is there already
         return dataclasses.replace(weight, used=used)
     copy = lowered(model, weight.name, weight.parameter, weight.parameter.dtype)

@@ -28,7 +28,7 @@ from ..models.hybrid import HybridLM
 from .hidden import Pairing
 from .losses import Distillation, token_weights
 from .options import DistillLoss, DistillOptions
-from .parallel import SPLIT_ROWS, check_share, share
+from .parallel import check_share, share
 from .rollout_options import Rollouts
 from .teacher import CachedTeacher
 from .text.prompts import MixedBatch
@@ -224,8 +224,6 @@ def check_student(how: DistillOptions, longest: int, whole: bool) -> None:
             "distill.nested slices matrices that are whole in every process, and these are split among them (FSDP2):"
             " give shard=false"
         )
-    if how.train.quantize is not None and not whole:
-        raise InputError(SPLIT_ROWS.format(how.train.quantize))
     if how.rollouts is None or not how.own_rows:
         return
     if not whole:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from limbeck.distill.gap.measure import measure_gap
 from limbeck.distill.losses import cross_entropy_loss
-from limbeck.distill.parallel import prepare
-from limbeck.distill.quantised import quantised
+from limbeck.distill.parallel import load_trained, prepare
+from limbeck.distill.quantised import WeightRounding, quantised
 from limbeck.distill.trainer import train
+from limbeck.models import processes
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.errors import InputError
 from limbeck.models.generate.cache import Cache
@@ -20,14 +22,16 @@ from limbeck.models.rounding import ROUNDINGS
 from limbeck.models.served_inputs import load_served, rounds_inputs, token_rounding
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
 from limbeck.tests.helpers import EXPERTS, assert_close, limbeck, random_model, tiny_config
+from limbeck.tests.processes_helpers import run_workers
 from limbeck.tests.training_helpers import batches_from, draw_batch, options, weights
+from safetensors.torch import load_file, save_file
 
 MIXTURE = EXPERTS | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64}
 
 
-def model_of(name: str, vocabulary: int = 97, dtype: torch.dtype = torch.float32) -> HybridLM:
+def model_of(name: str, vocabulary: int = 97, dtype: torch.dtype = torch.float32, **changes: Any) -> HybridLM:
     family = "nemotron_h" if name == "experts" else name
-    return random_model(gguf_config(family, vocabulary, **(MIXTURE if name == "experts" else {})), 1, dtype)
+    return random_model(gguf_config(family, vocabulary, **(MIXTURE if name == "experts" else {}) | changes), 1, dtype)
 
 
 @pytest.mark.parametrize("form", ROUNDINGS)
@@ -169,6 +173,62 @@ def test_bfloat16_weights_are_rounded_from_float32_copies() -> None:
                 assert weight.parameter.dtype == torch.bfloat16 and weight.local.dtype == torch.float32
                 assert torch.equal(weight.parameter, weight.used(weight.local).bfloat16())
         assert any(weight.used is not None for weight in within.weights)
+
+
+def learn(folder: str | Path, split: bool) -> dict[str, torch.Tensor]:
+    """Two steps through w8a8 in as many processes as there are: the weights, whole, and the last gradient."""
+    place = (Path(folder) / "model", torch.float32, torch.device("cpu"))
+    trained, rows = load_trained(*place, split=split), [draw_batch(seed, 4, 12, 97) for seed in range(2)]
+    mine = slice(None) if processes.count() == 1 else slice(2 * processes.rank(), 2 * processes.rank() + 2)
+    with quantised(trained, "w8a8") as within:
+        for batch in rows:
+            within.zero_grad()
+            cross_entropy_loss(within.model, batch.rows(mine.start or 0, mine.stop or 4), 50.0).backward()
+            within.gradients()
+            with torch.no_grad():
+                for weight in within.weights:
+                    weight.local.sub_(0.1 * weight.local.grad)
+            within.moved()
+        found = {f"gradient {w.name}": w.whole(w.local.grad).clone() for w in within.weights}
+        learned = {w.name: w.whole(w.local.detach()).clone() for w in within.weights}
+        used = [w for w in within.weights if w.used is not None]
+        assert len(used) > 3 and all(w.split == (split and processes.count() > 1) for w in used)
+    for weight in trained.weights:  # afterwards it has what was learned, not what that was rounded to
+        there: Any = weight.parameter.detach()
+        kept = there.to_local() if weight.split else there
+        assert torch.equal(kept, weight.local) and torch.equal(weight.whole(kept), learned[weight.name]), weight.name
+    return found | learned
+
+
+def learn_together(folder: str) -> None:
+    for split in (True, False):
+        found = learn(folder, split)
+        if processes.rank() == 0:
+            whole = {name: value.contiguous() for name, value in found.items()}
+            save_file(whole, Path(folder) / f"{split}.safetensors")
+
+
+@pytest.mark.parametrize("name", ("nemotron_h", "experts"))
+def test_two_processes_learn_what_one_does(name: str, tmp_path: Path) -> None:
+    """Every process rounds the rows that are its own, of matrices and of stacks of experts."""
+    changes = {"n_routed_experts": 3} if name == "experts" else {}
+    save_model(model_of(name, 97, **changes), tmp_path / "model")
+    expected = learn(tmp_path, False)
+    run_workers(learn_together, tmp_path)
+    for split in (True, False):
+        found = load_file(tmp_path / f"{split}.safetensors")
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(f"{split} {key}", value, found[key], 1e-5)
+
+
+@pytest.mark.parametrize("form", ROUNDINGS)
+def test_a_process_may_have_no_rows(form: str) -> None:
+    used = WeightRounding(ROUNDINGS[form], 32 if ROUNDINGS[form].grouped else 0)
+    for shape in ((0, 64), (0, 5, 64)):
+        assert used(torch.empty(shape)).shape == shape
+    rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cat([used(rows[:2]), used(rows[2:])]), used(rows))
 
 
 def test_what_cannot_be() -> None:

@@ -127,6 +127,8 @@ def test_sizes_of_the_published_models_by_hand() -> None:
     cached = train_memory(SMALL, None, Training(teacher="cached"))
     assert not cached.lines["teacher weights"] and not any("teacher" in moment for moment in cached.moments)
     muon = train_memory(SMALL, LARGE, Training(optimizer="muon")).lines["optimizer state"]
+    rounded = train_memory(SMALL, LARGE, Training(quantized=True, processes=4, dtype=torch.bfloat16, batch=4)).lines
+    assert rounded["student weights"] == rounded["master copies"] == pytest.approx(size, rel=1e-3)
     outside = 2 * SMALL.vocab_size * SMALL.hidden_size
     assert muon == pytest.approx(4 * (size - outside) + 8 * outside, rel=1e-3)
 

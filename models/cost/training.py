@@ -176,10 +176,13 @@ def standing(student: HybridConfig, teacher: HybridConfig | None, training: Trai
     size, single, stored = count_parameters(student), 0, training.stored
     if training.optimizer == "muon":
         single = sum(kind_sizes(student)[letter].matrices for letter in student.pattern)
-    narrow = training.width < stored
+    narrow, split = training.width < stored, training.processes > 1
+    of_model = training.width
+    if narrow and split:  # rows are kept as the optimizer moves them, or rounded beside what it moves
+        of_model = stored if training.quantized else 0
     held = 0 if teacher is None or training.teacher_offload else count_parameters(teacher)
     return {
-        "student weights": 0 if narrow and training.processes > 1 else shard(size * training.width, training),
+        "student weights": shard(size * of_model, training),
         "master copies": shard(size * stored, training) if narrow or training.quantized else 0,
         "optimizer state": shard((2 * size - single) * stored, training),
         "weight average": shard(size * stored, training) if training.average else 0,
