@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import PositiveInt
 
 from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, gap_content, load_models
+from ..distill.gap.kept import Kept
 from ..distill.gap.measure import TEACHER, measure_gap
 from ..distill.gap.probes import check_probes
 from ..distill.gap.tasks import Tasks, answer_tasks, plan_tasks
@@ -43,6 +44,7 @@ from .run.resolve import (
 from .run.show import progress, read_json, result, say, table
 from .run.stage import Work, stage
 
+SCRATCH = "measured"
 CHOSEN = ("split", "tokens", "seq_len", "batch", "seed", "dtype", "details", "hardware", "fit", "probes")
 
 
@@ -91,7 +93,8 @@ def run(options: Options, replaces: bool = False) -> None:
         if name != TEACHER and (folder / "tokenizer.json").is_file():  # one without is taken at its word
             check_agreement(folders[TEACHER], folder)
     facts = {name: getattr(options, name) for name in CHOSEN} | {"tasks": options.suites.content()}
-    with stage(options.output, "evaluate", inputs=inputs, options=facts, replaces=replaces) as work:
+    how: dict[str, Any] = {"options": facts, "replaces": replaces, "scratch": SCRATCH}
+    with stage(options.output, "evaluate", inputs=inputs, **how) as work:
         if not work.finished:
             evaluate(work, folders, options)
     gap = read_json(options.output / "gap.json")
@@ -131,19 +134,19 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     text, tokenizer = whole(read), load_tokenizer(folders[TEACHER])
     probes = draw_probes(options.probes, details, text, tokenizer, seed)
     tasks = plan_tasks(folders, options.suites, dtype=dtype, seed=seed) if options.tasks else None
-    teacher = models[TEACHER]
+    teacher, kept = models[TEACHER], Kept(work.folder / SCRATCH)
     students = {name: model for name, model in models.items() if name != TEACHER}
     groups = group_tokens(text, tokenizer, teacher.config.vocab_size)
     with progress("evaluating", len(batches)) as bar:
         report = measure_gap(
             teacher, students, batches, resamples=details.resamples, seed=seed, groups=groups,
-            worst=details.worst, device=away, on_step=bar.set,
+            worst=details.worst, device=away, on_step=bar.set, kept=kept,
         )  # fmt: skip
     content = gap_content(report, models, text, tokenizer, str(options.data), options.split)
-    content["continuation"], content["samples"] = continue_texts(
-        teacher, students, text, tokenizer, details, seed, away, say
+    content["continuation"], content["samples"] = kept.value(
+        "continuation", lambda: continue_texts(teacher, students, text, tokenizer, details, seed, away, say)
     )
-    content["probes"] = answer_probes(models, probes, details.resamples, seed, away, say)
+    content["probes"] = kept.value("probes", lambda: answer_probes(models, probes, details.resamples, seed, away, say))
     if tasks is not None:
         with progress("tasks", 1) as bar:
             content["tasks"] = answer_tasks(

@@ -37,5 +37,8 @@ def add_choices(
 ) -> None:
     """Adds the choices [n, k] of a pass, of the tokens that count."""
     chosen = outputs[0][counted.to(outputs[0].device)].flatten()
-    found = torch.bincount(chosen, minlength=len(router.weight)).cpu().double()
+    add_uses(uses, layer, torch.bincount(chosen, minlength=len(router.weight)).cpu().double())
+
+
+def add_uses(uses: Uses, layer: int, found: Tensor) -> None:
     uses[layer] = uses[layer] + found if layer in uses else found

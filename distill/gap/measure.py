@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -29,6 +30,7 @@ from ..row_parts import whole_states
 from ..text.conversations import PARTS, TEXT
 from .examples import Window, Worst
 from .expert_uses import Uses, counting_uses
+from .kept import Kept
 from .statistics import Estimate, Totals, calibration_error, resampled
 from .sums import BINNED, BINS, GROUPED, QUANTITIES, Sums, add_sizes, widened
 from .token_groups import CLASSES, CONTEXTS, TokenGroups, context_name, contexts
@@ -149,11 +151,13 @@ def measure_gap(
     device: torch.device | None = None,
     on_step: Callable[[int], None] | None = None,
     split: RowSplit | None = None,
+    kept: Kept | None = None,
 ) -> GapReport:
     """Figures of the teacher and its students over `batches` (see `distill.data.Batch`; moved to the models' device).
 
     With a `device` models that wait elsewhere come to it one at a time, for each batch anew. With a `split` rows go
-    through the models in parts.
+    through the models in parts. Figures that are `kept` of the same models and batches are not computed again, and
+    those of the other batches are kept there.
 
     Bits per byte is the cross-entropy of every label, end of document included, over the labels' UTF-8 bytes.
     Where students are named "pruned" and "distilled", `recovery` is (CE pruned - CE distilled) / (CE pruned - CE
@@ -179,7 +183,8 @@ def measure_gap(
         counted = labels >= 0
         seen.add(torch.unique(doc_id[counted]).tolist())
         add_sizes(sizes, doc_id[counted], batch.n_bytes.cpu()[counted])
-        results = figures(teacher, students, batch, device, split, uses)
+        measure = functools.partial(figures, teacher, students, batch, device, split)
+        results = measure(uses) if kept is None else kept.figures(done, list(sums), measure, uses)
         grouping = groupings(batch, groups)
         for name, values in zip(sums, results, strict=True):
             sums[name].add(values, results[0], labels.flatten(), doc_id.flatten(), labels.shape[1], grouping)
