@@ -22,7 +22,7 @@ from ..models.fingerprint import SPEED
 from ..models.foreign import read_object
 from .options import TrainOptions
 from .parallel import Trained, stored_dtype
-from .state import AVERAGE, METRICS, WEIGHTS, numbered, states
+from .state import AVERAGE, METRICS, WEIGHTS, Say, numbered, states, step_of
 
 
 @contextlib.contextmanager
@@ -60,17 +60,34 @@ class FinalWeights:
 def final_weights(folder: Path, options: TrainOptions) -> FinalWeights:
     """What `options` ask for of the states in a folder of finished training."""
     all_states = states(folder)
-    last = int(all_states[-1].name.removeprefix("state-"))
+    last = step_of(all_states[-1])
     if options.keep == "best" and (best := numbered(folder, "best")):
         said = read_object(best[-1] / "best.json")
         return FinalWeights((best[-1] / WEIGHTS,), {"kept": "best", **said})
     if options.average_states > 1:
-        last_ones = all_states[-options.average_states :]
-        steps = [int(state.name.removeprefix("state-")) for state in last_ones]
+        last_ones = meant(all_states, options)
+        steps = [step_of(state) for state in last_ones]
         return FinalWeights(tuple(state / WEIGHTS for state in last_ones), {"kept": "mean", "steps": steps})
     if options.ema_decay:
         return FinalWeights((all_states[-1] / AVERAGE,), {"kept": "moving average", "step": last})
     return FinalWeights((all_states[-1] / WEIGHTS,), {"kept": "last", "step": last})
+
+
+def meant(all_states: Sequence[Path], options: TrainOptions) -> list[Path]:
+    """The last states that a mean is of: those of every `save_every` steps and of the last step. One that a signal left
+    between them is not, so that a run that was stopped leaves what another leaves."""
+    due = [s for s in all_states if step_of(s) % options.save_every == 0 or step_of(s) == options.steps]
+    return due[-options.average_states :] if options.average_states > 1 else []
+
+
+def check_average(options: TrainOptions, say: Say) -> None:
+    """Says so where a run does not leave as many states as the mean is to be of."""
+    due = -(-options.steps // options.save_every)
+    if due < options.average_states:
+        say(
+            f"note: average_states is {options.average_states:,}, and {options.steps:,} steps leave {due:,}"
+            f" (save_every {options.save_every:,}): the mean is of {'it' if due == 1 else 'these'}"
+        )
 
 
 def write_trained(

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,10 @@ def states(folder: Path) -> list[Path]:
     return numbered(folder, "state")
 
 
+def step_of(state: Path) -> int:
+    return int(state.name.removeprefix("state-"))
+
+
 def numbered(folder: Path, kind: str) -> list[Path]:
     return sorted(path for path in folder.glob(f"{kind}-*") if path.name[len(kind) + 1 :].isdigit())
 
@@ -62,10 +66,10 @@ def save_state(
     folder: Path,
     progress: Progress,
     *,
-    states_kept: int = 1,
+    needed: Callable[[Sequence[Path]], Sequence[Path]] = lambda there: (),
 ) -> None:
-    """Writes `folder/state-<step>/`, with what `folder/metrics.jsonl` has so far; then all but the newest `states_kept`
-    states (two at least) go, and what was best before.
+    """Writes `folder/state-<step>/`, with what `folder/metrics.jsonl` has so far; then all but the newest two states
+    and those `needed` of them go, and what was best before.
 
     Every process has to call it. Raises DiskError, in all of them, where the disk refuses."""
     target = folder / f"state-{progress.step:08d}"
@@ -84,7 +88,8 @@ def save_state(
                 shutil.copyfile(folder / METRICS, temporary / METRICS)
             write_sums(temporary)
     if processes.rank() == 0:  # only now: at every moment one whole state is there
-        kept = states(folder)[-max(2, states_kept) :]
+        there = states(folder)
+        kept = {*there[-2:], *needed(there)}
         for old in (*states(folder), *numbered(folder, "best")):
             if old not in kept and old.name != f"best-{progress.best_step or 0:08d}":
                 shutil.rmtree(old)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -27,7 +28,7 @@ from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.fingerprint import SPEED
 from ..models.hybrid import HybridLM
 from ..models.row_split import row_split
-from .average import averaged
+from .average import averaged, check_average, meant
 from .balance import ExpertBalance
 from .muon import Muon
 from .options import TrainOptions
@@ -134,6 +135,7 @@ class TrainingRun:
             if processes.rank() == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 check_warmup(self.options, self.say)
+                check_average(self.options, self.say)
         self.split = row_split(self.options.context_parallel)
         self.metrics = self.folder / METRICS
         run_twice, compiled = self.options.activation_checkpointing, self.options.compile
@@ -272,8 +274,8 @@ class TrainingRun:
         """Writes the state; not after a skipped step, since the newest finite state would go for it."""
         if self.progress.in_a_row and self.progress.step < self.options.steps:
             return
-        kept = self.options.average_states
-        save_state(self.trained, self.optimizers, self.average, self.folder, self.progress, states_kept=kept)
+        needed = functools.partial(meant, options=self.options)
+        save_state(self.trained, self.optimizers, self.average, self.folder, self.progress, needed=needed)
         self.saved = self.progress.step
 
     def farewell(self) -> str:

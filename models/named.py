@@ -37,10 +37,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_SETTINGS).exists() and not any((folder / name).exists() for name in (SINGLE, INDEX))
 
 
+def is_here(name: str) -> bool:
+    """Whether a name is that of a model's folder here, which goes before a model that ships or a named config."""
+    return any((own_path(name) / file).is_file() for file in ("config.json", ADAPTER_SETTINGS))
+
+
 def model_folder(name: str) -> Path:
     """The folder of a model with weights: one that ships, a path, or hf:OWNER/NAME[@REVISION] of the hub; of a PEFT
     adapter that of the model with it merged. Raises InputError where there is none."""
-    path = hub_folder(name) if name.startswith(HUB) else SHIPPED.get(name, own_path(name))
+    path = hub_folder(name) if name.startswith(HUB) else own_path(name)
+    if name in SHIPPED and not is_here(name):
+        path = SHIPPED[name]
     if path.is_dir():
         return merged_folder(path) if is_adapter(path) else path
     if name in names("model"):
@@ -55,7 +62,7 @@ def model_folder(name: str) -> Path:
 
 def model_config(name: str) -> HybridConfig:
     """The config of a named model, of a checkpoint folder, or of a model of the hub, whose weights stay there."""
-    if name in names("model"):
+    if name in names("model") and not is_here(name):
         return HybridConfig.from_hf(read_yaml(CONF / "model" / f"{name}.yaml"))
     folder = config_folder(name)
     check_files(folder, ("config.json",))
@@ -72,7 +79,7 @@ def config_folder(name: str) -> Path:
 
 def quantisation(name: str) -> dict[str, Any]:
     """What the config.json of `model_config` says of quantised weights; nothing of plain ones."""
-    if name in names("model"):
+    if name in names("model") and not is_here(name):
         return {}
     return quantization_of(config_folder(name))
 

@@ -20,7 +20,7 @@ from ..models.offload import open_layers
 from ..models.quantise import Calibrated, module_end, rounded_names
 from ..models.rounding import ROUNDINGS, Rounding
 from .calibration import calibrate
-from .importance import TokenBatch
+from .importance import IGNORED_LABEL, TokenBatch
 from .sensitivity import Sensitivity, block_of, layers_in, most_sensitive
 
 Read = Callable[[str, int], Sequence[TokenBatch]]  # (split, tokens) -> rows of calibration text
@@ -114,6 +114,12 @@ def plan_rounding(
     names, facts = rounded_names(config, rounding), dict[str, Any]()
     chosen = [] if how.keep_layers is None or isinstance(how.keep_layers, int) else sorted(set(how.keep_layers))
     kept = layers_in(config, chosen)  # which says what is wrong before anything is measured
+    with_matrices = {block_of(config, name) for name in names}
+    if isinstance(how.keep_layers, int) and how.keep_layers >= len(with_matrices):
+        raise InputError(
+            f"keep_layers={how.keep_layers} leaves nothing to round: {len(with_matrices)} layers have matrices that"
+            f" {form} rounds; keep fewer"
+        )
     if how.needs_data:
         scratch.mkdir(exist_ok=True)
     if how.measures:
@@ -131,8 +137,9 @@ def plan_rounding(
         facts["keep_layers"] = chosen
     calibrated = None
     if how.calibration_tokens:
-        calibrated = calibration(checkpoint, names, rounding, how, scratch, read, progress, device)
-        facts["calibration_tokens"] = how.calibration_tokens
+        batches = read("train", how.calibration_tokens)
+        calibrated = calibration(checkpoint, names, rounding, batches, scratch, progress, device)
+        facts["calibration_tokens"] = sum(int((batch.labels != IGNORED_LABEL).sum()) for batch in batches)
     return RoundingPlan(frozenset(kept), calibrated, facts)
 
 
@@ -140,13 +147,11 @@ def calibration(
     checkpoint: Checkpoint,
     names: set[str],
     rounding: Rounding,
-    how: RoundingOptions,
+    batches: Sequence[TokenBatch],
     scratch: Path,
-    read: Read,
     progress: Progress,
     device: torch.device,
 ) -> Calibrated:
-    batches = read("train", how.calibration_tokens)
     with progress("calibrating layers", checkpoint.config.num_layers) as bar:
         return calibrate(checkpoint, names, rounding, batches, scratch / "layers", device=device, on_layer=bar.set)
 

@@ -69,8 +69,8 @@ class Options(Multiplied):
     tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if TEACHER in self.student:
-            raise InputError(f"student.{TEACHER} stands for the teacher itself; give the student another name")
+        for name in {TEACHER, "data", "scores"} & self.student.keys():
+            raise InputError(f"student.{name} stands for what {name}= is; give the student another name")
 
     @property
     def suites(self) -> Tasks:

@@ -187,7 +187,7 @@ def test_export_on_data_is_the_command_s(tmp_path: Path) -> None:
     assert code == 0, err
     limbeck.export(tmp_path / "model", tmp_path / "out", format="w8a8", data=str(tmp_path / "text"), **how)
     one, other = (json.loads((tmp_path / name / "export.json").read_text()) for name in ("command", "out"))
-    assert one == other and len(one["keep_layers"]) == 1 and one["calibration_tokens"] == 256
+    assert one == other and len(one["keep_layers"]) == 1 and 200 < one["calibration_tokens"] < 256
 
 
 def test_a_folder_with_few_documents(model: HybridLM, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

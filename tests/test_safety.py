@@ -234,6 +234,33 @@ def test_moving_average_mean_and_best(tmp_path: Path) -> None:
         assert torch.equal(evaluated[-1][name], found[name])  # what is left was evaluated
 
 
+def test_a_mean_is_of_the_same_states_after_a_stop(tmp_path: Path) -> None:
+    """The state that a signal leaves between two others is resumed from, and counts for nothing else."""
+    how = options(save_every=2, average_states=3)
+    train(model_of(1), teach(), batches_from, how, tmp_path / "whole")
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 4:  # told with the next step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(model_of(1), teach(), batches_from, how, tmp_path / "parts", on_step=stop)
+    assert states(tmp_path / "parts")[-1].name == "state-00000005"
+    train(model_of(1), teach(), batches_from, how, tmp_path / "parts")
+    whole, parts = (final_weights(tmp_path / name, how) for name in ("whole", "parts"))
+    assert whole.said == parts.said == {"kept": "mean", "steps": [4, 6, 8]}
+    expected = dict(whole.tensors())
+    assert all(torch.equal(value, expected[name]) for name, value in parts.tensors())
+
+
+def test_fewer_states_than_a_mean_is_of_are_said(tmp_path: Path) -> None:
+    for steps, every, said in ((3, 500, 1), (5, 3, 1), (6, 2, 0)):
+        heard: list[str] = []
+        how = options(steps=steps, save_every=every, average_states=3, warmup_steps=1)
+        train(model_of(1), teach(), batches_from, how, tmp_path / f"{steps}", say=heard.append)
+        assert sum("average_states is 3" in line for line in heard) == said
+
+
 @pytest.mark.parametrize(
     "wrong",
     (

@@ -346,14 +346,15 @@ def difference(first: str, second: str, a: Mapping[str, Totals], b: Mapping[str,
 
 
 def recovered(entropy: Mapping[str, Totals]) -> Estimate | None:
-    """(CE pruned - CE distilled) / (CE pruned - CE teacher); None where a resample has nothing lost by pruning."""
+    """(CE pruned - CE distilled) / (CE pruned - CE teacher); None where the interval of what pruning lost holds 0."""
     if not {"pruned", "distilled"} <= entropy.keys():
         return None
     lost = entropy["pruned"].minus(entropy[TEACHER])
     gained = entropy["pruned"].minus(entropy["distilled"])
-    if not (lost.all > 0 and (lost.drawn > 0).all()):
+    if not lost.all > 0 or lost.estimate().holds(0):
         return None
-    return Totals(gained.all / lost.all, gained.drawn / lost.drawn, lost.documents).estimate()
+    shares = np.divide(gained.drawn, lost.drawn, out=np.full(len(lost.drawn), np.nan), where=lost.drawn > 0)
+    return Totals(gained.all / lost.all, shares, lost.documents).estimate()
 
 
 def stretches(position: np.ndarray, width: int) -> tuple[tuple[int, float], ...]:

@@ -60,7 +60,7 @@ def cards(gap: Mapping[str, Any], memory: Mapping[str, Any] | None) -> Iterator[
     elif gap["recovery"] is not None:
         label = "of the loss that pruning cost, recovered"
         yield {"value": f"{gap['recovery']['value']:.0%}", "label": label, "kind": ""}
-    fit = None if memory is None else memory.get("student") or memory.get(best or TEACHER)
+    fit = None if memory is None else memory.get(best or TEACHER) or memory.get("student")
     if fit is not None:
         fits = fit["verdict"]["fits"]
         place = f"{fit['hardware']['name']} at {fit['memory']['context']:,} tokens \N{MULTIPLICATION SIGN} "

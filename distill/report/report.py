@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from ...models.axes import AXES
+from ...models.errors import InputError
 from ...models.foreign import read_lines, read_object
 from ...models.kinds import kinds_of
 from ...models.variants import LETTERS
@@ -76,7 +78,8 @@ def write_page(
 
 
 def training_section(folder: Path, metrics: Path) -> Iterator[Section]:
-    records = read_lines(metrics)
+    """Nothing of a file that is another tool's."""
+    records = training_records(metrics)
     curves = {"loss": "Training loss", "validation_kl": "KL on validation files (nats)"}
     pictures = [
         drawn(folder, plots.training_curve(records, key, title), f"training-{key.replace('_', '-')}", f"Curve: {title}")
@@ -86,6 +89,20 @@ def training_section(folder: Path, metrics: Path) -> Iterator[Section]:
     if pictures:
         last = records[-1]
         yield Section("Distillation", f"{last['step']:,} steps, {last['tokens']:,} tokens.", pictures)
+
+
+def training_records(metrics: Path) -> list[dict[str, float]]:
+    """The numbers in the lines of a metrics.jsonl that have their step and tokens."""
+    try:
+        lines = read_lines(metrics)
+    except InputError:
+        return []
+    numbers = [{key: value for key, value in line.items() if is_number(value)} for line in lines]
+    return [record for record in numbers if {"step", "tokens"} <= record.keys()]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def importance_sections(folder: Path, scores: Path, selection: Mapping[str, Any] | None) -> Iterator[Section]:
