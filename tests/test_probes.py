@@ -35,7 +35,8 @@ def test_the_answer_follows_from_the_text(kind: str, length: int, corpus: Corpus
     texts = []
     for _ in range(8):
         probe = make_probe(kind, length, corpus, tokenizer, draw)
-        assert len(probe.ids) == length
+        assert len(probe.ids) == length and tokenizer.begin == [1]
+        assert probe.ids[0] == 1 and not (probe.ids[1:] == 1).any()  # begins as texts do
         text, answer = (tokenizer.decode(part.tolist()) for part in (probe.ids, probe.ids[-probe.answer :]))
         facts = dict(re.findall(r"^([a-z]{6}) = (\w+)$", text[: text.rindex("\n")], re.M))
         assert len(facts) == {"needle": 1, "multi-key": 8, "variables": 4}[kind]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -68,14 +68,17 @@ def agreement(wanted: Tensor, written: Mapping[str, Tensor], resamples: int, see
     return results
 
 
-def draw_prompts(corpus: Corpus, count: int, length: int, seed: int) -> Tensor | None:
+def draw_prompts(corpus: Corpus, count: int, length: int, seed: int, begin: Sequence[int] = ()) -> Tensor | None:
     """Prompts [count, length] from as many documents, at drawn places; fewer where fewer documents have that many
-    tokens, None where none has."""
+    tokens, None where none has. Each starts with the tokens that texts `begin` with, as documents do, at least one
+    follows."""
     lengths = np.diff(corpus.starts) - 1  # not the end of text
     long = np.flatnonzero(lengths >= length)
     if not len(long):
         return None
     generator = np.random.default_rng(seed)
     chosen = generator.permutation(long)[:count]
-    begins = corpus.starts[chosen] + generator.integers(0, lengths[chosen] - length + 1)
-    return torch.from_numpy(np.stack([corpus.ids[begin : begin + length] for begin in begins]).astype(np.int64))
+    size = max(length - len(begin), 1)
+    starts = corpus.starts[chosen] + (length - size) + generator.integers(0, lengths[chosen] - length + 1)
+    prompts = np.stack([[*begin, *corpus.ids[start : start + size]] for start in starts])
+    return torch.from_numpy(prompts.astype(np.int64))

@@ -130,7 +130,8 @@ def continue_texts(
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """How long each student's greedy text is the teacher's, and the first SAMPLES texts of all models after their
     prompts; nothing of either where there is no prompt or no student."""
-    prompts = draw_prompts(text, details.prompts, details.prompt_tokens, seed) if details.prompts else None
+    first = tokenizer.begin
+    prompts = draw_prompts(text, details.prompts, details.prompt_tokens, seed, first) if details.prompts else None
     if prompts is None or not students:
         return {}, []
     say(f"continuing {len(prompts)} texts by {details.new_tokens} tokens")
@@ -139,7 +140,7 @@ def continue_texts(
         for name, model in {TEACHER: teacher, **students}.items()
     }
     samples = [
-        {"prompt": tokenizer.decode(prompts[number].tolist())}
+        {"prompt": tokenizer.decode(prompts[number, len(first) :].tolist())}
         | {name: continued(tokens[number].tolist(), tokenizer) for name, tokens in written.items()}
         for number in range(min(SAMPLES, len(prompts)))
     ]

@@ -53,7 +53,8 @@ def check_probes(kinds: Sequence[str], lengths: Sequence[int], longest: int) -> 
 
 
 def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, draw: np.random.Generator) -> Probe:
-    """A probe of exactly `length` tokens; the text between the facts is the corpus's, from a drawn token on.
+    """A probe of exactly `length` tokens, which begins as texts do; the text between the facts is the corpus's, from a
+    drawn token on.
 
     Raises InputError where the facts alone are longer, or the corpus is too short to fill in."""
     count = {"needle": 1, "multi-key": KEYS, "variables": CHAIN}[kind]
@@ -65,7 +66,7 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
     lines = [tokenizer.encode(f"\n{key} = {value}\n") for key, value in zip(names, values, strict=True)]
     question = tokenizer.encode(f"\n{names[question_of]} =")
     answer = tokenizer.encode(f" {values[0] if kind == 'variables' else values[question_of]}")
-    size = length - sum(map(len, lines)) - len(question) - len(answer)
+    size = length - len(tokenizer.begin) - sum(map(len, lines)) - len(question) - len(answer)
     if size < 0:
         raise InputError(f"probes: {kind} of {length} tokens leaves {size} for other text; give another length")
     filler = text_from(corpus, int(draw.integers(corpus.tokens)), size, tokenizer)
@@ -74,7 +75,7 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
             f"probes: {kind} of {length} tokens leaves {size} for other text, of which the data has {len(filler)};"
             " give another length, or more data"
         )
-    ids: list[int] = []
+    ids = [*tokenizer.begin]
     before = 0
     for place, line in zip(sorted(draw.integers(0, size + 1, count).tolist()), lines, strict=True):
         ids += filler[before:place] + line

@@ -12,9 +12,11 @@ from typing import Any
 import jinja2
 from yaml import YAMLError
 
+from ...models.companions import check_own
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
-from ...models.foreign import read_object
+from ...models.errors import InputError
+from ...models.foreign import first_line, read_object
 from ...models.hub import names_in
 from ...models.kinds import KINDS
 from .gap_rows import estimates, few_documents, pair_rows, probe_rows, task_rows, titles
@@ -72,26 +74,40 @@ class Licence:
 
 
 def read_licence(folder: Path) -> Licence:
-    """The terms of a base model's folder, as far as it tells any."""
+    """The terms of a base model's folder, as far as it tells any. Raises InputError for a file of them that is a link
+    out of the folder."""
     keys: dict[str, Any] = {}
-    if (folder / "README.md").is_file():
-        keys = front_matter(folder / "README.md")
-    if not keys and (folder / "config.json").is_file():
-        stated = read_object(folder / "config.json").get("license")
-        keys = {"license": stated} if isinstance(stated, str) else {}
+    card = folder / "README.md"
     files = sorted(path for path in folder.iterdir() if path.is_file() and TERMS.fullmatch(path.name))
+    check_own(folder, [*files, *([card] if card.is_file() else [])])
+    if card.is_file():
+        keys = front_matter(card)
+    if not keys and (folder / "config.json").is_file():
+        keys = stated_terms({"license": read_object(folder / "config.json").get("license")})
     return Licence(keys, tuple(files))
 
 
-def front_matter(card: Path) -> dict[str, str]:
+def front_matter(card: Path) -> dict[str, Any]:
     """The licence keys of a card's YAML head; none where there is no head, or it is not YAML."""
     from huggingface_hub.repocard import metadata_load  # takes half a second, which only export waits for
 
     try:
         head = metadata_load(card) or {}
-    except (ValueError, YAMLError):
+    except (ValueError, YAMLError, RecursionError):
         return {}
-    return {key: str(head[key]) for key in ("license", "license_name", "license_link") if head.get(key)}
+    return stated_terms(head)
+
+
+def stated_terms(head: Mapping[str, Any]) -> dict[str, Any]:
+    """The licence keys that say something: texts, and lists of them, which stay lists."""
+    found: dict[str, Any] = {}
+    for key in ("license", "license_name", "license_link"):
+        value = head.get(key)
+        each = value if isinstance(value, list) else [value]
+        texts = [str(text) for text in each if text and not isinstance(text, (list, dict))]
+        if texts:
+            found[key] = texts if isinstance(value, list) else texts[0]
+    return found
 
 
 def write_card(
@@ -108,12 +124,37 @@ def write_card(
 
     `gap` is gap.json's content, `name` what it calls this model, and `picture` a PNG of its figures, which is copied as
     gap.png; `sources` are what of it is the hub's (models/hub.py)."""
-    from huggingface_hub import ModelCardData
-
     for path in licence.files:
         shutil.copyfile(path, folder / path.name)
     if picture is not None:
         shutil.copyfile(picture, folder / "gap.png")
+    text = card_text(config, published, licence, gap, name, picture is not None, sources)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def check_gap(path: Path, gap: Mapping[str, Any], name: str, config: HybridConfig) -> None:
+    """Raises InputError where gap.json's content lacks what a card tells of it, found before there is an export."""
+    try:
+        card_text(config, Published("", TRANSFORMERS, ""), Licence({}, ()), gap, name)
+    except Exception as error:  # whatever is missing, or of another kind
+        raise InputError(
+            f"{path} does not hold what limbeck evaluate writes ({type(error).__name__}: {first_line(error)}); evaluate"
+            " again"
+        ) from None
+
+
+def card_text(
+    config: HybridConfig,
+    published: Published,
+    licence: Licence,
+    gap: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    pictured: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> str:
+    """The card, of what `write_card` is given."""
+    from huggingface_hub import ModelCardData
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -125,15 +166,16 @@ def write_card(
                          datasets=datasets or None, **relation, **licence.keys)  # fmt: skip
     names = [kind.name for kind in config.kinds]
     kinds = {name: names.count(name) for name in dict.fromkeys(kind.name for kind in KINDS.values()) if name in names}
-    text = environment.get_template("card.md.jinja").render(
-        head=head.to_yaml(), config=config, published=published, licence=licence, gap=gap, name=name,
+    told = {key: ", ".join(value) if isinstance(value, list) else value for key, value in licence.keys.items()}
+    return environment.get_template("card.md.jinja").render(
+        head=head.to_yaml(), config=config, published=published, licence=dataclasses.replace(licence, keys=told),
+        gap=gap, name=name,
         few=few_documents(gap) if gap else "",
         parameters=f"{count_parameters(config):,}", kinds=list(kinds),
         layers=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
         tables=[] if gap is None else [near(gap), further(gap)], others=[] if gap is None else others(gap),
-        picture=picture is not None,
+        picture=pictured,
     )  # fmt: skip
-    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def near(gap: Mapping[str, Any]) -> Table:
