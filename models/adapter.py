@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from .checkpoint import load_config, weight_files
-from .companions import companions
+from .companions import check_own, companions
 from .errors import DiskError, InputError
 from .families.family import stored_tensors
 from .fingerprint import PROVENANCE
@@ -61,7 +61,9 @@ def merged_folder(adapter: Path) -> Path:
     own = (adapter / "tokenizer.json").is_file()
     along = [file for file in companions(base) if file.name == GENERATION or not own]
     along += [file for file in companions(adapter) if own]
-    along += [file for file in base.iterdir() if file.is_file() and is_term(file.name)]
+    terms = [file for file in base.iterdir() if file.is_file() and is_term(file.name)]
+    check_own(base, terms)
+    along += terms
     copies = {file.name: file for file in (*along, base / "config.json")}
     links = {file.name: file for file in weight_files(base)}
     links |= {INDEX: base / INDEX} if SINGLE not in links else {}

@@ -7,6 +7,7 @@ published. And nothing that points to code: such code is never run here, and wou
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import InputError
@@ -31,6 +32,13 @@ def companions(folder: Path | None) -> list[Path]:
     if folder is None:
         return []
     files = [folder / name for name in COMPANIONS if (folder / name).exists()]
+    check_own(folder, files)
+    return files
+
+
+def check_own(folder: Path, files: Iterable[Path]) -> None:
+    """Raises InputError unless files of a folder may go along: they lie in it (or in the hub's cache), regular, of a
+    bounded size."""
     own = folder.resolve()
     homes = [own]
     if own.parent.name == "snapshots":  # the hub's cache has its files once, and links to them
@@ -40,7 +48,6 @@ def companions(folder: Path | None) -> list[Path]:
         if not any(home in target.parents for home in homes):
             raise InputError(f"{file} is a link out of its folder, to {target}; put a copy of the file in its place")
         check_regular(file, LARGEST)
-    return files
 
 
 def copy_companions(files: list[Path], folder: Path) -> None:

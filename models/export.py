@@ -6,7 +6,8 @@ import dataclasses
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from .axes import Role, tensor_table
 from .checkpoint import Checkpoint, open_checkpoint, stream_rows, write_checkpoint
+from .companions import companions, copy_companions
 from .config import HybridConfig
 from .cost.parameters import count_parameters
 from .errors import CheckFailed, InputError, gib
@@ -29,6 +31,7 @@ from .tensors import is_finite
 from .tokenizer import state_begin
 
 PARITY = 1e-4
+GENERATION = "generation_config.json"
 LARGEST_LENGTH = 2**40  # beyond it a number of tokens means that none is known
 
 
@@ -96,9 +99,11 @@ def write_export(
     """Writes the folder, reads it again and compares logits of random tokens in float32: with the source rounded to
     the same dtype they have to be the same to the bit; transformers, where it is installed, has to agree too.
 
-    Raises CheckFailed, and InputError where the dtype cannot hold the weights.
+    Raises CheckFailed, and InputError where the dtype cannot hold the weights, or transformers does not take the
+    config.
     """
     checkpoint = open_checkpoint(source)
+    check_config_files(source, checkpoint.config)
     write_checkpoint(
         folder,
         checkpoint.config,
@@ -152,17 +157,62 @@ def logits_of(model: HybridLM, ids: Tensor) -> Tensor:
     return model(ids)
 
 
+def class_of(config: HybridConfig) -> tuple[Any, str]:
+    """transformers' native class of the family, None where there is none, and its version ("": not installed)."""
+    if importlib.util.find_spec("transformers") is None:
+        return None, ""
+    import transformers
+
+    return getattr(transformers, FAMILIES[config.family].architecture, None), transformers.__version__
+
+
+def said(error: Exception) -> str:
+    """What an error of transformers says, as one line, cut short."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def check_config_files(source: Path, config: HybridConfig) -> None:
+    """Raises InputError where transformers, if it is here and has the family, makes no model of the config that an
+    export of a folder has, or does not take its generation_config.json: known before the first weight is written."""
+    theirs, version = class_of(config)
+    if theirs is None:
+        return
+    import transformers
+
+    def model(folder: Path) -> None:
+        with torch.device("meta"):
+            theirs(theirs.config_class.from_pretrained(folder))
+
+    readers: dict[str, Callable[[Path], Any]] = {
+        "config.json": model,
+        GENERATION: transformers.GenerationConfig.from_pretrained,
+    }
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as temporary:
+        write_json(Path(temporary) / "config.json", config.to_hf())
+        copy_companions([file for file in companions(source) if file.name == GENERATION], Path(temporary))
+        for name, read in readers.items():
+            try:
+                if (Path(temporary) / name).is_file():
+                    read(Path(temporary))
+            except Exception as error:  # its checks raise anything
+                raise InputError(
+                    f"{source / name}: transformers {version} does not take it ({said(error)}); correct it there"
+                ) from None
+
+
 def transformers_parity(folder: Path, ids: Tensor, config: HybridConfig, logits: Tensor) -> Parity:
     """transformers' native class of the family on the folder, beside the logits of ours; it holds the whole model."""
     mamba = bool(config.mamba_num_heads)
     floor = config.dt_limit[0] if mamba else None
-    if importlib.util.find_spec("transformers") is None:
-        return Parity(note="transformers is not installed", dt_floor=floor)
+    theirs_class, version = class_of(config)
+    name = FAMILIES[config.family].architecture
+    if theirs_class is None:
+        note = f"transformers {version} has no {name}" if version else "transformers is not installed"
+        return Parity(note=note, dt_floor=floor)
     import transformers
 
-    version, name = transformers.__version__, FAMILIES[config.family].architecture
-    if not hasattr(transformers, name):
-        return Parity(note=f"transformers {version} has no {name}", dt_floor=floor)
     needed, free = 4 * count_parameters(config), free_memory(torch.device("cpu"))
     if free is not None and needed > free:
         note = f"its model takes {gib(needed)} in float32, and {gib(free)} of memory are free"
@@ -172,14 +222,17 @@ def transformers_parity(folder: Path, ids: Tensor, config: HybridConfig, logits:
     # Experts one after the other: torch's grouped product refuses strides of no whole 16 bytes (cautions.py).
     mixture = any(spec.role is Role.EXPERTS for spec in tensor_table(config).values())
     how = {"experts_implementation": "eager"} if mixture else {}
-    theirs = getattr(transformers, name).from_pretrained(folder, dtype=torch.float32, **how)
-    with torch.no_grad():
-        expected = theirs(ids, use_cache=False).logits
+    try:
+        theirs = theirs_class.from_pretrained(folder, dtype=torch.float32, **how)
+        with torch.no_grad():
+            expected = theirs(ids, use_cache=False).logits
+        least = getattr(theirs.config, "time_step_min", None)  # which transformers has for nemotron_h alone
+        theirs_floor = None if least is None else float(least)
+    except Exception as error:  # its checks of a config and a model's code raise anything
+        raise CheckFailed(f"export: {name} of transformers {version} does not run it ({said(error)})") from None
     own = relative_rms(logits, expected)
-    least = getattr(theirs.config, "time_step_min", None)  # which transformers has for nemotron_h alone
-    if not mamba or least is None:
+    if not mamba or theirs_floor is None:
         return Parity(own, version=version, class_name=name)
-    theirs_floor = float(least)
     del theirs
     clamped = open_streamed(folder, config=config.replace(dt_limit=(theirs_floor, math.inf)))
     return Parity(

@@ -19,7 +19,7 @@ from typing import Any
 
 from .errors import InputError
 from .fingerprint import LOG, PROVENANCE, RESULT, RUN, read_provenance
-from .foreign import first_line
+from .foreign import first_line, read_object
 from .schema import read_index
 from .shards import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, INDEX, SINGLE
 
@@ -162,6 +162,20 @@ def has_weights(folder: Path) -> bool:
     return (folder / SINGLE).is_file()
 
 
+def check_push_name(name: str) -> None:
+    """Raises InputError where the hub has no models of such names."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not is_hub_name(name):
+        raise InputError(f"push={name}: expected OWNER/NAME")
+    try:
+        for part in (name, *name.split("/")):  # an owner is spelled as a name is
+            validate_repo_id(part)
+    except HFValidationError as error:
+        raise InputError(f"push={name}: {first_line(error)} Give OWNER/NAME so") from None
+
+
 def push_folder(folder: Path, name: str, dry: bool) -> list[Path]:
     """The files of a folder that go to the hub as the model OWNER/NAME, which is made, private, where it is not there;
     `dry` uploads nothing. Raises InputError where the hub does not take them."""
@@ -195,9 +209,17 @@ def origins(inputs: Mapping[str, Path | str]) -> dict[str, str]:
             known |= {key: value} if value.startswith(HUB) else {}
         elif (origin := hub_origin(value)) is not None:
             known[key] = origin
-        elif isinstance(before := read_provenance(value).get("sources"), dict):
+        elif isinstance(before := stated_sources(value), dict):
             known |= {f"{key}.{name}": str(text) for name, text in before.items()}
     return known
+
+
+def stated_sources(folder: Path) -> Any:
+    """What a folder's limbeck.json has as `sources`: a stage's, or that of an adapter merged (adapter.py)."""
+    try:
+        return read_object(folder / PROVENANCE).get("sources")
+    except InputError:
+        return None
 
 
 def names_in(sources: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -6,20 +6,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from ..distill.report.card import read_licence, write_card
+from ..distill.report.card import Figures, gap_folder, read_figures, read_licence, write_card
 from ..distill.report.exported import ExportForm, check_tables
 from ..distill.report.exported_text import evaluated_tokens
 from ..distill.text.packing import Batch
 from ..models.checkpoint import load_config
 from ..models.device import torch_device
 from ..models.errors import InputError, gib
-from ..models.fingerprint import PROVENANCE
-from ..models.foreign import own_path
-from ..models.hub import is_hub_name, push_folder
+from ..models.hub import check_push_name, push_folder
 from ..prune.rounding_plan import SCRATCH, GivenRounding, RoundingOptions, RoundingPlan, plan_rounding
 from .run.resolve import NamedData, data_input, model_folder, sample
 from .run.show import progress, read_json, result, say, table
@@ -66,8 +63,10 @@ class Options:
 
 
 def run(options: Options, replaces: bool = False) -> None:
-    if options.push is not None and not is_hub_name(options.push):
-        raise InputError(f"push={options.push}: expected OWNER/NAME")
+    if options.push is not None:
+        check_push_name(options.push)
+    elif not options.push_dry:
+        raise InputError("push_dry=false uploads to a model of the hub; give push=OWNER/NAME, or leave it out")
     form, how, source = options.form(), options.rounding(), model_folder(options.model)
     inputs: dict[str, Path | str] = {"model": source}
     if options.base is not None:
@@ -82,18 +81,19 @@ def run(options: Options, replaces: bool = False) -> None:
         given |= {"seq_len": options.seq_len, "batch": options.batch, "evaluate_tokens": options.measured}
     with stage(options.output, "export", inputs=inputs, options=given, replaces=replaces, scratch=scratch) as work:
         if not work.finished:
-            gap, name = measured(options, work)
-            plan = planned(options, how, source, work) if how != RoundingOptions() else RoundingPlan()
+            config, licence = load_config(source), read_licence(Path(inputs.get("base", source)))
+            figures = Figures()
+            if options.gap is not None:
+                figures = read_figures(gap_folder(options.gap), work.content()["inputs"]["model"], config)
             text = reader(options, source)("validation", options.measured) if options.measured else ()
+            plan = planned(options, how, source, work) if how != RoundingOptions() else RoundingPlan()
             published = form.write(
                 work.folder, source, plan.kept, plan.calibrated, plan.facts, text, torch_device(options.device)
             )
-            licence = read_licence(Path(inputs.get("base", source)))
-            picture = None if options.gap is None else gap_folder(options.gap) / "plots" / "gap.png"
-            if picture is not None and not picture.is_file():
-                picture = None
-            write_card(work.folder, load_config(source), published, licence, gap, name, picture,
-                       sources=work.notes.get("sources"))  # fmt: skip
+            sources = work.notes.get("sources")
+            write_card(
+                work.folder, config, published, licence, figures.gap, figures.name, figures.picture, sources=sources
+            )
     content = read_json(options.output / "export.json")
     for caution in content.get("cautions", ()):
         say(f"caution: {caution}")
@@ -124,26 +124,3 @@ def print_push(options: Options) -> None:
     rows = [(str(file.relative_to(options.output)), gib(file.stat().st_size)) for file in files]
     what = "Would go to the hub (push_dry=false uploads)" if options.push_dry else "Uploaded, private"
     table(f"{what}: {options.push}", ("file", ""), rows)
-
-
-def gap_folder(name: str) -> Path:
-    folder = own_path(name)
-    if not (folder / "gap.json").is_file() or not (folder / PROVENANCE).is_file():
-        raise InputError(f"gap={name} is no folder of limbeck evaluate; expected gap.json and {PROVENANCE} in it")
-    return folder
-
-
-def measured(options: Options, work: Work) -> tuple[dict[str, Any] | None, str | None]:
-    """gap.json's content, and what it calls the model of this export. Raises InputError where it is not about it."""
-    if options.gap is None:
-        return None, None
-    folder, model = gap_folder(options.gap), work.content()["inputs"]["model"]
-    made = read_json(folder / PROVENANCE)
-    gap = read_json(folder / "gap.json")
-    name = next((name for name, digest in made["inputs"].items() if digest == model and name in gap["models"]), None)
-    if name is None:
-        raise InputError(
-            f"gap={options.gap} measured other models than {options.model}; evaluate this one, or leave it out"
-        )
-    gap["data"]["dtype"] = made["options"]["dtype"]
-    return gap, name

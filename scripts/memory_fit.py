@@ -16,7 +16,7 @@ from ..models.config import HybridConfig
 from ..models.cost.fit import Estimate, Fit
 from ..models.cost.hardware import GIB, Hardware
 from ..models.cost.inference import MemoryReport
-from ..models.cost.serving import serving_rows
+from ..models.cost.serving import serving_cautions, serving_rows
 from ..models.cost.tables import memory_rows, places, speed_sentence, vllm_rows
 from ..models.device import torch_dtype
 from ..models.errors import CheckFailed, InputError
@@ -60,9 +60,14 @@ def run(options: Options) -> None:
     commands = serving_rows(estimate, options.model)
     for program, command in commands:
         say(f"{program}: {command}")
+    for caution in serving_cautions(commands):
+        say(f"caution: {caution}")
     say(speed_sentence(estimate))
     simulation = simulated(estimate) if options.method in ("simulation", "all") else None
-    measured = measured_run(options, estimate) if options.method in ("measurement", "all") and estimate.fits else None
+    measures = options.method in ("measurement", "all")
+    measured = measured_run(options, estimate) if measures and estimate.fits else None
+    if measures and measured is None:
+        say(f"not measured: by formula the model does not fit {places(estimate)}")
     compare(estimate.memory, simulation, measured)
     if changes := estimate.changes():
         rows = [(each.name, gib(each.saved), "fits" if each.fits else "does not fit") for each in changes]

@@ -101,6 +101,10 @@ def test_wrong_input(arguments: list[str], says: str, monkeypatch: pytest.Monkey
         ("NVIDIA A100 80GB PCIe", None), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", None),
         ("NVIDIA H100 NVL", None), ("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 3090", "rtx3090"),
         ("NVIDIA GeForce RTX 5090", "rtx5090"), ("NVIDIA GeForce RTX 5090 Laptop GPU", None), ("NVIDIA B200", "b200"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None), ("GRID T4-8Q", None),
+        ("NVIDIA L4-12Q", None), ("NVIDIA A10G-24Q", None), ("NVIDIA H100 SXM5 64GB", None),
+        ("NVIDIA H100 96GB HBM3", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H200 141GB HBM3e", "h200"), ("NVIDIA T4G", None),
     ),
 )  # fmt: skip
 def test_a_card_is_known_by_its_own_name_alone(device: str, name: str | None) -> None:

@@ -33,9 +33,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
          {"license": "other", "license_name": "its-own", "license_link": "https://example.org/a"}),
         ("---\nlicense: 'mit'\n", {}), ("# license: mit\n", {}), ("", {}),
         ("---\ntags:\n  license: mit\n---\nlicense: gpl\n", {}),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", {"license": ["mit", "apache-2.0"]}),
+        ("---\nlicense: {a: b}\nlicense_name: [{c: d}, 7]\n---\n", {"license_name": ["7"]}),
+        ("---\nlicense: " + 3000 * "[" + "\n---\n", {}),
     ),
+    ids=range(9),
 )  # fmt: skip
-def test_terms_in_a_cards_head(text: str, expected: dict[str, str], tmp_path: Path) -> None:
+def test_terms_in_a_cards_head(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text)
     assert front_matter(tmp_path / "README.md") == expected
 
@@ -44,6 +48,13 @@ def test_a_folders_terms(tmp_path: Path) -> None:
     assert read_licence(tmp_path).keys == {} and read_licence(tmp_path).files == ()
     (tmp_path / "config.json").write_text('{"license": "mit"}')
     assert read_licence(tmp_path).keys == {"license": "mit"}
+    (tmp_path / "config.json").write_text('{"license": ["mit", "apache-2.0"]}')
+    both = read_licence(tmp_path)
+    (tmp_path / "both").mkdir()
+    write_card(tmp_path / "both", tiny_config(), published("bfloat16"), both)
+    text = (tmp_path / "both" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["license"] == ["mit", "apache-2.0"] == both.keys["license"]
+    assert "`license: mit, apache-2.0`" in text
     (tmp_path / "README.md").write_text("---\nlicense: other\n---\n")
     for name in ("LICENSE", "Notice.txt", "licensed.py", "LICENCE-weights.pdf"):
         (tmp_path / name).write_text(name)
@@ -187,7 +198,8 @@ def test_scores_of_a_model_of_the_same_shape_make_no_map(workshop: Path, tmp_pat
     model, scores = workshop / "model", tmp_path / "scores"
     random_scores(scores, load_config(model))
     for number, made_from in enumerate((fingerprint_of(model), "00" * 32)):
-        (scores / "limbeck.json").write_text(json.dumps({"inputs": {"model": made_from}}))
+        made = {"made_by": "limbeck score", "inputs": {"model": made_from}, "options": {}, "versions": {}}
+        (scores / "limbeck.json").write_text(json.dumps(made | {"fingerprint": "0"}))
         gap = tmp_path / str(number)
         code, text, err = limbeck(
             "evaluate", f"teacher={model}", f"data={workshop / 'text'}", f"output={gap}", "split=all", "seq_len=32",

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from limbeck.distill.report.exported import ExportForm
 from limbeck.models.axes import tensor_table
+from limbeck.models.checkpoint import Checkpoint, open_checkpoint, save_model
 from limbeck.models.cost.hardware import Hardware
 from limbeck.models.cost.inference import memory
 from limbeck.models.cost.parameters import count_parameters
+from limbeck.models.cost.ranks import rank_counts
 from limbeck.models.cost.speed import flops_per_token, throughput
+from limbeck.models.cost.stored_weights import of_checkpoint, whole_counts
 from limbeck.models.errors import InputError
+from limbeck.models.stored import StoredPlace
 from limbeck.scripts.run.resolve import model_config
-from limbeck.tests.helpers import random_config, tiny_config
+from limbeck.tests.gguf_helpers import gguf_config
+from limbeck.tests.helpers import random_config, random_model, tiny_config
 
 A10G = Hardware("a10g", 22.49, 22.06, 600, 70)
 
@@ -78,3 +86,28 @@ def test_throughput_of_the_published_9b() -> None:
 def test_throughput_refuses(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="throughput"):
         throughput(tiny_config(), A10G, **({"input_tokens": 8, "output_tokens": 8, "batch": 1} | wrong))
+
+
+def test_numbers_of_gpus_that_are_named_work(tmp_path: Path) -> None:
+    """Groups of 32 columns in 96: of the four numbers of GPUs that share the model out, two cut a group."""
+    pytest.importorskip("compressed_tensors")
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 32}
+    config = gguf_config("llama", 256, pattern="*-", intermediate_size=768, **sizes)
+    save_model(random_model(config, 0, torch.float32), tmp_path / "model")
+    form = ExportForm("w4a16", "bfloat16", None, 8, 0)
+    (tmp_path / "out").mkdir()
+    form.write(tmp_path / "out", tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    refused, works = list[int](), list[int]()
+    for count in rank_counts(config):
+        try:
+            of_checkpoint(checkpoint, torch.bfloat16, count)
+            works.append(count)
+        except InputError as error:
+            refused.append(count)
+            assert str(error).endswith(f"whole ones: {', '.join(map(str, whole_counts(config, places(checkpoint))))}")
+    assert refused and works == whole_counts(config, places(checkpoint)) and len(works) > 1
+
+
+def places(checkpoint: Checkpoint) -> dict[str, StoredPlace]:
+    return {name: place for stored in checkpoint.stored.values() for name, place in stored.places.items()}

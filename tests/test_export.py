@@ -13,8 +13,10 @@ import torch
 from limbeck.models import export
 from limbeck.models.cautions import cautions
 from limbeck.models.checkpoint import load_config, load_model, open_checkpoint, save_model
+from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import train_tokenizer
+from limbeck.scripts import export as command
 from limbeck.tests.helpers import limbeck, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -162,3 +164,56 @@ def test_without_transformers(source: Path, tmp_path: Path, monkeypatch: pytest.
     code, text, _ = limbeck("export", f"model={source}", f"output={out}")
     assert code == 0 and "transformers is not installed" in text
     assert "Not compared with transformers" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    (
+        ("generation_config.json", {"max_new_tokens": 0}),
+        ("generation_config.json", [1]),
+        ("config.json", {"time_step_min": None}),
+        ("config.json", {"id2label": [1]}),
+    ),
+    ids=("length", "list", "null", "labels"),
+)
+def test_files_that_transformers_does_not_take(
+    file: str, change: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line before the first weight is written, with the file and the version of transformers."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(export, "write_checkpoint", lambda *given, **more: pytest.fail("weights were written"))
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    known = json.loads((model / file).read_text()) if (model / file).exists() else {}
+    (model / file).write_text(json.dumps(known | change if isinstance(change, dict) else change))
+    code, _, err = limbeck("export", f"model={model}", f"output={tmp_path / 'out'}")
+    assert code == 2 and f"{file}: transformers {transformers.__version__}" in err and err.count("\n") == 1, err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_error_of_transformers_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def fails(*given: Any, **more: Any) -> None:
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr(transformers.NemotronHForCausalLM, "forward", fails)
+    code, _, err = limbeck("export", f"model={source}", f"output={tmp_path / 'out'}")
+    assert code == 3 and transformers.__version__ in err and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_held_out_text_is_read_before_calibration(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("compressed_tensors")
+
+    def read(data: Any, split: str, *given: Any, **more: Any) -> Any:
+        raise InputError(f"no {split} text") if split == "validation" else AssertionError("calibration began")
+
+    monkeypatch.setattr(command, "sample", read)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("def f(x):\n    return x\n" * 30)
+    given = ("export", f"model={source}", f"data={tmp_path / 'text'}", f"output={tmp_path / 'out'}")
+    code, _, err = limbeck(*given, "format=w8a8", "seq_len=32")
+    assert code == 2 and "no validation text" in err and err.count("\n") == 1, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,16 @@ def test_words(root: Path) -> None:
     assert content["tokenizer.chat_template"] == "{{ messages[0].content }}"
 
 
+def test_ids_of_no_token_are_left_out(root: Path, tmp_path: Path) -> None:
+    source = source_of(root, "nemotron_h")
+    shutil.copytree(source, tmp_path / "model")
+    content = json.loads((source / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content | {"eos_token_id": [2, -1, 403, 5]}))
+    found = values_of(exported(tmp_path / "model", tmp_path / "out"))
+    assert found["tokenizer.ggml.eos_token_id"] == 2 and found["tokenizer.ggml.eot_token_id"] == 5
+    assert "tokenizer.ggml.eom_token_id" not in found
+
+
 def test_queries_and_keys_of_llama_are_interleaved(root: Path) -> None:
     source = source_of(root, "llama-biases")
     tensors = tensors_of(exported(source, root / "biases"))
@@ -237,6 +248,14 @@ def test_what_cannot_be_written(root: Path, tmp_path: Path, monkeypatch: pytest.
     refused("no pre-tokenizer that cuts text as this one", out, 2, "model=zoo", "format=gguf")
     pieces = changed(source, tmp_path / "a", lambda content: content.update(normalizer={"type": "Lowercase"}))
     refused("normalizer Lowercase", out, 2, f"model={pieces}", "format=gguf")
+    bare = changed(source, tmp_path / "bare", lambda content: content["model"].update(merges=[]))
+    refused("has no merges", out, 2, f"model={bare}", "format=gguf")
+    for name, value in (("max_position_embeddings", 2**33), ("rope_theta", 1e300)):
+        far = tmp_path / name
+        save_model(load_model(source), far, tokenizer_from=source)
+        content = json.loads((far / "config.json").read_text())
+        (far / "config.json").write_text(json.dumps(content | {name: value}))
+        refused("a GGUF file holds up to", out, 2, f"model={far}", "format=gguf")
     pieces = changed(source, tmp_path / "b", lambda content: content.update(pre_tokenizer={"type": "Whitespace"}))
     refused("takes a byte-level BPE", out, 2, f"model={pieces}", "format=gguf")
     limited = tmp_path / "limited"

@@ -137,9 +137,17 @@ def test_push(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     sent, kept = json.loads(calls[2][1]["path_or_fileobj"]), json.loads((tmp_path / "out" / "limbeck.json").read_text())
     assert kept.pop("run")["host"] and sent == kept and str(tmp_path) not in json.dumps(sent)
     assert calls[1][1]["folder_path"] == tmp_path / "out"
-    for options, says in (("push=small", "push=small: expected OWNER/NAME"),):
-        code, _, err = limbeck(*given, options)
-        assert code == 2 and says in err and err.count("\n") == 1
+    for options, says in (
+        ("push=small", "push=small: expected OWNER/NAME"),
+        ("push=a/..b", "push=a/..b: "),
+        ("push=a/b--c", "push=a/b--c: "),
+        ("push=-a/b", "push=-a/b: "),
+        ("push=a/b.git", "push=a/b.git: "),
+        ("push_dry=false", "push=OWNER/NAME"),
+    ):
+        code, _, err = limbeck(*given[:2], f"output={tmp_path / 'no'}", options)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+        assert not (tmp_path / "no").exists()
     monkeypatch.setattr(HfApi, "create_repo", lambda *given, **options: 1 / 0)
     code, _, err = limbeck(*given, "push=our/small", "push_dry=false")
     assert code == 2 and "the hub does not take it (division by zero)" in err and err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -14,15 +15,18 @@ from typing import Any
 import pytest
 import torch
 from limbeck.benchmarks import inference
+from limbeck.models.checkpoint import save_model
 from limbeck.models.cost.fit import Fit
 from limbeck.models.cost.hardware import GIB, Hardware
 from limbeck.models.cost.inference import changes, memory, verdict
-from limbeck.models.cost.serving import serving_rows
-from limbeck.models.cost.vllm import flags
+from limbeck.models.cost.serving import serving_cautions, serving_rows
+from limbeck.models.cost.vllm import VllmReport, flags, largest_sequences
 from limbeck.models.errors import InputError
 from limbeck.models.named import SHIPPED, read_hardware
 from limbeck.scripts.run.resolve import model_config
-from limbeck.tests.helpers import any_config, limbeck, tiny_config
+from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
+from limbeck.tests.helpers import any_config, limbeck, random_model, tiny_config
+from safetensors.torch import load_file, save_file
 
 LARGE, SMALL, DENSE = (model_config(name) for name in ("nemotron-nano-12b-v2", "nemotron-nano-9b-v2", "qwen3-8b"))
 A10G = Hardware("a10g", 22.49, 22.06, 600, 70, "8.6", 80)
@@ -140,6 +144,75 @@ def test_a_block_longer_than_a_step_is_given(card: Hardware, given: bool) -> Non
 
 
 @pytest.mark.parametrize(
+    ("mode", "block", "card", "most"),
+    (
+        ("none", 4096, "a10g", 2048),
+        ("none", 16, "h100", 8192),
+        ("align", 16, "b200", 16384),
+        ("align", 4096, "l4", 4096),
+    ),
+)
+def test_no_more_sequences_than_tokens_of_a_step(mode: str, block: int, card: str, most: int) -> None:
+    """vLLM refuses --max-num-seqs beyond --max-num-batched-tokens, its default or what is given."""
+    requested: dict[str, Any] = {"context": 64, "utilization": 0.9, "ssm_dtype": "float32", "kv_dtype": "bfloat16"}
+    profile = read_hardware(card)
+    for requests, largest in ((2368, 3000), (10**6, 10**6), (7, 9)):
+        report = VllmReport(block, 1, requests, mode, largest_max_num_seqs=largest)
+        found = flags(report, profile, dtype="bfloat16", mamba=True, **requested)
+        assert f"--max-num-seqs {min(requests, most)}" in found and largest_sequences(report, profile, True) == min(
+            largest, most
+        )
+        assert ("--max-num-batched-tokens 4096" in found) == (mode == "align" and card == "l4")
+    dense = dataclasses.replace(report, mode="none", largest_max_num_seqs=0)
+    assert largest_sequences(dense, profile, False) == {"l4": 2048}.get(card, most)
+
+
+def test_commands_of_an_adapter_and_of_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter is exported first; a path of the home folder is written out, since a shell leaves quoted ones."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "cache"))
+    size = write_tokenizer(tmp_path / "words", "llama-bpe")
+    base, adapter = tmp_path / "the base", tmp_path / "adapter"
+    save_model(random_model(gguf_config("llama", size), 0, torch.float32), base, tokenizer_from=tmp_path / "words")
+    name = "model.layers.0.self_attn.q_proj"
+    rows, columns = load_file(base / "model.safetensors")[f"{name}.weight"].shape
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 4, "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": True}))
+    factors = {f"base_model.model.{name}.lora_A.weight": torch.ones(2, columns),
+               f"base_model.model.{name}.lora_B.weight": torch.ones(rows, 2)}  # fmt: skip
+    save_file(factors, adapter / "adapter_model.safetensors")
+    estimate = Fit(context=64).estimate(model_config(str(adapter)), read_hardware("h100"))
+    found = dict(serving_rows(estimate, "~/adapter"))
+    first = f"limbeck export model={adapter} output=merged && "
+    assert found["vLLM"].startswith(first + "vllm serve merged --dtype")
+    assert found["transformers"].startswith(first + "transformers serve merged ")
+    assert found["llama.cpp"].startswith(f"limbeck export model={adapter} output=gguf format=gguf dtype=bfloat16 && ")
+    found = dict(serving_rows(estimate, "~/the base"))
+    assert found["vLLM"].startswith(f"vllm serve '{base}' ") and f"model='{base}' output=gguf" in found["llama.cpp"]
+    (base / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in dict(serving_rows(estimate, "~/the base"))["llama.cpp"]
+
+
+def test_commands_of_an_adapter_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what of it is in the hub's cache; a model that has an adapter beside it is served as it is."""
+    files = {"adapter_config.json"}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file, revision: (
+        str(tmp_path / file) if file in files else None))  # fmt: skip
+    estimate = Fit(context=64).estimate(model_config("smollm2-135m"), read_hardware("h100"))
+    found = dict(serving_rows(estimate, "hf:our/adapter@v1"))["vLLM"]
+    assert found.startswith("limbeck export model=hf:our/adapter@v1 output=merged && vllm serve merged ")
+    files.add("config.json")
+    assert dict(serving_rows(estimate, "hf:our/adapter@v1"))["vLLM"].startswith("vllm serve our/adapter --revision v1 ")
+
+
+def test_what_does_not_fit_is_not_measured() -> None:
+    words = ("model=zoo", "hardware=custom", "hardware.usable_gib=0.01", "hardware.device=cpu", "context=64")
+    code, out, err = limbeck("memory-fit", *words, "method=measurement")
+    assert code == 3 and "not measured" in out, err
+
+
+@pytest.mark.parametrize(
     ("ssm_dtype", "size", "given"),
     (
         ("float16", 2, "--mamba-ssm-cache-dtype float16"),
@@ -178,7 +251,8 @@ def test_commands_of_every_program() -> None:
     config = model_config("zoo")
     rows = dict(serving_rows(Fit(context=512, batch=2).estimate(config, card), "zoo"))
     assert rows["vLLM"].startswith(f"vllm serve {SHIPPED['zoo']} --dtype bfloat16 --max-model-len 512")
-    assert "export model=zoo output=gguf format=gguf dtype=bfloat16 && llama-server" in rows["llama.cpp"]
+    given = "export model=zoo output=gguf format=gguf dtype=bfloat16 pre_tokenizer=gpt-2 && llama-server"
+    assert given in rows["llama.cpp"] and "`gpt-2`" in "".join(serving_cautions(list(rows.items())))
     assert "--ctx-size 1024 --parallel 2" in rows["llama.cpp"] and "--cache-type-k bf16" in rows["llama.cpp"]
     assert rows["transformers"] == f"transformers serve {SHIPPED['zoo']} --dtype bfloat16 --device cuda"
     eight = Fit(context=512, kv_dtype="float8_e4m3fn").estimate(config, card)

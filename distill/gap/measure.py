@@ -195,10 +195,10 @@ def measure_gap(
     if not sum(text_bytes for _, text_bytes in sizes.values()):
         raise ValueError("measure_gap: no token counts; expected batches with labels and n_bytes")
     report = summarise(sums, sizes, width, resamples, seed, () if groups is None else groups.domains)
-    kept = {name: tuple(worst.windows) for name, worst in windows.items()}
+    furthest = {name: tuple(worst.windows) for name, worst in windows.items()}
     chosen = {name: {str(layer): counts.long().tolist() for layer, counts in own.items()} for name, own in uses.items()}
     chosen = {name: own for name, own in chosen.items() if own}
-    return dataclasses.replace(report, documents=len(seen), worst=kept, expert_uses=chosen)
+    return dataclasses.replace(report, documents=len(seen), worst=furthest, expert_uses=chosen)
 
 
 class Seen:

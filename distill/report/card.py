@@ -16,7 +16,8 @@ from ...models.companions import check_own
 from ...models.config import HybridConfig
 from ...models.cost.parameters import count_parameters
 from ...models.errors import InputError
-from ...models.foreign import first_line, read_object
+from ...models.fingerprint import PROVENANCE, read_provenance
+from ...models.foreign import first_line, own_path, read_object
 from ...models.hub import names_in
 from ...models.kinds import KINDS
 from .gap_rows import estimates, few_documents, pair_rows, probe_rows, task_rows, titles
@@ -71,6 +72,16 @@ class Licence:
 
     keys: Mapping[str, Any]
     files: tuple[Path, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What was measured of a model: gap.json's content, what it calls the model, and a PNG of it; nothing, where
+    nothing was."""
+
+    gap: Mapping[str, Any] | None = None
+    name: str | None = None
+    picture: Path | None = None
 
 
 def read_licence(folder: Path) -> Licence:
@@ -130,6 +141,32 @@ def write_card(
         shutil.copyfile(picture, folder / "gap.png")
     text = card_text(config, published, licence, gap, name, picture is not None, sources)
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def gap_folder(name: str) -> Path:
+    """Raises InputError where it is no folder of `limbeck evaluate`."""
+    folder = own_path(name)
+    if not (folder / "gap.json").is_file() or read_provenance(folder).get("made_by") != "limbeck evaluate":
+        raise InputError(f"gap={name} is no folder of limbeck evaluate; expected gap.json and {PROVENANCE} in it")
+    return folder
+
+
+def read_figures(folder: Path, model: str, config: HybridConfig) -> Figures:
+    """What a `gap_folder` tells of the model of this sum. Raises InputError where it is not about it, or does not hold
+    what a card tells."""
+    made, gap = read_provenance(folder), read_object(folder / "gap.json")
+    known = gap["models"] if isinstance(gap.get("models"), dict) else {}
+    names = [name for name, digest in made["inputs"].items() if digest == model and name in known]
+    if not names:
+        raise InputError(f"gap={folder} measured other models than model=; evaluate this one, or leave it out")
+    if isinstance(gap.get("data"), dict):
+        gap["data"]["dtype"] = made["options"].get("dtype")
+    check_gap(folder / "gap.json", gap, names[0], config)
+    picture = folder / "plots" / "gap.png"
+    if not picture.is_file():
+        return Figures(gap, names[0])
+    check_own(folder, [picture])
+    return Figures(gap, names[0], picture)
 
 
 def check_gap(path: Path, gap: Mapping[str, Any], name: str, config: HybridConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -17,9 +17,9 @@ from ..errors import InputError
 from ..families.family import StoredTensor, stored_tensors, tensor_table_of
 from ..quantise import group_of, rounded_names
 from ..rounding import Rounding
-from ..stored import Header
+from ..stored import Header, Quantised, StoredPlace
 from ..tensors import DTYPES as ALL_DTYPES
-from .ranks import rank_config, sizes_text
+from .ranks import rank_config, rank_counts
 
 SCALE_BYTES, SHAPE_BYTES = 2, 16  # a bfloat16 scale; the int64 rows and columns beside packed numbers
 
@@ -76,17 +76,37 @@ def of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype, ranks: int = 1) ->
         if quantised is None:
             return None
         shares = [Fraction(own, all_) for own, all_ in zip(stored.shape, shapes.get(name, stored.shape), strict=True)]
-        if shares[-1] < 1 and stored.shape[-1] % quantised.block[1] and quantised.scale.shape[1:] not in ((), (1,)):
+        if not is_whole(stored, quantised, shares[-1]):
             raise InputError(
                 f"tensor_parallel is {ranks}: each GPU would have {stored.shape[-1]:,} columns of {name}, whose scales"
-                f" are for {quantised.block[1]} columns each; give a number that leaves whole ones, of"
-                f" {sizes_text(whole)}"
+                f" are for {quantised.block[1]} columns each; give a number that leaves whole ones:"
+                f" {', '.join(map(str, whole_counts(whole, places)))}"
             )
         parts = (quantised.numbers, quantised.scale, quantised.zero)
         held = sum(shared_bytes(part, shares) for part in parts if part is not None)
         return held + (0 if quantised.bits is None else SHAPE_BYTES)
 
     return summed_weights(part, dtype, size)
+
+
+def is_whole(stored: StoredTensor, quantised: Quantised, share: Fraction | float) -> bool:
+    """Whether a GPU that has this share of a tensor's columns has all that one scale is for."""
+    return share == 1 or not stored.shape[-1] % quantised.block[1] or quantised.scale.shape[1:] in ((), (1,))
+
+
+def whole_counts(config: HybridConfig, places: Mapping[str, StoredPlace]) -> list[int]:
+    """The numbers of GPUs over which a quantised model can be shared out."""
+    shapes = {name: stored.shape for name, stored in stored_tensors(config).items()}
+
+    def leaves_whole(ranks: int) -> bool:
+        own = stored_tensors(rank_config(config, ranks))
+        return all(
+            is_whole(stored, quantised, Fraction(stored.shape[-1], shapes[name][-1]))
+            for name, stored in own.items()
+            if (quantised := places[name].quantised) is not None
+        )
+
+    return [count for count in rank_counts(config) if leaves_whole(count)]
 
 
 def of_format(config: HybridConfig, rounding: Rounding, dtype: torch.dtype, kept: Container[int] = ()) -> StoredWeights:

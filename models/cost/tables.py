@@ -8,6 +8,7 @@ from .hardware import GIB
 from .parameters import count_parameters
 from .ranks import rank_config
 from .speed import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY
+from .vllm import largest_sequences
 
 Rows = list[tuple[str, str]]
 
@@ -54,6 +55,7 @@ def memory_rows(estimate: Estimate) -> Rows:
 
 def vllm_rows(estimate: Estimate) -> Rows:
     vllm = estimate.memory.vllm
+    most = largest_sequences(vllm, estimate.hardware, mamba=estimate.memory.ssm > 0)
     return [
         ("tokens a block", f"{vllm.block_size:,}"),
         ("bytes of a block", gib(vllm.bytes_per_block)),
@@ -61,7 +63,7 @@ def vllm_rows(estimate: Estimate) -> Rows:
         ("blocks a request of this length", f"{vllm.blocks_per_request:,}"),
         ("cache of one request", gib(vllm.bytes_per_request)),
         ("requests of this length at once", f"{vllm.max_num_seqs:,}"),
-        ("largest --max-num-seqs that starts", f"{vllm.largest_max_num_seqs:,}" if estimate.memory.ssm else "any"),
+        ("largest --max-num-seqs that starts", f"{most:,}"),
         ("largest --max-model-len that starts", f"{vllm.largest_max_model_len:,}"),
     ]
 

@@ -97,6 +97,24 @@ def default_batched_tokens(card: Hardware) -> int:
     return 8192 if card.total_gib >= LARGE_GIB and "a100" not in card.name else 2048
 
 
+def sequences(report: VllmReport, card: Hardware, mamba: bool) -> int:
+    """The --max-num-seqs to give. A step has a token of each sequence at least: vLLM refuses more sequences than tokens
+    of a step (vllm/config/scheduler.py)."""
+    return min(max(report.max_num_seqs, 1), batched_tokens(report, card, mamba))
+
+
+def largest_sequences(report: VllmReport, card: Hardware, mamba: bool) -> int:
+    """The largest --max-num-seqs that starts beside the other flags."""
+    tokens = batched_tokens(report, card, mamba)
+    return min(report.largest_max_num_seqs, tokens) if mamba else tokens
+
+
+def batched_tokens(report: VllmReport, card: Hardware, mamba: bool) -> int:
+    """Tokens of a step: the card's default, or a block where a step has to take a whole one at once (mode "align")."""
+    default = default_batched_tokens(card)
+    return max(default, report.block_size) if mamba and report.mode != "none" else default
+
+
 def flags(
     report: VllmReport,
     card: Hardware,
@@ -115,7 +133,7 @@ def flags(
     found = [
         f"--dtype {dtype}",
         f"--max-model-len {context}",
-        f"--max-num-seqs {max(report.max_num_seqs, 1)}",
+        f"--max-num-seqs {sequences(report, card, mamba)}",
         f"--gpu-memory-utilization {math.floor(utilization * 1000) / 1000:g}",
         "--no-enable-prefix-caching" if report.mode == "none" else "--enable-prefix-caching",
     ]
@@ -127,6 +145,6 @@ def flags(
         found += state_flags(ssm_dtype, card)
         if report.mode != "none":
             found.append(f"--mamba-cache-mode {report.mode}")
-            if report.block_size > default_batched_tokens(card):
-                found.append(f"--max-num-batched-tokens {report.block_size}")
+            if (tokens := batched_tokens(report, card, mamba)) > default_batched_tokens(card):
+                found.append(f"--max-num-batched-tokens {tokens}")
     return found

@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..shards import check_disk
 from ..streamed import StreamedLM
 from ..tensors import as_bytes, is_finite, saying_where
-from .layout import Entry, entries, layout_of
+from .layout import Entry, entries, layout_of, numbers_of
 
 if TYPE_CHECKING:
     from .vocabulary import Vocabulary
@@ -109,12 +109,12 @@ def declare(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
 
 
 def write_numbers(writer: Any, config: HybridConfig, vocabulary: Vocabulary, dtype: str, name: str) -> None:
-    gguf, layout = gguf_package(), layout_of(config)
+    gguf = gguf_package()
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[KINDS_OF_FILE[dtype][1]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_values(writer, f"{layout.architecture}.", layout.numbers(config))
+    add_values(writer, f"{layout_of(config).architecture}.", numbers_of(config))
     add_values(writer, "tokenizer.ggml.", vocabulary.ggml)
     if vocabulary.chat_template is not None:
         add_values(writer, "tokenizer.", {"chat_template": vocabulary.chat_template})

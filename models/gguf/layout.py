@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ..config import HybridConfig
 
 MAMBA, ATTENTION, DENSE, EXPERTS = (kind.KIND.letter for kind in (mamba2, attention, mlp, moe))
+SIGNED, UNSIGNED, FLOAT32 = 2**31 - 1, 2**32 - 1, torch.finfo(torch.float32).max  # the largest numbers of a file
 Reform = Callable[["HybridConfig", Tensor], Tensor]
 
 
@@ -322,6 +323,19 @@ def layout_of(config: HybridConfig) -> Layout:
         how = config.rope_scaling.rope_type
         raise InputError(f"config: llama.cpp has no positions of type {how!r} in {config.family}; take format=hf")
     return LAYOUTS[name]
+
+
+def numbers_of(config: HybridConfig) -> dict[str, Any]:
+    """The numbers of a file. Raises InputError as `layout_of` does, and where one is beyond the type that it has."""
+    numbers = layout_of(config).numbers(config)
+    for key, value in numbers.items():
+        whole = SIGNED if isinstance(value, list) else UNSIGNED
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int) and not 0 <= each <= whole:
+                raise InputError(f"config: {key} is {each:,}; a GGUF file holds up to {whole:,}; take format=hf")
+            if isinstance(each, float) and abs(each) > FLOAT32:
+                raise InputError(f"config: {key} is {each:g}; a GGUF file holds up to {FLOAT32:.3g}; take format=hf")
+    return numbers
 
 
 @dataclasses.dataclass(frozen=True)

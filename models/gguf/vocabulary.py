@@ -68,7 +68,8 @@ def text_notes(content: Mapping[str, Any], pre: str, same_cuts: bool) -> tuple[s
 
 
 def merges_of(content: Mapping[str, Any], path: Path) -> list[str]:
-    """The merges of a byte-level BPE, each two pieces with a space between. Raises InputError for anything else."""
+    """The merges of a byte-level BPE, each two pieces with a space between. Raises InputError for anything else, and
+    for one without any, whose file llama.cpp does not load."""
     model = content["model"]
     kind, normalizer = model["type"], content.get("normalizer")
     levels = json.dumps(content.get("pre_tokenizer"))
@@ -80,6 +81,8 @@ def merges_of(content: Mapping[str, Any], path: Path) -> list[str]:
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(name):
             raise InputError(f"{path} has {name}={model[name]!r}, which llama.cpp does not have")
+    if not model["merges"]:
+        raise InputError(f"{path} has no merges, and llama.cpp loads no such vocabulary; take format=hf")
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
 
 
@@ -101,7 +104,8 @@ def tokens_of(tokenizer: Tokenizer, count: int) -> tuple[list[str], list[int]]:
 
 def special_ids_of(tokenizer: Tokenizer, config: HybridConfig) -> dict[str, Any]:
     """The ids that begin, end and fill text; of a config's several ends the further two are those of a turn and of a
-    message, which end text there too. Raises InputError where the tokenizer adds what llama.cpp cannot."""
+    message, which end text there too; ids of no row of the embeddings are left out. Raises InputError where the
+    tokenizer adds what llama.cpp cannot."""
     begin, end = tokenizer.begin, tokenizer.end
     if len(begin) > 1 or end not in ([], [tokenizer.eos_token_id]):
         raise InputError(
@@ -114,8 +118,8 @@ def special_ids_of(tokenizer: Tokenizer, config: HybridConfig) -> dict[str, Any]
         "padding_token_id": tokenizer.pad_token_id,
     }
     ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else ()
-    others = [number for number in ends if number != tokenizer.eos_token_id]
+    others = [number for number in ends if number != tokenizer.eos_token_id and 0 <= number < config.vocab_size]
     ids |= dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
-    stated = {name: number for name, number in ids.items() if number is not None}
+    stated = {name: number for name, number in ids.items() if number is not None and 0 <= number < config.vocab_size}
     adds_bos = bool(begin) or trained_with_bos(tokenizer.backend, tokenizer_settings(tokenizer.folder))
     return stated | {"add_bos_token": adds_bos, "add_eos_token": bool(end)}
