@@ -8,22 +8,20 @@ wants it, evaluate (see experiments/cells.py). Its figures stand in `cells/`, so
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..models.errors import InputError, guess
-from ..models.fingerprint import RESULT
 from .experiments.cells import CELLS, complete_cells, load_cell
-from .experiments.plans import Experiment, Plan, plan_of
-from .experiments.tables import gather_tables, write_tables
+from .experiments.plans import Experiment, Plan, check_plans, member_words, plan_of
+from .experiments.tables import check_tables, gather_tables, write_tables
 from .run.compose import build, compose_config
-from .run.resolve import model_folder, torch_device
-from .run.rounds import check_feasible
-from .run.show import read_json, say
+from .run.show import say
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """words, folders: the command line's overrides and its --config-dir, for what is composed besides."""
+
     output: Path
     seeds: tuple[int, ...]
     only: tuple[str, ...]
@@ -32,6 +30,8 @@ class Options:
     keep: bool
     device: str
     experiment: Experiment
+    words: tuple[str, ...] = ()
+    folders: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -48,7 +48,8 @@ class Options:
 def run(options: Options) -> None:
     claim(options)
     plans = plans_of(options)
-    check(options, plans)
+    check_tables(options.output, plans, options.seeds, options.also, options.experiment.members)
+    check_plans(plans, options.seeds, options.also, options.device)
     cells = list({cell.name: cell for plan in plans for cell in plan.all_cells()}.values())
     say(f"{len(cells)} cells; figures in {options.output / CELLS}")
     waiting = list(plans)
@@ -70,40 +71,19 @@ def run(options: Options) -> None:
 
 
 def claim(options: Options) -> None:
-    """Raises InputError where the output is of something else, or of another experiment."""
+    """Raises InputError where the output is of something else."""
     output = options.output
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / CELLS).is_dir())):
         raise InputError(f"{output} exists already and is not of limbeck experiment; give an output that does not")
-    if (output / RESULT).is_file():
-        question = read_json(output / RESULT).get("question")
-        if question != options.experiment.question:
-            raise InputError(f"{output} holds another experiment ({question}); give another output")
-
-
-def check(options: Options, plans: Sequence[Plan]) -> None:
-    """Finds what is wrong with a variant's model, target or data before the first cell is made. Raises InputError."""
-    torch_device(options.device)
-    for plan in plans:
-        names = {cell.name for cell in plan.all_cells()}
-        if len(names) < len(plan.cells) * len(options.seeds):
-            raise InputError(
-                f"also={options.also} makes variants of {plan.experiment.question!r} the same; leave it out"
-            )
-        for cell, *_ in plan.cells.values():
-            assert cell.chain.data is not None
-            try:
-                check_feasible(cell.chain.data, model_folder(cell.chain.model), cell.chain.plan(), whole=True)
-            except InputError as error:
-                raise InputError(f"{cell.title}: {error}") from None
 
 
 def plans_of(options: Options) -> list[Plan]:
     """The experiments that are to be made, composed. Raises InputError, naming the override that is wrong."""
-    words = (options.seeds, options.also, options.device)
+    words = (options.seeds, options.also, options.device, options.folders)
     if not options.experiment.members:
         return [plan_of(options.experiment, "", options.output, options.only, *words)]
     plans = []
     for name in options.only or options.experiment.members:
-        content = compose_config("experiment", [f"experiment={name}", f"output={options.output}"])
+        content = compose_config("experiment", member_words(name, options.words, options.output), options.folders)
         plans.append(plan_of(build(Options, content).experiment, name, options.output / name, (), *words))
     return plans

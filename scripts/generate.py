@@ -13,7 +13,7 @@ from pydantic import PositiveInt
 from ..models.errors import InputError
 from ..models.generate.answers import answer_file
 from ..models.generate.chat import Message
-from ..models.generate.engine import Engine, Request
+from ..models.generate.engine import Engine
 from ..models.generate.writer import Writer, WritingOptions
 from .run.resolve import model_folder
 from .run.show import console, progress, say
@@ -41,25 +41,32 @@ def run(options: Options) -> None:
             count = answer_file(writer, options.prompts, options.output, on_answer=bar.set)
         say(f"result: {options.output} ({count} answers)")
     elif options.prompt:
-        console.print("" if options.chat else options.prompt, end="", markup=False, soft_wrap=True)
         request = writer.request(options.prompt)
-        for _ in printed(writer.engine(len(request.prompt) + options.max_new_tokens, 1), request):
+        engine = writer.engine(len(request.prompt) + options.max_new_tokens, 1)
+        number = engine.add(request)  # whatever is wrong has been said by now
+        if not (options.chat or console.quiet):
+            write(options.prompt)
+        for _ in printed(engine, number):
             pass
     else:
         talk(writer, options)
 
 
-def printed(engine: Engine, request: Request) -> Iterator[str]:
+def write(text: str) -> None:
+    """A text on standard output, which --quiet leaves: it is the answer."""
+    console.file.write(printable(text))
+    console.file.flush()
+
+
+def printed(engine: Engine, number: int) -> Iterator[str]:
     """Prints a request's text as it comes, and gives it piece by piece; the line is ended whatever happens."""
-    number = engine.add(request)
     try:
         for event in engine.stream():
-            console.print(printable(event.text), end="", markup=False, soft_wrap=True)
-            console.file.flush()
+            write(event.text)
             yield event.text
     finally:
         engine.cancel(number)
-        console.print()
+        write("\n")
 
 
 def printable(text: str) -> str:
@@ -82,15 +89,15 @@ def talk(writer: Writer, options: Options, read: Callable[[str], str] = input) -
         try:
             line = read("> ")
         except EOFError:
-            console.print()
+            write("\n")
             return
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        request = writer.reply(messages, len(messages) - 1)
+        number = engine.add(writer.reply(messages, len(messages) - 1))
         said = ""
         try:
-            for piece in printed(engine, request):
+            for piece in printed(engine, number):
                 said += piece
         except KeyboardInterrupt:
             say("(stopped)")

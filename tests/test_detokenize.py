@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from limbeck.models.errors import InputError
 from limbeck.models.generate.detokenize import TextStream
@@ -14,6 +16,7 @@ from limbeck.models.generate.sampling import Sampling
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 from limbeck.scripts.run.resolve import ZOO
 from limbeck.tests.helpers import make_workshop, random_model, tiny_config
+from tokenizers import decoders, models
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +160,63 @@ def test_thoughts_are_seen_opening_and_closing(tokenizer: Tokenizer) -> None:
     for token in thought.forced:
         thought.see(token)
     assert not thought.open
+
+
+PIECES = ("<unk>", "<s>", "▁", "▁def", "▁mean", "s", "(", ",", *(f"<0x{byte:02X}>" for byte in "日🦊".encode()))
+DECODERS = {
+    "sentencepiece": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    ),
+    "metaspace": decoders.Metaspace(),
+    "wordpiece": decoders.WordPiece(cleanup=False),
+    "none": None,
+}
+
+
+def pieces_tokenizer(decoder: str) -> Tokenizer:
+    """A vocabulary as SentencePiece makes them, with a decoder to which the first token is another matter."""
+    backend = tokenizers.Tokenizer(models.BPE({piece: number for number, piece in enumerate(PIECES)}, [],
+                                              unk_token="<unk>", byte_fallback=True))  # fmt: skip
+    backend.add_special_tokens(["<unk>", "<s>"])
+    if DECODERS[decoder] is not None:
+        backend.decoder = DECODERS[decoder]
+    return Tokenizer(backend, Path("none"), None, "<unk>", None)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_new_tokens_are_decoded_after_the_prompt(decoder: str) -> None:
+    tokenizer, draw = pieces_tokenizer(decoder), random.Random(0)
+    numbers = range(2, 8)
+    for _ in range(200):
+        prompt = [1, *(draw.choice(numbers) for _ in range(draw.randrange(1, 40)))]
+        ids = [draw.choice(numbers) for _ in range(8)]
+        stream = TextStream(tokenizer, (), prompt)
+        text = "".join(stream.push(token) for token in ids) + stream.finish()
+        whole = tokenizer.decode(prompt + ids, skip_special_tokens=True)
+        assert tokenizer.decode(prompt, skip_special_tokens=True) + text == whole
+
+
+def test_spaces_after_a_prompt() -> None:
+    tokenizer = pieces_tokenizer("sentencepiece")
+
+    def text_of(prompt: Sequence[int], ids: Sequence[int], *stop: str) -> str:
+        stream = TextStream(tokenizer, stop, prompt)
+        return "".join(stream.push(token) for token in ids) + stream.finish()
+
+    assert text_of([1, 3], [4, 5]) == " means" and text_of([3], [5, 4]) == "s mean"
+    assert text_of([1, 3], [5, 4, 6], " mean") == "s"  # a stop string that begins with a space
+    assert text_of([], [4]) == text_of([1], [4]) == text_of([3, 1], [4]) == "mean"  # a text of its own begins
+    fox, day = range(11, 15), range(8, 11)
+    assert text_of([3, *day], [*fox, 4]) == "🦊 mean" and text_of([*day] * 9, [*day]) == "日"
+    assert text_of([3, 8], [9, 10]) == "\ufffd\ufffd"  # a prompt that ends within a character: as if alone
+    assert text_of([3, *day], [8, 4, 5]) == "\ufffd means"  # the library's stream raises for these
+    assert text_of([], [*day, 8, 4]) == "日\ufffd mean"
+
+
+def test_byte_level_texts_do_not_depend_on_the_prompt(tokenizer: Tokenizer) -> None:
+    draw = random.Random(0)
+    for _ in range(50):
+        prompt, ids = ([draw.randrange(tokenizer.vocab_size) for _ in range(20)] for _ in range(2))
+        alone, after = TextStream(tokenizer), TextStream(tokenizer, (), prompt)
+        assert [alone.push(token) for token in ids] == [after.push(token) for token in ids]
+        assert alone.finish() == after.finish()

@@ -19,7 +19,7 @@ from limbeck.models.errors import InputError
 from limbeck.models.generate.cache import Cache
 from limbeck.models.generate.decode import Decoder, DecodingStep, lay_out
 from limbeck.models.generate.engine import Completion, Engine, Event, Request
-from limbeck.models.generate.sampling import Sampling
+from limbeck.models.generate.sampling import Sampler, Sampling
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.mamba2 import MambaState
 from limbeck.scripts.run.resolve import ZOO, model_config
@@ -323,6 +323,24 @@ def test_cuts_of_the_distribution() -> None:
     assert left(top_p=0.5) == {1} and left(top_p=0.51) == {1, 3} and left(top_p=0.76) == {1, 2, 3}
     assert left(min_p=0.25) == {1, 2, 3} and left(min_p=0.5) == {1, 3}
     assert left(top_k=3, min_p=0.4) == {1, 3}
+
+
+@pytest.mark.parametrize("temperature", (5e-324, 1e-310, 1e-45, 1e-39, 1e-37, 1e-30, 1e-6))
+@pytest.mark.parametrize("cut", ({}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}))
+def test_tiny_temperatures_tend_to_the_argmax(temperature: float, cut: dict[str, Any]) -> None:
+    logits = torch.randn(97, generator=torch.Generator().manual_seed(0)) * 30
+    for given in (logits, logits - 500, logits + 500, logits.bfloat16()):
+        probabilities, order = Sampling(temperature, **cut).probabilities(given)
+        assert order[0] == given.argmax() and probabilities[0] == 1 and not probabilities[1:].any()
+        assert Sampler(Sampling(temperature, **cut), given.device)(given) == given.argmax()
+
+
+def test_ordinary_temperatures_divide_first() -> None:
+    """Bit for bit: seeded draws are what they were."""
+    logits = torch.randn(997, generator=torch.Generator().manual_seed(0)) * 30
+    for temperature in (0.3, 0.7, 1.0, 1.7):
+        expected = (logits / temperature).sort(descending=True, stable=True).values.softmax(-1)
+        assert torch.equal(Sampling(temperature).probabilities(logits)[0], expected)
 
 
 @pytest.mark.parametrize(

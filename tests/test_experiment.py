@@ -68,6 +68,12 @@ def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cells, "write_cell", None)  # nothing is left to do
     assert limbeck(*words)[0] == 0
     assert json.loads((tmp_path / "out" / "result.json").read_text()) | {"run": found["run"]} == found
+    assert found["seeds"] == [0] and found["also"] == SMALL.removeprefix("also=")
+    before = (tmp_path / "out" / "table.md").read_bytes()
+    for other, says in (("only=[x]", "variant z"), (SMALL + " evaluate_tokens=2048", "a table with also=")):
+        code, _, err = limbeck(*words, other)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+    assert (tmp_path / "out" / "table.md").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -176,6 +182,87 @@ def test_an_output_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (other / "result.json").write_text('{"question": "Why?"}')
     code, _, err = limbeck("experiment=loss", f"output={other}")
     assert code == 2 and "another experiment (Why?)" in err
+
+
+LOSS, OF_ALL = ("experiment=loss",), ("experiment=all", "only=[loss]")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    (
+        ((*LOSS, "seeds=[1]"), "seed 0, seed 2"), ((*OF_ALL, "seeds=[0,1]"), "seed 2"),
+        ((*LOSS, "only=[KL]"), "variant CE"),
+        ((*LOSS, "also=evaluate_tokens=2048"), "also="), ((*OF_ALL, "also=evaluate_tokens=2048"), "also="),
+        ((*LOSS, "experiment.measure=distilled.kl"), "of distilled.cross_entropy"),
+        ((*OF_ALL, "+experiment.measure=distilled.kl"), "of distilled.cross_entropy"),
+        ((*LOSS, "only=[KL,CE,KL + CE]", "seeds=[3,2,1,0]"), ""), (LOSS, ""), ((*OF_ALL, "seeds=[3,2,1,0]"), ""),
+    ),
+)  # fmt: skip
+def test_a_table_is_not_replaced_by_a_smaller_one(
+    words: tuple[str, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds, variants and figure; a table of more is written over it."""
+    question, out = options_of("experiment=loss").experiment.question, tmp_path / "out"
+    folder = out if words[0] == LOSS[0] else out / "loss"
+    folder.mkdir(parents=True)
+    (out / "cells").mkdir()
+    content = {"question": question, "measure": "distilled.cross_entropy", "seeds": [0, 1, 2], "also": "",
+               "rows": {"KL": {}, "CE": {}}}  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(content))
+    (folder / "table.md").write_text(f"**{question}** ...")
+
+    def stop(*_: Any) -> None:
+        raise CheckFailed("as far as this")
+
+    monkeypatch.setattr("limbeck.scripts.experiment.check_plans", stop)
+    code, _, err = limbeck(*words, f"output={out}")
+    assert code == (2 if says else 3) and says in err and err.count("\n") == 1, err
+    assert json.loads((folder / "result.json").read_text()) == content
+
+
+@pytest.mark.parametrize("place", ("table.md", "loss/table.md", "experiments.md"))
+def test_tables_of_others_stay(place: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "cells").mkdir(parents=True)
+    (out / "loss").mkdir()
+    (out / place).write_text("mine")
+    words = LOSS if place == "table.md" else OF_ALL
+    code, _, err = limbeck(*words, f"output={out}")
+    assert code == 2 and "not of limbeck experiment" in err and str(out / place) in err and err.count("\n") == 1
+    assert (out / place).read_text() == "mine" and not list((out / "cells").iterdir())
+
+
+def test_members_have_the_command_lines_folders_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "own"
+    (own / "experiment").mkdir(parents=True)
+    (own / "recipe").mkdir()
+    (own / "experiment" / "both.yaml").write_text("members: [mine, loss]\n")
+    variants = "variants:\n  few: {overrides: [evaluate_tokens=2048]}\n  many: {}\n"
+    (own / "experiment" / "mine.yaml").write_text(f"question: Mine?\nbase: [recipe=short]\n{variants}")
+    recipe = (CONF / "recipe" / "ablation.yaml").read_text()
+    (own / "recipe" / "short.yaml").write_text(recipe + "\nseq_len_of_nobody: 1\n")
+    seen: list[Any] = []
+    monkeypatch.setattr("limbeck.scripts.experiment.check_plans", lambda plans, *_: seen.extend(plans))
+    monkeypatch.setattr("limbeck.scripts.experiment.complete_cells", lambda *_, **__: None)
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    words = ["experiment=both", "--config-dir", str(own), "seeds=[7]", f"output={tmp_path / 'out'}"]
+    code, _, err = limbeck(*words)
+    assert code == 2 and "seq_len_of_nobody" in err  # the folder's recipe is read
+    (own / "recipe" / "short.yaml").write_text(recipe)
+    changed = ["+experiment.measure=distilled.agreement", "+experiment.held_out=stdlib", "device=cpu"]
+    for extra in ([], changed):
+        seen.clear()
+        code, _, err = limbeck(*words, *extra)
+        assert code == 0, err
+        assert [plan.folder.name for plan in seen] == ["mine", "loss"]
+        assert seen[0].experiment.question == "Mine?" and list(seen[0].cells) == ["few", "many"]
+        every = [cell for plan in seen for cell in plan.all_cells()]
+        assert {cell.chain.seed for cell in every} == {7}
+        if extra:
+            assert {plan.experiment.measure for plan in seen} == {"distilled.agreement"}
+            assert {(cell.held_out, cell.chain.device) for cell in every} == {("stdlib", "cpu")}
+    code, _, err = limbeck("experiment=mine", "--config-dir", str(own), f"output={tmp_path / 'alone'}")
+    assert code == 0 and seen[-1].experiment.question == "Mine?", err
 
 
 def test_a_shared_folder_goes_with_the_last_one(tmp_path: Path) -> None:

@@ -49,9 +49,51 @@ def test_every_combination_has_a_folder(workshop: Path, tmp_path: Path) -> None:
         ("hydra/launcher=sge", "sge"),
     ):
         code, _, err = limbeck(*command[:-3], f"output={tmp_path / 'no'}", wrong)
-        assert code == 2 and says in err.splitlines()[-1] and len(err.splitlines()) <= 2, err  # Hydra names the job
+        assert code == 2 and says in err and err.count("\n") == 1, err
     code, _, err = limbeck("distill", "--multirun", "teacher=zoo", "seed=1,2")
     assert code == 2 and "output is missing" in err
+
+
+def test_finished_jobs_are_listed_where_one_fails(workshop: Path, tmp_path: Path) -> None:
+    command = ["distill", "--multirun", *words(workshop, tmp_path / "out"), "distill.train.steps=0,1,2"]
+    command = [word for word in command if word != "distill.train.steps=2"]
+    code, out, err = limbeck(*command)
+    assert code == 2 and err.startswith("limbeck: job 0 (distill.train.steps=0): ") and err.count("\n") == 1, err
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [row["overrides"] for row in rows] == [["distill.train.steps=1"], ["distill.train.steps=2"]]
+    assert [Path(row["folder"]).name for row in rows] == ["1", "2"] and "2 jobs" in out
+    assert not (tmp_path / "out" / "result.json").exists()
+    command[-1] = "distill.train.steps=0"
+    assert limbeck(*command)[0] == 2 and json.loads((tmp_path / "out" / "sweep.json").read_text()) == rows
+
+
+def test_a_check_that_says_no_keeps_its_exit_code(tmp_path: Path) -> None:
+    words = ["memory-fit", "--multirun", "model=nemotron-nano-9b-v2", "hardware=a10g", f"output={tmp_path / 'out'}"]
+    code, _, err = limbeck(*words, "fit.context=131072", "fit.batch=1,8")
+    assert code == 3 and "job 1 (fit.batch=8)" in err and err.count("\n") == 1, err
+    assert [Path(row["folder"]).name for row in json.loads((tmp_path / "out" / "sweep.json").read_text())] == ["0"]
+
+
+@pytest.mark.parametrize("content", ('{"mine": 1}', '[{"mine": 1}]', "no JSON", None))
+def test_a_folder_of_something_else_is_left_alone(content: str | None, tmp_path: Path) -> None:
+    """With a sweep.json of another program, or with none."""
+    words = ["memory-fit", "--multirun", "model=zoo", "fit.context=512,1024", f"output={tmp_path / 'out'}"]
+    (tmp_path / "out").mkdir()
+    name = "thesis" if content is None else "sweep.json"
+    (tmp_path / "out" / name).write_text(content or "mine")
+    code, _, err = limbeck(*words)
+    assert code == 2 and "not of limbeck --multirun" in err and err.count("\n") == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+    assert (tmp_path / "out" / name).read_text() == (content or "mine")
+    (tmp_path / "out" / name).unlink()  # an empty folder will do, and a sweep's own
+    code, _, err = limbeck(*words)
+    assert code == 0, err
+    rows = (tmp_path / "out" / "sweep.json").read_text()
+    code, _, err = limbeck(*words)
+    assert code == 2 and "job 0 (fit.context=512): " in err and "exists already" in err
+    assert (tmp_path / "out" / "sweep.json").read_text() == rows  # the jobs of before are there
+    code, _, err = limbeck(*words[:-1], f"output={tmp_path / 'new'}", "fit.contxt=1")
+    assert code == 2 and "fit.contxt" in err and not (tmp_path / "new").exists()
 
 
 def test_slurm_launcher_composes() -> None:

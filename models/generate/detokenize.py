@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 from collections.abc import Sequence
 
+import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from ..errors import InputError
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, decoder_kinds
+
+# Decoders to which a text's first token is another matter than the others, as no decoder at all is.
+BY_PLACE = {"Strip", "Metaspace", "WordPiece"}
+BEFORE = 16  # tokens of a prompt that new ones are decoded after
 
 
 class TextStream:
     """Pieces of text out of tokens; together they are what the tokenizer makes of all tokens at once, special ones left
-    out, up to the first stop string. `stopped` says that one has come.
+    out, up to the first stop string. `stopped` says that one has come. Where the tokens continue a `prompt`, the text
+    is what they add to the prompt's: a SentencePiece decoder takes the first space of a text away.
 
     Raises InputError for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         if not all(stop):
             raise InputError("generate: a stop string is empty; leave it out")
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
+        self.waiting = 0  # tokens at the end of which nothing has come yet
         self.decoded = 0  # characters that have come out of the decoder
+        for token in last_tokens(tokenizer, prompt):
+            self.step(token)
         self.held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
         """What can be shown after one more token."""
+        return self.release(self.step(token))
+
+    def step(self, token: int) -> str:
         self.ids.append(token)
-        piece = self.decoder.step(self.tokenizer.backend, token) or ""
+        try:
+            piece = self.decoder.step(self.tokenizer.backend, token) or ""
+        except Exception:  # the library's: with bytes that are no text a decoder takes back what has come; begin again
+            if self.waiting == len(self.ids) - 1:
+                raise
+            again = self.ids[-self.waiting - 1 :]
+            self.decoder, self.ids, self.waiting, self.decoded = DecodeStream(skip_special_tokens=True), [], 0, 0
+            return "".join(map(self.step, again))
+        self.waiting = 0 if piece else self.waiting + 1
         self.decoded += len(piece)
-        return self.release(piece)
+        return piece
 
     def finish(self) -> str:
         """What was held back, when no token follows."""
@@ -52,6 +75,28 @@ class TextStream:
         held = max((overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - held :]
         return text[: len(text) - held]
+
+
+def last_tokens(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt that the text of those after it depends on; none where it does not, where a special
+    token, and so a text of its own, lies between, or where they end within a character."""
+    by_place, special = traits(tokenizer.backend)
+    if not by_place:
+        return []
+    ids = list(itertools.takewhile(lambda token: token not in special, reversed(prompt)))[::-1]
+    for size in (BEFORE, len(ids)):  # the first of some may be in the midst of a character, that of all is not
+        text = tokenizer.decode(ids[-size:])
+        if "\ufffd" not in text:
+            return ids[-size:]
+    return [] if text.endswith("\ufffd") else ids
+
+
+@functools.lru_cache(maxsize=8)
+def traits(backend: tokenizers.Tokenizer) -> tuple[bool, frozenset[int]]:
+    """Whether a token's text depends on what is before it, and the special tokens."""
+    kinds = decoder_kinds(json.loads(backend.to_str()).get("decoder"))
+    added = backend.get_added_tokens_decoder()
+    return not kinds or bool(kinds & BY_PLACE), frozenset(number for number, each in added.items() if each.special)
 
 
 def overlap(text: str, stop: str) -> int:

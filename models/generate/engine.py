@@ -112,7 +112,7 @@ class Running:
             raise InputError("generate: stop strings and a thinking budget need the model's tokenizer")
         if request.thinking_budget is not None and request.thinking_budget < 0:
             raise InputError(f"generate: thinking_budget is {request.thinking_budget}; expected 0 or more")
-        self.stream = None if tokenizer is None else TextStream(tokenizer, request.stop)
+        self.stream = None if tokenizer is None else TextStream(tokenizer, request.stop, request.prompt)
         self.thought = None
         if tokenizer is not None and request.thinking_budget is not None:
             self.thought = Thought(tokenizer, request.prompt, request.thinking_budget)

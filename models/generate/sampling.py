@@ -40,6 +40,9 @@ class Sampling:
     def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """What is drawn from, in descending order, not summing to 1, and the tokens' numbers; both [V] or [top_k]."""
         scores = logits.float() / self.temperature
+        if not scores.isfinite().all():  # a tiny temperature, at whose end is the argmax
+            least = torch.finfo(torch.float32).tiny
+            scores = (logits.float() - logits.max()) / max(self.temperature, least)
         if self.top_k is not None and self.top_k < scores.shape[-1]:
             scores, order = scores.topk(self.top_k, sorted=True)
         else:

@@ -10,11 +10,15 @@ from pathlib import Path
 from ...models.errors import InputError, guess
 from .. import compress
 from ..run.compose import build, compose_config
+from ..run.resolve import model_folder, torch_device
+from ..run.rounds import check_feasible
 from .cells import DISTILLED, MEASURES, PRUNED, STARTS, WORK, Cell
 
 STUDENTS = (PRUNED, DISTILLED)
 PICTURES = ("rows", "sizes", "order")
 UNREAD = ("seed", "device", "output", "dry_run", "export_dtype", "hardware", "fit")  # of compress
+
+OF_THE_SET = ("experiment", "output", "only", "experiment.members")  # options that its members do not have from it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,22 +107,28 @@ def plan_of(
     seeds: Sequence[int],
     also: str,
     device: str,
+    folders: Sequence[Path] = (),
 ) -> Plan:
-    """The cells of an experiment's variants, or of `only` some; `also` are overrides that all share. Raises InputError,
-    naming the override that is wrong."""
+    """The cells of an experiment's variants, or of `only` some; `also` are overrides that all share, `folders` hold
+    choices of groups beside those of conf/. Raises InputError, naming the override that is wrong."""
     cells = {}
     for variant in only or experiment.variants:
         title = f"{name}: {variant}" if name else variant
         words = [*experiment.base, *experiment.variants[variant].overrides, *overrides_of(also), f"device={device}"]
-        cells[variant] = cells_of(experiment, experiment.variants[variant], words, seeds, title)
+        cells[variant] = cells_of(experiment, experiment.variants[variant], words, seeds, title, folders)
     return Plan(experiment, folder, cells)
 
 
 def cells_of(
-    experiment: Experiment, variant: Variant, words: Sequence[str], seeds: Sequence[int], title: str
+    experiment: Experiment,
+    variant: Variant,
+    words: Sequence[str],
+    seeds: Sequence[int],
+    title: str,
+    folders: Sequence[Path],
 ) -> list[Cell]:
     """A variant's cells, one a seed."""
-    chain = build(compress.Options, compose_config("compress", [*words, f"output={WORK}"]))
+    chain = build(compress.Options, compose_config("compress", [*words, f"output={WORK}"], folders))
     assert chain.data is not None
     trained, held_out = experiment.student == DISTILLED, experiment.held_out or chain.data
     return [
@@ -138,3 +148,30 @@ def overrides_of(also: str) -> list[str]:
         if key.partition(".")[0] in UNREAD:
             raise InputError(f"also: no cell of an experiment reads {key}; leave it out")
     return words
+
+
+def member_words(name: str, given: Sequence[str], output: Path) -> list[str]:
+    """The command line of a member of a set: the set's, but for what is the set's alone. An override of the experiment
+    is one whether the member has that option or not."""
+    words = []
+    for word in given:
+        key = word.partition("=")[0].lstrip("+~")
+        if key not in OF_THE_SET:
+            of_experiment = key.startswith("experiment.") and not word.startswith("~")
+            words.append(f"++{word.lstrip('+')}" if of_experiment else word)
+    return [f"experiment={name}", f"output={output}", *words]
+
+
+def check_plans(plans: Sequence[Plan], seeds: Sequence[int], also: str, device: str) -> None:
+    """Finds what is wrong with a variant's model, target or data before the first cell is made. Raises InputError."""
+    torch_device(device)
+    for plan in plans:
+        names = {cell.name for cell in plan.all_cells()}
+        if len(names) < len(plan.cells) * len(seeds):
+            raise InputError(f"also={also} makes variants of {plan.experiment.question!r} the same; leave it out")
+        for cell, *_ in plan.cells.values():
+            assert cell.chain.data is not None
+            try:
+                check_feasible(cell.chain.data, model_folder(cell.chain.model), cell.chain.plan(), whole=True)
+            except InputError as error:
+                raise InputError(f"{cell.title}: {error}") from None

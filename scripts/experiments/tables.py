@@ -9,13 +9,48 @@ from typing import Any
 from filelock import FileLock
 
 from ...distill.report.experiment_plot import draw_order, draw_rows, draw_sizes
+from ...models.errors import InputError
 from ...models.fingerprint import RESULT
+from ...models.foreign import read_object, read_text
 from ..run.show import read_json, result, say, table
 from .cells import DISTILLED, TEACHER
 from .figures import VariantRow, agreement, order_of, published_pairs, spread, stable_from
-from .plans import Experiment, Plan
+from .plans import Experiment, Plan, overrides_of
 
+TABLE, ALL_TABLES, TITLE = "table.md", "experiments.md", "# Experiments"
 Cells = Mapping[str, list[dict[str, Any]]]  # of each variant those of its seeds
+
+
+def check_tables(output: Path, plans: Sequence[Plan], seeds: Sequence[int], also: str, members: Sequence[str]) -> None:
+    """Raises InputError where a table would be written over that is not ours, or that has more in it or something
+    else."""
+    for plan in plans:
+        folder, experiment = plan.folder, plan.experiment
+        check_text(folder / TABLE, f"**{experiment.question}**")
+        if not (folder / RESULT).is_file():
+            continue
+        before = read_object(folder / RESULT)
+        if before.get("question") != experiment.question:
+            raise InputError(f"{folder} holds another experiment ({before.get('question')}); give another output")
+        more = [f"seed {seed}" for seed in before.get("seeds", ()) if seed not in seeds]
+        more += [f"variant {name}" for name in before.get("rows", ()) if name not in plan.cells]
+        if more:
+            raise InputError(f"{folder} has a table with {', '.join(more)} as well; give these too, or another output")
+        measure, words = before.get("measure", experiment.measure), before.get("also", also)
+        if measure != experiment.measure:
+            raise InputError(f"{folder} has a table of {measure}, not {experiment.measure}; give another output")
+        if overrides_of(words) != overrides_of(also):
+            raise InputError(
+                f"{folder} has a table with also={words!r}, not {also!r}; give the same, or another output"
+            )
+    if members:
+        check_text(output / ALL_TABLES, TITLE)
+
+
+def check_text(path: Path, begin: str) -> None:
+    """Raises InputError where there is a file that does not begin as ours do."""
+    if path.exists() and not read_text(path).startswith(begin):
+        raise InputError(f"{path} is not of limbeck experiment, and would be written over; give another output")
 
 
 def write_tables(plan: Plan, locks: Path, seeds: Sequence[int], also: str, cells: Cells) -> None:
@@ -41,14 +76,15 @@ def write_tables(plan: Plan, locks: Path, seeds: Sequence[int], also: str, cells
         lines = [f"**{experiment.question}** {title[0].upper()}{title[1:]}.", "", *markdown(columns, body), ""]
         where = circumstances(experiment, cells, seeds, also)
         lines += [f"Published: {experiment.source}. {sentence} {where}.", *order_lines(order), ""]
-        (plan.folder / "table.md").write_text("\n".join(lines), encoding="utf-8")
+        (plan.folder / TABLE).write_text("\n".join(lines), encoding="utf-8")
         draw_picture(plan, cells, rows, title, order)
         machines = sorted({tuple(cell["made_on"].items()) for row in cells.values() for cell in row})
         values = {
             name: {"values": row.values, "mean": row.mean, "published": row.published} for name, row in rows.items()
         }
-        content = {"question": experiment.question, "measure": experiment.measure, "seeds": seeds, "rows": values,
-                   "agreement": sentence, "order": order, "made_on": [dict(each) for each in machines]}  # fmt: skip
+        content = {"question": experiment.question, "measure": experiment.measure, "seeds": seeds, "also": also,
+                   "rows": values, "agreement": sentence, "order": order,
+                   "made_on": [dict(each) for each in machines]}  # fmt: skip
         result(plan.folder, content)
 
 
@@ -123,11 +159,11 @@ def draw_picture(
 
 def gather_tables(output: Path, members: Sequence[str]) -> None:
     """experiments.md: the tables and pictures of all members that are finished, one below the other."""
-    parts = ["# Experiments", ""]
+    parts = [TITLE, ""]
     for name in members:
-        if (output / name / "table.md").is_file():
+        if (output / name / TABLE).is_file():
             question = read_json(output / name / RESULT)["question"]
-            text = (output / name / "table.md").read_text(encoding="utf-8")
+            text = (output / name / TABLE).read_text(encoding="utf-8")
             parts += [f"## {name}", "", text, f"![{question}]({name}/plots/experiment.svg)", ""]
-    (output / "experiments.md").write_text("\n".join(parts), encoding="utf-8")
+    (output / ALL_TABLES).write_text("\n".join(parts), encoding="utf-8")
     say(f"tables: {output / 'experiments.md'}")

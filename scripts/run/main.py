@@ -9,8 +9,10 @@ import errno
 import gc
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ...models.errors import CheckFailed, InputError, Stopped
@@ -135,7 +137,10 @@ def dispatch(words: list[str]) -> int:
         from .show import console
 
         console.quiet = True
-        overrides = [word for word in overrides if word != "--quiet"]
+        try:
+            return run_command(command, [word for word in overrides if word != "--quiet"])
+        finally:
+            console.quiet = False
     return run_command(command, overrides)
 
 
@@ -153,7 +158,7 @@ def run_command(command: str, words: Sequence[str]) -> int:
     from ...models.threads import Neighbours, set_wait_policy
     from .outside import CommandLine
 
-    neighbours, line = Neighbours(), CommandLine.parse(words)
+    neighbours, line = Neighbours(), CommandLine.parse([with_escapes(word) for word in words])
     if line.sweeps:
         from .sweep import sweep
 
@@ -173,7 +178,7 @@ def run_command(command: str, words: Sequence[str]) -> int:
 
         if set_wait_policy(neighbours.processors()) and not console.quiet:
             print("note: other processes are busy: threads wait passively (OMP_WAIT_POLICY=PASSIVE)", file=sys.stderr)
-        work = prepared(command, content)
+        work = prepared(command, content, line.overrides, line.folders)
     finally:
         if not gc.get_freeze_count():
             gc.freeze()
@@ -182,8 +187,29 @@ def run_command(command: str, words: Sequence[str]) -> int:
     return 0
 
 
-def prepared(command: str, content: Mapping[str, Any]) -> Callable[[], None]:
-    """What runs a command with its composed options. Raises InputError where they are not right."""
+def with_escapes(word: str) -> str:
+    """`stop=["\\n"]` with its texts as YAML has them: Hydra's grammar knows no newline. Raises InputError."""
+    key, _, value = word.partition("=")
+    if key.lstrip("+") != "stop" or "\\" not in value or "\n" in value:
+        return word
+    from ...models.foreign import parse_yaml
+
+    choices = parse_yaml(f"[{value}]", f'{word} (expected texts, such as stop=[END,"\\n"])')
+    if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in choices):
+        return word
+    return f"{key}={','.join('[' + ','.join(map(literal, texts)) + ']' for texts in choices)}"
+
+
+def literal(text: str) -> str:
+    """A text as Hydra's grammar has it: to backslashes before a quote, and to those alone, it adds some."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+
+
+def prepared(
+    command: str, content: Mapping[str, Any], words: Sequence[str] = (), folders: Sequence[Path] = ()
+) -> Callable[[], None]:
+    """What runs a command with its composed options, to which some commands add the words and folders that they are
+    composed of. Raises InputError where they are not right."""
     from ...models.matmul import multiplying  # imports torch
     from ...models.processes import set_up
     from .compose import build
@@ -192,7 +218,9 @@ def prepared(command: str, content: Mapping[str, Any]) -> Callable[[], None]:
 
     set_up()
     module = importlib.import_module(f"..{command.replace('-', '_')}", __package__)
-    options = build(module.Options, content)
+    line = {"words": list(words), "folders": list(map(str, folders))}
+    known = module.Options.__dataclass_fields__
+    options = build(module.Options, {**content, **{name: given for name, given in line.items() if name in known}})
     say_format.cache_clear()
 
     def work() -> None:

@@ -7,22 +7,18 @@ Job N makes OUTPUT/N; what Hydra and submitit write for themselves is in OUTPUT/
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...models.errors import InputError, Stopped
-from ...models.folder import owned, write_json
+from ...models.folder import owned
 from ...models.foreign import own_path
+from ..experiments.jobs import list_jobs, marked
 from .compose import compose_config, explained, register_widths, split_data, split_verbatim
 from .main import finish, prepared
 from .outside import own_recipes, quoted, searched
-from .show import result, say, table
-
-FIGURES = ("loss", "validation_loss", "validation_kl", "validation_agreement")
 
 
 class Job:
@@ -32,20 +28,23 @@ class Job:
     def __init__(self, command: str, words: Sequence[str], output: Path, folders: Sequence[Path]) -> None:
         self.command, self.words, self.output, self.folders = command, list(words), output, list(folders)
 
-    def __call__(self, config: Any) -> str:
-        """Runs the command, and answers with its folder."""
+    def __call__(self, config: Any) -> str | Exception:
+        """Runs the command, and answers with its folder, or with what went wrong: the other jobs are listed, and Hydra
+        would say it in its own way."""
         from hydra.core.hydra_config import HydraConfig
 
         job = HydraConfig.get()
         join_tasks()
         folder = self.output / str(job.job.num)
         words = [*job.overrides.task, *self.words, f"output={folder}"]
-        with apart():
-            content = compose_config(self.command, words, self.folders)
         try:
-            prepared(self.command, content)()
+            with apart():
+                content = compose_config(self.command, words, self.folders)
+            prepared(self.command, content, words, self.folders)()
         except Stopped as error:  # not this job alone
             raise SystemExit(finish(128 + error.signal, str(error))) from None
+        except Exception as error:
+            return error
         return str(folder)
 
 
@@ -73,7 +72,8 @@ def join_tasks() -> None:
 
 
 def sweep(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) -> None:
-    """Runs every job, and lists their folders in OUTPUT/sweep.json. Raises InputError, also where a job did."""
+    """Runs every job, and lists their folders in OUTPUT/sweep.json, those that could be made. Raises InputError, and
+    what the first job raised that could not."""
     from hydra import version
     from hydra._internal.hydra import Hydra
     from hydra._internal.utils import create_automatic_config_search_path
@@ -96,7 +96,7 @@ def sweep(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) 
     register_widths()
     hidden = [f"{key}={value}" for key, value in fixed.items()]
     given = [word for word in words if not word.lstrip("+~").startswith("hydra")]
-    with owned(out), own_recipes(words, out / "hydra") as (words, own), explained(command, given):
+    with owned(out), marked(out), own_recipes(words, out / "hydra") as (words, own), explained(command, given):
         hidden += searched([*folders, *own])
         try:
             search = create_automatic_config_search_path(None, None, "pkg://limbeck.conf")
@@ -105,35 +105,4 @@ def sweep(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) 
             batches = hydra.multirun(command, job, [*words, *hidden], with_log_configuration=False)
         finally:
             GlobalHydra.instance().clear()
-    report(out, [job for batch in batches for job in batch])
-
-
-def report(out: Path, jobs: Sequence[Any]) -> None:
-    """What each job was given, and the last figures that it logged."""
-    rows = []
-    for job in jobs:
-        chosen = [word for word in job.overrides if word in varied(jobs)]
-        rows.append({"folder": job.return_value, "overrides": chosen, **figures_of(Path(job.return_value))})
-        say(f"{job.return_value}: {' '.join(chosen)}")
-    shown = [name for name in FIGURES if any(name in row for row in rows)]
-    if shown:
-        lines = [(Path(row["folder"]).name, *(f"{row.get(name, math.nan):.4f}" for name in shown)) for row in rows]
-        table(f"{len(rows)} jobs", ("job", *shown), lines)
-    write_json(out / "sweep.json", rows)
-    result(out, {"jobs": rows})
-
-
-def varied(jobs: Sequence[Any]) -> set[str]:
-    """The overrides that not all jobs have."""
-    sets = [set(job.overrides) for job in jobs]
-    return set.union(*sets) - set.intersection(*sets) if len(sets) > 1 else set.union(*sets)
-
-
-def figures_of(folder: Path) -> dict[str, float]:
-    """The last figures of a training."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    record = json.loads(lines[-1]) if lines else {}
-    return {name: record[name] for name in FIGURES if name in record}
+    list_jobs(out, [job for batch in batches for job in batch])
