@@ -14,6 +14,7 @@ from limbeck.tests import golden_chain
 from limbeck.tests import golden_figures as figures
 
 CONFIGS = figures.recorded("configs")["configs"]
+SOME = {f"drawn {number}" for number in range(4)}  # of the drawn ones; the others run with those that are slow
 GOLDEN = figures.recorded("zoo")
 
 
@@ -34,7 +35,13 @@ def same_machine() -> bool:
     return GOLDEN["machine"] == figures.machine()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("drawn") and name not in SOME else [])
+        for name in CONFIGS
+    ],
+)
 def test_configs(name: str) -> None:
     """Formulas to the byte; what comes and goes within TRANSIENT_TOLERANCE."""
     golden = CONFIGS[name]
