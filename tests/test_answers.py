@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from limbeck.models.errors import InputError
 from limbeck.models.folder import owned
 from limbeck.models.generate import answers
-from limbeck.scripts.run.main import literal, with_escapes
+from limbeck.scripts.run.main import with_escapes
+from limbeck.scripts.run.outside import quoted
 from limbeck.tests.helpers import limbeck, make_workshop
 
 WRITE = answers.Journal.write
@@ -213,6 +215,11 @@ def test_stop_strings_as_yaml_has_them(
 def test_what_is_no_list_of_texts_is_left_to_hydra() -> None:
     for word in ('stop="\\n"', 'stop=["\n\\t"]', "stop=[1]", 'prompt=["\\n"]', "stop=[END]"):
         assert with_escapes(word) == word
-    assert with_escapes('stop=["\\n"],[END]') == f"stop=['\n'],[{literal('END')}]"
+    assert with_escapes('stop=["\\n"],[END]') == f"stop=['\n'],[{quoted('END')}]"
     with pytest.raises(InputError, match="YAML"):
         with_escapes('stop=["\\d"]')
+
+
+@pytest.mark.parametrize("text", ("a\\b", "a\\", "it's", "a\\'b", "\\\\", "C:\\x\\'", "${home}", "a,b=[c] d", ""))
+def test_a_quoted_text_is_itself_to_hydra(text: str) -> None:
+    assert OverridesParser.create().parse_override(f"key={quoted(text)}").value() == text

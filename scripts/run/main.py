@@ -9,7 +9,6 @@ import errno
 import gc
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -193,16 +192,12 @@ def with_escapes(word: str) -> str:
     if key.lstrip("+") != "stop" or "\\" not in value or "\n" in value:
         return word
     from ...models.foreign import parse_yaml
+    from .outside import quoted
 
     choices = parse_yaml(f"[{value}]", f'{word} (expected texts, such as stop=[END,"\\n"])')
     if not all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in choices):
         return word
-    return f"{key}={','.join('[' + ','.join(map(literal, texts)) + ']' for texts in choices)}"
-
-
-def literal(text: str) -> str:
-    """A text as Hydra's grammar has it: to backslashes before a quote, and to those alone, it adds some."""
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    return f"{key}={','.join('[' + ','.join(map(quoted, texts)) + ']' for texts in choices)}"
 
 
 def prepared(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -92,8 +93,8 @@ def read_recipe(word: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as one value of Hydra's grammar."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    """A text as one value of Hydra's grammar: to backslashes before a quote, and to those alone, it adds some."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def searched(folders: Sequence[Path]) -> list[str]:
