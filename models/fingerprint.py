@@ -166,13 +166,16 @@ def differences(before: Any, now: Any, where: str = "") -> list[str]:
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What a folder says of the stage that made it; nothing where it says nothing, or what no stage of ours says."""
+    content = content_of(folder)
+    return content if all(isinstance(content.get(key), kind) for key, kind in SAID.items()) else {}
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    """A folder's limbeck.json, whoever wrote it; nothing where there is none, or one that cannot be read."""
     try:
-        content = read_object(folder / PROVENANCE)
+        return read_object(folder / PROVENANCE)
     except (OSError, ValueError):
         return {}
-    if not isinstance(content, dict):
-        return {}
-    return content if all(isinstance(content.get(key), kind) for key, kind in SAID.items()) else {}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -251,7 +254,7 @@ def check_sums(folder: Path, sums: Mapping[str, str], names: Sequence[str] | Non
 
 def recorded_sums(folder: Path) -> dict[str, str]:
     """The checksums of its files that a folder's limbeck.json has; nothing where it has none."""
-    files = read_provenance(folder).get("files")
+    files = content_of(folder).get("files")
     return {name: found for name, found in files.items() if isinstance(found, str)} if isinstance(files, dict) else {}
 
 

@@ -141,7 +141,8 @@ def test_help_shows_every_option_and_its_example_composes(command: str) -> None:
     code, out, _ = limbeck(command, "--help")
     assert code == 0
     module = importlib.import_module(f"limbeck.scripts.{command.replace('-', '_')}")
-    for field in dataclasses.fields(module.Options):
+    told = [field for field in dataclasses.fields(module.Options) if field.name not in ("words", "folders")]
+    for field in told:  # those are the command line itself
         assert re.search(rf"^  {field.name}:", out, re.M), field.name
     for group, choices in groups(command).items():
         assert all(choice in out for choice in (group, *choices))

@@ -203,7 +203,7 @@ def test_worst_inputs_are_coloured(tmp_path: Path) -> None:
 def test_hostile_names_are_text(everything: dict[str, Any], tmp_path: Path) -> None:
     bad = "<script>alert(1)</script>"
     changes = {
-        "title": bad, "gap": gap_of(bad, 'a"b&c', "cost $x_{1$"), "memory": {"student": fit(0.001), bad: fit(1.0)},
+        "title": bad, "gap": gap_of(bad, 'a"b&c', "cost $x_{1$"), "memory": {"student": fit(1.0), bad: fit(0.001)},
         "provenance": {bad: facts(note="</pre><b onclick='x'>")}, "scores": None,
     }  # fmt: skip
     path = page(tmp_path / "out", **(everything | changes))

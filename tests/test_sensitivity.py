@@ -191,4 +191,4 @@ def test_a_card_without_bfloat16() -> None:
     code, text, _ = limbeck(*words)
     assert code == 0 and "t4 has no bfloat16 products" in text and "fit.weight_dtype=float16" in text
     code, text, _ = limbeck(*words, "fit.weight_dtype=float16", "fit.kv_dtype=float16")
-    assert code == 0 and "caution" not in text and "--dtype float16" in text
+    assert code == 0 and "bfloat16 products" not in text and "--dtype float16" in text
