@@ -288,3 +288,13 @@ def trim_lines(path: Path, step: int) -> None:
     temporary = path.with_name(path.name + ".partial")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
+
+
+def last_figures(folder: Path, names: Sequence[str]) -> dict[str, float]:
+    """Those of the figures that the last line of a training's metrics.jsonl has."""
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    record = json.loads(lines[-1]) if lines else {}
+    return {name: record[name] for name in names if name in record}

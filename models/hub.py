@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .fingerprint import LOG, PROVENANCE, RESULT, RUN, read_provenance
-from .foreign import first_line, read_object
+from .fingerprint import LOG, PROVENANCE, RESULT, RUN, content_of
+from .foreign import first_line
 from .schema import read_index
 from .shards import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, INDEX, SINGLE
 
@@ -186,7 +186,7 @@ def push_folder(folder: Path, name: str, dry: bool) -> list[Path]:
         try:
             api = huggingface_hub.HfApi()
             api.create_repo(name, private=True, exist_ok=True)
-            made = read_provenance(folder)
+            made = content_of(folder)
             own = [PROVENANCE] if made else []  # without what it says of this machine
             api.upload_folder(repo_id=name, folder_path=folder, ignore_patterns=[*LOCAL, *own])
             if made:
@@ -209,17 +209,9 @@ def origins(inputs: Mapping[str, Path | str]) -> dict[str, str]:
             known |= {key: value} if value.startswith(HUB) else {}
         elif (origin := hub_origin(value)) is not None:
             known[key] = origin
-        elif isinstance(before := stated_sources(value), dict):
+        elif isinstance(before := content_of(value).get("sources"), dict):
             known |= {f"{key}.{name}": str(text) for name, text in before.items()}
     return known
-
-
-def stated_sources(folder: Path) -> Any:
-    """What a folder's limbeck.json has as `sources`: a stage's, or that of an adapter merged (adapter.py)."""
-    try:
-        return read_object(folder / PROVENANCE).get("sources")
-    except InputError:
-        return None
 
 
 def names_in(sources: Mapping[str, str]) -> tuple[list[str], list[str]]:

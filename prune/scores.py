@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..models.axes import HIDDEN, Axis, axis_sizes, columns_of, holds_units
+from ..models.checkpoint import load_config
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.folder import atomic_folder, write_json
-from ..models.foreign import LARGEST, MOST_LAYERS, check_regular
+from ..models.foreign import LARGEST, MOST_LAYERS, check_regular, own_path
 from ..models.schema import Read, Real, read_as
 from ..models.tensors import save_tensors
 
@@ -149,3 +150,15 @@ def tensor_name(axis: Axis) -> str:
 def axis_of(name: str) -> Axis:
     kind, _, layer = name.partition(".")
     return Axis(kind, int(layer) if layer else None)
+
+
+def scores_folder(name: str, teacher: Path) -> Path:
+    """A folder of `limbeck score`. Raises InputError where it is none, or of another model than the teacher."""
+    folder = own_path(name)
+    if not (folder / "scores.json").is_file():
+        raise InputError(f"scores={name} is no folder of limbeck score; expected scores.json in it")
+    scores, config = load_scores(folder), load_config(teacher)
+    if scores.metadata.get("pattern") != config.pattern:
+        raise InputError(f"scores={name} are of another model than the teacher, {teacher}; expected its own")
+    check_width_scores(config, scores.widths, f"scores={name}")
+    return folder

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import PositiveInt
 
+from ..models.cards import card_named, profile
 from ..models.config import HybridConfig
 from ..models.cost.comparison import ASSUMED, BenchRow, figures, load_of, ratios, row_of, shares
 from ..models.cost.hardware import Hardware, Reserve
@@ -25,7 +26,6 @@ from ..models.generate.decode import lay_out
 from ..models.hybrid import HybridLM, initialize
 from ..models.named import load_checked
 from ..models.offload import free_memory
-from .run.cards import card_named, profile
 from .run.resolve import model_config, model_folder, model_names
 from .run.show import progress, say, table
 

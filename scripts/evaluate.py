@@ -29,7 +29,7 @@ from ..models.foreign import own_path
 from ..models.matmul import Multiplied
 from ..models.placement import placed
 from ..models.tokenizer import check_agreement, load_tokenizer
-from ..prune.scores import check_width_scores, load_scores
+from ..prune.scores import scores_folder
 from .run.facts import run_facts
 from .run.resolve import (
     NamedData,
@@ -93,8 +93,7 @@ def run(options: Options, replaces: bool = False) -> None:
         if name != TEACHER and (folder / "tokenizer.json").is_file():  # one without is taken at its word
             check_agreement(folders[TEACHER], folder)
     facts = {name: getattr(options, name) for name in CHOSEN} | {"tasks": options.suites.content()}
-    how: dict[str, Any] = {"options": facts, "replaces": replaces, "scratch": SCRATCH}
-    with stage(options.output, "evaluate", inputs=inputs, **how) as work:
+    with stage(options.output, "evaluate", inputs=inputs, options=facts, replaces=replaces, scratch=SCRATCH) as work:
         if not work.finished:
             evaluate(work, folders, options)
     gap = read_json(options.output / "gap.json")
@@ -104,18 +103,6 @@ def run(options: Options, replaces: bool = False) -> None:
         if line:
             say(line)
     result(options.output, {"gap": str(options.output / "gap.json"), "page": str(options.output / "gap.html")})
-
-
-def scores_folder(name: str, teacher: Path) -> Path:
-    """A folder of `limbeck score`. Raises InputError where it is none, or of another model than the teacher."""
-    folder = own_path(name)
-    if not (folder / "scores.json").is_file():
-        raise InputError(f"scores={name} is no folder of limbeck score; expected scores.json in it")
-    scores, config = load_scores(folder), load_config(teacher)
-    if scores.metadata.get("pattern") != config.pattern:
-        raise InputError(f"scores={name} are of another model than the teacher, {teacher}; expected its own")
-    check_width_scores(config, scores.widths, f"scores={name}")
-    return folder
 
 
 def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:

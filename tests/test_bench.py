@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from limbeck.models.cards import card_named, profile
 from limbeck.models.cost.hardware import Hardware
 from limbeck.models.cost.speed import Load, Speed, predicted, roofline
 from limbeck.models.cost.timing import measure
 from limbeck.models.errors import InputError
 from limbeck.scripts import bench
-from limbeck.scripts.run.cards import card_named, profile
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import limbeck, random_model, tiny_config
 

@@ -15,8 +15,8 @@ from typing import Any
 from ...models.errors import InputError, Stopped
 from ...models.folder import owned
 from ...models.foreign import own_path
-from ..experiments.jobs import list_jobs, marked
 from .compose import compose_config, explained, register_widths, split_data, split_verbatim
+from .jobs import list_jobs, marked
 from .main import finish, prepared
 from .outside import own_recipes, quoted, searched
 

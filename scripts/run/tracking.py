@@ -19,9 +19,9 @@ import torch
 
 from ...distill.speed import speed_figures
 from ...models import processes
+from ...models.cards import card_named
 from ...models.config import HybridConfig
 from ...models.matmul import Multiplied
-from .cards import card_named
 from .show import progress, say
 
 Record = Mapping[str, Any]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any
 
-from ...models.cost.hardware import Hardware
-from ...models.errors import InputError, guess
-from .compose import CONF
+from .cost.hardware import Hardware
+from .errors import InputError, guess
+from .named import names, read_hardware
 
 # What a name may have beside the card's own: any other word is another card (PCIe, NVL, Laptop, D, Ti), or a part of
 # one (MIG 1g.10gb, the 12Q of a virtual GPU).
@@ -19,17 +18,14 @@ NEAR = 0.05  # of the memory that a profile has, by which the size in a name may
 
 def profiles() -> list[str]:
     """The names of the profiles of one card each."""
-    return sorted(path.stem for path in (CONF / "hardware").glob("*.yaml") if path.stem not in ("cpu", "custom"))
+    return [name for name in names("hardware") if name not in ("cpu", "custom")]
 
 
 def profile(name: str, key: str = "here") -> Hardware:
-    """A profile of conf/hardware/. Raises InputError, which names the option `key`."""
-    from omegaconf import OmegaConf
-
+    """One of `profiles`. Raises InputError, which names the option `key`."""
     if name not in profiles():
         raise InputError(f"{key}={name}: no such profile; known: {', '.join(profiles())}" + guess(name, profiles()))
-    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / "hardware" / f"{name}.yaml"))
-    return Hardware(**content)
+    return read_hardware(name)
 
 
 def card_named(device_name: str) -> Hardware | None:
@@ -37,7 +33,7 @@ def card_named(device_name: str) -> Hardware | None:
     words = [SIZE.sub(r"\1g", word) for word in re.findall(r"[a-z0-9]+", device_name.lower())]
     spelled = {word: {word} for word in words} | {one + two: {one, two} for one, two in itertools.pairwise(words)}
     for name in profiles():
-        parts, card = name.split("-"), profile(name)
+        parts, card = name.split("-"), read_hardware(name)
         others = set(words).difference(*(spelled.get(part, set()) for part in parts))
         if spelled.keys() >= set(parts) and all(plain(word, card) for word in others):
             return card

@@ -1,19 +1,19 @@
-"""What a sweep (`limbeck COMMAND --multirun`, run/sweep.py) leaves beside its jobs' folders: the list of them, by which
+"""What a sweep (`limbeck COMMAND --multirun`, sweep.py) leaves beside its jobs' folders: the list of them, by which
 its own folder is known, and a table of their figures."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...distill.state import last_figures
 from ...models.errors import CheckFailed, InputError
 from ...models.folder import write_json
-from ..run.show import read_json, result, say, table
+from .show import read_json, result, say, table
 
 MARK = "sweep.json"
 FIGURES = ("loss", "validation_loss", "validation_kl", "validation_agreement")
@@ -61,7 +61,7 @@ def list_jobs(out: Path, jobs: Sequence[Any]) -> None:
         if isinstance(job.return_value, Exception):
             failed.append(of_job(f"job {number} ({' '.join(chosen)})", job.return_value))
             continue
-        rows.append({"folder": job.return_value, "overrides": chosen, **figures_of(Path(job.return_value))})
+        rows.append({"folder": job.return_value, "overrides": chosen, **last_figures(Path(job.return_value), FIGURES)})
         say(f"{job.return_value}: {' '.join(chosen)}")
     shown = [name for name in FIGURES if any(name in row for row in rows)]
     if shown:
@@ -87,13 +87,3 @@ def varied(jobs: Sequence[Any]) -> set[str]:
     """The overrides that not all jobs have."""
     sets = [set(job.overrides) for job in jobs]
     return set.union(*sets) - set.intersection(*sets) if len(sets) > 1 else set.union(*sets)
-
-
-def figures_of(folder: Path) -> dict[str, float]:
-    """The last figures of a training."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    record = json.loads(lines[-1]) if lines else {}
-    return {name: record[name] for name in FIGURES if name in record}
