@@ -38,8 +38,9 @@ Tensors = dict[str, Tensor]
 class Op(NamedTuple):
     """One kernel: drawn inputs (those of floating dtype want gradients, unless `no_grad`), the fast way and the truth.
 
-    `make(batch, tokens, small)` draws; the truth gets float64. `bytes_of` and `flops_of`, of (batch, tokens, element
-    size), are those of forward and backward; `peers` are the ways of other packages, by name."""
+    `make(batch, tokens, small)` draws as DRAWN says, with the model's strides: what it slices is a slice here. The
+    truth gets float64. `bytes_of` and `flops_of`, of (batch, tokens), are those of forward and backward; `peers` are
+    the ways of other packages, by name."""
 
     make: Callable[[int, int, bool], Tensors]
     fast: Callable[..., Any]
@@ -50,11 +51,12 @@ class Op(NamedTuple):
     peers: dict[str, Callable[..., Any]] = {}  # noqa: RUF012
 
 
-def normal(*shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, device=DEVICE[0]) * scale
+DRAWN: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 
 
-DEVICE = ["cpu"]
+def normal(*shape: int, scale: float = 1.0, single: bool = False) -> Tensor:
+    """Drawn numbers; `single`: in float32, as the model keeps them whatever its dtype."""
+    return torch.empty(shape, **DRAWN | ({"dtype": torch.float32} if single else {})).normal_(0, scale)
 
 
 def rows_of(width: int, small: int, names: str) -> Callable[[int, int, bool], Tensors]:
@@ -72,15 +74,16 @@ def gated_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
 
 
 def scan_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
-    heads, groups = (4, 2) if tiny else (HEADS, GROUPS)
-    state = 16 if tiny else STATE
-    head_dim = 16 if tiny else HEAD_DIM
+    """x, B and C are slices of what the convolution gives, dt is one of what in_proj gives."""
+    heads, head_dim, groups, state = (4, 16, 2, 16) if tiny else (HEADS, HEAD_DIM, GROUPS, STATE)
+    inner, shared = heads * head_dim, groups * state
+    x, B, C = normal(batch, tokens, inner + 2 * shared).split((inner, shared, shared), -1)
     return {
-        "x": normal(batch, tokens, heads, head_dim),
-        "dt": normal(batch, tokens, heads),
-        "A": -torch.exp(torch.linspace(-4, 2.7, heads, device=DEVICE[0])),
-        "B": normal(batch, tokens, groups, state),
-        "C": normal(batch, tokens, groups, state),
+        "x": x.unflatten(-1, (heads, head_dim)),
+        "dt": normal(batch, tokens, 2 * inner + 2 * shared + heads)[..., -heads:],
+        "A": -torch.exp(torch.linspace(-4, 2.7, heads, device=DRAWN["device"])),
+        "B": B.unflatten(-1, (groups, state)),
+        "C": C.unflatten(-1, (groups, state)),
         "D": normal(heads),
         "dt_bias": normal(heads) - 3,
     }
@@ -93,15 +96,14 @@ def conv_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
 
 
 def step_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
-    size = 40 if tiny else CONV
-    return {"state": normal(batch, WIDTH - 1, size).mT, "x": normal(batch, size), "weight": normal(size, WIDTH),
-            "bias": normal(size)}  # fmt: skip
+    one = conv_inputs(batch, 1, tiny)
+    return {"state": normal(batch, WIDTH - 1, len(one["weight"])).mT} | one | {"x": one["x"][:, 0]}
 
 
 def update_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     scan = scan_inputs(batch, 1, tiny)
     one = {name: tensor[:, 0] if name in ("x", "dt", "B", "C") else tensor for name, tensor in scan.items()}
-    return {"state": normal(*one["x"].shape, one["B"].shape[-1])} | one
+    return {"state": normal(*one["x"].shape, one["B"].shape[-1], single=True)} | one
 
 
 def loss_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
@@ -110,15 +112,16 @@ def loss_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     for name, width in zip(("student", "teacher"), widths, strict=True):
         found[f"{name}_hidden"] = normal(count, width)
         found[f"{name}_head"] = normal(vocabulary, width, scale=width**-0.5)
-    labels = torch.arange(count, device=DEVICE[0]) * 7919 % vocabulary
+    labels = torch.arange(count, device=DRAWN["device"]) * 7919 % vocabulary
     return found | {"labels": torch.where(labels % 5 == 0, -100, labels)}
 
 
 def expert_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     """Tokens that choose evenly among the experts, in no order."""
     experts, chosen, inner, width = (5, 2, 24, 40) if tiny else (EXPERTS, CHOSEN, EXPERT, MOE_HIDDEN)
-    return {"x": normal(batch * tokens, width), "indices": normal(batch * tokens, experts).topk(chosen).indices,
-            "weights": normal(batch * tokens, chosen), "up": normal(experts, inner, width, scale=width**-0.5),
+    count = batch * tokens
+    return {"x": normal(count, width), "indices": normal(count, experts, single=True).topk(chosen).indices,
+            "weights": normal(count, chosen), "up": normal(experts, inner, width, scale=width**-0.5),
             "down": normal(experts, width, inner, scale=inner**-0.5)}  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def grouped_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     """Rows of all experts, as many of each as there are tokens that chose it."""
     found = expert_inputs(batch, tokens, tiny)
     rows = found["indices"].flatten().sort().values
-    numbers = torch.arange(len(found["up"]), device=DEVICE[0])
+    numbers = torch.arange(len(found["up"]), device=DRAWN["device"])
     ends = torch.searchsorted(rows, numbers, right=True, out_int32=True)
     return {"x": normal(len(rows), found["x"].shape[1]), "weight": found["up"], "ends": ends}
 
@@ -138,21 +141,23 @@ def grouped_gradient_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
 
 
 def query_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
+    """Tokens before heads in memory, as the projections give them."""
     heads, groups, size = (6, 2, 16) if tiny else (QUERIES, KEYS, QUERY_DIM)
-    return {"q": normal(batch, heads, tokens, size), "k": normal(batch, groups, tokens, size),
-            "v": normal(batch, groups, tokens, size)}  # fmt: skip
+    many = {"q": heads, "k": groups, "v": groups}
+    return {name: normal(batch, tokens, count, size).transpose(1, 2) for name, count in many.items()}
 
 
 def packed_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     """Eight documents a row, of unequal lengths."""
-    ends = torch.linspace(0, 1, 9, device=DEVICE[0])[1:] ** 2 * tokens
-    document = torch.searchsorted(ends.ceil(), torch.arange(tokens, device=DEVICE[0]) + 1.0)
+    ends = torch.linspace(0, 1, 9, device=DRAWN["device"])[1:] ** 2 * tokens
+    document = torch.searchsorted(ends.ceil(), torch.arange(tokens, device=DRAWN["device"]) + 1.0)
     return query_inputs(batch, tokens, tiny) | {"document": document.clamp(max=7).repeat(batch, 1)}
 
 
 def decode_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
+    """The caches have heads before tokens."""
     found = query_inputs(batch, tokens, tiny)
-    return found | {"q": found["q"][:, :, 0]}
+    return {"q": found["q"][:, :, 0], "k": found["k"].contiguous(), "v": found["v"].contiguous()}
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, document: Tensor | None = None) -> Tensor:
@@ -196,13 +201,22 @@ def loss_flops(student: int, teacher: int) -> Any:
 
 
 def operators() -> dict[str, Op]:
+    """By name, in the order of their worth: what is not measured in a run is the last of them."""
     scan_bytes = 2 * (INNER + 2 * GROUPS * STATE + HEADS)  # x, B, C and dt in bfloat16
-    pair = 4 * QUERIES * QUERY_DIM
-    cached = 2 * 2 * KEYS * QUERY_DIM
+    pair, cached = 4 * QUERIES * QUERY_DIM, 2 * 2 * KEYS * QUERY_DIM
     state_bytes = 2 * 4 * HEADS * HEAD_DIM * STATE
     expert = 2 * 2 * CHOSEN * EXPERT * MOE_HIDDEN  # operations of a token's two products
     scan: dict[str, Any] = {"dt_softplus": True}
     return {
+        "ssd_scan": Op(scan_inputs, lambda **inputs: ssd_scan(**inputs, **scan, chunk_size=CHUNK),
+                       lambda **inputs: reference.ssd_scan_reference(**inputs, **scan)[0],
+                       per_token(scan_bytes + 2 * INNER, 2 * scan_bytes + 2 * INNER), peers=gpu_peers.SCAN),
+        "causal_conv1d": Op(conv_inputs, causal_conv1d, lambda **inputs: reference.causal_conv1d_reference(**inputs)[0],
+                            per_token(4 * CONV, 6 * CONV), peers=gpu_peers.CONV),
+        "causal_conv1d_step": Op(step_inputs, causal_conv1d_step, step_truth,
+                                 (lambda b, t: b * CONV * 16, lambda b, t: 0.0), no_grad=True),
+        "state_update": Op(update_inputs, lambda **inputs: state_update(**inputs, dt_softplus=True), update_truth,
+                           (lambda b, t: b * state_bytes, lambda b, t: 0.0), no_grad=True, peers=gpu_peers.UPDATE),
         "rms_norm": Op(rows_of(HIDDEN, 48, "x weight"), lambda x, weight: rms_norm(x, weight, EPS),
                        lambda x, weight: reference.rms_norm_reference(x, weight, EPS),
                        per_token(4 * HIDDEN, 6 * HIDDEN), peers=gpu_peers.RMS_NORM),
@@ -240,18 +254,9 @@ def operators() -> dict[str, Op]:
             flops_of=(lambda b, t: b * t * expert / 2, lambda b, t: 0.0), no_grad=True,
             peers=gpu_peers.GROUPED_GRADIENT),
         "attention causal": Op(query_inputs, attention, dense_attention, flops_of=per_pair(pair, 2.5 * pair)),
+        "decode_attention": Op(decode_inputs, decode_attention, gpu_peers.decode_reference,
+                               per_token(cached, 0), no_grad=True, peers={"SDPA": gpu_peers.decode_reference}),
         "attention packed, FlexAttention": Op(
             packed_inputs, lambda q, k, v, document: attention(q, k, v, document_mask(document)), dense_attention,
             peers=gpu_peers.PACKED | {"SDPA, dense mask": dense_attention}),
-        "decode_attention": Op(decode_inputs, decode_attention, gpu_peers.decode_reference,
-                               per_token(cached, 0), no_grad=True, peers={"SDPA": gpu_peers.decode_reference}),
-        "ssd_scan": Op(scan_inputs, lambda **inputs: ssd_scan(**inputs, **scan, chunk_size=CHUNK),
-                       lambda **inputs: reference.ssd_scan_reference(**inputs, **scan)[0],
-                       per_token(scan_bytes + 2 * INNER, 2 * scan_bytes + 2 * INNER), peers=gpu_peers.SCAN),
-        "causal_conv1d": Op(conv_inputs, causal_conv1d, lambda **inputs: reference.causal_conv1d_reference(**inputs)[0],
-                            per_token(4 * CONV, 6 * CONV), peers=gpu_peers.CONV),
-        "causal_conv1d_step": Op(step_inputs, causal_conv1d_step, step_truth,
-                                 (lambda b, t: b * CONV * 16, lambda b, t: 0.0), no_grad=True),
-        "state_update": Op(update_inputs, lambda **inputs: state_update(**inputs, dt_softplus=True), update_truth,
-                           (lambda b, t: b * state_bytes, lambda b, t: 0.0), no_grad=True, peers=gpu_peers.UPDATE),
     }  # fmt: skip

@@ -4,6 +4,9 @@ before it is called: a package that is not installed becomes a line of the table
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPS, GROUPS = 1e-5, 8
+PACKAGES = ("mamba_ssm", "causal_conv1d", "liger_kernel", "fla", "transformers", "vllm")  # vllm takes longest to import
+
+
+def load_package(name: str) -> None:
+    """Imports a peer. mamba_ssm whose CUDA extension was built for another torch gives its Triton files, which need
+    none. Raises ImportError where it is not there."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        spec = importlib.util.find_spec(name) if name == "mamba_ssm" else None
+        if spec is None:
+            raise
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # not run: it imports the extension
+        try:
+            importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        except ImportError:
+            del sys.modules[name]
+            raise
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,6 +70,7 @@ def fla_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def mamba_ssm_gated(x: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    load_package("mamba_ssm")
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 
     return rmsnorm_fn(x, weight, None, z=z, eps=EPS, group_size=x.shape[-1] // GROUPS, norm_before_gate=False)
@@ -130,6 +152,7 @@ def packed_varlen(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
 
 
 def mamba_ssm_scan(**inputs: Tensor) -> Tensor:
+    load_package("mamba_ssm")
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     named = [inputs.pop(name) for name in ("x", "dt", "A", "B", "C")]
@@ -145,6 +168,7 @@ def package_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def mamba_ssm_update(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
 ) -> Tensor:
+    load_package("mamba_ssm")
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 
     _, heads, head_dim, width = state.shape

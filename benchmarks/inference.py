@@ -1,31 +1,50 @@
 """Generation on the CUDA device at hand: right, how fast beside its ceiling, and within the memory that was predicted.
 
     python -m limbeck.benchmarks.inference [--json inference.json] [--only check decode memory throughput]
+                                           [--short] [--budget SECONDS]
+    python benchmarks/inference.py ...          the same from a checkout that is not installed
     python -m limbeck.benchmarks.inference --interpret
 
-Needs torch, triton, numpy and safetensors; weights are drawn. In this order: chunked prefill and decoding against one
-forward pass, at a small size; the 9B's decoding step at batch 1 beside the time in which its weights can be read; a
-prompt of 131,072 tokens and 64 steps under a cap of 22.06 GiB, with the predicted and the measured peak, and the 12B,
-which is to be refused before it is allocated; the 9B against Qwen3-8B on four lengths of input and output, each at the
-largest batch that fits. Exit code 3 where a result is wrong, or the memory is further than 2% from its prediction.
-`--interpret` runs all of it at tiny sizes on the CPU, in Triton's interpreter: its figures say nothing.
+Needs torch, triton, numpy and safetensors; weights are drawn. Cases in the order of their worth, each a line that is
+printed and a row of the JSON at once: chunked prefill and decoding against one forward pass, at a small size; the 9B's
+decoding step at batch 1 beside the time in which its weights can be read; a prompt of 131,072 tokens and 64 steps under
+a cap of 22.06 GiB, with the predicted and the measured peak, and the 12B, which is to be refused before anything is
+allocated; the 9B against Qwen3-8B on four lengths of input and output (with --short one), each at the largest batch
+that fits. A case begins where the budget (520 s, 165 with --short) has time for it; what was left out is named. Exit
+code 3 where a case fails or a result is wrong, or the memory is further than 2% from its prediction. `--interpret` runs
+all of it at tiny sizes on the CPU, in Triton's interpreter: its figures say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import gc
-import json
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if not __package__:
+    import checkout  # noqa: F401
+
 import torch
+from limbeck.benchmarks.guarded import (
+    Budget,
+    Case,
+    Runner,
+    case_process,
+    in_this_process,
+    interpreter_refusal,
+    run_benchmark,
+    serve,
+)
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.hardware import GIB, Place
@@ -48,6 +67,8 @@ DENSE = SMALL.replace(pattern="*-", family="llama", activation="silu", gated_mlp
 USABLE = 22.06 * GIB  # of an A10G, arXiv 2508.14444
 SHARE = 0.95  # of it, for us
 MOST_OFF, RIGHT = 0.02, {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BUDGET, SHORT_BUDGET, LONGEST_CASE = 520.0, 165.0, 300.0  # seconds; with what Python takes to start, 9 and 3 minutes
 # arXiv 2508.14444: Nemotron-Nano-9B-v2 over Qwen3-8B on an A10G.
 TOKENS, SEQUENCES = 24, 2  # of the check
 PUBLISHED_RATIO = {(1024, 8192): 3.3, (8192, 16384): 6.3}
@@ -81,7 +102,7 @@ class Plan:
 
 def full_plan() -> Plan:
     hybrid, dense, large = (PUBLISHED[name] for name in ("nemotron-nano-9b-v2", "qwen3-8b", "nemotron-nano-12b-v2"))
-    lengths = ((1024, 8192), (8192, 1024), (8192, 16384), (16384, 1024))
+    lengths = ((1024, 8192), (8192, 16384), (8192, 1024), (16384, 1024))  # the published ones first
     return Plan(hybrid, dense, large, torch.device("cuda"), torch.bfloat16, 131072, 64, 512, lengths, USABLE)
 
 
@@ -92,38 +113,57 @@ def tiny_plan() -> Plan:
     return Plan(SMALL, DENSE, large, torch.device("cpu"), torch.float32, 40, 2, 16, ((16, 8),), cap)
 
 
+HELD: dict[str, Any] = {}  # one model, kept from case to case
+
+
+def model_of(plan: Plan, config: HybridConfig) -> HybridLM:
+    """The model before goes first: two need not fit."""
+    if HELD.get("config") != config:
+        forget(plan.device)
+        HELD.update(config=config, model=random_model(config, plan.dtype, plan.device))
+    model: HybridLM = HELD["model"]
+    return model
+
+
+def forget(device: torch.device) -> None:
+    HELD.clear()
+    clear(device)
+
+
+def machine(plan: Plan, case: Case) -> Case:
+    return dict(provenance())
+
+
 @torch.inference_mode()
-def check(plan: Plan) -> dict[str, Any]:
-    """Relative RMS of the logits of chunked prefill and decoding against one forward pass of the same tokens."""
-    found: dict[str, Any] = {}
-    for dtype in {torch.float32, plan.dtype}:
-        model = random_model(SMALL, dtype, plan.device)
-        ids = torch.arange(SEQUENCES * TOKENS, device=plan.device).view(SEQUENCES, -1) * 7919 % SMALL.vocab_size
-        whole = model(ids).double()
-        for split in (1, 17, TOKENS - 1):
-            cache = Cache(SMALL, SEQUENCES, TOKENS, dtype=dtype, device=plan.device)
-            parts = [prefill(model, ids[:, :split], cache, 16)]
-            decoder = Decoder(model, cache)
-            parts += [decoder.step(ids[:, place]).clone() for place in range(split, TOKENS)]
-            wanted = whole[:, split - 1 :]
-            error = (torch.stack(parts, 1).double() - wanted).norm() / wanted.norm()
-            found[f"{str(dtype)[6:]}, prompt of {split}"] = {
-                "error": float(error), "right": bool(error <= RIGHT[dtype])
-            }  # fmt: skip
-    return found
+def check(plan: Plan, case: Case) -> Case:
+    """Relative RMS of the logits of chunked prefill and decoding against one forward pass of the same tokens, by the
+    length of the prompt."""
+    dtype = DTYPES[case["dtype"]]
+    model = random_model(SMALL, dtype, plan.device)
+    ids = torch.arange(SEQUENCES * TOKENS, device=plan.device).view(SEQUENCES, -1) * 7919 % SMALL.vocab_size
+    whole = model(ids).double()
+    errors = {}
+    for split in (1, 17, TOKENS - 1):
+        cache = Cache(SMALL, SEQUENCES, TOKENS, dtype=dtype, device=plan.device)
+        parts = [prefill(model, ids[:, :split], cache, 16)]
+        decoder = Decoder(model, cache)
+        parts += [decoder.step(ids[:, place]).clone() for place in range(split, TOKENS)]
+        wanted = whole[:, split - 1 :]
+        errors[f"prompt of {split}"] = float((torch.stack(parts, 1).double() - wanted).norm() / wanted.norm())
+    return {"errors": errors, "right": all(error <= RIGHT[dtype] for error in errors.values())}
 
 
-def decode(plan: Plan) -> dict[str, Any]:
+def decode(plan: Plan, case: Case) -> Case:
     """Milliseconds of a decoding step at batch 1 and its share of the ceiling, which reads the weights but the
     embedding, and the caches, at the bandwidth of a copy."""
-    model = random_model(plan.hybrid, plan.dtype, plan.device)
+    bandwidth = copy_bandwidth(plan)
+    model = model_of(plan, plan.hybrid)
     length = min(1024, plan.context)
     report = memory(plan.hybrid, length, **plan.assumptions())
     read = report.weights - plan.hybrid.vocab_size * plan.hybrid.hidden_size * plan.dtype.itemsize
     moved = read + report.kv + 2 * (report.ssm + report.conv)
-    bandwidth = copy_bandwidth(plan)
     times = step_seconds(model, plan, 1, length)
-    found = {f"{way}_ms": seconds * 1e3 for way, seconds in times.items()}
+    found: Case = {f"{way}_ms": seconds * 1e3 for way, seconds in times.items()}
     found |= {f"{way}_of_ceiling": moved / bandwidth / seconds for way, seconds in times.items()}
     return found | {"bandwidth_gb_s": bandwidth / 1e9, "ceiling_tokens_s": bandwidth / moved}
 
@@ -167,8 +207,9 @@ def step_seconds(model: HybridLM, plan: Plan, batch: int, length: int) -> dict[s
     return found
 
 
-def capped_memory(plan: Plan) -> dict[str, Any]:
+def capped_memory(plan: Plan, case: Case) -> Case:
     """The long prompt under the cap: predicted and measured peak; and what is said of the model that does not fit."""
+    forget(plan.device)
     context = plan.context + plan.steps
     predicted = memory(plan.hybrid, context, **plan.assumptions()).peak
     check_memory(plan.hybrid, predicted, plan.device, plan.cap)
@@ -185,25 +226,22 @@ def capped_memory(plan: Plan) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def throughput(plan: Plan) -> list[dict[str, Any]]:
-    """Tokens a second of both models by lengths of input and output, each at its largest batch within the cap: the
-    prefill is timed, and decoding steps at the output's begin, middle and end, weighted as Simpson's rule does."""
-    rows: list[dict[str, Any]] = [{"input": first, "output": last} for first, last in plan.lengths]
-    for name, config in (("hybrid", plan.hybrid), ("dense", plan.dense)):
-        model = random_model(config, plan.dtype, plan.device)
-        for row in rows:
-            first, last = row["input"], row["output"]
-            report = memory(config, first + last, **plan.assumptions())
-            batch = verdict(config, report, SHARE * plan.cap).largest_batch
-            if batch:
-                row[name] = {"batch": batch, "tokens_per_second": speed(model, plan, batch, first, last)}
-        del model
-        clear(plan.device)
-    for row in rows:
-        if "hybrid" in row and "dense" in row:
-            row["ratio"] = row["hybrid"]["tokens_per_second"] / row["dense"]["tokens_per_second"]
-            row["published"] = PUBLISHED_RATIO.get((row["input"], row["output"]))
-    return rows
+def throughput(plan: Plan, case: Case) -> Case:
+    """Tokens a second of a model at lengths of input and output, at its largest batch within the cap (0: it does not
+    fit): the prefill is timed, and decoding steps at the output's begin, middle and end, weighted as Simpson's rule
+    does."""
+    config = plan.hybrid if case["model"] == "hybrid" else plan.dense
+    first, last = case["input"], case["output"]
+    report = memory(config, first + last, **plan.assumptions())
+    batch = verdict(config, report, SHARE * plan.cap).largest_batch
+    if not batch:
+        return {"sequences": 0}
+    return {"sequences": batch, "tokens_per_second": speed(model_of(plan, config), plan, batch, first, last)}
+
+
+def ratio(plan: Plan, case: Case) -> Case:
+    published = PUBLISHED_RATIO.get((case["input"], case["output"]), "none")
+    return {"ratio": case["sides"]["hybrid"] / case["sides"]["dense"], "published": published}
 
 
 def speed(model: HybridLM, plan: Plan, batch: int, first: int, last: int) -> float:
@@ -226,53 +264,97 @@ def clear(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-PARTS: dict[str, Callable[[Plan], Any]] = {
-    "check": check, "decode": decode, "memory": capped_memory, "throughput": throughput
+WORK: dict[str, Callable[[Plan, Case], Case]] = {
+    "machine": machine, "check": check, "decode": decode, "memory": capped_memory, "throughput": throughput,
+    "ratio": ratio,
 }  # fmt: skip
+PARTS = ("check", "decode", "memory", "throughput")
 
 
-def show(name: str, found: Any) -> bool:
-    """Prints a part's figures; whether they are right."""
-    print(f"\n## {name}")
-    if isinstance(found, list):
-        print("| input / output | hybrid tokens/s (batch) | dense tokens/s (batch) | ratio | published |")
-        print("|---|---|---|---|---|")
-        for row in found:
-            sides = [
-                f"{side['tokens_per_second']:.1f} ({side['batch']})" if (side := row.get(name)) else "does not fit"
-                for name in ("hybrid", "dense")
-            ]
-            ratio, published = f"{row['ratio']:.2f}" if "ratio" in row else "-", row.get("published") or "-"
-            print(f"| {row['input']} / {row['output']} | {sides[0]} | {sides[1]} | {ratio} | {published} |")
-        return True
-    for key, value in found.items():
-        print(f"{key}: {value:.6g}" if isinstance(value, float) else f"{key}: {value}")
-    rows = [value for value in found.values() if isinstance(value, dict)]
-    return bool(found.get("right", True)) and all(row["right"] for row in rows)
+def cases_of(plan: Plan, parts: list[str], short: bool, rows: list[Case]) -> Iterator[Case]:
+    """In the order of their worth; `rows` are those so far."""
+    yield {"kind": "machine"}
+    for part in PARTS:
+        if part not in parts:
+            continue
+        if part == "check":
+            yield from (
+                {"kind": "check", "dtype": str(dtype)[6:]} for dtype in dict.fromkeys([plan.dtype, torch.float32])
+            )
+        elif part == "throughput":
+            for number in range(
+                0, 1 if short else len(plan.lengths), 2
+            ):  # two at a time: a model takes a while to draw
+                yield from throughput_cases(plan.lengths[number : number + (1 if short else 2)], rows)
+        else:
+            yield {"kind": part}
+
+
+def throughput_cases(lengths: tuple[tuple[int, int], ...], rows: list[Case]) -> Iterator[Case]:
+    for model in ("hybrid", "dense"):
+        yield from ({"kind": "throughput", "model": model, "input": first, "output": last} for first, last in lengths)
+    for first, last in lengths:
+        sides = {
+            row["model"]: row["tokens_per_second"]
+            for row in rows
+            if row.get("input") == first and row.get("output") == last and "tokens_per_second" in row
+        }
+        if len(sides) == 2:
+            yield {"kind": "ratio", "input": first, "output": last, "sides": sides}
+
+
+def describe(row: Case) -> str:
+    apart = ("case", "kind", "seconds", "model", "input", "output", "sides", "dtype")
+    shown = {name: value for name, value in row.items() if name not in apart}
+    if "right" in shown:
+        shown["right"] = "yes" if shown["right"] else "NO"
+    flat = {name: value for name, value in shown.items() if not isinstance(value, dict)}
+    flat |= {key: one for value in shown.values() if isinstance(value, dict) for key, one in value.items()}
+    return ", ".join(f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}"
+                     for name, value in flat.items())  # fmt: skip
+
+
+def fails(row: Case) -> bool:
+    return "error" in row or not row.get("right", True)
+
+
+def working(plan: Plan) -> Callable[[Case], Case]:
+    def work(case: Case) -> Case:
+        clear(plan.device)
+        return WORK[case["kind"]](plan, case)
+
+    return work
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, default=Path("inference.json"), help="where the figures go")
     parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="these alone")
+    parser.add_argument("--short", action="store_true", help="one length of input and output instead of four")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="520, with --short 165; interpreted: no end")
     parser.add_argument("--interpret", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
-        print("no CUDA device here; --interpret runs it at tiny sizes on the CPU", file=sys.stderr)
+        os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported and kernels are defined
+    refusal = interpreter_refusal() if options.interpret else ""
+    if not (refusal or options.interpret or options.worker is not None or torch.cuda.is_available()):
+        refusal = "no CUDA device here; --interpret runs it at tiny sizes on the CPU"
+    if refusal:
+        print(f"inference: {refusal}", file=sys.stderr)
         return 2
     plan = tiny_plan() if options.interpret else full_plan()
-    figures: dict[str, Any] = {"provenance": provenance()}
-    print(figures["provenance"])
-    right = True
-    for name in options.only:
-        figures[name] = PARTS[name](plan)
-        right = show(name, figures[name]) and right
-        clear(plan.device)
-        options.json.write_text(json.dumps(figures, indent=1, default=str) + "\n")
-    print(f"\n{'all right' if right else 'WRONG, see above'}; figures: {options.json}")
-    return 0 if right else 3
+    if options.worker is not None:
+        torch.set_float32_matmul_precision("highest")
+        return serve(working(plan), options.worker)
+    seconds = math.inf if options.interpret else SHORT_BUDGET if options.short else BUDGET
+    budget = Budget(options.budget or seconds, {}, longest=LONGEST_CASE)
+    cases = functools.partial(cases_of, plan, options.only, options.short)
+    with contextlib.ExitStack() as closed:
+        runner: Runner = in_this_process(working(plan))
+        if not options.interpret:
+            runner = closed.enter_context(contextlib.closing(case_process(__file__, options.json, dict(os.environ))))
+        return run_benchmark(options.json, {"benchmark": "inference"}, cases, runner, budget, describe, fails)
 
 
 if __name__ == "__main__":

@@ -79,8 +79,8 @@ def students_of(
 def figures(
     folder: Path, options: argparse.Namespace, how: str, seed: int, students: dict[str, Path]
 ) -> list[tuple[float, float]]:
-    """Bits per byte, and KL from the teacher, of each."""
-    out = folder / f"gap-{how.replace(', ', '-').replace(' ', '-')}-{seed}"
+    """Bits per byte, and KL from the teacher, of each; other formats than before are an evaluation of their own."""
+    out = folder / "-".join(["gap", how.replace(", ", "-").replace(" ", "-"), str(seed), *students])
     if not out.exists():
         run("evaluate", f"teacher={options.teacher}", f"data={options.data}", f"output={out}",
             f"tokens={options.tokens}", *(f"+student.{form}={path}" for form, path in students.items()))  # fmt: skip

@@ -1,4 +1,6 @@
-"""The training loop that pretraining and distillation share: deterministic, and resumable to the bit.
+"""The training loop that pretraining and distillation share: deterministic, and resumable to the bit, where the
+operators are. Ours are; of torch's, FlashAttention's backward on a GPU adds up in any order unless
+`torch.use_deterministic_algorithms(True)` holds.
 
 A step takes one batch of rows, shared among processes (or groups of them, each of which has a part of every row) and in
 micro-batches whose losses share one normalizer, so that the gradient does not depend on the split. State goes to

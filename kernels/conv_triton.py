@@ -194,14 +194,14 @@ def conv_step(
         y += second.to(tl.float32) * load_tap(p_weight, i_c, m_c, WIDTH - 2, s_weight_c, s_weight_k, WIDTH)
     first = tl.load(p_state, mask=m_c, other=0.0)
     y += first.to(tl.float32) * load_tap(p_weight, i_c, m_c, WIDTH - 1, s_weight_c, s_weight_k, WIDTH)
+    if p_bias is not None:
+        y += tl.load(p_bias + i_c, mask=m_c, other=0.0).to(tl.float32)
     tl.debug_barrier()
     if WIDTH > 2:
         tl.store(p_state, second, mask=m_c)
     if WIDTH > 3:
         tl.store(p_state + s_state_k, third, mask=m_c)
     tl.store(p_state + (WIDTH - 2) * s_state_k, x, mask=m_c)
-    if p_bias is not None:
-        y += tl.load(p_bias + i_c, mask=m_c, other=0.0).to(tl.float32)
     if SILU:
         y *= logistic(y)
     tl.store(p_y + i_b * CHANNELS + i_c, y.to(p_y.dtype.element_ty), mask=m_c)

@@ -40,6 +40,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, n_groups: int = 1) -> Tensor
     return TorchNorm.apply(x, None, weight, eps, n_groups)
 
 
+def add_rms_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """The RMSNorm of x [..., C], or of x + added where there is something to add; the sum takes the place of x, and has
+    no gradient by Triton. Raises ValueError where shapes disagree."""
+    if added is None:
+        return rms_norm(x, weight, eps)
+    if added.shape != x.shape or weight.shape != x.shape[-1:]:
+        shapes = ", ".join(str(tuple(each.shape)) for each in (x, added, weight))
+        raise ValueError(
+            f"add_rms_norm: x, added and weight have the shapes {shapes}; expected [..., C] twice, and [C]"
+        )
+    if takes_triton(x) and x.shape[-1] <= LARGEST and x.is_contiguous():
+        with torch.no_grad():
+            return add_norm_op(x, added, weight, eps)
+    return rms_norm(x.add_(added), weight, eps)
+
+
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int) -> Tensor:
     """x * silu(z), then RMSNorm inside each of n_groups groups of channels; x and z [..., C], weight [C].
 
@@ -126,16 +142,28 @@ def working_dtype(x: Tensor) -> torch.dtype:
 @torch.library.custom_op("limbeck::norm", mutates_args=())
 def norm_op(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
     """Both norms by Triton: y, and one over the RMS [rows, n_groups]."""
-    outputs = norm_shapes(x, z, weight, eps, n_groups)
+    y, rms = norm_shapes(x, z, weight, eps, n_groups)
     if x.numel():
-        forward_launch(x, z, weight, eps, outputs).enqueue(x)
-    return outputs
+        forward_launch(x, None, z, weight, eps, y, rms, n_groups).enqueue(x)
+    return y, rms
 
 
 @norm_op.register_fake
 def norm_shapes(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return x.new_empty(x.shape), x.new_empty((rows, n_groups), dtype=torch.float32)
+
+
+@torch.library.custom_op("limbeck::add_norm", mutates_args=("x",))
+def add_norm_op(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """add_rms_norm by Triton."""
+    y = x.new_empty(x.shape)
+    if x.numel():
+        forward_launch(x, added, None, weight, eps, y, None, 1).enqueue(x)
+    return y
+
+
+add_norm_op.register_fake(lambda x, added, weight, eps: x.new_empty(x.shape))
 
 
 @torch.library.custom_op("limbeck::norm_backward", mutates_args=())
@@ -176,15 +204,18 @@ def backward_of_norm(ctx, dy, _):
 norm_op.register_autograd(backward_of_norm, setup_context=keep_for_norm_backward)
 
 
-def forward_launch(x: Tensor, z: Tensor | None, weight: Tensor, eps: float, outputs: tuple[Tensor, Tensor]) -> Launch:
-    y, rms = outputs
-    count, n_groups = rms.shape
-    rows, gate = flat_rows(x), None if z is None else flat_rows(z)
-    size = rows.shape[1] // n_groups
+def forward_launch(
+    x: Tensor, added: Tensor | None, z: Tensor | None, weight: Tensor, eps: float, y: Tensor, rms: Tensor | None,
+    n_groups: int,
+) -> Launch:  # fmt: skip
+    """y like x, and rms [rows, n_groups] where it is wanted; x takes what is added to it, and is contiguous then."""
+    rows, more, gate = flat_rows(x), None if added is None else flat_rows(added), None if z is None else flat_rows(z)
+    count, size = rows.shape[0], rows.shape[1] // n_groups
     tile, block, warps = tile_of(size)
     arguments = {
-        "x": rows, "z": gate, "weight": weight.contiguous(), "y": y, "rms": rms, "rows": count, "eps": eps,
-        "stride_x": rows.stride(0), "stride_z": 0 if gate is None else gate.stride(0),
+        "x": rows, "added": more, "z": gate, "weight": weight.contiguous(), "y": y, "rms": rms, "rows": count,
+        "eps": eps, "stride_x": rows.stride(0), "stride_added": 0 if more is None else more.stride(0),
+        "stride_z": 0 if gate is None else gate.stride(0),
         "SIZE": size, "GROUPS": n_groups, "ROWS": tile, "BLOCK": block, "GATED": z is not None,
     }  # fmt: skip
     return Launch(triton_module("norm_triton").norm_forward, (cdiv(count, tile), n_groups), arguments, warps, 1)

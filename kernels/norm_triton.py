@@ -8,10 +8,11 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_forward(
-    x, z, weight, y, rms, rows, eps, stride_x, stride_z,
+    x, added, z, weight, y, rms, rows, eps, stride_x, stride_added, stride_z,
     SIZE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr,
 ):  # fmt: skip
+    """What is `added` to x stays in it; the gate `z` does not."""
     i_group = tl.program_id(1)
     o_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     o_inside = tl.arange(0, BLOCK)
@@ -19,13 +20,20 @@ def norm_forward(
     m_row, m_column = o_row < rows, o_inside < SIZE
     mask = m_row[:, None] & m_column[None, :]
     # [ROWS, BLOCK]
-    u = tl.load(x + o_row[:, None] * stride_x + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
+    p_x = x + o_row[:, None] * stride_x + o_column[None, :]
+    u = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
     out = o_row[:, None] * (GROUPS * SIZE) + o_column[None, :]
+    if added is not None:
+        more = tl.load(added + o_row[:, None] * stride_added + o_column[None, :], mask=mask, other=0.0)
+        total = (u + more.to(tl.float32)).to(x.dtype.element_ty)
+        tl.store(p_x, total, mask=mask)
+        u = total.to(tl.float32)  # rounded, as a sum by itself would be
     if GATED:
         gate = tl.load(z + o_row[:, None] * stride_z + o_column[None, :], mask=mask, other=0.0).to(tl.float32)
         u *= gate * tl.sigmoid(gate)
     inverse = tl.rsqrt(tl.sum(u * u, 1) / SIZE + eps)  # [ROWS]
-    tl.store(rms + o_row * GROUPS + i_group, inverse, mask=m_row)
+    if rms is not None:
+        tl.store(rms + o_row * GROUPS + i_group, inverse, mask=m_row)
     scale = tl.load(weight + o_column, mask=m_column, other=0.0).to(tl.float32)
     tl.store(y + out, (u * inverse[:, None] * scale[None, :]).to(y.dtype.element_ty), mask=mask)
 

@@ -9,41 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, capability, placed, power_of_two, strides
+from .scan_sizes import KernelSizes, sizes_for
 from .ssd import STEP_PLANES, TILE_ELEMENTS, shares_of_heads
 from .ssd_steps_triton import scan_steps
 from .ssd_triton import scan_forward, scan_gradients, scan_walk
 
-
-class ScanSizes(NamedTuple):
-    """Of one kernel: the most tokens and the most of head_dim in a tile, warps, stages of loads; of the forward pass
-    whether the state is [p, N] and y is made transposed."""
-
-    tokens: int
-    width: int
-    warps: int
-    stages: int
-    turned: bool = False
-
-
-# For each compute capability, and the bytes of a number in the states that the backward keeps (2 for bfloat16 inputs,
-# else 4): forward, walk, gradients. Chosen by simulated cycles of the machine code (benchmarks/scan_cycles.py): a few
-# spilled registers cost less than warps that wait for each other. Before Hopper warps share out a product's rows alone,
-# of which a tile of 32 tokens has enough for two: the forward pass is turned there. On Blackwell (100, 120) loops of
-# dependent products with more than one stage give wrong numbers (state-spaces/mamba#997, triton-lang/triton#9871).
-SIZES = {
-    (80, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
-    (80, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (86, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
-    (86, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (89, 2): (ScanSizes(32, 64, 4, 1, True), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
-    (89, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (90, 2): (ScanSizes(64, 64, 4, 1), ScanSizes(32, 16, 4, 3), ScanSizes(32, 16, 4, 1)),
-    (90, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (100, 2): (ScanSizes(64, 64, 4, 1), ScanSizes(32, 16, 4, 1), ScanSizes(32, 16, 4, 1)),
-    (100, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-    (120, 2): (ScanSizes(32, 64, 4, 1), ScanSizes(32, 16, 4, 1), ScanSizes(32, 16, 4, 1)),
-    (120, 4): (ScanSizes(16, 16, 8, 1), ScanSizes(16, 16, 4, 1), ScanSizes(16, 32, 8, 1)),
-}
 FORWARD_ELEMENTS = 8192  # of [tokens, state] in a tile of the forward pass
 STATE_ELEMENTS = 10240  # of the float32 state that one program keeps in registers: 80 x 128
 STEP_HEADS = 32  # in a tile of the pass before: 64 bytes side by side in bfloat16
@@ -87,8 +57,8 @@ class Scan(NamedTuple):
         factors of matrix products; float16 might overflow."""
         return torch.bfloat16 if self.dot is tl.bfloat16 else torch.float32
 
-    def sizes(self, device: int) -> tuple[ScanSizes, ScanSizes, ScanSizes]:
-        return SIZES[device, self.kept.itemsize]
+    def sizes(self, device: int) -> KernelSizes:
+        return sizes_for(self.x.device, device, self.kept.itemsize, self.x.shape[3], self.B.shape[3])
 
     def tile_tokens(self, most: int, elements: int = TILE_ELEMENTS) -> int:
         """The tokens of a tile: a power of two of at least 16, which `chunk_size` and the state bound as well."""

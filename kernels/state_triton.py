@@ -55,19 +55,24 @@ def update_kernel(
 SIZES = {80: (4096, 4), 86: (2048, 4), 89: (2048, 4), 90: (4096, 4), 100: (4096, 4), 120: (2048, 4)}
 
 
+def state_tile(head_dim: int, width: int, elements: int, warps: int) -> tuple[int, int]:
+    """Channels and state indices of a program's tile of a head's state [head_dim, width], about so many elements."""
+    block_n = power_of_two(width)
+    # Slices that waste nothing where 16 divides head_dim: 80 is 5 x 16.
+    block_p = min(max(1, elements // block_n), max(math.gcd(head_dim, 128), min(16, power_of_two(head_dim))))
+    # A smaller tile would lie in several threads at once, which may read what another has written already.
+    return max(block_p, 32 * warps // block_n), block_n
+
+
 def update_launch(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None,
     options: tuple[bool, float, float], y: Tensor, device: int,
 ) -> Launch:  # fmt: skip
     """y [B, H, P]; `options` are dt_softplus and the limits of the step."""
-    elements, warps = SIZES[device]
     batch, heads, head_dim = x.shape
     groups, width = B.shape[1:]
-    block_n = power_of_two(width)
-    # Slices that waste nothing where 16 divides head_dim: 80 is 5 x 16.
-    block_p = min(max(1, elements // block_n), max(math.gcd(head_dim, 128), min(16, power_of_two(head_dim))))
-    # A smaller tile would lie in several threads at once, which may read what another has written already.
-    block_p = max(block_p, 32 * warps // block_n)
+    elements, warps = SIZES[device]
+    block_p, block_n = state_tile(head_dim, width, elements, warps)
     arguments: dict[str, Any] = {
         "p_state": state, "p_x": x, "p_dt": dt, "p_A": A, "p_B": B, "p_C": C, "p_D": D, "p_bias": dt_bias,
         "p_y": y, "limit_low": options[1], "limit_high": options[2],

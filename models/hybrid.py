@@ -194,7 +194,7 @@ class HybridLM(nn.Module):
                 context.shared[share] = share(self.config, context, tokens, hidden.device, hidden.dtype)
         for block in blocks:
             context.note("residual", block.layer, hidden)
-            hidden = hidden + block(hidden, context)
+            hidden = context.join(hidden, block(hidden, context))
         return hidden
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels.norm import rms_norm
+from ..kernels.norm import add_rms_norm
 from ..kernels.products import project
 from .axes import AXES, Dimension, Parts
 
@@ -75,7 +75,7 @@ class Context:
     what the layers of a kind share in this call, by the function that made it (`LayerKind.share`). `bound` is a
     decoder's: what does not change from step to step, made once. `round_input` changes what a module's matrices read,
     where a model learns to be quantised. Where rows are split over processes, these tokens are the `part` of theirs
-    that is this one's.
+    that is this one's. `added` is what the last layer gave, until a norm adds it to the stream (`join`).
     """
 
     seq_idx: Tensor | None = None
@@ -88,6 +88,7 @@ class Context:
     bound: Bound | None = None
     round_input: RoundInput | None = None
     part: RowPart | None = None
+    added: Tensor | None = None
 
     def state(self, layer: int) -> Any:
         return None if self.states is None else self.states[layer]
@@ -113,8 +114,16 @@ class Context:
         return x if self.round_input is None else self.round_input(module, x)
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """The RMSNorm of x [B, T, H]."""
-        return rms_norm(x, weight, eps) if self.bound is None else self.bound.norm(x, weight, eps)
+        """The RMSNorm of x [B, T, H], to which what the last layer adds is added first where `join` has left it."""
+        added, self.added = self.added, None
+        return (add_rms_norm if self.bound is None else self.bound.norm)(x, added, weight, eps)
+
+    def join(self, hidden: Tensor, added: Tensor) -> Tensor:
+        """The stream after a layer. In a decoding step the next norm adds, in place, while it reads the stream."""
+        if self.lengths is None:
+            return hidden + added
+        self.added = added
+        return hidden
 
     def once(self, key: Hashable, make: Callable[[], Once]) -> Once:
         """What `make` gives; a decoder asks for it once, and keeps it for its next steps."""
@@ -126,7 +135,7 @@ class Bound(Protocol):
 
     def project(self, module: nn.Linear, x: Tensor) -> Tensor: ...
 
-    norm: Callable[[Tensor, Tensor, float], Tensor]
+    norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
 
     def once(self, key: Hashable, make: Callable[[], Once]) -> Once: ...
 

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.activation import swiglu
-from ..kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
+from ..kernels.causal_conv1d import causal_conv1d
 from ..kernels.entering_state import decay_from_start, with_entering_state
-from ..kernels.mamba_step import PreparedStep, takes_prepared
+from ..kernels.mamba_step import PreparedStep, mamba_step, takes_prepared
 from ..kernels.norm import gated_rms_norm, rms_norm
 from ..kernels.parts import split_rows
 from ..kernels.ssd import ssd_scan
 from ..kernels.state_energy import state_energy
-from ..kernels.state_update import state_update
 from .axes import Axis, Dimension, Factor, Parts, Role, fixed
 from .errors import InputError
 from .layer import Context, LayerKind, NormSource, NormWeight, ScoreSource, Sharing, StateBytes
@@ -125,7 +124,7 @@ class Mamba2Mixer(nn.Module):
             y = with_entering_state(y, C, part.entering_state(last, decay[:, -1]), decay)
         return self.gated(y.flatten(-2), z, context)
 
-    def gated(self, y: Tensor, z: Tensor, context: Context | None = None) -> Tensor:
+    def gated(self, y: Tensor, z: Tensor, context: Context) -> Tensor:
         """What out_proj reads, of the scan's y and the gate z, [..., H P] each: normed after the gate, before it, or
         not at all."""
         if self.norm is None:
@@ -133,8 +132,7 @@ class Mamba2Mixer(nn.Module):
         weight, eps, groups = self.norm.weight, self.config.norm_eps, self.config.n_groups
         before = self.config.norm_before_gate
         normed = rms_norm(y, weight, eps, groups) if before else gated_rms_norm(y, z, weight, eps, groups)
-        if context is not None:
-            context.note("mamba_normed", self.layer, normed)
+        context.note("mamba_normed", self.layer, normed)
         return swiglu(z, normed) if before else normed
 
     def one_token(self, state: MambaState, many: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -150,15 +148,13 @@ class Mamba2Mixer(nn.Module):
                 state.conv, state.ssm, weight, self.conv1d.bias, A, self.D, self.dt_bias, config.dt_limit,
                 norm, config.norm_eps, config.n_groups,
             )  # fmt: skip
-        options: dict[str, Any] = {
-            "D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": config.dt_limit,
-        }  # fmt: skip
+        constant: tuple[Any, ...] = (weight, self.conv1d.bias, A, self.D, self.dt_bias, norm)
+        constant += (*config.dt_limit, config.norm_eps, config.norm_before_gate)
+        arrived = torch.zeros(state.ssm.shape[0], config.n_groups, dtype=torch.int32, device=weight.device)
 
         def step(z: Tensor, conv_in: Tensor, dt: Tensor) -> Tensor:
-            conv_out = causal_conv1d_step(state.conv, conv_in.squeeze(1), weight, self.conv1d.bias)
-            x, B, C = self.split_heads(conv_out)
-            y = state_update(state.ssm, x, dt.squeeze(1), A, B, C, **options)
-            return self.gated(y.flatten(1).unsqueeze(1), z)
+            rows = (z.squeeze(1), conv_in.squeeze(1), dt.squeeze(1))
+            return mamba_step(state.conv, state.ssm, arrived, *rows, *constant).unsqueeze(1)
 
         return step
 

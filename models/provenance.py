@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -39,15 +40,17 @@ def cpu_name() -> str:
 
 @functools.cache
 def commit() -> str:
-    """The commit of the checkout that this file lies in; "unknown" where it is installed, be it in another one."""
+    """The commit of the checkout that this file lies in. Where it lies in none, or is installed in another one:
+    $LIMBECK_COMMIT, else "unknown"."""
+    given = os.environ.get("LIMBECK_COMMIT") or "unknown"
     home = Path(__file__).resolve().parents[1]
     git = ["git", "-C", str(home)]
     try:
         top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True)
         if Path(top.stdout.strip()).resolve() != home:
-            return "unknown"
+            return given
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return given
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")

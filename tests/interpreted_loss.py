@@ -283,7 +283,7 @@ def test_the_benchmark_checks_kernels(tmp_path: Path) -> None:
     """What benchmarks/gpu.py does where there is no GPU; it fails where a kernel does."""
     arguments = ["--interpret", "--json", str(tmp_path / "gpu.json"), "--only", "relu2", "decode_attention"]
     assert gpu.main(arguments) == 0
-    checks = json.loads((tmp_path / "gpu.json").read_text())["checks"]
+    checks = json.loads((tmp_path / "gpu.json").read_text())["rows"][1:]
     assert [row["op"] for row in checks] == ["relu2", "decode_attention"]
     op = gpu.operators()["relu2"]
     assert not gpu.check(op._replace(fast=lambda x: 1.001 * relu2(x)), 1, 4, torch.float32)["right"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.kernels import launch, ssd_launch
+from limbeck.kernels import launch, scan_sizes
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step, conv_op, final_inputs, step_op
 from limbeck.kernels.reference import causal_conv1d_reference, ssd_scan_reference
 from limbeck.kernels.ssd import scan_op, ssd_scan
@@ -112,7 +112,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     and those of sm_80, which are turned."""
     seed = request.getfixturevalue("seed")
     if seed % 2:
-        monkeypatch.setitem(ssd_launch.SIZES, (90, 4), ssd_launch.SIZES[90 if seed % 4 == 1 else 80, 2])
+        monkeypatch.setitem(scan_sizes.SIZES, (90, 4), scan_sizes.SIZES[90 if seed % 4 == 1 else 80, 2])
 
 
 FAST = (2, 4, 5, 7, 15)

@@ -39,7 +39,7 @@ def norms() -> Iterator[tuple[str, Launch]]:
         z = empty(512, 2 * width + 2 * 1024 + 128, dtype=dtype)[:, :width] if groups > 1 or width == 512 else None
         outputs = norm_shapes(x, z, weight, 1e-5, groups)
         name = f"norm {width} / {groups} {dtype}"
-        yield name, forward_launch(x, z, weight, 1e-5, outputs)
+        yield name, forward_launch(x, None, z, weight, 1e-5, *outputs, groups)
         shapes = norm_backward_shapes(x, x, z, weight, outputs[1])
         yield name + " backward", backward_launch(x, x, z, weight, outputs[1], shapes)[0]
 

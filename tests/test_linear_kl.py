@@ -10,7 +10,7 @@ from limbeck.kernels.divergence import DIVERGENCES
 from limbeck.kernels.linear_kl import linear_cross_entropy, linear_kl
 from limbeck.kernels.reference import linear_kl_reference
 from limbeck.tests.helpers import Largest, assert_close
-from limbeck.tests.loss_helpers import check_ignored
+from limbeck.tests.loss_helpers import PARTIAL, check_ignored, check_wild
 
 VALUES, GRADIENTS = 1e-5, 1e-4
 
@@ -71,6 +71,11 @@ def test_linear_kl_never_holds_all_logits_and_does_not_depend_on_the_split() -> 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_ignored_tokens_add_nothing_whatever_their_logits(divergence: str) -> None:
     check_ignored(divergence)
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_ignored_tokens_add_nothing_to_losses_against_a_part_of_the_vocabulary(name: str) -> None:
+    check_wild(PARTIAL[name])
 
 
 def test_linear_cross_entropy_is_torchs() -> None:

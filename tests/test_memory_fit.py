@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from limbeck.benchmarks import inference
+from limbeck.benchmarks import guarded, inference
 from limbeck.models.checkpoint import save_model
 from limbeck.models.cost.fit import Fit
 from limbeck.models.cost.hardware import GIB, Hardware
@@ -320,11 +321,13 @@ def test_measurement_needs_the_card() -> None:
 
 def test_inference_benchmark_at_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All parts on the CPU's own path; with the kernels interpreted it takes a minute."""
-    plan = inference.tiny_plan()
-    for name in ("check", "decode", "memory", "throughput"):
-        assert inference.show(name, inference.PARTS[name](plan))
-    text = capsys.readouterr().out
-    assert "nothing was allocated" in text and "| 16 / 8 |" in text
+    plan, path = inference.tiny_plan(), tmp_path / "figures.json"
+    cases = functools.partial(inference.cases_of, plan, list(inference.PARTS), False)
+    runner, budget = guarded.in_this_process(inference.working(plan)), guarded.Budget(math.inf, {})
+    assert guarded.run_benchmark(path, {}, cases, runner, budget, inference.describe, inference.fails) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["kind"] for row in rows] == ["machine", "check", "decode", "memory", *["throughput"] * 2, "ratio"]
+    assert "nothing was allocated" in capsys.readouterr().out and rows[-1]["ratio"] > 0
     if not torch.cuda.is_available():
         assert inference.main(["--json", str(tmp_path / "x.json")]) == 2
 
@@ -335,7 +338,8 @@ def test_inference_benchmark_interpreted(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "x.json").read_text())
-    assert figures["memory"]["right"] and abs(figures["memory"]["off"]) < 0.02
+    found = next(row for row in figures["rows"] if row["kind"] == "memory")
+    assert found["right"] and abs(found["off"]) < 0.02
 
 
 @pytest.mark.parametrize("command", ("memory-fit", "train-fit", "bench"))

@@ -28,7 +28,8 @@ ZOO = {"heads": 16, "head_dim": 32, "groups": 4, "state": 64}
 
 def run_interpreter(*arguments: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_ssm.py", *arguments]
+    files = ("interpreted_ssm.py", "interpreted_sweep.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
     done = subprocess.run(
         command, cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

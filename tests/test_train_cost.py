@@ -104,10 +104,10 @@ def test_few_layers_tell_of_all(on_gpu: bool, checkpointing: bool, gradients: st
 
 def test_constants_are_the_kernels() -> None:
     pytest.importorskip("triton")
-    from limbeck.kernels import conv_triton, ssd_launch
+    from limbeck.kernels import conv_triton, scan_sizes
 
     assert {sizes[1].tokens for sizes in conv_triton.SIZES.values()} == {causal_conv1d.SEGMENT}
-    for (_, width), sizes in ssd_launch.SIZES.items():
+    for (_, width), sizes in scan_sizes.SIZES.items():
         assert min(found.tokens for found in sizes[1:]) == ssd.GRADIENT_TOKENS[width]
         assert sizes[0].tokens <= ssd.STEP_TOKENS
 

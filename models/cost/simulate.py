@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...kernels import causal_conv1d, linear_kl, norm, ssd
+from ...kernels import causal_conv1d, linear_kl, mamba_step, norm, ssd
 from ...kernels.attention import cpu_workspace, decode_workspace, flash_backward_workspace, flash_workspace
 from ...kernels.tracing import STATE
 from ..config import HybridConfig
@@ -261,6 +261,7 @@ WORKSPACES: dict[str, Callable[[Any, int], tuple[int, ...]]] = {
     "limbeck::ssd_scan": lambda args, _: ssd.forward_workspace(args[0]),
     "limbeck::ssd_scan_backward": lambda args, _: ssd.backward_workspace(args[2], args[5], args[6], args[14]),
     "limbeck::norm_backward": lambda args, processors: norm.backward_workspace(args[1], args[4], processors),
+    "limbeck::mamba_step": lambda args, _: mamba_step.step_workspace(args[1], args[11]),
     "limbeck::linear_kl": lambda args, _: linear_kl.linear_kl_workspace(*args[:3], *args[11:14]),
 }
 UNEVEN = {"aten::_scaled_dot_product_flash_attention"}  # shares that jump up and down with the number of keys

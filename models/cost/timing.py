@@ -12,7 +12,6 @@ from torch import Tensor
 from ..errors import InputError
 from ..generate.cache import Cache
 from ..generate.decode import Decoder
-from ..generate.engine import check_cache_memory
 from ..generate.generate import prefill
 from ..hybrid import HybridLM
 from .hardware import GIB, Hardware
@@ -38,6 +37,8 @@ def measure(
 
     Raises InputError where the load is beyond the model's positions or the memory that is free.
     """
+    from ..generate.engine import check_cache_memory  # imports tokenizers, which `clock` has no need of
+
     config, head = model.config, model.head_weight
     total = load.input_tokens + load.output_tokens
     if total > config.max_position_embeddings:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...kernels.linear import ONE_OR_TWO, laid_out, packed
 from ...kernels.linear_step import prepared_linear
 from ...kernels.mamba_step import PreparedNorm, takes_prepared
-from ...kernels.norm import rms_norm
+from ...kernels.norm import add_rms_norm
 from ..axes import Role, tensor_table
 from ..errors import InputError
 from ..hybrid import HybridLM
@@ -81,10 +81,10 @@ class DecodingStep:
         self.tokens, self.lengths = self.inputs.unbind()
         self.products: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         weight = model.norm_f.weight
-        self.norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+        self.norm: Callable[[Tensor, Tensor | None, Tensor, float], Tensor] = add_rms_norm
         if takes_prepared(model.head_weight, weight):
             prepared = PreparedNorm((self.batch, 1, len(weight)), model.config.norm_eps)
-            self.norm = lambda x, weight, eps: prepared(x, weight)
+            self.norm = lambda x, added, weight, eps: prepared(x if added is None else x.add_(added), weight)
         self.made: dict[Hashable, Any] = {}
 
     def __call__(self, tokens: Sequence[int] | Tensor, lengths: Sequence[int]) -> Tensor:
