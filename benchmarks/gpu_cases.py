@@ -13,10 +13,11 @@ from limbeck.kernels.activation import relu2, swiglu
 from limbeck.kernels.attention import attention, decode_attention, document_mask
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step
 from limbeck.kernels.linear_kl import linear_cross_entropy, linear_kl
+from limbeck.kernels.mamba_step import mamba_step
 from limbeck.kernels.moe import expert_mlp
 from limbeck.kernels.moe_launch import triton_gradient, triton_product
 from limbeck.kernels.moe_torch import segment_gradient, segment_product
-from limbeck.kernels.norm import gated_rms_norm, rms_norm
+from limbeck.kernels.norm import add_rms_norm, gated_rms_norm, rms_norm
 from limbeck.kernels.ssd import ssd_scan
 from limbeck.kernels.state_update import state_update
 from torch import Tensor
@@ -104,6 +105,49 @@ def update_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
     scan = scan_inputs(batch, 1, tiny)
     one = {name: tensor[:, 0] if name in ("x", "dt", "B", "C") else tensor for name, tensor in scan.items()}
     return {"state": normal(*one["x"].shape, one["B"].shape[-1], single=True)} | one
+
+
+def mamba_step_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
+    """Everything between a layer's projections, for one token a row; z, conv_in and dt are slices of in_proj's."""
+    heads, head_dim, groups, state = (4, 16, 2, 16) if tiny else (HEADS, HEAD_DIM, GROUPS, STATE)
+    inner, channels = heads * head_dim, heads * head_dim + 2 * groups * state
+    z, conv_in, dt = normal(batch, inner + channels + heads).split((inner, channels, heads), -1)
+    return {
+        "conv": normal(batch, WIDTH - 1, channels).mT, "ssm": normal(batch, heads, head_dim, state, single=True),
+        "arrived": torch.zeros(batch, groups, dtype=torch.int32, device=DRAWN["device"]),
+        "z": z, "conv_in": conv_in, "dt": dt, "conv_weight": normal(channels, WIDTH), "conv_bias": normal(channels),
+        "A": -torch.exp(torch.linspace(-4, 2.7, heads, device=DRAWN["device"])), "D": normal(heads),
+        "dt_bias": normal(heads) - 3, "norm_weight": normal(inner),
+    }  # fmt: skip
+
+
+def mamba_step_fast(**inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y = mamba_step(**inputs, limit_low=0.0, limit_high=float("inf"), eps=EPS, norm_first=False)
+    return y, inputs["conv"], inputs["ssm"]
+
+
+def mamba_step_truth(
+    conv: Tensor, ssm: Tensor, arrived: Tensor, z: Tensor, conv_in: Tensor, dt: Tensor, conv_weight: Tensor,
+    conv_bias: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, norm_weight: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The output, and both states after it."""
+    groups, (heads, head_dim, state) = arrived.shape[1], ssm.shape[1:]
+    sizes = heads * head_dim, groups * state, groups * state
+    x, B, C = step_truth(conv, conv_in, conv_weight, conv_bias)[:, None].split(sizes, -1)
+    split = x.unflatten(-1, (heads, head_dim)), dt[:, None], A, *(e.unflatten(-1, (groups, state)) for e in (B, C))
+    how: dict[str, Any] = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "initial_state": ssm}
+    y, after = reference.ssd_scan_reference(*split, **how)
+    normed = reference.gated_rms_norm_reference(y.flatten(2)[:, 0], z, norm_weight, EPS, groups)
+    return normed, torch.cat((conv, conv_in[..., None]), -1)[..., 1:], after
+
+
+def added_norm(x: Tensor, added: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm, and the sum that takes the place of x."""
+    return add_rms_norm(x, added, weight, EPS), x
+
+
+def added_norm_truth(x: Tensor, added: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.rms_norm_reference(x + added, weight, EPS), x + added
 
 
 def loss_inputs(batch: int, tokens: int, tiny: bool) -> Tensors:
@@ -217,6 +261,10 @@ def operators() -> dict[str, Op]:
                                  (lambda b, t: b * CONV * 16, lambda b, t: 0.0), no_grad=True),
         "state_update": Op(update_inputs, lambda **inputs: state_update(**inputs, dt_softplus=True), update_truth,
                            (lambda b, t: b * state_bytes, lambda b, t: 0.0), no_grad=True, peers=gpu_peers.UPDATE),
+        "mamba_step": Op(mamba_step_inputs, mamba_step_fast, mamba_step_truth,
+                         (lambda b, t: b * (state_bytes + 16 * CONV), lambda b, t: 0.0), no_grad=True),
+        "add_rms_norm": Op(rows_of(HIDDEN, 48, "x added weight"), added_norm, added_norm_truth,
+                           per_token(8 * HIDDEN, 0), no_grad=True),
         "rms_norm": Op(rows_of(HIDDEN, 48, "x weight"), lambda x, weight: rms_norm(x, weight, EPS),
                        lambda x, weight: reference.rms_norm_reference(x, weight, EPS),
                        per_token(4 * HIDDEN, 6 * HIDDEN), peers=gpu_peers.RMS_NORM),
