@@ -244,19 +244,10 @@ def loss_flops(student: int, teacher: int) -> Any:
     return (lambda b, t: 2 * b * t * VOCABULARY * (3 * student + teacher)), (lambda b, t: 0.0)
 
 
-def operators() -> dict[str, Op]:
-    """By name, in the order of their worth: what is not measured in a run is the last of them."""
-    scan_bytes = 2 * (INNER + 2 * GROUPS * STATE + HEADS)  # x, B, C and dt in bfloat16
-    pair, cached = 4 * QUERIES * QUERY_DIM, 2 * 2 * KEYS * QUERY_DIM
+def decoding_operators() -> dict[str, Op]:
+    """Those of one token; what they change is compared as well."""
     state_bytes = 2 * 4 * HEADS * HEAD_DIM * STATE
-    expert = 2 * 2 * CHOSEN * EXPERT * MOE_HIDDEN  # operations of a token's two products
-    scan: dict[str, Any] = {"dt_softplus": True}
     return {
-        "ssd_scan": Op(scan_inputs, lambda **inputs: ssd_scan(**inputs, **scan, chunk_size=CHUNK),
-                       lambda **inputs: reference.ssd_scan_reference(**inputs, **scan)[0],
-                       per_token(scan_bytes + 2 * INNER, 2 * scan_bytes + 2 * INNER), peers=gpu_peers.SCAN),
-        "causal_conv1d": Op(conv_inputs, causal_conv1d, lambda **inputs: reference.causal_conv1d_reference(**inputs)[0],
-                            per_token(4 * CONV, 6 * CONV), peers=gpu_peers.CONV),
         "causal_conv1d_step": Op(step_inputs, causal_conv1d_step, step_truth,
                                  (lambda b, t: b * CONV * 16, lambda b, t: 0.0), no_grad=True),
         "state_update": Op(update_inputs, lambda **inputs: state_update(**inputs, dt_softplus=True), update_truth,
@@ -265,6 +256,22 @@ def operators() -> dict[str, Op]:
                          (lambda b, t: b * (state_bytes + 16 * CONV), lambda b, t: 0.0), no_grad=True),
         "add_rms_norm": Op(rows_of(HIDDEN, 48, "x added weight"), added_norm, added_norm_truth,
                            per_token(8 * HIDDEN, 0), no_grad=True),
+    }  # fmt: skip
+
+
+def operators() -> dict[str, Op]:
+    """By name, in the order of their worth: what is not measured in a run is the last of them."""
+    scan_bytes = 2 * (INNER + 2 * GROUPS * STATE + HEADS)  # x, B, C and dt in bfloat16
+    pair, cached = 4 * QUERIES * QUERY_DIM, 2 * 2 * KEYS * QUERY_DIM
+    expert = 2 * 2 * CHOSEN * EXPERT * MOE_HIDDEN  # operations of a token's two products
+    scan: dict[str, Any] = {"dt_softplus": True}
+    return {
+        "ssd_scan": Op(scan_inputs, lambda **inputs: ssd_scan(**inputs, **scan, chunk_size=CHUNK),
+                       lambda **inputs: reference.ssd_scan_reference(**inputs, **scan)[0],
+                       per_token(scan_bytes + 2 * INNER, 2 * scan_bytes + 2 * INNER), peers=gpu_peers.SCAN),
+        "causal_conv1d": Op(conv_inputs, causal_conv1d, lambda **inputs: reference.causal_conv1d_reference(**inputs)[0],
+                            per_token(4 * CONV, 6 * CONV), peers=gpu_peers.CONV),
+        **decoding_operators(),
         "rms_norm": Op(rows_of(HIDDEN, 48, "x weight"), lambda x, weight: rms_norm(x, weight, EPS),
                        lambda x, weight: reference.rms_norm_reference(x, weight, EPS),
                        per_token(4 * HIDDEN, 6 * HIDDEN), peers=gpu_peers.RMS_NORM),

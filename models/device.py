@@ -29,7 +29,7 @@ def torch_device(name: str) -> torch.device:
         raise InputError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use device=cpu")
     if device.type not in ("cpu", "cuda"):
         try:
-            torch.empty(1, device=device).fill_(0)
+            torch.zeros(1, device=device).item()  # which "meta" makes, too, and does not have
         except (RuntimeError, NotImplementedError, AssertionError):
             raise InputError(f"device {name!r}: torch {torch.__version__} has none here; use device=cpu") from None
     return device

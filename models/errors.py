@@ -18,6 +18,10 @@ class DiskError(InputError):
     """The disk refused to be written: full, not ours, or gone. What was finished before stays."""
 
 
+class Panicked(InputError):
+    """A library written in Rust panicked at what it was given, and would do so again."""
+
+
 class Stopped(Exception):
     """A signal ended the work, and what was done is saved; the message says where."""
 

@@ -28,7 +28,7 @@ from .hybrid import HybridLM
 from .offload import free_memory
 from .streamed import open_streamed
 from .tensors import is_finite
-from .tokenizer import state_begin
+from .tokenizer import check_tokenizer, state_begin
 
 PARITY = 1e-4
 GENERATION = "generation_config.json"
@@ -104,6 +104,7 @@ def write_export(
     """
     checkpoint = open_checkpoint(source)
     check_config_files(source, checkpoint.config)
+    check_tokenizer(source)
     write_checkpoint(
         folder,
         checkpoint.config,

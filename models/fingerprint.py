@@ -93,7 +93,12 @@ class Fingerprint:
             return
         with self.marking, contextlib.suppress(OSError):  # a full disk
             if self.mark is not None:
-                write_json(self.mark, {"look": self.look, "fingerprint": self.sums["fingerprint"]})
+                self.mark_begun(self.mark)
+
+    def mark_begun(self, mark: Path) -> None:
+        """Says beside unfinished work what that is to be made of: all but the sums of large inputs is known."""
+        fingerprint = None if self.sums is None else self.sums["fingerprint"]
+        write_json(mark, {"look": self.look, "fingerprint": fingerprint, "made_of": self.with_inputs(str)})
 
     def began(self, mark: Path) -> bool:
         """Whether the work that left `mark` is this one's: by the look of its inputs, or else by their sums."""
@@ -104,6 +109,13 @@ class Fingerprint:
         if not isinstance(left, dict):
             return False
         return left.get("look") == self.look or left.get("fingerprint") == self.content()["fingerprint"]
+
+    def unlike(self, mark: Path) -> str:
+        """What differs from the work that left `mark`, for a message."""
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if lines := differences(read_object(mark)["made_of"], self.with_inputs(str))[:3]:
+                return "; ".join(lines)
+        return "its inputs have changed"
 
     def content(self) -> dict[str, Any]:
         """The contents of limbeck.json: the inputs by checksum, and the fingerprint of all. Waits for the sums."""

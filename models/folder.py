@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ def owned(path: Path) -> Iterator[bool]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
+        check_writable(path)
         raise InputError(
             f"{path} is being written by another process{owner(place)}; wait for it, or give another output"
         ) from None
@@ -57,6 +59,14 @@ def owned(path: Path) -> Iterator[bool]:
             missing_ok=True
         )  # while it is held: who waits for this file sees that it is gone, and makes his own
         lock.release()
+
+
+def check_writable(path: Path) -> None:
+    """Raises InputError where no file can be made beside a path: the lock does not tell that from one that is held."""
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def owner(place: Path) -> str:

@@ -171,11 +171,20 @@ def read_yaml(path: Path, largest: int = SETTINGS // 4) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The content of a YAML text, plain data of a bounded size. Raises InputError, which begins with `where`."""
+    """The content of a YAML text, plain data of a bounded size, each key said once. Raises InputError, which begins
+    with `where`."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """As it is written: what stands beside a merged mapping may say its keys again."""
+            node = super().compose_mapping_node(anchor)
+            keys = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+            each_once([(key.value, (value.tag, value.value)) for key, value in keys])
+            return node
+
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader)
         check_depth(content, NODES)
     except yaml.YAMLError as error:
         raise InputError(f"{where} is no YAML: {' '.join(str(error).split())[:200]}") from None

@@ -12,6 +12,8 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
+from .errors import Panicked
+
 
 def state_of(part: Any) -> dict[str, Any]:
     """A part of the library's tokenizer as tokenizer.json has it; empty for None."""
@@ -26,6 +28,8 @@ def added_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     for text in ("a", *backend.get_vocab()):
         try:
             plain, whole = (backend.encode(text, add_special_tokens=adds).ids for adds in (False, True))
+        except Panicked:
+            raise
         except Exception:  # the library's; a vocabulary of words may have no answer to others
             continue
         for place in range(len(whole) if plain else 0):

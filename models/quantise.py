@@ -32,7 +32,7 @@ from .rounding import ROUNDINGS, Rounding
 from .shards import SHARD_BYTES, check_disk, shared_out, write_index
 from .streamed import open_streamed
 from .tensors import Form, TensorFile
-from .tokenizer import state_begin
+from .tokenizer import check_tokenizer, state_begin
 
 F8 = torch.float8_e4m3fn
 AHEAD = "mtp."  # how the layers of multi-token prediction begin, which stay
@@ -283,6 +283,7 @@ def write_quantised(
     checkpoint, rounding = open_checkpoint(source), ROUNDINGS[name]
     config = checkpoint.config
     names = rounded_names(config, rounding, kept)
+    check_tokenizer(source)
     group = group_of(config, names) if rounding.grouped else None
     content = config.to_hf() | {"torch_dtype": "bfloat16"}
     content |= {"quantization_config": scheme_of(config, names, rounding, group)}

@@ -1,7 +1,7 @@
 """Tensors in safetensors files, read rows by rows: where they lie, and how those that are quantised become numbers.
 
 Quantised weights are recognised by the tensors beside them, as the libraries that write them call these:
-- float8 (`weight` F8_E4M3): times `weight_scale` or `weight_scale_inv`, one number, one a row, or one a block
+- float8 (`weight` F8_E4M3): times `weight_scale` or `weight_scale_inv`, one number, one a row, a group or a block
   (DeepSeek's and transformers' "fp8", ModelOpt's FP8, compressed-tensors' "float-quantized", FP8_BLOCK among it);
 - int8 (`weight` I8): times `weight_scale`, less `weight_zero_point` before where there is one ("int-quantized");
 - 4 or 8 bits packed into int32 (`weight_packed`, `weight_shape`): the low bits first, half the range above zero, times
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 DTYPES = {name: dtype for name, dtype in ALL_DTYPES.items() if dtype.is_floating_point and dtype.itemsize > 1}
 QUANTISED = {"F8_E4M3": "float8", "I8": "int8"}
+SCALE_DTYPES = (*DTYPES, "F8_E8M0")  # powers of two, which torch has as numbers; in U8 they would be exponents
 SCALES = ("_scale", "_scale_inv")  # after the weight's name
 PACKED, SHAPE, ZERO = "_packed", "_shape", "_zero_point"
 # Of activations and caches, which no weight needs.
@@ -74,13 +75,28 @@ class Quantised:
         numbers = self.numbers.read(begin, end)
         q = numbers.float() if self.bits is None else unpacked(numbers, self.bits, self.shape[1]).float()
         if self.zero is not None:
-            q = q - self.spread(self.zero_points(), begin, end)
-        return q * self.spread(self.scale.read().float(), begin, end)
+            q = q - self.spread(self.zero_points(self.zero), begin, end)
+        scale = self.scales()
+        each = self.spread(scale, begin, end)
+        if (scale == 0).any() and ((each == 0) & (q != 0)).any():
+            raise self.wrong_scale("zero, of numbers that are not")
+        return q * each
 
-    def zero_points(self) -> Tensor:
-        assert self.zero is not None
-        stored = self.zero.read()
-        return (stored if self.bits is None else unpacked(stored.mT, self.bits, self.shape[0]).mT).float()
+    def scales(self) -> Tensor:
+        """As they are stored, float32. Raises InputError where one is none."""
+        scale = self.scale.read().float()
+        wrong = scale[~(torch.isfinite(scale) & (scale >= 0))]
+        if len(wrong):
+            raise self.wrong_scale("NaN" if wrong.isnan().any() else f"{wrong[0]:g}")
+        return scale
+
+    def wrong_scale(self, what: str) -> InputError:
+        return InputError(f"{self.scale.file}: tensor {self.scale.name} has a scale of {what}; expected finite numbers"
+                          " above zero (zero of zeros alone)")  # fmt: skip
+
+    def zero_points(self, zero: Header) -> Tensor:
+        stored, packed = zero.read(), self.bits is not None and zero.dtype == "I32"
+        return (unpacked(stored.mT, self.bits, self.shape[0]).mT if self.bits and packed else stored).float()
 
     def spread(self, values: Tensor, begin: int, end: int) -> Tensor:
         """One number for each of rows begin..end-1 and columns of the weight, of [], [1], [N], or [rows, columns] of
@@ -161,45 +177,92 @@ def read_headers(files: Sequence[Path]) -> Iterator[Header]:
 
 
 def is_companion(name: str, names: Mapping[str, Header]) -> bool:
-    """Whether a tensor belongs to a quantised weight, or to activations that were quantised with one."""
+    """Whether a tensor belongs to a quantised weight, or to activations that were quantised with one. Raises InputError
+    where it is beside a weight that is not quantised."""
     for ending in (*SCALES, SHAPE, ZERO):
         weight = name.removesuffix(ending)
-        if weight != name and (weight in names or weight + PACKED in names):
+        if weight != name and weight + PACKED in names:
+            return True
+        if weight != name and weight in names:
+            header = names[weight]
+            if header.dtype in DTYPES:
+                raise InputError(
+                    f"{names[name].file}: tensor {name} is beside {weight} of dtype {header.dtype}, which is not"
+                    f" quantised; expected a weight of {' or '.join(QUANTISED)}, or no {name}"
+                )
             return True
     return name.rpartition(".")[2] in UNUSED
 
 
 def quantised_weight(header: Header, names: Mapping[str, Header], settings: Mapping[str, Any]) -> Quantised | None:
     """How a tensor is quantised, None where it is not; `settings` are config.json's quantization_config. Raises
-    InputError where its scale is missing, or its layout is not known."""
+    InputError where what is beside it is missing, contradicts it, or its layout is not known."""
     packed = header.name.endswith(PACKED)
     if not packed and header.dtype not in QUANTISED:
         return None
     weight = header.name.removesuffix(PACKED)
-    scale = next((names[weight + ending] for ending in SCALES if weight + ending in names), None)
     where = f"{header.file}: tensor {header.name}"
-    if scale is None:
+    scale = scale_of(header, weight, names)
+    if packed and (weight + SHAPE not in names or header.dtype != "I32"):
         raise InputError(
-            f"{where} has dtype {header.dtype} and no scale; expected {weight + SCALES[0]} or {weight + SCALES[1]}"
-            " beside it"
+            f"{where} is packed in a way that is not known; expected int32, and {weight + SHAPE} beside it"
         )
-    shape, bits = header.shape, None
+    shape, bits = header.shape if weight + SHAPE not in names else stated_shape(names[weight + SHAPE]), None
     if packed:
-        if weight + SHAPE not in names or header.dtype != "I32":
-            raise InputError(
-                f"{where} is packed in a way that is not known; expected int32, and {weight + SHAPE} beside it"
-            )
-        shape = tuple(int(size) for size in names[weight + SHAPE].read())
         bits = next((bits for bits in (4, 8) if header.shape == (shape[0], -(-shape[1] * bits // 32))), None)
         if bits is None:
             raise InputError(f"{where} has shape {list(header.shape)}, which is no {list(shape)} of 4 or 8 bits")
-        order = names.get(f"{weight.rpartition('.')[0]}.weight_g_idx")
-        if order is not None:
-            raise InputError(f"{where} has its columns in another order (weight_g_idx), which is not read")
+    elif shape != header.shape:
+        raise InputError(f"{where} has shape {list(header.shape)}, but {weight + SHAPE} says {list(shape)}")
+    if f"{weight.rpartition('.')[0]}.weight_g_idx" in names:
+        raise InputError(f"{where} has its columns in another order (weight_g_idx), which is not read")
     if len(shape) != 2:
         raise InputError(f"{where} is quantised and has {len(shape)} dimensions; expected 2")
+    block, zero = block_of(scale, shape, settings), names.get(weight + ZERO)
+    if zero is not None:
+        check_zero(zero, header, scale, bits)
     kind = f"int{bits}, packed" if packed else QUANTISED[header.dtype]
-    return Quantised(header, scale, names.get(weight + ZERO), shape, block_of(scale, shape, settings), bits, kind)
+    return Quantised(header, scale, zero, shape, block, bits, kind)
+
+
+def scale_of(header: Header, weight: str, names: Mapping[str, Header]) -> Header:
+    """The one scale beside a quantised weight. Raises InputError."""
+    beside = [names[weight + ending] for ending in SCALES if weight + ending in names]
+    where = f"{header.file}: tensor {header.name} has dtype {header.dtype}"
+    if len(beside) != 1:
+        count = "two scales" if beside else "no scale"
+        raise InputError(f"{where} and {count}; expected {weight + SCALES[0]} or {weight + SCALES[1]} beside it")
+    (scale,) = beside
+    if scale.dtype not in SCALE_DTYPES:
+        raise InputError(
+            f"{scale.file}: tensor {scale.name} has dtype {scale.dtype}, and is no scale that is read; expected one of"
+            f" {', '.join(SCALE_DTYPES)}"
+        )
+    return scale
+
+
+def stated_shape(header: Header) -> tuple[int, ...]:
+    """What a `weight_shape` says. Raises InputError."""
+    if header.dtype not in ("I32", "I64") or header.shape != (2,):
+        raise InputError(
+            f"{header.file}: tensor {header.name} has dtype {header.dtype} and shape {list(header.shape)}; expected two"
+            " whole numbers, rows and columns"
+        )
+    return tuple(int(size) for size in header.read())
+
+
+def check_zero(zero: Header, header: Header, scale: Header, bits: int | None) -> None:
+    """Raises InputError unless a `weight_zero_point` is of a weight's dtype and its scale's shape; of packed numbers it
+    may be packed too, down the rows."""
+    whole = [(dtype, scale.shape) for dtype in ("I8", *([] if bits else [header.dtype]))]
+    if bits and len(scale.shape) == 2:
+        whole.append(("I32", (-(-scale.shape[0] * bits // 32), scale.shape[1])))
+    if (zero.dtype, zero.shape) not in whole:
+        expected = " or ".join(f"{dtype} {list(shape)}" for dtype, shape in dict.fromkeys(whole))
+        raise InputError(
+            f"{zero.file}: tensor {zero.name} is {zero.dtype} {list(zero.shape)}, beside a scale"
+            f" {list(scale.shape)}; expected {expected}"
+        )
 
 
 def block_of(scale: Header, shape: tuple[int, ...], settings: Mapping[str, Any]) -> tuple[int, int]:
@@ -208,10 +271,11 @@ def block_of(scale: Header, shape: tuple[int, ...], settings: Mapping[str, Any])
     for rows, columns in stated or ([(BLOCK, BLOCK)] if scale.name.endswith("_inv") else []):
         if scale.shape == (-(-shape[0] // rows), -(-shape[1] // columns)):
             return rows, columns
-    if len(scale.shape) != 2 and math.prod(scale.shape) in (1, shape[0]):
+    if math.prod(scale.shape) == 1 or scale.shape == (shape[0],):
         return shape[0], shape[1]
-    if len(scale.shape) == 2 and scale.shape[0] in (1, shape[0]) and shape[1] % scale.shape[1] == 0:
-        return (1 if scale.shape[0] > 1 else shape[0]), shape[1] // scale.shape[1]
+    groups = scale.shape[1] if len(scale.shape) == 2 else 0
+    if groups and scale.shape[0] in (1, shape[0]) and shape[1] % groups == 0:
+        return (1 if scale.shape[0] > 1 else shape[0]), shape[1] // groups
     raise InputError(
         f"{scale.file}: tensor {scale.name} has shape {list(scale.shape)}, which is no scale of a weight {list(shape)};"
         " expected one number, one a row, a group of columns or a block"

@@ -16,11 +16,12 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from .backend import open_backend
 from .checkpoint import load_config
 from .config import HybridConfig
 from .errors import InputError
 from .folder import write_json
-from .foreign import LARGEST_WIDTH, SETTINGS, first_line, read_bytes, read_object
+from .foreign import LARGEST_WIDTH, SETTINGS, read_object
 from .post_processor import added_ids, put_before, state_of
 
 log = logging.getLogger("limbeck")
@@ -127,27 +128,6 @@ def decoder_kinds(decoder: Any) -> set[str]:
     return {decoder.get("type", "")}.union(*map(decoder_kinds, decoder.get("decoders") or ()))
 
 
-@functools.lru_cache(maxsize=8)
-def read_backend(content: bytes) -> tokenizers.Tokenizer:
-    """The library's tokenizer; by content, since teacher and student each bring a copy of one file and 131,072 tokens
-    take 0.4 s. A file may hold how one batch was once cut and padded: that is not part of the vocabulary (transformers
-    switches both off, too), and a text would lose its end to it."""
-    backend = tokenizers.Tokenizer.from_buffer(content)
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def open_backend(path: Path) -> tokenizers.Tokenizer:
-    """The library's tokenizer of a file, shared with who reads the same. Raises InputError where it is broken."""
-    try:
-        return read_backend(read_bytes(path))
-    except InputError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path} is no tokenizer: {first_line(error)}") from None
-
-
 def load_tokenizer(folder: Path | str) -> Tokenizer:
     """The tokenizer of a checkpoint folder. Raises InputError where tokenizer.json is missing or broken."""
     folder = Path(folder)
@@ -191,6 +171,13 @@ def trained_with_bos(backend: tokenizers.Tokenizer, settings: Mapping[str, Any])
         return False
     own = json.dumps(PATTERN) in json.dumps(state_of(backend.pre_tokenizer))
     return own and settings.get("bos_token", BOS) == BOS and settings.get("add_bos_token") is not False
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises InputError where the folder has a tokenizer that cannot be read: known before its model is written."""
+    if (folder / "tokenizer.json").is_file():
+        open_backend(folder / "tokenizer.json")
+        tokenizer_settings(folder)
 
 
 def state_begin(folder: Path) -> None:

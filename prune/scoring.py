@@ -9,9 +9,11 @@ from typing import Literal
 from pydantic import PositiveInt
 
 from ..models.config import HybridConfig
+from ..models.errors import InputError
+from ..models.kinds import kind_by_key
 from ..models.quantities import check_between
 from .depth import step_size
-from .width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores, WidthMetric
+from .width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores, WidthMetric, check_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Importance:
 
     def __post_init__(self) -> None:
         check_between(self, "importance.", 0, math.inf, "remove_layers")
+        check_choices(self)
+        for kind, number in self.min_layers.items():
+            kind_by_key(kind, "importance.min_layers")
+            if number < 0:
+                raise InputError(f"importance.min_layers.{kind} is {number}; expected at least 0")
 
     def width_metric(self, seed: int) -> WidthMetric:
         """What scores the widths; `seed` is for the random baseline."""

@@ -21,6 +21,7 @@ from ..models.config import HybridConfig
 from ..models.device import torch_device, torch_dtype
 from ..models.matmul import Multiplied
 from ..models.offload import open_layers
+from ..models.quantities import check_between
 from ..prune.depth import random_layers, score_layers
 from ..prune.depth_metrics import METRICS
 from ..prune.importance import score_widths
@@ -44,6 +45,9 @@ class Options(Multiplied):
     importance: Importance
     offload: Literal["auto", "none", "disk"] = "auto"
     streams_gib: PositiveFloat = 4.0
+
+    def __post_init__(self) -> None:
+        check_between(self, "", 0, 100_000, "streams_gib", above=True)
 
     @property
     def stream_bytes(self) -> int:

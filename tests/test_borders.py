@@ -67,6 +67,8 @@ def test_json_that_is_odd_and_right() -> None:
         ("x: " + "9" * 5000, "no YAML that can be read"),
         ("- !!python/object:os.system x", "no YAML"),
         ("x" * 2**19, "262,144 at most"),
+        ("a: 1\na: 2", "'a' stands twice"),
+        ("- {path: a, path: [a]}", "'path' stands twice"),
     ),
 )
 def test_yaml_is_bounded(text: str, says: str, tmp_path: Path) -> None:
@@ -75,6 +77,8 @@ def test_yaml_is_bounded(text: str, says: str, tmp_path: Path) -> None:
         read_yaml(tmp_path / "x.yaml")
     (tmp_path / "x.yaml").write_text("a: &a [1, 2]\nb: *a\n")
     assert read_yaml(tmp_path / "x.yaml") == {"a": [1, 2], "b": [1, 2]}
+    (tmp_path / "x.yaml").write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, y: 2}\nd: 5\nd: 5\n")
+    assert read_yaml(tmp_path / "x.yaml")["c"] == {"x": 2, "y": 2}
 
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors",

@@ -1,10 +1,9 @@
-"""From a command line to options, and from options to a folder: what is refused, what resumes, what is shown."""
+"""From a command line to options: what is refused, what is read, what is shown."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import math
 import re
 import shlex
@@ -22,19 +21,17 @@ from limbeck.models.config import HybridConfig
 from limbeck.models.cost.hardware import GIB
 from limbeck.models.cost.parameters import count_parameters, num_tensors
 from limbeck.models.errors import InputError
-from limbeck.models.fingerprint import fingerprint_of
 from limbeck.models.named import SHIPPED
 from limbeck.prune.rounds import plan_cuts
 from limbeck.prune.search import find_candidates, find_depths, ranked
 from limbeck.prune.slice import Selection, slice_rows, slice_tensors
 from limbeck.prune.width_metrics import RandomScores
-from limbeck.scripts import compress, search
+from limbeck.scripts import compress, score, search
 from limbeck.scripts.run.compose import BASES, build, compose_config, groups, recipes
 from limbeck.scripts.run.main import COMMANDS, EXAMPLES
 from limbeck.scripts.run.mistakes import known_keys
 from limbeck.scripts.run.resolve import model_config, model_names
-from limbeck.scripts.run.stage import stage
-from limbeck.tests.helpers import lasting, limbeck
+from limbeck.tests.helpers import limbeck
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,6 +97,14 @@ def test_texts_are_taken_as_the_shell_gives_them(text: str) -> None:
         assert compose_config("generate", [f"model={text}", "prompt=x"])["model"] == text
 
 
+def test_an_option_that_is_a_mapping_takes_one() -> None:
+    """Whether it has keys by default, or none."""
+    content = compose_config("score", ["model=zoo", "data=stdlib", "output=x", "importance.min_layers={mamba: 1}"])
+    assert build(score.Options, content).importance.min_layers == {"mamba": 1}
+    content = compose_config("compress", ["model=zoo", "distill.train={steps: 3, keep: best}"], complete=False)
+    assert content["distill"]["train"]["steps"] == 3 and content["distill"]["train"]["learning_rate"] is not None
+
+
 def test_null_only_where_nothing_is_the_default() -> None:
     assert compose_config("memory-fit", ["model=zoo", "output=null"])["output"] is None
     assert compose_config("memory-fit", ["model=zoo", "output=here"])["output"] == "here"
@@ -127,12 +132,41 @@ def test_null_only_where_nothing_is_the_default() -> None:
         ("memory-fit model=zoo hydra.job.chdir=true", "'hydra.job.chdir' is no option"),
         ("distill teacher=zoo student=zoo data=stdlib output=/dev/null/x", "/dev/null/x cannot be written"),
         ("score model=zoo importance=random importance.mamba_source=z", "importance.mamba_source is not read"),
+        (
+            "WHOLE importance.expert_source=banana",
+            "importance.expert_source is 'banana'; known: reap, freq",
+        ),
+        (
+            "WHOLE importance.mamba_source=X",
+            "importance.mamba_source is 'X'; known: x, z, out",
+        ),
+        (
+            "WHOLE importance.aggregate_sequence=l3",
+            "importance.aggregate_sequence is 'l3'; known: mean, l2",
+        ),
+        (
+            "WHOLE importance.min_layers={foo:1}",
+            "importance.min_layers names the unknown kind 'foo'",
+        ),
+        (
+            "WHOLE importance.min_layers={mamba:-1}",
+            "importance.min_layers.mamba is -1; expected at least 0",
+        ),
+        (
+            "WHOLE importance.min_layers={mamba:x}",
+            "importance.min_layers.mamba is 'x'; expected a whole",
+        ),
+        ("WHOLE importance.minlayers={mamba:1}", "did you mean 'min_layers'"),
+        ("score model=zoo min_layers={mamba:1}", "'min_layers' is no option of limbeck score"),
+        ("score model=zoo data=stdlib output=x streams_gib=1e300", "streams_gib is 1e+300; expected more than 0"),
+        ("score model=zoo data=stdlib output=x device=meta", "device 'meta': torch"),
+        ("compress model=zoo dry_run=true target.layers=2 importance.expert_source=banana", "known: reap, frequency"),
         ("score model=zoo importance=magnitude importance.tokens=9", "importance.tokens is not read"),
         ("evalute", "did you mean 'evaluate'?"),
     ],
 )
 def test_wrong_words_give_one_line(line: str, says: str) -> None:
-    code, _, err = limbeck(*shlex.split(line))
+    code, _, err = limbeck(*shlex.split(line.replace("WHOLE", "score model=zoo data=stdlib output=x")))
     assert code == 2 and says in err and err.count("\n") == 1 and len(err) < 300, err
 
 
@@ -244,109 +278,6 @@ def test_the_command_line_goes_before_a_recipe() -> None:
     options = build(compress.Options, compose_config("compress", words))
     assert options.hardware.name == "a10g" and options.fit.batch == 1
     assert [found.target.hidden_size for found in options.plan()] == [None, 3840]
-
-
-def made(folder: Path, source: Path, seed: int = 0, scratch: str | None = None, fail: Exception | None = None) -> bool:
-    """A stage that counts its runs in the source's neighbour, and leaves one file; whether it had to be made."""
-    with stage(folder, "test", inputs={"source": source}, options={"seed": seed}, scratch=scratch) as work:
-        if work.finished:
-            return False
-        with (source.parent / "runs").open("a") as stream:
-            stream.write("x")
-        if scratch is not None and not isinstance(fail, InputError):
-            (work.folder / scratch).mkdir(exist_ok=True)
-            with (work.folder / scratch / "steps").open("a") as stream:
-                stream.write("s")
-        if fail is not None:
-            raise fail
-        (work.folder / "weights").write_text("w")
-    return True
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "source"
-    path.mkdir()
-    (path / "a").write_text("1")
-    return path
-
-
-@pytest.mark.parametrize("scratch", [None, "work"])
-def test_a_finished_stage_is_not_done_again(scratch: str | None, source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "out"
-    assert made(out, source, scratch=scratch)
-    assert sorted(path.name for path in out.iterdir()) == ["limbeck.json", "weights"]
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-    assert not made(out, source, scratch=scratch) and (tmp_path / "runs").read_text() == "x"
-    with pytest.raises(InputError, match=r"made otherwise \(seed was 0, now 5\)"):
-        made(out, source, seed=5, scratch=scratch)
-    (source / "a").write_text("2")
-    with pytest.raises(InputError, match=r"inputs\.source has changed"):
-        made(out, source, scratch=scratch)
-
-
-def test_equal_work_gives_equal_bytes(source: Path, tmp_path: Path) -> None:
-    made(tmp_path / "one", source)
-    made(tmp_path / "two", source, scratch="work")
-    for name in ("limbeck.json", "weights"):
-        assert lasting(tmp_path / "one" / name) == lasting(tmp_path / "two" / name)
-
-
-def test_unfinished_work_is_found_again_if_it_is_of_the_same_facts(source: Path, tmp_path: Path) -> None:
-    out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            made(out, source, scratch="work", fail=KeyboardInterrupt())  # type: ignore[arg-type]
-    assert not out.exists() and (partial / "work" / "steps").read_text() == "ss"
-    with pytest.raises(KeyboardInterrupt):
-        made(out, source, seed=1, scratch="work", fail=KeyboardInterrupt())  # type: ignore[arg-type]
-    assert (partial / "work" / "steps").read_text() == "s", "work of another seed was resumed"
-    assert made(out, source, seed=1, scratch="work")
-
-
-def test_killed_between_the_rename_and_the_cleaning(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    made(out, source, scratch="work")
-    (out / "work").mkdir()
-    (out / "begun.json").write_text("")
-    assert not made(out, source, scratch="work")
-    assert sorted(path.name for path in out.iterdir()) == ["limbeck.json", "weights"]
-
-
-@pytest.mark.parametrize("scratch", [None, "work"])
-def test_refused_input_leaves_nothing(scratch: str | None, source: Path, tmp_path: Path) -> None:
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(InputError, match="no"):
-        made(tmp_path / "out", source, scratch=scratch, fail=InputError("no"))
-    (tmp_path / "runs").unlink()
-    assert sorted(tmp_path.iterdir()) == before
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
-def test_a_foreign_folder_is_left_alone(content: str | None, source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    if content is not None:
-        (out / "limbeck.json").write_text(content)
-    with pytest.raises(InputError, match="not of limbeck"):
-        made(out, source)
-    assert len(list(out.iterdir())) == (content is not None)
-
-
-def test_fingerprint_of_our_folder_is_of_its_contents(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    made(out, source)
-    before = fingerprint_of(out)
-    (out / "result.json").write_text(json.dumps({"path": str(out)}))
-    assert fingerprint_of(out) == before
-    (out / "weights").write_text("v")
-    with pytest.raises(InputError, match="weights is not as it was left"):
-        fingerprint_of(out)
-    (out / "limbeck.json").unlink()  # taken as it is
-    assert fingerprint_of(out) != before
-    plain = fingerprint_of(source)
-    (source / "result.json").write_text("data of the user's own")
-    assert fingerprint_of(source) != plain
 
 
 def test_constraints_pin_one_version_each() -> None:

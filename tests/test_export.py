@@ -191,6 +191,19 @@ def test_files_that_transformers_does_not_take(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("form", ("hf", "gguf", "fp8"))
+def test_a_broken_tokenizer_is_named_before_weights_are_written(form: str, source: Path, tmp_path: Path) -> None:
+    """The source's own, and not a copy that goes with the error."""
+    if form != "hf":
+        pytest.importorskip({"gguf": "gguf", "fp8": "compressed_tensors"}[form])
+    shutil.copytree(source, tmp_path / "source", ignore=shutil.ignore_patterns("limbeck.json"))
+    broken = tmp_path / "source" / "tokenizer.json"
+    broken.write_text('{"model": 5}')
+    code, _, err = limbeck("export", f"model={tmp_path / 'source'}", f"output={tmp_path / 'out'}", f"format={form}")
+    assert code == 2 and err.count("\n") == 1 and f"limbeck: {broken} is no tokenizer" in err, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
 def test_an_error_of_transformers_is_one_line(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
 

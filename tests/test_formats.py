@@ -134,6 +134,9 @@ def test_null_texts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture
         ("a.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "line 1 is no JSON: Exceeds"),
         ("a.jsonl", b'{"text": "a"}\n\xff', "not UTF-8 .byte 14"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "text": "b"}', "line 2 is no JSON: 'text' stands twice"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "role": "assistant"}]}', "line 1 is no JSON: 'role' stands twice"),
+        ("a.json", b'[{"text": "a"},\n{"text": "a", "text": "b"}]', "line 2 is no JSON: 'text' stands twice"),
         ("a.json", b'[{"text": "a"},\n{"text": "b"} {"text": "c"}]', "line 2: expected , or ]"),
         ("a.json", b'[{"text": "a"},\n\n{"text": }]', "line 3 is no JSON"),
         ("a.json", b'{"version": 1,\n "license": ""}', "line 1 has the columns 'version', 'license'"),
@@ -158,6 +161,53 @@ def test_what_is_refused(name: str, content: bytes, said: str, tmp_path: Path) -
     with pytest.raises(InputError, match=said) as raised:
         list(read_documents(str(tmp_path / name)))
     assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+
+
+def test_a_column_that_is_there_twice_is_none(tmp_path: Path) -> None:
+    """Of those that are read."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([pyarrow.array([text]) for text in "abcd"], ["text", "text", "id", "body"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        for columns in ([], ["text"], ["body", "text"]):
+            with pytest.raises(InputError, match="names a column twice: ") as raised:
+                list(read_documents(str(tmp_path / name), columns))
+            assert "\n" not in str(raised.value) and name in str(raised.value)
+        assert [document.text for document in read_documents(str(tmp_path / name), ["body"])] == ["d"]
+
+
+def test_columns_of_what_has_none_are_refused(tmp_path: Path) -> None:
+    for name, content in (("a.txt", "x"), ("b.py.gz", ""), ("c", "x"), ("d.jsonl", '"x"'), ("e.json", '["x"]')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=r"(is plain text|is a text), without columns; leave columns=\['a'\] out"):
+            list(read_documents(str(tmp_path / name), ["a"]))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "a.txt").rename(tmp_path / "texts" / "a.txt")
+    for path in (str(tmp_path / "texts"), "stdlib"):
+        with pytest.raises(InputError, match="is plain text, without columns"):
+            list(read_documents(path, ["a"]))
+    (tmp_path / "texts" / "b.jsonl").write_text('{"a": "y"}')  # beside what has some, prose is prose
+    assert [document.text for document in read_documents(str(tmp_path / "texts"), ["a"])] == ["x", "y"]
+
+
+def test_cells_and_lines_of_a_table_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a small packed file does not take all memory; a cell over many lines counts as one."""
+    monkeypatch.setattr(formats, "CELL", 40)
+    monkeypatch.setattr(formats, "LINE", 80)
+    cases = (("x" * 41, "cell of more than 40"), ('"' + "x\n" * 21 + '"', "cell of more than 40"),
+             ("x," * 40, "line 2 has more than 80"))  # fmt: skip
+    for content, said in cases:
+        (tmp_path / "a.csv.gz").write_bytes(gzip.compress(f"text\n{content}\n".encode()))
+        with pytest.raises(InputError, match=said) as raised:
+            list(read_documents(str(tmp_path / "a.csv.gz")))
+        assert "write it as .jsonl" in str(raised.value) and "\n" not in str(raised.value)
+    for content in ("x" * 40, '"' + "x\n" * 20 + '"'):
+        (tmp_path / "a.csv").write_text(f"text,b\n{content},{'y' * 30}\n")
+        assert len(list(read_documents(str(tmp_path / "a.csv")))) == 1
 
 
 def test_pipes_are_not_read(tmp_path: Path) -> None:

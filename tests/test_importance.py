@@ -313,8 +313,15 @@ def test_wrong_width_options_and_data() -> None:
     config = tiny_config()
     model = random_model(config)
     batch = draw_rows(config.vocab_size, rows=2)
-    for option in ("aggregate_batch", "aggregate_sequence", "mamba_source", "ffn_source"):
-        with pytest.raises(InputError, match="'median' is unknown"):
+    for option in (
+        "aggregate_batch",
+        "aggregate_sequence",
+        "mamba_source",
+        "ffn_source",
+        "state_source",
+        "expert_source",
+    ):
+        with pytest.raises(InputError, match=rf"importance\.{option} is 'median'; known: "):
             ActivationScores(**{option: "median"})  # type: ignore[arg-type]
     nothing = Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.seq_idx)
     for batches in ([], [nothing]):

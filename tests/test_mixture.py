@@ -193,6 +193,14 @@ def test_wrong_sources(wrong: dict[str, Any], tmp_path: Path) -> None:
     assert next(iter(wrong)) in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["inner.yaml", "INNER.yml", "outer.yaml"])
+def test_a_mixture_is_no_source_of_another(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("sources: [{path: stdlib}]")
+    (tmp_path / "outer.yaml").write_text(f"sources: [{{path: stdlib}}, {{path: {name}}}]")
+    with pytest.raises(InputError, match=rf"outer.yaml: source .*{name} is a mixture itself; give what it has"):
+        inputs.sources_of(str(tmp_path / "outer.yaml"))
+
+
 def test_mixture_of_a_file(workshop: Path) -> None:
     """data=MIX.yaml: paths from its own folder on, documents numbered through, and a change of a source is seen."""
     (workshop / "more").mkdir()

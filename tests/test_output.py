@@ -71,6 +71,13 @@ def test_a_lock_is_one_process_s_and_dies_with_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which nobody makes files")
+def test_a_place_where_nothing_can_be_written_is_not_said_to_be_locked() -> None:
+    for place in (Path("/proc/x"), Path("/proc/self/x")):
+        with pytest.raises(InputError, match=f"{place} cannot be written: "), owned(place):
+            pass
+
+
 def test_a_folder_that_is_not_ours_is_not_cleared(tmp_path: Path) -> None:
     own = tmp_path / ".out.partial"
     own.mkdir()

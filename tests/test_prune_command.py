@@ -121,7 +121,12 @@ def test_unfinished_work_of_other_options_is_not_taken_up(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(TensorFile, "write", write)
         limbeck(*command(workshop, "plain", tmp_path / "out"), "repair.norms=none")
-    assert len(shards(tmp_path / ".out.partial")) == 2
+    partial = tmp_path / ".out.partial"
+    for wrong in ([], ["repair.norms=none", f"scores={workshop / 'words'}"]):  # exit code 2, for other reasons
+        code, _, err = limbeck(*command(workshop, "plain", tmp_path / "out"), *wrong)
+        assert code == 2 and err.count("\n") == 1 and len(shards(partial)) == 2, err
+        assert wrong or "begun otherwise (repair.norms was 'none', now 'count'); remove it, or" in err, err
+    shutil.rmtree(partial)
     assert limbeck(*command(workshop, "plain", tmp_path / "out"))[0] == 0
     assert contents(tmp_path / "out") == contents(workshop / "calm-plain")
 

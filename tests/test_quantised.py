@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
+from limbeck.models.errors import InputError
 from limbeck.models.stored import unpacked
 from limbeck.tests.helpers import assert_close, limbeck, make_workshop
 from safetensors.torch import load_file, save_file
@@ -203,6 +205,82 @@ def test_what_is_not_known(workshop: Path, tmp_path: Path) -> None:
             lambda stored: stored.update({first: torch.zeros_like(stored[first], dtype=torch.uint8)}))  # fmt: skip
     other = {first.replace("weight", "qweight"): torch.ones(3, dtype=torch.int32)}
     refused("whose quantization 'fp8' may not be read", lambda stored: stored.update(other))
+
+
+FIRST = "backbone.layers.0.mixer.in_proj.weight"
+ODD_SHAPES = ([], [0], [2], [1, 0], [7, 3], [1, 1, 2])
+COMPANIONS: dict[str, tuple[str, list[Any], str]] = {
+    "scale, dtype": ("_scale", [torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.complex64,
+                                torch.float8_e5m2], "is no scale that is read; expected one of"),
+    "scale, shape": ("_scale", [*ODD_SHAPES[1:], [200, 0], [200, 1, 1], [200, 5]], "is no scale of a weight"),
+    "scale, value": ("_scale", [-1.0, float("nan"), float("inf"), 0.0], "has a scale of"),
+    "shape": ("_shape", [[], [0], [1], [3], [2, 2], torch.float32, torch.bool], "expected two whole numbers"),
+    "shape, value": ("_shape", [-1.0, 0.0, 7.0], "which is no ["),
+    "zero, dtype": ("_zero_point", [torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex64],
+                    "beside a scale"),
+    "zero, shape": ("_zero_point", [*ODD_SHAPES, [1, 8], [200, 0]], "beside a scale"),
+}  # fmt: skip
+
+
+def changed(tensor: Tensor, change: Any) -> Tensor:
+    """Of another dtype, another shape, or filled with a number."""
+    if isinstance(change, torch.dtype):
+        return tensor.float().to(change)
+    return torch.ones(change, dtype=tensor.dtype) if isinstance(change, list) else torch.full_like(tensor, change)
+
+
+@pytest.mark.parametrize("case", COMPANIONS)
+def test_a_companion_that_is_none_is_refused_in_one_line(case: str, workshop: Path, tmp_path: Path) -> None:
+    """Whatever its dtype, shape and numbers; each beside every layout that has one of its kind."""
+    ending, changes, says = COMPANIONS[case]
+    layouts = {"w4a16, zero": "_packed"} | ({} if ending == "_shape" else {"int8": ""})
+    for method, numbers in layouts.items():
+        layout, settings, _, _ = METHODS[method]
+        stored = quantise(workshop / "model", tmp_path / method, layout, settings)
+        if (name := FIRST + ending) not in stored:
+            stored[name] = torch.zeros_like(stored[f"{FIRST}_scale"], dtype=torch.int8)
+        assert stored[f"{FIRST}_scale"].shape[0] == 200 and FIRST + numbers in stored
+        for change in changes:
+            save_file(stored | {name: changed(stored[name], change)}, tmp_path / method / "model.safetensors")
+            with pytest.raises(InputError) as error:
+                open_checkpoint(tmp_path / method).tensor(FIRST.removeprefix("backbone."))
+            assert says in str(error.value) and FIRST in str(error.value) and "\n" not in str(error.value), change
+
+
+def test_scales_of_powers_of_two_and_zeros(workshop: Path, tmp_path: Path) -> None:
+    """Exponents are numbers where the dtype says so; a block of zeros may have the scale zero."""
+    folder = tmp_path / "q"
+    stored = quantise(workshop / "model", folder, per_row, {})
+    power = torch.exp2(stored[f"{FIRST}_scale"].log2().ceil())
+    save_file(stored | {f"{FIRST}_scale": power.to(torch.float8_e8m0fnu)}, folder / "model.safetensors")
+    assert torch.equal(
+        open_checkpoint(folder).tensor(FIRST.removeprefix("backbone.")), (stored[FIRST] * power).bfloat16()
+    )
+    zeros = {FIRST: torch.zeros_like(stored[FIRST]), f"{FIRST}_scale": torch.zeros_like(power)}
+    save_file(stored | zeros, folder / "model.safetensors")
+    assert not open_checkpoint(folder).tensor(FIRST.removeprefix("backbone.")).any()
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "says"),
+    [
+        ("blocks", {f"{FIRST}_scale": torch.ones(6, 2)}, "F8_E4M3 and two scales; expected"),
+        ("int8", {f"{FIRST}_shape": torch.tensor([3, 5])}, "says [3, 5]"),
+        ("int8", {FIRST.replace("weight", "weight_g_idx"): torch.arange(32)}, "columns in another order"),
+        *(
+            ("int8", {f"backbone.norm_f.weight{ending}": torch.ones(1)}, "is beside backbone.norm_f.weight of dtype")
+            for ending in ("_scale", "_scale_inv", "_shape", "_zero_point")
+        ),
+    ],
+)
+def test_companions_that_contradict_are_refused(
+    method: str, more: dict[str, Tensor], says: str, workshop: Path, tmp_path: Path
+) -> None:
+    layout, settings, _, _ = METHODS[method]
+    stored = quantise(workshop / "model", tmp_path / "q", layout, settings)
+    save_file(stored | more, tmp_path / "q" / "model.safetensors")
+    with pytest.raises(InputError, match=re.escape(says)):
+        open_checkpoint(tmp_path / "q")
 
 
 def test_weights_in_a_format_that_runs_code(workshop: Path, tmp_path: Path) -> None:

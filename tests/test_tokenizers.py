@@ -3,6 +3,7 @@ a text and after it as transformers has it, and no bos."""
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import shutil
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck.distill.text.pieces import encoded_texts
+from limbeck.models.backend import check_maps
 from limbeck.models.checkpoint import save_model
 from limbeck.models.errors import InputError
+from limbeck.models.generate.detokenize import TextStream
 from limbeck.models.gguf.vocabulary import read_vocabulary
 from limbeck.models.named import SHIPPED
 from limbeck.models.post_processor import begins_with
@@ -109,6 +113,91 @@ def test_how_a_batch_was_cut_and_padded_is_not_obeyed(workshop: Path, tmp_path: 
     text = TEXTS[0] * 20
     assert cut.encode(text) == plain.encode(text) and len(cut.encode(text)) > 64
     assert cut.encode_many(["a", text]) == plain.encode_many(["a", text])
+
+
+def with_parts(source: Path, folder: Path, **parts: Any) -> Path:
+    """A folder whose tokenizer.json has other parts; `model` is of more or other keys."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("limbeck.json"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    parts = {name: content["model"] | part if name == "model" else part for name, part in parts.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(content | parts))
+    return folder
+
+
+def test_a_dropout_of_merges_is_not_obeyed(workshop: Path, tmp_path: Path) -> None:
+    plain = load_tokenizer(workshop / "model")
+    dropped = load_tokenizer(with_parts(workshop / "model", tmp_path / "dropped", model={"dropout": 0.5}))
+    for text in TEXTS:
+        assert [dropped.encode(text) for _ in range(5)] == [plain.encode(text)] * 5
+        assert [list(ids) for ids, _ in encoded_texts([text] * 3, dropped)] == [plain.encode(text)] * 3
+
+
+def charsmap(size: int, more: bytes) -> dict[str, str]:
+    stored = size.to_bytes(4, "little") + more
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(stored).decode()}
+
+
+def replacing(pattern: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": pattern}, "content": content}
+
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {  # parts of tokenizer.json -> what is said, on opening or later
+    "an empty map": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}, "has a trie of 0"),
+    "a map beyond its end": ({"normalizer": charsmap(2**32 - 1, b"\0")}, "has a trie of 4,294,967,295"),
+    "a map within": ({"normalizer": {"type": "Sequence", "normalizers": [charsmap(99, b"\0")]}}, "has a trie of 99"),
+    "a map that is none": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "?"}}, "is no base64"),
+    "a longer text": ({"normalizer": replacing("e", "e" * 1001)}, "makes a text 1,001 times as long"),
+    "longer and longer": ({"normalizer": {"type": "Sequence", "normalizers": [replacing("e", "e" * 40)] * 2}},
+                          "makes a text 1,600 times as long"),
+    "a longer answer": ({"decoder": {"type": "Sequence", "decoders": [replacing("e", "e" * 2000)]}}, "2,000 times"),
+    "what is prepended": ({"normalizer": {"type": "Prepend", "prepend": "e" * 5000}}, "5,000 times"),
+    "an empty pattern": ({"normalizer": replacing("", "x")}, "index out of bounds"),
+    "a prefix": ({"model": {"continuing_subword_prefix": "##"}}, "is no tokenizer: "),
+    "pieces of no length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "chunk size must be non-zero"),
+    "what a decoder strips": ({"decoder": {"type": "Strip", "content": "e", "start": 5, "stop": 5}}, "index out of"),
+    "no unknown word": ({"model": {"type": "WordLevel", "unk_token": "<nope>"}}, "Missing [UNK] token"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_breaks_the_library_is_one_line(case: str, workshop: Path, tmp_path: Path) -> None:
+    """Wherever it does: on opening, in texts together or one by one, in decoding at once or token by token."""
+    parts, says = BROKEN[case]
+    folder, ids = (
+        with_parts(workshop / "model", tmp_path / "broken", **parts),
+        load_tokenizer(workshop / "model").encode("e"),
+    )
+
+    def streamed(tokenizer: Any) -> None:
+        stream = TextStream(tokenizer)
+        for token in ids:
+            stream.push(token)
+
+    uses: dict[str, Callable[[Any], object]] = {
+        "encode": lambda tokenizer: tokenizer.encode(TEXTS[0]),
+        "encode_many": lambda tokenizer: tokenizer.encode_many(TEXTS),
+        "encoded_texts": lambda tokenizer: list(encoded_texts(TEXTS, tokenizer)),
+        "decode": lambda tokenizer: tokenizer.decode(ids),
+        "stream": streamed,
+    }
+    wrong = set()
+    for name, use in uses.items():
+        try:
+            use(load_tokenizer(folder))
+        except InputError as error:
+            assert str(folder / "tokenizer.json") in str(error) and "is no tokenizer" in str(error)
+            assert says in str(error) and "\n" not in str(error)
+            wrong.add(name)
+    texts, answers = {"encode", "encode_many", "encoded_texts"}, {"decode", "stream"}
+    assert wrong in (texts, answers, texts | answers), wrong
+
+
+def test_maps_and_replacements_that_are_published_are_read(workshop: Path, tmp_path: Path) -> None:
+    """A SentencePiece map, whose trie is followed by what it leads to, and replacements by turns."""
+    steps = [replacing("``", '"'), replacing(" ", "\u2581"), {"type": "Prepend", "prepend": "\u2581"}]
+    folder = with_parts(workshop / "model", tmp_path / "a", normalizer={"type": "Sequence", "normalizers": steps})
+    assert load_tokenizer(folder).encode("a b")
+    check_maps(json.dumps({"normalizer": charsmap(4, b"\0" * 4 + b"x\0")}).encode())
 
 
 def framing(before: str, after: str, ids: dict[str, int]) -> processors.TemplateProcessing:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...models.errors import InputError
 from ...models.foreign import own_path, read_object
-from .formats import READERS, kind_of, readable, rows_of_file
+from .formats import READERS, is_prose, kind_of, readable, rows_of_file
 from .hub import HUB, Hub
 from .notes import Notes
 from .records import Document, OnProgress, known_shape, row_document
@@ -74,6 +74,7 @@ def read_documents(
     Raises InputError where it is missing, empty, unreadable or not UTF-8.
     """
     if path == STDLIB:
+        check_records(path, [], columns)
         documents = stdlib_files(on_progress)
     elif path.startswith(HUB):
         documents = Hub.parse(path, streaming=streaming, limit=limit).documents(columns, on_progress, notes)
@@ -117,6 +118,7 @@ def file_documents(
     """
     notes = Notes() if notes is None else notes
     files = text_files(path, notes)
+    check_records(path, files, columns)
     base = path if path.is_dir() else path.parent
     total = sum(file.stat().st_size for file in files)
     before, some = 0, False
@@ -137,6 +139,12 @@ def file_documents(
             on_progress(before, total)
     if not some:
         raise InputError(f"data: {path} holds no text; looked for {', '.join(READERS)}, plain, .gz or .zst")
+
+
+def check_records(path: Path | str, files: Sequence[Path], columns: Sequence[str]) -> None:
+    """Raises InputError where columns are named and all is plain text, which has none."""
+    if columns and all(map(is_prose, files)):
+        raise InputError(f"data: {path} is plain text, without columns; leave columns={list(columns)} out")
 
 
 def content_of(path: str, digest: Callable[[Path, list[str]], str]) -> str:

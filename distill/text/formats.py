@@ -12,20 +12,24 @@ import csv
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from ...models.errors import InputError
+from ...models.foreign import each_once
 
 PACKED = (".gz", ".zst")
 PROSE = (".py", ".txt", ".md", ".rst")
 PIECE = 2**20  # characters of a JSON file that are read at once, more where one record is longer
+UNBOUNDED = "write it as .jsonl, whose texts may be of any length"
 AT_ONCE = 256  # rows of a table in memory
+CELL, LINE = 2**24, 2**26  # characters of a table's at most: the reader of cells takes up to twelve bytes for each
+JSON = json.JSONDecoder(object_pairs_hook=each_once)  # made once: json.loads makes one for each text
 NAMED = ("text", "messages", "conversations", "prompt", "completion", "system", "tools")  # read unless others are named
 
 
@@ -114,9 +118,9 @@ def begins_with_json(text: str) -> bool:
 
 
 def loaded(text: str, where: str) -> Any:
-    """Raises InputError where a text is no JSON, or none that Python reads (depth, digits)."""
+    """Raises InputError where a text is no JSON, none that Python reads (depth, digits), or says a key twice."""
     try:
-        return json.loads(text)
+        return JSON.decode(text)
     except RecursionError:
         raise InputError(f"data: {where} is nested too deeply") from None
     except ValueError as error:
@@ -166,7 +170,7 @@ class JsonText:
 
     def __init__(self, path: Path, stream: BinaryIO) -> None:
         self.path, self.stream = path, stream
-        self.decoder, self.bytes = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+        self.decoder, self.bytes = JSON, codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.place, self.line, self.at_end = "", 0, 1, False
 
     def more(self, size: int) -> None:
@@ -222,18 +226,28 @@ class JsonText:
             size *= 2  # a long value is not begun again too often
 
 
+def bounded_lines(path: Path, text: TextIO) -> Iterator[str]:
+    """Raises InputError where a line is longer than memory is to be taken for."""
+    for number in itertools.count(1):
+        line = text.readline(LINE)
+        if len(line) == LINE:
+            raise InputError(f"data: {path}, line {number} has more than {LINE:,} characters; {UNBOUNDED}")
+        if not line:
+            return
+        yield line
+
+
 def separated(delimiter: str) -> Callable[[Path, Sequence[str]], Iterator[Row]]:
     """The rows of a table whose first line names the columns."""
 
     def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-        csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
+        csv.field_size_limit(CELL)
         with unpacked(path) as (stream, tell):
             text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            reader = csv.reader(bounded_lines(path, text), delimiter=delimiter, strict=True)
             try:
                 names = next(reader, [])
-                if len(set(names)) < len(names):
-                    raise InputError(f"data: {path} names a column twice: {', '.join(names)}")
+                check_names(names, str(path))
                 for cells in reader:
                     where = f"{path}, line {reader.line_num}"
                     if len(cells) not in (0, len(names)):
@@ -241,7 +255,10 @@ def separated(delimiter: str) -> Callable[[Path, Sequence[str]], Iterator[Row]]:
                     if cells:
                         yield Row(dict(zip(names, cells, strict=True)), where, tell())
             except csv.Error as error:
-                raise InputError(f"data: {path}, line {reader.line_num}: {error}") from None
+                where = f"data: {path}, line {reader.line_num}"
+                if "field limit" in str(error):
+                    raise InputError(f"{where} has a cell of more than {CELL:,} characters; {UNBOUNDED}") from None
+                raise InputError(f"{where}: {error}") from None
             except UnicodeDecodeError:
                 raise InputError(f"data: {path} is not UTF-8, after line {reader.line_num}; convert it") from None
 
@@ -307,7 +324,14 @@ def records_of(batch: Any) -> Iterator[Any]:
 def columns_to_read(columns: Sequence[str], known: Sequence[str], where: str) -> list[str]:
     """The columns given, or those that say by their names what they hold; all where none does."""
     check_columns(columns, known, where)
-    return list(columns) or [name for name in known if name in NAMED] or list(known)
+    read = list(columns) or [name for name in known if name in NAMED] or list(known)
+    check_names([name for name in known if name in read], where)
+    return read
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    if len(set(names)) < len(names):
+        raise InputError(f"data: {where} names a column twice: {', '.join(names)}")
 
 
 def check_columns(columns: Sequence[str], known: Sequence[str], where: str) -> None:
@@ -326,6 +350,11 @@ READERS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {
     ".parquet": parquet_rows,
     ".arrow": arrow_rows,
 }
+
+
+def is_prose(path: Path) -> bool:
+    """Whether a file is one text, and none of records."""
+    return READERS.get(kind_of(path), whole_text) is whole_text
 
 
 def rows_of_file(path: Path, columns: Sequence[str]) -> Iterator[Row]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from ...models.backend import guarded_as
 from ...models.tokenizer import Tokenizer
 
 PIECE, OVERLAP, LONGEST = 2**18, 2**13, 2**21  # characters
@@ -74,7 +75,7 @@ def literal_backend(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The tokenizer to which "</s>" in a text is four letters like others, and not the end of the text."""
     literal = tokenizers.Tokenizer.from_str(backend.to_str())
     literal.encode_special_tokens = True
-    return literal
+    return guarded_as(literal, backend)
 
 
 def whole_tokens(text: str, backend: tokenizers.Tokenizer) -> Tokens:

@@ -58,6 +58,8 @@ def row_document(row: Row, name: str, number: int, columns: Sequence[str], notes
     nothing known."""
     record = row.value
     if isinstance(record, str):
+        if columns and not row.prose:
+            raise InputError(f"data: {row.where} is a text, without columns; leave columns={list(columns)} out")
         return Document(name if row.prose else f"{name}:{number}", scalar_text(record))
     shape = shape_of(record, columns)
     if shape is None:

@@ -52,17 +52,22 @@ def mixture_file(data: NamedData) -> Path | None:
 
 def sources_of(data: NamedData) -> tuple[Source, ...]:
     """The sources of data=: one for `stdlib`, hf:OWNER/NAME, a file or a folder; those of a mixture for a .yaml file,
-    whose relative paths begin at its folder; all with the options that data= has itself. Raises InputError."""
+    whose relative paths begin at its folder; all with the options that data= has itself. Raises InputError, also where
+    a mixture is a source of another."""
     if isinstance(data, TextData):
         return tuple(dataclasses.replace(source, **data.changes) for source in sources_of(data.path))
     path = mixture_file(data)
     if path is None:
         return (Source(data),)
-    return tuple(
+    sources = tuple(
         source if local_file(source.path) is None
         else dataclasses.replace(source, path=str(path.parent / own_path(source.path)))
         for source in read_mixture(path)
     )  # fmt: skip
+    for source in sources:
+        if mixture_file(source.path) is not None:
+            raise InputError(f"data: {path}: source {source.path} is a mixture itself; give what it has as sources")
+    return sources
 
 
 def local_file(path: str) -> Path | None:

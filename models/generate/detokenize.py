@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from ..errors import InputError
+from ..backend import next_piece
+from ..errors import InputError, Panicked
 from ..tokenizer import Tokenizer, decoder_kinds
 
 # Decoders to which a text's first token is another matter than the others, as no decoder at all is.
@@ -46,7 +47,9 @@ class TextStream:
     def step(self, token: int) -> str:
         self.ids.append(token)
         try:
-            piece = self.decoder.step(self.tokenizer.backend, token) or ""
+            piece = next_piece(self.decoder, self.tokenizer.backend, token) or ""
+        except Panicked:
+            raise
         except Exception:  # the library's: with bytes that are no text a decoder takes back what has come; begin again
             if self.waiting == len(self.ids) - 1:
                 raise

@@ -215,7 +215,8 @@ def split_verbatim(
         elif key in VERBATIM and not (key == "student" and value.startswith("{")):
             texts[key] = value
         elif override != "recipe=null":  # the default, which Hydra refuses to be told
-            words.append(override)
+            # What a mapping may hold its dataclass says; to Hydra an option that is {} by default has no keys at all.
+            words.append(f"++{override}" if value.startswith("{") and key == name else override)
     return texts, words
 
 

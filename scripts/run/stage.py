@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from ...models import processes
-from ...models.errors import DiskError, InputError
-from ...models.fingerprint import LOG, PROVENANCE, RUN, Fingerprint, MadeOtherwise, summed
-from ...models.folder import finish_folder, owned, partial_of, write_json
+from ...models.errors import InputError
+from ...models.fingerprint import LOG, PROVENANCE, RUN, Fingerprint, summed
+from ...models.folder import owned, write_json
 from ...models.foreign import own_path
 from ...models.named import input_notes
+from ...models.unfinished import BEGUN, clear, is_worth_keeping, put_in_place, unfinished
 from .facts import run_facts
 from .resolve import torch_device
 from .show import console, logged
-
-BEGUN = "begun.json"
 
 
 def launched_processes() -> int:
@@ -96,10 +95,10 @@ def stage(
 
     With `resumes` the temporary folder outlives a kill and a full disk, and the block sees what it has done; a
     `scratch` folder within is no part of the result, and goes once the folder has its name. With `replaces` a folder
-    that was made otherwise goes when the new one is done. All of a run's processes enter the block, with the first
-    one's folder; it alone writes, and meanwhile no other command does.
-    Raises InputError where the folder was made from something else, is damaged, lies within an input, or is another
-    process's, and where an input is damaged or changes meanwhile.
+    that was made otherwise goes when the new one is done, and unfinished work at once. All of a run's processes enter
+    the block, with the first one's folder; it alone writes, and meanwhile no other command does.
+    Raises InputError where the folder was made, or unfinished work begun, from something else, is damaged, lies within
+    an input, or is another process's, and where an input is damaged or changes meanwhile.
     """
     writes, keeps = processes.rank() == 0, resumes or scratch is not None
     with contextlib.ExitStack() as held:
@@ -134,7 +133,7 @@ def stage(
                     clear(folder, scratch)
             except BaseException as error:
                 made_of.leave()
-                if writes and not (keeps and is_worth_keeping(error, temporary, scratch)):
+                if writes and not (keeps and is_worth_keeping(error, temporary, scratch, resumed)):
                     shutil.rmtree(temporary, ignore_errors=True)
                 raise
 
@@ -170,63 +169,3 @@ def check_ours(root: Path, known: set[str], mark: Path) -> None:
     known = known | {LOG}
     if [name for name in strangers if re.sub(r"\.(partial|writing|old)$", "", name.strip(".")) not in known]:
         raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
-
-
-def unfinished(
-    folder: Path, made_of: Fingerprint, keeps: bool, replaces: bool, held: contextlib.ExitStack
-) -> Path | None:
-    """The temporary folder beside `folder`: as unfinished work of the same fingerprint left it, or new; None where
-    `folder` is finished, else `held` owns it from here on."""
-
-    def finished() -> bool:
-        if not folder.exists() and not folder.is_symlink():
-            return False
-        try:
-            made_of.check_finished(folder)
-        except MadeOtherwise:
-            if replaces:
-                return False
-            raise
-        return True
-
-    if finished():
-        return None
-    left = held.enter_context(owned(folder))
-    if finished():  # by whoever owned it just now
-        return None
-    mark = folder.with_name(f".{folder.name}.partial") / BEGUN
-    temporary = partial_of(folder, left or mark.is_file())
-    try:
-        if temporary.exists() and not (keeps and made_of.began(mark)):
-            shutil.rmtree(temporary)
-        if not temporary.exists():
-            temporary.mkdir()
-            if keeps:
-                write_json(mark, {"look": made_of.look, "fingerprint": None})
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
-    return temporary
-
-
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Gives the finished folder its name; one that it replaces is whole until then."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    finish_folder(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def is_worth_keeping(error: BaseException, temporary: Path, scratch: str | None) -> bool:
-    """Whether the same command may resume: after a kill, a defect or a full disk; not where the input was wrong from
-    the start."""
-    worked = scratch is not None and (temporary / scratch).exists()
-    return worked or isinstance(error, DiskError) or not isinstance(error, InputError)
-
-
-def clear(folder: Path, scratch: str | None) -> None:
-    """What only unfinished work needs goes; the folder has its name by then, so that a kill here loses nothing."""
-    (folder / BEGUN).unlink(missing_ok=True)
-    if scratch is not None:
-        shutil.rmtree(folder / scratch, ignore_errors=True)

@@ -1,0 +1,161 @@
+"""A stage's folder: made once, appears whole, resumes what is its own, and leaves alone what is not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from limbeck.models.errors import InputError
+from limbeck.models.fingerprint import fingerprint_of
+from limbeck.scripts.run.stage import stage
+from limbeck.tests.helpers import lasting
+
+
+def made(
+    folder: Path, source: Path, seed: int = 0, scratch: str | None = None, fail: BaseException | None = None
+) -> bool:
+    """A stage that counts its runs in the source's neighbour, and leaves one file; whether it had to be made."""
+    with stage(folder, "test", inputs={"source": source}, options={"seed": seed}, scratch=scratch) as work:
+        if work.finished:
+            return False
+        with (source.parent / "runs").open("a") as stream:
+            stream.write("x")
+        if scratch is not None and not isinstance(fail, InputError):
+            (work.folder / scratch).mkdir(exist_ok=True)
+            with (work.folder / scratch / "steps").open("a") as stream:
+                stream.write("s")
+        if fail is not None:
+            raise fail
+        (work.folder / "weights").write_text("w")
+    return True
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.mkdir()
+    (path / "a").write_text("1")
+    return path
+
+
+@pytest.mark.parametrize("scratch", [None, "work"])
+def test_a_finished_stage_is_not_done_again(scratch: str | None, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    assert made(out, source, scratch=scratch)
+    assert sorted(path.name for path in out.iterdir()) == ["limbeck.json", "weights"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert not made(out, source, scratch=scratch) and (tmp_path / "runs").read_text() == "x"
+    with pytest.raises(InputError, match=r"made otherwise \(seed was 0, now 5\)"):
+        made(out, source, seed=5, scratch=scratch)
+    (source / "a").write_text("2")
+    with pytest.raises(InputError, match=r"inputs\.source has changed"):
+        made(out, source, scratch=scratch)
+
+
+def test_equal_work_gives_equal_bytes(source: Path, tmp_path: Path) -> None:
+    made(tmp_path / "one", source)
+    made(tmp_path / "two", source, scratch="work")
+    for name in ("limbeck.json", "weights"):
+        assert lasting(tmp_path / "one" / name) == lasting(tmp_path / "two" / name)
+
+
+INTERRUPT: Any = KeyboardInterrupt()
+
+
+def test_unfinished_work_is_found_again_if_it_is_of_the_same_facts(source: Path, tmp_path: Path) -> None:
+    """Work of other facts is refused, whatever the other command keeps itself, and stays; so it does where an input
+    turns out wrong."""
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    for error in (INTERRUPT, INTERRUPT, InputError("wrong")):
+        with pytest.raises(type(error)):
+            made(out, source, scratch="work", fail=error)
+    assert not out.exists() and (partial / "work" / "steps").read_text() == "ss"
+    for scratch in ("work", None):
+        with pytest.raises(InputError, match=r"out\.partial was begun otherwise \(seed was 0, now 1\); remove it, or"):
+            made(out, source, seed=1, scratch=scratch)
+    before = (source / "a").stat()
+    os.utime(source / "a", (0, 0))
+    with pytest.raises(InputError, match=r"begun otherwise \(its inputs have changed\)"):
+        made(out, source, scratch="work")
+    os.utime(source / "a", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (partial / "work" / "steps").read_text() == "ss" and (tmp_path / "runs").read_text() == "xxx"
+    assert made(out, source, scratch="work") and [path.name for path in out.parent.glob("*out*")] == ["out"]
+
+
+def test_pieces_outlive_an_input_that_turns_out_wrong(source: Path, tmp_path: Path) -> None:
+    """Of a stage without a folder of its own for them: those of a run before; a first run's own go with its error."""
+    for error, left in ((InputError("wrong"), False), (INTERRUPT, True), (InputError("wrong"), True)):
+        with pytest.raises(type(error)), stage(tmp_path / "out", "test", inputs={}, options={}, resumes=True) as work:
+            (work.folder / "shard").write_text("x")
+            raise error
+        assert (tmp_path / ".out.partial" / "shard").exists() == left
+
+
+@pytest.mark.parametrize("name", ["log.txt", "training/metrics.jsonl", "training/speed.jsonl", "wandb/run/files",
+                                  ".distilled.writing", "rows-00001.safetensors.partial"])  # fmt: skip
+def test_an_unfinished_folder_without_work_is_replaced(name: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), stage(tmp_path / "out", "test", inputs={}, options={}, resumes=True) as work:
+        (work.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (work.folder / name).write_text("x")
+        raise KeyboardInterrupt
+    assert (tmp_path / ".out.partial" / name).exists()
+    assert made(tmp_path / "out", source, seed=1) and len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_what_is_made_anew_with_late_options_replaces_unfinished_work_and_says_so(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        made(out, source, scratch="work", fail=INTERRUPT)
+    with stage(out, "test", inputs={"source": source}, options={"seed": 1}, replaces=True) as work:
+        assert not (work.folder / "work").exists()
+    assert "was begun otherwise (seed was 0, now 1); it is made anew" in caplog.text
+
+
+def test_killed_between_the_rename_and_the_cleaning(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made(out, source, scratch="work")
+    (out / "work").mkdir()
+    (out / "begun.json").write_text("")
+    assert not made(out, source, scratch="work")
+    assert sorted(path.name for path in out.iterdir()) == ["limbeck.json", "weights"]
+
+
+@pytest.mark.parametrize("scratch", [None, "work"])
+def test_refused_input_leaves_nothing(scratch: str | None, source: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match="no"):
+        made(tmp_path / "out", source, scratch=scratch, fail=InputError("no"))
+    (tmp_path / "runs").unlink()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_foreign_folder_is_left_alone(content: str | None, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if content is not None:
+        (out / "limbeck.json").write_text(content)
+    with pytest.raises(InputError, match="not of limbeck"):
+        made(out, source)
+    assert len(list(out.iterdir())) == (content is not None)
+
+
+def test_fingerprint_of_our_folder_is_of_its_contents(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made(out, source)
+    before = fingerprint_of(out)
+    (out / "result.json").write_text(json.dumps({"path": str(out)}))
+    assert fingerprint_of(out) == before
+    (out / "weights").write_text("v")
+    with pytest.raises(InputError, match="weights is not as it was left"):
+        fingerprint_of(out)
+    (out / "limbeck.json").unlink()  # taken as it is
+    assert fingerprint_of(out) != before
+    plain = fingerprint_of(source)
+    (source / "result.json").write_text("data of the user's own")
+    assert fingerprint_of(source) != plain
