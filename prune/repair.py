@@ -55,7 +55,7 @@ class Repair:
     rotate: bool = False
     norms: str = "count"
     least_squares: bool = False
-    ridge: float = 0.01
+    ridge: float = 0.1
     whole_experts: float | None = None
     local_steps: int = 0
     local_rate: float = 0.02
@@ -90,7 +90,7 @@ class RepairOptions:
     rotate: bool | None = None
     norms: str = "count"
     least_squares: bool | None = None
-    ridge: float = 0.01
+    ridge: float = 0.1
     whole_experts: float | None = None
     local_steps: int = 0
     local_rate: float = 0.02

@@ -52,7 +52,8 @@ def principal_directions(
     on_layer: Callable[[int], None] | None = None,
 ) -> Rotation:
     """The rotation into the principal directions of the normed stream, the largest first: eigenvectors of the second
-    moments, summed over the norms of the layers that stay and the final one.
+    moments, summed over the norms of the layers that stay and the final one, which counts as much as they do together:
+    what the head does not see is in the logits at once, what one layer does not see the others can make up for.
 
     Tied embeddings leave no matrix after the final norm to fold its weights into, and weights survive a rotation only
     where they are equal. So the channels whose weight is off the median (by more than `TIED_TOLERANCE` of it; half of
@@ -65,9 +66,9 @@ def principal_directions(
         if layer == config.num_layers or layer in selection.layers:
             last = torch.zeros_like(moments)
             for rows in streams.counted():
-                normed = torch.nn.functional.normalize(rows.double(), dim=-1)
-                last += normed.T @ normed
-            moments += last
+                normed = torch.nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
+                last += (normed.T @ normed).double()
+            moments += last if layer < config.num_layers else last * len(selection.layers)
         if layer < config.num_layers:
             streams.advance(one_layer(config, layer, get_tensor, device, dtype))
             if on_layer is not None:
