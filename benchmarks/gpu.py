@@ -20,9 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +29,7 @@ if not __package__:
     import checkout  # noqa: F401
 
 import torch
+from limbeck.benchmarks import guarded
 from limbeck.benchmarks.gpu_cases import DRAWN, Op, operators
 from limbeck.benchmarks.gpu_measures import (
     TINY,
@@ -48,21 +47,11 @@ from limbeck.benchmarks.gpu_measures import (
 )
 from limbeck.benchmarks.gpu_peers import PACKAGES
 from limbeck.benchmarks.gpu_sweep import FULL, PEER, adopt_case, sweep_case, sweep_cases
-from limbeck.benchmarks.guarded import (
-    Budget,
-    Case,
-    Runner,
-    case_process,
-    in_this_process,
-    interpreter_refusal,
-    run_benchmark,
-    serve,
-)
+from limbeck.benchmarks.guarded import Case, Runner, case_process, in_this_process, run_benchmark, serve
 
 __all__ = ["check", "main", "operators"]
 
 SHAPES = ((1, 8192), (8, 8192), (1, 32768), (8, 32768))
-BUDGET, SHORT_BUDGET = 520.0, 165.0  # with what Python takes to start, within 9 and 3 minutes
 SHARES = {"sweep": 0.3}  # of the budget, at most
 WORK = {
     "machine": machine_case, "rates": rates_case, "wheel": wheel_case, "peer": peer_case, "check": check_case,
@@ -183,14 +172,10 @@ def worker_environment(cache: str, into: str) -> dict[str, str]:
 
 
 def options_of(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="where the figures go")
+    short, interpret = "one shape, 8192 tokens, instead of four", "correctness alone, in Triton's interpreter"
+    parser = guarded.script_options((__doc__ or "").splitlines()[0], "gpu.json", short, interpret)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these kernels alone")
-    parser.add_argument("--short", action="store_true", help="one shape, 8192 tokens, instead of four")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="520, with --short 165; interpreted: no end")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="peers to install where they are not")
-    parser.add_argument("--interpret", action="store_true", help="correctness alone, in Triton's interpreter")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     return parser, parser.parse_args(arguments)
 
 
@@ -204,13 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     wheels = sorted(options.wheels.glob("*.whl")) if options.wheels else []
     if options.wheels and not wheels:
         parser.error(f"--wheels {options.wheels} has no wheel")
-    if options.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported and kernels are defined
-    refusal = interpreter_refusal() if options.interpret else ""
-    if not (refusal or options.interpret or options.worker is not None or torch.cuda.is_available()):
-        refusal = "no CUDA device here; --interpret checks the kernels on the CPU"
-    if refusal:
-        print(f"gpu: {refusal}", file=sys.stderr)
+    if guarded.is_refused(options):
         return 2
     if options.worker is not None:
         DRAWN["device"] = "cuda"
@@ -220,8 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: argparse.Namespace, ops: dict[str, Op], wheels: list[Path]) -> int:
-    seconds = options.budget or (math.inf if options.interpret else SHORT_BUDGET if options.short else BUDGET)
-    budget = Budget(seconds, SHARES)
+    budget = guarded.budget_of(options, SHARES)
     if options.interpret:
         kept = {name: op for name, op in ops.items() if name != FLEX}
         cases = [{"kind": "machine"}, *check_cases(kept, "float32", (2, 9))]

@@ -7,6 +7,7 @@ are given in the order of their worth; one is begun only where as much time is l
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -29,6 +30,7 @@ Case = dict[str, Any]
 Runner = Callable[[Case, float], Case]  # with the most seconds that it may take
 
 UNKNOWN = 5.0  # seconds that the first case of its kind is thought to take
+SECONDS, SHORT_SECONDS = 520.0, 165.0  # of a run; with what Python takes to start, within 9 and 3 minutes
 LONGEST = 150.0  # seconds after which a case counts as one that never ends
 ATTEMPTS = 3  # processes that may end one after the other before they have given a row
 STOPPED = "stopped"  # in the row of a case that took too long
@@ -176,6 +178,38 @@ def interpreter_refusal() -> str:
             " numpy < 2.5, or triton >= 3.7"
         )
     return ""
+
+
+def script_options(description: str, path: str, short: str, interpret: str) -> argparse.ArgumentParser:
+    """What the scripts have in common; where the figures go, and what `--short` and `--interpret` are of each."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, default=Path(path), help="where the figures go")
+    parser.add_argument("--short", action="store_true", help=short)
+    budget = f"{SECONDS:.0f}, with --short {SHORT_SECONDS:.0f}; interpreted: no end"
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help=budget)
+    parser.add_argument("--interpret", action="store_true", help=interpret)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def is_refused(options: argparse.Namespace) -> bool:
+    """Whether it cannot run here, which is said; sets up Triton's interpreter where that is wanted."""
+    import torch
+
+    refusal = ""
+    if options.interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported and kernels are defined
+        refusal = interpreter_refusal()
+    elif options.worker is None and not torch.cuda.is_available():
+        refusal = "no CUDA device here; --interpret runs the kernels on the CPU"
+    if refusal:
+        print(refusal, file=sys.stderr)
+    return bool(refusal)
+
+
+def budget_of(options: argparse.Namespace, shares: dict[str, float], longest: float = LONGEST) -> Budget:
+    seconds = math.inf if options.interpret else SHORT_SECONDS if options.short else SECONDS
+    return Budget(options.budget or seconds, shares, longest)
 
 
 def device_error() -> str:

@@ -17,34 +17,23 @@ all of it at tiny sizes on the CPU, in Triton's interpreter: its figures say not
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import gc
-import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 if not __package__:
     import checkout  # noqa: F401
 
 import torch
-from limbeck.benchmarks.guarded import (
-    Budget,
-    Case,
-    Runner,
-    case_process,
-    in_this_process,
-    interpreter_refusal,
-    run_benchmark,
-    serve,
-)
+from limbeck.benchmarks import guarded
+from limbeck.benchmarks.guarded import Case, Runner, case_process, in_this_process, run_benchmark, serve
 from limbeck.benchmarks.published import PUBLISHED
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.hardware import GIB, Place
@@ -68,7 +57,7 @@ USABLE = 22.06 * GIB  # of an A10G, arXiv 2508.14444
 SHARE = 0.95  # of it, for us
 MOST_OFF, RIGHT = 0.02, {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BUDGET, SHORT_BUDGET, LONGEST_CASE = 520.0, 165.0, 300.0  # seconds; with what Python takes to start, 9 and 3 minutes
+LONGEST_CASE = 300.0  # seconds
 # arXiv 2508.14444: Nemotron-Nano-9B-v2 over Qwen3-8B on an A10G.
 TOKENS, SEQUENCES = 24, 2  # of the check
 PUBLISHED_RATIO = {(1024, 8192): 3.3, (8192, 16384): 6.3}
@@ -327,28 +316,17 @@ def working(plan: Plan) -> Callable[[Case], Case]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("inference.json"), help="where the figures go")
+    short, interpret = "one length of input and output instead of four", "tiny sizes on the CPU, Triton interpreted"
+    parser = guarded.script_options((__doc__ or "").splitlines()[0], "inference.json", short, interpret)
     parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help="these alone")
-    parser.add_argument("--short", action="store_true", help="one length of input and output instead of four")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="520, with --short 165; interpreted: no end")
-    parser.add_argument("--interpret", action="store_true", help="tiny sizes on the CPU, in Triton's interpreter")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.interpret:
-        os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported and kernels are defined
-    refusal = interpreter_refusal() if options.interpret else ""
-    if not (refusal or options.interpret or options.worker is not None or torch.cuda.is_available()):
-        refusal = "no CUDA device here; --interpret runs it at tiny sizes on the CPU"
-    if refusal:
-        print(f"inference: {refusal}", file=sys.stderr)
+    if guarded.is_refused(options):
         return 2
     plan = tiny_plan() if options.interpret else full_plan()
     if options.worker is not None:
         torch.set_float32_matmul_precision("highest")
         return serve(working(plan), options.worker)
-    seconds = math.inf if options.interpret else SHORT_BUDGET if options.short else BUDGET
-    budget = Budget(options.budget or seconds, {}, longest=LONGEST_CASE)
+    budget = guarded.budget_of(options, {}, LONGEST_CASE)
     cases = functools.partial(cases_of, plan, options.only, options.short)
     with contextlib.ExitStack() as closed:
         runner: Runner = in_this_process(working(plan))

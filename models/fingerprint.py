@@ -4,6 +4,9 @@ All that holds no time or path, so that equal work gives equal bytes; these stan
 hashed. The sums of large inputs are taken by a thread while the stage works: until they are known, files count as the
 same by name, size and time of change (their `look`).
 It holds the sums of what the stage left, too: whoever reads the folder next finds what has been damaged since.
+Unfinished work, in a folder beside the stage's output, is resumed by whoever would make the same there. Nobody else
+clears it while it holds work, such as a training's states or finished shards: these took hours, and a command with a
+slip in it would have none to show for them.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import platform
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +27,7 @@ from typing import Any
 
 from .. import __version__
 from .errors import InputError
-from .folder import file_sum, file_sums, write_json
+from .folder import file_sum, file_sums, owned, partial_of, write_json
 from .foreign import read_object
 
 PROVENANCE = "limbeck.json"
@@ -32,6 +37,10 @@ LOG = "log.txt"  # what a stage said of its progress, by the clock
 RUN = "run"  # of limbeck.json: command, host, times, paths and sizes, in no sum
 PAGES = ("gap.html", "report.html")  # say when and how long, and are made from files that are hashed
 LOGS = ("wandb", "tensorboard")
+BEGUN = "begun.json"  # of unfinished work: its fingerprint
+AGAIN = (BEGUN, LOG, SPEED, "metrics.jsonl")  # what every run begins anew where no state is there
+
+log = logging.getLogger("limbeck")
 
 
 # What the limbeck.json of every stage has.
@@ -164,6 +173,60 @@ class Fingerprint:
                 f"{folder} exists already, made otherwise ({'; '.join(differences(made, content)[:3])});"
                 " give another output, or remove the folder to make it anew"
             )
+
+
+def unfinished(
+    folder: Path, made_of: Fingerprint, keeps: bool, replaces: bool, held: contextlib.ExitStack
+) -> Path | None:
+    """The temporary folder beside `folder`: as unfinished work of the same fingerprint left it, or new; None where
+    `folder` is finished, else `held` owns it from here on. What `replaces` a finished folder that was made otherwise
+    replaces unfinished work too.
+
+    Raises InputError where there is work of another fingerprint.
+    """
+
+    def finished() -> bool:
+        if not folder.exists() and not folder.is_symlink():
+            return False
+        try:
+            made_of.check_finished(folder)
+        except MadeOtherwise:
+            if replaces:
+                return False
+            raise
+        return True
+
+    if finished():
+        return None
+    left = held.enter_context(owned(folder))
+    if finished():  # by whoever owned it just now
+        return None
+    mark = folder.with_name(f".{folder.name}.partial") / BEGUN
+    temporary = partial_of(folder, left or mark.is_file())
+    try:
+        if temporary.exists() and not (keeps and made_of.began(mark)):
+            if mark.is_file() and holds_work(temporary):
+                otherwise = f"{temporary} was begun otherwise ({made_of.unlike(mark)})"
+                if not replaces:
+                    raise InputError(f"{otherwise}; remove it, or give another output")
+                log.warning(f"{otherwise}; it is made anew")
+            shutil.rmtree(temporary)
+        if not temporary.exists():
+            temporary.mkdir()
+            if keeps:
+                made_of.mark_begun(mark)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+    return temporary
+
+
+def holds_work(temporary: Path) -> bool:
+    """Whether an unfinished folder has what its command would not make again: a state, a shard, a measured figure."""
+    names = (path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+    return any(
+        name.name not in AGAIN and not name.name.endswith((".partial", ".writing")) and name.parts[0] not in LOGS
+        for name in names
+    )
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from . import attention, mamba2, mlp, moe, parallel
-from .errors import InputError
+from .errors import InputError, guess
 from .layer import LayerKind, ScoreSource
 from .variants import variant_kind
 
@@ -27,6 +30,18 @@ def kinds_of(pattern: str, variants: str = "") -> tuple[LayerKind, ...]:
 def score_sources() -> dict[str, ScoreSource]:
     """What scores each axis of the layers, whichever kind has it."""
     return {axis: source for kind in KINDS.values() for axis, source in kind.scores.items()}
+
+
+def check_sources(options: Any, where: str, **also: Sequence[str]) -> None:
+    """Raises InputError where one of the options that say what scores an axis is none of its layer kind's; `also`: the
+    values of further options."""
+    choices = dict(also)
+    for source in score_sources().values():
+        if source.option and hasattr(options, source.option):
+            choices[source.option] = [*source.observed, *([source.left_out] if source.left_out else [])]
+    for name, known in choices.items():
+        if (value := getattr(options, name)) not in known:
+            raise InputError(f"{where}{name} is {value!r}; known: {', '.join(known)}{guess(str(value), known)}")
 
 
 def kind_by_key(key: str, where: str) -> LayerKind:

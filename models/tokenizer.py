@@ -16,13 +16,12 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from .backend import open_backend
+from .backend import added_ids, open_backend, put_before, state_of
 from .checkpoint import load_config
 from .config import HybridConfig
 from .errors import InputError
 from .folder import write_json
 from .foreign import LARGEST_WIDTH, SETTINGS, read_object
-from .post_processor import added_ids, put_before, state_of
 
 log = logging.getLogger("limbeck")
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -10,10 +10,10 @@ from pydantic import PositiveInt
 
 from ..models.config import HybridConfig
 from ..models.errors import InputError
-from ..models.kinds import kind_by_key
+from ..models.kinds import check_sources, kind_by_key
 from ..models.quantities import check_between
 from .depth import step_size
-from .width_metrics import ActivationScores, MagnitudeScores, RandomScores, TaylorScores, WidthMetric, check_choices
+from .width_metrics import AGGREGATED, ActivationScores, MagnitudeScores, RandomScores, TaylorScores, WidthMetric
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Importance:
 
     def __post_init__(self) -> None:
         check_between(self, "importance.", 0, math.inf, "remove_layers")
-        check_choices(self)
+        check_sources(self, "importance.", **AGGREGATED)
         for kind, number in self.min_layers.items():
             kind_by_key(kind, "importance.min_layers")
             if number < 0:

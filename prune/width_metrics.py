@@ -9,8 +9,8 @@ Shapes: [S, T] samples and tokens, [U...] the units of an axis (scores.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,12 +19,12 @@ from ..models import processes
 from ..models.axes import HIDDEN, MATRICES, Axis, Role, TensorSpec, segment_size, tensor_table
 from ..models.checkpoint import row_blocks
 from ..models.config import HybridConfig
-from ..models.errors import InputError, guess
-from ..models.kinds import score_sources
+from ..models.kinds import check_sources, score_sources
 from .scores import WidthScores, check_width_scores, width_score_shapes
 
 GetTensor = Callable[[str], Tensor]
 AGGREGATES = ("mean", "l2", "var")
+AGGREGATED = dict.fromkeys(("aggregate_batch", "aggregate_sequence"), AGGREGATES)
 
 
 class Moments:
@@ -94,17 +94,6 @@ class WidthMetric:
         raise NotImplementedError
 
 
-def check_choices(options: Any) -> None:
-    """Raises InputError where one of the options of `ActivationScores` is none of those that there are."""
-    choices: dict[str, Sequence[str]] = dict.fromkeys(("aggregate_batch", "aggregate_sequence"), AGGREGATES)
-    for source in score_sources().values():
-        if source.option and hasattr(options, source.option):
-            choices[source.option] = [*source.observed, *([source.left_out] if source.left_out else [])]
-    for name, known in choices.items():
-        if (value := getattr(options, name)) not in known:
-            raise InputError(f"importance.{name} is {value!r}; known: {', '.join(known)}{guess(str(value), known)}")
-
-
 @dataclasses.dataclass(frozen=True)
 class ActivationScores(WidthMetric):
     """The size of a unit's activations, aggregated over the positions whose label counts, then over samples.
@@ -129,7 +118,7 @@ class ActivationScores(WidthMetric):
     times_output: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_sources(self, "importance.", **AGGREGATED)
 
     @property
     def observed(self) -> Mapping[str, str]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import tokenizers
 import torch
+from limbeck.models.backend import begins_with
 from limbeck.models.checkpoint import save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.folder import write_json
 from limbeck.models.gguf.pretokenizers import DIGIT, GPT2, KNOWN
 from limbeck.models.multipliers import Multipliers
-from limbeck.models.post_processor import begins_with
 from limbeck.models.rope import Llama3Rope, YarnRope
 from limbeck.tests.helpers import EXPERTS, TEXT, random_model, tiny_config
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers

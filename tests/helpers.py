@@ -6,10 +6,14 @@ import contextlib
 import io
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from limbeck.models.checkpoint import save_model
 from limbeck.models.config import HybridConfig
@@ -147,6 +151,15 @@ def limbeck(*arguments: str) -> tuple[int, str, str]:
 
 # What may differ between two runs of the same work: all of these, and limbeck.json's `run`.
 TIMES = ("result.json", "speed.jsonl", "log.txt", "gap.html", "report.html")
+
+
+def run_interpreted(*arguments: str) -> None:
+    """Runs files of tests, in a process of their own in which every Triton kernel is interpreted."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def lasting(path: Path) -> bytes:

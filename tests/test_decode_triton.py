@@ -4,9 +4,6 @@ and what their machine code and source promise."""
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from limbeck.kernels import launch, mamba_step
 from limbeck.kernels.norm import add_rms_norm, forward_launch
+from limbeck.tests.helpers import run_interpreted
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -23,23 +21,14 @@ SHAPES = (NINE, (16, 32, 4, 64), (128, 64, 8, 256), (32, 64, 1, 128))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def run_interpreter(*arguments: str) -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_decode.py", *arguments]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
-
-
 def test_interpreter() -> None:
-    run_interpreter()
+    run_interpreted("interpreted_decode.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_interpreter_many() -> None:
-    run_interpreter("-m", "slow")
+    run_interpreted("interpreted_decode.py", "-m", "slow")
 
 
 def step_tensors(shape: tuple[int, ...], dtype: torch.dtype, state: torch.dtype, device: str) -> tuple[Any, ...]:

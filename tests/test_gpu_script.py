@@ -147,7 +147,7 @@ def test_a_run_on_a_card_goes_by_worth() -> None:
 
 
 def test_budgets_fit_nine_minutes_and_three() -> None:
-    assert gpu.BUDGET <= 530 and gpu.SHORT_BUDGET <= 170 and gpu.SHARES["sweep"] * gpu.BUDGET > 120
+    assert guarded.SECONDS <= 530 and guarded.SHORT_SECONDS <= 170 and gpu.SHARES["sweep"] * guarded.SECONDS > 120
 
 
 def test_what_a_row_says(capsys: pytest.CaptureFixture[str]) -> None:

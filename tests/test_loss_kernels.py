@@ -16,29 +16,20 @@ from limbeck.kernels.attention import attention, decode_attention, document_mask
 from limbeck.kernels.linear_kl import linear_kl
 from limbeck.kernels.norm import rms_norm
 from limbeck.models.attention import attention_mask
-from limbeck.tests.helpers import assert_close
+from limbeck.tests.helpers import assert_close, run_interpreted
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-HERE = Path(__file__).parent
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, table of compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
-def interpret(*options: str) -> None:
-    """Runs the files of tests in which every Triton kernel is interpreted."""
-    files = [str(HERE / name) for name in ("interpreted_loss.py", "interpreted_attention.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *options]
-    found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout[-6000:] + found.stderr[-2000:]
-
-
 def test_interpreted() -> None:
-    interpret()
+    run_interpreted("interpreted_loss.py", "interpreted_attention.py")
 
 
 @pytest.mark.slow
 def test_interpreted_many() -> None:
-    interpret("-m", "slow")
+    run_interpreted("interpreted_loss.py", "interpreted_attention.py", "-m", "slow")
 
 
 @pytest.mark.slow

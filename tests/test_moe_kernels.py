@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from limbeck.kernels.moe import expert_mlp, grouped_gradient, grouped_product, routing_of
 from limbeck.kernels.moe_torch import segment_gradient, takes_torch_grouped, torch_gradient
 from limbeck.kernels.reference import expert_mlp_reference
-from limbeck.tests.helpers import Largest, assert_close
+from limbeck.tests.helpers import Largest, assert_close, run_interpreted
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -165,14 +164,11 @@ def test_shapes_that_disagree_are_refused(wrong: dict[str, Tensor]) -> None:
         expert_mlp(**(right | wrong))
 
 
-HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block may have (CUDA guide)
 
 
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_moe.py")]
-    found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout[-6000:] + found.stderr[-2000:]
+    run_interpreted("interpreted_moe.py")
 
 
 @pytest.mark.slow

@@ -4,12 +4,10 @@ offline compilation, the operators' registration, and fake CUDA tensors."""
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from limbeck.kernels import launch
 from limbeck.kernels.causal_conv1d import causal_conv1d, causal_conv1d_step, conv_backward_op, conv_op, step_op
 from limbeck.kernels.ssd import scan_backward_op, scan_op, ssd_scan
 from limbeck.kernels.state_update import state_update, update_op
+from limbeck.tests.helpers import run_interpreted
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -26,24 +25,14 @@ NINE = {"heads": 128, "head_dim": 80, "groups": 8, "state": 128}  # Nemotron-Nan
 ZOO = {"heads": 16, "head_dim": 32, "groups": 4, "state": 64}
 
 
-def run_interpreter(*arguments: str) -> None:
-    pytest.importorskip("triton")
-    files = ("interpreted_ssm.py", "interpreted_sweep.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *arguments]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
-
-
 def test_interpreter() -> None:
-    run_interpreter()
+    run_interpreted("interpreted_ssm.py", "interpreted_sweep.py")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_interpreter_many() -> None:
-    run_interpreter("-m", "slow")
+    run_interpreted("interpreted_ssm.py", "interpreted_sweep.py", "-m", "slow")
 
 
 def scan_inputs(device: str, dtype: torch.dtype, *, heads: int, head_dim: int, groups: int, state: int) -> Any:

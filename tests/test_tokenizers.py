@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 from limbeck.distill.text.pieces import encoded_texts
-from limbeck.models.backend import check_maps
+from limbeck.models.backend import begins_with, check_maps
 from limbeck.models.checkpoint import save_model
 from limbeck.models.errors import InputError
 from limbeck.models.generate.detokenize import TextStream
 from limbeck.models.gguf.vocabulary import read_vocabulary
 from limbeck.models.named import SHIPPED
-from limbeck.models.post_processor import begins_with
 from limbeck.models.tokenizer import check_agreement, load_tokenizer, say_once
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers

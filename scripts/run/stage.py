@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ...models import processes
-from ...models.errors import InputError
-from ...models.fingerprint import LOG, PROVENANCE, RUN, Fingerprint, summed
-from ...models.folder import owned, write_json
+from ...models.errors import DiskError, InputError
+from ...models.fingerprint import BEGUN, LOG, PROVENANCE, RUN, Fingerprint, summed, unfinished
+from ...models.folder import finish_folder, owned, write_json
 from ...models.foreign import own_path
 from ...models.named import input_notes
-from ...models.unfinished import BEGUN, clear, is_worth_keeping, put_in_place, unfinished
 from .facts import run_facts
 from .resolve import torch_device
 from .show import console, logged
@@ -169,3 +168,27 @@ def check_ours(root: Path, known: set[str], mark: Path) -> None:
     known = known | {LOG}
     if [name for name in strangers if re.sub(r"\.(partial|writing|old)$", "", name.strip(".")) not in known]:
         raise InputError(f"{root} exists already and is not of limbeck; give an output that does not")
+
+
+def is_worth_keeping(error: BaseException, temporary: Path, scratch: str | None, resumed: bool) -> bool:
+    """Whether the same command may resume: after a kill, a defect or a full disk, and what it had `resumed` itself; not
+    where the input was wrong from the start."""
+    worked = resumed or (scratch is not None and (temporary / scratch).exists())
+    return worked or isinstance(error, DiskError) or not isinstance(error, InputError)
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Gives the finished folder its name; one that it replaces is whole until then."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    finish_folder(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clear(folder: Path, scratch: str | None) -> None:
+    """What only unfinished work needs goes; the folder has its name by then, so that a kill here loses nothing."""
+    (folder / BEGUN).unlink(missing_ok=True)
+    if scratch is not None:
+        shutil.rmtree(folder / scratch, ignore_errors=True)
