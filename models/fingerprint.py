@@ -27,7 +27,7 @@ from typing import Any
 
 from .. import __version__
 from .errors import InputError
-from .folder import file_sum, file_sums, owned, partial_of, write_json
+from .folder import file_sum, file_sums, finish_folder, owned, partial_of, unchanging, write_json
 from .foreign import read_object
 
 PROVENANCE = "limbeck.json"
@@ -176,11 +176,16 @@ class Fingerprint:
 
 
 def unfinished(
-    folder: Path, made_of: Fingerprint, keeps: bool, replaces: bool, held: contextlib.ExitStack
+    folder: Path,
+    made_of: Fingerprint,
+    keeps: bool,
+    replaces: bool,
+    held: contextlib.ExitStack,
+    scratch: str | None = None,
 ) -> Path | None:
     """The temporary folder beside `folder`: as unfinished work of the same fingerprint left it, or new; None where
-    `folder` is finished, else `held` owns it from here on. What `replaces` a finished folder that was made otherwise
-    replaces unfinished work too.
+    `folder` is finished, else `held` owns it from here on. One that was killed before it got its name, but after all
+    was done, gets it now. What `replaces` a finished folder that was made otherwise replaces unfinished work too.
 
     Raises InputError where there is work of another fingerprint.
     """
@@ -197,6 +202,7 @@ def unfinished(
         return True
 
     if finished():
+        (folder / BEGUN).unlink(missing_ok=True)
         return None
     left = held.enter_context(owned(folder))
     if finished():  # by whoever owned it just now
@@ -204,6 +210,11 @@ def unfinished(
     mark = folder.with_name(f".{folder.name}.partial") / BEGUN
     temporary = partial_of(folder, left or mark.is_file())
     try:
+        if (temporary / PROVENANCE).is_file():
+            with contextlib.suppress(InputError):
+                made_of.check_finished(temporary)
+                put_in_place(temporary, folder, scratch)
+                return None
         if temporary.exists() and not (keeps and made_of.began(mark)):
             if mark.is_file() and holds_work(temporary):
                 otherwise = f"{temporary} was begun otherwise ({made_of.unlike(mark)})"
@@ -218,6 +229,20 @@ def unfinished(
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from None
     return temporary
+
+
+def put_in_place(temporary: Path, folder: Path, scratch: str | None) -> None:
+    """Gives a finished folder its name, without the scratch folder: whoever reads it from then on finds what stays. One
+    that it replaces is whole until then."""
+    if scratch is not None:
+        shutil.rmtree(temporary / scratch, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    finish_folder(temporary, folder)
+    (folder / BEGUN).unlink(missing_ok=True)  # not before, since it says whose the temporary folder is
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def holds_work(temporary: Path) -> bool:
@@ -268,14 +293,14 @@ def files_of(folder: Path) -> list[Path]:
 
 def content_files(folder: Path) -> list[Path]:
     """The files of a folder of ours: not what made it, nor result.json, which is written once it is finished, nor what
-    holds times (speed.jsonl, log.txt, pages, the logs in wandb/ and tensorboard/)."""
+    holds times (speed.jsonl, log.txt, pages, the logs in wandb/ and tensorboard/), nor begun.json."""
     return sorted(file for file in folder.rglob("*") if file.is_file() and is_content(file.relative_to(folder)))
 
 
 def is_content(name: Path) -> bool:
     """Whether a file of a folder of ours, by its path in there, is part of what is hashed."""
     apart = name.parts[0] in (PROVENANCE, RESULT, *PAGES) if len(name.parts) == 1 else name.parts[0] in LOGS
-    return not apart and name.name not in (SPEED, LOG, PROVENANCE)  # a folder in it has sums of its own
+    return not apart and name.name not in (SPEED, LOG, BEGUN, PROVENANCE)  # a folder in it has sums of its own
 
 
 def fingerprint_of(value: Path | str, at_once: int = 4) -> str:
@@ -283,11 +308,12 @@ def fingerprint_of(value: Path | str, at_once: int = 4) -> str:
     InputError where a folder of ours is not as it was left."""
     if isinstance(value, str):
         return value
-    if not value.is_dir():
-        return file_sum(value)
-    sums = file_sums(value, files_of(value), at_once, recorded_sums(value))
-    check_sums(value, sums)
-    return digest(sums)
+    with unchanging(value):
+        if not value.is_dir():
+            return file_sum(value)
+        sums = file_sums(value, files_of(value), at_once, recorded_sums(value))
+        check_sums(value, sums)
+        return digest(sums)
 
 
 def check_files(folder: Path, names: Sequence[str] | None = None) -> None:
@@ -351,8 +377,10 @@ def look_of(value: Path | str) -> Any:
         return value
     if not value.exists():
         raise InputError(f"{value} does not exist; expected a folder or a file")
-    files = {file.relative_to(value).as_posix(): file for file in files_of(value)} if value.is_dir() else {"": value}
-    return {name: (file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()}
+    with unchanging(value):
+        found = files_of(value) if value.is_dir() else [value]
+        files = {file.relative_to(value).as_posix() if file != value else "": file for file in found}
+        return {name: (file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()}
 
 
 def digest(content: Any) -> str:

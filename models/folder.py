@@ -141,6 +141,16 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def unchanging(value: Path) -> Iterator[None]:
+    """Raises InputError where a file of a folder goes while the block reads it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        gone = f"{error.filename} is gone"
+        raise InputError(f"{value} changed while it was read ({gone}); run the same command again") from None
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from limbeck.models.errors import InputError
-from limbeck.models.fingerprint import fingerprint_of
+from limbeck.models.fingerprint import Fingerprint, fingerprint_of, look_of
 from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import lasting
 
@@ -65,10 +66,13 @@ def test_equal_work_gives_equal_bytes(source: Path, tmp_path: Path) -> None:
 INTERRUPT: Any = KeyboardInterrupt()
 
 
-def test_unfinished_work_is_found_again_if_it_is_of_the_same_facts(source: Path, tmp_path: Path) -> None:
+def test_unfinished_work_is_found_again_if_it_is_of_the_same_facts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Work of other facts is refused, whatever the other command keeps itself, and stays; so it does where an input
-    turns out wrong."""
+    turns out wrong. Inputs are the same by their look while their sums are not known."""
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    monkeypatch.setattr(Fingerprint, "begin", lambda *_: None)  # its thread would have the sums, or not
     for error in (INTERRUPT, INTERRUPT, InputError("wrong")):
         with pytest.raises(type(error)):
             made(out, source, scratch="work", fail=error)
@@ -94,6 +98,22 @@ def test_pieces_outlive_an_input_that_turns_out_wrong(source: Path, tmp_path: Pa
         assert (tmp_path / ".out.partial" / "shard").exists() == left
 
 
+def test_unfinished_work_is_found_again_by_the_sums_of_its_inputs(source: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", {"seed": 0}
+    with (
+        pytest.raises(KeyboardInterrupt),
+        stage(out, "test", inputs={"source": source}, options=options, scratch="work") as work,
+    ):
+        work.content()
+        assert work.made_of.thread is not None
+        work.made_of.thread.join()
+        (work.folder / "work").mkdir()
+        raise KeyboardInterrupt
+    os.utime(source / "a", (0, 0))
+    with stage(out, "test", inputs={"source": source}, options=options, scratch="work") as work:
+        assert (work.folder / "work").is_dir()
+
+
 @pytest.mark.parametrize("name", ["log.txt", "training/metrics.jsonl", "training/speed.jsonl", "wandb/run/files",
                                   ".distilled.writing", "rows-00001.safetensors.partial"])  # fmt: skip
 def test_an_unfinished_folder_without_work_is_replaced(name: str, source: Path, tmp_path: Path) -> None:
@@ -116,13 +136,47 @@ def test_what_is_made_anew_with_late_options_replaces_unfinished_work_and_says_s
     assert "was begun otherwise (seed was 0, now 1); it is made anew" in caplog.text
 
 
-def test_killed_between_the_rename_and_the_cleaning(source: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    made(out, source, scratch="work")
-    (out / "work").mkdir()
-    (out / "begun.json").write_text("")
-    assert not made(out, source, scratch="work")
+@pytest.mark.parametrize("place", ["scratch", "rename", "begun"])
+def test_killed_while_the_folder_gets_its_name(
+    place: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its scratch folder goes, before the rename, and after: the same command finds it finished."""
+    out, calls = tmp_path / "out", {"scratch": (shutil, "rmtree"), "rename": (os, "rename"), "begun": (Path, "unlink")}
+    called = getattr(*calls[place])
+
+    def killed(path: Path, *rest: Any, **named: Any) -> None:
+        if path.name in ("work", ".out.partial", "begun.json"):
+            raise KeyboardInterrupt
+        called(path, *rest, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(*calls[place], killed)
+        made(out, source, scratch="work")
+    assert out.exists() == (place == "begun")
+    with pytest.raises(InputError, match=r"(begun|made) otherwise \(seed was 0, now 5\)"):
+        made(out, source, seed=5, scratch="work")
+    assert not made(out, source, scratch="work") and (tmp_path / "runs").read_text() == "x"
     assert sorted(path.name for path in out.iterdir()) == ["limbeck.json", "weights"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs", "source"]
+
+
+def test_a_folder_that_is_seen_has_nothing_that_goes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the moment that it has its name; a reader that meets its files going is told."""
+    out, rename, seen = tmp_path / "out", os.rename, []
+
+    def watched(temporary: Path, folder: Path) -> None:
+        rename(temporary, folder)
+        seen.append((sorted(path.name for path in folder.iterdir()), fingerprint_of(folder)))
+
+    monkeypatch.setattr(os, "rename", watched)
+    assert made(out, source, scratch="work")
+    assert seen == [(["begun.json", "limbeck.json", "weights"], fingerprint_of(out))]
+    monkeypatch.setattr("limbeck.models.fingerprint.files_of", lambda folder: [folder / "weights", folder / "gone"])
+    for read in (fingerprint_of, look_of):
+        with pytest.raises(InputError, match=r"out changed while it was read \(\S+gone is gone\); run the same"):
+            read(out)
 
 
 @pytest.mark.parametrize("scratch", [None, "work"])

@@ -14,8 +14,8 @@ from typing import Any
 
 from ...models import processes
 from ...models.errors import DiskError, InputError
-from ...models.fingerprint import BEGUN, LOG, PROVENANCE, RUN, Fingerprint, summed, unfinished
-from ...models.folder import finish_folder, owned, write_json
+from ...models.fingerprint import BEGUN, LOG, PROVENANCE, RUN, Fingerprint, put_in_place, summed, unfinished
+from ...models.folder import owned, write_json
 from ...models.foreign import own_path
 from ...models.named import input_notes
 from .facts import run_facts
@@ -93,7 +93,7 @@ def stage(
     then `work.finished` is true, and the block should leave it alone.
 
     With `resumes` the temporary folder outlives a kill and a full disk, and the block sees what it has done; a
-    `scratch` folder within is no part of the result, and goes once the folder has its name. With `replaces` a folder
+    `scratch` folder within is no part of the result, and goes before the folder gets its name. With `replaces` a folder
     that was made otherwise goes when the new one is done, and unfinished work at once. All of a run's processes enter
     the block, with the first one's folder; it alone writes, and meanwhile no other command does.
     Raises InputError where the folder was made, or unfinished work begun, from something else, is damaged, lies within
@@ -105,11 +105,9 @@ def stage(
             made_of = Fingerprint(name, inputs, options)
             check_apart(folder, made_of)
         with processes.together():
-            temporary = unfinished(folder, made_of, keeps, replaces, held) if writes else None
+            temporary = unfinished(folder, made_of, keeps, replaces, held, scratch) if writes else None
         temporary = processes.from_first(temporary)
         if temporary is None:
-            if writes and keeps:
-                clear(folder, scratch)
             yield Work(folder, True, made_of)
             return
         begun, resumed = time.time(), any(path.name not in (BEGUN, LOG) for path in temporary.iterdir())
@@ -128,8 +126,7 @@ def stage(
                         facts["bytes"].pop(name, None)
                     write_json(temporary / PROVENANCE, content | {RUN: summed(facts)})
                     made_of.leave()
-                    put_in_place(temporary, folder)
-                    clear(folder, scratch)
+                    put_in_place(temporary, folder, scratch)
             except BaseException as error:
                 made_of.leave()
                 if writes and not (keeps and is_worth_keeping(error, temporary, scratch, resumed)):
@@ -175,20 +172,3 @@ def is_worth_keeping(error: BaseException, temporary: Path, scratch: str | None,
     where the input was wrong from the start."""
     worked = resumed or (scratch is not None and (temporary / scratch).exists())
     return worked or isinstance(error, DiskError) or not isinstance(error, InputError)
-
-
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Gives the finished folder its name; one that it replaces is whole until then."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    finish_folder(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def clear(folder: Path, scratch: str | None) -> None:
-    """What only unfinished work needs goes; the folder has its name by then, so that a kill here loses nothing."""
-    (folder / BEGUN).unlink(missing_ok=True)
-    if scratch is not None:
-        shutil.rmtree(folder / scratch, ignore_errors=True)
