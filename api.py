@@ -193,7 +193,7 @@ def prune(
     model = load(model)
     if isinstance(repair, bool):
         read = repair and data is not None
-        repair = Repair(rotate=read, norms="count" if repair else "none", least_squares=read)
+        repair = Repair(rotate=read, norms="count" if repair else "none", least_squares=read, reselect=read)
     if repair.needs_data and data is None:
         raise InputError("prune: this repair needs data=")
     selection = select(model.config, scores.widths, scores.layers.order, Target(**with_quantities(target)))

@@ -16,6 +16,7 @@ tables give means and, in brackets, the least and the largest of the seeds, whic
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import gc
@@ -37,17 +38,18 @@ from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import select
 from limbeck.prune.depth import score_layers
 from limbeck.prune.importance import score_widths
-from limbeck.prune.repair import Repair, repair_model
+from limbeck.prune.repair import Repair, RepairOptions, repair_model
 from limbeck.prune.scores import WidthScores
 from limbeck.prune.slice import Selection
 from limbeck.prune.target import Target
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+DEFAULTS = RepairOptions().repair(with_data=True)
 OURS = {
     "limbeck, plain": PLAIN,
-    "limbeck, defaults": Repair(rotate=True, least_squares=True),
-    "limbeck, local distillation": Repair(rotate=True, least_squares=True, local_steps=64),
+    "limbeck, defaults": DEFAULTS,
+    "limbeck, local distillation": dataclasses.replace(DEFAULTS, local_steps=64),
 }
 SHORTGPT = "ShortGPT (block influence)"
 WARMUP = 5
@@ -248,12 +250,16 @@ def measured(
     """[share left, added before training, added after]; the last is the best of the rates."""
     where = f"{name}, {share:.0%}, seed {seed}"
 
+    @functools.cache
+    def pruned() -> Cut:
+        return cut(bench, share, seed)
+
     def before() -> dict[str, Any]:
-        found = cut(bench, share, seed)
-        return {"loss": bench.loss(found), "parameters": found.parameters}
+        return {"loss": bench.loss(pruned()), "parameters": pruned().parameters}
 
     def after(rate: float) -> dict[str, Any]:
-        return {"loss": bench.loss(bench.train(cut(bench, share, seed), rate))}
+        own = dataclasses.replace(pruned(), module=copy.deepcopy(pruned().module))
+        return {"loss": bench.loss(bench.train(own, rate))}
 
     base, first = bench.base(), stored_cell(bench.cells, where, before)
     gc.collect()

@@ -1,12 +1,13 @@
 """What pruning breaks, repaired before training: the residual stream rotated, norms rescaled, layers refitted.
 
-Five means, each an option, none of which leaves a trace in the architecture:
+Six means, each an option, none of which leaves a trace in the architecture:
 
 - Rotation (rotation.py): the stream is turned into its principal directions on calibration data, one rotation for the
   whole model, and the hidden axis is cut there.
 - Experts that go: merged into those that stay (expert_merge.py), instead of dropped.
 - Norms: an RMS over fewer channels is another number. The weight takes the ratio: that of the counts, as if what goes
   were zero, or that of the RMS before and after on calibration data (within each group of a gated norm).
+- Neurons (reselect.py): chosen by what least squares lose without them, instead of by their scores.
 - Least squares: layer by layer, the matrices that read the stream are refitted so that the pruned model's narrower
   stream gives what the original's gives, and the matrices that write into it so that the stream stays where the
   original's is, the contributions of removed layers included. Both pull towards the sliced weights (ridge).
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +38,12 @@ from .expert_merge import merged_experts
 from .expert_repair import refit_experts
 from .importance import TokenBatch
 from .local_distill import distill_layer
+from .reselect import reselected
 from .ridge import RidgeFit
-from .rotation import hidden_of, principal_directions, rotated, rotated_selection
+from .rotation import hidden_of, rotated, rotated_selection
 from .slice import Selection, chosen, cut, filled, kept_rows, slice_config, slice_tensors, source_name
-from .streams import GetTensor, Streams, one_layer
+from .source_pass import source_pass
+from .streams import GetTensor, Streams, one_layer, rms_ratios
 
 OnStep = Callable[[int, int], None]
 NORMS = ("none", "count", "measured")
@@ -50,7 +53,8 @@ NORMS = ("none", "count", "measured")
 class Repair:
     """What to repair; see the module. `ridge`: relative to the mean second moment of a matrix's inputs.
     `whole_experts`: of the experts that stay, the share that is kept whole while the others take in those that go
-    (expert_merge.py); None: they are dropped. `local_steps`, `local_rate`: of local distillation, a layer."""
+    (expert_merge.py); None: they are dropped. `local_steps`, `local_rate`: of local distillation, a layer. `reselect`:
+    least squares choose the neurons."""
 
     rotate: bool = False
     norms: str = "count"
@@ -59,8 +63,13 @@ class Repair:
     whole_experts: float | None = None
     local_steps: int = 0
     local_rate: float = 0.02
+    reselect: bool = False
 
     def __post_init__(self) -> None:
+        if self.reselect and not self.least_squares:
+            raise InputError(
+                "repair.reselect chooses neurons for least squares; give repair.least_squares=true beside it"
+            )
         if self.norms not in NORMS:
             raise InputError(f"repair.norms is {self.norms!r}; known: {', '.join(NORMS)}")
         if not 0 < self.ridge < math.inf:
@@ -94,6 +103,7 @@ class RepairOptions:
     whole_experts: float | None = None
     local_steps: int = 0
     local_rate: float = 0.02
+    reselect: bool | None = None
     tokens: PositiveInt = 32768
 
     def __post_init__(self) -> None:
@@ -101,7 +111,9 @@ class RepairOptions:
 
     def repair(self, with_data: bool) -> Repair:
         rotate, fit = (with_data if wish is None else wish for wish in (self.rotate, self.least_squares))
-        return Repair(rotate, self.norms, fit, self.ridge, self.whole_experts, self.local_steps, self.local_rate)
+        reselect = fit if self.reselect is None else self.reselect
+        local = self.local_steps, self.local_rate
+        return Repair(rotate, self.norms, fit, self.ridge, self.whole_experts, *local, reselect)
 
 
 def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
@@ -126,20 +138,29 @@ def repair_tensors(
     dtype: torch.dtype = torch.float32,
     on_step: OnStep | None = None,
     finished: Mapping[str, GetTensor] | None = None,
+    on_selection: Callable[[Selection], None] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors of the pruned and repaired model (`slice_config`), in the order of its table and in the
     source's dtypes. `get_tensor` reads a tensor of the source by its internal name; layers run in `dtype` on
     `device`. `on_step(done, total)` counts layers, once for each pass through the data. `finished` holds, by name, what
     reads a tensor that an interrupted run of just the same has made: a layer of which all are there is run, but not
-    repaired again. Raises InputError where the data has no counted token.
+    repaired again. `on_selection` is told, before the first tensor, which units stay. Raises InputError where the data
+    has no counted token.
     """
     layerwise = repair.by_layers
     rotates = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
-    total = config.num_layers * (rotates + layerwise)
-    if rotates:
+    reselects = repair.reselect and bool(reselected(config, selection))
+    total = config.num_layers * ((rotates or reselects) + layerwise)
+    if rotates or reselects:
         count = None if on_step is None else lambda done: on_step(done, total)
-        turn = principal_directions(get_tensor, config, batches, selection, device, dtype, count)
-        get_tensor, selection = rotated(get_tensor, config, turn, device), rotated_selection(selection)
+        turn, selection = source_pass(
+            get_tensor, config, batches, selection, device, dtype,
+            rotate=rotates, reselect=reselects, on_layer=count,
+        )  # fmt: skip
+        if on_selection is not None:
+            on_selection(selection)
+        if turn is not None:
+            get_tensor, selection = rotated(get_tensor, config, turn, device), rotated_selection(selection)
     if layerwise:
         done = total - config.num_layers
         layers = LayerwiseRepair(get_tensor, config, selection, batches, repair, device, dtype, finished or {})
@@ -156,19 +177,6 @@ def repair_model(
     place: dict[str, Any] = {"device": reference.device, "dtype": reference.dtype, "on_step": on_step}
     tensors = repair_tensors(get_tensor, model.config, selection, batches, repair, **place)
     return filled(slice_config(model.config, selection), tensors, model)
-
-
-def rms_ratios(normed: Iterable[Tensor], weight: Tensor, kept: Tensor, groups: int) -> Tensor:
-    """The RMS of the kept channels [k] over that of all [C], in each of `groups` groups: [groups] (float64), the mean
-    over rows. `normed` [N, C] a batch is what the norm of this weight [C] gives."""
-    total, count = torch.zeros(groups, dtype=torch.float64, device=kept.device), 0
-    scale = torch.where(weight == 0, 0, 1 / weight)
-    for rows in normed:
-        squares = (rows * scale).double().square()
-        own, every = (part.unflatten(1, (groups, -1)).mean(2) for part in (squares[:, kept], squares))
-        total += torch.where(every > 0, own / every, 1).sqrt().sum(0)
-        count += len(rows)
-    return total / count
 
 
 class LayerwiseRepair:

@@ -8,16 +8,14 @@ Shapes: [N] counted tokens, [H] channels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..models.axes import HIDDEN, Dimension, Role, TensorSpec, on_hidden, tensor_table
 from ..models.config import HybridConfig
-from .importance import TokenBatch
 from .slice import Selection
-from .streams import GetTensor, Streams, one_layer
+from .streams import GetTensor, Streams
 
 TIED_TOLERANCE = 0.2
 AHEAD = ("eh_proj.weight", "final_layernorm.weight")  # of multi-token prediction: they belong to the head's stream, too
@@ -42,50 +40,47 @@ class Rotation:
     scale: float = 1.0
 
 
-def principal_directions(
-    get_tensor: GetTensor,
-    config: HybridConfig,
-    batches: Sequence[TokenBatch],
-    selection: Selection,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    on_layer: Callable[[int], None] | None = None,
-) -> Rotation:
-    """The rotation into the principal directions of the normed stream, the largest first: eigenvectors of the second
-    moments, summed over the norms of the layers that stay and the final one, which counts as much as they do together:
-    what the head does not see is in the logits at once, what one layer does not see the others can make up for.
+class Directions:
+    """The principal directions of the normed stream, the largest first: eigenvectors of the second moments, summed over
+    the norms of the layers that stay and the final one, which counts as much as they do together: what the head does
+    not see is in the logits at once, what one layer does not see the others can make up for."""
 
-    Tied embeddings leave no matrix after the final norm to fold its weights into, and weights survive a rotation only
-    where they are equal. So the channels whose weight is off the median (by more than `TIED_TOLERANCE` of it; half of
-    those that stay at most, the farthest) are not turned, and the others share one weight.
-    """
-    moments = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=device)
-    streams = Streams(config, get_tensor, batches, device, dtype)
-    last = torch.zeros_like(moments)
-    for layer in range(config.num_layers + 1):
-        if layer == config.num_layers or layer in selection.layers:
-            last = torch.zeros_like(moments)
-            for rows in streams.counted():
-                normed = torch.nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
-                last += (normed.T @ normed).double()
-            moments += last if layer < config.num_layers else last * len(selection.layers)
-        if layer < config.num_layers:
-            streams.advance(one_layer(config, layer, get_tensor, device, dtype))
-            if on_layer is not None:
-                on_layer(layer + 1)
-    weight = get_tensor("norm_f.weight").to(moments)
-    off = (weight / weight.median() - 1).abs()
-    count = (
-        min(int((off > TIED_TOLERANCE).sum()), len(selection.kept[HIDDEN]) // 2) if config.tie_word_embeddings else 0
-    )
-    order = off.argsort(descending=True, stable=True)
-    fixed, free = order[:count], order[count:].sort().values
-    _, directions = torch.linalg.eigh(moments[free][:, free])
-    turn = torch.zeros_like(moments)
-    turn[fixed, torch.arange(count, device=turn.device)] = 1
-    turn[free, count:] = directions.flip(1)
-    energy = last.diagonal() / last.diagonal().sum()
-    return Rotation(turn, count, 1.0 if config.tie_word_embeddings else float((energy * weight.square()).sum().sqrt()))
+    def __init__(self, config: HybridConfig, selection: Selection, device: torch.device | str) -> None:
+        self.config, self.selection = config, selection
+        size = config.hidden_size
+        self.moments = torch.zeros(size, size, dtype=torch.float64, device=device)
+        self.last = torch.zeros_like(self.moments)
+
+    def see(self, layer: int, streams: Streams) -> None:
+        """Takes in the streams before a layer, or before the final norm, whose number is num_layers."""
+        final = layer == self.config.num_layers
+        if not final and layer not in self.selection.layers:
+            return
+        self.last = torch.zeros_like(self.moments)
+        for rows in streams.counted():
+            normed = torch.nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
+            self.last += (normed.T @ normed).double()
+        self.moments += self.last * len(self.selection.layers) if final else self.last
+
+    def rotation(self, weight: Tensor) -> Rotation:
+        """The rotation into them, for a final norm of that weight [H].
+
+        Tied embeddings leave no matrix after the final norm to fold its weights into, and weights survive a rotation
+        only where they are equal. So the channels whose weight is off the median (by more than `TIED_TOLERANCE` of it;
+        half of those that stay at most, the farthest) are not turned, and the others share one weight.
+        """
+        weight, tied = weight.to(self.moments), self.config.tie_word_embeddings
+        off = (weight / weight.median() - 1).abs()
+        most = len(self.selection.kept[HIDDEN]) // 2
+        count = min(int((off > TIED_TOLERANCE).sum()), most) if tied else 0
+        order = off.argsort(descending=True, stable=True)
+        fixed, free = order[:count], order[count:].sort().values
+        _, directions = torch.linalg.eigh(self.moments[free][:, free])
+        turn = torch.zeros_like(self.moments)
+        turn[fixed, torch.arange(count, device=turn.device)] = 1
+        turn[free, count:] = directions.flip(1)
+        energy = self.last.diagonal() / self.last.diagonal().sum()
+        return Rotation(turn, count, 1.0 if tied else float((energy * weight.square()).sum().sqrt()))
 
 
 def rotated(get_tensor: GetTensor, config: HybridConfig, rotation: Rotation, device: torch.device | str) -> GetTensor:

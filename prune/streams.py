@@ -1,11 +1,12 @@
-"""The residual streams of calibration batches, moved on layer by layer, and a layer to move them through.
+"""The residual streams of calibration batches, moved on layer by layer, a layer to move them through, and what fewer
+channels do to their size.
 
 Shapes: [B, T] tokens, [N] counted ones, [H] channels, [K] inputs of a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,9 +57,12 @@ class Streams:
         out = layer.forward_layers(self.hidden[number], 0, 1, seq_idx=self.seq_idx[number], observe=observe)
         return out, seen
 
-    def advance(self, layer: HybridLM) -> None:
+    def advance(self, layer: HybridLM, see: Callable[[dict[str, Tensor]], None] | None = None) -> None:
+        """Moves all batches on through a layer; `see` is shown what passes inside, as `output` gives it, of each."""
         for number in range(len(self.hidden)):
-            self.hidden[number] = self.output(layer, number)[0]
+            self.hidden[number], seen = self.output(layer, number)
+            if see is not None:
+                see(seen)
 
 
 def one_layer(
@@ -71,3 +75,16 @@ def one_layer(
         if name.startswith("layers.0."):
             weight.copy_(get_tensor(f"layers.{layer}." + name.removeprefix("layers.0.")))
     return model
+
+
+def rms_ratios(normed: Iterable[Tensor], weight: Tensor, kept: Tensor, groups: int) -> Tensor:
+    """The RMS of the kept channels [k] over that of all [C], in each of `groups` groups: [groups] (float64), the mean
+    over rows. `normed` [N, C] a batch is what the norm of this weight [C] gives."""
+    total, count = torch.zeros(groups, dtype=torch.float64, device=kept.device), 0
+    scale = torch.where(weight == 0, 0, 1 / weight)
+    for rows in normed:
+        squares = (rows * scale).double().square()
+        own, every = (part.unflatten(1, (groups, -1)).mean(2) for part in (squares[:, kept], squares))
+        total += torch.where(every > 0, own / every, 1).sqrt().sum(0)
+        count += len(rows)
+    return total / count

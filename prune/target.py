@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from ..models.axes import AXES, AxisRow, group_row
@@ -194,6 +194,50 @@ def goal_of(config: HybridConfig, parameters: float) -> float:
     return goal
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Pairs of hidden_size and intermediate_size for `goal` parameters at most, of a config whose layers and heads are
+    the target's; what is tied to hidden_size goes with it, but for what is `given`. `free`: intermediate_size is."""
+
+    config: HybridConfig
+    goal: float
+    given: Mapping[str, int]
+    intermediate: int
+    free: bool
+
+    def of(self, hidden: int, inner: int) -> HybridConfig:
+        tied = tied_widths(self.config, hidden, self.given)
+        return self.config.replace(**{HIDDEN: hidden, INNER: inner, **tied})
+
+    def left(self, hidden: int, inner: int) -> float:
+        """The share of the goal that is left, infinite where the sizes cannot be."""
+        smaller = self.of(hidden, inner)
+        count = count_parameters(smaller)
+        return math.inf if count > self.goal or unwritable(smaller) is not None else 1 - count / self.goal
+
+    def with_inner(self, width: int, align: int, least: float = 0) -> list[tuple[int, int]]:
+        """The width with the largest inner size that fits; none where none does."""
+        inner = [self.intermediate]
+        if self.free:
+            inner = [size for size in downwards(self.intermediate, align) if size >= least - align / 2]
+        if not inner or self.left(width, inner[-1]) == math.inf:
+            return []
+        return [(width, inner[bisect.bisect_left(inner, True, key=lambda size: self.left(width, size) < math.inf)])]
+
+    def square(self, width: int) -> float:
+        """The inner size that goes with a width where it shrinks by the square of that's factor."""
+        return (width / self.config.hidden_size) ** 2 * self.intermediate
+
+    def first(self, widths: list[int], align: int) -> list[tuple[int, int]]:
+        """The largest width that leaves its inner size the square; none where no width leaves so few."""
+        return next((found for width in widths if (found := self.with_inner(width, align, self.square(width)))), [])
+
+    def nearest(self, widths: list[int], align: int) -> list[tuple[int, int]]:
+        """The width whose inner size comes nearest to the square, where widths are few; none as in `first`."""
+        pairs = [pair for width in widths for pair in self.with_inner(width, align)]
+        return sorted(pairs, key=lambda pair: abs(pair[1] - self.square(pair[0])))[:1]
+
+
 def widths_for(
     config: HybridConfig, goal: float, hidden: int | None, intermediate: int | None, given: Mapping[str, int]
 ) -> tuple[int, int]:
@@ -206,63 +250,35 @@ def widths_for(
         raise InputError("target: parameters stands beside the widths that it is to find; leave one of them out")
     if hidden is not None:
         config.replace(hidden_size=hidden).to_hf()  # says what is wrong with it
-
-    def sized(hidden: int, intermediate: int) -> HybridConfig:
-        return config.replace(**{HIDDEN: hidden, INNER: intermediate, **tied_widths(config, hidden, given)})
-
-    def left(hidden: int, inner: int) -> float:
-        """The share of the goal that is left, infinite where the sizes cannot be."""
-        smaller = sized(hidden, inner)
-        count = count_parameters(smaller)
-        return math.inf if count > goal or unwritable(smaller) is not None else 1 - count / goal
-
-    def with_inner(width: int, align: int, least: float = 0) -> list[tuple[int, int]]:
-        """The width with the largest inner size that fits; none where none does."""
-        inner = [intermediate or config.intermediate_size]
-        if free:
-            inner = [size for size in downwards(config.intermediate_size, align) if size >= least - align / 2]
-        if not inner or left(width, inner[-1]) == math.inf:
-            return []
-        return [(width, inner[bisect.bisect_left(inner, True, key=lambda size: left(width, size) < math.inf)])]
-
-    widths, whole = [hidden] if hidden is not None else downwards(config.hidden_size, align), config.intermediate_size
-    coarse = hidden is None and bool(tied_widths(config, config.hidden_size, given))
-    if coarse:
-        widths = [width for width in widths if unwritable(sized(width, whole)) is None]
-    pairs: list[tuple[int, int]] = []
-    for width, smaller in itertools.pairwise([*widths, 0]):
-        least = 0 if hidden is not None else (width / config.hidden_size) ** 2 * whole
-        pairs = with_inner(width, align, least_inner(sized, whole, width, smaller) if coarse and free else least)
-        if pairs:
-            break
+    sizes = Sizes(config, goal, given, intermediate or config.intermediate_size, free)
+    widths = [hidden] if hidden is not None else downwards(config.hidden_size, align)
+    possible = [width for width in widths if unwritable(sizes.of(width, sizes.intermediate)) is None]
+    coarse = free and len(possible) < len(widths)  # not every width can be written
+    if hidden is not None:
+        pairs = sizes.with_inner(hidden, align)
     else:
+        pairs = sizes.nearest(possible, align) if coarse else sizes.first(widths, align)
+    if not pairs:
         raise InputError(
             f"target: no widths leave as few as {goal:,.0f} parameters; give a larger number, or fewer layers, too"
         )
-    above, below = (
-        [size for size in widths if sign * (size - width) > 0 and not unwritable(sized(size, whole))]
-        for sign in (1, -1)
-    )
+    ((width, _),) = pairs
+    above, below = [[size for size in possible if sign * (size - width) > 0] for sign in (1, -1)]
     finer = [] if free or hidden is not None else downwards((above or [width])[-1], FINE)
-    # Whole tiles came first; now what tensor cores like, then another hidden size, and odd sizes last.
-    others: Iterator[list[tuple[int, int]]] = itertools.chain(
-        (with_inner(width, FINE) for _ in range(free)),
-        (with_inner(size, FINE) for size in finer if size > width),
-        (with_inner(size, align) for size in [*below[:NEARBY], *above[-1:]] if free),
-        (with_inner(min(pairs, key=lambda pair: left(*pair))[0], step) for step in (4, 2, 1) if free),
+    near = sorted([*above[-1:], *below[:NEARBY]], key=lambda size: abs(size - width)) if free else []
+    steps = (4, 2, 1) if free else ()
+    # Whole tiles came first; now what tensor cores like, then the nearest other hidden size, and odd sizes last: before
+    # it where hidden sizes lie far apart, since by how much each of the two shrinks matters more than how odd they are.
+    others = itertools.chain(
+        (sizes.with_inner(width, FINE) for _ in range(free)),
+        (sizes.with_inner(width, step) for step in steps if coarse),
+        (sizes.with_inner(size, FINE) for size in finer if size > width),
+        (sizes.with_inner(size, align) for size in near),
+        (sizes.with_inner(min(pairs, key=lambda pair: sizes.left(*pair))[0], step) for step in steps),
     )
-    while min(left(*pair) for pair in pairs) > NEAR and (more := next(others, None)) is not None:
+    while min(sizes.left(*pair) for pair in pairs) > NEAR and (more := next(others, None)) is not None:
         pairs += more
-    return min(pairs, key=lambda pair: left(*pair))
-
-
-def least_inner(sized: Callable[[int, int], HybridConfig], whole: int, width: int, below: int) -> float:
-    """The intermediate_size at which a hidden_size has no more parameters than the next one `below` has with the whole
-    of it: where widths are few, the MLP makes up for what lies between two of them."""
-    if not below or whole == 1:
-        return 0
-    most, next_most = (count_parameters(sized(size, whole)) for size in (width, below))
-    return whole - (most - next_most) / ((most - count_parameters(sized(width, 1))) / max(whole - 1, 1))
+    return min(pairs, key=lambda pair: sizes.left(*pair))
 
 
 def downwards(size: int, align: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import Tensor
 
+from ..distill.text.packing import Batch
 from ..models.axes import tensor_table
 from ..models.cautions import cautions
 from ..models.checkpoint import (
@@ -106,6 +107,8 @@ def prune(options: Options) -> None:
         shards = plan_shards(config, dtypes, options.max_shard_bytes)
         finished = finished_shards(work.folder, config, shards)
 
+        units = [selection]  # and what the repair chooses instead, which knows no sooner
+
         def check() -> None:
             check_scores(
                 options.scores or source, work.content()["inputs"]["model"], options.model
@@ -116,17 +119,13 @@ def prune(options: Options) -> None:
         tensors: Iterator[tuple[str, Tensor]]
         with contextlib.ExitStack() as stack:
             if repair.needs_data:
-                assert options.data is not None
                 check()
-                batches = sample(
-                    options.data, "train", source,
-                    tokens=options.repair.tokens, seq_len=options.seq_len, batch=options.batch, seed=options.seed,
-                )  # fmt: skip
                 bar = stack.enter_context(progress("pruning and repairing"))
                 tensors = repair_tensors(
-                    checkpoint.tensor, checkpoint.config, selection, batches, repair,
+                    checkpoint.tensor, checkpoint.config, selection, calibration(options, source), repair,
                     device=torch_device(options.device), dtype=torch_dtype(options.dtype),
-                    on_step=bar.set, finished=dict.fromkeys(finished.stored, finished.tensor),
+                    on_step=bar.set, on_selection=units.append,
+                    finished=dict.fromkeys(finished.stored, finished.tensor),
                 )  # fmt: skip
             else:
                 total = sum(shard.bytes for shard in shards if not (work.folder / shard.file).exists())
@@ -141,7 +140,14 @@ def prune(options: Options) -> None:
                 sums=work.sums,
             )  # fmt: skip
         check()  # only now: plain pruning is done while the inputs are being read
-        write_json(work.folder / "selection.json", kept_units(selection, repair))
+        write_json(work.folder / "selection.json", kept_units(units[-1], repair))
+
+
+def calibration(options: Options, source: Path) -> list[Batch]:
+    """What the repair reads."""
+    assert options.data is not None
+    rows = {"seq_len": options.seq_len, "batch": options.batch, "seed": options.seed}
+    return sample(options.data, "train", source, tokens=options.repair.tokens, **rows)
 
 
 def print_sizes(before: HybridConfig, after: HybridConfig) -> None:

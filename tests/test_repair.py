@@ -18,8 +18,9 @@ from limbeck.models.hybrid import HybridLM
 from limbeck.models.kinds import KINDS
 from limbeck.models.layer import Context, LayerKind, ScoreSource
 from limbeck.prune.repair import Repair, repair_model, repair_tensors, rms_ratios
-from limbeck.prune.rotation import principal_directions, rotated
+from limbeck.prune.rotation import rotated
 from limbeck.prune.slice import Selection, filled, slice_config, slice_model
+from limbeck.prune.source_pass import source_pass
 from limbeck.tests.helpers import any_config, assert_close, random_model, tiny_config
 from limbeck.tests.pruning_helpers import draw_selection
 from torch import Tensor, nn
@@ -29,7 +30,12 @@ ALL = [
     for rotate in (False, True)
     for norms in ("none", "count", "measured")
     for fit in (False, True)
-] + [Repair(local_steps=2), Repair(True, "count", True, local_steps=2)]
+] + [
+    Repair(local_steps=2),
+    Repair(True, "count", True, local_steps=2),
+    Repair(least_squares=True, reselect=True),
+    Repair(True, "measured", True, reselect=True),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +146,9 @@ def test_channels_whose_final_norm_is_an_outlier_are_not_turned() -> None:
     for channel, value in outliers.items():
         model.norm_f.weight.data[channel] = value
     everything = Selection(tuple(range(model.config.num_layers)), {HIDDEN: tuple(range(31))})
-    found = principal_directions(
-        model.state_dict().__getitem__, model.config, rows(model.config), everything, "cpu", torch.float64
-    )
-    assert found.fixed == 3
+    get, place = model.state_dict().__getitem__, ("cpu", torch.float64)
+    found, same = source_pass(get, model.config, rows(model.config), everything, *place, rotate=True, reselect=False)
+    assert found is not None and found.fixed == 3 and same is everything
     assert {int(column.argmax()) for column in found.turn[:, :3].T} == set(outliers)
     get = rotated(model.state_dict().__getitem__, model.config, found, "cpu")
     turned = filled(model.config, ((name, get(name)) for name in tensor_table(model.config)), model)

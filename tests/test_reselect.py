@@ -1,0 +1,135 @@
+"""Neurons chosen by what least squares lose without them, and not by their scores."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from limbeck.models.axes import Axis
+from limbeck.models.errors import InputError
+from limbeck.models.hybrid import HybridLM
+from limbeck.prune.repair import Repair, RepairOptions, repair_model, repair_tensors
+from limbeck.prune.reselect import AT_ONCE, least_lost, reselected
+from limbeck.prune.slice import Selection, slice_config
+from limbeck.tests.helpers import random_model, tiny_config
+from limbeck.tests.pruning_helpers import draw_rows
+from torch import Tensor
+
+FIT = Repair(least_squares=True)
+RESELECT = dataclasses.replace(FIT, reselect=True)
+
+
+def refit_error(moments: Tensor, weights: Tensor, kept: list[int], damp: float) -> float:
+    """Squared error, over inputs of these damped moments, of the best matrix on the kept ones."""
+    damped = moments + damp * torch.eye(len(moments), dtype=moments.dtype)
+    cross = weights @ damped[:, kept]
+    fitted = torch.linalg.solve(damped[kept][:, kept], cross.T).T
+    return float(((weights @ damped) * weights).sum() - (fitted * cross).sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_that_goes_costs_least(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(200, 14, generator=generator, dtype=torch.float64) @ torch.randn(
+        14, 14, generator=generator, dtype=torch.float64
+    )
+    moments, weights = inputs.T @ inputs, torch.randn(5, 14, generator=generator, dtype=torch.float64)
+    damp = 0.05 * float(moments.diagonal().mean())
+    kept = list(range(14))
+    for count in range(13, 4, -1):
+        errors = {unit: refit_error(moments, weights, [k for k in kept if k != unit], damp) for unit in kept}
+        kept.remove(min(errors, key=lambda unit: errors[unit]))
+        assert least_lost(moments, weights, count, 0.05) == tuple(kept)
+
+
+def test_many_at_once_lose_hardly_more_than_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    size, count = 8 * AT_ONCE, 3 * AT_ONCE
+    mixed = torch.randn(size, size, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, size)
+    inputs = torch.randn(2000, size, generator=generator, dtype=torch.float64) @ mixed.T
+    moments, weights = inputs.T @ inputs, torch.randn(40, size, generator=generator, dtype=torch.float64)
+    damp = 0.1 * float(moments.diagonal().mean())
+    exact = list(range(size))
+    for _ in range(size - count):  # what least_lost does, a column at a time
+        inverse = torch.linalg.inv((moments + damp * torch.eye(size, dtype=torch.float64))[exact][:, exact])
+        cross = (weights @ (moments + damp * torch.eye(size, dtype=torch.float64)))[:, exact]
+        costs = (cross @ inverse).square().sum(0) / inverse.diagonal()
+        exact.pop(int(costs.argmin()))
+    largest = (weights.square().sum(0) * moments.diagonal()).topk(count).indices.tolist()
+    found = refit_error(moments, weights, list(least_lost(moments, weights, count, 0.1)), damp)
+    assert found < 1.02 * refit_error(moments, weights, exact, damp)
+    assert found < 0.9 * refit_error(moments, weights, largest, damp)
+
+
+def with_copies(model: HybridLM) -> Selection:
+    """Gives every MLP each of its neurons twice, the copies larger in what they read and smaller in what they give;
+    a selection that keeps pairs of the first half."""
+    kept = {}
+    for layer, letter in enumerate(model.config.pattern):
+        if letter == "-":
+            up, down = (model.get_parameter(f"layers.{layer}.mixer.{name}_proj.weight").data for name in ("up", "down"))
+            half = len(up) // 2
+            up[half:], down[:, half:] = up[:half], down[:, :half]
+            kept[Axis("ffn", layer)] = tuple(unit + part for part in (0, half) for unit in range(half // 2))
+    return Selection(tuple(range(model.config.num_layers)), kept)
+
+
+def test_neurons_that_say_the_same_go_without_loss() -> None:
+    model, fits = random_model(tiny_config()), [dataclasses.replace(how, ridge=1e-8) for how in (RESELECT, FIT)]
+    selection, batches = with_copies(model), [draw_rows(model.config.vocab_size) for _ in range(4)]
+    told: list[Selection] = []
+    get, place = model.state_dict().__getitem__, {"dtype": torch.float64, "on_selection": told.append}
+    small = dict(repair_tensors(get, model.config, selection, batches, fits[0], **place))
+    half = model.config.intermediate_size // 2
+    for kept in told[0].kept.values():
+        assert sorted(unit % half for unit in kept) == list(range(half)) and list(kept) == sorted(kept)
+    fitted = HybridLM(slice_config(model.config, selection), dtype=torch.float64)
+    fitted.load_state_dict(small)
+    with torch.no_grad():
+        expected, *others = (
+            torch.cat([each(batch.input_ids, seq_idx=batch.seq_idx) for batch in batches])
+            for each in (model, fitted, repair_model(model, selection, batches, fits[1]))
+        )
+    errors = [float((other - expected).square().mean() / expected.square().mean()) for other in others]
+    assert errors[0] < 1e-3 * errors[1], errors
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_repaired_again_or_after_a_stop_the_bytes_are_the_same(rotate: bool) -> None:
+    model = random_model(tiny_config(), dtype=torch.float32)
+    config, batches = model.config, [draw_rows(model.config.vocab_size)]
+    kept = {Axis("ffn", layer): tuple(range(8)) for layer, letter in enumerate(config.pattern) if letter == "-"}
+    selection = Selection(tuple(range(config.num_layers)), kept | {Axis("hidden"): tuple(range(24))})
+    get, how = model.state_dict().__getitem__, dataclasses.replace(RESELECT, rotate=rotate)
+    steps: list[tuple[int, int]] = []
+    whole = dict(repair_tensors(get, config, selection, batches, how, on_step=lambda *step: steps.append(step)))
+    assert [done for done, _ in steps] == list(range(1, 2 * config.num_layers + 1)) and steps[-1][0] == steps[-1][1]
+    done = {name: whole.__getitem__ for name in whole if name.startswith(("layers.0.", "layers.1."))}
+    told: list[Selection] = []
+    again = dict(repair_tensors(get, config, selection, batches, how, finished=done, on_selection=told.append))
+    assert list(again) == list(whole) and all(torch.equal(weight, again[name]) for name, weight in whole.items())
+    assert {axis: len(units) for axis, units in told[0].kept.items()} == {
+        axis: len(units) for axis, units in selection.kept.items()
+    }
+    assert told[0].kept[Axis("hidden")] == selection.kept[Axis("hidden")]
+
+
+def test_what_lives_in_groups_is_left_to_the_scores() -> None:
+    config = tiny_config()
+    layers = {letter: config.pattern.index(letter) for letter in config.pattern}
+    kept = {Axis("mamba_heads", layers["M"]): (0, 2), Axis("attn_heads", layers["*"]): (0, 2)}
+    everything = tuple(range(config.num_layers))
+    assert not reselected(config, Selection(everything, kept))
+    whole = {Axis("ffn", layers["-"]): tuple(range(config.intermediate_size))}
+    assert not reselected(config, Selection(everything, whole))  # nothing goes
+    found = reselected(config, Selection(everything, kept | {Axis("ffn", layers["-"]): (1, 2)}))
+    assert [axis for places in found.values() for axis, _ in places.values()] == [Axis("ffn", layers["-"])]
+
+
+def test_options() -> None:
+    with pytest.raises(InputError, match=r"repair\.reselect chooses .* give repair\.least_squares=true beside it"):
+        Repair(reselect=True)
+    assert RepairOptions().repair(with_data=True).reselect and not RepairOptions().repair(with_data=False).reselect
+    assert not RepairOptions(least_squares=False).repair(with_data=True).reselect
+    assert not RepairOptions(reselect=False).repair(with_data=True).reselect
