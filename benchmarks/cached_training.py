@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.pruning import BEST, REPAIRS, Bench, print_table, spread, zoo
+from limbeck.benchmarks.cells import print_table, spread
+from limbeck.benchmarks.pruning import BEST, REPAIRS, Bench, zoo
 from limbeck.benchmarks.teacher_cache import make_cache
 from limbeck.distill.gap.measure import measure_gap
 from limbeck.distill.losses import DistillLoss, distillation_loss

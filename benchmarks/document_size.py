@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from limbeck.benchmarks.pruning import print_table
+from limbeck.benchmarks.cells import print_table
 from limbeck.distill.text.documents import stdlib_files
 from limbeck.models.errors import gib
 from limbeck.models.provenance import provenance

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.pruning import PLAIN, Bench, Subject, print_table, spread
+from limbeck.benchmarks.cells import print_table, spread
+from limbeck.benchmarks.pruning import PLAIN, Bench, Subject
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.parameters import count_active, count_parameters
 from limbeck.models.errors import InputError

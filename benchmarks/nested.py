@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.pruning import Bench, Subject, print_table, spread
+from limbeck.benchmarks.cells import print_table, spread
+from limbeck.benchmarks.pruning import Bench, Subject
 from limbeck.distill.gap.measure import measure_gap
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.nested import open_nest

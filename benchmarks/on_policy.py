@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from limbeck.benchmarks.cells import print_table, spread, stored_cell
 from limbeck.benchmarks.cpu_vs_transformers import resident
 from limbeck.benchmarks.distill import status
-from limbeck.benchmarks.pruning import print_table, spread, stored_cell
 from limbeck.distill.gap.continuation import continuations, draw_prompts
 from limbeck.distill.gap.measure import measure_gap
 from limbeck.distill.losses import DistillLoss

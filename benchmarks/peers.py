@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 from limbeck.benchmarks import pruning_peers
-from limbeck.benchmarks.pruning import PLAIN, print_table, spread, stored_cell
+from limbeck.benchmarks.cells import print_table, spread, stored_cell
+from limbeck.benchmarks.pruning import PLAIN
 from limbeck.distill.text.packing import Batch, Corpus, tokenize
 from limbeck.distill.text.resolve import NamedData, documents
 from limbeck.models.checkpoint import load_model

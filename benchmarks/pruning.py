@@ -15,15 +15,13 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from limbeck.benchmarks.cells import print_table, spread, stored_cell
 from limbeck.distill.losses import DistillLoss, distillation_loss
 from limbeck.distill.text.packing import Batch, Corpus, tokenize
 from limbeck.distill.text.resolve import documents
@@ -32,7 +30,6 @@ from limbeck.kernels.linear_kl import linear_cross_entropy
 from limbeck.models import mamba2
 from limbeck.models.checkpoint import load_model
 from limbeck.models.cost.parameters import count_parameters
-from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.named import SHIPPED
 from limbeck.models.provenance import provenance
@@ -40,7 +37,7 @@ from limbeck.models.tokenizer import load_tokenizer
 from limbeck.prune.choose import select
 from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_widths
-from limbeck.prune.repair import Repair, repair_model
+from limbeck.prune.repair import Repair, RepairOptions, repair_model
 from limbeck.prune.scores import LayerScores, WidthScores
 from limbeck.prune.slice import Selection, slice_config
 from limbeck.prune.target import Target
@@ -48,17 +45,19 @@ from limbeck.prune.width_metrics import AGGREGATES, ActivationScores, MagnitudeS
 from torch import Tensor
 
 PLAIN = Repair(norms="none")
+DEFAULTS = RepairOptions().repair(with_data=True)
 REPAIRS = {
     "plain": PLAIN,
     "norms by count": Repair(),
     "norms measured": Repair(norms="measured"),
     "rotation": Repair(rotate=True),
     "least squares": Repair(least_squares=True),
-    "rotation, least squares": Repair(rotate=True, least_squares=True),
     "rotation, measured, least squares": Repair(rotate=True, norms="measured", least_squares=True),
-    "rotation, least squares, local distillation": Repair(rotate=True, least_squares=True, local_steps=64),
+    "rotation, least squares": Repair(rotate=True, least_squares=True),
+    "rotation, least squares, neurons": DEFAULTS,
+    "rotation, least squares, neurons, local distillation": dataclasses.replace(DEFAULTS, local_steps=64),
 }
-BEST = ("rotation, least squares", "rotation, least squares, local distillation")
+BEST = tuple(REPAIRS)[-3:]
 METHODS = ("random", "magnitude", "activation", "taylor")
 DEPTHS = ("random", "single shot", "iterative")
 
@@ -114,17 +113,6 @@ def smollm2(folder: Path) -> Subject:
         steps=30, batch=1, optimizer="adamw", learning_rates=(1e-4, 3e-4),
         repairs=("plain", "norms by count", "rotation", *BEST), distilled=("plain", *BEST), ablated=False,
     )  # fmt: skip
-
-
-def stored_cell(folder: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The figures of a cell, from its file or made now."""
-    file = folder / f"{name}.json".replace("/", " of ")
-    if not file.exists():
-        clock = time.perf_counter()
-        found = make()
-        write_json(file, found | {"seconds": time.perf_counter() - clock})
-        print(f"{file.stem}: {found}", flush=True)
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 class Bench:
@@ -229,18 +217,6 @@ def order_of(model: HybridLM, batches: Sequence[Batch], remove: int, kind: str) 
     return {"order": found.order, "evaluations": found.layer_evaluations}
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """Mean [least, largest]."""
-    shown = f"{statistics.fmean(values):.{digits}f}"
-    return shown if len(values) == 1 else f"{shown} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-
-
 def selection_table(bench: Bench, seeds: Sequence[int]) -> None:
     """Held-out loss by what was kept: activations, magnitudes or anything, slices as they are."""
     rows = []
@@ -283,7 +259,10 @@ def loss_of_depth(bench: Bench, number: int, kind: str, seed: int) -> float:
 
 def repair_table(bench: Bench, seeds: Sequence[int]) -> None:
     """What the cut adds to the loss, and what of that each repair leaves."""
-    for cut, target in (("all axes", bench.subject.together), ("hidden alone", bench.subject.hidden)):
+    by_count = Target(parameters=0.75)
+    for cut, target in (
+        ("all axes", bench.subject.together), ("hidden alone", bench.subject.hidden), ("by count", by_count)
+    ):  # fmt: skip
         found = {name: [increase(bench, cut, target, name, seed) for seed in seeds] for name in bench.subject.repairs}
         rows = [
             [name, spread(values), spread([v / p for v, p in zip(values, found["plain"], strict=True)], 2)]
@@ -383,12 +362,15 @@ def main() -> None:
     parser.add_argument("--only", choices=("zoo", "smollm2"), help="one of the two models")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of " + ", ".join(PARTS))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--repairs", help="names, with semicolons between them, beside plain: " + "; ".join(REPAIRS))
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     subjects = [] if options.only == "smollm2" else [zoo()]
     if options.smollm2 is not None and options.only != "zoo":
         subjects.append(smollm2(options.smollm2))
     for subject in subjects:
+        if options.repairs:
+            subject = dataclasses.replace(subject, repairs=("plain", *options.repairs.split(";")))
         bench = Bench(subject, options.output / "cells")
         for part in options.parts.split(","):
             if subject.ablated or part not in ("aggregation", "source"):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limbeck.benchmarks.pruning import print_table
+from limbeck.benchmarks.cells import print_table
 from limbeck.distill.losses import Distillation, DistillLoss, distillation_loss
 from limbeck.distill.teacher import SAMPLE, CachedTeacher, CacheOptions, answer_loss, finish_cache, write_cache
 from limbeck.distill.text.packing import Batch, tokenize
