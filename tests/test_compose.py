@@ -99,8 +99,9 @@ def test_texts_are_taken_as_the_shell_gives_them(text: str) -> None:
 
 def test_an_option_that_is_a_mapping_takes_one() -> None:
     """Whether it has keys by default, or none."""
-    content = compose_config("score", ["model=zoo", "data=stdlib", "output=x", "importance.min_layers={mamba: 1}"])
-    assert build(score.Options, content).importance.min_layers == {"mamba": 1}
+    for word in ("importance.min_layers={mamba: 1}", "importance.min_layers.mamba=1", "+importance.min_layers.mamba=1"):
+        content = compose_config("score", ["model=zoo", "data=stdlib", "output=x", word])
+        assert build(score.Options, content).importance.min_layers == {"mamba": 1}
     content = compose_config("compress", ["model=zoo", "distill.train={steps: 3, keep: best}"], complete=False)
     assert content["distill"]["train"]["steps"] == 3 and content["distill"]["train"]["learning_rate"] is not None
 
@@ -156,6 +157,7 @@ def test_null_only_where_nothing_is_the_default() -> None:
             "WHOLE importance.min_layers={mamba:x}",
             "importance.min_layers.mamba is 'x'; expected a whole",
         ),
+        ("WHOLE importance.min_layers.foo=1", "importance.min_layers names the unknown kind 'foo'"),
         ("WHOLE importance.minlayers={mamba:1}", "did you mean 'min_layers'"),
         ("score model=zoo min_layers={mamba:1}", "'min_layers' is no option of limbeck score"),
         ("score model=zoo data=stdlib output=x streams_gib=1e300", "streams_gib is 1e+300; expected more than 0"),

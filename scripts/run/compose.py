@@ -32,6 +32,7 @@ VERBATIM = (
     "model", "init", "teacher", "student", "teacher_cache", "base", "other", "against", "data", "output", "scores",
     "gap", "prompt", "prompts", "system", "also",
 )  # fmt: skip
+FREE_KEYS = ("importance.min_layers.",)
 WIDTHS = "target/widths"  # which models/axes.py writes
 BASES = {"train-fit": "compress"}  # whose options and recipes a command takes beside its own
 Options = TypeVar("Options")
@@ -216,7 +217,8 @@ def split_verbatim(
             texts[key] = value
         elif override != "recipe=null":  # the default, which Hydra refuses to be told
             # What a mapping may hold its dataclass says; to Hydra an option that is {} by default has no keys at all.
-            words.append(f"++{override}" if value.startswith("{") and key == name else override)
+            free = value.startswith("{") or name.startswith(FREE_KEYS)
+            words.append(f"++{override}" if free and key == name else override)
     return texts, words
 
 
