@@ -319,10 +319,10 @@ def fingerprint_of(value: Path | str, at_once: int = 4) -> str:
 def check_files(folder: Path, names: Sequence[str] | None = None) -> None:
     """Raises InputError where the files of a folder, or those of them that are named, are not as a stage left them."""
     if (folder / PROVENANCE).is_file():
-        files = [
-            file for file in content_files(folder) if names is None or file.relative_to(folder).as_posix() in names
-        ]
-        check_sums(folder, file_sums(folder, files, like=recorded_sums(folder)), names)
+        with unchanging(folder):
+            found = content_files(folder)
+            files = [file for file in found if names is None or file.relative_to(folder).as_posix() in names]
+            check_sums(folder, file_sums(folder, files, like=recorded_sums(folder)), names)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from limbeck.models.errors import InputError
-from limbeck.models.fingerprint import Fingerprint, fingerprint_of, look_of
+from limbeck.models.fingerprint import Fingerprint, check_files, fingerprint_of, look_of
 from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import lasting
 
@@ -174,7 +174,10 @@ def test_a_folder_that_is_seen_has_nothing_that_goes(
     assert made(out, source, scratch="work")
     assert seen == [(["begun.json", "limbeck.json", "weights"], fingerprint_of(out))]
     monkeypatch.setattr("limbeck.models.fingerprint.files_of", lambda folder: [folder / "weights", folder / "gone"])
-    for read in (fingerprint_of, look_of):
+    monkeypatch.setattr(
+        "limbeck.models.fingerprint.content_files", lambda folder: [folder / "weights", folder / "gone"]
+    )
+    for read in (fingerprint_of, look_of, check_files):
         with pytest.raises(InputError, match=r"out changed while it was read \(\S+gone is gone\); run the same"):
             read(out)
 
