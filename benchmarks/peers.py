@@ -88,6 +88,7 @@ class PeerBench:
         self.setting, self.cells = setting, cells
         cells.mkdir(parents=True, exist_ok=True)
         self.corpus, self.widths = functools.cache(self.tokenized), functools.cache(self.scored)
+        self.lessons = functools.cache(self.taught)
 
     @functools.cached_property
     def model(self) -> HybridLM:
@@ -142,18 +143,24 @@ class PeerBench:
     def whole(self) -> Cut:
         return Cut(self.model, count_parameters(self.model.config))
 
+    @torch.no_grad()
+    def taught(self) -> list[tuple[Tensor, Tensor]]:
+        """A step's row and the unpruned model's log-probabilities there, [1, T] and [1, T, V], kept for all methods."""
+        steps = range(self.setting.tokens // self.setting.seq_len)
+        batches = self.corpus("train").train_batches(batch_size=1, seq_len=self.setting.seq_len, seed=0)
+        rows = (batch.input_ids for _, batch in zip(steps, batches, strict=False))
+        return [(ids, F.log_softmax(self.model(ids), -1)) for ids in rows]
+
     def train(self, cut: Cut, rate: float) -> Cut:
         """So many tokens of forward KL(unpruned || pruned), one row a step, the same rows in the same order for all."""
-        steps = self.setting.tokens // self.setting.seq_len
+        lessons = self.lessons()
+        steps = len(lessons)
         weights = list(cut.module.requires_grad_(True).parameters())
         optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.95), weight_decay=0.0)
-        batches = self.corpus("train").train_batches(batch_size=1, seq_len=self.setting.seq_len, seed=0)
-        for step, batch in zip(range(steps), batches, strict=False):
+        for step, (ids, target) in enumerate(lessons):
             optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / WARMUP, (steps - step) / (steps / 2))
-            with torch.no_grad():
-                target = F.log_softmax(self.model(batch.input_ids), -1)
-            found = F.log_softmax(cut.logits(batch.input_ids), -1)
-            loss = F.kl_div(found, target, reduction="sum", log_target=True) / batch.input_ids.numel()
+            found = F.log_softmax(cut.logits(ids), -1)
+            loss = F.kl_div(found, target, reduction="sum", log_target=True) / ids.numel()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -174,12 +174,11 @@ def distil(folder: Path, options: Options, candidates: Sequence[Candidate]) -> l
 
 
 def draw(folder: Path, candidates: Sequence[Candidate], named: Sequence[str]) -> None:
-    from ..distill.report.plots import save_png, save_svg, tradeoff
+    from ..distill.report.plots import save_picture, tradeoff
 
     shown = tradeoff_of(candidates, named)
     figure = tradeoff(shown.points, shown.front, shown.named, title=shown.title, xlabel=f"memory ({shown.unit})")
-    for save in (save_svg, save_png):
-        save(figure, folder, "search")
+    save_picture(figure, folder, "search")
 
 
 def print_candidates(content: dict[str, Any]) -> None:

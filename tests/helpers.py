@@ -235,6 +235,7 @@ def compress_command(workshop: Path, out: Path) -> list[str]:
         "distill.batch=2",
         "evaluate_tokens=512",
         "fit.context=1000",
+        "repair.tokens=512",
     ]
 
 

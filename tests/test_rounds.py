@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from limbeck.distill import stages
-from limbeck.distill.report import plots
 from limbeck.models.checkpoint import load_config
 from limbeck.models.cost.parameters import count_parameters
 from limbeck.models.errors import InputError
@@ -99,7 +98,6 @@ def interrupted(*words: str) -> None:
 
 def test_two_rounds_and_again(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, then widths in two stages; interrupted in each round, the same command ends with the same bytes."""
-    monkeypatch.setattr(plots, "save_png", lambda *_: None)  # what takes the time, and is tested elsewhere
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     code, text, err = limbeck(*command(workshop, calm, ROUNDS))
     assert code == 0, err

@@ -13,7 +13,10 @@ from limbeck.tests.helpers import limbeck, make_workshop, random_model
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
+    root = make_workshop(tmp_path_factory.mktemp("workshop"))
+    for file in (root / "text").iterdir():
+        file.write_text(file.read_text()[:1500])
+    return root
 
 
 def test_short_text_long_rows_and_a_warm_up_without_an_end(
