@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .distill.gap.measure import TEACHER, GapReport, measure_gap
+from .distill.gap.measure import TEACHER, GapReport, check_measurable, measure_gap
 from .distill.in_memory import distill_in_memory
 from .distill.nested import open_nest
 from .distill.nested_options import NestedSizes
@@ -30,7 +30,7 @@ from .distill.report.exported_text import evaluated_tokens
 from .distill.rollout_options import Rollouts
 from .distill.rollouts import check_plan
 from .distill.stages import check_epochs, check_text
-from .distill.text.given import Data, fitted, read_sample, read_text
+from .distill.text.given import Data, fitted, held_out_of, named_text, read_sample, read_text
 from .distill.text.mixture import whole
 from .distill.text.packing import Batch
 from .models.checkpoint import load_config, load_model, open_checkpoint, save_model
@@ -43,12 +43,13 @@ from .models.errors import InputError
 from .models.folder import atomic_folder
 from .models.generate.engine import Engine, Request
 from .models.generate.sampling import Sampling
+from .models.generate.writer import stop_tokens
 from .models.hybrid import HybridLM
 from .models.named import load_checked, model_config, model_folder, model_weights, read_hardware
-from .models.quantities import with_quantities
+from .models.quantities import counted
 from .models.schema import checked
 from .models.served_inputs import served
-from .models.tokenizer import check_vocabulary, load_tokenizer
+from .models.tokenizer import check_tokens, check_vocabulary, load_tokenizer
 from .prune.choose import select
 from .prune.depth import random_layers, score_layers
 from .prune.importance import score_widths
@@ -67,17 +68,20 @@ def load(
     source: Source,
     *,
     tokenizer: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str = "auto",
 ) -> HybridLM:
     """A model with its `.config` and `.tokenizer` (None where it has none), on a GPU where there is one unless told.
 
     `source` is a checkpoint folder, "zoo" or "zoo-moe", or a model of transformers, whose weights are copied.
     `tokenizer` is a folder with tokenizer.json; without it the source's own is taken, of a model of transformers that
-    of the folder which it was read from.
+    of the folder which it was read from. A model of ours is given back as it is, with the `tokenizer` if one is named.
     """
-    place = torch_device(device)
+    place, dtype = torch_device(device), torch_dtype(dtype_name(str(dtype)))
     if isinstance(source, HybridLM):
+        if tokenizer is not None:
+            source.tokenizer = load_tokenizer(Path(tokenizer))
+            check_vocabulary(source.tokenizer, source.config)
         return source
     if isinstance(source, (str, Path)):
         home = model_folder(str(source))
@@ -196,7 +200,7 @@ def prune(
         repair = Repair(rotate=read, norms="count" if repair else "none", least_squares=read, reselect=read)
     if repair.needs_data and data is None:
         raise InputError("prune: this repair needs data=")
-    selection = select(model.config, scores.widths, scores.layers.order, Target(**with_quantities(target)))
+    selection = select(model.config, scores.widths, scores.layers.order, checked(Target, "prune", **target))
     batches = read_sample(model, data, "train", tokens, seq_len, batch, seed) if data and repair.needs_data else []
     small = repair_model(model, selection, batches, repair)
     small.tokenizer = model.tokenizer
@@ -225,7 +229,7 @@ def distill(
     *,
     steps: int = 200,
     learning_rate: float = 1e-3,
-    loss: DistillLoss | None = None,
+    loss: DistillLoss | Mapping[str, Any] | None = None,
     rollouts: Rollouts | Mapping[str, Any] | None = None,
     nested: NestedSizes | Mapping[str, Any] | None = None,
     scores: Scores | None = None,
@@ -248,10 +252,14 @@ def distill(
         raise InputError("distill: the student is trained in place; expected a model of load or prune, not the teacher")
     if (nested is None) != (scores is None):
         raise InputError("distill: scores=, of the student, put nested sizes in order; give both or neither")
-    text = read_text(student if student.tokenizer is not None else teacher, data, "train")
+    check_tokens(teacher.tokenizer, student.tokenizer)
+    reader = student if student.tokenizer is not None else teacher
+    text = read_text(reader, data, "train")
     seq_len, batch = fitted(student, text, seq_len, batch)
     few = {"warmup_steps": min(20, steps // 5), "save_every": max(steps, 1)}
     how = checked(TrainOptions, "distill", **({"steps": steps, "learning_rate": learning_rate} | few | options))
+    if isinstance(loss, Mapping):
+        loss = checked(DistillLoss, "distill.loss", **loss)
     if isinstance(rollouts, Mapping):
         rollouts = checked(Rollouts, "distill.rollouts", **rollouts)
     if isinstance(nested, Mapping):
@@ -262,8 +270,9 @@ def distill(
     check_plan([plan], student.config, whole=True)
     measured: list[Batch] = []
     if how.evaluate_every:
-        reader, unseen_text = student if student.tokenizer is not None else teacher, held_out_of(data, held_out)
-        measured = read_sample(reader, unseen_text, "validation", evaluate_tokens, seq_len, plan.rows, seed)
+        unread = held_out_of(data, held_out)
+        measured = read_sample(reader, unread, "validation", evaluate_tokens, seq_len, plan.rows, seed)
+        check_measurable(measured, named_text(unread), "validation")
     nest = None
     if nested is not None and scores is not None:
         cut = nested_model(student, scores.widths, nested.targets)
@@ -272,13 +281,6 @@ def distill(
     last = next((record["loss"] for record in reversed(records) if "loss" in record), float("nan"))
     read = how.steps * batch * seq_len
     return Distilled(how.steps, seq_len, batch, read, read / text.tokens, last, tuple(records), sizes)
-
-
-def held_out_of(data: Data, held_out: Data | None) -> Data:
-    """The text that a training is measured on. Raises InputError where there is none besides what it reads."""
-    if held_out is None and not isinstance(data, (str, Path, Mapping)):
-        raise InputError("distill: a list of texts is read as a whole; evaluate_every needs held_out=, text besides it")
-    return data if held_out is None else held_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,15 +336,18 @@ def evaluate(
     teacher = load_to_measure(teacher)
     named = students if isinstance(students, Mapping) else {"student": students}
     models = {name: load_to_measure(model) for name, model in named.items()}
+    for model in models.values():
+        check_tokens(teacher.tokenizer, model.tokenizer)
+    (tokens,) = counted(tokens=tokens)
     read = read_text(teacher, data, split)
     seq_len, batch = fitted(teacher, read, seq_len, batch)
     text, tokenizer = whole(read), teacher.tokenizer
     assert tokenizer is not None
     groups = group_tokens(text, tokenizer, teacher.config.vocab_size)
     batches = read.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+    check_measurable(batches, named_text(data), split)
     report = measure_gap(teacher, models, batches, resamples=resamples, seed=seed, groups=groups, worst=worst)
-    named_data = data if isinstance(data, str) else "texts"
-    content = gap_content(report, {TEACHER: teacher, **models}, text, tokenizer, named_data, split)
+    content = gap_content(report, {TEACHER: teacher, **models}, text, tokenizer, named_text(data), split)
     return Evaluation(report, content)
 
 
@@ -373,26 +378,22 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     batch: int = 8,
 ) -> list[str]:
-    """Each prompt with the text that follows it. Temperature 0 takes the most probable token; prompt n draws from
-    seed + n."""
+    """Each prompt with the text that follows it, up to a text of `stop`. Temperature 0 takes the most probable token;
+    prompt n draws from seed + n."""
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    max_new_tokens, batch = counted(max_new_tokens=max_new_tokens, batch=batch)
     model = load(model)
-    if model.tokenizer is None:
+    if (reader := model.tokenizer) is None:
         raise InputError("the model has no tokenizer to read prompts with; give load(..., tokenizer=FOLDER)")
     if isinstance(prompts, str) or not prompts:
         raise InputError(f"generate: prompts is {prompts!r}; expected a list of texts, one at least")
-    requests = [
-        Request(
-            model.tokenizer.prompt(prompt),
-            max_new_tokens,
-            Sampling(temperature, top_k, top_p, min_p, seed + number),
-            stop=tuple(stop),
-        )
-        for number, prompt in enumerate(prompts)
-    ]
+    ends = stop_tokens(reader.folder, model.config)
+    draws = [Sampling(temperature, top_k, top_p, min_p, seed + number) for number in range(len(prompts))]
+    read = [reader.prompt(prompt) for prompt in prompts]
+    requests = [Request(ids, max_new_tokens, draw, stop, ends) for ids, draw in zip(read, draws, strict=True)]
     longest = max(len(request.prompt) for request in requests) + max_new_tokens
-    slots = min(batch, len(requests))
-    engine = Engine(model, max_length=longest, slots=slots, tokenizer=model.tokenizer, prepare=False)
+    engine = Engine(model, max_length=longest, slots=min(batch, len(requests)), tokenizer=reader, prepare=False)
     return [prompt + each.text for prompt, each in zip(prompts, engine.complete(requests), strict=True)]

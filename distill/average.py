@@ -24,6 +24,8 @@ from .options import TrainOptions
 from .parallel import Trained, stored_dtype
 from .state import AVERAGE, METRICS, WEIGHTS, Say, numbered, states, step_of
 
+LEFT = 0.1  # the share of the first weights in a moving average above which it is said
+
 
 @contextlib.contextmanager
 def averaged(trained: Trained, average: Mapping[str, Tensor]) -> Iterator[None]:
@@ -81,7 +83,15 @@ def meant(all_states: Sequence[Path], options: TrainOptions) -> list[Path]:
 
 
 def check_average(options: TrainOptions, say: Say) -> None:
-    """Says so where a run does not leave as many states as the mean is to be of."""
+    """Says so where a run does not leave as many states as the mean is to be of, or where more than a tenth of the
+    moving average is the weights before the first step."""
+    if (share := options.ema_decay**options.steps) > LEFT:
+        better = 1 - 5 / options.steps
+        other = f"{better:.6g} (1 - 5/steps) leaves less than 1%" if better >= 0.5 else "leave it out of so short a run"
+        say(
+            f"note: ema_decay is {options.ema_decay:g}: after {options.steps:,} steps {share:.0%} of the moving average"
+            f" are the weights that training began with; {other}"
+        )
     due = -(-options.steps // options.save_every)
     if due < options.average_states:
         say(

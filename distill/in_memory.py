@@ -16,7 +16,7 @@ from .average import final_weights
 from .hidden import Pairing, make_pairing
 from .nested import Nest
 from .options import DistillOptions
-from .parallel import Trained, prepare
+from .parallel import Trained, prepare, released
 from .rollouts import stage_loss
 from .stages import stage_batches
 from .state import fill_weights
@@ -63,6 +63,7 @@ def distill_in_memory(
         teacher.requires_grad_(True)
         set_layers(trained.model, recompute=False, compiled=False)
         trained.model.to(dtype).eval()
+        released(trained)
     return records, {} if nest is None else nest[1].models(trained.model)
 
 

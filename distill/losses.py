@@ -121,6 +121,7 @@ class Distillation:
         over steps. Its own layers alone are trained by it: not what they read, nor the head."""
         shape, loss = (*rows.input_ids.shape, -1), hidden.new_zeros((), dtype=torch.float32)
         hidden, target = hidden.detach().view(shape), target.view(shape)
+        weights = getattr(rows, "weights", None)
         embedded = student.embed(rows.input_ids).detach()
         for step, states in enumerate(student.ahead_states(embedded, hidden, rows.seq_idx), 1):
             inside = rows.seq_idx[:, step:] == rows.seq_idx[:, :-step]  # the tokens that it read are of one document
@@ -135,6 +136,7 @@ class Distillation:
                     temperature=self.options.temperature,
                     divergence=self.options.divergence,
                     labels=labels,
+                    token_weights=None if weights is None else weights[:, step:].flatten(),
                     ignore_index=IGNORED,
                     normalizer=normalizer,
                 ).loss

@@ -147,6 +147,13 @@ def lowered(model: nn.Module, name: str, master: nn.Parameter, dtype: torch.dtyp
     return copy
 
 
+def released(trained: Trained) -> None:
+    """The model has parameters of its own again, in place of those of `lowered`, whose gradients go to others."""
+    for weight in trained.weights:
+        if not weight.split and weight.local is not weight.parameter:
+            placed(trained.model, weight.spec.name, nn.Parameter(weight.parameter.detach()))
+
+
 def placed(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """Makes it the model's parameter of that name."""
     place, _, field = name.rpartition(".")

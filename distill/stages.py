@@ -17,6 +17,7 @@ from ..models.fingerprint import SPEED
 from ..models.foreign import read_lines
 from ..models.hybrid import HybridLM
 from .average import final_weights
+from .gap.measure import check_measurable
 from .hidden import Pairing
 from .losses import cross_entropy_loss
 from .nested import Nest
@@ -68,20 +69,46 @@ def check_epochs(text: Text, plan: Sequence[DistillOptions]) -> None:
         text.check_epochs([how.reads for how in plan])
 
 
+def check_reads(read: Callable[[str], Text], how: DistillOptions, data: object) -> None:
+    """`check_text` and `check_epochs` of a distillation's stages, and of the teacher's correction before them; and that
+    there is something to measure stages on, and their outcome on the test split. `read` gives the text of a split of
+    `data`. Raises InputError."""
+    text, plan = read("train"), how.plan()
+    for stage in plan:
+        check_text(text, stage)
+        if stage.train.evaluate_every:
+            check_measurable(read("validation").sample(batch_size=1, seq_len=stage.seq_len), data, "validation")
+    check_epochs(text, plan)
+    if how.teacher_correction is not None:
+        check_text(text, how.correction())
+        check_epochs(text, [how.correction()])
+    check_measurable(read("test").sample(batch_size=1, seq_len=how.seq_len), data, "test")
+
+
 def check_texts(
     text: Text,
     plan: Sequence[DistillOptions],
     seed: int,
     teacher: HybridLM | CachedTeacher,
     held_out: Callable[[DistillOptions], Sequence[Batch]],
+    data: object,
 ) -> None:
-    """`check_text` of all stages; and that a cached teacher holds the rows that one which was made for something else
-    is most likely to lack: the last ones, and those that a stage is measured on."""
+    """`check_text` of all stages; that those which are measured have something to be measured on; and that a cached
+    teacher holds the rows that one which was made for something else is most likely to lack: the last ones, and those
+    that a stage is measured on. `data` is what errors call the text."""
     for number, how in enumerate(plan):
         check_text(text, how)
+        rows = measured_rows(how, held_out)
+        if how.train.evaluate_every:
+            check_measurable(rows, data, "validation")
         if isinstance(teacher, CachedTeacher):
             last = stage_batches(text, how, number, seed, how.train.steps - 1)
-            teacher.check_holds([*last, *held_out(how)])
+            teacher.check_holds([*last, *rows])
+
+
+def measured_rows(how: DistillOptions, held_out: Callable[[DistillOptions], Sequence[Batch]]) -> Sequence[Batch]:
+    """What a stage is measured on; nothing, which is not read either, where it never is."""
+    return held_out(how) if how.train.evaluate_every else ()
 
 
 def train_stages(
@@ -106,7 +133,9 @@ def train_stages(
     for number in range(current_stage(folders, say), len(plan)):
         how, own = plan[number], seed + SEEDS_APART * number
         loss, figures = stage_loss(teacher, how, pairing, own, ends), held_out_figures
-        measured: dict[str, Any] = {"sample": held_out(how), "context_parallel": how.train.context_parallel}
+        measured: dict[str, Any] = {
+            "sample": measured_rows(how, held_out), "context_parallel": how.train.context_parallel,
+        }  # fmt: skip
         title = f"distilling, stage {number + 1} of {len(plan)}" if len(plan) > 1 else "distilling"
         with bar(title, how.train.steps) as on_step:
             train(

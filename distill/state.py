@@ -291,10 +291,23 @@ def trim_lines(path: Path, step: int) -> None:
 
 
 def last_figures(folder: Path, names: Sequence[str]) -> dict[str, float]:
-    """Those of the figures that the last line of a training's metrics.jsonl has."""
+    """Those of the figures that a training's metrics.jsonl has of the weights that it left: its last line, or that of
+    the step which was kept as the best."""
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+        left = json.loads((folder / "limbeck.json").read_text(encoding="utf-8")).get("weights")
     except OSError:
         return {}
-    record = json.loads(lines[-1]) if lines else {}
+    best = left.get("step") if isinstance(left, dict) and left.get("kept") == "best" else None
+    of_best = [each for each in records if best is not None and each.get("step") == best]
+    record = (of_best or records or [{}])[-1]
     return {name: record[name] for name in names if name in record}
+
+
+def check_measured(evaluate_every: int, average_states: int) -> None:
+    """Raises InputError where nothing measures what a training leaves: without evaluations, and a mean of states."""
+    wrong = "evaluate_every is 0" if not evaluate_every else f"average_states is {average_states}"
+    if not evaluate_every or average_states > 1:
+        raise InputError(
+            f"distill.train.{wrong}; picks are made by the held-out KL of the weights that are left, give 1"
+        )

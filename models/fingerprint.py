@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -27,7 +26,8 @@ from typing import Any
 
 from .. import __version__
 from .errors import InputError
-from .folder import file_sum, file_sums, finish_folder, owned, partial_of, unchanging, write_json
+from .folder import file_sum, file_sums, finish_folder, owned, partial_of, size_and_change, unchanging, write_json
+from .folder import plain as plain
 from .foreign import read_object
 
 PROVENANCE = "limbeck.json"
@@ -59,15 +59,13 @@ class Fingerprint:
 
         self.name, self.inputs = name, dict(sorted(inputs.items()))
         self.options = plain(options) | chosen()  # of products, which whoever makes the folder does in one way
-        self.look = self.current_look()
+        self.looks = {key: look_of(value) for key, value in self.inputs.items()}
+        self.look = digest(self.with_inputs(str) | {"inputs": self.looks})
         self.sums: dict[str, Any] | None = None
         self.error: BaseException | None = None
         self.thread: threading.Thread | None = None
         self.mark: Path | None = None
         self.marking = threading.Lock()
-
-    def current_look(self) -> str:
-        return digest(self.with_inputs(look_of))
 
     def with_inputs(self, describe: Callable[[Path | str], Any]) -> dict[str, Any]:
         import torch  # names of files are wanted of this module before it
@@ -140,9 +138,18 @@ class Fingerprint:
     def unchanged_content(self) -> dict[str, Any]:
         """`content`, once the work is done. Raises InputError where an input has changed meanwhile."""
         content = self.content()
-        if self.current_look() != self.look:
-            names = ", ".join(f"{key}={value}" for key, value in self.inputs.items() if isinstance(value, Path))
-            raise InputError(f"an input of {self.name} changed while it was read ({names}); run the same command again")
+        changed = [f"{key}={self.inputs[key]}" for key, look in self.looks.items() if look_of(self.inputs[key]) != look]
+        if changed:
+            raise InputError(
+                f"an input of {self.name} changed while it was read ({', '.join(changed)}); run the same command again"
+            )
+        return content
+
+    def settle(self, *keys: str) -> dict[str, Any]:
+        """`unchanged_content`, once these inputs have been read whole: what becomes of them from here on is no matter,
+        so that work which takes days is not lost to a text that has grown."""
+        content = self.unchanged_content()
+        self.looks = {key: look for key, look in self.looks.items() if key not in keys}
         return content
 
     def sealed(
@@ -372,28 +379,17 @@ def holds_sum(content: Any) -> bool:
 
 
 def look_of(value: Path | str) -> Any:
-    """Names, sizes and times of change of the files that `fingerprint_of` reads. Raises InputError without any."""
+    """Names, sizes and times of change of the files that `fingerprint_of` reads. Raises InputError without any, and
+    where one cannot be read."""
     if isinstance(value, str):
         return value
-    if not value.exists():
-        raise InputError(f"{value} does not exist; expected a folder or a file")
     with unchanging(value):
+        if not value.exists():
+            raise InputError(f"{value} does not exist; expected a folder or a file")
         found = files_of(value) if value.is_dir() else [value]
         files = {file.relative_to(value).as_posix() if file != value else "": file for file in found}
-        return {name: (file.stat().st_size, file.stat().st_mtime_ns) for name, file in files.items()}
+        return {name: size_and_change(file) for name, file in files.items()}
 
 
 def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def plain(value: Any) -> Any:
-    """Options as JSON knows them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        value = value.options() if hasattr(value, "options") else own
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

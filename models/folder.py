@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -27,7 +29,10 @@ BLAKE3 = "blake3:"
 def cache_folder() -> Path:
     """Where what can be made again is kept: $LIMBECK_CACHE, or ~/.cache/limbeck."""
     given = os.environ.get("LIMBECK_CACHE")
-    return own_path(given) if given else Path.home() / ".cache" / "limbeck"
+    try:
+        return own_path(given) if given else Path.home() / ".cache" / "limbeck"
+    except RuntimeError:  # of a user without an entry in the system's list, and HOME unset
+        raise InputError("there is no home folder for ~/.cache/limbeck; set LIMBECK_CACHE to a folder") from None
 
 
 @contextlib.contextmanager
@@ -37,6 +42,9 @@ def owned(path: Path) -> Iterator[bool]:
 
     Raises InputError where another process has the lock, or the place cannot be written.
     """
+    path = own_path(path)
+    if not path.name:
+        raise InputError(f"{path} is no folder to write; give another output")
     place = path.with_name(f".{path.name}.writing")
     left, lock = place.exists(), FileLock(place, timeout=0)
     try:
@@ -143,12 +151,22 @@ def write_json(path: Path, content: Any) -> None:
 
 @contextlib.contextmanager
 def unchanging(value: Path) -> Iterator[None]:
-    """Raises InputError where a file of a folder goes while the block reads it."""
+    """Raises InputError where a file of a folder goes while the block reads it, or may not be read."""
     try:
         yield
     except FileNotFoundError as error:
         gone = f"{error.filename} is gone"
         raise InputError(f"{value} changed while it was read ({gone}); run the same command again") from None
+    except PermissionError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}; change its permissions") from None
+
+
+def size_and_change(file: Path) -> tuple[int, int]:
+    """A file's size and time of change. Raises PermissionError where its content cannot be read."""
+    facts = file.stat()
+    if not os.access(file, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+    return facts.st_size, facts.st_mtime_ns
 
 
 def sha256_file(path: Path) -> str:
@@ -184,3 +202,15 @@ def file_sums(
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         sums = pool.map(lambda name: file_sum(names[name], (like or {}).get(name)), names)
         return dict(zip(names, sums, strict=True))
+
+
+def plain(value: Any) -> Any:
+    """Options as JSON knows them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = value.options() if hasattr(value, "options") else own
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -250,8 +250,10 @@ def shown(value: Any) -> str:
 
 
 def own_path(path: str | Path) -> Path:
-    """A path with `~` and `~user` resolved. Raises InputError where there is no such user."""
+    """A path with `~` and `~user` resolved, and an absolute one for `.` and `..`: whoever writes a folder puts files
+    beside it, by its name. Raises InputError where there is no such user."""
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        return found.resolve() if found.name in ("", "..") else found
     except RuntimeError:
         raise InputError(f"{path}: {os.fspath(path).split('/')[0]} is no user here; give a path") from None

@@ -41,6 +41,18 @@ def with_quantities(content: Any) -> Any:
     return {key: read_option(str(key), value) for key, value in content.items()}
 
 
+def counted(**given: Any) -> list[Any]:
+    """Whole numbers of at least 1, by name, where they may be written as options are (1k); None stays. Raises
+    InputError."""
+    found = []
+    for name, value in given.items():
+        number = quantity(value, share=False) if isinstance(value, str) else value
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise InputError(f"{name} is {value!r}; expected a whole number of at least 1")
+        found.append(number)
+    return found
+
+
 def read_option(name: str, value: Any) -> Any:
     share, count = name in SHARES, name.endswith(COUNTS)
     if (share or count) and isinstance(value, str):

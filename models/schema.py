@@ -214,7 +214,8 @@ def without_none(hint: Any) -> Any:
 
 def checked(cls: type[Checked], where: str, **options: Any) -> Checked:
     """A dataclass of options. Raises InputError where one is none of its fields, or of another type."""
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    own_types = getattr(cls, "option_types", None)  # of a target: its widths are options, and no fields
+    known = [field.name for field in dataclasses.fields(cls)] if own_types is None else list(own_types())  # type: ignore[arg-type]
     for name in options.keys() - set(known):
         raise InputError(f"{where}: {name} is no option here{guess_option(name, known)}; known: {', '.join(known)}")
     try:

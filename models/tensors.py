@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import io
 import json
 import math
@@ -222,8 +223,10 @@ def saying_where(path: Path) -> Iterator[None]:
 
 def refusal(error: OSError, path: Path | None = None) -> str:
     """A line on what the system refused, where, and what helps."""
-    place = path or error.filename or "the output"
-    return f"{place} cannot be written: {error.strerror or error}; free some space, and run the same command again"
+    place, forbidden = path or error.filename or "the output", error.errno in (errno.EACCES, errno.EPERM)
+    done = "read or written" if forbidden and path is None else "written"
+    helps = "change its permissions" if forbidden else "free some space"
+    return f"{place} cannot be {done}: {error.strerror or error}; {helps}, and run the same command again"
 
 
 def as_bytes(tensor: Tensor) -> Any:

@@ -316,8 +316,11 @@ def listed(numbers: tuple[int, ...] | None) -> str:
     return ", ".join(str(number) for number in numbers or ())
 
 
-def check_tokens(teacher: Tokenizer, student: Tokenizer) -> None:
-    """Raises InputError at the first number that stands for another text."""
+def check_tokens(teacher: Tokenizer | None, student: Tokenizer | None) -> None:
+    """Raises InputError at the first number that stands for another text. None is a model without a tokenizer, of
+    which nothing is known."""
+    if teacher is None or student is None or teacher is student:
+        return
     texts = [
         {number: text for text, number in tokenizer.backend.get_vocab().items()} for tokenizer in (teacher, student)
     ]

@@ -107,7 +107,7 @@ class RepairOptions:
     tokens: PositiveInt = 32768
 
     def __post_init__(self) -> None:
-        self.repair(with_data=False)  # which checks the rest
+        self.repair(with_data=True)  # which checks the rest
 
     def repair(self, with_data: bool) -> Repair:
         rotate, fit = (with_data if wish is None else wish for wish in (self.rotate, self.least_squares))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..models.axes import Axis, Factor, tensor_table
 from ..models.config import HybridConfig
+from .ridge import check_finite, products
 from .slice import Selection
 from .streams import GetTensor
 
@@ -39,13 +40,13 @@ class Reselection:
     def see(self, layer: int, seen: Mapping[str, Tensor]) -> None:
         """Takes in what passes in a layer [N, K] for one batch."""
         for observed in self.places.get(layer, {}):
-            products = (seen[observed].T @ seen[observed]).double()
-            self.moments[observed] = products + self.moments.get(observed, 0)
+            self.moments[observed] = products(seen[observed], seen[observed]) + self.moments.get(observed, 0)
 
     def leave(self, layer: int) -> None:
         """Chooses: all batches have passed the layer."""
         for observed, (axis, name) in self.places.get(layer, {}).items():
             moments = self.moments.pop(observed)
+            check_finite(moments)
             weights = self.get_tensor(name).to(moments)
             self.kept[axis] = least_lost(moments, weights, len(self.selection.kept[axis]), RIDGE)
 

@@ -7,6 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..models.errors import InputError
+
+
+def products(one: Tensor, other: Tensor) -> Tensor:
+    """one^T other [K, O] of rows [N, K] and [N, O], in float64. What is narrower than float32 is widened first: squares
+    of a few hundred are beyond float16."""
+    wide = torch.promote_types(one.dtype, torch.float32)
+    return (one.to(wide).T @ other.to(wide)).double()
+
+
+def check_finite(moments: Tensor) -> None:
+    """Raises InputError where the activations that were summed were not finite."""
+    if not bool(moments.isfinite().all()):
+        raise InputError(
+            "repair: activations are not finite in the dtype that the layers run in; give dtype=bfloat16 or float32"
+        )
+
 
 class RidgeFit:
     """Least squares of targets t [N, O] on inputs a [N, K] that pull towards given weights W0 [O, K].
@@ -23,8 +40,8 @@ class RidgeFit:
         self.cross: Tensor | float = 0.0  # sum t a^T [O, K]
 
     def add(self, targets: Tensor, inputs: Tensor) -> None:
-        self.moments = self.moments + (inputs.T @ inputs).double()
-        self.cross = self.cross + (targets.T @ inputs).double()
+        self.moments = self.moments + products(inputs, inputs)
+        self.cross = self.cross + products(targets, inputs)
 
     def sums(self) -> tuple[Tensor, Tensor]:
         assert isinstance(self.moments, Tensor) and isinstance(self.cross, Tensor)
@@ -33,6 +50,7 @@ class RidgeFit:
     def solve(self, weights: Tensor, ridge: float, sizes: Sequence[int] = ()) -> Tensor:
         """W [O, K] (float64) for W0 = weights."""
         moments, cross = self.sums()
+        check_finite(moments)
         left, least = cross - weights.double() @ moments, torch.finfo(torch.float64).tiny
         parts = moments.diagonal().split(list(sizes) or len(moments))
         damp = torch.cat([(ridge * part.mean().clamp(min=least)).expand(len(part)) for part in parts])

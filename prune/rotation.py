@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..models.axes import HIDDEN, Dimension, Role, TensorSpec, on_hidden, tensor_table
 from ..models.config import HybridConfig
+from .ridge import check_finite, products
 from .slice import Selection
 from .streams import GetTensor, Streams
 
@@ -59,7 +60,7 @@ class Directions:
         self.last = torch.zeros_like(self.moments)
         for rows in streams.counted():
             normed = torch.nn.functional.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=-1)
-            self.last += (normed.T @ normed).double()
+            self.last += products(normed, normed)
         self.moments += self.last * len(self.selection.layers) if final else self.last
 
     def rotation(self, weight: Tensor) -> Rotation:
@@ -69,6 +70,7 @@ class Directions:
         only where they are equal. So the channels whose weight is off the median (by more than `TIED_TOLERANCE` of it;
         half of those that stay at most, the farthest) are not turned, and the others share one weight.
         """
+        check_finite(self.moments)
         weight, tied = weight.to(self.moments), self.config.tie_word_embeddings
         off = (weight / weight.median() - 1).abs()
         most = len(self.selection.kept[HIDDEN]) // 2

@@ -26,7 +26,7 @@ from .choose import kept_layers, numbered_layers, select
 from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, count_patterns, embed, odd_gap
 from .scores import LayerScores, WidthScores
-from .slice import Selection
+from .slice import Selection, check_ahead
 from .target import HIDDEN, INNER, ByWidth, Target, by_width, followed, unwritable, with_hidden
 
 RANKS = ("memory", "importance", "loss")
@@ -254,16 +254,13 @@ def find_candidates(
 
     Raises InputError where a value is not one that the source can be cut to, and where nothing fits.
     """
-    combinations, aligned, smallest = 0, 0, float("inf")
-    candidates = []
+    combinations, aligned, smallest, candidates = 0, 0, float("inf"), list[Candidate]()
     for depth in depths:
         pattern = "".join(config.pattern[layer] for layer in depth.layers)
         base = config.replace(pattern=pattern)
         for widths in grid(base, space):
             combinations += 1
-            if not is_aligned(config, widths, space.align):
-                continue
-            smaller = resized(base, widths)
+            smaller = resized(base, widths) if is_aligned(config, widths, space.align) else None
             if smaller is None or unwritable(smaller) is not None:
                 continue
             aligned += 1
@@ -297,8 +294,11 @@ def find_candidates(
 
 
 def resized(base: HybridConfig, widths: Mapping[str, float]) -> HybridConfig | None:
-    """The config of these widths; None where they cannot be together, as more experts a token than there are."""
+    """The config of these widths; None where they cannot be together, as more experts a token than there are, or where
+    layers of multi-token prediction keep others."""
     try:
+        if base.mtp_layers is not None:
+            check_ahead(base, base.mtp_layers, {name: int(value) for name, value in widths.items()})
         return base.replace(**{name: int(value) for name, value in widths.items()})
     except InputError:
         return None

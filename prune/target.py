@@ -130,7 +130,8 @@ def with_widths(config: HybridConfig, pattern: str, target: Target) -> Target:
     target = target.replace(**with_hidden(config.replace(pattern=pattern), target.widths))
     if target.parameters is None:
         return target
-    smaller = config.replace(pattern=pattern, **target.widths)
+    ahead = 0 if target.drop_mtp else config.mtp_steps
+    smaller = config.replace(pattern=pattern, mtp_steps=ahead, **target.widths)
     goal = goal_of(config, target.parameters)
     if any(kind.experts is not None for kind in smaller.kinds):
 

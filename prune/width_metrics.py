@@ -171,7 +171,7 @@ class ActivationScores(WidthMetric):
                 scores[axis] = total / uses.clamp(min=1)
         if self.times_output:
             readers = unit_weights(config, get_tensor, only_readers=True)
-            for axis in readers.keys() - {HIDDEN}:
+            for axis in (readers.keys() & scores.keys()) - {HIDDEN}:  # others are scored by what the output loses
                 scores[axis] = scores[axis] * readers[axis]
         return scores
 

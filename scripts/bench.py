@@ -24,7 +24,7 @@ from ..models.errors import InputError
 from ..models.folder import atomic_folder, check_new, write_json
 from ..models.generate.decode import lay_out
 from ..models.hybrid import HybridLM, initialize
-from ..models.named import load_checked
+from ..models.named import load_checked, model_weights
 from ..models.offload import free_memory
 from .run.resolve import model_config, model_folder, model_names
 from .run.show import progress, say, table
@@ -63,13 +63,17 @@ def run(options: Options) -> None:
     types: dict[str, Any] = {"dtype": dtype, "ssm_dtype": torch_dtype(options.ssm_dtype)}
     types_there = types if options.dtype != "auto" else types | {"dtype": torch.bfloat16}
     limits = (options.batch, options.hardware, options.reserve, types_there, options.prefill_chunk)
-    loads = {name: [load_of(text, config, *limits) for text in options.lengths] for name, config in configs.items()}
+    held = {} if options.measure else {name: model_weights(name, types_there["dtype"]) for name in names}
+    loads = {
+        name: [load_of(text, config, *limits, held=held.get(name)) for text in options.lengths]
+        for name, config in configs.items()
+    }
     here = profile_here(options, device) if options.measure else None
     speeds = measured_speeds(loads, configs, device, options, types) if options.measure else {}
     carries = options.measure and device.type == "cuda"
     rows = [
         row_of(name, loads[name][number], config, speeds.get((name, number)), here, options.hardware, types,
-               types_there, carries=carries)
+               types_there, carries=carries, held=held.get(name))
         for number in range(len(options.lengths))
         for name, config in configs.items()
     ]  # fmt: skip

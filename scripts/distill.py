@@ -135,9 +135,9 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
     check_forward({"student": student.model} | ({"teacher": teacher} if isinstance(teacher, HybridLM) else {}))
     with processes.together():
         text = corpus(options.data, "train", student_folder)
-        check_texts(text, plan, seed, teacher, measured)
+        check_texts(text, plan, seed, teacher, measured, options.data)
         if processes.rank() == 0:
-            made_from = work.content()["inputs"]  # a damaged input shows before the first step
+            made_from = work.made_of.settle("data")["inputs"]  # a damaged input shows before the first step
             if options.scores is not None:
                 check_scores(options.scores, made_from["student"], options.student)
         say_epochs(text, [how.reads for how in plan])

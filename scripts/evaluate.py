@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, gap_content, load_models
 from ..distill.gap.kept import Kept
-from ..distill.gap.measure import TEACHER, measure_gap
+from ..distill.gap.measure import TEACHER, check_measurable, measure_gap
 from ..distill.gap.probes import check_probes
 from ..distill.gap.tasks import Tasks, answer_tasks, plan_tasks
 from ..distill.gap.token_groups import group_tokens
@@ -118,6 +118,7 @@ def evaluate(work: Work, folders: dict[str, Path], options: Options) -> None:
     read = corpus(options.data, options.split, folders[TEACHER])
     batches = read.sample(batch_size=options.batch, seq_len=options.seq_len, seed=seed, max_tokens=options.tokens)
     say_sampled(batches, options.data, options.split, folders[TEACHER], options.tokens, options.seq_len)
+    check_measurable(batches, options.data, options.split)
     text, tokenizer = whole(read), load_tokenizer(folders[TEACHER])
     probes = draw_probes(options.probes, details, text, tokenizer, seed)
     tasks = plan_tasks(folders, options.suites, dtype=dtype, seed=seed) if options.tasks else None

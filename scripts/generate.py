@@ -94,8 +94,12 @@ def talk(writer: Writer, options: Options, read: Callable[[str], str] = input) -
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        number = engine.add(writer.reply(messages, len(messages) - 1))
-        said = ""
+        try:
+            number, said = engine.add(writer.reply(messages, len(messages) - 1)), ""
+        except InputError as error:
+            messages.pop()
+            say(f"{error}; give a shorter message, or chat with a larger context=")
+            continue
         try:
             for piece in printed(engine, number):
                 said += piece

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..distill.average import write_trained
-from ..distill.gap.measure import measure_gap
+from ..distill.gap.measure import check_measurable, measure_gap
 from ..distill.losses import cross_entropy_loss
 from ..distill.options import SPLIT, TrainOptions
 from ..distill.parallel import Trained, check_share, load_trained, placed_model, process_device
@@ -83,9 +83,11 @@ def pretrain(work: Work, options: Options) -> None:
     check_vocabulary(load_tokenizer(tokenizer_from), config)
     text = text_in_tokens(options.data, "train", tokenizer_from)
     size: dict[str, Any] = {"batch_size": options.batch, "seq_len": options.seq_len, "seed": options.data_seed}
-    held_out = list(
-        text_in_tokens(options.data, "validation", tokenizer_from).sample(**size, max_tokens=options.evaluate_tokens)
-    )
+    held_out: list[Any] = []
+    if options.train.evaluate_every:
+        unseen = text_in_tokens(options.data, "validation", tokenizer_from)
+        held_out = list(unseen.sample(**size, max_tokens=options.evaluate_tokens))
+        check_measurable(held_out, options.data, "validation")
     say(f"{count_parameters(config):,} parameters, {text.tokens:,} tokens of text")
     say_epochs(text, [(options.train.steps * options.batch, options.seq_len)])
 
@@ -94,6 +96,8 @@ def pretrain(work: Work, options: Options) -> None:
         gap = measure_gap(model, {}, held_out, resamples=2, split=split).models["teacher"]
         return {"validation_loss": gap.cross_entropy.value, "validation_bits_per_byte": gap.bits_per_byte.value}
 
+    if processes.rank() == 0:
+        work.made_of.settle("data")
     training, batches = work.folder / "training", functools.partial(text.train_batches, **size)
     speed = speed_of(config, None, options.seq_len, student.device)
     with (

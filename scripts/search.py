@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from ..distill.options import DistillOptions
+from ..distill.state import check_measured, last_figures
 from ..models.checkpoint import load_model
 from ..models.config import HybridConfig
 from ..models.cost.hardware import Hardware
@@ -34,7 +35,7 @@ from ..prune.search import (
 from ..prune.sliced_loss import sliced_loss
 from . import distill, prune
 from .run.resolve import NamedData, check_scores, data_input, model_config, model_folder, sample
-from .run.show import gib, progress, read_json, read_lines, result, say, table
+from .run.show import gib, progress, read_json, result, say, table
 from .run.stage import stage
 
 
@@ -66,8 +67,8 @@ class Options:
             raise InputError(f"scores is missing, which {needs} needs; give scores=FOLDER (limbeck score makes it)")
         if self.data is None and self.trains:
             raise InputError("data is missing, which rank=loss and distill_top need; give data=FOLDER, file, or stdlib")
-        if self.distill_top and not self.distill.train.evaluate_every:
-            raise InputError("distill.train.evaluate_every is 0; picks are made by the held-out KL, give at least 1")
+        if self.distill_top:
+            check_measured(self.distill.train.evaluate_every, self.distill.train.average_states)
 
     @property
     def trains(self) -> bool:
@@ -81,9 +82,10 @@ def run(options: Options) -> None:
     if options.trains:
         assert options.data is not None
         inputs |= {"model": model_folder(options.model), "data": data_input(options.data)}
-    config = model_config(options.model)
+    elif options.data is not None:
+        say(f"note: data= is not read: rank={options.rank} needs no text (rank=loss and distill_top would)")
+    config, scores = model_config(options.model), None
     inputs.setdefault("model", json.dumps(config.to_hf(), sort_keys=True))
-    scores = None
     if options.scores is not None:
         inputs["scores"], scores = options.scores, load_scores(options.scores)
         check_width_scores(config, scores.widths, f"scores={options.scores}")
@@ -167,9 +169,9 @@ def distil(folder: Path, options: Options, candidates: Sequence[Candidate]) -> l
             distill.Options(options.model, str(pruned), options.data, student, options.seed, options.device,
                             options.dtype, options.distill)
         )  # fmt: skip
-        last = read_lines(student / "metrics.jsonl")[-1]
-        figures = {name: last[f"validation_{name}"] for name in ("kl", "bits_per_byte", "agreement")}
-        picks.append({"name": candidate.name, **figures, "folder": f"students/{candidate.name}"})
+        left = last_figures(student, ["validation_kl", "validation_bits_per_byte", "validation_agreement"])
+        figures = {name.removeprefix("validation_"): value for name, value in left.items()}
+        picks.append({"name": candidate.name, "folder": f"students/{candidate.name}"} | figures)
     return sorted(picks, key=lambda pick: (pick["kl"], pick["name"]))
 
 

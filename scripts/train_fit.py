@@ -47,9 +47,14 @@ class Options(compress.Options):
     student: str | None
     processes: int
     training: Setup
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_counts(self, "processes")
+        for name in (field.name for field in dataclasses.fields(Reserve)):  # a recipe's are of its inference
+            if any(word.lstrip("+").startswith(f"fit.{name}=") for word in self.words):
+                raise InputError(f"fit.{name} is not read for training, whose budget is of training.*; give"
+                                 f" training.{name}=VALUE")  # fmt: skip
         if not self.shard:
             raise InputError("train-fit: matrices are counted as split among the processes (FSDP2); leave shard out")
         self.plan()

@@ -283,6 +283,7 @@ assert not {{"hydra", "omegaconf", "matplotlib", "wandb"}} & set(sys.modules), s
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # the notebook has most of its calls
 def test_the_code_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("compressed_tensors")
     monkeypatch.chdir(tmp_path)

@@ -123,6 +123,24 @@ def test_the_batch_that_fits_a_card_is_that_in_its_dtypes() -> None:
     assert sizes[0] == sizes[1] != sizes[2]
 
 
+def test_quantised_weights_count_as_the_files_have_them(tmp_path: Path) -> None:
+    """Where nothing is measured: a step reads fewer bytes, and more sequences fit."""
+    rounded = tmp_path / "rounded"
+    code, _, err = limbeck("export", "model=zoo", "format=w4a16", f"output={rounded}", "device=cpu")
+    assert code == 0, err
+    profile_of = ("hardware=l4", "hardware.usable_gib=2", "hardware.total_gib=2")
+    words = ("bench", "model=zoo", f"against={rounded}", "measure=false", *profile_of)
+    found = []
+    for batch in ("1", "fit"):
+        out = tmp_path / f"bench-{batch}"
+        code, _, err = limbeck(*words, "lengths=[64/64]", f"batch={batch}", f"output={out}")
+        assert code == 0, err
+        found.append(json.loads((out / "bench.json").read_text())["rows"])
+    (plain, small), (_, more) = found[0], found[1]
+    assert small["estimate"]["step_seconds"] < 0.9 * plain["estimate"]["step_seconds"]
+    assert more["batch"] > found[1][0]["batch"]
+
+
 def test_weights_beyond_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "this_cpu", lambda: Hardware("this CPU", 0, 0, 20, 0.1))
     monkeypatch.setattr(bench, "free_memory", lambda device: 2**30)

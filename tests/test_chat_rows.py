@@ -15,6 +15,7 @@ from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation
 from limbeck.distill.text import pieces, resolve
 from limbeck.distill.text.bins import best_fit
 from limbeck.distill.text.conversations import ANSWER, KIND, PROMPT, Renderer, read_conversation
+from limbeck.distill.text.given import fitted
 from limbeck.distill.text.mixture import Mixture
 from limbeck.distill.text.packing import Batch, Corpus, joined
 from limbeck.distill.text.reading import TextData
@@ -325,7 +326,9 @@ def test_what_is_no_conversation(row: Any, says: str, tmp_path: Path) -> None:
 
 def test_a_folder_without_a_template(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"messages": [ASK, SAY]}])
-    with pytest.raises(InputError, match=r"a.jsonl, line 1 is a conversation: .* has no chat template"):
+    with pytest.raises(
+        InputError, match=r"a.jsonl, line 1 is a conversation, and .* has no chat template; .*data.columns"
+    ):
         corpus_of(path, chat_folder(tmp_path / "f", None))
 
 
@@ -377,3 +380,16 @@ def test_a_template_that_knows_nothing_of_thinking_is_told_nothing(
     told, plain = (corpus_of(path, folder, **more) for more in ({"reasoning_share": 1.0}, {}))
     assert told.ids.tolist() == plain.ids.tolist()
     assert "the template has no word for it" in " ".join(record.message for record in caplog.records)
+
+
+def test_errors_name_the_split_and_the_rows_there_are(folder: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [ASK | {"content": f"{i}?"}]} for i in range(60)])
+    with pytest.raises(InputError, match=r"data=.*a.jsonl, split validation: none of \d conversations"):
+        resolve.text_in_tokens(str(path), "validation", folder).rows(64)
+    few = corpus_of(write_rows(tmp_path / "b.jsonl", ROWS), folder)
+    rows = few.rows(700)
+    with pytest.raises(InputError, match=rf"{few.tokens} tokens, in {rows} rows of whole conversations, do not fill"):
+        few.batches_per_epoch(rows + 1, 700)
+    model = random_model(tiny_config())
+    seq_len, batch = fitted(model, corpus_of(write_rows(tmp_path / "c.jsonl", ROWS[:4]), folder), 700, None)
+    assert (seq_len, batch) == (700, corpus_of(tmp_path / "c.jsonl", folder).rows(700)) and batch < 8

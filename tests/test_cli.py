@@ -255,6 +255,16 @@ def test_compress_and_again(workshop: Path, tmp_path: Path) -> None:
     model = load_model(out / "exported")
     assert model.config.pattern == load_config(out / "pruned").pattern
 
+    # A late option makes anew only what reads it.
+    early, late = ("scores", "pruned", "distilled"), ("gap", "exported", "report")
+    times = {name: (out / name / "limbeck.json").stat().st_mtime_ns for name in (*early, *late)}
+    code, _, err = limbeck(*compress_command(workshop, out), "export_dtype=fp16", "dtype=fp32")
+    assert code == 0, err
+    assert json.loads((out / "exported" / "export.json").read_text())["dtype"] == "float16"
+    changed = {name for name in times if (out / name / "limbeck.json").stat().st_mtime_ns != times[name]}
+    assert changed == {"exported", "report"} and not [path for path in out.iterdir() if path.name.startswith(".")]
+    refused(*compress_command(workshop, out), "seed=3", says="made otherwise")
+
 
 def test_compress_refuses_before_it_writes(workshop: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

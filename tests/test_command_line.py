@@ -98,6 +98,18 @@ def test_the_options_are_printed_and_nothing_is_done(tmp_path: Path) -> None:
     content = yaml.safe_load(out)
     assert code == 0 and content["dtype"] == "bfloat16" and content["student"] == "???", err
     assert not (tmp_path / "x").exists() and content["distill"]["seq_len"] == 512
+    code, out, err = limbeck("memory-fit", "model=zoo", "hardware=custom", "--cfg", "job")
+    card = yaml.safe_load(out)["hardware"]
+    assert code == 0 and (card["usable_gib"], card["total_gib"]) == ("???", "${hardware.usable_gib}"), err
+
+
+def test_off_and_on_as_yaml_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("wandb: off\ntensorboard: on\n")
+    words = ["teacher=zoo", "student=zoo", "data=x", "output=y", f"recipe={tmp_path / 'mine.yaml'}"]
+    made = build(distill.Options, compose_config("distill", words))
+    assert (made.wandb, made.tensorboard) == ("off", "on")
+    code, _, err = limbeck("distill", *words, "wandb=true")
+    assert code == 2 and "wandb is 'on'; known: off, offline, online" in err
 
 
 def test_an_option_that_is_taken_away() -> None:
@@ -129,18 +141,3 @@ def test_every_option_is_checked_before_the_first_stage(word: str, says: str, wo
     code, _, err = limbeck(*words, word)
     assert code == 2 and err.count("\n") == 1 and says in err, err
     assert list(tmp_path.iterdir()) == [], "the output is poisoned"
-
-
-def test_a_late_option_makes_anew_only_what_reads_it(workshop: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    words = [*compress_command(workshop, out), "distill.train.steps=2", "dtype=fp32"]
-    assert limbeck(*words)[0] == 0
-    early, late = ("scores", "pruned", "distilled"), ("gap", "exported", "report")
-    times = {name: (out / name / "limbeck.json").stat().st_mtime_ns for name in (*early, *late)}
-    code, _, err = limbeck(*words, "export_dtype=fp16", "dtype=float32")
-    assert code == 0, err
-    assert json.loads((out / "exported" / "export.json").read_text())["dtype"] == "float16"
-    changed = {name for name in times if (out / name / "limbeck.json").stat().st_mtime_ns != times[name]}
-    assert changed == {"exported", "report"} and not [path for path in out.iterdir() if path.name.startswith(".")]
-    code, _, err = limbeck(*words, "seed=3")
-    assert code == 2 and "made otherwise" in err

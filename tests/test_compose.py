@@ -111,6 +111,18 @@ def test_null_only_where_nothing_is_the_default() -> None:
     assert compose_config("memory-fit", ["model=zoo", "output=here"])["output"] == "here"
 
 
+def test_keys_below_options_that_are_null_or_empty_by_default(tmp_path: Path) -> None:
+    """They need no `+`, whatever a recipe has set there."""
+    words = ["distill.rollouts.share=0.5", "distill.teacher_correction.tokens=1e6", "distill.nested.teacher=largest"]
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("distill: {rollouts: {new_tokens: 9}, stages: [{tokens: 5}]}")
+    for own in ([], [f"recipe={recipe}", "distill.stages.0.seq_len=7"]):
+        made = compose_config("compress", ["model=zoo", *own, *words], complete=False)["distill"]
+        assert made["rollouts"] == {"share": 0.5} | ({"new_tokens": 9} if own else {})
+        assert (made["teacher_correction"], made["nested"]) == ({"tokens": 1000000}, {"teacher": "largest"})
+        assert made["stages"] == ([{"tokens": 5, "seq_len": 7}] if own else [])
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -165,6 +177,16 @@ def test_null_only_where_nothing_is_the_default() -> None:
         ("compress model=zoo dry_run=true target.layers=2 importance.expert_source=banana", "known: reap, frequency"),
         ("score model=zoo importance=magnitude importance.tokens=9", "importance.tokens is not read"),
         ("evalute", "did you mean 'evaluate'?"),
+        ("distill distill=on-policy distill.rollouts.share=0.5 teacher=zoo student=zoo output=x", "data is missing"),
+        ("compress recipe=qwen3 dry_run=true hardware=custom rounds.1.target.layers=3", "usable_gib is missing"),
+        ("WHOLE importance.min_layers.attention=1 tokens=5", "'tokens' is no option"),
+        ("distill teacher=zoo student=zoo data=x output=y distill.rollouts.sahre=1", "did you mean 'share'?"),
+        ("compress recipe=qwen3 dry_run=true rounds.7.target.layers=3", "rounds[7] is not there; give the whole list"),
+        ("compress recipe=qwen3 dry_run=true rounds.x=3", "'rounds.x' is no option"),
+        ("compress recipe=qwen3 dry_run=true recipe.x=3", "'recipe.x' is no option"),
+        ("evaluate teacher=zoo student=zoo data=x output=y", "expected a mapping, such as student.NAME=FOLDER"),
+        ("bench model=zoo batch=fits", "batch is 'fits'; expected a whole number, or fit"),
+        ("bench model=zoo batch=0", "batch is 0; expected at least 1, or fit"),
     ],
 )
 def test_wrong_words_give_one_line(line: str, says: str) -> None:
@@ -187,6 +209,16 @@ def test_help_shows_every_option_and_its_example_composes(command: str) -> None:
     assert all(f"recipe={name}" in out for name in recipes(command))
     assert EXAMPLES[command] in out
     build(module.Options, compose_config(command, shlex.split(EXAMPLES[command])))
+
+
+@pytest.mark.parametrize("command", ("search", "memory-fit", "train-fit", "bench"))
+def test_examples_that_need_neither_text_nor_weights_run(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As --help prints them; of the others the options compose."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = limbeck(command, *shlex.split(EXAMPLES[command]))
+    assert code == 0, err
 
 
 def test_every_recipe_is_of_a_command() -> None:
@@ -216,7 +248,12 @@ FINAL: dict[str, tuple[int, int, float, bool, str | None]] = {
 REMOVED = {"nemotron-nano-9b-v2": [(7, 52, 8, 48, 17, 18)]}  # what turns the 12B's published pattern into the 9B's
 
 
-@pytest.mark.parametrize("name", recipes("compress"))
+QUICK = ("nemotron-nano-9b-v2", "qwen3", "nemotron-3-nano-22b", "tiny")  # the others run with those that are slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in recipes("compress")]
+)
 def test_the_model_half_of_a_recipe_at_real_size(name: str) -> None:
     """Every round on tensors of the model's size that have no memory: shapes, counts, and whether it fits the card."""
     options = build(compress.Options, compose_config("compress", [f"recipe={name}", "dry_run=true"]))

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from limbeck.distill.text.conversations import ANSWER, KIND, PROMPT, Renderer, read_conversation
+from limbeck.distill.text.conversations import ANSWER, KIND, PROMPT, THOUGHT, Renderer, read_conversation
+from limbeck.distill.text.notes import Notes
 from limbeck.models.generate.chat import ChatTemplate
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.tests.chat_helpers import TEMPLATES, chat_folder, drawn_row, unmarked
@@ -50,3 +51,24 @@ def test_tokens_and_masks_are_those_of_transformers(name: str, tmp_path: Path) -
             assert (cut_parts[opened] & KIND == PROMPT).all()
         prompt = theirs.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True, **options)
         assert prompts.render(row["messages"][:-1], reasoning, row.get("tools")) == prompt
+
+
+@pytest.mark.parametrize("opened", ("<think>", "<think>\n"))
+def test_thoughts_that_the_header_has_opened_are_thoughts(opened: str, tmp_path: Path) -> None:
+    """And it is not said that the template leaves them out; what a question spells opens nothing."""
+    header = "'[a]" + opened.replace("\n", "\\n") + "'"
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ " + header + " + m.reasoning_content + '</think>' +"
+        " m.content + '</s>' }}{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ " + header + " }}{% endif %}"
+    )
+    messages = [
+        {"role": "user", "content": "q <think>"},
+        {"role": "assistant", "content": "yes", "reasoning_content": "hm, so"},
+    ] * 2
+    tokenizer, notes = load_tokenizer(chat_folder(tmp_path / "f", template)), Notes()
+    conversation = read_conversation({"messages": messages}, "row")
+    assert conversation is not None
+    ids, parts = Renderer(tokenizer, None).tokens(conversation, None, notes)
+    assert tokenizer.decode(ids[parts & KIND == THOUGHT].tolist()) == "hm, so</think>" * 2
+    assert tokenizer.decode(ids[parts & KIND == ANSWER].tolist()).count("yes") == 2 and not list(notes)

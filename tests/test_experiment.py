@@ -42,6 +42,7 @@ def options_of(*words: str) -> Options:
     return build(Options, compose_config("experiment", [*words, "output=x"]))
 
 
+@pytest.mark.slow
 def test_every_variant_composes_and_is_another() -> None:
     plans = plans_of(options_of("experiment=all", "seeds=[1]"))
     assert [plan.folder.name for plan in plans] == list(options_of("experiment=all").experiment.members)

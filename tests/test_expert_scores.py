@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,15 @@ def test_scores_of_experts_are_their_definitions(changes: dict[str, Any]) -> Non
     assert_close("frequency", use.square().sum(0).sqrt(), found[axis], 1e-9)
     with pytest.raises(InputError, match="reap, frequency, norm, routing, logits"):
         ActivationScores(expert_source="luck")
+
+
+def test_what_the_output_loses_is_not_multiplied() -> None:
+    """`times_output` is of activations; experts scored by the logits keep their scores beside it."""
+    model, batch = random_model(moe_config()), draw_rows(97)
+    plain = ActivationScores(expert_source="logits")
+    alone, times = (score_widths(model, [batch], how) for how in (plain, dataclasses.replace(plain, times_output=True)))
+    same = {axis.kind for axis, scores in alone.items() if torch.equal(scores, times[axis])}
+    assert "experts" in same and not same & {"moe_ffn", "mamba_heads", "attn_heads"} and alone.keys() == times.keys()
 
 
 @torch.no_grad()

@@ -113,6 +113,53 @@ def test_a_folder_of_many_kinds(tmp_path: Path) -> None:
     assert any("picture.png" in line for line in notes) and any("config.json" in line for line in notes)
 
 
+@pytest.mark.parametrize("form", ("parquet", "arrow"))
+def test_all_columns_of_a_table_are_named(form: str, tmp_path: Path) -> None:
+    """Also those beside columns that go with a conversation and hold no text alone."""
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"system": ["s"], "question": ["q"], "response": ["r"]})
+    if form == "parquet":
+        table.to_parquet(str(tmp_path / "a.parquet"))
+    else:
+        table.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputError, match=r"row 0 has the columns 'system', 'question', 'response'; expected"):
+        list(read_documents(str(tmp_path)))
+    found = list(read_documents(str(tmp_path), ["question", "response"]))
+    assert [document.text for document in found] == ["q\nr"]
+
+
+def test_skipped_files_are_told_wherever_the_folder_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ".cache" / "text"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("a.txt", "b.png", ".git/index"):
+        (folder / name).write_text("x")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (str(folder), "../.cache/text"):
+        notes = Notes()
+        list(read_documents(path, notes=notes))
+        (line,) = notes
+        assert line.startswith("1 files of other kinds") and "b.png" in line
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    """Under their own names, those that lie below the folder; a loop ends."""
+    data, other = tmp_path / "data", tmp_path / "other"
+    (data / "z").mkdir(parents=True)
+    (other / "deep").mkdir(parents=True)
+    for number, name in enumerate(("data/z/1.txt", "other/2.txt", "other/deep/3.txt", "beside.txt")):
+        (tmp_path / name).write_text(f"text {number}")
+    plain = resolve.data_input(str(data))
+    for link, target in (("a", data / "z"), ("b", other), ("c", other), ("loop", data), ("up", tmp_path)):
+        (data / link).symlink_to(target)
+    (other / "back").symlink_to(data / "z")
+    assert [d.name for d in read_documents(str(data))] == ["b/2.txt", "b/deep/3.txt", "z/1.txt"]
+    linked = resolve.data_input(str(data))
+    assert plain == data and isinstance(linked, str)
+    (other / "deep" / "3.txt").write_text("changed")
+    assert resolve.data_input(str(data)) not in (plain, linked)
+
+
 def test_null_texts_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "null.jsonl").write_bytes(LINES + b'\n{"text": null}\n{"text": "last"}\n{"text": null}')
     for _ in range(2):  # made, and read again: said once in a run

@@ -315,6 +315,21 @@ def test_a_chat_at_the_terminal(endless: list[str]) -> None:
     assert terminal.close() == 0 and "Traceback" not in terminal.seen
 
 
+def test_a_chat_that_is_too_long_goes_on(aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["hello", "word " * 400, "hello again"])
+
+    def read(_: str) -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(generate.talk, "__defaults__", (read,))
+    code, out, err = limbeck("generate", f"model={aligned}", "chat=true", "max_new_tokens=4", "context=200")
+    assert code == 0, err
+    assert "the maximum here is 200; give a shorter message" in out and next(lines, None) is None
+
+
 @pytest.mark.parametrize("ending", ("JSONL", "ndjson", "json"))
 def test_objects_by_every_ending(ending: str, aligned: Path, tmp_path: Path) -> None:
     """With tools as a table holds them, as a text; contents in parts; a byte order mark."""

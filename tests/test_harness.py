@@ -193,6 +193,7 @@ def test_scores_where_memory_runs_out(exported: Path, asking: tuple, monkeypatch
         ours._loglikelihood_tokens(scored)
 
 
+@pytest.mark.slow
 def test_texts_where_memory_runs_out(exported: Path, asking: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of writing: what has ended stays, the others begin anew, fewer at once, and write the same."""
     _, prompts = asking

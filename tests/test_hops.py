@@ -38,6 +38,7 @@ def words_of(command: str, folders: Path) -> list[str]:
     }[command]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", LIMITS)
 def test_files_to_the_first_tensor_operation(command: str, folders: Path) -> None:
     stack, entered = hops([command, *words_of(command, folders)])

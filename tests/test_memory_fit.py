@@ -19,7 +19,7 @@ from limbeck.benchmarks import guarded, inference
 from limbeck.models.checkpoint import save_model
 from limbeck.models.cost.fit import Fit
 from limbeck.models.cost.hardware import GIB, Hardware
-from limbeck.models.cost.inference import changes, memory, verdict
+from limbeck.models.cost.inference import MOST_SEQUENCES, changes, memory, verdict
 from limbeck.models.cost.serving import serving_cautions, serving_rows
 from limbeck.models.cost.vllm import VllmReport, flags, largest_sequences
 from limbeck.models.errors import InputError
@@ -48,7 +48,7 @@ def test_chunk_none_counts_weights_and_caches_alone() -> None:
     assert report.peak == report.total == memory(SMALL, 4096, 2).total and report.load is None
 
 
-@pytest.mark.parametrize("seed", [*range(6), *range(50, 53)])
+@pytest.mark.parametrize("seed", [*range(3), 50, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4, 5, 51, 52))])
 def test_largest_context_and_batch(seed: int) -> None:
     """What a verdict names fits, and one more does not."""
     config = any_config(seed)
@@ -306,6 +306,8 @@ def test_three_methods_on_the_shipped_model() -> None:
         (("fit.ssm_dtype=int8", "method=simulation"), "fit.ssm_dtype is int8"),
         (("fit.mamba_cache_mode=some",), "align"),
         (("hardware.device=tpu",), "cuda or cpu"),
+        (("hardware.compute_capability=sm_86",), "compute_capability is 'sm_86'; expected CUDA's number, such as 8.6"),
+        (("hardware.compute_capability=nan",), "compute_capability is 'nan'"),
     ],
 )
 def test_wrong_input(wrong: tuple[str, ...], said: str) -> None:
@@ -319,6 +321,7 @@ def test_measurement_needs_the_card() -> None:
     assert code == 2 and "sees none" in err
 
 
+@pytest.mark.slow
 def test_inference_benchmark_at_tiny_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All parts on the CPU's own path; with the kernels interpreted it takes a minute."""
     plan, path = inference.tiny_plan(), tmp_path / "figures.json"
@@ -369,3 +372,17 @@ def test_whole_blocks_are_what_fewer_layers_means() -> None:
     peaks = [memory(config.replace(pattern=config.pattern[2 * gone :]), 16384, **types).peak
              for gone in (int(found[1]) - 1, int(found[1]))]  # fmt: skip
     assert peaks[1] <= budget < peaks[0]
+
+
+def test_speed_is_of_a_batch_that_fits() -> None:
+    config, hardware = model_config("zoo"), read_hardware("l4")
+    estimate = Fit(context=4096).estimate(config, hardware)
+    speed = estimate.throughput()
+    assert speed is not None and speed.batch == estimate.verdict.largest_batch
+    assert Fit(context=4096, batch=speed.batch).estimate(config, hardware).fits
+
+
+def test_a_model_that_keeps_nothing_of_a_sequence() -> None:
+    config = model_config("zoo").replace(pattern="-")
+    estimate = Fit(context=128).estimate(config, read_hardware("l4"))
+    assert 1 <= estimate.verdict.largest_batch <= MOST_SEQUENCES

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from limbeck import api
+from limbeck.distill.text import notes
 from limbeck.distill.text import resolve as inputs
 from limbeck.distill.text.mixture import BLOCK, Mixture, Source, labels, whole
 from limbeck.distill.text.packing import Batch, Packing, epoch_rows, joined, tokenize
 from limbeck.distill.text.records import Document
 from limbeck.models.errors import InputError
-from limbeck.models.tokenizer import Tokenizer, train_tokenizer
+from limbeck.models.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from limbeck.scripts.run.resolve import data_path
 from limbeck.tests.helpers import limbeck, make_workshop
 
@@ -248,6 +249,46 @@ def test_documents_by_patterns_of_their_names(tmp_path: Path) -> None:
         (tmp_path / "mix.yaml").write_text(text)
         digests.append(str(inputs.data_input(str(tmp_path / "mix.yaml"))))
     assert digests[0] != digests[1]
+
+
+def test_an_excluded_file_hides_no_equal_one(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for name in ("a_old.py", "b.py"):
+        (tmp_path / "text" / name).write_text("the same\n")
+    for patterns in ({"exclude": ("*_old.py",)}, {"include": ("b*",)}):
+        found = inputs.read_source(Source(str(tmp_path / "text"), **patterns))  # type: ignore[arg-type]
+        assert [document.name for document in found] == ["b.py"]
+
+
+def test_a_text_of_two_sources_is_the_first_one_s(
+    workshop: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By other names it would be in another split: whatever split, no text is in two sources."""
+    monkeypatch.setattr(notes, "SAID", set())
+    texts = [f"text {number}\n" * 30 for number in range(240)]
+    for folder, prefix, some in (("one", "a", texts[:120]), ("two", "b", texts[60:])):
+        (workshop / folder).mkdir()
+        for number, text in enumerate(some):
+            (workshop / folder / f"{prefix}{number}.md").write_text(text)
+    mix, words = workshop / "mix.yaml", load_tokenizer(workshop / "model")
+    mix.write_text("sources: [{path: one}, {path: two}]")
+    read: list[list[str]] = [[], []]
+    for split in ("train", "validation", "test"):
+        text = inputs.corpus(str(mix), split, workshop / "model")
+        assert isinstance(text, Mixture)
+        for found, corpus in zip(read, text.corpora, strict=True):
+            begins = corpus.starts.tolist()
+            found += [words.decode(corpus.ids[a:b].tolist()) for a, b in itertools.pairwise(begins)]
+    assert [len(found) for found in read] == [120, 120] and len({*read[0], *read[1]}) == 240
+    assert {document.text for document in inputs.documents(str(mix), "all")} == set(texts)
+    assert len(list(inputs.documents(str(mix), "all"))) == 240
+    told = [record.message for record in caplog.records if "earlier source" in record.message]
+    assert len(told) == 1 and "60 texts are left out, since an earlier source of the mixture has them" in told[0]
+    alone = inputs.corpus(str(workshop / "two"), "all", workshop / "model")
+    assert len(alone) == 180
+    mix.write_text("sources: [{path: one}, {path: one}]")
+    with pytest.raises(InputError, match=r"source .*one: an earlier source of the mixture has all of its texts"):
+        inputs.corpus(str(mix), "train", workshop / "model")
 
 
 @pytest.mark.parametrize("name", ("stdlib-90-10", "stdlib-70-30", "stdlib-50-50"))

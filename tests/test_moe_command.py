@@ -144,6 +144,7 @@ def distilled(folder: str | Path, out: str) -> None:
                   folder / "student")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     """Stacks of experts are split by experts, routers and multi-token prediction are whole; both come back whole."""
     config = moe_config(pattern="ME*E", mtp_steps=1, mtp_pattern="*E", n_routed_experts=5)

@@ -114,6 +114,7 @@ def test_a_step_reads_the_experts_that_are_chosen() -> None:
     assert weights_read(NANO, torch.bfloat16, 1) < weight_bytes(NANO, torch.bfloat16) / 8
 
 
+@pytest.mark.slow
 def test_commands_take_it(tmp_path: Any) -> None:
     words = ["model=nemotron-3-nano-30b-a3b", "hardware=h100", f"output={tmp_path / 'fit'}", "fit.context=8192"]
     code, out, err = limbeck("memory-fit", *words)

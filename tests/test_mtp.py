@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +22,17 @@ from limbeck.models.cost.parameters import count_active, count_parameters, num_t
 from limbeck.models.errors import InputError
 from limbeck.models.families.family import stored_tensors
 from limbeck.models.hybrid import HybridLM
-from limbeck.models.named import model_config
+from limbeck.models.named import model_config, read_hardware
 from limbeck.prune.choose import select
 from limbeck.prune.importance import score_widths
+from limbeck.prune.patterns import Rules
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores, Scores, save_scores
+from limbeck.prune.search import Budget, Space, find_candidates, find_depths
 from limbeck.prune.slice import Selection, slice_config, slice_model
 from limbeck.prune.target import Target
 from limbeck.prune.width_metrics import RandomScores
-from limbeck.tests.helpers import assert_close, limbeck, moe_config, random_model
+from limbeck.tests.helpers import assert_close, limbeck, moe_config, random_model, wide
 from limbeck.tests.pruning_helpers import draw_rows, turned
 from limbeck.tests.training_helpers import draw_batch
 from safetensors.torch import load_file
@@ -218,6 +221,25 @@ def test_repair_rotates_it() -> None:
     assert error(fitted) < 1e-6 and error(plain) > 0.1
 
 
+def test_its_loss_counts_labels_by_their_weights() -> None:
+    """A label of weight 2 counts as two of weight 1, one of weight 0 as none: as in the loss of the next token."""
+    teacher, student = (random_model(ahead_config(), seed, torch.float32) for seed in (1, 2))
+    rows = draw_batch(0, 2, 12, 97)
+
+    def ahead(weights: Tensor | None, labels: Tensor) -> float:
+        given = dataclasses.replace(rows, weights=weights, labels=labels)
+        with_ahead, without = (
+            distillation_loss(teacher, DistillLoss(mtp_weight=weight))(student, given, 1.0).item()
+            for weight in (1.0, 0.0)
+        )
+        return with_ahead - without
+
+    labels, half = rows.labels, torch.arange(12).expand(2, 12) >= 6
+    first, last = ahead(None, labels.masked_fill(half, -100)), ahead(None, labels.masked_fill(~half, -100))
+    weighted = ahead(torch.where(half, 2.0, 0.5), labels)
+    assert weighted == pytest.approx(0.5 * first + 2 * last, rel=1e-4) and first > 0 < last
+
+
 def test_other_widths_are_refused(folder: Path, tmp_path: Path) -> None:
     kept = {Axis("experts", 1): (0, 1, 2)}
     with pytest.raises(InputError, match=r"n_routed_experts becomes 3, but multi-token prediction keeps .* 6"):
@@ -235,6 +257,33 @@ def test_other_widths_are_refused(folder: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "pruned").mtp_steps == 0
     assert limbeck(*prune[:-1], f"output={tmp_path / 'narrow'}", "target.hidden_size=24")[0] == 0
     assert load_model(tmp_path / "narrow").mtp.layers[0].eh_proj.weight.shape == (24, 48)  # type: ignore[union-attr]
+
+
+def test_without_experts_it_is_written_too(tmp_path: Path) -> None:
+    config = ahead_config(pattern="M-*", mtp_pattern="*-")
+    save_model(random_model(config, dtype=torch.float32), tmp_path / "model")
+    read = load_config(tmp_path / "model")
+    assert (read.pattern, read.mtp_steps, read.mtp_pattern) == ("M-*", 1, "*-")
+    assert load_model(tmp_path / "model").mtp is not None
+
+
+def test_a_search_offers_what_prune_takes() -> None:
+    """No widths other than those that multi-token prediction keeps."""
+    config = ahead_config()
+    space = Space(align=1, n_routed_experts=(3, 6))
+    found = find_candidates(
+        config, space, find_depths(config, space, Rules(), None), Budget(2**40, 64), read_hardware("a10g")
+    )
+    assert [each.config.n_routed_experts for each in found.candidates] == [6]
+
+
+def test_a_share_counts_what_is_left_out() -> None:
+    """With drop_mtp its layers are no part of the size that is aimed at; the share is of all of the source."""
+    config = wide(pattern="M-*M", mtp_steps=1, mtp_pattern="*-")
+    scores = RandomScores(0).scores(config)
+    goal = 0.7 * count_parameters(config)
+    small = slice_config(config, select(config, scores, (), Target(parameters=0.7, drop_mtp=True)))
+    assert small.mtp_steps == 0 and 0.97 * goal < count_parameters(small) <= goal
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,7 @@ def gradients_in_parts(folder: str) -> None:
             )
 
 
+@pytest.mark.slow
 def test_micro_batches_and_processes_share_one_size(tmp_path: Path) -> None:
     whole = gradients(tmp_path)
     run_workers(gradients_in_parts, tmp_path)

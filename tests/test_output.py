@@ -21,7 +21,7 @@ from limbeck.distill.state import is_whole, states
 from limbeck.distill.trainer import train
 from limbeck.models.errors import InputError
 from limbeck.models.fingerprint import PROVENANCE, check_files, fingerprint_of, summed
-from limbeck.models.folder import atomic_folder, file_sum, owned, sha256_file
+from limbeck.models.folder import atomic_folder, cache_folder, file_sum, owned, sha256_file
 from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import TIMES, compress_command, lasting, limbeck, make_pair
 from limbeck.tests.training_helpers import batches_from, model_of, teach, weights
@@ -76,6 +76,36 @@ def test_a_place_where_nothing_can_be_written_is_not_said_to_be_locked() -> None
     for place in (Path("/proc/x"), Path("/proc/self/x")):
         with pytest.raises(InputError, match=f"{place} cannot be written: "), owned(place):
             pass
+
+
+def test_an_output_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder where one is, the one above it, the root."""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "deep")
+    for name, beside in (("", tmp_path), ("er/..", tmp_path), (".", tmp_path), ("er/.", tmp_path / "deep")):
+        with owned(Path(name)):
+            own = "er" if name == "er/." else "deep"
+            assert [path.name for path in beside.glob(".*.writing")] == [f".{own}.writing"]
+    with pytest.raises(InputError, match="/ is no folder to write"), owned(Path("/")):
+        pass
+    monkeypatch.chdir(tmp_path / "deep" / "er")
+    for line, says in (("compress recipe=tiny data=/nowhere output=.", "/nowhere does not exist"),
+                       ("compress recipe=tiny output=/", "/ is no folder to write"),
+                       ("distill teacher=zoo student=zoo data=/nowhere distill.teacher_correction.tokens=9 output=.",
+                        "/nowhere does not exist"),
+                       ("score --multirun model=zoo data=/nowhere output=. seed=0", "/nowhere does not")):  # fmt: skip
+        code, _, err = limbeck(*line.split())
+        assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+def test_the_cache_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LIMBECK_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(InputError, match="set LIMBECK_CACHE"):
+        cache_folder()
 
 
 def test_a_folder_that_is_not_ours_is_not_cleared(tmp_path: Path) -> None:

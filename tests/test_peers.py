@@ -69,6 +69,7 @@ def test_the_loss_is_of_the_rows_as_transformers_reads_them(llama: Path, tmp_pat
     assert float(found) == pytest.approx(float(F.cross_entropy(logits.transpose(1, 2), batch.labels)), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_goes_on(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -66,6 +67,17 @@ def test_a_stage_leaves_its_log_outside_of_what_is_hashed(tmp_path: Path) -> Non
     assert sums[0] == sums[1]
     (tmp_path / "one" / show.LOG).write_text("another time")
     assert fingerprint_of(tmp_path / "one") == sums[0]
+
+
+@pytest.mark.parametrize("columns", ("0", "20", "80"))
+def test_tables_cut_nothing_off_where_there_is_no_terminal(columns: str) -> None:
+    names = ["student-" + letter * 90 for letter in "ab"]
+    code = f"from limbeck.scripts.run.show import table; table('', ('name', 'bytes'), [(n, 10**30) for n in {names}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"COLUMNS": columns})  # fmt: skip
+    cells = "".join(line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│"))
+    assert cells == "".join(names) and "…" not in done.stdout, done.stdout + done.stderr
+    assert {len(line) for line in done.stdout.splitlines()} == {80}
 
 
 def test_quiet() -> None:

@@ -11,6 +11,7 @@ from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.prune.repair import Repair, RepairOptions, repair_model, repair_tensors
 from limbeck.prune.reselect import AT_ONCE, least_lost, reselected
+from limbeck.prune.ridge import products
 from limbeck.prune.slice import Selection, slice_config
 from limbeck.tests.helpers import random_model, tiny_config
 from limbeck.tests.pruning_helpers import draw_rows
@@ -127,9 +128,28 @@ def test_what_lives_in_groups_is_left_to_the_scores() -> None:
     assert [axis for places in found.values() for axis, _ in places.values()] == [Axis("ffn", layers["-"])]
 
 
+def test_sums_are_not_of_the_activations_range() -> None:
+    """Products of float16 are summed in more than float16; of activations that are beyond it nothing is made."""
+    rows = 300 * torch.rand(64, 8, generator=torch.Generator().manual_seed(0)).half()
+    found = products(rows, rows)
+    assert float(found.max()) > torch.finfo(torch.float16).max and found.dtype == torch.float64
+    assert torch.allclose(found, rows.double().T @ rows.double(), rtol=1e-5)
+    model = random_model(tiny_config(pattern="M-*"), 0, torch.float32)
+    model.get_parameter("layers.1.mixer.up_proj.weight").data[3] = torch.inf
+    selection = Selection((0, 1, 2), {Axis("ffn", 1): tuple(range(5))})
+    for repair in (RESELECT, FIT):
+        with pytest.raises(InputError, match="not finite in the dtype"):
+            repair_model(model, selection, [draw_rows(model.config.vocab_size)], repair)
+
+
 def test_options() -> None:
     with pytest.raises(InputError, match=r"repair\.reselect chooses .* give repair\.least_squares=true beside it"):
         Repair(reselect=True)
     assert RepairOptions().repair(with_data=True).reselect and not RepairOptions().repair(with_data=False).reselect
     assert not RepairOptions(least_squares=False).repair(with_data=True).reselect
     assert not RepairOptions(reselect=False).repair(with_data=True).reselect
+    given = RepairOptions(reselect=True)  # by itself, since with data least squares refit
+    assert given.repair(with_data=True).reselect
+    for wrong in (lambda: given.repair(with_data=False), lambda: RepairOptions(reselect=True, least_squares=False)):
+        with pytest.raises(InputError, match=r"repair\.reselect chooses"):
+            wrong()

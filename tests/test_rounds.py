@@ -194,6 +194,16 @@ def test_refused_before_anything_is_written(workshop: Path, tmp_path: Path) -> N
         assert code == 2 and f"{word[:-1]} is missing; give {word}VALUE" in err
 
 
+def test_epochs_are_kept_before_anything_is_written(workshop: Path, tmp_path: Path) -> None:
+    mix = tmp_path / "mix.yaml"
+    mix.write_text(f"sources: [{{path: {workshop / 'text'}, epochs: 0.2}}]")
+    words = [word for word in command(workshop, tmp_path / "out", "target.layers=5") if not word.startswith("data=")]
+    for more in ("distill.train.steps=900", "distill.teacher_correction={steps: 900}"):
+        code, _, err = limbeck(*words, f"data={mix}", more)
+        assert code == 2 and "its epochs are 0.2" in err and err.count("\n") == 1, err
+        assert list(tmp_path.iterdir()) == [mix]
+
+
 def test_a_dry_run_says_what_it_comes_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

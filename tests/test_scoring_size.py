@@ -58,7 +58,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"hybrid": root / "hybrid", "tied": root / "tied", "zoo": ZOO}
 
 
-@pytest.mark.parametrize("name", ("hybrid", "tied", "zoo"))
+@pytest.mark.parametrize("name", ("hybrid", "tied", pytest.param("zoo", marks=pytest.mark.slow)))
 def test_streamed_is_resident_bit_by_bit(name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Widths and depth, whatever the bound and so the grouping of batches."""
     monkeypatch.setattr(source_of_layers, "HEAD_ROWS", 1000 if name == "zoo" else 40)

@@ -130,6 +130,7 @@ def test_recipe_of_the_published_grid(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "plots" / "search.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_seventeen_thousand_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """By formulas: the table of axes is read once a size, and no layer is run."""
     tables: list[str] = []

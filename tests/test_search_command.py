@@ -209,3 +209,25 @@ def test_killed_at_random_points(workshop: Path, calm: Path, tmp_path: Path) -> 
     assert killed >= 5
     subprocess.run([*run, *arguments(workshop, out)], check=True, capture_output=True)
     assert_same(out, calm)
+
+
+def test_text_that_is_not_read_is_said(tmp_path: Path) -> None:
+    words = ["model=zoo", "data=/nowhere", "space.hidden_size=[192]", "budget.context=512", f"output={tmp_path / 'x'}"]
+    code, out, err = limbeck("search", *words)
+    assert code == 0 and "note: data= is not read: rank=memory needs no text" in out, err
+
+
+def test_picks_are_of_the_weights_that_are_left(workshop: Path, tmp_path: Path) -> None:
+    """Of the step that is kept as the best, whatever came after it; a mean that nothing measures is refused."""
+    out = tmp_path / "out"
+    more = ("distill_top=1", "distill.train.keep=best", "distill.train.evaluate_every=1",
+            "distill.train.warmup_steps=0",
+            "distill.train.learning_rate=3", "distill.train.steps=2")  # fmt: skip
+    code, _, err = limbeck(*arguments(workshop, out), *more)
+    assert code == 0, err
+    (pick,) = json.loads((out / "candidates.json").read_text())["picks"]
+    left = json.loads((out / pick["folder"] / "limbeck.json").read_text())["weights"]
+    lines = [json.loads(line) for line in (out / pick["folder"] / "metrics.jsonl").read_text().splitlines()]
+    assert pick["kl"] == left["value"] < lines[-1]["validation_kl"], [line["validation_kl"] for line in lines]
+    code, _, err = limbeck(*arguments(workshop, tmp_path / "no"), "distill.train.average_states=2")
+    assert code == 2 and "average_states is 2" in err

@@ -164,6 +164,7 @@ def test_what_the_files_hold(form: str, root: Path, tmp_path: Path) -> None:
     assert code == 2 and "quantised" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_vllm_and_speed_count_what_is_held() -> None:
     """More blocks are left, a step reads less, and a layer fewer takes its own bytes with it."""
     config = gguf_config("nemotron_h", 400, **MIXTURE)
@@ -189,6 +190,10 @@ def test_vllm_and_speed_count_what_is_held() -> None:
 def test_a_card_without_bfloat16() -> None:
     words = ("memory-fit", "model=zoo", "hardware=t4", "context=256")
     code, text, _ = limbeck(*words)
-    assert code == 0 and "t4 has no bfloat16 products" in text and "fit.weight_dtype=float16" in text
+    assert (
+        code == 0 and "t4 has no bfloat16 products" in text and "fit.weight_dtype=float16, fit.kv_dtype=float16" in text
+    )
+    code, text, _ = limbeck(*words, "fit.weight_dtype=float16")
+    assert code == 0 and "give fit.kv_dtype=float16" in text
     code, text, _ = limbeck(*words, "fit.weight_dtype=float16", "fit.kv_dtype=float16")
     assert code == 0 and "bfloat16 products" not in text and "--dtype float16" in text

@@ -128,6 +128,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     assert found.encode("<|im_end|>") == [2] and found.token_bytes[2] == 0
 
 
+@pytest.mark.slow
 def test_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A real, tiny GGUF file: the folder holds the model, and all three readers agree on it."""
     gguf = pytest.importorskip("gguf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from limbeck.models.errors import InputError
 from limbeck.models.fingerprint import Fingerprint, check_files, fingerprint_of, look_of
+from limbeck.models.tensors import refusal
 from limbeck.scripts.run.stage import stage
 from limbeck.tests.helpers import lasting
 
@@ -182,6 +184,31 @@ def test_a_folder_that_is_seen_has_nothing_that_goes(
             read(out)
 
 
+def test_an_input_that_cannot_be_read_is_found_before_the_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "a" and access(path, mode))
+    with pytest.raises(InputError, match=r"source/a cannot be read: Permission denied; change its permissions"):
+        made(tmp_path / "out", source)
+    assert not (tmp_path / "runs").exists()
+
+    def refused(path: Path, like: str | None = None) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("limbeck.models.folder.file_sum", refused)
+    with pytest.raises(InputError, match=r"source/a cannot be read"):
+        fingerprint_of(source)
+
+
+def test_what_helps_where_the_system_refuses() -> None:
+    forbidden, full = (OSError(number, os.strerror(number), "x") for number in (errno.EACCES, errno.ENOSPC))
+    assert refusal(full).startswith("x cannot be written: No space left on device; free some space, and run the same")
+    for path, done in ((Path("x"), "written"), (None, "read or written")):
+        said = refusal(forbidden, path)
+        assert said.startswith(f"x cannot be {done}: Permission denied; change its permissions") and "space" not in said
+
+
 @pytest.mark.parametrize("scratch", [None, "work"])
 def test_refused_input_leaves_nothing(scratch: str | None, source: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
@@ -216,3 +243,27 @@ def test_fingerprint_of_our_folder_is_of_its_contents(source: Path, tmp_path: Pa
     plain = fingerprint_of(source)
     (source / "result.json").write_text("data of the user's own")
     assert fingerprint_of(source) != plain
+
+
+def test_a_text_may_grow_once_it_has_been_read(tmp_path: Path) -> None:
+    """Work that takes days is not lost to it; a change before, and one of another input, still is."""
+    for name in ("text", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.txt").write_text("one")
+    inputs = {"data": tmp_path / "text", "teacher": tmp_path / "model"}
+    with stage(tmp_path / "out", "distill", inputs=inputs, options={}, scratch="training") as work:
+        known = work.made_of.settle("data")["inputs"]
+        (tmp_path / "text" / "two.txt").write_text("two")
+    assert json.loads((tmp_path / "out" / "limbeck.json").read_text())["inputs"] == known
+    with (
+        pytest.raises(InputError, match=r"changed while it was read \(data=\S+text\); run the same"),
+        stage(tmp_path / "late", "distill", inputs=inputs, options={}, scratch="training") as work,
+    ):
+        (tmp_path / "text" / "three.txt").write_text("three")
+        work.made_of.settle("data")
+    with (
+        pytest.raises(InputError, match=r"changed while it was read \(teacher=\S+model\); run the same"),
+        stage(tmp_path / "other", "distill", inputs=inputs, options={}, scratch="training") as work,
+    ):
+        work.made_of.settle("data")
+        (tmp_path / "model" / "two.txt").write_text("two")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limbeck.scripts.run.mistakes import explain
 from limbeck.tests.helpers import limbeck, make_workshop
 
 
@@ -94,6 +95,22 @@ def test_a_folder_of_something_else_is_left_alone(content: str | None, tmp_path:
     assert (tmp_path / "out" / "sweep.json").read_text() == rows  # the jobs of before are there
     code, _, err = limbeck(*words[:-1], f"output={tmp_path / 'new'}", "fit.contxt=1")
     assert code == 2 and "fit.contxt" in err and not (tmp_path / "new").exists()
+
+
+def test_dry_runs_are_not_listed_and_options_are_not_printed(tmp_path: Path) -> None:
+    words = ["compress", "model=zoo", "dry_run=true", f"output={tmp_path / 'out'}", "target.layers=10,11"]
+    code, _, err = limbeck(*words, "--multirun", "--cfg", "job")
+    assert code == 2 and "--multirun" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    code, out, err = limbeck(*words, "--multirun")
+    assert code == 0 and "job 1 wrote nothing: target.layers=11" in out, err
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == []
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["jobs"] == []
+
+
+def test_a_launcher_that_is_not_installed() -> None:
+    for what in ("In 'hydra/launcher/slurm': Could not load 'hydra/launcher/submitit_slurm'.",
+                 "In 'hydra/config': Could not find 'hydra/launcher/submitit_local'"):  # fmt: skip
+        assert "pip install 'limbeck[slurm]'" in explain("distill", [], ValueError(what))
 
 
 def test_slurm_launcher_composes() -> None:

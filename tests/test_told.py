@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from limbeck.distill.text import notes
 from limbeck.models.checkpoint import load_config, save_model
+from limbeck.scripts.run.resolve import sample
 from limbeck.tests.helpers import limbeck, make_workshop, random_model
 
 
@@ -50,3 +51,19 @@ def test_short_text_long_rows_and_a_warm_up_without_an_end(
     assert "warmup_steps is 20, the run has 2" in out
     said = [record.getMessage() for record in caplog.records]
     assert any("rows of 32 tokens are beyond the 24" in line for line in said) and "requested" not in " ".join(said)
+
+
+def test_a_sample_is_short_only_where_there_are_no_more_rows(
+    workshop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where rows are padded, or a mixture's shares are rounded down."""
+    monkeypatch.setattr(notes, "SAID", set())
+    (tmp_path / "mix.yaml").write_text(f"sources: [{{path: {workshop / 'text'}}}, {{path: stdlib, include: ['j*']}}]")
+    model = workshop / "model"
+    for data, tokens, is_short in (
+        (str(workshop / "text"), 64, False), (str(workshop / "text"), 10**7, True),
+        (str(tmp_path / "mix.yaml"), 97, False),
+    ):  # fmt: skip
+        caplog.clear()
+        sample(data, "train", model, tokens=tokens, seq_len=32, batch=2, seed=0)
+        assert any("that were requested" in record.getMessage() for record in caplog.records) is is_short

@@ -17,6 +17,7 @@ from limbeck.models.cost.trace_step import StepLoad, run_all, step_trace
 from limbeck.models.cost.training import LINES, Training, train_memory
 from limbeck.models.cost.turns import TURNS, knobs
 from limbeck.models.errors import InputError
+from limbeck.scripts.run.compose import compose_config
 from limbeck.scripts.run.resolve import model_config
 from limbeck.tests.helpers import dense_config, limbeck, wide
 
@@ -44,7 +45,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("one micro-batch", "bfloat16", "muon, checkpointing", "experts, bfloat16, checkpointing", "dense")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in CASES])
 def test_plan_beside_allocations(name: str) -> None:
     """Within 5% until the loss is known, from then on, and so in all."""
     config, setting = CASES[name]
@@ -177,6 +181,7 @@ def test_rows_split_by_hand() -> None:
     assert split.kept["-"] == whole.kept["-"] / parts
 
 
+@pytest.mark.slow
 def test_command_plans_the_published_recipe(tmp_path: Path) -> None:
     """Four stages on eight H100s: 262,144 tokens fit where four processes split a row, and the plan says so."""
     words = ["memory-fit", "mode=train", "recipe=nemotron-nano-9b-v2", "hardware=h100", "processes=8"]
@@ -242,7 +247,21 @@ def test_command_of_two_models() -> None:
     assert code == 0 and "1 x 4,096" in text and "64 processes" in text and "12,310,001,152" in text
     hardware = ("hardware=cpu", "hardware.usable_gib=4", "dtype=float32")
     assert limbeck("train-fit", "teacher=zoo", "student=zoo-small", *hardware)[0] == 0
+
+
+@pytest.mark.slow
+def test_command_says_what_to_turn() -> None:
+    hardware = ("hardware=cpu", "dtype=float32")
     assert limbeck("train-fit", "teacher=zoo", "student=zoo-small", *hardware, "hardware.usable_gib=0.1")[0] == 3
+
+
+def test_a_recipe_may_set_what_this_command_adds(tmp_path: Path) -> None:
+    own = {"model": "zoo", "student": "zoo-small", "processes": 8, "training": {"utilisation": 0.5, "reserve_gib": 1.0}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(own))
+    made = compose_config("train-fit", [f"recipe={tmp_path / 'mine.yaml'}", "training.reserve_gib=2"])
+    assert {name: made[name] for name in ("model", "student", "processes")}.items() <= own.items()
+    assert (made["training"]["utilisation"], made["training"]["reserve_gib"]) == (0.5, 2)
+    assert made["hardware"]["name"] == "h100"
 
 
 @pytest.mark.parametrize(
@@ -254,6 +273,8 @@ def test_command_of_two_models() -> None:
         ("train-fit recipe=tiny processes=3", "a batch of 4 rows is not for 3 processes"),
         ("train-fit recipe=tiny processes=4 distill.train.context_parallel=3", "expected a divisor of the processes"),
         ("memory-fit mode=training model=zoo", "known: inference, train"),
+        ("memory-fit mode=train recipe=tiny fit.reserve_gib=9", "give training.reserve_gib=VALUE"),
+        ("train-fit recipe=tiny ++fit.overhead_gib=9", "give training.overhead_gib=VALUE"),
     ),
 )
 def test_command_refuses(words: str, says: str) -> None:

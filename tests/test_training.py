@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from limbeck.distill.average import final_weights
+from limbeck.distill.average import check_average, final_weights
 from limbeck.distill.gap.measure import measure_gap, summarise
 from limbeck.distill.gap.sums import QUANTITIES, Sums
 from limbeck.distill.losses import DistillLoss, cross_entropy_loss, distillation_loss
@@ -232,3 +232,19 @@ def test_an_average_that_is_added_on_resuming_begins_there(tmp_path: Path) -> No
     for name, weight in found.items():
         # Two steps of 0.001 away from the state's weights, and not from those of a new model.
         assert (weight - begun[name]).norm() <= 0.003 * (before[name] - begun[name]).norm() + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "says"),
+    (
+        (0.999, 300, "74% of the moving average are the weights that training began with; 0.983333 (1 - 5/steps)"),
+        (0.99999, 100_000, "37% of the moving average are the weights that training began with; 0.99995 (1 - 5/steps)"),
+        (0.9, 4, "66% of the moving average are the weights that training began with; leave it out"),
+        (0.999, 10_000, ""),
+        (0.0, 1, ""),
+    ),
+)
+def test_an_average_of_the_first_weights_is_said(decay: float, steps: int, says: str) -> None:
+    said = list[str]()
+    check_average(TrainOptions(steps=steps, learning_rate=0.1, ema_decay=decay), said.append)
+    assert len(said) == bool(says) and says in "".join(said)

@@ -132,6 +132,9 @@ def continue_texts(
     prompts; nothing of either where there is no prompt or no student."""
     first = tokenizer.begin
     prompts = draw_prompts(text, details.prompts, details.prompt_tokens, seed, first) if details.prompts else None
+    if prompts is None and details.prompts and students:
+        say(f"note: no text is continued, since no document has {details.prompt_tokens} tokens; give fewer as"
+            " details.prompt_tokens")  # fmt: skip
     if prompts is None or not students:
         return {}, []
     say(f"continuing {len(prompts)} texts by {details.new_tokens} tokens")

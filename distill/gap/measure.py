@@ -162,8 +162,8 @@ def measure_gap(
     Bits per byte is the cross-entropy of every label, end of document included, over the labels' UTF-8 bytes.
     Where students are named "pruned" and "distilled", `recovery` is (CE pruned - CE distilled) / (CE pruned - CE
     teacher). `groups` splits the figures by domain and token class; `worst` windows are kept of each student.
-    `on_step(batches done)`. Raises InputError where vocabularies differ or a student is named "teacher",
-    CheckFailed where a model's figures are not finite, ValueError where nothing counts.
+    `on_step(batches done)`. Raises InputError where vocabularies differ, a student is named "teacher" or nothing
+    counts, CheckFailed where a model's figures are not finite.
     """
     if TEACHER in students:
         raise InputError(f"gap: a student is named {TEACHER!r}, which stands for the teacher; give it another name")
@@ -193,12 +193,22 @@ def measure_gap(
         if on_step is not None:
             on_step(done)
     if not sum(text_bytes for _, text_bytes in sizes.values()):
-        raise ValueError("measure_gap: no token counts; expected batches with labels and n_bytes")
+        raise InputError("gap: no token counts: no label of these rows stands for text; give more or longer text")
     report = summarise(sums, sizes, width, resamples, seed, () if groups is None else groups.domains)
     furthest = {name: tuple(worst.windows) for name, worst in windows.items()}
     chosen = {name: {str(layer): counts.long().tolist() for layer, counts in own.items()} for name, own in uses.items()}
     chosen = {name: own for name, own in chosen.items() if own}
     return dataclasses.replace(report, documents=len(seen), worst=furthest, expert_uses=chosen)
+
+
+def check_measurable(batches: Iterable[Any], data: object, split: str) -> None:
+    """Raises InputError where rows of a split of data= hold no label that stands for text: `measure_gap` would have no
+    figures of them."""
+    if not any(int(batch.n_bytes[batch.labels >= 0].sum()) for batch in batches):
+        raise InputError(
+            f"data={data}: the split {split!r} has no token to measure: none follows another of its document, or none"
+            " stands for text; give more or longer documents"
+        )
 
 
 class Seen:

@@ -34,7 +34,7 @@ class TextAgreement:
 
 def text_agreement(source: HybridLM, exported: HybridLM, batches: Sequence[Batch]) -> TextAgreement:
     """Both models on held-out rows. Raises InputError where these hold no token that counts."""
-    if not any(int((batch.labels >= 0).sum()) for batch in batches):
+    if not any(int(batch.n_bytes[batch.labels >= 0].sum()) for batch in batches):
         raise InputError("data= holds no held-out token; give more text, or evaluate_tokens=0")
     report = measure_gap(source, {EXPORT: exported}, batches)
     own, difference = report.models[EXPORT], report.differences[0]

@@ -38,8 +38,8 @@ class Bins:
             left = "; ".join(f"{len(names):,} {kind}" for kind, names in self.left_out.items())
             hint = "" if self.left_out.keys() <= {SILENT, EMPTY} else "; give longer rows"
             raise InputError(
-                f"data: none of {len(corpus):,} conversations and texts has something to learn in a row of {seq_len}"
-                f" tokens: {left}{hint}"
+                f"{corpus.where}: none of {len(corpus):,} conversations and texts has something to learn in a row of"
+                f" {seq_len} tokens: {left}{hint}"
             )
         self.rows = best_fit(self.heads + self.ends - self.begins, seq_len + 1)
         say(

@@ -20,6 +20,7 @@ from ...models.generate.chat import (
     REASONING,
     ChatTemplate,
     Message,
+    NoTemplate,
     checked_message,
     checked_tools,
     unpacked_json,
@@ -37,6 +38,7 @@ ROLES = {
     "bard": ASSISTANT, "model": ASSISTANT, "system": "system", "tool": "tool", "observation": "tool",
     "function_response": "tool",
 }  # fmt: skip
+OPENED = "<think>"
 THINKING = re.compile(r"<think>.*?</think>", re.S)
 
 
@@ -152,6 +154,11 @@ class Renderer:
         where, tools = conversation.where, None if conversation.tools is None else list(conversation.tools)
         try:
             template = self.template
+        except NoTemplate:
+            raise InputError(
+                f"data: {where} is a conversation, and {self.tokenizer.folder} has no chat template; take an aligned"
+                " model's folder, or read its texts as plain ones with data.columns=[...]"
+            ) from None
         except InputError as error:
             raise InputError(f"data: {where} is a conversation: {error}") from None
         try:
@@ -167,8 +174,8 @@ class Renderer:
         for begin, end in whole.spans:
             if not mark(parts, tokens, (begin, end), ANSWER):
                 break
-            for match in THINKING.finditer(whole.text, begin, end):
-                mark(parts, tokens, match.span(), THOUGHT)
+            for match in THINKING.finditer(whole.text, thinking_from(whole.text, begin), end):
+                mark(parts, tokens, (max(begin, match.start()), match.end()), THOUGHT)
         if notes is not None and conversation.has_thoughts and not (parts == THOUGHT).any():
             notes.add("conversations have thoughts that the template leaves out, or writes without <think>", where)
         self.mark_exchanges(parts, tokens, conversation, whole.text, reasoning)
@@ -199,6 +206,13 @@ class Renderer:
                     heads.append(head)
                     parts[first] |= EXCHANGE
                     parts[:last] |= HEAD
+
+
+def thinking_from(text: str, begin: int) -> int:
+    """Where to look for the thoughts of an answer that begins there: at a `<think>` before it, where the header of the
+    answer ends with one."""
+    header = text[:begin].rstrip()
+    return len(header) - len(OPENED) if header.endswith(OPENED) else begin
 
 
 def mark(parts: np.ndarray, tokens: Tokens, span: Span, kind: int) -> bool:

@@ -33,7 +33,7 @@ from .packing import Corpus, Indexed
 from .reading import Reading
 from .records import Document
 
-FORMAT = 5  # to be raised when what is written for the same facts changes
+FORMAT = 6  # to be raised when what is written for the same facts changes
 PARTS = "parts.safetensors"  # only where there are conversations
 MAKING = ".making-"  # how unfinished folders' names begin
 HEADER = 248  # bytes of the header of ids.safetensors, whose length is known before the number of tokens is

@@ -67,9 +67,10 @@ def read_documents(
     streaming: bool = False,
     limit: int = 0,
     notes: Notes | None = None,
+    takes: Callable[[str], bool] | None = None,
 ) -> Iterator[Document]:
     """The documents, each text once, of `stdlib`, of a data set of the hub (see `Hub`), of a file or of a folder; what
-    is left out is counted in `notes`.
+    is left out is counted in `notes`. Of those whose names it `takes`, if told: others hide no equal text.
 
     Raises InputError where it is missing, empty, unreadable or not UTF-8.
     """
@@ -80,7 +81,7 @@ def read_documents(
         documents = Hub.parse(path, streaming=streaming, limit=limit).documents(columns, on_progress, notes)
     else:
         documents = file_documents(own_path(path), columns, on_progress, notes)
-    return unique(documents)
+    return unique(document for document in documents if takes is None or takes(document.name))
 
 
 def stdlib_root() -> Path:
@@ -176,12 +177,41 @@ def text_files(path: Path, notes: Notes | None = None) -> list[Path]:
                 raise InputError(f"data: {path} is a saved data set without a split train; name one of its folders:"
                                  f" {', '.join(splits)}")  # fmt: skip
             path = path / "train"
-        files = sorted(file for file in path.rglob("*") if file.is_file() and saved_part(file))
+        files = sorted(file for file in files_below(path) if file.is_file() and saved_part(file))
     if notes is not None:
         for file in files:
-            if kind_of(file) not in READERS and not any(part.startswith((".", "__")) for part in file.parts):
+            if kind_of(file) not in READERS and not is_hidden(file.relative_to(path)):
                 notes.add(f"files of other kinds than {', '.join(READERS)} are skipped", str(file))
     return [file for file in files if kind_of(file) in READERS]
+
+
+def is_hidden(name: Path) -> bool:
+    """Whether a file is hidden by its path below a folder; where that folder lies itself does not count."""
+    return any(part.startswith((".", "__")) for part in name.parts)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, also in folders that are linked into it. A folder that is reached twice, as one is that
+    has a link to itself in it, is read once, under its own name if it has one below the folder."""
+    seen = set(map(str, Path(os.path.realpath(folder)).parents))  # to which a link is a loop, too
+    waiting = [str(folder)]
+    while waiting:
+        links: list[str] = []
+        for root in waiting:
+            for place, folders, names in os.walk(root):
+                real = os.path.realpath(place)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                links += [link for name in folders if os.path.islink(link := os.path.join(place, name))]
+                yield from (Path(place, name) for name in names)
+        waiting = sorted(links)
+
+
+def has_links(folder: Path) -> bool:
+    """Whether folders are linked into a folder, at any depth."""
+    return any(os.path.islink(os.path.join(place, name)) for place, names, _ in os.walk(folder) for name in names)
 
 
 def saved_part(file: Path) -> bool:

@@ -30,7 +30,8 @@ UNBOUNDED = "write it as .jsonl, whose texts may be of any length"
 AT_ONCE = 256  # rows of a table in memory
 CELL, LINE = 2**24, 2**26  # characters of a table's at most: the reader of cells takes up to twelve bytes for each
 JSON = json.JSONDecoder(object_pairs_hook=each_once)  # made once: json.loads makes one for each text
-NAMED = ("text", "messages", "conversations", "prompt", "completion", "system", "tools")  # read unless others are named
+TEXTS, PAIR = {"text", "messages", "conversations"}, {"prompt", "completion"}  # any of the first, or both, hold text
+NAMED = {*TEXTS, *PAIR, "system", "tools"}  # read unless others are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,9 +323,11 @@ def records_of(batch: Any) -> Iterator[Any]:
 
 
 def columns_to_read(columns: Sequence[str], known: Sequence[str], where: str) -> list[str]:
-    """The columns given, or those that say by their names what they hold; all where none does."""
+    """The columns given, or those that say by their names what they hold; all where these hold no text: the error tells
+    them."""
     check_columns(columns, known, where)
-    read = list(columns) or [name for name in known if name in NAMED] or list(known)
+    holds = bool(TEXTS & set(known)) or set(known) >= PAIR
+    read = list(columns) or [name for name in known if name in NAMED or not holds]
     check_names([name for name in known if name in read], where)
     return read
 

@@ -12,6 +12,7 @@ from typing import Any
 from ...models.errors import InputError
 from ...models.hybrid import HybridLM
 from ...models.named import data_path
+from ...models.quantities import counted
 from ...models.schema import checked
 from . import resolve
 from .documents import EmptySplit
@@ -41,15 +42,21 @@ def read_text(model: HybridLM, data: Data, split: str) -> Text:
         return resolve.text_in_tokens(path, "all", folder)
 
 
+def named_text(data: Data) -> str:
+    """What errors and pages call it."""
+    return str(data) if isinstance(data, (str, Path)) else "texts"
+
+
 def fitted(model: HybridLM, text: Text, seq_len: int | None, batch: int | None) -> tuple[int, int]:
     """Tokens a row and rows a batch: as given, or the commands' 512 and 8, fewer where model or text has fewer."""
+    seq_len, batch = counted(seq_len=seq_len, batch=batch)
     parts = text.corpora if isinstance(text, Mixture) else (text,)
     if seq_len is None:
         seq_len = min(512, model.config.max_position_embeddings, *(part.tokens - 1 for part in parts))
         if seq_len < 512:
             log.warning("rows of %d tokens: model or text has no more", seq_len)
     if batch is None:
-        batch = max(min(8, sum(part.tokens - 1 for part in parts) // max(seq_len, 1)), 1)
+        batch = max(min(8, sum(part.rows(seq_len) for part in parts)), 1)
         if batch < 8:
             log.warning("batches of %d rows: the text has no more", batch)
     return seq_len, batch
@@ -58,6 +65,14 @@ def fitted(model: HybridLM, text: Text, seq_len: int | None, batch: int | None) 
 def read_sample(
     model: HybridLM, data: Data, split: str, tokens: int, seq_len: int | None, batch: int | None, seed: int
 ) -> list[Batch]:
+    (tokens,) = counted(tokens=tokens)
     text = read_text(model, data, split)
     seq_len, batch = fitted(model, text, seq_len, batch)
     return list(text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens))
+
+
+def held_out_of(data: Data, held_out: Data | None) -> Data:
+    """The text that a training is measured on. Raises InputError where there is none besides what it reads."""
+    if held_out is None and not isinstance(data, (str, Path, Mapping)):
+        raise InputError("distill: a list of texts is read as a whole; evaluate_every needs held_out=, text besides it")
+    return data if held_out is None else held_out

@@ -101,7 +101,7 @@ class Corpus:
 
     Where there are conversations, `parts` are what each token is part of, with the bits of `conversations`: documents
     are kept whole (see `bins`), as `long` says those that are too long, and `prompts` is the weight in the loss of what
-    is neither text nor the assistant's."""
+    is neither text nor the assistant's. `where` is what errors call the text."""
 
     ids: Ids
     starts: np.ndarray
@@ -113,6 +113,7 @@ class Corpus:
     parts: Ids | None = None
     prompts: float = 0.0
     long: str = "split"
+    where: str = "data"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -133,13 +134,15 @@ class Corpus:
 
     def batches_per_epoch(self, batch_size: int, seq_len: int) -> int:
         """How many whole batches the corpus fills. Raises InputError where it fills none."""
-        count = self.rows(seq_len) // batch_size
-        if count < 1:
+        rows = self.rows(seq_len)
+        if rows < batch_size:
+            # Conversations are not cut where a row ends: their tokens do not tell how many rows they fill.
+            filled = "" if self.parts is None else f", in {rows} rows of whole conversations,"
             raise InputError(
-                f"data: {self.tokens} tokens do not fill one batch of {batch_size} rows x {seq_len} tokens;"
+                f"data: {self.tokens} tokens{filled} do not fill one batch of {batch_size} rows x {seq_len} tokens;"
                 " give more text, or a smaller batch or length"
             )
-        return count
+        return rows // batch_size
 
     def train_batches(
         self, *, batch_size: int, seq_len: int, seed: int, start: int = 0, repack: bool = True
@@ -242,6 +245,11 @@ class Sample(Indexed[Batch]):
 
     def __len__(self) -> int:
         return (self.rows + self.batch_size - 1) // self.batch_size
+
+    @property
+    def whole(self) -> bool:
+        """Whether all rows that there are have been picked."""
+        return all(len(picked) == len(packing) for packing, picked in self.parts)
 
     def item(self, number: int) -> Batch:
         start = number * self.batch_size

@@ -20,13 +20,14 @@ from ...models.folder import sha256_file
 from ...models.foreign import own_path, read_yaml
 from ...models.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from .corpus_cache import cached_corpus, content_digest
-from .documents import SPLITS, STDLIB, content_of, of_split, read_documents, split_of, unique
+from .documents import SPLITS, STDLIB, content_of, has_links, of_split, read_documents, split_of, unique
+from .earlier import EarlierTexts, earlier_texts
 from .formats import Row
 from .held_out import held_out
 from .hub import HUB
 from .mixture import Mixture, Source, Text
 from .notes import Notes, say
-from .packing import Batch, Corpus, tokenize
+from .packing import Corpus, Sample, tokenize
 from .reading import TextData
 from .records import Document, OnProgress, row_document
 
@@ -34,6 +35,7 @@ NamedData = str | TextData  # what lies somewhere
 Data = NamedData | Sequence[str | Mapping[str, Any]]
 # Called with what begins and whether it is counted in bytes; gives what is told how far it has come.
 Progress = Callable[[str, bool], AbstractContextManager[OnProgress | None]]
+NONE = EarlierTexts()
 EXPECTED = "expected sources: [{path: ..., weight: ...}, ...]"
 
 
@@ -120,18 +122,23 @@ def data_input(data: Data) -> Path | str:
         return json.dumps([{**dataclasses.asdict(source), "path": content(source.path)} for source in sources_of(data)])
     if data == STDLIB:
         return data
-    return local_file(data) or content(data)
+    local = local_file(data)
+    # The sum of a folder does not follow links out of it; that of its text does.
+    return content(data) if local is None or has_links(local) else local
 
 
 def documents(data: Data, split: str) -> Iterator[Document]:
-    """The documents of a split of data=, source after source; texts in memory are named text-0, text-1, ..."""
+    """The documents of a split of data=, source after source, each text once; texts in memory are named text-0, text-1,
+    ..."""
     if not isinstance(data, NamedData):
         yield from of_split(unique(memory_documents(data)), split, "data")
         return
-    for source in sources_of(data):
-        notes = Notes()
-        own = split if split not in SPLITS or splits_by_name(source) else "all"  # of few documents all that there are
-        yield from of_split(read_source(source, notes=notes), own, f"data={source.path}")
+    sources = sources_of(data)
+    for number, source in enumerate(sources):
+        notes, before = Notes(), texts_before(sources[:number])
+        # Of few documents all that there are.
+        own = split if split not in SPLITS or splits_by_name(source, before) else "all"
+        yield from of_split(read_source(source, notes=notes, before=before), own, f"data={source.path}")
         say(notes, f"data={source.path}")
 
 
@@ -145,13 +152,33 @@ def memory_documents(data: Sequence[str | Mapping[str, Any]]) -> Iterator[Docume
 
 
 def read_source(
-    source: Source, on_progress: OnProgress | None = None, notes: Notes | None = None
+    source: Source, on_progress: OnProgress | None = None, notes: Notes | None = None, before: EarlierTexts = NONE
 ) -> Iterator[Document]:
+    """The documents of a source, those `before` it in a mixture left out."""
     path = content(source.path) if source.path.startswith(HUB) else source.path
     read = read_documents(
-        path, source.columns, on_progress, streaming=source.streaming, limit=source.limit, notes=notes
-    )
-    return (document for document in read if source.takes(document.name))
+        path, source.columns, on_progress, streaming=source.streaming, limit=source.limit, notes=notes,
+        takes=source.takes,
+    )  # fmt: skip
+    return read if before == NONE else before.without(read, notes, f"data: source {source.path}")
+
+
+def reading_facts(source: Source) -> dict[str, Any]:
+    """What the documents of a source follow from."""
+    return {
+        "content": content(source.path), "columns": source.columns, "limit": source.limit,
+        "include": source.include, "exclude": source.exclude,
+    }  # fmt: skip
+
+
+def texts_before(sources: Sequence[Source], progress: Progress = untold) -> EarlierTexts:
+    """The texts that sources of a mixture have, for the one that follows them."""
+
+    def read(source: Source) -> Iterator[Document]:
+        with progress(f"reading the texts of {source.path}", local_file(source.path) is not None) as on_progress:
+            yield from read_source(source, on_progress)
+
+    return earlier_texts((reading_facts(source), functools.partial(read, source)) for source in sources)
 
 
 def corpus(data: Data, split: str, model: Path, progress: Progress = untold) -> Text:
@@ -166,40 +193,41 @@ def text_in_tokens(data: Data, split: str, tokenizer_from: Path, progress: Progr
     if not isinstance(data, NamedData):
         return tokenize(documents(data, split), tokenizer)
     sources = sources_of(data)
-    corpora = [tokenized_by_turns(source, split, tokenizer, progress) for source in sources]
+    corpora = [tokenized_by_turns(sources[: number + 1], split, tokenizer, progress) for number in range(len(sources))]
     return Mixture.of(sources, corpora) if mixture_file(data) is not None else corpora[0]
 
 
 def sample(
     data: Data, split: str, model: Path, *, tokens: int, seq_len: int, batch: int, seed: int,
     progress: Progress = untold,
-) -> list[Batch]:  # fmt: skip
+) -> Sample:  # fmt: skip
     """A sample of `tokens` tokens at most of a split of data=, in the tokens of a model folder's tokenizer."""
     text = corpus(data, split, model, progress)
-    return list(text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens))
+    return text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
 
 
-def tokenized_by_turns(source: Source, split: str, tokenizer: Tokenizer, progress: Progress) -> Corpus:
-    """A split of a source in tokens. Of many processes the first makes it, the others where they do not find it then
-    (on a disk of their own)."""
+def tokenized_by_turns(sources: Sequence[Source], split: str, tokenizer: Tokenizer, progress: Progress) -> Corpus:
+    """A split of the last of some sources in tokens, without texts that those before it have. Of many processes the
+    first makes it, the others where they do not find it then (on a disk of their own)."""
     for turn in (processes.rank() == 0, processes.rank() != 0):
         with processes.together():
             if turn:
-                made = tokenized(source, split, tokenizer, progress)
+                before = texts_before(sources[:-1], progress)
+                made = tokenized(sources[-1], split, tokenizer, progress, before)
     return made
 
 
-def splits_by_name(source: Source) -> bool:
+def splits_by_name(source: Source, before: EarlierTexts) -> bool:
     """Whether every split has a document of a source."""
-    return names_fill_splits(source, content(source.path), Path.cwd())
+    return names_fill_splits(source, content(source.path), Path.cwd(), before)
 
 
 @functools.lru_cache(maxsize=256)
-def names_fill_splits(source: Source, content: str, folder: Path) -> bool:
+def names_fill_splits(source: Source, content: str, folder: Path, before: EarlierTexts) -> bool:
     """Whether every split has a document of a source of this content, by names that count from this folder; read until
     that is known."""
     seen = set[str]()
-    for document in read_source(source):
+    for document in read_source(source, before=before):
         seen.add(split_of(document.name))
         if len(seen) == len(SPLITS):
             return True
@@ -212,26 +240,31 @@ def template_digest(folder: Path) -> str:
     return ":".join(sha256_file(path) if path.is_file() else "" for path in files)
 
 
-def tokenized(source: Source, split: str, tokenizer: Tokenizer, progress: Progress) -> Corpus:
+def tokenized(
+    source: Source, split: str, tokenizer: Tokenizer, progress: Progress, before: EarlierTexts = NONE
+) -> Corpus:
     """A split of a source in tokens, from the cache or made now; see `held_out` where its documents are few."""
-    if split in SPLITS and not splits_by_name(source):
-        made = held_out(tokenized(source, "all", tokenizer, progress), split, f"data={source.path}")
+    if split in SPLITS and not splits_by_name(source, before):
+        made = held_out(tokenized(source, "all", tokenizer, progress, before), split, f"data={source.path}")
         say(made.notes, f"data={source.path}")
-        return made
+        return dataclasses.replace(made, where=named_split(source, split))
     facts = {
-        "content": content(source.path), "columns": source.columns, "limit": source.limit, "split": split,
-        "include": source.include, "exclude": source.exclude, "special_tokens": source.special_tokens,
+        **reading_facts(source), "split": split, "special_tokens": source.special_tokens,
         "reasoning_share": source.reasoning_share, "template": template_digest(tokenizer.folder),
         "tokenizer": sha256_file(tokenizer.folder / "tokenizer.json"),
         "begin": tokenizer.begin, "eos": tokenizer.eos_token_id,
     }  # fmt: skip
-
+    facts |= {} if before == NONE else {"before": before.key}
     notes = Notes()
 
     def read() -> Iterator[Document]:
         with progress(f"tokenising {source.path} ({split})", local_file(source.path) is not None) as on_progress:
-            yield from of_split(read_source(source, on_progress, notes), split, f"data={source.path}")
+            yield from of_split(read_source(source, on_progress, notes, before), split, f"data={source.path}")
 
     made = cached_corpus(facts, read, tokenizer, source, notes)
     say(made.notes, f"data={source.path}")
-    return made
+    return dataclasses.replace(made, where=named_split(source, split))
+
+
+def named_split(source: Source, split: str) -> str:
+    return f"data={source.path}" if split == "all" else f"data={source.path}, split {split}"

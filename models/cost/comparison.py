@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import HybridConfig
 from ..errors import InputError
 from .hardware import Hardware, Reserve
 from .inference import memory, verdict
 from .speed import BANDWIDTH_EFFICIENCY, COMPUTE_EFFICIENCY, Load, Speed, predicted, roofline
+
+if TYPE_CHECKING:
+    from .stored_weights import StoredWeights
 
 # Assumed where nothing is measured.
 ASSUMED: dict[str, Any] = {"compute_efficiency": COMPUTE_EFFICIENCY, "bandwidth_efficiency": BANDWIDTH_EFFICIENCY}
@@ -44,6 +47,7 @@ def load_of(
     reserve: Reserve,
     types: Mapping[str, Any],
     chunk: int,
+    held: StoredWeights | None = None,
 ) -> Load:
     """ "1k/8k": 1024 tokens in, 8192 out; the batch as given, or the largest that fits the profile at full length, in
     the dtypes that are those there, the prompt prefilled in chunks of `chunk` tokens."""
@@ -56,7 +60,7 @@ def load_of(
         return Load(source, target, batch)
     dtypes: dict[str, Any] = {"weight_dtype": types["dtype"], "ssm_dtype": types["ssm_dtype"]}
     Load(source, target, 1)  # refuses what is below 1
-    one = memory(config, source + target, 1, chunk=chunk, place=hardware.place, **dtypes)
+    one = memory(config, source + target, 1, chunk=chunk, place=hardware.place, held=held, **dtypes)
     largest = verdict(config, one, reserve.budget(hardware)).largest_batch
     if largest < 1:
         raise InputError(f"batch=fit: not one sequence of {source} + {target} tokens fits {hardware.name}")
@@ -74,14 +78,16 @@ def row_of(
     types_there: Mapping[str, Any],
     *,
     carries: bool,
+    held: StoredWeights | None = None,
 ) -> BenchRow:
     """A model under a load in these dtypes here, and in those on the card `there`. With `carries` what is measured is
-    carried over to that card, as a GPU's is; a CPU's says nothing of one."""
+    carried over to that card, as a GPU's is; a CPU's says nothing of one. Of quantised weights `held` are the bytes
+    there; what is measured runs with plain ones."""
     limit = None if here is None else roofline(config, here, load, **types)
     if measured is not None and limit is not None and carries:
         target = roofline(config, there, load, **types_there)
         return BenchRow(name, load, measured, limit, None if target is None else predicted(measured, limit, target))
-    return BenchRow(name, load, measured, limit, roofline(config, there, load, **types_there, **ASSUMED))
+    return BenchRow(name, load, measured, limit, roofline(config, there, load, held=held, **types_there, **ASSUMED))
 
 
 def figures(speed: Speed | None, load: Load) -> list[str]:

@@ -14,7 +14,7 @@ from ..device import DTYPES, torch_dtype
 from ..errors import InputError
 from ..quantities import check_between
 from .hardware import GIB, Hardware, Reserve
-from .inference import Change, MemoryReport, Verdict, changes, memory, verdict
+from .inference import MOST_SEQUENCES, Change, MemoryReport, Verdict, changes, memory, verdict
 from .speed import Throughput, throughput
 from .state_formats import STATE_FORMATS, runs_here, state_caution, vllm_refusal
 from .vllm import flags
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .stored_weights import StoredWeights
 
 KV_DTYPES = DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn}
-MOST_SEQUENCES = 2**20
 LONGEST = 131072  # tokens of a context that nobody has chosen
 
 
@@ -169,14 +168,14 @@ class Estimate:
         return [sentence for sentence in (self.without_bfloat16(), cost) if sentence]
 
     def without_bfloat16(self) -> str:
-        types = {"weight_dtype": self.fit.weight_dtype, "ssm_dtype": self.fit.ssm_dtype}
-        wrong = [f"fit.{name}" for name, dtype in types.items() if dtype == "bfloat16"]
+        types = ("weight_dtype", "kv_dtype", "ssm_dtype")
+        wrong = [f"fit.{name}" for name in types if getattr(self.fit, name) == "bfloat16"]
         if self.hardware.has_bfloat16 or not wrong:
             return ""
         card, capability = self.hardware.name, self.hardware.compute_capability
         return (
             f"{card} has no bfloat16 products (compute capability {capability}), and vLLM refuses bfloat16 there; the"
-            f" bytes are those of float16: give {' and '.join(f'{name}=float16' for name in wrong)}"
+            f" bytes are those of float16: give {', '.join(f'{name}=float16' for name in wrong)}"
         )
 
     def layers_with(self, state: str) -> str:
@@ -196,12 +195,14 @@ class Estimate:
 
     def throughput(self) -> Throughput | None:
         """Tokens a second, estimated: a third of the context read and two thirds written, as of the published 8k and
-        16k (arXiv 2508.14444), in the largest batch that fits."""
+        16k (arXiv 2508.14444), in the largest batch that fits; None where none does."""
+        if not (batch := self.verdict.largest_batch):
+            return None
         length, dtypes = self.fit.length, self.fit.assumptions(self.hardware)
         read = max(length // 3, 1)
         return throughput(
             self.config, self.hardware, input_tokens=read, output_tokens=max(length - read, 1),
-            budget=self.verdict.budget, held=self.held, tensor_parallel=self.fit.tensor_parallel,
+            batch=batch, held=self.held, tensor_parallel=self.fit.tensor_parallel,
             **{name: dtypes[name] for name in ("weight_dtype", "kv_dtype", "ssm_dtype")},
         )  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import torch
 
@@ -71,6 +72,10 @@ class Hardware:
         check_between(self, "hardware.", 0, math.inf, "total_gib", "usable_gib", "bandwidth_gb_s", "bf16_tflops")
         check_between(self, "hardware.", 0, math.inf, "interconnect_gb_s")
         check_between(self, "hardware.", 1, math.inf, "multiprocessors")
+        if not re.fullmatch(r"([0-9]+(\.[0-9]+)?)?", self.compute_capability):
+            raise InputError(
+                f"hardware.compute_capability is {self.compute_capability!r}; expected CUDA's number, such as 8.6"
+            )
 
     @property
     def place(self) -> Place:

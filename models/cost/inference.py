@@ -216,6 +216,9 @@ class Verdict:
     largest_batch: int
 
 
+MOST_SEQUENCES = 2**20  # of a batch
+
+
 def verdict(config: HybridConfig, report: MemoryReport, budget: float) -> Verdict:
     """Holds a report against a budget in bytes. The largest context is for the report's batch, and the other way
     round; a model without attention layers has no largest context (-1)."""
@@ -228,7 +231,7 @@ def verdict(config: HybridConfig, report: MemoryReport, budget: float) -> Verdic
     per_sequence = (report.kv + report.ssm + report.conv) / report.batch or (8 if report.load else 0)
     batch = 0
     if per_sequence:
-        bound = max(0, int((budget - report.weights) // per_sequence))
+        bound = min(MOST_SEQUENCES, max(0, int((budget - report.weights) // per_sequence)))
         batch = largest(lambda count: at(config, report, report.context, count).peak, budget, bound, report.batch)
     return Verdict(report.peak <= budget, budget, budget - report.peak, context, batch)
 

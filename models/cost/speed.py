@@ -190,9 +190,10 @@ def roofline(
     *,
     compute_efficiency: float = 1.0,
     bandwidth_efficiency: float = 1.0,
+    held: StoredWeights | None = None,
 ) -> Speed | None:
     """The least time that a card's rates allow, or shares of them: whichever is longer, all FLOPs at its bf16 rate or
-    all bytes at its bandwidth. None where the profile has no rates."""
+    all bytes at its bandwidth, of quantised weights those that are `held`. None where the profile has no rates."""
     limit = throughput(
         config,
         hardware,
@@ -203,6 +204,7 @@ def roofline(
         bandwidth_efficiency=bandwidth_efficiency,
         weight_dtype=dtype,
         ssm_dtype=ssm_dtype,
+        held=held,
     )
     return None if limit is None else Speed(limit.prefill_seconds / load.batch, limit.step_seconds)
 

@@ -177,8 +177,9 @@ def write_nemotron_h(config: HybridConfig) -> dict[str, Any]:
     hf |= write_fields(config, known)
     hf |= write_limit(config)
     hf |= {name: value for name, value in config.extra.items() if name not in hf}
+    ahead = (STEPS, STEP_PATTERN) if config.mtp_steps else ()
     absent = () if MIXTURE in every else EXPERT_FIELDS
-    return {name: value for name, value in hf.items() if name not in absent}
+    return {name: value for name, value in hf.items() if name not in absent or name in ahead}
 
 
 def layers_at(place: str) -> dict[str, dict[str, Transform]]:

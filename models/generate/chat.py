@@ -33,6 +33,10 @@ SWITCHED_BY, SET_BY = "/no_think", "enable_thinking"  # how templates are told w
 BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+class NoTemplate(InputError):
+    """A folder that has no chat template."""
+
+
 class Rendering(NamedTuple):
     """A text, where in it {% generation %} blocks begin and end, and instead of both what the template did wrong."""
 
@@ -249,7 +253,7 @@ def read_templates(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         named = {"default": template}
     texts = {name: text for name in ("default", "tool_use") if isinstance(text := named.get(name), str)}
     if "default" not in texts:
-        raise InputError(f"{folder} has no chat template; leave out chat=true, or take an aligned model's folder")
+        raise NoTemplate(f"{folder} has no chat template; leave out chat=true, or take an aligned model's folder")
     return texts, special
 
 

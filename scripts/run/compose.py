@@ -32,7 +32,6 @@ VERBATIM = (
     "model", "init", "teacher", "student", "teacher_cache", "base", "other", "against", "data", "output", "scores",
     "gap", "prompt", "prompts", "system", "also",
 )  # fmt: skip
-FREE_KEYS = ("importance.min_layers.",)
 WIDTHS = "target/widths"  # which models/axes.py writes
 BASES = {"train-fit": "compress"}  # whose options and recipes a command takes beside its own
 Options = TypeVar("Options")
@@ -44,19 +43,25 @@ def compose_config(
     """The composed config of a command as plain dicts; `folders` hold choices of groups beside those of conf/. What is
     not `complete` may lack options (`???`). Raises InputError, in one line, for what Hydra refuses."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import InterpolationToMissingValueError
 
     overrides, of_data = split_data(overrides)
     texts, words = split_verbatim(command, overrides, folders=folders)
-    with own_recipes(words) as (named, own), explained(command, words):
+    with own_recipes(words) as (named, own), explained(command, named, [*folders, *own]):
         check_added(command, words)
-        config = layered(command, named, [*folders, *own])
+        config = composed(command, named, [*folders, *own])
         for key in texts:
             top, _, below = key.partition(".")
             if top not in config.keys() or (below and not OmegaConf.is_dict(config[top])):  # noqa: SIM118 - `in` is
                 raise no_option(command, key)  # false for a missing value
             if OmegaConf.is_missing(config, top):
                 config[top] = ""
-        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
+        try:
+            content = OmegaConf.to_container(config, resolve=True, throw_on_missing=complete)
+        except InterpolationToMissingValueError:
+            if complete:
+                raise
+            content = OmegaConf.to_container(config)
     assert isinstance(content, dict)
     content.pop("recipe", None)
     content = with_texts(with_quantities(content), texts)
@@ -122,6 +127,21 @@ def with_texts(content: dict[Any, Any], texts: Mapping[str, str]) -> dict[Any, A
     return content
 
 
+def composed(command: str, words: Sequence[str], folders: Sequence[Path]) -> Any:
+    """`layered`, in which there may be keys below options that are null or empty by default."""
+    from hydra.errors import ConfigCompositionException
+
+    try:
+        return layered(command, words, folders)
+    except ConfigCompositionException:
+        from .mistakes import with_free_keys
+
+        free = with_free_keys(command, words, folders)
+        if free == list(words):
+            raise
+    return layered(command, free, folders)
+
+
 def layered(command: str, words: Sequence[str], folders: Sequence[Path]) -> Any:
     """The config in which what comes later wins: a group that is chosen after the recipe is as its choice has it. (To
     Hydra a recipe is the last of the defaults wherever it stands.) A single KEY=VALUE goes before both."""
@@ -182,7 +202,7 @@ def config_text(name: str) -> str:
 
 
 @contextlib.contextmanager
-def explained(command: str, words: Sequence[str]) -> Iterator[None]:
+def explained(command: str, words: Sequence[str], folders: Sequence[Path] = ()) -> Iterator[None]:
     """Turns an error of Hydra's into an InputError of one line. (Beside errors of its own it raises ValueError,
     AssertionError, RecursionError and others, for words that nobody thought of.)"""
     check_words(words)
@@ -193,7 +213,7 @@ def explained(command: str, words: Sequence[str]) -> Iterator[None]:
     except Exception as error:
         from .mistakes import explain
 
-        raise InputError(explain(command, words, error)) from None
+        raise InputError(explain(command, words, error, folders)) from None
 
 
 def no_option(command: str, key: str) -> InputError:
@@ -217,8 +237,7 @@ def split_verbatim(
             texts[key] = value
         elif override != "recipe=null":  # the default, which Hydra refuses to be told
             # What a mapping may hold its dataclass says; to Hydra an option that is {} by default has no keys at all.
-            free = value.startswith("{") or name.startswith(FREE_KEYS)
-            words.append(f"++{override}" if free and key == name else override)
+            words.append(f"++{override}" if value.startswith("{") and key == name else override)
     return texts, words
 
 
@@ -289,7 +308,7 @@ def build(cls: type[Options], content: Mapping[str, Any], where: str = "") -> Op
     places = [each["loc"][1:] for each in numbers]
     if places:  # an unquoted name such as 9
         return build(cls, functools.reduce(with_text, places, content), where)
-    from .mistakes import complaint
+    from ...models.complaint import complaint
 
     raise InputError(where + complaint(errors, cls, content))
 

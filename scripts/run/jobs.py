@@ -52,14 +52,17 @@ def is_sweep(path: Path) -> bool:
 
 
 def list_jobs(out: Path, jobs: Sequence[Any]) -> None:
-    """What each job was given, and the last figures that it logged. Raises what the first one raised that could not be
-    made."""
+    """What each job that wrote a folder was given, and the last figures that it logged. Raises what the first one
+    raised that could not be made."""
     rows: list[dict[str, Any]] = []
     failed: list[Exception] = []
     for number, job in enumerate(jobs):
         chosen = [word for word in job.overrides if word in varied(jobs)]
         if isinstance(job.return_value, Exception):
             failed.append(of_job(f"job {number} ({' '.join(chosen)})", job.return_value))
+            continue
+        if not os.path.exists(job.return_value):
+            say(f"job {number} wrote nothing: {' '.join(chosen)}")
             continue
         rows.append({"folder": job.return_value, "overrides": chosen, **last_figures(Path(job.return_value), FIGURES)})
         say(f"{job.return_value}: {' '.join(chosen)}")

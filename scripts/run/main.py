@@ -38,7 +38,7 @@ COMMANDS = {
 EXAMPLES = {
     "compress": "recipe=tiny output=first",
     "score": "model=zoo data=stdlib output=scores",
-    "search": "model=nemotron-nano-12b-v2 output=sizes 'space.hidden_size=[4480,4800]' budget.context=65536",
+    "search": "model=nemotron-nano-12b-v2 output=sizes 'space.hidden_size=[4160,4480]' budget.context=65536",
     "prune": "model=zoo scores=scores output=pruned target.layers=11 target.mamba_num_heads=12",
     "distill": "teacher=zoo student=pruned data=stdlib output=distilled distill.train.steps=100",
     "cache-teacher": "teacher=zoo data=stdlib output=answers cache.k=64 distill.train.steps=100",
@@ -46,7 +46,8 @@ EXAMPLES = {
     "evaluate": "teacher=zoo +student.pruned=pruned +student.distilled=distilled data=stdlib output=gap",
     "export": "model=distilled output=exported dtype=bfloat16",
     "memory-fit": "model=nemotron-nano-9b-v2 hardware=a10g fit.context=131072",
-    "train-fit": "recipe=nemotron-nano-9b-v2 hardware=h100 processes=8",
+    "train-fit": "recipe=nemotron-nano-9b-v2 hardware=h100 processes=8 distill.train.activation_checkpointing=true"
+    " distill.train.context_parallel=4",
     "generate": "prompt='def mean(values):' max_new_tokens=64",
     "bench": "model=nemotron-nano-9b-v2 against=qwen3-8b batch=fit measure=false",
     "experiment": "experiment=loss output=loss",

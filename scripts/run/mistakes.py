@@ -1,37 +1,35 @@
-"""What an error of Hydra's or pydantic's says to whoever gave the options: one line, and what was probably meant."""
+"""What an error of Hydra's says to whoever gave the options: one line, and what was probably meant."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import typing
+import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ...models.errors import guess
 from ...models.foreign import first_line
 from ...models.hints import guess_option
-from ...models.quantities import COUNTS, SHARES
-from .compose import groups, hydra_config
+from .compose import VERBATIM, groups, hydra_config
 
 RENAMED = {"witness": "method", "room": "reserve"}
-EXPECTED = {
-    "int": "a whole number", "float": "a number", "finite": "a number", "string": "a text", "bool": "true or false",
-    "path": "a path", "dict": "a mapping",
-}  # fmt: skip
 
 
-def explain(command: str, overrides: Sequence[str], error: Exception) -> str:
+def explain(command: str, overrides: Sequence[str], error: Exception, folders: Sequence[Path] = ()) -> str:
     """One line for an error of Hydra's: which override, and what was probably meant."""
-    known = known_keys(command)
+    missing = getattr(error, "full_key", None)
+    if "Missing mandatory value" in str(error) and missing:  # every key was read before that
+        return f"{missing} is missing; give {missing}=VALUE (limbeck {command} --help)"
+    known = known_options(command, overrides, folders)
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     for key in keys:
-        if key not in known:
-            return unknown(command, key, known)
-    missing = getattr(error, "full_key", None)
-    if "Missing mandatory value" in str(error) and missing:
-        return f"{missing} is missing; give {missing}=VALUE (limbeck {command} --help)"
+        if key not in known and not is_free(key, known):
+            return unknown(command, key, list(known))
     what = first_line(error).strip()
+    if "hydra/launcher/submitit" in what:
+        return "hydra/launcher= of slurm and submitit needs hydra-submitit-launcher: pip install 'limbeck[slurm]'"
+    if "index out of range" in str(error.__cause__):
+        place = getattr(error.__cause__, "full_key", what)
+        return f"{place} is not there; give the whole list, as {place.rpartition('[')[0]}=[...]"
     if what.startswith("Ambiguous value"):
         return f"{what}; give one value, or a list as KEY=[A,B]"
     for key in keys:
@@ -52,77 +50,39 @@ def unknown(command: str, key: str, known: Sequence[str] = ()) -> str:
 
 def known_keys(command: str) -> list[str]:
     """Every dotted key that a command's config has, the groups' keys among them."""
+    return list(known_options(command))
+
+
+def known_options(command: str, words: Sequence[str] = (), folders: Sequence[Path] = ()) -> dict[str, list[Any]]:
+    """Every dotted key of a command's config, by default and with the groups and the recipe among the words, and its
+    values in these."""
     from omegaconf import OmegaConf
 
-    def keys_of(content: Any, prefix: str) -> list[str]:
-        if not isinstance(content, Mapping):
-            return []
-        return [key for name in content for key in (prefix + name, *keys_of(content[name], f"{prefix}{name}."))]
+    known: dict[str, list[Any]] = {}
 
-    config = OmegaConf.to_container(hydra_config(command, ()), resolve=False)
-    return [*keys_of(config, ""), *groups(command), "recipe"]
+    def note(content: Any, prefix: str) -> None:
+        for name, value in content.items() if isinstance(content, Mapping) else ():
+            known.setdefault(prefix + name, []).append(value)
+            note(value, f"{prefix}{name}.")
 
-
-def complaint(errors: Sequence[Any], cls: Any, content: Any) -> str:
-    """One line for pydantic's errors of a dataclass: what was given, where, and what would be right."""
-    error = min(errors, key=rank)
-    kind, given, context = error["type"], error["input"], error.get("ctx", {})
-    names = names_of(error["loc"][1:], content, kind)
-    where = ".".join(names)
-    if kind == "unexpected_keyword_argument":
-        near = guess_option(names[-1], fields_at(cls, [name.partition("[")[0] for name in names[:-1]]))
-        return f"{where} is no option here{near or '; leave it out'}"
-    if kind == "missing":
-        return f"{where} is missing; give {where}=VALUE"
-    if kind == "dataclass_type":
-        expected = f"options below it, such as {where}.KEY=VALUE"
-    elif kind in ("tuple_type", "list_type"):
-        expected = f"a list, such as {where}=[1,2]"
-    elif kind == "literal_error":
-        known = re.findall(r"'([^']*)'", context["expected"])
-        return f"{where} is {given!r}; known: {', '.join(known)}" + guess(str(given), known)
-    elif kind == "greater_than":
-        expected = f"at least {context['gt'] + 1}" if isinstance(context["gt"], int) else f"more than {context['gt']:g}"
-    elif kind == "greater_than_equal":
-        expected = f"at least {context['ge']:g}"
-    elif names[-1] in SHARES and isinstance(given, str):
-        expected = "a share of at most 100%, such as 0.75 or 75%, or a count, such as 5B"
-    elif names[-1].endswith(COUNTS) and isinstance(given, str):
-        expected = "a whole number, such as 500000 or 1.5M"
-    else:
-        expected = EXPECTED.get(kind.partition("_")[0], error["msg"])
-    return f"{where} is {given!r}; expected {expected}"
+    picks = {*groups(command), "recipe"}
+    chosen = [word.partition(",")[0] for word in words if word.partition("=")[0].lstrip("+") in picks]
+    for each in ([], chosen) if chosen else ([],):
+        with contextlib.suppress(Exception):  # what is wrong with a choice is said elsewhere
+            note(OmegaConf.to_container(hydra_config(command, each, folders), resolve=False), "")
+    return known | {name: [""] for name in picks}
 
 
-def rank(error: Any) -> int:
-    """Among the errors of a union's members those say most that are of the member that was meant."""
-    if error["type"] == "unexpected_keyword_argument":
-        return 0
-    other = error["type"] == "dataclass_type" or (error["type"] != "missing" and isinstance(error["input"], Mapping))
-    return 2 if other else 1
+def is_free(key: str, known: Mapping[str, list[Any]]) -> bool:
+    """Whether a dotted key is below an option that is null, empty or a list: what it may hold its dataclass says."""
+    parts = key.split(".")
+    below = [(value, parts[end]) for end in range(1, len(parts)) for value in known.get(".".join(parts[:end]), ())]
+    return parts[0] not in VERBATIM and any(
+        value is None or value == {} or (isinstance(value, list) and part.isdecimal()) for value, part in below
+    )
 
 
-def names_of(place: Sequence[Any], content: Any, kind: str) -> list[str]:
-    """The keys on the way to a place of pydantic's, an item's number in brackets; the names of a union's members, which
-    stand there too, are left out."""
-    names: list[str] = []
-    for number, key in enumerate(place, 1):
-        if isinstance(content, Mapping) and key in content:
-            content = content[key]
-            names.append(str(key))
-        elif isinstance(content, (list, tuple)) and isinstance(key, int):
-            content = content[key]
-            names[-1] += f"[{key}]"
-        elif kind == "missing" and number == len(place):
-            names.append(str(key))
-    return names
-
-
-def fields_at(kind: Any, names: Sequence[str]) -> list[str]:
-    """The fields of the dataclasses at a place within a type."""
-    if dataclasses.is_dataclass(kind):
-        if not names:
-            return [field.name for field in dataclasses.fields(kind)]
-        return fields_at(typing.get_type_hints(kind).get(names[0]), names[1:])
-    rest = names[1:] if typing.get_origin(kind) is dict else names
-    return [field for argument in typing.get_args(kind) for field in fields_at(argument, rest)]
+def with_free_keys(command: str, words: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    """The words, those with a `is_free` key as `++KEY=VALUE`: to Hydra there are no keys at such a place."""
+    known = known_options(command, words, folders)
+    return [word if word[0] in "+~" or not is_free(word.partition("=")[0], known) else f"++{word}" for word in words]

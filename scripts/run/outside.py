@@ -26,7 +26,7 @@ class CommandLine:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> CommandLine:
-        """Raises InputError for an unknown flag, and for one without its value."""
+        """Raises InputError for an unknown flag, one without its value, and two that exclude each other."""
         overrides: list[str] = []
         folders: list[Path] = []
         switches = {"shows_config": False, "sweeps": False}
@@ -47,6 +47,8 @@ class CommandLine:
                 raise InputError(f"{word!r} is no flag; known: {FLAGS}; options are KEY=VALUE")
             else:
                 overrides.append(word)
+        if all(switches.values()):
+            raise InputError("--cfg job prints the options of one job, --multirun runs several; leave one of them out")
         return cls(tuple(overrides), tuple(folders), **switches)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...distill.text import resolve
 from ...distill.text.mixture import Mixture, Text
 from ...distill.text.notes import say as say_notes
-from ...distill.text.packing import Batch
+from ...distill.text.packing import Batch, Sample
 from ...distill.text.resolve import NamedData as NamedData
 from ...models import named, processes
 from ...models.checkpoint import load_config
@@ -81,27 +81,27 @@ def text_in_tokens(data: NamedData, split: str, tokenizer_from: Path) -> Text:
 def sample(data: NamedData, split: str, model: Path, *, tokens: int, seq_len: int, **size: int) -> list[Batch]:
     """See `resolve.sample`; says so where the text is less than was requested, and where rows are longer than the model
     is made for."""
-    batches = resolve.sample(named_data(data), split, model, tokens=tokens, seq_len=seq_len, **size, progress=reading)
-    say_sampled(batches, data, split, model, tokens, seq_len)
-    return batches
+    rows = resolve.sample(named_data(data), split, model, tokens=tokens, seq_len=seq_len, **size, progress=reading)
+    say_sampled(rows, data, split, model, tokens, seq_len)
+    return list(rows)
 
 
 def held_out(data: NamedData, folder: Path, how: DistillOptions, seed: int) -> list[Batch]:
     """What a stage is measured on, in the tokens of a folder; as many rows at once as go through a model in training,
     where many processes share a batch and each measures all rows."""
-    found = sample(
-        data, "validation", folder, tokens=how.evaluate_tokens, seq_len=how.seq_len, batch=how.rows, seed=seed
-    )
+    size = {"tokens": how.evaluate_tokens, "seq_len": how.seq_len, "batch": how.rows, "seed": seed}
+    found = sample(data, "validation", folder, **size)
     most = how.train.micro_batch or max(1, how.batch * how.train.context_parallel // processes.count())
     return [rows.rows(start, start + most) for rows in found for start in range(0, len(rows.input_ids), most)]
 
 
-def say_sampled(batches: Iterable[Batch], data: NamedData, split: str, model: Path, tokens: int, seq_len: int) -> None:
-    """Says so where a sample is less than was requested, or its rows are longer than the model is made for."""
-    taken = sum(int((batch.doc_id >= 0).sum()) for batch in batches)
+def say_sampled(rows: Sample, data: NamedData, split: str, model: Path, tokens: int, seq_len: int) -> None:
+    """Says so where a sample is less than was requested, since there are no more rows, or where its rows are longer
+    than the model is made for."""
     most, notes = load_config(model).max_position_embeddings, []
-    if taken < tokens // seq_len * seq_len or taken < min(tokens, seq_len):
-        notes.append(f"its {split} split has {taken:,} tokens, of {tokens:,} that were requested")
+    taken = sum(int((batch.doc_id >= 0).sum()) for batch in rows) if rows.whole else tokens
+    if taken < max(tokens // seq_len * seq_len, min(tokens, seq_len)):
+        notes.append(f"its {split} split has {taken:,} tokens in its rows, of {tokens:,} that were requested")
     if seq_len > most:
         notes.append(f"rows of {seq_len:,} tokens are beyond the {most:,} that {model} is made for (its config's"
                      " max_position_embeddings)")  # fmt: skip

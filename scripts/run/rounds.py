@@ -11,7 +11,7 @@ from typing import Any
 from ...distill.options import DistillOptions
 from ...distill.report.gap_rows import won_back
 from ...distill.rollouts import check_plan
-from ...distill.stages import check_text
+from ...distill.stages import check_reads
 from ...models.axes import AXES, AxisRow
 from ...models.checkpoint import open_checkpoint
 from ...models.config import HybridConfig
@@ -106,16 +106,13 @@ def check_feasible(data: NamedData, source: Path, rounds: Sequence[Round], *, wh
     """Finds what is wrong with model, targets, training and data before the first folder is written; in training a
     student is `whole` in every process, or split among them. Raises InputError."""
     config = open_checkpoint(source).config
-    for _ in plan_cuts(config, [one.cut for one in rounds]):
-        pass
+    list(plan_cuts(config, [one.cut for one in rounds]))  # every round is checked as its turn comes
     check_vocabulary(load_tokenizer(source), config)
-    text, *_ = (corpus(data, split, source) for split in ("train", "validation", "test"))
     for one in rounds:
         with named_round(one.name):
             one.distill.check_one_size("compress")
             check_plan(one.distill.plan(), config, whole)
-            for how in one.distill.plan():
-                check_text(text, how)
+            check_reads(lambda split: corpus(data, split, source), one.distill, data)
 
 
 def student_folders(out: Path, rounds: Sequence[Round]) -> dict[str, Path]:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 # Names of files and pieces of programs are shown as they are: [/b] is no markup, and :key: no picture.
 console = Console(highlight=False, markup=False, emoji=False)
-
+if not console.is_terminal or console.width < 1:  # COLUMNS=0
+    console.width = max(console.width, 80)
 
 EVERY = 10.0  # seconds from line to line
 logs: list[Path] = []  # where lines go beside the console
@@ -153,7 +154,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     """Prints a table under its title; the first column is text, the others are numbers."""
     drawn = Table(show_header=any(columns))
     for number, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if number == 0 else "right")
+        drawn.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(str(cell) for cell in row))
     if title:  # rich would break it to the width of the table

@@ -18,6 +18,7 @@ from ...models.foreign import own_path
 from .compose import compose_config, explained, register_widths, split_data, split_verbatim
 from .jobs import list_jobs, marked
 from .main import finish, prepared
+from .mistakes import with_free_keys
 from .outside import own_recipes, quoted, searched
 
 
@@ -97,7 +98,7 @@ def sweep(command: str, overrides: Sequence[str], folders: Sequence[Path] = ()) 
     hidden = [f"{key}={value}" for key, value in fixed.items()]
     given = [word for word in words if not word.lstrip("+~").startswith("hydra")]
     with owned(out), marked(out), own_recipes(words, out / "hydra") as (words, own), explained(command, given):
-        hidden += searched([*folders, *own])
+        words, hidden = with_free_keys(command, words, [*folders, *own]), hidden + searched([*folders, *own])
         try:
             search = create_automatic_config_search_path(None, None, "pkg://limbeck.conf")
             hydra = Hydra.create_main_hydra2(task_name=f"limbeck-{command}", config_search_path=search)

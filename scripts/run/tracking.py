@@ -13,9 +13,10 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 
 from ...distill.speed import speed_figures
 from ...models import processes
@@ -28,14 +29,19 @@ Record = Mapping[str, Any]
 Line = queue.SimpleQueue  # of records, and a None at the end
 
 
+def switch(value: Any) -> Any:
+    """YAML reads a plain off or on as false or true."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tracked(Multiplied):
     """Where a command that trains sends its figures, beside metrics.jsonl; nothing of it is part of the result."""
 
-    wandb: Literal["off", "offline", "online"] = "off"
+    wandb: Annotated[Literal["off", "offline", "online"], BeforeValidator(switch)] = "off"
     wandb_project: str = "limbeck"
     wandb_entity: str | None = None
-    tensorboard: Literal["off", "on"] = "off"
+    tensorboard: Annotated[Literal["off", "on"], BeforeValidator(switch)] = "off"
 
     @property
     def tracking(self) -> dict[str, Any]:
