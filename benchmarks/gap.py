@@ -77,7 +77,7 @@ def coverage(documents: int) -> Iterator[str]:
 
 def main() -> None:
     torch.manual_seed(0)
-    batches = sample("stdlib", "test", ZOO, tokens=1024, seq_len=128, batch=4, seed=0)
+    batches = list(sample("stdlib", "test", ZOO, tokens=1024, seq_len=128, batch=4, seed=0))
     own = measure_gap(load_model(ZOO), {"itself": load_model(ZOO)}, batches, resamples=50).models["itself"]
     print(f"itself: KL {own.kl.value}, agreement {own.agreement.value}\n")
     print("| dtype | KL of the disturbed layer | worst token | worst position |\n|---|---|---|---|")
