@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .distill.gap.measure import TEACHER, GapReport, check_measurable, measure_gap
+from .distill.gap.measure import TEACHER, GapReport, measure_gap
 from .distill.in_memory import distill_in_memory
 from .distill.nested import open_nest
 from .distill.nested_options import NestedSizes
@@ -32,7 +32,7 @@ from .distill.rollouts import check_plan
 from .distill.stages import check_epochs, check_text
 from .distill.text.given import Data, fitted, held_out_of, named_text, read_sample, read_text
 from .distill.text.mixture import whole
-from .distill.text.packing import Batch
+from .distill.text.packing import Batch, check_measurable
 from .models.checkpoint import load_config, load_model, open_checkpoint, save_model
 from .models.config import HybridConfig
 from .models.cost.fit import Estimate, Fit

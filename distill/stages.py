@@ -17,7 +17,6 @@ from ..models.fingerprint import SPEED
 from ..models.foreign import read_lines
 from ..models.hybrid import HybridLM
 from .average import final_weights
-from .gap.measure import check_measurable
 from .hidden import Pairing
 from .losses import cross_entropy_loss
 from .nested import Nest
@@ -29,7 +28,7 @@ from .teacher import CachedTeacher
 from .teaching import held_out_figures
 from .text.mixture import Mixture, Text
 from .text.notes import say as say_notes
-from .text.packing import Batch
+from .text.packing import Batch, check_measurable
 from .text.prompts import Prompts, prompt_batches
 from .trainer import OnStep, train
 

@@ -62,6 +62,11 @@ def read_option(name: str, value: Any) -> Any:
     return with_quantities(value)
 
 
+def switch(value: Any) -> Any:
+    """YAML reads a plain off or on as false or true."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
 def check_between(
     options: Any, group: str, least: float, most: float, *names: str, above: bool = False, below: bool = False
 ) -> None:

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, gap_content, load_models
 from ..distill.gap.kept import Kept
-from ..distill.gap.measure import TEACHER, check_measurable, measure_gap
+from ..distill.gap.measure import TEACHER, measure_gap
 from ..distill.gap.probes import check_probes
 from ..distill.gap.tasks import Tasks, answer_tasks, plan_tasks
 from ..distill.gap.token_groups import group_tokens
@@ -19,6 +19,7 @@ from ..distill.report.gap_rows import few_documents
 from ..distill.report.gap_tables import gap_tables, recovery_line
 from ..distill.report.report import write_page
 from ..distill.text.mixture import whole
+from ..distill.text.packing import check_measurable
 from ..models.checkpoint import check_forward, load_config
 from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..distill.average import write_trained
-from ..distill.gap.measure import check_measurable, measure_gap
+from ..distill.gap.measure import measure_gap
 from ..distill.losses import cross_entropy_loss
 from ..distill.options import SPLIT, TrainOptions
 from ..distill.parallel import Trained, check_share, load_trained, placed_model, process_device
+from ..distill.text.packing import check_measurable
 from ..distill.trainer import train
 from ..models import processes
 from ..models.cost.parameters import count_parameters

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from limbeck.distill.gap.evaluation import Details, continue_texts, gap_content
-from limbeck.distill.gap.measure import check_measurable, measure_gap
+from limbeck.distill.gap.measure import measure_gap
 from limbeck.distill.gap.statistics import Estimate, Totals
 from limbeck.distill.report.gap_rows import few_documents
 from limbeck.distill.report.gap_tables import gap_tables
 from limbeck.distill.report.report import write_page
-from limbeck.distill.text.packing import tokenize
+from limbeck.distill.text.packing import check_measurable, tokenize
 from limbeck.distill.text.records import Document
 from limbeck.models.checkpoint import load_model
 from limbeck.models.errors import InputError

@@ -201,16 +201,6 @@ def measure_gap(
     return dataclasses.replace(report, documents=len(seen), worst=furthest, expert_uses=chosen)
 
 
-def check_measurable(batches: Iterable[Any], data: object, split: str) -> None:
-    """Raises InputError where rows of a split of data= hold no label that stands for text: `measure_gap` would have no
-    figures of them."""
-    if not any(int(batch.n_bytes[batch.labels >= 0].sum()) for batch in batches):
-        raise InputError(
-            f"data={data}: the split {split!r} has no token to measure: none follows another of its document, or none"
-            " stands for text; give more or longer documents"
-        )
-
-
 class Seen:
     """Which documents have come, in any order: a bit for each."""
 

@@ -316,3 +316,13 @@ def sampled_rows(corpus: Corpus, seq_len: int, seed: int | None, max_tokens: int
     if generator is None:
         return rows, np.linspace(0, len(rows) - 1, wanted).astype(np.int64)
     return rows, torch.randperm(len(rows), generator=generator)[:wanted].sort()[0].numpy()
+
+
+def check_measurable(batches: Iterable[Any], data: object, split: str) -> None:
+    """Raises InputError where rows of a split of data= hold no label that stands for text: `gap.measure` would have no
+    figures of them."""
+    if not any(int(batch.n_bytes[batch.labels >= 0].sum()) for batch in batches):
+        raise InputError(
+            f"data={data}: the split {split!r} has no token to measure: none follows another of its document, or none"
+            " stands for text; give more or longer documents"
+        )

@@ -23,15 +23,11 @@ from ...models import processes
 from ...models.cards import card_named
 from ...models.config import HybridConfig
 from ...models.matmul import Multiplied
+from ...models.quantities import switch
 from .show import progress, say
 
 Record = Mapping[str, Any]
 Line = queue.SimpleQueue  # of records, and a None at the end
-
-
-def switch(value: Any) -> Any:
-    """YAML reads a plain off or on as false or true."""
-    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
