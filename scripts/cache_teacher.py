@@ -64,6 +64,8 @@ def check(how: DistillOptions) -> None:
         )
     if how.teacher_dtype is not None:
         raise InputError("cache-teacher: the teacher's dtype is dtype=; leave distill.teacher_dtype out")
+    if how.teacher_offload:
+        raise InputError("cache-teacher: the teacher is loaded whole; leave distill.teacher_offload out")
 
 
 def cache(options: Options) -> None:

@@ -219,6 +219,7 @@ def test_options_that_a_cache_cannot_heed_are_refused(workshop: Path, tmp_path: 
     for word, says in (
         ("distill.teacher_correction={steps: 2}", "leave distill.teacher_correction out"),
         ("distill.teacher_dtype=bfloat16", "is dtype="),
+        ("distill.teacher_offload=true", "is loaded whole"),
     ):
         code, _, err = cache(workshop, out, word)
         assert code == 2 and says in err and not out.exists(), err
