@@ -92,8 +92,7 @@ def run(options: Options) -> None:
     depths = find_depths(config, options.space, options.rules, scores.layers if scores else None)
     budget = options.budget.limit(options.hardware)
     space = find_candidates(config, options.space, depths, budget, options.hardware, options.requests)
-    places = ("model", "scores", "data", "output", "device")
-    chosen = {name: value for name, value in vars(options).items() if name not in places}
+    chosen = {k: v for k, v in vars(options).items() if k not in ("model", "scores", "data", "output", "device")}
     with stage(options.output, "search", inputs=inputs, options=chosen, scratch="work") as work:
         if not work.finished:
             candidates: Sequence[Candidate] = space.candidates
@@ -176,11 +175,12 @@ def distil(folder: Path, options: Options, candidates: Sequence[Candidate]) -> l
 
 
 def draw(folder: Path, candidates: Sequence[Candidate], named: Sequence[str]) -> None:
-    from ..distill.report.plots import save_picture, tradeoff
+    from ..distill.report.plots import save_png, save_svg, tradeoff
 
     shown = tradeoff_of(candidates, named)
     figure = tradeoff(shown.points, shown.front, shown.named, title=shown.title, xlabel=f"memory ({shown.unit})")
-    save_picture(figure, folder, "search")
+    for save in (save_svg, save_png):
+        save(figure, folder, "search")
 
 
 def print_candidates(content: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer of its own, and a text, for the tests of a file (`helpers.make_workshop`)."""
+    from limbeck.tests.helpers import make_workshop
+
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:

@@ -16,14 +16,9 @@ from limbeck.models.folder import owned
 from limbeck.models.generate import answers
 from limbeck.scripts.run.main import with_escapes
 from limbeck.scripts.run.outside import quoted
-from limbeck.tests.helpers import limbeck, make_workshop
+from limbeck.tests.helpers import limbeck
 
 WRITE = answers.Journal.write
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture

@@ -25,18 +25,13 @@ from limbeck.models.hybrid import HybridLM
 from limbeck.models.named import model_config, read_hardware
 from limbeck.prune.scores import load_scores, save_scores
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
-from limbeck.tests.helpers import TEXT, make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import TEXT, random_model, tiny_config
 from limbeck.tests.helpers import limbeck as command
 
 DOCS = Path(__file__).parents[1] / "docs"
 NEST = {"sizes": [{"target": {}, "name": "whole"},
                   {"target": {"hidden_size": 24, "intermediate_size": 40}, "share": 2, "name": "most"}]}  # fmt: skip
 TEXTS = [TEXT[start : start + 500] for start in range(0, 6000, 500)]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,9 @@ from limbeck.models.errors import InputError
 from limbeck.models.folder import write_json
 from limbeck.models.hybrid import HybridLM
 from limbeck.tests.gguf_helpers import write_tokenizer
-from limbeck.tests.helpers import TEXT, make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import TEXT, random_model, tiny_config
 
 TEXTS = [TEXT[start : start + 500] for start in range(0, 6000, 500)]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,8 @@ from limbeck.models.named import CONF
 from limbeck.models.schema import config_schema
 from limbeck.models.tokenizer import load_tokenizer
 from limbeck.tests.fuzz_helpers import judged_command, linked
-from limbeck.tests.helpers import any_config, limbeck, make_workshop
+from limbeck.tests.helpers import any_config, limbeck
 from limbeck.tests.puzzle_config import puzzle
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.mark.parametrize(

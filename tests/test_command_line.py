@@ -14,14 +14,9 @@ import pytest
 import yaml
 from limbeck.scripts import compress, distill, evaluate
 from limbeck.scripts.run.compose import build, compose_config
-from limbeck.tests.helpers import compress_command, limbeck, make_workshop
+from limbeck.tests.helpers import compress_command, limbeck
 
 NAMES = ("lr=0.1,seed=0", "runs (1)", "größe", "a#b", "it's", 'say "x"', "${home}", "[1, 2]")
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,16 +10,11 @@ from limbeck.distill.teacher import read_keys, shards
 from limbeck.models import processes
 from limbeck.models.errors import InputError
 from limbeck.scripts.run.show import read_json
-from limbeck.tests.helpers import compress_command, limbeck, make_workshop
+from limbeck.tests.helpers import compress_command, limbeck
 from limbeck.tests.processes_helpers import launch, run_workers
 from safetensors.torch import load_file
 
 MAIN = ("-m", "limbeck.scripts.run.main")
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def take_turns(folder: str) -> None:

@@ -15,13 +15,8 @@ from limbeck.models.generate.engine import Engine, Request, Thought
 from limbeck.models.generate.sampling import Sampling
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 from limbeck.scripts.run.resolve import ZOO
-from limbeck.tests.helpers import make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import random_model, tiny_config
 from tokenizers import decoders, models
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

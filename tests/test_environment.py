@@ -10,12 +10,7 @@ from pathlib import Path
 
 import pytest
 from limbeck.scripts.run.failures import explained_failure
-from limbeck.tests.helpers import limbeck, make_workshop
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
+from limbeck.tests.helpers import limbeck
 
 
 def score(workshop: Path, output: Path) -> list[str]:

@@ -11,14 +11,9 @@ import pytest
 from limbeck.models.checkpoint import load_config
 from limbeck.models.fingerprint import PROVENANCE, SAID, read_provenance
 from limbeck.models.named import model_config, model_folder, quantisation
-from limbeck.tests.helpers import limbeck, make_workshop
+from limbeck.tests.helpers import limbeck
 
 WHOLE: dict[str, Any] = {"made_by": "limbeck score", "fingerprint": "0", "inputs": {}, "options": {}, "versions": {}}
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.mark.parametrize("content", ({}, [], None, "x", {"source": "x.gguf"}, {"made_by": "limbeck prune"}))

@@ -21,18 +21,13 @@ from limbeck.models.generate import answers
 from limbeck.models.generate.chat import ChatTemplate
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 from limbeck.scripts import generate
-from limbeck.tests.helpers import limbeck, make_workshop
+from limbeck.tests.helpers import limbeck
 from rich.console import Console
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
     "{# /no_think #}"
 )
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

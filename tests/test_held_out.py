@@ -12,12 +12,7 @@ from limbeck.distill.text import resolve
 from limbeck.distill.text.documents import EmptySplit
 from limbeck.distill.text.packing import Corpus
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.tests.helpers import TEXT, compress_command, limbeck, make_workshop
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
+from limbeck.tests.helpers import TEXT, compress_command, limbeck
 
 
 def splits(data: Path, model: Path) -> dict[str, Corpus]:

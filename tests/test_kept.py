@@ -12,13 +12,8 @@ from limbeck.distill.gap import evaluation, measure
 from limbeck.distill.gap.kept import Kept
 from limbeck.models.hybrid import HybridLM
 from limbeck.scripts import evaluate as command
-from limbeck.tests.helpers import limbeck, make_workshop, moe_config, random_model
+from limbeck.tests.helpers import limbeck, moe_config, random_model
 from limbeck.tests.training_helpers import draw_batch
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.fixture(scope="module")

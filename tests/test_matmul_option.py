@@ -13,12 +13,7 @@ from limbeck.kernels.products import CHOSEN
 from limbeck.models import matmul
 from limbeck.models.errors import InputError
 from limbeck.models.matmul import has_units, known_gain, multiplying
-from limbeck.tests.helpers import TIMES, lasting, limbeck, make_workshop
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
+from limbeck.tests.helpers import TIMES, lasting, limbeck
 
 
 @pytest.mark.parametrize(

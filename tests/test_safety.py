@@ -23,14 +23,9 @@ from limbeck.distill.text.packing import Batch
 from limbeck.distill.trainer import TrainingRun, train
 from limbeck.models.errors import InputError, Stopped
 from limbeck.models.tokenizer import check_agreement
-from limbeck.tests.helpers import assert_close, limbeck, make_workshop
+from limbeck.tests.helpers import assert_close, limbeck
 from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, options, records, teach, weights
 from torch import Tensor
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))

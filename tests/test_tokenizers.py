@@ -20,7 +20,7 @@ from limbeck.models.generate.detokenize import TextStream
 from limbeck.models.gguf.vocabulary import read_vocabulary
 from limbeck.models.named import SHIPPED
 from limbeck.models.tokenizer import check_agreement, load_tokenizer, say_once
-from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import limbeck, random_model, tiny_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 TEXTS = [
@@ -29,11 +29,6 @@ TEXTS = [
     "日本語の文章です。量子化されたモデルを蒸留する。\n",
     "emoji 🙂🙃 and 汉字, кириллица, ελληνικά\n",
 ]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def sentencepiece() -> Tokenizer:

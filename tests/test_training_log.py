@@ -19,14 +19,9 @@ from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.cost.speed import flops_per_token
 from limbeck.models.fingerprint import fingerprint_of
 from limbeck.scripts.run.tracking import card_tflops, note_of
-from limbeck.tests.helpers import assert_close, limbeck, make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import assert_close, limbeck, random_model, tiny_config
 from limbeck.tests.training_helpers import batches_from, model_of, options, teach, weights
 from safetensors.torch import load_file
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def test_merge(workshop: Path, tmp_path: Path) -> None:

@@ -18,15 +18,10 @@ from limbeck.models.checkpoint import (
 )
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.tests.helpers import assert_close, dense_config, limbeck, make_workshop, random_model, tiny_config
+from limbeck.tests.helpers import assert_close, dense_config, limbeck, random_model, tiny_config
 from safetensors.torch import load_file, save_file
 
 IDS = torch.arange(3, 19)[None]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def say(folder: Path, **changes: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .plots import THEME, WIDE, blank, in_thousands, save_picture, say, short, styled
+from .plots import THEME, WIDE, blank, in_thousands, save_png, save_svg, say, short, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,4 +93,5 @@ def draw_order(folder: Path, title: str, order: Mapping[str, Sequence[float]]) -
 
 
 def save(figure: Figure, folder: Path) -> None:
-    save_picture(figure, folder, "experiment")
+    save_png(figure, folder, "experiment")
+    save_svg(figure, folder, "experiment")

@@ -83,7 +83,8 @@ def gap_sections(folder: Path, gap: Mapping[str, Any]) -> Iterator[Section]:
 def figures_section(folder: Path, gap: Mapping[str, Any]) -> Section:
     models = gap["models"]
     overview = plots.gap_bars(models)
-    plots.save_picture(overview, folder, "gap")
+    plots.save_png(overview, folder, "gap")
+    plots.save_svg(overview, folder, "gap")
     label = f"Bars of {', '.join(models)}: "
     pictures = [
         drawn(folder, plots.gap_bars(models, [key]), f"gap-{key.replace('_', '-')}", label + title)

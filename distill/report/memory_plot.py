@@ -11,7 +11,7 @@ from ...models.cost.fit import Estimate
 from ...models.cost.hardware import GIB
 from ...models.cost.inference import MemoryReport, sketch
 from ...models.cost.tables import places
-from .plots import PANEL, THEME, WIDE, blank, save_picture, styled
+from .plots import PANEL, THEME, WIDE, blank, save_png, save_svg, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,4 +106,5 @@ def draw_memory(folder: Path, name: str, estimate: Estimate) -> None:
     """`memory_plot` of an estimate, in both formats."""
     config, report, answer = estimate.config, estimate.memory, estimate.verdict
     figure = memory_plot(name, config, report, answer.budget, places(estimate))
-    save_picture(figure, folder, "memory")
+    for save in (save_png, save_svg):
+        save(figure, folder, "memory")

@@ -41,7 +41,6 @@ STYLE: Any = {
     "xtick.bottom": False, "figure.facecolor": THEME["paper"], "axes.facecolor": "none", "text.parse_math": False,
 }  # fmt: skip
 PANEL, WIDE = 4.9, 9.6  # inches
-DPI = 144  # of PNG files
 METRICS = {"bits_per_byte": "Bits per byte", "kl": "Forward KL to the teacher (nats)", "agreement": "Top-1 agreement"}
 Given = ParamSpec("Given")
 Drawn = TypeVar("Drawn")
@@ -86,7 +85,12 @@ def short(name: str) -> str:
 def finish(figure: Figure, folder: Path, name: str, label: str) -> str:
     """Writes plots/NAME.png and NAME.svg, and gives the SVG for the page: no namespaces (HTML needs none), ids of its
     own, the theme's variables for colours, never larger than drawn, with `label` for those who hear it."""
-    text = save_picture(figure, folder, name)
+    save_png(figure, folder, name)
+    figure.set_layout_engine("none")  # where all lies is known by now
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    (folder / "plots" / f"{name}.svg").write_text(text, encoding="utf-8")
     body = text[text.index("<defs>") :]
     box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
     assert box is not None
@@ -101,22 +105,17 @@ def finish(figure: Figure, folder: Path, name: str, label: str) -> str:
 
 
 @styled
-def save_picture(figure: Figure, folder: Path, name: str) -> str:
-    """Writes plots/NAME.png and plots/NAME.svg, and gives what the latter holds. The figure is laid out and measured
-    once for both: bbox_inches="tight" would draw it twice a file, which is most of a page's time."""
-    import matplotlib
-
+def save_png(figure: Figure, folder: Path, name: str) -> None:
     (folder / "plots").mkdir(exist_ok=True)
-    figure.set_dpi(DPI)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    box = figure.get_tightbbox().padded(matplotlib.rcParams["savefig.pad_inches"])
-    figure.savefig(folder / "plots" / f"{name}.png", dpi=DPI, bbox_inches=box, metadata={"Software": None})
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", dpi=DPI, bbox_inches=box, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    (folder / "plots" / f"{name}.svg").write_text(text, encoding="utf-8")
-    return text
+    figure.savefig(folder / "plots" / f"{name}.png", dpi=144, bbox_inches="tight", metadata={"Software": None})
+
+
+@styled
+def save_svg(figure: Figure, folder: Path, name: str) -> None:
+    """Writes plots/NAME.svg, a file of its own."""
+    (folder / "plots").mkdir(exist_ok=True)
+    path = folder / "plots" / f"{name}.svg"
+    figure.savefig(path, format="svg", bbox_inches="tight", dpi=144, metadata={"Date": None, "Creator": None})
 
 
 def say(axes: Axes, x: float, y: float, text: str, shade: str = THEME["ink"]) -> None:
