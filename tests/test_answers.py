@@ -178,6 +178,7 @@ def test_quiet_prints_the_text_alone(workshop: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.jsonl").read_text())["text"] == plain.removeprefix("def a")[:-1]
 
 
+@pytest.mark.slow
 def test_quiet_chat(workshop: Path, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     for path in (workshop / "model").iterdir():

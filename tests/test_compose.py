@@ -211,7 +211,9 @@ def test_help_shows_every_option_and_its_example_composes(command: str) -> None:
     build(module.Options, compose_config(command, shlex.split(EXAMPLES[command])))
 
 
-@pytest.mark.parametrize("command", ("search", "memory-fit", "train-fit", "bench"))
+@pytest.mark.parametrize(
+    "command", ("search", "memory-fit", "train-fit", pytest.param("bench", marks=pytest.mark.slow))
+)
 def test_examples_that_need_neither_text_nor_weights_run(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,7 +173,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
     return folder, {name: gradients(folder, case) for name, case in CASES.items()}
 
 
-@pytest.mark.parametrize(("count", "parts"), [(2, (2,)), pytest.param(4, (4, 2), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "parts"), [(2, (2,)), (4, (4, 2))])
 def test_parts_of_rows_against_whole_rows(count: int, parts: tuple[int, ...], whole: Any, tmp_path: Path) -> None:
     """Of 2 and 4 processes, the latter also in two groups that share a batch's rows: losses, every gradient, held-out
     figures; what is kept for the backward; a training, and one that was stopped and resumed."""

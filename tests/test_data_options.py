@@ -68,6 +68,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_conversations_through_the_commands(chat: Path, tmp_path: Path) -> None:
     """Scores on answers, a student, and the gap on answers and thoughts, with reasoning and without."""
     model, data = f"model={chat / 'model'}", f"data={chat / 'rows.jsonl'}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -219,6 +221,24 @@ def test_what_breaks_on_the_way_is_said() -> None:
     assert next(rows) == {"text": "a"}
     with pytest.raises(InputError, match=r"hf:a/b cannot be read at row 1: gone$"):
         next(rows)
+
+
+def test_a_folder_within_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b/c", ".d"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.txt").write_text("text of " + name)
+    shut, scandir = {".d"}, os.scandir
+
+    def refusing(place: Any) -> Any:
+        if os.path.basename(place) in shut:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), place)
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert [document.text for document in read_documents(str(tmp_path))] == ["text of a", "text of b/c"]
+    shut.add("c")
+    with pytest.raises(InputError, match=r"^data: .*/b/c cannot be read: Permission denied"):
+        list(read_documents(str(tmp_path)))
 
 
 def test_text_and_jsonl_are_read_without_datasets(tmp_path: Path) -> None:

@@ -279,6 +279,7 @@ def test_a_shared_folder_goes_with_the_last_one(tmp_path: Path) -> None:
         assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_a_cell_that_cannot_be_made_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = cells.write_cell
 

@@ -31,7 +31,17 @@ def test_every_part_has_its_type(tmp_path: Path) -> None:
         assert read_provenance(tmp_path) == {}, name
 
 
-@pytest.mark.parametrize("content", ({"source": "x.gguf"}, {"made_by": "limbeck prune", "run": 5}, WHOLE))
+SLOW = pytest.mark.slow  # as long as the first, and of its kind
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        pytest.param({"source": "x.gguf"}, marks=SLOW),
+        {"made_by": "limbeck prune", "run": 5},
+        pytest.param(WHOLE, marks=SLOW),
+    ),
+)
 def test_a_model_with_it_is_evaluated(workshop: Path, tmp_path: Path, content: dict[str, Any]) -> None:
     model = shutil.copytree(workshop / "model", tmp_path / "model")
     (model / PROVENANCE).write_text(json.dumps(content))
@@ -41,7 +51,12 @@ def test_a_model_with_it_is_evaluated(workshop: Path, tmp_path: Path, content: d
 
 
 @pytest.mark.parametrize(
-    "line", ('{"epoch": 1, "loss": 2.0, "step": 3}', '{"step": 1, "tokens": 64, "loss": "nan"}', "no JSON", "[1]")
+    "line",
+    (
+        pytest.param('{"epoch": 1, "loss": 2.0, "step": 3}', marks=SLOW),
+        '{"step": 1, "tokens": 64, "loss": "nan"}',
+        *(pytest.param(line, marks=SLOW) for line in ("no JSON", "[1]")),
+    ),
 )
 def test_another_tool_s_metrics_are_left_out_of_the_page(workshop: Path, tmp_path: Path, line: str) -> None:
     model = shutil.copytree(workshop / "model", tmp_path / "model")

@@ -89,6 +89,7 @@ def test_a_fault_costs_a_row_where_few_packages_are(checkout: Path) -> None:
     assert decode["right"] and decode["repeats"]
 
 
+@pytest.mark.slow
 def test_inference_runs_where_few_packages_are(checkout: Path) -> None:
     path = checkout.parent / "inference.json"
     done = script_run(BARE + ITS_CHECK, checkout, "inference.py", str(path))

@@ -225,7 +225,7 @@ def test_rows_and_slots_follow_free_memory() -> None:
         assert headroom.slots(8192, None) == headroom.slots(8192, 2**45) == most_slots
         assert headroom.row_tokens(0) == headroom.slots(8192, 0) == 1
         tokens, slots = [], []
-        for free in (int(2**power) for power in (24, 28, 30, 31.5, 33, 34, 35, 36)):
+        for free in (int(2**power) for power in (24, 30, 33, 35)):
             tokens.append(headroom.row_tokens(free))
             slots.append(headroom.slots(8192, free))
             slot_bytes = functools.partial(headroom.slot_bytes, length=8192)
@@ -252,6 +252,7 @@ def test_a_row_takes_what_is_predicted(exported: Path, asking: tuple) -> None:
         assert 0.5 <= found <= 1.02, (tokens, parts, found)
 
 
+@pytest.mark.slow
 def test_slots_by_the_memory_that_is_free(exported: Path, asking: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = HarnessModel(load_model(exported), load_tokenizer(exported))
     found: list[int] = []
@@ -372,6 +373,7 @@ def test_evaluate_asks_tasks(tasks: dict[str, str], tmp_path: Path, monkeypatch:
     assert "next_line, acc" in out and "next_line, acc_norm" in (tmp_path / "gap" / "gap.html").read_text()
 
 
+@pytest.mark.slow
 def test_texts_that_are_drawn_differ_and_repeat(exported: Path) -> None:
     """Of one prompt wanted several times, as tasks with repeats do; by the seed, and with top_k switched off."""
     model, tokenizer = load_model(exported), load_tokenizer(exported)

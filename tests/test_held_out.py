@@ -58,6 +58,7 @@ def test_conversations_stay_whole(workshop: Path, tmp_path: Path) -> None:
         resolve.corpus(str(tmp_path / "one.jsonl"), "validation", model)
 
 
+@pytest.mark.slow
 def test_compress_of_one_book(workshop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     book = tmp_path / "book.txt"
     book.write_text(TEXT)

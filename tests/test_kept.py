@@ -78,7 +78,9 @@ def test_values_are_kept_with_their_sums(tmp_path: Path) -> None:
         assert number == kept.value("x", lambda: next(made)) and isinstance(number, int)
 
 
-@pytest.mark.parametrize("place", ("figures", pytest.param("continuation", marks=pytest.mark.slow), "page"))
+@pytest.mark.parametrize(
+    "place", ("figures", *(pytest.param(place, marks=pytest.mark.slow) for place in ("continuation", "page")))
+)
 def test_a_stopped_evaluation_ends_as_another(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

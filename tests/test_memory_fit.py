@@ -236,6 +236,7 @@ def test_states_as_a_server_keeps_them(ssm_dtype: str, size: int, given: str) ->
     assert estimate.memory.peak < memory(SMALL, 8192, ssm_dtype=torch.float64, place=A10G.place).peak + 1
 
 
+@pytest.mark.slow
 def test_stochastic_rounding_by_card() -> None:
     """Triton rounds so at compute capability 10.x, FlashInfer elsewhere, and nothing on a processor."""
     fit = Fit(context=8192, ssm_dtype="float16_stochastic")
@@ -246,6 +247,7 @@ def test_stochastic_rounding_by_card() -> None:
     assert any("0.3%" in caution for caution in fit.estimate(SMALL, here).cautions())
 
 
+@pytest.mark.slow
 def test_commands_of_every_program() -> None:
     """With the model's path or name where there is one; a program that keeps caches otherwise says so instead."""
     card, wide = read_hardware("h100"), model_config("falcon-h1-0.5b")

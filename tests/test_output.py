@@ -285,6 +285,7 @@ def is_same_json(one: Path, other: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_what_only_reads_a_folder_notices_damage_too(workshop: Path, tmp_path: Path) -> None:
     """Of the weights where they are read, and of the config where that is all."""
     folder = tmp_path / "merged"

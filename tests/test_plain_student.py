@@ -40,6 +40,7 @@ def test_what_is_won_back() -> None:
     assert won_back(entropies(teacher=2.0, plain=2.0, pruned=2.4, distilled=2.25)) is None
 
 
+@pytest.mark.slow
 def test_the_chain_measures_all_three(tmp_path: Path) -> None:
     shop = make_workshop(tmp_path)
     out = tmp_path / "out"

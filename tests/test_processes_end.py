@@ -37,6 +37,7 @@ def exchange() -> None:
     work.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="the system does not list a process's threads")
 def test_processes_end_after_their_last_exchange(tmp_path: Path) -> None:
     """Without `processes.leave` one of the four aborts in most runs."""

@@ -152,8 +152,11 @@ def test_a_broken_weight_leaves_nothing(workshop: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("score", "distill", "export")]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
-@pytest.mark.parametrize("name", ["prune", "score", "distill", "export"])
+@pytest.mark.parametrize("name", ["prune", *OTHERS])
 def test_a_disk_that_takes_no_more_is_said_in_a_line(name: str, workshop: Path, tmp_path: Path) -> None:
     """A real refusal by the system: no file of the process may pass so many bytes."""
     model, data = f"model={workshop / 'model'}", f"data={workshop / 'text'}"

@@ -208,7 +208,8 @@ def learn_together(folder: str) -> None:
             save_file(whole, Path(folder) / f"{split}.safetensors")
 
 
-@pytest.mark.parametrize("name", ("nemotron_h", pytest.param("experts", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("name", ("nemotron_h", "experts"))
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(name: str, tmp_path: Path) -> None:
     """Every process rounds the rows that are its own, of matrices and of stacks of experts."""
     changes = {"n_routed_experts": 3} if name == "experts" else {}

@@ -179,6 +179,7 @@ def test_a_page_says_where_its_figures_come_from(everything: dict[str, Any], tmp
     )
 
 
+@pytest.mark.slow
 def test_memory_of_a_tiny_model_takes_little_place(everything: dict[str, Any], tmp_path: Path) -> None:
     """Beside a card a hundred times as large: no picture, what matters in three lines, the rest folded."""
     for budget, pictures in ((1.0, False), (0.004, True)):
@@ -242,6 +243,7 @@ def test_units_are_added_up_as_in_choosing(everything: dict[str, Any]) -> None:
     assert kept["ffn(1)"] == [0, 5, 7] and kept["ffn(3)"] == [] and kept["attn_heads(4)"] == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_turned_stream_has_directions_and_no_channels(everything: dict[str, Any], tmp_path: Path) -> None:
     kept = {name: units for name, units in SELECTION["kept"].items() if name != "hidden"}
     selection = {"layers": SELECTION["layers"], "kept": kept, "principal_directions": 20}

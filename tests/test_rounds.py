@@ -204,6 +204,7 @@ def test_epochs_are_kept_before_anything_is_written(workshop: Path, tmp_path: Pa
         assert list(tmp_path.iterdir()) == [mix]
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_it_comes_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_bound_that_holds_no_stream(folders: dict[str, Path]) -> None:
 # --- samples and processes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_micro_batches_and_order_of_samples_on_the_shipped_model() -> None:
     """To 1e-5, and the very same units and layers."""
     model, batch = load_model(ZOO), draw_rows(4096, 8, 32)

@@ -140,8 +140,18 @@ def test_estimate_at_the_published_widths(context: int, batch: int, state: torch
     assert found.weights == pytest.approx(report.weights, rel=1e-5)
 
 
-@pytest.mark.parametrize("config", [tiny_config(pattern="M-*M", head_dim=8, rope_theta=1e4), SMALL], ids=["tiny", "9B"])
-@pytest.mark.parametrize("place", [A10G, CPU], ids=["cuda", "cpu"])
+TINY = tiny_config(pattern="M-*M", head_dim=8, rope_theta=1e4)
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        pytest.param(TINY, A10G, id="tiny-cuda"),
+        pytest.param(SMALL, CPU, id="9B-cpu"),
+        pytest.param(TINY, CPU, id="tiny-cpu", marks=pytest.mark.slow),
+        pytest.param(SMALL, A10G, id="9B-cuda", marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_not_run_is_exact(config: HybridConfig, place: Place) -> None:
     """The highest moments by the past, of which few are run: every one is what running it gives."""
     traced = trace.Traced(trace.alike(config), 2 if place.device == "cuda" else 4, 4, place, 3)

@@ -81,7 +81,11 @@ def test_a_folder_of_something_else_is_left_alone(content: str | None, tmp_path:
     assert code == 2 and "not of limbeck --multirun" in err and err.count("\n") == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
     assert (tmp_path / "out" / name).read_text() == (content or "mine")
-    (tmp_path / "out" / name).unlink()  # an empty folder will do, and a sweep's own
+
+
+def test_a_sweep_s_own_folder_or_an_empty_one_will_do(tmp_path: Path) -> None:
+    words = ["memory-fit", "--multirun", "model=zoo", "fit.context=512,1024", f"output={tmp_path / 'out'}"]
+    (tmp_path / "out").mkdir()
     code, _, err = limbeck(*words)
     assert code == 0, err
     rows = (tmp_path / "out" / "sweep.json").read_text()
@@ -92,6 +96,7 @@ def test_a_folder_of_something_else_is_left_alone(content: str | None, tmp_path:
     assert code == 2 and "fit.contxt" in err and not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_dry_runs_are_not_listed_and_options_are_not_printed(tmp_path: Path) -> None:
     words = ["compress", "model=zoo", "dry_run=true", f"output={tmp_path / 'out'}", "target.layers=10,11"]
     code, _, err = limbeck(*words, "--multirun", "--cfg", "job")

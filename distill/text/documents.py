@@ -192,13 +192,19 @@ def is_hidden(name: Path) -> bool:
 
 def files_below(folder: Path) -> Iterator[Path]:
     """All files below a folder, also in folders that are linked into it. A folder that is reached twice, as one is that
-    has a link to itself in it, is read once, under its own name if it has one below the folder."""
+    has a link to itself in it, is read once, under its own name if it has one below the folder. Raises OSError for one
+    that cannot be read, and is not hidden: its text would be missing without a word."""
+
+    def unread(error: OSError) -> None:
+        if not is_hidden(Path(os.path.relpath(error.filename, folder))):
+            raise error
+
     seen = set(map(str, Path(os.path.realpath(folder)).parents))  # to which a link is a loop, too
     waiting = [str(folder)]
     while waiting:
         links: list[str] = []
         for root in waiting:
-            for place, folders, names in os.walk(root):
+            for place, folders, names in os.walk(root, onerror=unread):
                 real = os.path.realpath(place)
                 if real in seen:
                     folders.clear()

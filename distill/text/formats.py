@@ -64,7 +64,8 @@ def readable(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"data: {path} cannot be unpacked: {first_line(error)}") from None
     except OSError as error:
-        raise InputError(f"data: {path} cannot be read: {error.strerror or first_line(error)}") from None
+        where, why = error.filename or path, error.strerror or first_line(error)
+        raise InputError(f"data: {where} cannot be read: {why}") from None
 
 
 @contextlib.contextmanager
