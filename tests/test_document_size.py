@@ -20,7 +20,8 @@ WIDE = "\N{GRINNING FACE}"  # Python then has four bytes for every character
 # Times the document's bytes. Of a text its bytes and its characters are there together; of a record its line, its
 # characters, and for a moment what the reader of JSON puts together.
 @pytest.mark.parametrize(("name", "wide", "most"), [
-    ("a.txt", False, 2.5), ("a.jsonl", False, 2.5), ("a.jsonl", True, 8.5), ("a.json", False, 4.0),
+    ("a.txt", False, 2.5), ("a.jsonl", True, 8.5),
+    *(pytest.param(name, False, most, marks=pytest.mark.slow) for name, most in (("a.jsonl", 2.5), ("a.json", 4.0))),
 ])  # fmt: skip
 def test_memory_by_the_byte(
     name: str, wide: bool, most: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -56,7 +56,7 @@ def test_a_row_of_the_table() -> None:
     assert student_rows({"1": [0, 0, 9]}, ["0", "3"], stays)[0][1][1].value == "5 (3.00)"
 
 
-@pytest.mark.parametrize("cut", (False, True))
+@pytest.mark.parametrize("cut", (pytest.param(False, marks=pytest.mark.slow), True))
 def test_the_page_shows_which_stayed(cut: bool, tmp_path: Path) -> None:
     config = moe_config()
     model, batch, uses = random_model(config), draw_rows(config.vocab_size, rows=5), dict[int, Tensor]()

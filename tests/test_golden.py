@@ -14,7 +14,7 @@ from limbeck.tests import golden_chain
 from limbeck.tests import golden_figures as figures
 
 CONFIGS = figures.recorded("configs")["configs"]
-SOME = {f"drawn {number}" for number in range(2)}  # of the drawn ones; the others run with those that are slow
+QUICK = ("drawn 1", "nemotron-nano-9b-v2", "qwen3-8b", "smollm2-135m")  # the others run with those that are slow
 GOLDEN = figures.recorded("zoo")
 
 
@@ -37,10 +37,7 @@ def same_machine() -> bool:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name.startswith("drawn") and name not in SOME else [])
-        for name in CONFIGS
-    ],
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CONFIGS],
 )
 def test_configs(name: str) -> None:
     """Formulas to the byte; what comes and goes within TRANSIENT_TOLERANCE."""

@@ -90,7 +90,7 @@ def test_a_config_alone(server: HubServer) -> None:
     assert code == 0 and server.fetched() == ["config.json"], (code, err)
 
 
-@pytest.mark.parametrize("form", ("fp8", "w4a16"))
+@pytest.mark.parametrize("form", (pytest.param("fp8", marks=pytest.mark.slow), "w4a16"))
 def test_quantised_weights_are_counted_by_their_headers(form: str, server: HubServer, tmp_path: Path) -> None:
     """As of the same folder here, in one file or several; without the headers they count as plain, which is said."""
     pytest.importorskip("compressed_tensors")

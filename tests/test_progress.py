@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from limbeck.scripts.run import show
 from limbeck.scripts.run.stage import stage
+from limbeck.tests.helpers import limbeck
 
 LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  "
 
@@ -84,5 +85,5 @@ def test_quiet() -> None:
     words = [sys.executable, "-m", "limbeck.scripts.run.main", "memory-fit", "model=zoo", "fit.context=512", "--quiet"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    done = subprocess.run([*words[:-2], "fit.batch=0", "--quiet"], capture_output=True, text=True)
-    assert done.returncode == 2 and not done.stdout and "batch" in done.stderr
+    code, out, err = limbeck(*words[3:-2], "fit.batch=0", "--quiet")
+    assert code == 2 and not out and "batch" in err

@@ -263,6 +263,7 @@ def test_a_large_model_makes_no_large_page(everything: dict[str, Any], tmp_path:
     outline(path)
 
 
+@pytest.mark.slow
 def test_layers_that_go_by_pairs_stand_together(everything: dict[str, Any], tmp_path: Path) -> None:
     scores = scores_folder(tmp_path / "pairs", "*-*-*-", hidden=8, ffn=8, heads=2, mamba=1)
     content = json.loads((scores / "scores.json").read_text())
@@ -275,6 +276,7 @@ def test_layers_that_go_by_pairs_stand_together(everything: dict[str, Any], tmp_
     assert "the layers that are missed least" in text
 
 
+@pytest.mark.slow
 def test_nothing_is_called_removed_where_no_student_was_pruned(everything: dict[str, Any], tmp_path: Path) -> None:
     text = " ".join(outline(page(tmp_path / "out", **(everything | {"selection": None}))).text)
     assert "In the order of removal" in text and "0.0625" in text

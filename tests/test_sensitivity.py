@@ -139,7 +139,7 @@ def test_transformers_leaves_them_alone(root: Path) -> None:
         assert_close("logits", theirs(ids, use_cache=False).logits, load_model(out)(ids), 0.02)
 
 
-@pytest.mark.parametrize("form", ROUNDINGS)
+@pytest.mark.parametrize("form", [pytest.param(n, marks=[pytest.mark.slow] if n == "fp8" else []) for n in ROUNDINGS])
 def test_what_the_files_hold(form: str, root: Path, tmp_path: Path) -> None:
     """By the headers as by the config, the bytes of all tensors, which memory-fit counts."""
     kept = "keep_layers=[1]"
