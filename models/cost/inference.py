@@ -255,7 +255,7 @@ def largest(size: Callable[[int], float], limit: float, bound: int, near: int = 
     """The largest number from 1 to `bound` whose size is within a limit, where smaller ones are smaller; 0 if none is.
 
     Sizes are looked at where a straight line between the nearest known ones meets the limit, first at `near`: where
-    they grow evenly three or four are enough. Every third look halves what is left instead.
+    they grow evenly four or five are enough. Every fifth look halves what is left instead.
     """
     low, high, under, over = 0, bound + 1, 0.0, 0.0
     for look in itertools.count():
@@ -265,7 +265,7 @@ def largest(size: Callable[[int], float], limit: float, bound: int, near: int = 
             number = near if look == 0 else 1
         elif high > bound:
             number = bound
-        elif look % 3 == 2:
+        elif look % 5 == 4:
             number = (low + high) // 2
         else:
             number = low + int((limit - under) / (over - under) * (high - low))
