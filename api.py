@@ -39,7 +39,7 @@ from .models.cost.fit import Estimate, Fit
 from .models.cost.hardware import Hardware
 from .models.device import torch_device, torch_dtype
 from .models.dtype_names import dtype_name
-from .models.errors import InputError
+from .models.errors import InputError, expect
 from .models.folder import atomic_folder
 from .models.generate.engine import Engine, Request
 from .models.generate.sampling import Sampling
@@ -163,10 +163,10 @@ def score(
     given = {"method": "activation", "remove_layers": None, "pairs": False, "min_layers": {}} | options
     how = checked(Importance, "score", **given).settled(model.config)
     text = read_text(model, data, "train")
-    seq_len, batch = fitted(model, text, seq_len, batch)
+    seq_len, batch = fitted(model, text, seq_len, batch, seed)
     assert how.remove_layers is not None
-    remove = how.remove_layers * model.config.block_size  # whole blocks
-    limits: dict[str, Any] = {"remove": remove, "pairs": how.pairs, "min_layers": how.min_layers}
+    limits: dict[str, Any] = {"pairs": how.pairs, "min_layers": how.min_layers}
+    limits["remove"] = how.remove_layers * model.config.block_size  # whole blocks
     if how.method == "random":
         order = random_layers(model.config, seed=seed, **limits)
     else:
@@ -195,9 +195,11 @@ def prune(
     count, or "5B"), `layers=`, `hidden_size=` and the other fields of `prune.target.Target`. `repair` on `data` rotates
     the stream and refits the matrices; without data it rescales the norms alone."""
     model = load(model)
+    expect("prune: scores", scores, Scores, "what score gives")
+    expect("prune: repair", repair, (bool, Repair), "true, false or a prune.repair.Repair")
     if isinstance(repair, bool):
-        read = repair and data is not None
-        repair = Repair(rotate=read, norms="count" if repair else "none", least_squares=read, reselect=read)
+        fit = repair and data is not None
+        repair = Repair(rotate=fit, norms="count" if repair else "none", least_squares=fit, reselect=fit)
     if repair.needs_data and data is None:
         raise InputError("prune: this repair needs data=")
     selection = select(model.config, scores.widths, scores.layers.order, checked(Target, "prune", **target))
@@ -250,12 +252,12 @@ def distill(
     teacher = load(teacher)
     if not isinstance(student, HybridLM) or student is teacher:
         raise InputError("distill: the student is trained in place; expected a model of load or prune, not the teacher")
-    if (nested is None) != (scores is None):
-        raise InputError("distill: scores=, of the student, put nested sizes in order; give both or neither")
+    if (nested is None) != (scores is None) or not isinstance(scores, Scores | None):
+        raise InputError("distill: scores=, the student's as of score, put nested sizes in order; give both or neither")
     check_tokens(teacher.tokenizer, student.tokenizer)
     reader = student if student.tokenizer is not None else teacher
     text = read_text(reader, data, "train")
-    seq_len, batch = fitted(student, text, seq_len, batch)
+    seq_len, batch = fitted(student, text, seq_len, batch, seed)
     few = {"warmup_steps": min(20, steps // 5), "save_every": max(steps, 1)}
     how = checked(TrainOptions, "distill", **({"steps": steps, "learning_rate": learning_rate} | few | options))
     if isinstance(loss, Mapping):
@@ -338,13 +340,12 @@ def evaluate(
     models = {name: load_to_measure(model) for name, model in named.items()}
     for model in models.values():
         check_tokens(teacher.tokenizer, model.tokenizer)
-    (tokens,) = counted(tokens=tokens)
     read = read_text(teacher, data, split)
-    seq_len, batch = fitted(teacher, read, seq_len, batch)
+    seq_len, batch = fitted(teacher, read, seq_len, batch, seed)
     text, tokenizer = whole(read), teacher.tokenizer
     assert tokenizer is not None
     groups = group_tokens(text, tokenizer, teacher.config.vocab_size)
-    batches = read.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens)
+    batches = read.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=counted(tokens=tokens)[0])
     check_measurable(batches, named_text(data), split)
     report = measure_gap(teacher, models, batches, resamples=resamples, seed=seed, groups=groups, worst=worst)
     content = gap_content(report, {TEACHER: teacher, **models}, text, tokenizer, named_text(data), split)
@@ -392,8 +393,8 @@ def generate(
         raise InputError(f"generate: prompts is {prompts!r}; expected a list of texts, one at least")
     ends = stop_tokens(reader.folder, model.config)
     draws = [Sampling(temperature, top_k, top_p, min_p, seed + number) for number in range(len(prompts))]
-    read = [reader.prompt(prompt) for prompt in prompts]
-    requests = [Request(ids, max_new_tokens, draw, stop, ends) for ids, draw in zip(read, draws, strict=True)]
+    read = zip(map(reader.prompt, prompts), draws, strict=True)
+    requests = [Request(ids, max_new_tokens, draw, stop, ends) for ids, draw in read]
     longest = max(len(request.prompt) for request in requests) + max_new_tokens
     engine = Engine(model, max_length=longest, slots=min(batch, len(requests)), tokenizer=reader, prepare=False)
     return [prompt + each.text for prompt, each in zip(prompts, engine.complete(requests), strict=True)]

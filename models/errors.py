@@ -36,6 +36,12 @@ def guess(word: str, choices: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def expect(where: str, value: Any, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raises InputError where a value is of none of these types."""
+    if not isinstance(value, kinds):
+        raise InputError(f"{where} is {repr(value)[:80]}; expected {expected}")
+
+
 def check_counts(options: Any, *names: str, least: int = 1, group: str = "") -> None:
     """Raises InputError where one of these options (of a `group`, as "details.") is less than `least`."""
     for name in names:

@@ -27,6 +27,11 @@ def kinds_of(pattern: str, variants: str = "") -> tuple[LayerKind, ...]:
     return tuple(KINDS[letter] if letter in KINDS else variant_kind(letter) for letter in pattern)
 
 
+def key_of(letter: str) -> str:
+    """What options call the kind of layers with this letter; a variant's is that of what it is like."""
+    return (KINDS[letter] if letter in KINDS else variant_kind(letter)).key
+
+
 def score_sources() -> dict[str, ScoreSource]:
     """What scores each axis of the layers, whichever kind has it."""
     return {axis: source for kind in KINDS.values() for axis, source in kind.scores.items()}

@@ -148,7 +148,7 @@ def read_hardware(name: str) -> Hardware:
     """A profile of conf/hardware/. Raises InputError for one that leaves the memory open."""
     if name not in names("hardware"):
         known = names("hardware")
-        raise InputError(f"hardware {name!r} is unknown; known: {', '.join(known)}{guess(name, known)}")
+        raise InputError(f"hardware {name!r} is unknown; known: {', '.join(known)}{guess(str(name), known)}")
     content = read_yaml(CONF / "hardware" / f"{name}.yaml")
     if not isinstance(content["usable_gib"], (int, float)):
         raise InputError(f"hardware {name!r} leaves usable_gib open; give a Hardware with the memory that there is")

@@ -53,6 +53,12 @@ def counted(**given: Any) -> list[Any]:
     return found
 
 
+def check_seed(seed: Any) -> None:
+    """Raises InputError where torch takes no such seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InputError(f"seed is {repr(seed)[:40]}; expected a whole number, at least 0 and less than 2^63")
+
+
 def read_option(name: str, value: Any) -> Any:
     share, count = name in SHARES, name.endswith(COUNTS)
     if (share or count) and isinstance(value, str):

@@ -219,9 +219,15 @@ def checked(cls: type[Checked], where: str, **options: Any) -> Checked:
     for name in options.keys() - set(known):
         raise InputError(f"{where}: {name} is no option here{guess_option(name, known)}; known: {', '.join(known)}")
     try:
-        return TypeAdapter(cls).validate_python(with_quantities(options))
+        found = TypeAdapter(cls).validate_python(with_quantities(options))
     except ValidationError as error:
         first = error.errors()[0]
+    else:
+        read = {**vars(found), **getattr(found, "widths", {})}
+        for name, value in options.items():  # pydantic takes True for 1
+            if isinstance(value, bool) and not isinstance(read.get(name, value), bool):
+                raise InputError(f"{where}: {name} is {value}; expected a number")
+        return found
     if isinstance(own := first.get("ctx", {}).get("error"), InputError):
         raise own
     raise InputError(f"{where}: {'.'.join(map(str, first['loc']))} is {first['input']!r}: {first['msg']}")

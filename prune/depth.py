@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -21,7 +22,7 @@ from ..models import processes
 from ..models.config import HybridConfig
 from ..models.errors import InputError
 from ..models.hybrid import HybridLM
-from ..models.kinds import KINDS, kind_by_key
+from ..models.kinds import KINDS, key_of, kind_by_key
 from ..models.multipliers import scaled
 from ..models.offload import STREAM_BYTES, Layer, Layers, layers_of
 from .depth_metrics import METRICS, DepthMetric, Reading
@@ -317,19 +318,17 @@ def step_size(config: HybridConfig, pairs: bool) -> int:
 
 
 def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapping[str, int]) -> list[Candidate]:
-    """Runs of `size` neighbours in the stack that may go, so that every kind keeps its least number of layers;
-    whole blocks where the family has them.
+    """Runs of `size` neighbours in the stack that may go, so that every kind keeps its least number of layers (by its
+    key); whole blocks where the family has them.
 
     Raises InputError where there is none (two neighbours may be of kinds that cannot spare both).
     """
     pattern = "".join(config.pattern[layer] for layer in stack)
+    keys = [key_of(letter) for letter in pattern]
     candidates = [
         tuple(stack[i : i + size])
         for i in range(0, len(stack) - size + 1, config.block_size)
-        if all(
-            pattern.count(letter) - pattern[i : i + size].count(letter) >= least[letter]
-            for letter in set(pattern[i : i + size])
-        )
+        if all(keys.count(key) - keys[i : i + size].count(key) >= least[key] for key in set(keys[i : i + size]))
     ]
     if not candidates:
         raise InputError(
@@ -340,15 +339,18 @@ def removable(config: HybridConfig, stack: Sequence[int], size: int, least: Mapp
 
 
 def check_removal(config: HybridConfig, remove: int, size: int, min_layers: Mapping[str, int]) -> dict[str, int]:
-    """The least number of layers a letter; raises InputError when `remove` layers cannot go within it."""
-    least = dict.fromkeys((*KINDS, *config.pattern), 0)
+    """The least number of layers of every kind, by its key; raises InputError when `remove` layers cannot go within
+    it."""
+    least = {kind.key: 0 for kind in KINDS.values()}
     for key, number in min_layers.items():
-        least[kind_by_key(key, "depth: min_layers").letter] = number
-    spares = {letter: max(0, config.pattern.count(letter) - number) for letter, number in least.items()}
+        least[kind_by_key(key, "depth: min_layers").key] = number
+    there = Counter(map(key_of, config.pattern))
+    spares = {key: max(0, there[key] - number) for key, number in least.items()}
     spare = min(sum(spares.values()), config.num_layers - 1)
     blocks, unit = config.family_record.blocks, config.block_size
     if blocks:  # whole ones go: as many of each as its scarcest kind allows
-        spare = sum(size * min(spares[letter] // block.count(letter) for letter in block) for block in blocks)
+        inside = [Counter(map(key_of, block)) for block in blocks]
+        spare = sum(size * min(spares[key] // count for key, count in block.items()) for block in inside)
         spare = min(spare, config.num_layers - size)
     if not 0 <= remove <= spare or remove % size:
         raise InputError(

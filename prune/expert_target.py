@@ -75,6 +75,13 @@ def expert_widths(
             first = first or sizes
             if sizes.get(HIDDEN, 0) <= first.get(HIDDEN, 0) * NEARBY:
                 break
+    # Near all parameters no smaller hidden size comes as near as a little less of what fills.
+    whole = {name: getattr(config, name) for name in free}
+    if fill is not None and left(little := whole | {fill: max(whole[fill] // 2, 1)}) is not None:
+        found = fullest(fullest(little, fill, FINE), fill, 1)
+        share = left(found)
+        if share is not None and (best is None or share < best[0]):
+            best = share, found
     if best is None:
         raise InputError(
             f"target: no widths leave as few as {goal:,.0f} parameters; give a larger number, or fewer layers, too"

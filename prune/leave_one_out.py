@@ -77,5 +77,6 @@ class Without(Runs):
         for own in candidates:
             pairs = zip(finals, self.head_inputs(own), strict=True)
             readings = [Reading(final, torch.empty(0), [smaller]) for final, smaller in pairs]
-            costs.append(torch.stack([cost[0] for cost in self.metric.costs(readings)]).sum())
+            none = torch.zeros((), dtype=torch.float64, device=self.source.device)  # some processes have no rows
+            costs.append(sum((cost[0] for cost in self.metric.costs(readings)), none))
         return costs

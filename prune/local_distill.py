@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..models.hybrid import HybridLM
+from .ridge import check_finite
 from .streams import Streams
 
 BETAS = (0.9, 0.95)
@@ -34,6 +35,7 @@ def distill_layer(layer: HybridLM, own: Streams, source: Streams, kept: Tensor, 
     weights = {name: weight for name, weight in layer.named_parameters() if name.startswith("layers.0.")}
     numbers = [number for number, mask in enumerate(own.mask) if mask.any()]
     before = mean_error(layer, own, source, kept, numbers)
+    check_finite(torch.tensor(before))
     if before <= NOTHING:
         return
     first = {name: weight.detach().clone() for name, weight in weights.items()}

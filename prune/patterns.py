@@ -8,13 +8,13 @@ Shapes: a pattern is a text with one letter a layer (models/kinds.py).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..models.errors import InputError
-from ..models.kinds import KINDS, kind_by_key
+from ..models.kinds import key_of, kind_by_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +38,17 @@ class Rules:
         if self.longest_run < 0:
             raise InputError(f"rules: longest_run is {self.longest_run}; expected at least 1, or 0 for any length")
 
-    def least(self, letter: str) -> int:
-        """Of layers with this letter; a variant's have no minimum of their own."""
-        return self.min_layers.get(KINDS[letter].key, 0) if letter in KINDS else 0
+    def least(self, key: str) -> int:
+        """Of layers of the kind that options name so, variants among them."""
+        return self.min_layers.get(key, 0)
 
 
 def broken_rule(pattern: str, rules: Rules) -> str | None:
     """What a pattern by itself does not keep to, in words; None where it keeps to all."""
-    for letter, kind in KINDS.items():
-        if pattern.count(letter) < rules.least(letter):
-            return f"{pattern.count(letter)} {kind.key} layers where min_layers.{kind.key} is {rules.least(letter)}"
+    there = Counter(map(key_of, pattern))
+    for key, number in rules.min_layers.items():
+        if there[key] < number:
+            return f"{there[key]} {key} layers where min_layers.{key} is {number}"
     longest = max((len(list(run)) for _, run in itertools.groupby(pattern)), default=0)
     if 0 < rules.longest_run < longest:
         return f"{longest} like layers in a row where longest_run is {rules.longest_run}"
@@ -123,8 +124,9 @@ def automaton(
     source: Sequence[str], blocks: int, rules: Rules
 ) -> tuple[Callable[[State], Iterator[tuple[str, State]]], State]:
     """The steps from a state, by the blocks that they keep, and the state to begin with."""
-    known, kinds = tuple(dict.fromkeys(source)), tuple(dict.fromkeys("".join(source)))
-    least, size = [rules.least(kind) for kind in kinds], len(source[0])
+    known, keys = tuple(dict.fromkeys(source)), kinds_in(source)
+    least, size = [rules.least(key) for key in keys], len(source[0])
+    inside = {block: [sum(key_of(letter) == key for letter in block) for key in keys] for block in known}
 
     def steps(state: State) -> Iterator[tuple[str, State]]:
         stop = len(source) - (blocks - state.kept) + 1
@@ -136,28 +138,43 @@ def automaton(
             found = next((p for p in range(state.place, stop, stride) if source[p] == block), None)
             if found is not None:
                 counts = tuple(
-                    min(count + block.count(kind), most)
-                    for kind, count, most in zip(kinds, state.counts, least, strict=True)
+                    min(count + more, most)
+                    for more, count, most in zip(inside[block], state.counts, least, strict=True)
                 )
                 last, run = (block, run) if rules.longest_run else ("", 0)
                 yield block, State(state.kept + 1, found + 1, last, run, counts)
 
-    return steps, State(0, 0, "", 0, (0,) * len(kinds))
+    return steps, State(0, 0, "", 0, (0,) * len(keys))
+
+
+def kinds_in(source: Sequence[str]) -> tuple[str, ...]:
+    """The keys of the kinds of a source's layers."""
+    return tuple(dict.fromkeys(map(key_of, "".join(source))))
 
 
 def ways(source: Sequence[str], blocks: int, rules: Rules) -> Callable[[State], int]:
     """How many patterns of so many blocks continue a state."""
     steps, _ = automaton(source, blocks, rules)
-    letters = dict.fromkeys("".join(source))
-    least = tuple(rules.least(letter) for letter in letters)
-    missing = [letter for letter in KINDS if letter not in letters and rules.least(letter)]
+    keys = kinds_in(source)
+    least = tuple(rules.least(key) for key in keys)
+    missing = [key for key, number in rules.min_layers.items() if number and key not in keys]
     even = not (by_pairs(rules, len(source[0])) and (len(source) - blocks) % 2)
+    known: dict[State, int] = {}
 
-    @functools.cache
     def count(state: State) -> int:
-        if state.kept == blocks:
-            return int(state.counts == least and not missing and even)
-        return sum(count(after) for _, after in steps(state))
+        waiting = [state]  # no recursion: patterns have thousands of layers
+        while waiting:
+            at = waiting[-1]
+            if at.kept == blocks:
+                known[at] = int(at.counts == least and not missing and even)
+            elif at not in known:
+                after = [each for _, each in steps(at)]
+                if unknown := [each for each in after if each not in known]:
+                    waiting += unknown
+                    continue
+                known[at] = sum(known[each] for each in after)
+            waiting.pop()
+        return known[state]
 
     return count
 
@@ -175,13 +192,10 @@ def patterns(source: str, layers: int, rules: Rules | None = None, *, size: int 
     steps, start = automaton(blocks, number, rules)
     count = ways(blocks, number, rules)
 
-    def continued(state: State, before: str) -> Iterator[str]:
+    waiting = [(start, "")] if count(start) else []
+    while waiting:
+        state, before = waiting.pop()
         if state.kept == number:
             yield before
-            return
-        for block, after in steps(state):
-            if count(after):
-                yield from continued(after, before + block)
-
-    if count(start):
-        yield from continued(start, "")
+            continue
+        waiting += reversed([(after, before + block) for block, after in steps(state) if count(after)])

@@ -116,14 +116,17 @@ class RepairOptions:
         return Repair(rotate, self.norms, fit, self.ridge, self.whole_experts, *local, reselect)
 
 
-def kept_units(selection: Selection, repair: Repair) -> dict[str, Any]:
-    """What stays, as selection.json says it; after a rotation no channels of the source do, but a number of its
-    principal directions."""
+def kept_units(selection: Selection, config: HybridConfig, repair: Repair) -> dict[str, Any]:
+    """What stays, as selection.json says it; of a rotated stream a number of the source's principal directions."""
     kept = {str(axis): list(units) for axis, units in selection.kept.items()}
     content = {"layers": list(selection.layers), "kept": kept}
-    return (
-        content | {"principal_directions": len(kept.pop("hidden"))} if repair.rotate and "hidden" in kept else content
-    )
+    turned = turns(selection, config, repair)
+    return content | {"principal_directions": len(kept.pop("hidden"))} if turned else content
+
+
+def turns(selection: Selection, config: HybridConfig, repair: Repair) -> bool:
+    """Whether the stream is rotated: where all of it stays it is left as it is."""
+    return repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
 
 
 @torch.no_grad()
@@ -148,7 +151,7 @@ def repair_tensors(
     has no counted token.
     """
     layerwise = repair.by_layers
-    rotates = repair.rotate and len(selection.kept.get(HIDDEN, ())) not in (0, config.hidden_size)
+    rotates = turns(selection, config, repair)
     reselects = repair.reselect and bool(reselected(config, selection))
     total = config.num_layers * ((rotates or reselects) + layerwise)
     if rotates or reselects:

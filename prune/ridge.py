@@ -44,14 +44,16 @@ class RidgeFit:
         self.cross = self.cross + products(targets, inputs)
 
     def sums(self) -> tuple[Tensor, Tensor]:
+        """Raises InputError where activations were not finite."""
         assert isinstance(self.moments, Tensor) and isinstance(self.cross, Tensor)
+        check_finite(self.moments)
+        check_finite(self.cross)
         return self.moments, self.cross
 
     def solve(self, weights: Tensor, ridge: float, sizes: Sequence[int] = ()) -> Tensor:
         """W [O, K] (float64) for W0 = weights."""
         moments, cross = self.sums()
-        check_finite(moments)
         left, least = cross - weights.double() @ moments, torch.finfo(torch.float64).tiny
         parts = moments.diagonal().split(list(sizes) or len(moments))
-        damp = torch.cat([(ridge * part.mean().clamp(min=least)).expand(len(part)) for part in parts])
+        damp = torch.cat([(ridge * part.mean()).clamp(min=least).expand(len(part)) for part in parts])
         return weights.double() + torch.linalg.solve(moments + damp.diag(), left.T).T

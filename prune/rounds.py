@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations_with_replacement
 from typing import Any
 
 from ..models.config import HybridConfig
 from ..models.errors import InputError
+from ..models.kinds import key_of
 from .choose import select
 from .depth import check_removal, random_layers, step_size
 from .slice import Selection, written_config
@@ -105,7 +107,9 @@ def leftovers(step: CutStep, patterns: set[str]) -> set[str]:
     for pattern in patterns:
         for letters in combinations_with_replacement(sorted(set(pattern)), removed):
             left = {kind: pattern.count(kind) - letters.count(kind) for kind in sorted(set(pattern))}
-            if all(left[kind] >= (least[kind] if kind in letters else 0) for kind in left):
+            keys = Counter(key_of(kind) for kind, count in left.items() for _ in range(count))
+            spared = all(keys[key] >= least[key] for key in set(map(key_of, letters)))
+            if spared and min(left.values()) >= 0:
                 mixes.add("".join(kind * count for kind, count in left.items()))
     return mixes
 

@@ -129,7 +129,7 @@ def load_scores(path: str | Path) -> Scores:
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"scores: {tensor_file} cannot be read ({error}); expected `limbeck score`'s file") from None
     for axis, values in widths.items():
-        if not values.is_floating_point():
+        if values.dtype != torch.float64:
             raise InputError(f"scores: {tensor_file}: {tensor_name(axis)} has dtype {values.dtype}, expected float64")
     metadata = read_as(StoredScores, json_file, LARGEST)
     stored = metadata.pop("layers")

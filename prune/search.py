@@ -25,30 +25,12 @@ from ..models.quantities import check_between
 from .choose import kept_layers, numbered_layers, select
 from .kept import kept_share, scored_weights
 from .patterns import Rules, broken_rule, count_patterns, embed, odd_gap
+from .ranges import Values, values_of, whole
 from .scores import LayerScores, WidthScores
 from .slice import Selection, check_ahead
 from .target import HIDDEN, INNER, ByWidth, Target, by_width, followed, unwritable, with_hidden
 
 RANKS = ("memory", "importance", "loss")
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """min, min + step, ... up to max. Raises InputError from the constructor."""
-
-    min: float
-    max: float
-    step: float
-
-    def __post_init__(self) -> None:
-        if not (0 < self.min <= self.max and self.step > 0):
-            raise InputError(
-                f"space: a range has min={self.min:g}, max={self.max:g}, step={self.step:g};"
-                " expected 0 < min <= max, and a step of more than 0"
-            )
-
-
-Values = tuple[float, ...] | Range | None
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -220,25 +202,6 @@ def embedded(config: HybridConfig, pattern: str, rules: Rules, scores: LayerScor
         why = f"it has {rule}" if rule else "no layers of it are left in that order" + ", by pairs" * rules.pairs
         raise InputError(f"space: pattern {pattern!r} cannot be made of the model's {config.pattern}: {why}")
     return layers
-
-
-def values_of(name: str, values: tuple[float, ...] | Range) -> list[float]:
-    """The values of one axis, ascending. Raises InputError."""
-    if isinstance(values, Range):
-        steps = int((values.max - values.min) / values.step + 1e-9)
-        return [values.min + step * values.step for step in range(steps + 1)]
-    if not values or min(values) <= 0:
-        raise InputError(f"space: {name} is {list(values)}; expected a list of numbers of more than 0")
-    return sorted(set(values))
-
-
-def whole(name: str, values: tuple[float, ...] | Range, largest: int) -> list[int]:
-    """The values of a width, whole and within the source's. Raises InputError."""
-    found = values_of(name, values)
-    for value in found:
-        if value != int(value) or value > largest:
-            raise InputError(f"space: {name} has {value:g}; expected whole numbers of at most {largest}, the source's")
-    return [int(value) for value in found]
 
 
 def find_candidates(

@@ -16,6 +16,7 @@ from ..models.errors import InputError
 from ..models.hybrid import HybridLM
 from ..models.multipliers import scaled
 from .importance import IGNORED_LABEL, TokenBatch
+from .ridge import check_finite
 
 GetTensor = Callable[[str], Tensor]
 
@@ -84,6 +85,7 @@ def rms_ratios(normed: Iterable[Tensor], weight: Tensor, kept: Tensor, groups: i
     scale = torch.where(weight == 0, 0, 1 / weight)
     for rows in normed:
         squares = (rows * scale).double().square()
+        check_finite(squares)
         own, every = (part.unflatten(1, (groups, -1)).mean(2) for part in (squares[:, kept], squares))
         total += torch.where(every > 0, own / every, 1).sqrt().sum(0)
         count += len(rows)

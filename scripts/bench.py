@@ -52,6 +52,8 @@ class Options:
 def run(options: Options) -> None:
     if options.output is not None:
         check_new(options.output)
+    if not options.lengths:
+        raise InputError("lengths is []; give one pair at least, such as lengths=[1k/8k]")
     if options.against == options.model:
         raise InputError(f"against={options.against} is the model itself; give another one, or leave it out")
     names = [options.model, *([] if options.against is None else [options.against])]
@@ -68,7 +70,11 @@ def run(options: Options) -> None:
         name: [load_of(text, config, *limits, held=held.get(name)) for text in options.lengths]
         for name, config in configs.items()
     }
-    here = profile_here(options, device) if options.measure else None
+    named_here = None if options.here is None else profile(options.here)
+    for name, config in configs.items():
+        for load in loads[name]:
+            load.check_length(config)
+    here = (named_here or profile_here(device)) if options.measure else None
     speeds = measured_speeds(loads, configs, device, options, types) if options.measure else {}
     carries = options.measure and device.type == "cuda"
     rows = [
@@ -93,10 +99,8 @@ def run(options: Options) -> None:
         say(f"result: {options.output / 'bench.json'}")
 
 
-def profile_here(options: Options, device: torch.device) -> Hardware | None:
-    """The limits of what is measured on: the profile that here= names, else a CPU's as probed, else the GPU's own."""
-    if options.here is not None:
-        return profile(options.here)
+def profile_here(device: torch.device) -> Hardware | None:
+    """The limits of what is measured on: a CPU's as probed, or the GPU's own."""
     if device.type == "cpu":
         return this_cpu()
     return card_named(torch.cuda.get_device_name(device))

@@ -140,7 +140,7 @@ def prune(options: Options) -> None:
                 sums=work.sums,
             )  # fmt: skip
         check()  # only now: plain pruning is done while the inputs are being read
-        write_json(work.folder / "selection.json", kept_units(units[-1], repair))
+        write_json(work.folder / "selection.json", kept_units(units[-1], checkpoint.config, repair))
 
 
 def calibration(options: Options, source: Path) -> list[Batch]:

@@ -164,7 +164,7 @@ def training_of(stage: DistillOptions, options: Options) -> Training:
         teacher_offload=stage.teacher_offload,
         processes=options.processes,
         context_parallel=parts,
-        device="cpu" if options.hardware.name == "cpu" else "cuda",
+        device=options.hardware.device,
         hidden_streams=(len(stage.loss.hidden.pairs) or stage.loss.hidden.streams) * stage.loss.hidden_weighs,
         trains_ahead=stage.loss.mtp_weight > 0,
         rows_given=stage.train.micro_batch > 0,

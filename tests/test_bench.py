@@ -84,12 +84,21 @@ def test_two_models_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["against=nothing"], "nothing"),
         (["rounds=0"], "at least 1"),
         (["against=zoo"], "the model itself"),
+        (["lengths=[]"], "give one pair at least"),
+        (["lengths=[8k/1k]", "measure=false"], "maximum is 8192"),
+        (["here=a11g", "measure=false"], "a10g"),
     ),
 )
 def test_wrong_input(arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "this_cpu", lambda: Hardware("this CPU", 0, 0, 20, 0.1))
     code, _, err = limbeck("bench", "model=zoo", "rounds=1", *arguments)
     assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+def test_lengths_are_checked_before_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measured_speeds", lambda *given: pytest.fail("measured"))
+    code, _, err = limbeck("bench", "model=zoo", "lengths=[16/4,8k/1k]", "here=h100")
+    assert code == 2 and "maximum is 8192" in err, err
 
 
 @pytest.mark.parametrize(

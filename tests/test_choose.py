@@ -71,6 +71,13 @@ def test_widths_for_a_share_of_the_parameters(name: str, share: float) -> None:
     assert found == Target(**{k: v for k, v in requested.items() if v != getattr(config, k)})
 
 
+@pytest.mark.parametrize("share", (0.95, 0.98, 0.99, 0.995))
+def test_widths_near_all_parameters_of_experts(share: float) -> None:
+    config = model_config("zoo-moe")
+    found = with_widths(config, config.pattern, Target(parameters=share)).widths
+    assert 0.995 * share < count_parameters(config.replace(**found)) / count_parameters(config) <= share
+
+
 def test_the_published_widths_follow_from_the_published_number_of_parameters() -> None:
     config, student = (model_config(f"nemotron-nano-{size}-v2") for size in ("12b", "9b"))
     pattern = "".join(config.pattern[layer] for layer in range(62) if layer not in (7, 8, 17, 18, 48, 52))

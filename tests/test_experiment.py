@@ -156,6 +156,8 @@ def test_the_sentence() -> None:
         (("experiment=loss", "also=data=/nowhere/it"), "/nowhere/it"),
         (("experiment=loss", "also=data=it's"), "cannot be read"),
         (("experiment=loss", "also=fit.context=9"), "reads fit.context"),
+        (("experiment=loss", "also=matmul=bfloat16"), "reads matmul"),
+        (("experiment=loss", "experiment.variants.KL.overrides=['matmul=bfloat16']"), "variants.KL: no cell"),
         (("experiment=loss", "also=target.layers=40"), "layers is 40"),
         (("experiment=loss", "device=mps:9"), "device"),
     ),

@@ -67,7 +67,7 @@ def test_the_page_shows_which_stayed(cut: bool, tmp_path: Path) -> None:
     gap = gap_of("pruned") | {"expert_uses": {"teacher": {"1": [9] * 6}, "pruned": {"1": [5, 2, 2, 1], "3": [4] * 4}}}
     page = write_page(
         tmp_path, "report.html", title="Experts", gap=gap, provenance={"scores": facts()},
-        scores=tmp_path / "scores", selection=kept_units(selection, Repair()) if cut else None,
+        scores=tmp_path / "scores", selection=kept_units(selection, config, Repair()) if cut else None,
     )  # fmt: skip
     text = page.read_text()
     assert "of all choices" in text and text.count("4 of 6" if cut else "6 of 6") == (2 if cut else 3)

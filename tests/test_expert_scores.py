@@ -19,6 +19,7 @@ from limbeck.prune.candidates import best_rows, candidate_json
 from limbeck.prune.choose import select
 from limbeck.prune.importance import score_widths
 from limbeck.prune.kept import axis_weights, importance_kept
+from limbeck.prune.leave_one_out import Without
 from limbeck.prune.patterns import Rules
 from limbeck.prune.scores import LayerScores
 from limbeck.prune.search import Budget, Requests, Space, find_candidates, find_depths, with_importance
@@ -176,3 +177,6 @@ def test_what_the_logits_lose_without_an_expert(changes: dict[str, Any], tmp_pat
     layers = open_layers(tmp_path / "model", torch.float32, torch.device("cpu"), offload="disk")
     streamed = score_widths(layers, [batch.take([0, 2]), batch.take([1, 3])], metric, stream_bytes=50000)
     assert all(torch.equal(values, streamed[axis]) for axis, values in scores.items())
+    run = Without(layers, [])  # a process whose rows the others have
+    layer = next(iter(layers.in_turn(range(1, 2))))
+    assert [float(cost) for cost in run.costs(layer, "experts", range(6), [], [])] == [0.0] * 6

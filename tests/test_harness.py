@@ -225,7 +225,7 @@ def test_rows_and_slots_follow_free_memory() -> None:
         assert headroom.slots(8192, None) == headroom.slots(8192, 2**45) == most_slots
         assert headroom.row_tokens(0) == headroom.slots(8192, 0) == 1
         tokens, slots = [], []
-        for free in (int(2**power) for power in (24, 30, 33, 35)):
+        for free in (int(2**power) for power in (24, 28, 30, 31.5, 33, 34, 35, 36)):
             tokens.append(headroom.row_tokens(free))
             slots.append(headroom.slots(8192, free))
             slot_bytes = functools.partial(headroom.slot_bytes, length=8192)

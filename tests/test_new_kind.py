@@ -361,7 +361,7 @@ def test_it_is_exported_and_drawn(
     fit = {"memory": held, "verdict": answer, "hardware": dataclasses.asdict(card)}
     page = write_page(
         tmp_path, "report.html", title="Proof", gap=gap_of("pruned"), provenance={"scores": facts()},
-        scores=tmp_path / "scores", memory={"pruned": fit}, selection=kept_units(selection, Repair()),
+        scores=tmp_path / "scores", memory={"pruned": fit}, selection=kept_units(selection, config, Repair()),
     )  # fmt: skip
     assert (tmp_path / "plots" / "importance-conv-channels.png").is_file()
     text = page.read_text()

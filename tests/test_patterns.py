@@ -91,6 +91,18 @@ def test_a_pattern_is_made_of_the_cheapest_layers(seed: int) -> None:
     assert embed(source, pattern) == min(choices)
 
 
+def test_layers_like_one_another_count_together() -> None:
+    """Letters of variants of experts, beside those of experts."""
+    rules = Rules({"moe": 3})
+    assert broken_rule("Ma*bMa", rules) is None and "2 moe layers" in (broken_rule("Ma*b", rules) or "")
+    assert list(patterns("Ma*bMa", 4, rules)) == ["Maba", "a*ba", "abMa"]
+    assert count_patterns("Ma*bMa", 4, rules) == 3 and embed("Ma*bMa", "aba", rules) == (1, 3, 5)
+
+
+def test_deep_patterns() -> None:
+    assert len(next(patterns("M-" * 1500, 2996))) == 2996 and count_patterns("M-" * 1500, 2998) > 0
+
+
 def test_pairs_may_lie_in_one_another() -> None:
     """Removing 1, 2 makes 0 and 3 neighbours: a run of any even length goes by pairs."""
     assert not odd_gap((4, 5), 6) and odd_gap((3, 4, 5), 6) and odd_gap((0, 1, 2), 6) and not odd_gap((0, 3), 4)

@@ -20,7 +20,7 @@ from limbeck.models.errors import InputError
 from limbeck.models.families.family import stored_tensors
 from limbeck.models.generate.cache import Cache
 from limbeck.prune.choose import select
-from limbeck.prune.depth import score_layers
+from limbeck.prune.depth import random_layers, score_layers
 from limbeck.prune.importance import score_widths
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.slice import Selection, slice_model
@@ -51,6 +51,15 @@ def test_a_config_is_read_and_written(config: HybridConfig) -> None:
             for block in puzzle()["block_configs"]]  # fmt: skip
     uniform = HybridConfig.from_hf(puzzle(block_configs=same))
     assert uniform.pattern == "ME*EEE" and uniform.variants == () and uniform.to_hf()["block_configs"] == same
+
+
+def test_the_least_number_of_layers_of_experts_holds(config: HybridConfig) -> None:
+    left = {"moe": 3}
+    for seed in range(8):
+        gone = random_layers(config, remove=3, seed=seed, min_layers=left).order
+        assert sum(kind.key == "moe" for layer, kind in enumerate(config.kinds) if layer not in gone) >= 3
+    with pytest.raises(InputError, match="at most 3"):
+        random_layers(config, remove=4, seed=0, min_layers=left)
 
 
 def test_tensors_and_counts_by_hand(config: HybridConfig) -> None:

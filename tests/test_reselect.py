@@ -9,9 +9,9 @@ import torch
 from limbeck.models.axes import Axis
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
-from limbeck.prune.repair import Repair, RepairOptions, repair_model, repair_tensors
+from limbeck.prune.repair import Repair, RepairOptions, kept_units, repair_model, repair_tensors
 from limbeck.prune.reselect import AT_ONCE, least_lost, reselected
-from limbeck.prune.ridge import products
+from limbeck.prune.ridge import RidgeFit, products
 from limbeck.prune.slice import Selection, slice_config
 from limbeck.tests.helpers import random_model, tiny_config
 from limbeck.tests.pruning_helpers import draw_rows
@@ -140,6 +140,42 @@ def test_sums_are_not_of_the_activations_range() -> None:
     for repair in (RESELECT, FIT):
         with pytest.raises(InputError, match="not finite in the dtype"):
             repair_model(model, selection, [draw_rows(model.config.vocab_size)], repair)
+
+
+@pytest.mark.parametrize("tied", (False, True))
+@pytest.mark.parametrize("last", (False, True), ids=("first", "last"))
+@pytest.mark.parametrize(
+    "repair",
+    (Repair(norms="measured"), FIT, RESELECT, Repair(local_steps=2)),
+    ids=("norms", "fit", "reselect", "local"),
+)
+def test_no_repair_takes_what_is_beyond_its_dtype(repair: Repair, last: bool, tied: bool) -> None:
+    """Wherever it begins: a tied head has no fit of its own that would notice it."""
+    model = random_model(tiny_config(tie_word_embeddings=tied), 0, torch.float32)
+    last_mixer = f"layers.{model.config.num_layers - 1 if last else 0}.mixer.out_proj.weight"
+    model.get_parameter(last_mixer).data *= 1e5
+    places = [layer for layer, letter in enumerate(model.config.pattern) if letter == "-"]
+    selection = Selection(tuple(range(model.config.num_layers)), {Axis("ffn", layer): (0, 1) for layer in places})
+    tensors = repair_tensors(
+        model.state_dict().__getitem__, model.config, selection, [draw_rows(97)], repair, dtype=torch.float16
+    )
+    with pytest.raises(InputError, match="not finite in the dtype"):
+        list(tensors)
+
+
+def test_inputs_that_are_all_zero_leave_the_weights() -> None:
+    for width in range(1, 10):
+        fit, weights = RidgeFit(), torch.ones(3, width)
+        fit.add(torch.randn(5, 3), torch.zeros(5, width))
+        assert torch.equal(fit.solve(weights, 0.1), weights.double())
+
+
+def test_a_stream_of_which_all_stays_is_said_to_have_its_channels() -> None:
+    config = tiny_config()
+    for size, turned in ((config.hidden_size, False), (config.hidden_size - 8, True)):
+        selection = Selection((0, 1), {Axis("hidden"): tuple(range(size))})
+        content = kept_units(selection, config, Repair(rotate=True))
+        assert ("principal_directions" in content) is turned and ("hidden" in content["kept"]) is not turned
 
 
 def test_options() -> None:

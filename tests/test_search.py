@@ -21,12 +21,12 @@ from limbeck.models.hybrid import HybridLM
 from limbeck.prune.candidates import pareto
 from limbeck.prune.choose import select
 from limbeck.prune.patterns import Rules
+from limbeck.prune.ranges import Range, values_of
 from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.scores import LayerScores
 from limbeck.prune.search import (
     Budget,
     Candidate,
-    Range,
     Requests,
     Space,
     find_candidates,
@@ -209,6 +209,13 @@ def test_ratios_ranges_and_alignment() -> None:
     assert all(candidate.throughput is None for candidate in found.candidates)
     whole = next(candidate for candidate in found.candidates if candidate.config == config)
     assert whole.target == Target() and whole.words() == []
+
+
+def test_a_range_has_the_numbers_that_are_written() -> None:
+    assert values_of("x", Range(1, 3, 0.1)) == [number / 10 for number in range(10, 31)]
+    for wrong in ((1, 1e308, 1e-10), (1, 1e12, 1), (1, 1e308, 1e-300)):
+        with pytest.raises(InputError, match="100,000 values at most"):
+            Range(*wrong)
 
 
 def test_importance_is_the_share_that_stays() -> None:

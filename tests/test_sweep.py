@@ -31,6 +31,8 @@ def test_every_combination_has_a_folder(workshop: Path, tmp_path: Path) -> None:
     code, out, err = limbeck(*command, "seed=3,4")
     assert code == 0, err
     rows = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert limbeck(*command, "seed=3")[0] == 0  # fewer jobs than there are
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text())[1:] == rows[1:]
     assert [row["overrides"] for row in rows] == [["seed=3"], ["seed=4"]]
     for number, row in enumerate(rows):
         folder = tmp_path / "out" / str(number)

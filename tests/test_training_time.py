@@ -119,5 +119,9 @@ def test_command(tmp_path: Path) -> None:
     assert plans[1]["time"]["days"] == pytest.approx(2 * plans[0]["time"]["days"])
     code, _, err = limbeck(*words, "training.utilisation=0")
     assert code == 2 and "training.utilisation" in err and err.count("\n") == 1
-    code, text, _ = limbeck("train-fit", "teacher=zoo", "student=zoo-small", "hardware=cpu", "hardware.usable_gib=4")
+    cpu = ["train-fit", "teacher=zoo", "student=zoo-small", "hardware.usable_gib=4", "distill.train.optimizer=muon"]
+    code, text, _ = limbeck(*cpu, "hardware=cpu")
     assert code == 0 and "GPU-hours: unknown without hardware.bandwidth_gb_s" in text
+    own = limbeck(*cpu, "hardware=custom", "hardware.device=cpu")[1]
+    sizes, own_sizes = ([line for line in said.splitlines() if "iB │" in line] for said in (text, own))
+    assert sizes == own_sizes and len(sizes) > 5

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...models.errors import InputError
+from ...models.errors import InputError, expect
 from ...models.hybrid import HybridLM
 from ...models.named import data_path
-from ...models.quantities import counted
+from ...models.quantities import check_seed, counted
 from ...models.schema import checked
 from . import resolve
 from .documents import EmptySplit
@@ -29,6 +29,7 @@ def read_text(model: HybridLM, data: Data, split: str) -> Text:
     if model.tokenizer is None:
         raise InputError("the model has no tokenizer to read text with; give load(..., tokenizer=FOLDER)")
     folder = model.tokenizer.folder
+    expect("data", data, (str, Path, Mapping, Iterable), "a path, a name, or a list of texts")
     if not isinstance(data, (str, Path, Mapping)):
         return resolve.text_in_tokens(list(data), "all", folder)
     path: resolve.NamedData = data_path(str(data)) if not isinstance(data, Mapping) else ""
@@ -47,8 +48,10 @@ def named_text(data: Data) -> str:
     return str(data) if isinstance(data, (str, Path)) else "texts"
 
 
-def fitted(model: HybridLM, text: Text, seq_len: int | None, batch: int | None) -> tuple[int, int]:
-    """Tokens a row and rows a batch: as given, or the commands' 512 and 8, fewer where model or text has fewer."""
+def fitted(model: HybridLM, text: Text, seq_len: int | None, batch: int | None, seed: int) -> tuple[int, int]:
+    """Tokens a row and rows a batch: as given, or the commands' 512 and 8, fewer where model or text has fewer. Raises
+    InputError where these, or the seed of what is drawn, cannot be."""
+    check_seed(seed)
     seq_len, batch = counted(seq_len=seq_len, batch=batch)
     parts = text.corpora if isinstance(text, Mixture) else (text,)
     if seq_len is None:
@@ -67,7 +70,7 @@ def read_sample(
 ) -> list[Batch]:
     (tokens,) = counted(tokens=tokens)
     text = read_text(model, data, split)
-    seq_len, batch = fitted(model, text, seq_len, batch)
+    seq_len, batch = fitted(model, text, seq_len, batch, seed)
     return list(text.sample(batch_size=batch, seq_len=seq_len, seed=seed, max_tokens=tokens))
 
 

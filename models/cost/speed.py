@@ -167,6 +167,14 @@ class Load:
                 " least 1"
             )
 
+    def check_length(self, config: HybridConfig) -> None:
+        """Raises InputError where it is beyond the model's positions."""
+        if self.input_tokens + self.output_tokens > config.max_position_embeddings:
+            raise InputError(
+                f"bench: {self.input_tokens} + {self.output_tokens} tokens, the model's maximum is"
+                f" {config.max_position_embeddings}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Speed:

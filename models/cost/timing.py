@@ -40,12 +40,8 @@ def measure(
     from ..generate.engine import check_cache_memory  # imports tokenizers, which `clock` has no need of
 
     config, head = model.config, model.head_weight
+    load.check_length(config)
     total = load.input_tokens + load.output_tokens
-    if total > config.max_position_embeddings:
-        raise InputError(
-            f"bench: {load.input_tokens} + {load.output_tokens} tokens, the model's maximum is"
-            f" {config.max_position_embeddings}"
-        )
     check_cache_memory(model, load.batch, total, ssm_dtype)
     cache = Cache(config, load.batch, total, dtype=head.dtype, device=head.device, ssm_dtype=ssm_dtype)
     decoder = Decoder(model, cache)

@@ -16,7 +16,7 @@ from .cells import DISTILLED, MEASURES, PRUNED, STARTS, WORK, Cell
 
 STUDENTS = (PRUNED, DISTILLED)
 PICTURES = ("rows", "sizes", "order")
-UNREAD = ("seed", "device", "output", "dry_run", "export_dtype", "hardware", "fit")  # of compress
+UNREAD = ("seed", "device", "output", "dry_run", "export_dtype", "hardware", "fit", "matmul")  # of compress
 
 OF_THE_SET = ("experiment", "output", "only", "experiment.members")  # options that its members do not have from it
 
@@ -114,7 +114,9 @@ def plan_of(
     cells = {}
     for variant in only or experiment.variants:
         title = f"{name}: {variant}" if name else variant
-        words = [*experiment.base, *experiment.variants[variant].overrides, *overrides_of(also), f"device={device}"]
+        words = [*experiment.base, *experiment.variants[variant].overrides]
+        check_read(words, f"experiment.variants.{variant}: ")
+        words += [*overrides_of(also), f"device={device}"]
         cells[variant] = cells_of(experiment, experiment.variants[variant], words, seeds, title, folders)
     return Plan(experiment, folder, cells)
 
@@ -143,11 +145,16 @@ def overrides_of(also: str) -> list[str]:
         words = shlex.split(also)
     except ValueError as error:
         raise InputError(f"also={also!r} cannot be read: {error}") from None
+    check_read(words, "also: ")
+    return words
+
+
+def check_read(words: Sequence[str], where: str) -> None:
+    """Raises InputError for an override of what no cell reads."""
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] in UNREAD:
-            raise InputError(f"also: no cell of an experiment reads {key}; leave it out")
-    return words
+            raise InputError(f"{where}no cell of an experiment reads {key}; leave it out")
 
 
 def member_words(name: str, given: Sequence[str], output: Path) -> list[str]:

@@ -70,12 +70,11 @@ def list_jobs(out: Path, jobs: Sequence[Any]) -> None:
     if shown:
         lines = [(Path(row["folder"]).name, *(f"{row.get(name, math.nan):.4f}" for name in shown)) for row in rows]
         table(f"{len(rows)} jobs", ("job", *shown), lines)
+    made = {row["folder"] for row in rows}
+    kept = [row for row in read_json(out / MARK) if row["folder"] not in made and Path(row["folder"]).is_dir()]
+    write_json(out / MARK, sorted([*kept, *rows], key=lambda row: int(Path(row["folder"]).name)))
     if failed:
-        made = {row["folder"] for row in rows}
-        kept = [row for row in read_json(out / MARK) if row["folder"] not in made and Path(row["folder"]).is_dir()]
-        write_json(out / MARK, sorted([*kept, *rows], key=lambda row: int(Path(row["folder"]).name)))
         raise failed[0]
-    write_json(out / MARK, rows)
     result(out, {"jobs": rows})
 
 
