@@ -32,7 +32,7 @@ from .text.packing import Batch, check_measurable
 from .text.prompts import Prompts, prompt_batches
 from .trainer import OnStep, train
 
-Bar = Callable[[str, int], AbstractContextManager[OnStep]]
+Bar = Callable[[str, int, Mapping[str, int]], AbstractContextManager[OnStep]]
 Describe = Callable[[DistillOptions], Callable[[float], dict[str, float]]]
 SEEDS_APART = 1000  # the seeds of two stages, so that the second does not begin with the first one's text
 
@@ -88,7 +88,7 @@ def check_texts(
     text: Text,
     plan: Sequence[DistillOptions],
     seed: int,
-    teacher: HybridLM | CachedTeacher,
+    teacher: HybridLM | CachedTeacher | None,
     held_out: Callable[[DistillOptions], Sequence[Batch]],
     data: object,
 ) -> None:
@@ -128,7 +128,7 @@ def train_stages(
 ) -> None:
     """Trains a student through the stages that are left, each in its folder; `ends` are the tokens at which its own
     text ends. Of each stage `held_out` gives what it is measured on, and `describe` what a speed comes to; `bar(title,
-    steps)` shows how far it is."""
+    steps, before)` shows how far it is, `before` the step and the tokens at which earlier stages ended."""
     for number in range(current_stage(folders, say), len(plan)):
         how, own = plan[number], seed + SEEDS_APART * number
         loss, figures = stage_loss(teacher, how, pairing, own, ends), held_out_figures
@@ -136,7 +136,8 @@ def train_stages(
             "sample": measured_rows(how, held_out), "context_parallel": how.train.context_parallel,
         }  # fmt: skip
         title = f"distilling, stage {number + 1} of {len(plan)}" if len(plan) > 1 else "distilling"
-        with bar(title, how.train.steps) as on_step:
+        steps, tokens = (sum(count) for count in zip((0, 0), *map(read_by, plan[:number]), strict=True))
+        with bar(title, how.train.steps, {"step": steps, "tokens": tokens}) as on_step:
             train(
                 student, loss if nest is None else nest.loss(loss, own),
                 functools.partial(stage_batches, text, how, number, seed), how.train, folders[number],
@@ -146,12 +147,17 @@ def train_stages(
         hand_on(student, folders, number, how.train)
 
 
+def read_by(how: DistillOptions) -> tuple[int, int]:
+    """The steps of a stage, and the tokens that they read."""
+    return how.train.steps, how.train.steps * how.batch * how.seq_len
+
+
 def correct(
     teacher: Trained, how: DistillOptions, folder: Path, text: Text, seed: int, bar: Bar, describe: Describe, say: Say
 ) -> None:
     """Trains a teacher on the text itself, before it teaches."""
     batches = functools.partial(stage_batches, text, how, 0, seed)
-    with bar("correcting the teacher", how.train.steps) as on_step:
+    with bar("correcting the teacher", how.train.steps, {}) as on_step:
         train(teacher, cross_entropy_loss, batches, how.train, folder, on_step=on_step, describe=describe(how),
               say=say)  # fmt: skip
 

@@ -299,7 +299,9 @@ def last_figures(folder: Path, names: Sequence[str]) -> dict[str, float]:
     except OSError:
         return {}
     best = left.get("step") if isinstance(left, dict) and left.get("kept") == "best" else None
-    of_best = [each for each in records if best is not None and each.get("step") == best]
+    stage = records[-1].get("stage") if records else None  # of several, whose steps are counted through, the last's
+    before = max((each.get("step", 0) for each in records if each.get("stage") != stage), default=0)
+    of_best = [each for each in records if best is not None and each.get("step") == before + best]
     record = (of_best or records or [{}])[-1]
     return {name: record[name] for name in names if name in record}
 

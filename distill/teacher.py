@@ -30,7 +30,8 @@ from ..kernels.linear_draws_kl import Draws, linear_draws, linear_draws_kl
 from ..kernels.linear_topk_kl import LinearTopKKL, TopK, linear_topk, linear_topk_kl
 from ..models import processes
 from ..models.errors import CheckFailed, InputError
-from ..models.folder import write_json
+from ..models.fingerprint import read_provenance
+from ..models.folder import file_sum, write_json
 from ..models.foreign import read_object
 from ..models.hybrid import HybridLM
 from ..models.row_split import RowSplit
@@ -228,10 +229,27 @@ class CachedTeacher:
             raise InputError(
                 f"{folder} was made by the method {self.method!r}; known: {', '.join(METHODS)} (a newer version's?)"
             )
-        self.files = [open_shard(path) for path in shards(folder)]
+        self.paths, self.sound = shards(folder), set[int]()
+        self.files = [open_shard(path) for path in self.paths]
         self.places = {
-            key: (file, row) for file, path in enumerate(shards(folder)) for row, key in enumerate(read_keys(path))
+            key: (file, row) for file, path in enumerate(self.paths) for row, key in enumerate(read_keys(path))
         }
+        if len(self.places) != facts.get("rows"):
+            raise InputError(
+                f"{folder} holds {len(self.places)} rows, and {INDEX} says {facts.get('rows')}: files are missing; copy"
+                " it again, or make it anew"
+            )
+        self.sums = read_provenance(folder).get("files", {})
+
+    def file(self, number: int) -> Any:
+        """A shard, whose sum is compared with that of limbeck.json when it is first read. Raises InputError."""
+        if number not in self.sound:
+            path = self.paths[number]
+            expected = self.sums.get(path.name)
+            if expected is not None and file_sum(path, expected) != expected:
+                raise InputError(f"{path} is damaged: it is not what limbeck.json says; make the cache anew")
+            self.sound.add(number)
+        return self.files[number]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -242,6 +260,8 @@ class CachedTeacher:
     def check_holds(self, batches: Iterable[Any]) -> None:
         """Raises InputError where there is no answer to one of these batches, which will be read."""
         if not all(self.holds(batch) for batch in batches):
+            for number in range(len(self.paths)):
+                self.file(number)  # where the key of a row is damaged
             raise InputError(
                 f"teacher_cache={self.folder} lacks rows that will be read: it holds {len(self)}, made for fewer"
                 " steps or with another seed, seq_len, batch, repack or evaluate_tokens; make it with distill's options"
@@ -260,9 +280,10 @@ class CachedTeacher:
                     " made of other data, another tokenizer, seed or length, or fewer tokens"
                 )
             file, row = self.places[key]
-            for name in self.files[file].keys():  # noqa: SIM118 - no mapping
+            shard = self.file(file)
+            for name in shard.keys():  # noqa: SIM118 - no mapping
                 if name != "keys":
-                    parts.setdefault(name, []).append(self.files[file].get_slice(name)[row : row + 1, own][0])
+                    parts.setdefault(name, []).append(shard.get_slice(name)[row : row + 1, own][0])
         device = rows.input_ids.device
         stored = {name: torch.cat(tensors).to(device) for name, tensors in parts.items()}
 

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,19 +25,18 @@ import torch
 from torch import Tensor
 
 from ..models import processes
-from ..models.axes import MATRICES
 from ..models.errors import CheckFailed, InputError, Stopped
 from ..models.fingerprint import SPEED
 from ..models.hybrid import HybridLM
 from ..models.row_split import row_split
 from .average import averaged, check_average, meant
 from .balance import ExpertBalance
-from .muon import Muon
+from .optimizers import make_optimizers, set_rates
 from .options import TrainOptions
 from .parallel import Trained, prepare, reshard, row_groups, share, sharers_of, squares
 from .quantised import quantised
 from .row_parts import part_rows
-from .state import METRICS, Optimizers, Say, append_line, load_state, save_best, save_state, states, trim_lines
+from .state import METRICS, Say, append_line, load_state, save_best, save_state, states, trim_lines
 from .stop import SIGNALS, Stopper
 from .text.prefetch import feed
 
@@ -183,7 +182,8 @@ class TrainingRun:
             self.loss_of.at(progress.step)
         if isinstance(self.loss_of, Writing):
             batch = self.loss_of.written(self.trained.model, batch, progress.step)
-        loss, norm, signal = self.gradients(batch)
+        with ending_alone():
+            loss, norm, signal = self.gradients(batch)
         reported: dict[str, float] = self.loss_of.figures() if isinstance(self.loss_of, Reporting) else {}
         # Sums over all processes, so that all of them skip a step or none does.
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -276,9 +276,18 @@ class TrainingRun:
         """Writes the state; not after a skipped step, since the newest finite state would go for it."""
         if self.progress.in_a_row and self.progress.step < self.options.steps:
             return
+        if not finite_weights(self.trained):
+            raise InputError(
+                f"training: the weights are not finite after step {self.progress.step}; lower the learning rate;"
+                f" {self.last_good}"
+            )
         needed = functools.partial(meant, options=self.options)
         save_state(self.trained, self.optimizers, self.average, self.folder, self.progress, needed=needed)
         self.saved = self.progress.step
+
+    @property
+    def last_good(self) -> str:
+        return f"the last good state is of {f'step {self.saved}' if self.saved is not None else 'no step'}"
 
     def farewell(self) -> str:
         if processes.rank():
@@ -292,8 +301,7 @@ class TrainingRun:
         return (
             f"training: {self.progress.in_a_row} steps in a row were not finite (step {self.progress.step}: loss"
             f" {loss:g}, gradient norm {norm:g}, batch {ids['batch']}{f', documents {some}' if some else ''}; all are"
-            f" in {self.metrics}); lower the learning rate, or look at that text; the last good state is of"
-            f" {f'step {self.saved}' if self.saved is not None else 'no step'}"
+            f" in {self.metrics}); lower the learning rate, or look at that text; {self.last_good}"
         )
 
 
@@ -311,6 +319,25 @@ def ending_all() -> Iterator[None]:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
+
+
+@contextlib.contextmanager
+def ending_alone() -> Iterator[None]:
+    """What one of many processes finds wrong while the others sum gradients: it says so in a line, and is gone."""
+    try:
+        yield
+    except InputError as error:
+        if processes.count() == 1:
+            raise
+        print(f"limbeck: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+
+def finite_weights(trained: Trained) -> bool:
+    """Whether all weights of all processes are finite; each has to call it."""
+    own = [weight.local.detach() for weight in trained.weights if weight.local.numel()]
+    largest = torch.stack([norm.double().cpu() for norm in torch._foreach_norm(own, torch.inf)])
+    return not float(processes.all_sum((~largest.isfinite()).sum().double()))
 
 
 def check_warmup(options: TrainOptions, say: Say) -> None:
@@ -346,12 +373,6 @@ def ids_of(batch: Any, number: int) -> dict[str, Any]:
     return ids
 
 
-def set_rates(optimizers: Mapping[str, torch.optim.Optimizer], rate: float) -> None:
-    for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["rate_ratio"]
-
-
 def set_layers(model: HybridLM, *, recompute: bool, compiled: bool) -> None:
     """How the layers run: kept or run twice, as they stand or compiled."""
     for block in model.layers:
@@ -360,24 +381,3 @@ def set_layers(model: HybridLM, *, recompute: bool, compiled: bool) -> None:
             block.mix = torch.compile(type(block).mix.__get__(block))  # type: ignore[assignment, attr-defined]
         else:
             block.__dict__.pop("mix", None)
-
-
-def make_optimizers(model: HybridLM | Trained, options: TrainOptions) -> Optimizers:
-    """AdamW for everything, or Muon for the layers' matrices beside it. Weight decay is for matrices only."""
-    trained = model if isinstance(model, Trained) else prepare(model)
-    matrices = [weight for weight in trained.weights if weight.spec.role in MATRICES]
-    uses_muon = options.optimizer == "muon"
-    muon = [weight for weight in matrices if uses_muon and weight.spec.layer is not None]
-    decayed = [weight.local for weight in matrices if weight not in muon]
-    plain = [weight.local for weight in trained.weights if weight not in matrices]
-    assert len(muon) + len(decayed) + len(plain) == len(trained.weights)
-    ratio = options.adamw_ratio if muon else 1.0
-    groups = [
-        {"params": decayed, "weight_decay": options.weight_decay, "rate_ratio": ratio},
-        {"params": plain, "weight_decay": 0.0, "rate_ratio": ratio},
-    ]
-    betas = (options.beta1, options.beta2)
-    optimizers: Optimizers = {"adamw": torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, fused=True)}
-    if muon:
-        optimizers["muon"] = Muon(muon, options.learning_rate, weight_decay=options.weight_decay)
-    return optimizers

@@ -17,6 +17,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[known]
 
 
+def training_dtype(name: str) -> torch.dtype:
+    """`torch_dtype` of what is trained. Raises InputError for float16."""
+    if (dtype := torch_dtype(name)) == torch.float16:
+        raise InputError(
+            "dtype=float16 loses gradients: those of a mean over many tokens are below its smallest numbers; train with"
+            " dtype=bfloat16 or float32 (a teacher may have distill.teacher_dtype=float16)"
+        )
+    return dtype
+
+
 def torch_device(name: str) -> torch.device:
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one. Raises InputError where torch has no such device."""
     if name == "auto":

@@ -198,7 +198,7 @@ def ahead(
     try:
         while True:
             try:
-                entry = line.get(timeout=timeout)
+                entry = line.get(timeout=None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
             except queue.Empty:
                 patience = 0.0
                 raise Silence from None

@@ -8,6 +8,7 @@ experts to 104 and a shared 3712 to 3072.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 from ..models.axes import AXES
@@ -45,16 +46,7 @@ def expert_widths(
         share = 1 - count_parameters(smaller) / goal
         return share if share >= 0 else None
 
-    def fullest(sizes: Sizes, name: str | None, step: int) -> Sizes:
-        """With the largest of a width that fits, from that of `sizes` up."""
-        if name is None or name not in free:
-            return sizes
-        whole = getattr(config, name)
-        for size in [whole, *range((whole - 1) // step * step, sizes[name], -step)]:
-            if left(sizes | {name: size}) is not None:
-                return sizes | {name: size}
-        return sizes
-
+    fullest = functools.partial(widest, left, {name: getattr(config, name) for name in free})
     best: tuple[float, Sizes] | None = None
     coarse = config.n_group * (8 if config.n_routed_experts >= MANY else 1)
     one = config.n_group
@@ -87,6 +79,19 @@ def expert_widths(
             f"target: no widths leave as few as {goal:,.0f} parameters; give a larger number, or fewer layers, too"
         )
     return best[1]
+
+
+def widest(
+    left: Callable[[Sizes], float | None], whole: Mapping[str, int], sizes: Sizes, name: str | None, step: int
+) -> Sizes:
+    """The sizes with the largest of a width that fits, from their own up; `whole` are the source's widths that are
+    free."""
+    if name is None or name not in whole:
+        return sizes
+    for size in [whole[name], *range((whole[name] - 1) // step * step, sizes[name], -step)]:
+        if left(sizes | {name: size}) is not None:
+            return sizes | {name: size}
+    return sizes
 
 
 def starts(

@@ -4,13 +4,14 @@ distill` will read with the same teacher, data, seed and distill options. Killed
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..distill.options import DistillOptions
 from ..distill.parallel import process_device
-from ..distill.stages import stage_batches
+from ..distill.stages import measured_rows, stage_batches
 from ..distill.teacher import TOP_K, CacheOptions, finish_cache, write_cache
 from ..distill.text.mixture import Text
 from ..distill.text.packing import Batch
@@ -86,7 +87,8 @@ def cache(options: Options) -> None:
         teacher = load_model(source, torch_dtype(options.dtype), device)
         text = corpus(options.data, "train", source)
         say_epochs(text, [part.reads for part in how.plan()])
-        measured = [held_out(options.data, source, part, options.seed) for part in how.plan()]
+        unread = functools.partial(held_out, options.data, source, seed=options.seed)
+        measured = [list(measured_rows(part, unread)) for part in how.plan()]
         total = sum(part.train.steps * part.batch for part in how.plan())
         total += sum(len(batch.input_ids) for batches in measured for batch in batches)
         with progress("caching the teacher", total) as bar:

@@ -24,7 +24,7 @@ from ..models import processes
 from ..models.checkpoint import load_config
 from ..models.cost.fit import Fit
 from ..models.cost.hardware import Hardware
-from ..models.device import torch_device, torch_dtype
+from ..models.device import torch_device, torch_dtype, training_dtype
 from ..models.errors import InputError
 from ..models.fingerprint import PROVENANCE, plain
 from ..prune.repair import RepairOptions
@@ -69,8 +69,8 @@ class Options(Tracked):
                 raise InputError(f"{name} is missing; give {name}=VALUE (limbeck compress --help)")
         if not self.rounds and self.target == Target():
             raise InputError("target is empty; give a size, such as target.parameters=0.75 (limbeck compress --help)")
-        for name in ("dtype", "export_dtype"):
-            torch_dtype(getattr(self, name))
+        training_dtype(self.dtype)
+        torch_dtype(self.export_dtype)
         self.plan()
 
     def plan(self) -> tuple[Round, ...]:

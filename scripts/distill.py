@@ -37,6 +37,7 @@ from .run.resolve import (
     say_epochs,
     torch_device,
     torch_dtype,
+    training_dtype,
 )
 from .run.show import result, say
 from .run.stage import Work, many_processes, stage
@@ -58,6 +59,7 @@ class Options(Tracked):
     scores: Path | None = None
 
     def __post_init__(self) -> None:
+        training_dtype(self.dtype)
         if self.teacher_cache is not None:
             check_cache_serves(self.distill)
 
@@ -83,6 +85,11 @@ def train_student(options: Options) -> None:
     if options.teacher_cache is not None:
         inputs["teacher_cache"] = cache_fingerprint(options.teacher_cache)
     if options.distill.teacher_correction is not None:
+        with processes.together():  # all of this is said again; here the teacher is not trained yet
+            check_agreement(teacher, student)
+            check_plan(options.distill.plan(), load_config(student), not options.shard or processes.count() == 1)
+            unseen = functools.partial(held_out, options.data, student, seed=options.seed)
+            check_texts(corpus(options.data, "train", student), options.distill.plan(), options.seed, None, unseen, "")
         teacher = inputs["teacher"] = correct_teacher(teacher, options)
     with stage(options.output, "distill", inputs=inputs, options=options.fingerprint, scratch="training") as work:
         if not work.finished:
@@ -149,7 +156,7 @@ def distill(work: Work, teacher_folder: Path, student_folder: Path, options: Opt
             student, teacher, plan, folders, text, seed, pairing=pairing, nest=nest,
             ends=stop_tokens(student_folder, student.model.config) if any(how.own_rows for how in plan) else (),
             held_out=measured,
-            bar=lambda title, steps: training_bar(title, steps, note_down),
+            bar=lambda title, steps, before: training_bar(title, steps, note_down, before),
             describe=lambda how: speed_of(*configs, how.seq_len, student.device), say=say,
         )  # fmt: skip
     if options.distill.stages and processes.rank() == 0:

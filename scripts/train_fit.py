@@ -21,7 +21,7 @@ from ..models.folder import atomic_folder, check_new, write_json
 from ..prune.rounds import in_kinds, leftovers, plan_cuts
 from ..prune.target import Target
 from . import compress
-from .run.resolve import model_config, torch_dtype
+from .run.resolve import model_config, torch_dtype, training_dtype
 from .run.show import gib, say, table, told
 
 ONLINE = frozenset({"teacher"})  # excludes the turn to a cached teacher
@@ -154,7 +154,7 @@ def training_of(stage: DistillOptions, options: Options) -> Training:
         micro_batch=min(stage.train.micro_batch or rows, rows),
         seq_len=stage.seq_len,
         batch=stage.batch,
-        dtype=torch_dtype(options.dtype),
+        dtype=training_dtype(options.dtype),
         optimizer=stage.train.optimizer,
         checkpointing=stage.train.activation_checkpointing,
         average=stage.train.ema_decay > 0,

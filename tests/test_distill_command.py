@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,12 @@ from limbeck.distill import teacher as module
 from limbeck.distill.losses import DistillLoss
 from limbeck.distill.options import Correction, DistillOptions, TrainOptions
 from limbeck.distill.parallel import load_frozen
+from limbeck.distill.state import last_figures
 from limbeck.distill.teaching import kept_of
 from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.fingerprint import fingerprint_of, read_provenance
+from limbeck.models.tokenizer import train_tokenizer
+from limbeck.scripts import distill as distill_command
 from limbeck.tests.helpers import limbeck, make_workshop, random_model, tiny_config
 from safetensors.torch import load_file
 
@@ -133,6 +137,58 @@ def test_killed_cache_goes_on(workshop: Path, tmp_path: Path, monkeypatch: pytes
     assert distil(workshop, tmp_path / "out", f"teacher_cache={tmp_path / 'rough'}")[0] == 0
 
 
+def test_a_damaged_cache_is_noticed(workshop: Path, tmp_path: Path) -> None:
+    """A flipped bit when the file is first read, a file that is gone at once."""
+    out = tmp_path / "cache"
+    assert cache(workshop, out, "cache.k=8", "cache.shard_bytes=1")[0] == 0
+    shard = sorted(out.glob("rows-*"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-3] ^= 1
+    shard.write_bytes(content)
+    code, _, said = distil(workshop, tmp_path / "flip", f"teacher_cache={out}")
+    assert code == 2 and f"{shard.name} is damaged" in said, said
+    shard.unlink()
+    code, _, said = distil(workshop, tmp_path / "gone", f"teacher_cache={out}")
+    assert code == 2 and "files are missing" in said and not (tmp_path / "gone").exists(), said
+
+
+def test_a_cache_has_what_is_read_and_no_more(workshop: Path, tmp_path: Path) -> None:
+    for name, words in (("held", ()), ("unheld", ("distill.train.evaluate_every=0",))):
+        assert cache(workshop, tmp_path / name, "cache.k=8", *words)[0] == 0
+    held, unheld = (json.loads((tmp_path / name / "cache.json").read_text())["rows"] for name in ("held", "unheld"))
+    assert unheld < held
+    assert (
+        distil(workshop, tmp_path / "a", f"teacher_cache={tmp_path / 'unheld'}", "distill.train.evaluate_every=0")[0]
+        == 0
+    )
+
+
+def test_what_is_trained_is_not_in_float16(workshop: Path, tmp_path: Path) -> None:
+    code, _, said = distil(workshop, tmp_path / "out", "dtype=fp16")
+    assert code == 2 and "float16 loses gradients" in said and not (tmp_path / "out").exists()
+
+
+def test_figures_of_the_best_step_of_the_last_stage(tmp_path: Path) -> None:
+    """Steps of records are counted through the stages, that of the weights from its own stage's first."""
+    lines = [(1, 4, 0.9), (1, 8, 0.8), (2, 12, 0.7), (2, 16, 0.75)]
+    records = [{"stage": stage, "step": step, "validation_kl": kl} for stage, step, kl in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for weights, expected in (({"kept": "best", "step": 4}, 0.7), ({"kept": "last", "step": 8}, 0.75)):
+        (tmp_path / "limbeck.json").write_text(json.dumps({"weights": weights}))
+        assert last_figures(tmp_path, ["validation_kl"]) == {"validation_kl": expected}
+
+
+def test_trackers_are_told_of_all_stages(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(distill_command, "journal", lambda *given: contextlib.nullcontext(told.append))
+    stages = "distill.stages=[{steps: 2}, {steps: 1, batch: 1}, {steps: 2}]"
+    code, _, said = distil(workshop, tmp_path / "out", stages, "distill.train.log_every=1")
+    assert code == 0, said
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["tokens"]) for each in told] == [(each["step"], each["tokens"]) for each in lines]
+    assert [each["step"] for each in told] == [1, 2, 3, 4, 5]
+
+
 def test_what_a_student_kept_is_known_from_its_folder(workshop: Path) -> None:
     total = fingerprint_of(workshop / "model")
     selection = json.loads((workshop / "pruned" / "selection.json").read_text())
@@ -212,6 +268,14 @@ def test_a_teacher_in_main_memory_and_in_another_dtype(workshop: Path, tmp_path:
     assert all(weight.is_meta for weight in teacher.layers.parameters()) and not teacher.head_weight.is_meta
     code, _, said = distil(workshop, tmp_path / "x", "distill.teacher_dtype=float31")
     assert code == 2 and "float31" in said
+
+
+def test_a_wrong_student_is_found_before_its_teacher_is_corrected(workshop: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(workshop / "pruned", tmp_path / "other")
+    train_tokenizer(iter(["another text " * 99]), 97, other)
+    code, _, said = distil(workshop, tmp_path / "out", "distill.teacher_correction={steps: 2}", student=str(other))
+    assert code == 2 and "tokenizer" in said and "correcting" not in said, said
+    assert not (tmp_path / "out-corrected-teacher").exists()
 
 
 def test_options_that_a_cache_cannot_heed_are_refused(workshop: Path, tmp_path: Path) -> None:

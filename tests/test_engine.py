@@ -19,6 +19,7 @@ from limbeck.models.errors import InputError
 from limbeck.models.generate.cache import Cache
 from limbeck.models.generate.decode import Decoder, DecodingStep, lay_out
 from limbeck.models.generate.engine import Completion, Engine, Event, Request
+from limbeck.models.generate.generate import generate
 from limbeck.models.generate.sampling import Sampler, Sampling
 from limbeck.models.hybrid import HybridLM, initialize
 from limbeck.models.mamba2 import MambaState
@@ -153,6 +154,17 @@ def check_shipped(model: HybridLM, seeds: range) -> float:
         worst = max(worst, float((difference / size).sqrt().max()))
         assert torch.equal(whole.argmax(-1), found.argmax(-1)), seed
     return worst
+
+
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+def test_logits_that_are_not_finite_are_said(temperature: float) -> None:
+    model = random_model(tiny_config(vocab_size=97))
+    model.head_weight.data[5] = torch.inf
+    engine = Engine(model, max_length=16, slots=2)
+    with pytest.raises(InputError, match="the logits are not finite"):
+        engine.complete([Request([3, 4], 4, Sampling(temperature)), Request([3, 4, 5], 4)])
+    with pytest.raises(InputError, match="the logits are not finite"):
+        generate(model, torch.tensor([[3, 4]]), max_new_tokens=2, temperature=temperature)
 
 
 @torch.no_grad()

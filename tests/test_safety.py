@@ -15,13 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from limbeck.distill import trainer
 from limbeck.distill.average import final_weights
 from limbeck.distill.parallel import Trained, prepare
 from limbeck.distill.state import states
 from limbeck.distill.stop import Stopper
 from limbeck.distill.text.packing import Batch
-from limbeck.distill.trainer import TrainingRun, train
+from limbeck.distill.trainer import TrainingRun, ending_alone, train
 from limbeck.models.errors import InputError, Stopped
+from limbeck.models.tensors import ahead
 from limbeck.models.tokenizer import check_agreement
 from limbeck.tests.helpers import assert_close, limbeck
 from limbeck.tests.training_helpers import batches_from, draw_batch, model_of, options, records, teach, weights
@@ -101,12 +103,45 @@ def test_a_step_that_is_not_finite_is_passed_over(infinite_gradient: bool, tmp_p
     assert [state.name for state in states(tmp_path / "b")] == ["state-00000003", "state-00000004"]
 
 
+def blow_up(weight: Tensor) -> None:
+    weight.data.fill_(float("inf"))
+
+
+class Blown(Poisoned):
+    """From a step on the weights are beyond float32, which the step itself does not show."""
+
+    def __call__(self, model: Any, batch: Any, normalizer: float) -> Tensor:
+        if self.step in self.bad:
+            model.norm_f.weight.register_post_accumulate_grad_hook(blow_up)
+        return self.inner(model, batch, normalizer)
+
+
+@pytest.mark.parametrize("bad", (3, 7), ids=("before the end", "the last step"))
+def test_weights_that_are_not_finite_are_never_saved(bad: int, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"weights are not finite after step {bad + 1}; lower .* is of step {bad}$"):
+        train(model_of(1), Blown({bad}), batches_from, options(save_every=1, max_skipped=9), tmp_path)
+    assert states(tmp_path)[-1].name == f"state-{bad:08d}"
+
+
+def test_one_process_alone_says_what_is_wrong_and_is_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait in sums of gradients: nothing that all of them had to call would be reached."""
+    codes: list[int] = []
+    monkeypatch.setattr(trainer.processes, "count", lambda: 2)
+    monkeypatch.setattr(trainer.os, "_exit", codes.append)
+    with ending_alone():
+        raise InputError("a cache does not hold row 3")
+    assert codes == [2] and capsys.readouterr().err == "limbeck: a cache does not hold row 3\n"
+
+
 def test_data_that_does_not_come(tmp_path: Path) -> None:
     def stuck(start: int) -> Iterator[Batch]:
         yield draw_batch(start)
         yield draw_batch(start + 1)
         time.sleep(30)
 
+    assert [entry[0] for entry in zip(ahead(iter("ab"), timeout=1e300), "ab", strict=False)] == ["a", "b"]
     with pytest.raises(InputError, match=r"waited 0.5 seconds for batch 2.*data_timeout"):
         train(model_of(1), teach(), stuck, options(data_timeout=0.5), tmp_path / "stuck")
 

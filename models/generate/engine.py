@@ -26,7 +26,7 @@ from .cache import Cache
 from .decode import Decoder, lay_out
 from .detokenize import TextStream
 from .generate import check_prompt, end_tokens
-from .sampling import Sampler, Sampling
+from .sampling import Sampler, Sampling, most_probable
 
 OPEN, CLOSE = "<think>", "</think>"
 MARKER_TOKENS = 16  # tokens that a marker's text is looked for in
@@ -225,7 +225,7 @@ class Engine:
         logits = self.decoder.step([each.last for each in self.running])
         greedy = any(each.request.sampling.temperature == 0 for each in self.running)
         # One argmax over all rows: on a GPU each `.item()` of its own would wait for the device.
-        top: Sequence[int | None] = logits.argmax(-1).tolist() if greedy else [None] * len(self.running)
+        top: Sequence[int | None] = most_probable(logits).tolist() if greedy else [None] * len(self.running)
         events = [each.advance(*row) for each, *row in zip(self.running, logits, top, strict=True)]
         self.leave([row for row, event in enumerate(events) if event.finished])
         return events

@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..hybrid import HybridLM
 from .cache import Cache
 from .decode import Decoder
-from .sampling import Sampler, Sampling
+from .sampling import Sampler, Sampling, most_probable
 
 OnToken = Callable[[Tensor], None]
 
@@ -60,7 +60,7 @@ def generate(
     tokens = [input_ids.to(head.device)]
     for left in range(max_new_tokens, 0, -1):
         if temperature == 0:
-            token = logits.argmax(-1)
+            token = most_probable(logits)
         else:
             drawn = [sampler(row) for sampler, row in zip(samplers, logits, strict=True)]
             token = torch.tensor(drawn, device=head.device)

@@ -57,6 +57,18 @@ class Sampling:
         return probabilities, order
 
 
+def most_probable(logits: Tensor) -> Tensor:
+    """The numbers [...] of the most probable tokens of logits [..., V]. Raises InputError where these are not
+    finite."""
+    highest, tokens = logits.max(-1)
+    if not bool(highest.isfinite().all()):
+        raise InputError(
+            "generate: the logits are not finite; the weights are damaged, or their numbers beyond the dtype: give"
+            " dtype=float32 or bfloat16"
+        )
+    return tokens
+
+
 class Sampler:
     """One sequence's choices, from random numbers of its own: what is drawn does not depend on its neighbours."""
 
@@ -65,8 +77,9 @@ class Sampler:
         self.generator = torch.Generator(device=device).manual_seed(sampling.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """A token for logits [V]."""
+        """A token for logits [V]. Raises InputError where they are not finite."""
+        token = most_probable(logits)
         if self.sampling.temperature == 0:
-            return int(logits.argmax())
+            return int(token)
         probabilities, order = self.sampling.probabilities(logits)
         return int(order[torch.multinomial(probabilities, 1, generator=self.generator)])

@@ -19,6 +19,7 @@ from ...models.checkpoint import load_config
 from ...models.device import DTYPES as DTYPES
 from ...models.device import torch_device as torch_device
 from ...models.device import torch_dtype as torch_dtype
+from ...models.device import training_dtype as training_dtype
 from ...models.errors import InputError
 from ...models.errors import check_counts as check_counts
 from ...models.fingerprint import read_provenance

@@ -47,15 +47,16 @@ class Tracked(Multiplied):
 
 @contextlib.contextmanager
 def training_bar(
-    what: str, steps: int, also: Callable[[Record], None] | None = None
+    what: str, steps: int, also: Callable[[Record], None] | None = None, before: Mapping[str, int] | None = None
 ) -> Iterator[Callable[[Record], None]]:
-    """Gives what shows a step's record on a bar; `also` takes it, too."""
+    """Gives what shows a step's record on a bar; `also` takes it, too, with numbers that are counted on from those
+    `before`."""
     with progress(what, steps) as bar:
 
         def on_step(record: Record) -> None:
             bar.set(record["step"], note=note_of(record))
             if also is not None:
-                also(record)
+                also({**record, **{name: record[name] + count for name, count in (before or {}).items()}})
 
         yield on_step
 
