@@ -153,11 +153,18 @@ def read_by(how: DistillOptions) -> tuple[int, int]:
 
 
 def correct(
-    teacher: Trained, how: DistillOptions, folder: Path, text: Text, seed: int, bar: Bar, describe: Describe, say: Say
+    teacher: Trained,
+    how: DistillOptions,
+    folder: Path,
+    text: Text,
+    seed: int,
+    bar: Callable[[str, int], AbstractContextManager[OnStep]],
+    describe: Describe,
+    say: Say,
 ) -> None:
     """Trains a teacher on the text itself, before it teaches."""
     batches = functools.partial(stage_batches, text, how, 0, seed)
-    with bar("correcting the teacher", how.train.steps, {}) as on_step:
+    with bar("correcting the teacher", how.train.steps) as on_step:
         train(teacher, cross_entropy_loss, batches, how.train, folder, on_step=on_step, describe=describe(how),
               say=say)  # fmt: skip
 

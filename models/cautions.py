@@ -58,8 +58,39 @@ def unaligned_experts(config: HybridConfig) -> str:
     )
 
 
+def random_experts(config: HybridConfig, name: str, kept: Container[int] = ()) -> str:
+    """Which experts of an export in the format `name`, whose layers `kept` stay, transformers does not read: it knows
+    those in 8-bit floats and packed ones, all else it leaves as a new model has it.
+
+    Source: transformers 5.23, integrations/compressed_tensors.py (CompressedTensorsDequantize.convert)."""
+    rounding, table = ROUNDINGS[name], tensor_table_of(config)
+    if rounding.kind == "float":
+        return ""
+    rounded = rounded_names(config, rounding, kept)
+    own = {stored: table[tensor.pieces[0].ours] for stored, tensor in stored_tensors(config).items()}
+    unread = {
+        spec.layer
+        for stored, spec in own.items()
+        if spec.role is Role.EXPERTS and spec.layer is not None and not (rounding.grouped and stored in rounded)
+    }
+    if not unread:
+        return ""
+    layers = ", ".join(str(layer // config.block_size) for layer in sorted(unread))
+    how = "that stay in bfloat16 beside 4 bits" if rounding.grouped else "in 8-bit whole numbers"
+    return (
+        f"experts {how} (layers {layers}): transformers leaves such experts at random values (seen in 5.23), and says"
+        " no more than that weights are missing; open this with vLLM on a GPU, or take format=fp8"
+    )
+
+
+def opens_in_transformers(config: HybridConfig, name: str | None = None, kept: Container[int] = ()) -> bool:
+    """Whether transformers reads every weight of an export: plain, or in the format `name` whose layers `kept` stay."""
+    return config.family_record.transformers and (name is None or not random_experts(config, name, kept))
+
+
 def format_cautions(config: HybridConfig, name: str, kept: Container[int] = ()) -> list[str]:
-    """What vLLM's kernels on a GPU make of an export in the format `name` whose layers `kept` stay, on one card.
+    """What of an export in the format `name`, whose layers `kept` stay, transformers does not read, and what vLLM's
+    kernels on a GPU make of it, on one card.
 
     Source: vLLM 0.32, model_executor/layers/quantization/utils/marlin_utils.py (marlin_padded_nk,
     check_moe_marlin_supports_config), kernels/linear/scaled_mm/cutlass.py and _custom_ops.py (cutlass_scaled_mm)."""
@@ -75,7 +106,8 @@ def format_cautions(config: HybridConfig, name: str, kept: Container[int] = ()) 
     fits = fits_marlin if rounding.grouped else fits_cutlass
     odd = [f"{end} of {rows:,} x {columns:,}" for end, rows, columns in sorted(dense) if not fits(rows, columns)]
     wide = [size for size in sorted(experts) if size % 128]
-    found = [f"{', '.join(odd)}: {SHAPES[name]}"] if odd else []
+    lost = random_experts(config, name, kept) if config.family_record.transformers else ""
+    found = ([lost] if lost else []) + ([f"{', '.join(odd)}: {SHAPES[name]}"] if odd else [])
     if wide and rounding.grouped:
         found.append(
             f"experts read {wide[0]:,} numbers, no multiple of 128: vLLM's Marlin kernel takes no such experts in 4"

@@ -144,11 +144,11 @@ def has_own_head(path: Path, config: HybridConfig) -> bool:
     for header in read_headers(weight_files(path)) if (path / SINGLE).exists() or (path / INDEX).exists() else ():
         headers[published_name(config, header.name.removesuffix(PACKED))] = header
     head, table = (headers.get(str(outer[name])) for name in ("lm_head.weight", "embeddings.weight"))
-    if head is None or table is None or not {head.dtype, table.dtype} <= {*DTYPES}:
-        return head is not None
-    blocks = row_blocks((config.vocab_size, config.hidden_size), DTYPES[table.dtype])
-    one, other = (StoredPlace(each.file, each.name, DTYPES[each.dtype]) for each in (head, table))
-    return any(not torch.equal(one.rows(*rows), other.rows(*rows)) for rows in blocks)
+    shape = (config.vocab_size, config.hidden_size)
+    if not (head and table) or not {head.dtype, table.dtype} <= {*DTYPES} or {head.shape, table.shape} != {shape}:
+        return head is not None  # `check_tensor` says what is wrong with it
+    both = [StoredPlace(each.file, each.name, DTYPES[each.dtype]) for each in (head, table)]
+    return any(not torch.equal(*(each.rows(*rows) for each in both)) for rows in row_blocks(shape, both[1].dtype))
 
 
 def lacks_ahead(path: Path) -> bool:

@@ -103,8 +103,7 @@ def write_export(
     config.
     """
     checkpoint = open_checkpoint(source)
-    check_config_files(source, checkpoint.config)
-    check_tokenizer(source)
+    check_files(source, checkpoint.config)
     write_checkpoint(
         folder,
         checkpoint.config,
@@ -171,6 +170,12 @@ def said(error: Exception) -> str:
     """What an error of transformers says, as one line, cut short."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def check_files(source: Path, config: HybridConfig) -> None:
+    """Raises InputError where readers of an export would not take what goes into its folder beside the weights."""
+    check_config_files(source, config)
+    check_tokenizer(source)
 
 
 def check_config_files(source: Path, config: HybridConfig) -> None:

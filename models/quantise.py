@@ -25,14 +25,14 @@ from .checkpoint import Checkpoint, open_checkpoint, stream_rows
 from .companions import companions, copy_companions
 from .config import HybridConfig
 from .errors import CheckFailed, InputError
-from .export import divergence, logits_of, relative_rms, state_length
+from .export import check_files, divergence, logits_of, relative_rms, state_length
 from .families.family import scattered, stored_tensors, tensor_table_of
 from .folder import write_json
 from .rounding import ROUNDINGS, Rounding
 from .shards import SHARD_BYTES, check_disk, shared_out, write_index
 from .streamed import open_streamed
 from .tensors import Form, TensorFile
-from .tokenizer import check_tokenizer, state_begin
+from .tokenizer import state_begin
 
 F8 = torch.float8_e4m3fn
 AHEAD = "mtp."  # how the layers of multi-token prediction begin, which stay
@@ -283,7 +283,7 @@ def write_quantised(
     checkpoint, rounding = open_checkpoint(source), ROUNDINGS[name]
     config = checkpoint.config
     names = rounded_names(config, rounding, kept)
-    check_tokenizer(source)
+    check_files(source, config)
     group = group_of(config, names) if rounding.grouped else None
     content = config.to_hf() | {"torch_dtype": "bfloat16"}
     content |= {"quantization_config": scheme_of(config, names, rounding, group)}

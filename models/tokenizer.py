@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from .backend import added_ids, open_backend, put_before, state_of
 from .checkpoint import load_config
 from .config import HybridConfig
 from .errors import InputError
-from .folder import write_json
+from .folder import sync, write_json
 from .foreign import LARGEST_WIDTH, SETTINGS, read_object
 
 log = logging.getLogger("limbeck")
@@ -36,7 +37,7 @@ PATTERN = r"[^\r\n\p{L}\p{N}_]?[\p{L}_]+|\p{N}{1,3}|[\r\n]+[ \t]*| ?[^\s\p{L}\p{
 class Tokenizer:
     """A folder's tokenizer.json with the ids of its special tokens (`bos_token_id` is None where it has none, as
     Qwen3's). A text begins with the ids `begin` and ends with `end`: what the post-processor adds, often nothing.
-    `token_bytes` [V]: see `byte_counts`.
+    `special_ids` are those that the file marks so and those that have a name here: to transformers both are special.
     """
 
     def __init__(
@@ -50,6 +51,9 @@ class Tokenizer:
         self.bos_token_id = None if bos is None else self.special(bos, "bos_token")
         self.eos_token_id = self.special(eos, "eos_token")
         self.pad_token_id = self.eos_token_id if pad is None else self.special(pad, "pad_token")
+        named = {number for number in (self.bos_token_id, self.eos_token_id, self.pad_token_id) if number is not None}
+        marked = {number for number, whole in backend.get_added_tokens_decoder().items() if whole.special}
+        self.special_ids = frozenset(named | marked)
 
     def framed(self, text: str) -> list[int]:
         """A text's token ids with those that the tokenizer adds: what transformers and vLLM make of it."""
@@ -64,7 +68,10 @@ class Tokenizer:
 
     @property
     def token_bytes(self) -> Tensor:
-        return byte_counts(self.backend)
+        """UTF-8 bytes of text that each token stands for within a text [V], 0 for special ones; see `byte_counts`."""
+        counts = byte_counts(self.backend).clone()
+        counts[list(self.special_ids)] = 0
+        return counts
 
     def special(self, text: str | None, name: str) -> int:
         number = None if text is None else self.backend.token_to_id(text)
@@ -80,7 +87,12 @@ class Tokenizer:
         return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        left_out = self.special_ids if skip_special_tokens else frozenset()
+        return self.backend.decode([token for token in ids if token not in left_out], skip_special_tokens=False)
+
+    def decode_within(self, ids: Iterable[int]) -> str:
+        """The text that tokens add to a text in the midst of it; see `texts_within`."""
+        return texts_within(self.backend, [list(ids)])[0]
 
 
 @functools.lru_cache(maxsize=8)
@@ -91,11 +103,11 @@ def vocabulary_size(backend: tokenizers.Tokenizer) -> int:
 
 @functools.lru_cache(maxsize=8)
 def byte_counts(backend: tokenizers.Tokenizer) -> Tensor:
-    """UTF-8 bytes of text that each token stands for within a text [V], 0 for special ones: what the decoder gives back
-    for it, not how it is spelled. (`<0xE6>` of a SentencePiece vocabulary is a byte, its "\u2581" a space.)
+    """UTF-8 bytes of text that each token stands for within a text [V]: what the decoder gives back for it, not how it
+    is spelled. (`<0xE6>` of a SentencePiece vocabulary is a byte, its "\u2581" a space.)
 
-    A byte-level vocabulary spells a byte with one character, and needs no decoding; of the others each token is decoded
-    after another one, since decoders take a space away at the beginning. That one space of a text is counted too.
+    A byte-level vocabulary spells a byte with one character, and needs no decoding; of the others the one space that is
+    taken away at the beginning of a text is counted, too.
     """
     vocabulary, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
     kinds = decoder_kinds(json.loads(backend.to_str()).get("decoder"))
@@ -108,16 +120,27 @@ def byte_counts(backend: tokenizers.Tokenizer) -> Tensor:
             counts[number] = len(whole.content.encode())
     else:
         numbers = list(vocabulary.values())
-        first = next(
-            (number for token, number in vocabulary.items() if token.isalpha() and token.isascii()), numbers[0]
-        )
-        alone, *texts = backend.decode_batch([[first, first], *([first, number, first] for number in numbers)],
-                                             skip_special_tokens=False)  # fmt: skip
-        counts[numbers] = [max(0, len(text.encode()) - len(alone.encode())) for text in texts]
+        counts[numbers] = [len(text.encode()) for text in texts_within(backend, [[number] for number in numbers])]
         if "ByteFallback" in kinds:
             counts[[number for token, number in vocabulary.items() if BYTE.fullmatch(token)]] = 1
-    counts[[number for number, whole in added.items() if whole.special]] = 0
     return torch.from_numpy(counts)
+
+
+def texts_within(backend: tokenizers.Tokenizer, many: Sequence[Sequence[int]]) -> list[str]:
+    """The text of some tokens each, special ones too, between two others: decoders take a space away at the beginning
+    or at the end, and a text that begins with a space, or is nothing else, would lose it."""
+    other = plain_token(backend)
+    alone, twice, *texts = backend.decode_batch([[other], [other, other], *([other, *ids, other] for ids in many)],
+                                                skip_special_tokens=False)  # fmt: skip
+    return [text[len(alone) : len(text) - (len(twice) - len(alone))] for text in texts]
+
+
+@functools.lru_cache(maxsize=8)
+def plain_token(backend: tokenizers.Tokenizer) -> int:
+    """A token of letters alone."""
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    letters = [number for token, number in vocabulary.items() if token.isalpha() and token.isascii()]
+    return min(letters or vocabulary.values())
 
 
 def decoder_kinds(decoder: Any) -> set[str]:
@@ -185,7 +208,15 @@ def state_begin(folder: Path) -> None:
     if path.is_file() and trained_with_bos(open_backend(path), tokenizer_settings(folder)):
         backend = tokenizers.Tokenizer.from_file(str(path))
         put_before(backend, BOS)
-        backend.save(str(path))
+        save_backend(backend, path)
+
+
+def save_backend(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """Writes a tokenizer.json through a temporary file."""
+    temporary = path.with_name(path.name + ".partial")
+    backend.save(str(temporary))
+    sync(temporary)
+    os.replace(temporary, path)
 
 
 @functools.lru_cache(maxsize=64)
@@ -233,7 +264,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
     )
     backend.train_from_iterator(texts, trainer)
     put_before(backend, BOS)
-    backend.save(str(folder / "tokenizer.json"))
+    # tokenizer.json comes last: where it is, both files are whole.
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -244,6 +275,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
             "clean_up_tokenization_spaces": False,
         },
     )
+    save_backend(backend, folder / "tokenizer.json")
     return load_tokenizer(folder)
 
 

@@ -13,6 +13,7 @@ import torch
 from ..models.checkpoint import Checkpoint, open_checkpoint
 from ..models.config import HybridConfig
 from ..models.errors import InputError
+from ..models.export import check_files
 from ..models.families.family import stored_tensors
 from ..models.folder import write_json
 from ..models.foreign import read_object
@@ -121,6 +122,7 @@ def plan_rounding(
             f" {form} rounds; keep fewer"
         )
     if how.needs_data:
+        check_files(source, config)
         scratch.mkdir(exist_ok=True)
     if how.measures:
         measured = Measured(source, names, rounding, scratch / "sensitivity.json")

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 
 from ..distill.gap.evaluation import Details, answer_probes, continue_texts, draw_probes, gap_content, load_models
 from ..distill.gap.kept import Kept
-from ..distill.gap.measure import TEACHER, measure_gap
+from ..distill.gap.measure import TEACHER, check_names, measure_gap
 from ..distill.gap.probes import check_probes
 from ..distill.gap.tasks import Tasks, answer_tasks, plan_tasks
 from ..distill.gap.token_groups import group_tokens
@@ -72,6 +72,7 @@ class Options(Multiplied):
     def __post_init__(self) -> None:
         for name in {TEACHER, "data", "scores"} & self.student.keys():
             raise InputError(f"student.{name} stands for what {name}= is; give the student another name")
+        check_names(self.student)
 
     @property
     def suites(self) -> Tasks:

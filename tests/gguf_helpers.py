@@ -96,12 +96,17 @@ GRANITE_EXPERTS = {
 NO_MAMBA = {"mamba_num_heads": 0, "mamba_head_dim": 0, "n_groups": 0, "ssm_state_size": 0, "rope_theta": 10000.0}
 STRETCHED = {"llama3": Llama3Rope(8.0, 1.0, 4.0, 32), "yarn": YarnRope(4.0, 64)}
 WIDE = {"pattern": "ME*EM", "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64}
+ONE_EXPERT = {"n_routed_experts": 1, "num_experts_per_tok": 1}
+GROUPS = {"n_routed_experts": 8, "n_group": 4, "num_experts_per_tok": 3}
 # What a folder is called -> its family, its pre-tokenizer, and what its config has of its own.
 FOLDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nemotron_h": ("nemotron_h", "tekken", {"eos_token_id": (2, 3)}),
     "nemotron_h-tied": ("nemotron_h", "gpt-2", {"tie_word_embeddings": True, "conv_bias": False}),
     "nemotron_h-experts": ("nemotron_h", "gpt-2", EXPERTS | WIDE),
     "nemotron_h-latent": ("nemotron_h", "gpt-2", EXPERTS | WIDE | {"moe_latent_size": 32, "norm_topk_prob": False}),
+    "nemotron_h-one-expert": ("nemotron_h", "gpt-2", EXPERTS | WIDE | ONE_EXPERT),
+    "nemotron_h-groups": ("nemotron_h", "gpt-2", EXPERTS | WIDE | GROUPS | {"topk_group": 2}),
+    "nemotron_h-all-groups": ("nemotron_h", "gpt-2", EXPERTS | WIDE | GROUPS | {"topk_group": 4}),
     "llama": ("llama", "llama-bpe", {}),
     "llama-biases": ("llama", "smollm", {"attention_bias": True, "tie_word_embeddings": True}),
     "llama-3": ("llama", "llama-bpe", {"rope_scaling": STRETCHED["llama3"]}),

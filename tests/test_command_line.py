@@ -33,6 +33,13 @@ def test_a_student_needs_a_mapping_and_a_path() -> None:
         assert code == 2 and err.count("\n") == 1 and "student.x" in err, err
 
 
+@pytest.mark.parametrize("name", ("teacher", "data", "scores", "prompt"))
+def test_a_student_is_not_named_as_something_else(name: str, tmp_path: Path) -> None:
+    places = ["teacher=zoo", f"student.{name}={tmp_path}", "data=stdlib", f"output={tmp_path / 'out'}"]
+    code, _, err = limbeck("evaluate", *places)
+    assert code == 2 and err.count("\n") == 1 and "stands for" in err and name in err, err
+
+
 def test_evaluate_takes_what_model_takes(workshop: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(workshop / "model", tmp_path / "lr=0.1,s (1) #größe's")
     code, _, err = limbeck(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,29 @@ def test_tokenizer_gives_back_every_text(tokenizer: Tokenizer, text: str) -> Non
     assert tokenizer.decode(ids) == text
     if "<s>" not in text:
         assert int(tokenizer.token_bytes[ids].sum() if ids else 0) == len(text.encode())
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_tokenizer_that_is_there_is_whole(
+    number: int, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any moment of writing: tokenizer.json, by which pretrain knows a finished one, is the last to come."""
+    moments = itertools.count()
+
+    def killed(function: Callable[..., None], *arguments: Any) -> None:
+        if next(moments) == number:
+            raise KeyboardInterrupt
+        function(*arguments)
+
+    for function in (os.replace, os.fsync):
+        monkeypatch.setattr(os, function.__name__, functools.partial(killed, function))
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(TEXTS, 300, tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / "tokenizer.json").exists()
+    train_tokenizer(TEXTS, 300, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tokenizer.folder / "tokenizer.json").read_bytes()
 
 
 def test_tokenizer_is_the_same_twice_and_opens_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:

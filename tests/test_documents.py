@@ -18,13 +18,13 @@ import torch
 from limbeck.distill.text import corpus_cache
 from limbeck.distill.text import resolve as inputs
 from limbeck.distill.text.corpus_cache import cached_corpus, content_digest, corpus_folder
-from limbeck.distill.text.documents import read_documents, split_of
+from limbeck.distill.text.documents import SPLITS, read_documents, split_of
 from limbeck.distill.text.hub import Hub, rows_of
 from limbeck.distill.text.packing import Batch, Corpus, tokenize
 from limbeck.distill.text.records import Document
 from limbeck.models.errors import InputError
 from limbeck.models.tokenizer import Tokenizer, train_tokenizer
-from limbeck.tests.helpers import make_workshop
+from limbeck.tests.helpers import limbeck, make_workshop
 from safetensors import safe_open
 
 TEXTS = [f"# {i}\nvalue = {'x' * (i % 17)} + {i}\n" for i in range(90)]
@@ -194,6 +194,25 @@ def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: Info())
     assert Hub.parse("hf:a/b:c").resolved().text == f"hf:a/b@{COMMIT}:c:train"
+
+
+def test_names_of_files_that_are_not_utf8(workshop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each is a document of a name of its own that can be hashed and written; other names stay, and so do splits."""
+    (folder := tmp_path / "odd").mkdir()
+    names = [b"n\xff%d.txt" % number for number in range(8)] + [b"n\xff.txt", rb"n\xff\xff.txt", b"n\xff\\xff.txt"]
+    names += ["größe.txt".encode(), rb"a\b.txt", b"z\xfe.bin"]
+    for number, name in enumerate(names):
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_text(f"text {number}\n" * 40)
+    found = {document.name: document.text for document in read_documents(str(folder))}
+    assert len(found) == len(names) - 1 and {r"n\xff0.txt", "größe.txt", r"a\b.txt"} <= found.keys()
+    assert all(name.encode() and split_of(name) in SPLITS for name in found)
+    small = ["tokens=256", "seq_len=32", "batch=2", "details.prompts=0", "details.resamples=20", "split=train"]
+    code, _, err = limbeck("evaluate", f"teacher={workshop / 'model'}", f"student.s={workshop / 'model'}",
+                           f"data={folder}", f"output={tmp_path / 'gap'}", *small)  # fmt: skip
+    assert code == 0, err
+    assert r"z\xfe.bin" in caplog.text  # what was skipped
+    windows = json.loads((tmp_path / "gap" / "gap.json").read_text())["worst"]["s"]
+    assert windows and {window["document"] for window in windows} <= found.keys()
 
 
 def test_a_list_of_texts_is_data(workshop: Path) -> None:

@@ -16,6 +16,7 @@ from limbeck.models.checkpoint import load_config, load_model, open_checkpoint, 
 from limbeck.models.errors import InputError
 from limbeck.models.hybrid import HybridLM
 from limbeck.models.tokenizer import train_tokenizer
+from limbeck.prune import rounding_plan
 from limbeck.scripts import export as command
 from limbeck.tests.helpers import limbeck, random_model, tiny_config
 from safetensors.torch import load_file, save_file
@@ -189,6 +190,28 @@ def test_files_that_transformers_does_not_take(
     code, _, err = limbeck("export", f"model={model}", f"output={tmp_path / 'out'}")
     assert code == 2 and f"{file}: transformers {transformers.__version__}" in err and err.count("\n") == 1, err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("form", ("fp8", "w8a8", "w4a16"))
+@pytest.mark.parametrize("file", ("config.json", "generation_config.json"))
+def test_rounded_exports_look_at_the_same_files(
+    form: str, file: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is calibrated."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    known = json.loads((model / file).read_text()) if (model / file).exists() else {}
+    (model / file).write_text(json.dumps(known | {"id2label": [1], "max_new_tokens": 0}))
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("def f(x):\n    return x\n" * 30)
+    given = ("export", f"model={model}", f"output={tmp_path / 'out'}", f"format={form}")
+    monkeypatch.setattr(rounding_plan, "calibrate", lambda *given, **more: pytest.fail("calibration began"))
+    for words in ((), (f"data={tmp_path / 'text'}", "seq_len=32", "evaluate_tokens=0")):
+        code, _, err = limbeck(*given, *words)
+        assert code == 2 and f"{model / file}: transformers {transformers.__version__}" in err, err
+        assert err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", ("hf", "gguf", "fp8"))

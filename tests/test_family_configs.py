@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +14,12 @@ import pytest
 from limbeck.models.checkpoint import save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.errors import InputError
+from limbeck.models.families.known import FAMILIES
 from limbeck.models.hybrid import HybridLM
-from limbeck.tests.helpers import (
-    dense_config,
-)
+from limbeck.models.kinds import KINDS
+from limbeck.tests.family_draws import falcon_config, granite_config, nemotron_config, stretched_config
+from limbeck.tests.helpers import dense_config, random_config
+from limbeck.tests.puzzle_config import puzzle
 
 DENSE = ("llama", "qwen3")
 
@@ -63,6 +70,50 @@ def test_a_silent_config_is_transformers_default() -> None:
     assert HybridConfig.from_hf({"model_type": "llama", **least, "eos_token_id": None}).eos_token_id is None
 
 
+def configs_of(seed: int) -> list[HybridConfig]:
+    """One of each family, everything that matters drawn, with and without layers of each kind."""
+    own = [falcon_config(seed), granite_config(seed), granite_config(seed, experts=True), nemotron_config(seed)]
+    own += [nemotron_config(seed, latent=True), random_config(seed), stretched_config(seed), stretched_config(seed + 1)]
+    assert FAMILIES.keys() == {config.family for config in own} | {"nemotron_h_puzzle"}
+    return [*own, HybridConfig.from_hf(puzzle())]
+
+
+def changes_of(config: HybridConfig) -> Iterator[dict[str, Any]]:
+    """Zero, and another value, of every field that the config.json of a config speaks of."""
+    content, kinds = config.to_hf(), {*KINDS.values()} - {*config.kinds}
+    unused = {field for kind in kinds for field in (*kind.fields, *kind.optional)}
+    unused -= {field for kind in config.kinds for field in (*kind.fields, *kind.optional)}
+    for field, names in config.family_record.spellings.items():
+        value = getattr(config, field)
+        if field not in unused and any(name in content for name in names):
+            others = {bool: (not value,), int: (0, 1, 7), float: (0.0, 0.25)}.get(type(value), (0, 7))
+            yield from ({field: other} for other in others)
+    yield from ({"eos_token_id": other} for other in (None, (0, 3)))
+    for each in dataclasses.fields(config.multipliers):
+        if each.name != "mamba_parts":
+            zero: dict[str, Any] = {each.name: 0.0}
+            with contextlib.suppress(InputError):  # of several 0 leaves nothing
+                yield {"multipliers": dataclasses.replace(config.multipliers, **zero)}
+    if config.mamba_num_heads:
+        yield from ({"dt_limit": limit} for limit in ((0.0, 0.5), (0.25, math.inf), (0.25, 0.5)))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_number_is_read_as_it_was_written(seed: int) -> None:
+    """Zeros, too: where a file were silent of one that is not a reader's default, another number would be read."""
+    seen: dict[str, int] = {}
+    for config in configs_of(seed):
+        for change in changes_of(config):
+            try:
+                changed = config.replace(**change)
+                content = json.loads(json.dumps(changed.to_hf()))
+            except InputError:
+                continue
+            assert HybridConfig.from_hf(content) == changed, change
+            seen |= {field: seen.get(field, 0) + 1 for field in change}
+    assert seen["norm_eps"] == 18 and seen["max_position_embeddings"] == 27 and seen["multipliers"] == 9
+
+
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -82,6 +133,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_slow": 40}}, "beta_slow 40"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}, "rope_parameters": {"rope_theta": 12345.0}}, "different"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor 1.0"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": "long"}, "original_max_position_embeddings"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": math.inf}, "is inf; expected a whole number"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 0}, "original_max_position_embeddings 0"),
         ({"rope_scaling": LLAMA3 | {"factor": "eight"}}, 'rope_scaling.factor is "eight"'),
         ({"attention_bias": 1}, "attention_bias is 1"),
         ({"use_sliding_window": True}, "sliding"),

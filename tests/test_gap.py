@@ -203,8 +203,9 @@ def test_recovery_only_where_pruning_lost_something() -> None:
 def test_odd_input_is_refused() -> None:
     found = models()
     teacher = found["teacher"]
-    with pytest.raises(InputError, match="named 'teacher'"):
-        measure_gap(teacher, {"teacher": teacher}, [draw_long_documents(0)])
+    for name in ("teacher", "prompt"):  # as the samples have the model's text and what comes before it
+        with pytest.raises(InputError, match=f"named '{name}', which stands for the {name}"):
+            measure_gap(teacher, {name: teacher}, [draw_long_documents(0)])
     with pytest.raises(InputError, match="vocabulary"):
         measure_gap(
             teacher, {"x": random_model(tiny_config(vocab_size=50), 1, torch.float32)}, [draw_long_documents(0)]

@@ -14,10 +14,11 @@ import pytest
 import torch
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
 from limbeck.models.gguf import file
-from limbeck.models.gguf.layout import Entry, entries
+from limbeck.models.gguf.layout import Entry, entries, numbers_of
 from limbeck.models.gguf.pretokenizers import KNOWN, pre_tokenizer
+from limbeck.models.multipliers import Multipliers
 from limbeck.models.tokenizer import load_tokenizer
-from limbeck.tests.gguf_helpers import gguf_config, write_folder, write_tokenizer
+from limbeck.tests.gguf_helpers import GROUPS, WIDE, gguf_config, write_folder, write_tokenizer
 from limbeck.tests.helpers import EXPERTS, limbeck, moe_config, random_model, tiny_config
 from torch import Tensor
 
@@ -79,8 +80,9 @@ def test_experts(root: Path) -> None:
     reader = exported(source, root / "experts", "q8_0")
     content, kinds = values_of(reader), {each.name: each.tensor_type.name for each in reader.tensors}
     expected = {"expert_count": 6, "expert_used_count": 2, "expert_weights_scale": 2.5, "expert_weights_norm": False,
-                "feed_forward_length": [0, 32, 0, 32, 0], "moe_latent_size": 32, "expert_group_count": 1}  # fmt: skip
+                "feed_forward_length": [0, 32, 0, 32, 0], "moe_latent_size": 32}  # fmt: skip
     assert content | {f"nemotron_h_moe.{key}": value for key, value in expected.items()} == content
+    assert "nemotron_h_moe.expert_group_count" not in content  # with which llama.cpp aborts where it has no choice
     assert kinds["blk.1.ffn_up_exps.weight"] == "Q8_0"
     assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.exp_probs_b.bias"] == "F32"
     shapes = {each.name: tuple(reversed(each.shape.tolist())) for each in reader.tensors}
@@ -134,6 +136,26 @@ def test_ids_of_no_token_are_left_out(root: Path, tmp_path: Path) -> None:
     assert "tokenizer.ggml.eom_token_id" not in found
 
 
+def test_every_token_that_ends_a_text_is_said(root: Path, tmp_path: Path) -> None:
+    """The tokenizer's eos, then config.json's, then those of generation_config.json, as `generate` stops at them; for
+    more than a file has keys there is a caution. What the tokenizer is silent of is config.json's."""
+    source = source_of(root, "qwen3")  # whose tokenizer has no bos
+    shutil.copytree(source, tmp_path / "model")
+    content = json.loads((source / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content | {"eos_token_id": 7, "bos_token_id": 5}))
+    reader = exported(tmp_path / "model", tmp_path / "one")
+    found = {key.removeprefix("tokenizer.ggml."): value for key, value in values_of(reader).items()}
+    expected = {"eos_token_id": 2, "eot_token_id": 7, "bos_token_id": 5, "add_bos_token": False}
+    assert found | expected == found and "eom_token_id" not in found
+    assert "cautions" not in json.loads((tmp_path / "one" / "export.json").read_text())
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 2, 9]}))
+    found = values_of(exported(tmp_path / "model", tmp_path / "four"))
+    assert [found[f"tokenizer.ggml.{key}"] for key in ("eos_token_id", "eot_token_id", "eom_token_id")] == [2, 7, 3]
+    told = json.loads((tmp_path / "four" / "export.json").read_text())
+    assert "does not end at 9 (`" in told["cautions"][0] and told["gguf"]["same_text"]
+    assert "does not end at 9 (`" in (tmp_path / "four" / "README.md").read_text()
+
+
 def test_queries_and_keys_of_llama_are_interleaved(root: Path) -> None:
     source = source_of(root, "llama-biases")
     tensors = tensors_of(exported(source, root / "biases"))
@@ -154,7 +176,7 @@ def test_positions(root: Path) -> None:
     content = values_of(exported(source_of(root, "qwen3-yarn"), root / "yarn-out"))
     expected = {"qwen3.rope.scaling.type": "yarn", "qwen3.rope.scaling.factor": 4.0,
                 "qwen3.rope.scaling.original_context_length": 64, "tokenizer.ggml.add_bos_token": False}  # fmt: skip
-    assert content | expected == content and "tokenizer.ggml.bos_token_id" not in content
+    assert content | expected == content and content["tokenizer.ggml.bos_token_id"] == 1  # config.json's
 
 
 @pytest.mark.parametrize("name", ("nemotron_h-tied", "qwen3"))
@@ -186,6 +208,19 @@ def test_rows_that_no_block_fills_are_bfloat16(tmp_path: Path) -> None:
         each.name: each.tensor_type.name for each in exported(tmp_path / "model", tmp_path / "out", "q8_0").tensors
     }
     assert kinds["blk.0.ffn_down.weight"] == "BF16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_small_numbers_in_q8_0(root: Path, tmp_path: Path) -> None:
+    """A block whose step is subnormal in float16 is as near as such a step can be."""
+    model = load_model(source_of(root, "llama"))
+    with torch.no_grad():
+        for row, size in enumerate((1e-3, 3e-4, 1e-4, 1e-5, 1e-6, 1e-7)):  # as of tokens that were never trained
+            model.embeddings.weight[10 * row : 10 * row + 10] = torch.randn(10, 64).bfloat16() * size
+    save_model(model, tmp_path / "model", tokenizer_from=root / "llama")
+    assert {each.tensor_type.name for each in exported(tmp_path / "model", tmp_path / "out", "q8_0").tensors} == {
+        "Q8_0",
+        "F32",
+    }
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -272,6 +307,34 @@ def test_what_cannot_be_written(root: Path, tmp_path: Path, monkeypatch: pytest.
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "gguf", None)
         refused("pip install 'limbeck[gguf]'", out, 2, model, "format=gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    (
+        ("qwen3", {"attention_bias": True}, "qwen3 has no bias after attention"),
+        ("nemotron_h", {"pattern": "*-*-"}, "no layer is Mamba-2"),
+        ("nemotron_h", EXPERTS | {"pattern": "*E*E"}, "no layer is Mamba-2"),
+        ("granitemoehybrid", {"multipliers": Multipliers(attention=0.0)}, "attention.scale is 0"),
+        ("granitemoehybrid", {"multipliers": Multipliers(embedding=0.0)}, "embedding_scale is 0"),
+        ("granitemoehybrid", {"multipliers": Multipliers(attention=1e-60)}, "attention.scale is 1e-60"),
+    ),
+)
+def test_what_llama_cpp_does_not_run(
+    family: str, changes: dict[str, Any], says: str, root: Path, tmp_path: Path
+) -> None:
+    """Found in llama.cpp by `make test-clients`' helpers: it refuses the file, aborts, or reads another number."""
+    config = gguf_config(family, 400, **changes)
+    save_model(random_model(config, 0, torch.float32), tmp_path / "model", tokenizer_from=source_of(root, "llama"))
+    refused(says, tmp_path / "out", 2, f"model={tmp_path / 'model'}", "format=gguf", "dtype=float32")
+
+
+@pytest.mark.parametrize(("used", "said"), ((1, True), (2, True), (4, False)))
+def test_groups_of_experts_are_said_where_there_is_a_choice(used: int, said: bool) -> None:
+    """llama.cpp aborts on groups of which all are chosen."""
+    config = gguf_config("nemotron_h", 400, **EXPERTS | WIDE | GROUPS | {"topk_group": used, "num_experts_per_tok": 2})
+    numbers = numbers_of(config)
+    assert ("expert_group_count" in numbers) == said == ("expert_group_used_count" in numbers)
 
 
 def test_a_failed_check_leaves_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from limbeck.models.checkpoint import load_model, save_model
 from limbeck.models.config import HybridConfig
 from limbeck.models.cost.parameters import count_active, count_parameters
 from limbeck.models.errors import InputError
@@ -19,6 +22,7 @@ from limbeck.prune.target import Target, with_widths
 from limbeck.prune.width_metrics import RandomScores
 from limbeck.tests.family_draws import granite_config
 from limbeck.tests.family_helpers import check_parity, some_slow
+from limbeck.tests.helpers import assert_close, random_model
 from limbeck.tests.search_helpers import candidates_of
 
 
@@ -58,6 +62,29 @@ def test_public_spellings_are_read() -> None:
     assert turned.rope_theta == 10000 and turned.to_hf()["position_embedding_type"] == "rope"
     dense = HybridConfig.from_hf(public(layer_types=["attention"] * 3))
     assert dense.mamba_num_heads == 0 and HybridConfig.from_hf(dense.to_hf()) == dense
+
+
+@pytest.mark.parametrize("said", (None, "absent"))
+def test_an_attention_multiplier_that_is_not_said(said: str | None, tmp_path: Path) -> None:
+    """Of null transformers' attention makes 1 / sqrt(head_dim), of nothing 1."""
+    transformers = pytest.importorskip("transformers")
+    config = HybridConfig.from_hf(public(attention_multiplier=said))
+    assert config.multipliers.attention == (1.0 if said else None)
+    save_model(random_model(config, 1, torch.float32), tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert content["attention_multiplier"] == (1.0 if said else 8**-0.5)
+    content |= {"attention_multiplier": None}
+    if said:
+        del content["attention_multiplier"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids, ours = torch.arange(1, 30)[None], load_model(tmp_path / "model")
+    save_model(ours, tmp_path / "again")
+    with torch.no_grad():
+        for model in (ours, load_model(tmp_path / "again")):
+            assert_close("logits", theirs(ids, use_cache=False).logits, model(ids), 1e-5)
+    alone = HybridConfig.from_hf(public(attention_multiplier=said, layer_types=["mamba"] * 3))
+    assert HybridConfig.from_hf(alone.to_hf()) == alone
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def test_every_spelling_is_read_alike(other: dict[str, Any]) -> None:
         ({"mlp_hidden_act": "gelu"}, "gelu"),
         ({"model_type": "bert"}, "bert"),
         ({"n_groups": 2, "mamba_n_groups": 4}, "different things"),
+        ({"layer_norm_epsilon": None, "rms_norm_eps": 1e-3}, "transformers takes 1e-05; give layer_norm_epsilon"),
     ),
 )
 def test_wrong_configs_are_refused(change: dict[str, Any], said: str) -> None:

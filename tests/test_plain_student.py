@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from limbeck.distill.report.gap_sections import cards
 from limbeck.models.checkpoint import load_config
 from limbeck.scripts.compress import Options
 from limbeck.scripts.run.compose import build, compose_config
-from limbeck.scripts.run.rounds import student_folders
+from limbeck.scripts.run.rounds import from_plain, student_folders
 from limbeck.tests.helpers import limbeck, make_workshop
 
 
@@ -30,14 +31,32 @@ def test_the_last_round_alone_has_a_plain_student() -> None:
     assert list(plan[0].ways(False)) == ["pruned"]
 
 
-def entropies(**values: float) -> dict[str, Any]:
-    return {"models": {name: {"cross_entropy": {"value": value}} for name, value in values.items()}}
+def gap_of(width: float | None, **values: float) -> dict[str, Any]:
+    """What is read of a gap.json whose intervals reach as far to both sides."""
+
+    def estimate(value: float) -> dict[str, float | None]:
+        low, high = (None, None) if width is None else (value - width, value + width)
+        return {"value": value, "low": low, "high": high}
+
+    differences = [
+        {"first": first, "second": second, "cross_entropy": estimate(values[second] - values[first])}
+        for first, second in itertools.combinations(values, 2)
+    ]
+    return {"models": {name: {"cross_entropy": estimate(value)} for name, value in values.items()},
+            "differences": differences}  # fmt: skip
 
 
 def test_what_is_won_back() -> None:
-    assert won_back(entropies(teacher=2.0, plain=3.0, pruned=2.4, distilled=2.25)) == pytest.approx(0.75)
-    assert won_back(entropies(teacher=2.0, pruned=2.4, distilled=2.25)) is None
-    assert won_back(entropies(teacher=2.0, plain=2.0, pruned=2.4, distilled=2.25)) is None
+    """Nothing is told where the selection lost nothing, or no more than chance would have it; see `recovered`."""
+    values = {"teacher": 2.0, "plain": 3.0, "pruned": 2.4, "distilled": 2.25}
+    assert won_back(gap_of(0.9, **values)) == pytest.approx(0.75)
+    assert won_back(gap_of(None, **values)) == pytest.approx(0.75)  # one document, as recovery
+    assert won_back(gap_of(1.1, **values)) is None
+    assert won_back(gap_of(0.0, **values | {"plain": 2.0})) is None
+    assert won_back(gap_of(0.1, **values | {"plain": 1.5})) is None
+    for absent in ("plain", "distilled"):
+        assert won_back(gap_of(0.1, **{name: values[name] for name in values if name != absent})) is None
+    assert from_plain(gap_of(0.9, **values)) and from_plain(gap_of(1.1, **values)) == ""
 
 
 @pytest.mark.slow

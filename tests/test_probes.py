@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from limbeck.distill.gap.probes import KINDS, Probe, check_probes, make_probe, retrieve, text_from
 from limbeck.distill.text.packing import Corpus, tokenize
@@ -16,6 +19,7 @@ from limbeck.models.errors import InputError
 from limbeck.models.generate.generate import generate
 from limbeck.models.tokenizer import Tokenizer, load_tokenizer
 from limbeck.scripts.run.resolve import ZOO
+from limbeck.tests.tokenizer_helpers import byte_level, saved, sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +50,32 @@ def test_the_answer_follows_from_the_text(kind: str, length: int, corpus: Corpus
         steps = 0
         while value in facts:
             value, steps = facts[value], steps + 1
-        assert answer == f" {value}" and steps == (4 if kind == "variables" else 1)
+        assert answer == f" = {value}" and steps == (4 if kind == "variables" else 1)
         texts.append(text)
     assert len(set(texts)) == 8
     again = np.random.default_rng(0)
     assert tokenizer.decode(make_probe(kind, length, corpus, tokenizer, again).ids.tolist()) == texts[0]
+
+
+@pytest.mark.parametrize("maker", (sentencepiece, byte_level, None))
+@pytest.mark.parametrize("kind", ("needle", "multi-key"))
+def test_whoever_copies_the_fact_answers(
+    kind: str, maker: Callable[[], tokenizers.Tokenizer] | None, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """The question and its answer are spelled as the fact is: of SentencePiece's tokenizers, which put a space before
+    a text, of byte-level ones, and of the shipped one, of which " = " is one token."""
+    words = tokenizer if maker is None else load_tokenizer(saved(maker(), tmp_path / "words"))
+    corpus = tokenize([Document("a.py", "import os\nprint('file')\n" * 80)], words)
+    draw = np.random.default_rng(0)
+    for _ in range(8):
+        ids = (probe := make_probe(kind, 400, corpus, words, draw)).ids.tolist()
+        text = words.decode(ids)
+        line = text[text.rindex("\n") :]
+        size = next(size for size in range(probe.answer, 400) if words.decode([ids[0], *ids[-size:]]).endswith(line))
+        found = ids[-size:]
+        facts = [place for place in range(400 - size) if ids[place : place + size] == found]
+        assert len(facts) == 1 and "  " not in line and line.endswith(words.decode(ids[-probe.answer :]))
+        assert found == words.encode("x" + line)[len(words.encode("x")) :]
 
 
 def test_no_more_is_read_than_a_probe_takes(corpus: Corpus, tokenizer: Tokenizer) -> None:

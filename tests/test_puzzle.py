@@ -53,6 +53,17 @@ def test_a_config_is_read_and_written(config: HybridConfig) -> None:
     assert uniform.pattern == "ME*EEE" and uniform.variants == () and uniform.to_hf()["block_configs"] == same
 
 
+@pytest.mark.parametrize("steps", ({}, {"num_nextn_predict_layers": 0}, {"num_nextn_predict_layers": None}))
+def test_blocks_of_steps_that_are_not_there(steps: dict[str, Any], config: HybridConfig) -> None:
+    """Widths of their own are no variants of the model's."""
+    ahead = [{"block_type": "attention"}, {**puzzle()["block_configs"][1], "moe_intermediate_size": 28}]
+    found = HybridConfig.from_hf(puzzle(mtp_block_configs=ahead, **steps))
+    assert found == config and found.mtp_steps == 0
+    assert "mtp_block_configs" not in found.to_hf()
+    with pytest.raises(InputError, match="mtp_block_configs is no list"):
+        HybridConfig.from_hf(puzzle(mtp_block_configs=[{}], **steps))
+
+
 def test_the_least_number_of_layers_of_experts_holds(config: HybridConfig) -> None:
     left = {"moe": 3}
     for seed in range(8):

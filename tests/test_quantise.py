@@ -10,9 +10,13 @@ import torch
 from limbeck.models import quantise
 from limbeck.models.cautions import format_cautions
 from limbeck.models.checkpoint import load_model, open_checkpoint, save_model
+from limbeck.models.config import HybridConfig
+from limbeck.models.families.known import FAMILIES
 from limbeck.models.hybrid import HybridLM
+from limbeck.tests.family_draws import falcon_config
 from limbeck.tests.gguf_helpers import gguf_config, write_tokenizer
 from limbeck.tests.helpers import EXPERTS, assert_close, limbeck, random_model
+from limbeck.tests.puzzle_config import puzzle
 from safetensors.torch import load_file
 
 pytest.importorskip("compressed_tensors")
@@ -29,8 +33,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "nemotron_h": {},
         "experts": EXPERTS
         | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64, "mtp_steps": 1, "mtp_pattern": "*E"},
-    }.items():
-        config = gguf_config("nemotron_h" if family == "experts" else family, size, **changes)
+        "granitemoehybrid": {},
+        "falcon_h1": {"hidden_size": 64, "intermediate_size": 96, "mamba_num_heads": 8, "mamba_head_dim": 8,
+                      "vocab_size": size},
+    }.items():  # fmt: skip
+        if family == "falcon_h1":
+            config = falcon_config(1, **changes)
+        else:
+            config = gguf_config("nemotron_h" if family == "experts" else family, size, **changes)
         save_model(model_of(config), root / family, tokenizer_from=root / "words")
     return root
 
@@ -40,9 +50,10 @@ def model_of(config: object) -> HybridLM:
     return random_model(config, 1, torch.float32).bfloat16()  # type: ignore[arg-type]
 
 
-def exported(root: Path, name: str, form: str) -> Path:
-    out = root / f"{name}-{form}"
-    code, text, err = limbeck("export", f"model={root / name}", f"output={out}", f"format={form}", "check_tokens=32")
+def exported(root: Path, name: str, form: str, *options: str) -> Path:
+    out = root / "-".join((name, form, *options))
+    words = (f"model={root / name}", f"output={out}", f"format={form}", "check_tokens=32")
+    code, text, err = limbeck("export", *words, *options)
     assert code == 0 and "in bfloat16" in text, err
     return out
 
@@ -142,6 +153,44 @@ def test_transformers_opens_it(root: Path) -> None:
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         assert_close("logits", theirs(ids, use_cache=False).logits, load_model(out)(ids), 0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "options"),
+    (
+        *((name, form, ()) for name in ("llama", "nemotron_h", "granitemoehybrid", "falcon_h1", "experts")
+          for form in quantise.ROUNDINGS),
+        *(("experts", form, ("keep_layers=[1]",)) for form in quantise.ROUNDINGS),
+    ),
+)  # fmt: skip
+def test_the_card_names_a_program_that_reads_every_weight(
+    name: str, form: str, options: tuple[str, ...], root: Path
+) -> None:
+    """transformers leaves experts at random values that are in whole numbers, or in bfloat16 beside packed ones."""
+    transformers = pytest.importorskip("transformers")
+    out = root / "-".join((name, form, *options))
+    out = out if out.exists() else exported(root, name, form, *options)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    opens = name != "experts" or form == "fp8" or (form == "w4a16" and not options)
+    assert (not info["missing_keys"]) == opens, info["missing_keys"]
+    card, told = (out / "README.md").read_text(), json.loads((out / "export.json").read_text()).get("cautions", [])
+    assert ("AutoModelForCausalLM" in card) == opens != ("from vllm import LLM" in card)
+    assert any("at random values" in each for each in told) != opens and ("at random values" in card) != opens
+
+
+def test_a_family_without_a_class_is_opened_by_vllm(root: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for family, record in FAMILIES.items():
+        assert record.transformers == hasattr(transformers, record.architecture), family
+    config = HybridConfig.from_hf(puzzle(vocab_size=400, pad_token_id=0))
+    save_model(model_of(config), tmp_path / "model", tokenizer_from=root / "words")
+    for form in ("hf", "fp8", "w8a8"):
+        out = tmp_path / form
+        code, _, err = limbeck("export", f"model={tmp_path / 'model'}", f"output={out}", f"format={form}",
+                               "check_tokens=8")  # fmt: skip
+        card = (out / "README.md").read_text()
+        assert code == 0 and "from vllm import LLM" in card and "transformers" not in card.split("## ")[0], err
+        assert "at random values" not in card
 
 
 def test_what_cannot_be_rounded(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,15 +161,18 @@ def test_a_page_says_where_its_figures_come_from(everything: dict[str, Any], tmp
     made = {"scores": facts(importance={"tokens": 16384, "depth_tokens": 8192}) | {"run": run},
             "distilled": facts(distill={"batch": 4, "seq_len": 512, "train": {"steps": 235}}) | {
                 "run": run | {"seconds": 5.25, "resumed": True}}}  # fmt: skip
+    made["gap"] = facts(tokens=10**6) | {"made_by": "limbeck evaluate", "run": run}
     changes = {"gap": gap, "provenance": made, "run": run, "models": {"teacher": "hf:our/big", "pruned": "out/pruned"}}
     found = outline(page(tmp_path / "out", **(everything | changes)))
     text = " ".join(" ".join(found.text).split())
     for wanted in (
-        "2031-02-03 04:05:06", "Abacus 9, 2 threads, box", "limbeck compress output=a&b", "1 h 2 min", "24,576",
-        "481,280", "5.2 s (resumed", "hf:our/big", "out/pruned", "2.00 MiB", "abc123", "192 75%", "11 92%", "def <f>",
+        "2031-02-03 04:05:06", "Abacus 9, 2 threads, box", "limbeck compress output=a&b", "1 h 2 min", "up to 24,576",
+        "last part) 481,280", "5.2 s (resumed",
+        "hf:our/big", "out/pruned", "2.00 MiB", "abc123", "192 75%", "11 92%", "def <f>",
         "(y):", "(z):", "residual channels", "there", "forward KL", "KL(teacher || student)", "reverse KL",
     ):  # fmt: skip
         assert wanted in text, wanted
+    assert "1,000,000" not in text and f"1 h 2 min {gap['tokens']:,} Abacus 9" in text  # what was read, not wished for
     relative = gap["models"]["distilled"]["perplexity"]["value"] / gap["models"]["teacher"]["perplexity"]["value"] - 1
     assert f"{100 * relative:+.1f}%" in text
     assert "5.50 nats at '<b>': teacher" in text  # without a pointer

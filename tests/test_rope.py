@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from limbeck.prune.repair import Repair, repair_model
 from limbeck.prune.rotation import Rotation, rotated
 from limbeck.prune.slice import filled
 from limbeck.prune.target import Target
-from limbeck.tests.family_draws import stretched_config
+from limbeck.tests.family_draws import falcon_config, stretched_config
 from limbeck.tests.family_helpers import check_parity, some_slow
+from limbeck.tests.gguf_helpers import gguf_config
 from limbeck.tests.helpers import assert_close, dense_config, random_model
 from limbeck.tests.pruning_helpers import draw_rows
 
@@ -46,6 +48,38 @@ def test_public_spellings_are_kept() -> None:
     without = {key: value for key, value in yarn.items() if key != "original_max_position_embeddings"}
     config = HybridConfig.from_hf(dense_config(6, "qwen3").to_hf() | {"rope_scaling": without})
     assert config.rope_scaling == YarnRope(4.0, config.max_position_embeddings)
+
+
+@pytest.mark.parametrize("family", ("llama", "qwen3", "granitemoehybrid", "falcon_h1"))
+@pytest.mark.parametrize("own", ({}, {"original_max_position_embeddings": 100}))
+@pytest.mark.parametrize(
+    "scaling",
+    (
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+)
+def test_a_length_beside_the_scaling_comes_first(
+    family: str, own: dict[str, int], scaling: dict[str, Any], tmp_path: Path
+) -> None:
+    """As transformers reads it; what is written has it in one place."""
+    transformers = pytest.importorskip("transformers")
+    changes: dict[str, Any] = {"rope_theta": 1e4, "max_position_embeddings": 256}
+    config = falcon_config(1, vocab_size=60, **changes) if family == "falcon_h1" else gguf_config(family, 60, **changes)
+    save_model(random_model(config, 1, torch.float32), tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    content |= {"rope_scaling": scaling | own, "original_max_position_embeddings": 16}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(content))
+    model = load_model(tmp_path / "model")
+    found = model.config.rope_scaling
+    assert found is not None and found.original_max_position_embeddings == 16
+    save_model(model, tmp_path / "again")
+    assert "original_max_position_embeddings" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    ids = torch.arange(1, 49)[None]
+    for folder in ("model", "again"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+        with torch.no_grad():
+            assert_close(folder, theirs(ids, use_cache=False).logits, model(ids), 1e-5)
 
 
 def test_folders_keep_them(tmp_path: Path) -> None:

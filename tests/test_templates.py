@@ -25,6 +25,20 @@ def test_time_is_bounded(source: str) -> None:
             process.render({"x": 9})
 
 
+def test_a_rendering_that_took_too_long_is_one() -> None:
+    """Those after it have a process of their own, which ends with the template as the first does."""
+    template = TemplateProcess(f"{{% if x == 'slow' %}}{LOOP}{{% endif %}}{{{{ x }}}}", "folder", 0.3)
+    processes = [template.process]
+    for _ in range(2):
+        assert template.render({"x": "a"}) == "a"
+        with pytest.raises(InputError, match="takes more than"):
+            template.render({"x": "slow"})
+        assert [each.text for each in template.renderings([{"x": "b"}, {"x": "c"}])] == ["b", "c"]
+        processes.append(template.process)
+    del template
+    assert len(set(processes)) == 3 and all(process.poll() is not None for process in processes)
+
+
 @pytest.mark.parametrize("source", LARGE)
 def test_memory_is_bounded(source: str) -> None:
     """Constants are computed when a template is compiled, the others when it is rendered."""

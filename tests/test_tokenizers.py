@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from limbeck.distill.gap.evaluation import continued
+from limbeck.distill.gap.examples import Window, as_text
+from limbeck.distill.gap.token_groups import CLASSES, token_classes
 from limbeck.distill.text.pieces import encoded_texts
 from limbeck.models.backend import begins_with, check_maps
 from limbeck.models.checkpoint import save_model
@@ -21,64 +24,8 @@ from limbeck.models.gguf.vocabulary import read_vocabulary
 from limbeck.models.named import SHIPPED
 from limbeck.models.tokenizer import check_agreement, load_tokenizer, say_once
 from limbeck.tests.helpers import limbeck, random_model, tiny_config
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
-TEXTS = [
-    "def mean(values):\n    return sum(values) / len(values)\n",
-    "Größe, naïve café — “quoted”\t\tand  spaces\n\n",
-    "日本語の文章です。量子化されたモデルを蒸留する。\n",
-    "emoji 🙂🙃 and 汉字, кириллица, ελληνικά\n",
-]
-
-
-def sentencepiece() -> Tokenizer:
-    """As Llama 2 and TinyLlama have it: BPE with byte fallback, spaces as U+2581, one taken away at the beginning."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
-    letters = sorted({letter for text in TEXTS for letter in text.replace(" ", "\u2581") if ord(letter) < 0x600})
-    vocabulary = {
-        piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *letters, "me", "\u2581m", "日本"]))
-    }
-    merges = [("m", "e"), ("\u2581", "m")]
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return backend
-
-
-def metaspace() -> Tokenizer:
-    """As T5 and XLM-R have it: unigrams, spaces as U+2581."""
-    backend = Tokenizer(models.Unigram())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=180, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
-    )
-    backend.train_from_iterator(TEXTS * 3, trainer)
-    return backend
-
-
-def byte_level() -> Tokenizer:
-    """As GPT-2 and Qwen have it, with a token added that is no special one."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    specials = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    backend.add_tokens([AddedToken("naïve", normalized=False)])
-    return backend
-
-
-def saved(backend: Tokenizer, folder: Path, **settings: Any) -> Path:
-    folder.mkdir()
-    backend.add_special_tokens(["<s>", "</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    if settings:
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+from limbeck.tests.tokenizer_helpers import TEXTS, byte_level, metaspace, saved, sentencepiece
+from tokenizers import AddedToken, Tokenizer, processors
 
 
 @pytest.mark.parametrize(("maker", "begins_with"), [(sentencepiece, 1), (metaspace, 1), (byte_level, 0)])
@@ -96,6 +43,45 @@ def test_bytes_of_tokens_are_those_of_the_text(
         one = tokenizer.token_bytes[backend.token_to_id("<0xE6>")], tokenizer.token_bytes[backend.token_to_id("日本")]
         assert [int(count) for count in one] == [1, 6]
     assert int(tokenizer.token_bytes[backend.token_to_id("</s>")]) == 0
+
+
+@pytest.mark.parametrize("maker", (sentencepiece, metaspace, byte_level))
+def test_spaces_are_text_to_what_shows_tokens(maker: Callable[[], Tokenizer], tmp_path: Path) -> None:
+    """Their class, the worst windows, and what a model writes after a prompt."""
+    tokenizer = load_tokenizer(saved(maker(), tmp_path / "words"))
+    ids = tuple(tokenizer.encode(TEXTS[0].strip()))
+    shown = as_text(Window(0, 1.0, ids, tuple(1.0 for _ in ids), ids, ids), ["a"], tokenizer)["pieces"]
+    assert "".join(piece["text"] for piece in shown).strip() == TEXTS[0].strip()
+    assert [piece["teacher"] for piece in shown] == [piece["text"] for piece in shown]
+    classes = token_classes(tokenizer, tokenizer.vocab_size)
+    spaces = [token for token in set(ids) if not tokenizer.backend.id_to_token(token).strip("\u2581Ġ")]
+    assert spaces and {CLASSES[int(classes[token])] for token in spaces} == {"white space"}
+    words = tokenizer.encode("x values")[len(tokenizer.encode("x")) :]
+    assert continued([*words, tokenizer.eos_token_id, *words], tokenizer) == " values"
+
+
+@pytest.mark.parametrize("maker", (sentencepiece, byte_level))
+def test_named_tokens_are_special_whether_marked_so_or_not(maker: Callable[[], Tokenizer], tmp_path: Path) -> None:
+    """As transformers has it: they are no text, to what counts bytes and to what writes."""
+    transformers = pytest.importorskip("transformers")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|pad|>"}
+    folder = saved(maker(), tmp_path / "words", tokenizer_class="PreTrainedTokenizerFast", **names)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([AddedToken("<|pad|>", normalized=False), AddedToken("<|other|>", normalized=False)])
+    content = json.loads(backend.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(folder)
+    ids = [tokenizer.backend.token_to_id(name) for name in names.values()]
+    other = tokenizer.backend.token_to_id("<|other|>")
+    assert [int(tokenizer.token_bytes[token]) for token in (*ids, other)] == [0, 0, 0, len("<|other|>")]
+    written = [*ids, *tokenizer.encode("me and"), ids[1], other, *ids]
+    stream = TextStream(tokenizer)
+    shown = "".join(map(stream.push, written)) + stream.finish()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).decode(written, skip_special_tokens=True)
+    assert shown == tokenizer.decode(written, skip_special_tokens=True) == theirs == "me and<|other|>"
+    assert tokenizer.decode(written).endswith("<|other|><s></s><|pad|>")
 
 
 def test_how_a_batch_was_cut_and_padded_is_not_obeyed(workshop: Path, tmp_path: Path) -> None:
@@ -299,7 +285,7 @@ def test_gguf_says_what_stands_around_a_text(tmp_path: Path) -> None:
             continue
         ggml = read_vocabulary(folder, config).ggml
         found.append((ggml.get("bos_token_id"), ggml["add_bos_token"], ggml["add_eos_token"]))
-    none, first = (None, False), (1, True)
+    none, first = (config.bos_token_id, False), (1, True)  # without a bos of its own the config's
     assert found == [(*none, False), (*none, False), (*first, False), (*first, False), (*none, True), (*first, True)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,21 @@ def test_a_head_beside_tied_embeddings_is_kept(family: str, workshop: Path, tmp_
     tensors["lm_head.weight"] = tensors[str(table)].clone()
     save_file(tensors, path, metadata={"format": "pt"})
     assert load_config(tmp_path / "model").tie_word_embeddings == (family != "nemotron_h")
+
+
+@pytest.mark.parametrize("shape", ((), (0,), (3,), (320, 0), (0, 32), (2, 3, 4)))
+def test_a_head_of_another_shape_beside_tied_embeddings(shape: tuple[int, ...], tmp_path: Path) -> None:
+    config = dense_config(2, "llama").replace(vocab_size=320, pad_token_id=0, tie_word_embeddings=True)
+    save_model(random_model(config).float(), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    save_file(load_file(path) | {"lm_head.weight": torch.ones(shape)}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=re.escape(f"lm_head.weight has shape {list(shape)}, expected [320, ")):
+        open_checkpoint(tmp_path / "model")
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"] = torch.ones(shape)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=re.escape(f"has shape {list(shape)}, expected [320, ")):
+        open_checkpoint(tmp_path / "model")
 
 
 def test_a_tied_hybrid_is_written_with_its_head(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from ...models.tokenizer import Tokenizer
 from ..text.packing import Corpus
 from .continuation import agreement, draw_prompts, greedy_tokens
 from .examples import as_text
-from .measure import TEACHER, GapReport
+from .measure import PROMPT, TEACHER, GapReport
 from .probes import Probe, make_probe, retrieve
 
 SHARE = 0.8  # of a GPU's free memory that weights may take; the rest is for the work of a batch
@@ -143,7 +143,7 @@ def continue_texts(
         for name, model in {TEACHER: teacher, **students}.items()
     }
     samples = [
-        {"prompt": tokenizer.decode(prompts[number, len(first) :].tolist())}
+        {PROMPT: tokenizer.decode(prompts[number, len(first) :].tolist())}
         | {name: continued(tokens[number].tolist(), tokenizer) for name, tokens in written.items()}
         for number in range(min(SAMPLES, len(prompts)))
     ]
@@ -153,9 +153,9 @@ def continue_texts(
 
 
 def continued(tokens: list[int], tokenizer: Tokenizer) -> str:
-    """The text of what a model wrote, to the end that it may have set."""
+    """The text of what a model wrote after a prompt, to the end that it may have set."""
     end = tokenizer.eos_token_id
-    return tokenizer.decode(tokens[: tokens.index(end)] if end in tokens else tokens)
+    return tokenizer.decode_within(tokens[: tokens.index(end)] if end in tokens else tokens)
 
 
 def draw_probes(

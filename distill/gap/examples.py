@@ -70,11 +70,11 @@ def as_text(window: Window, names: Sequence[str], tokenizer: Tokenizer) -> dict[
     pieces: list[dict[str, Any]] = []
     begin = 0
     for stop in range(1, len(window.tokens) + 1):
-        text = tokenizer.decode(window.tokens[begin:stop])
+        text = tokenizer.decode_within(window.tokens[begin:stop])
         if text.endswith("\N{REPLACEMENT CHARACTER}") and stop - begin < 4 and stop < len(window.tokens):
             continue
         chosen = {
-            name: tokenizer.decode([ids[begin]])
+            name: tokenizer.decode_within([ids[begin]])
             for name, ids in (("teacher", window.teacher), ("student", window.student))
         }
         pieces.append({"text": text, "kl": max(window.kl[begin:stop]), **chosen})

@@ -38,6 +38,8 @@ from .token_groups import CLASSES, CONTEXTS, TokenGroups, context_name, contexts
 BUCKETS = 16
 PAGE = 4096  # documents whose bits lie together
 TEACHER = "teacher"
+PROMPT = "prompt"  # what each of the samples has beside the models' texts
+TAKEN = {TEACHER: "the teacher", PROMPT: "the prompts of samples"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +164,10 @@ def measure_gap(
     Bits per byte is the cross-entropy of every label, end of document included, over the labels' UTF-8 bytes.
     Where students are named "pruned" and "distilled", `recovery` is (CE pruned - CE distilled) / (CE pruned - CE
     teacher). `groups` splits the figures by domain and token class; `worst` windows are kept of each student.
-    `on_step(batches done)`. Raises InputError where vocabularies differ, a student is named "teacher" or nothing
-    counts, CheckFailed where a model's figures are not finite.
+    `on_step(batches done)`. Raises InputError where vocabularies differ, a student has a name of TAKEN or
+    nothing counts, CheckFailed where a model's figures are not finite.
     """
-    if TEACHER in students:
-        raise InputError(f"gap: a student is named {TEACHER!r}, which stands for the teacher; give it another name")
+    check_names(students)
     if resamples < 1 or worst < 0:
         raise InputError(f"gap: {resamples} resamples (at least 1), {worst} worst windows (at least 0)")
     for student in students.values():
@@ -199,6 +200,13 @@ def measure_gap(
     chosen = {name: {str(layer): counts.long().tolist() for layer, counts in own.items()} for name, own in uses.items()}
     chosen = {name: own for name, own in chosen.items() if own}
     return dataclasses.replace(report, documents=len(seen), worst=furthest, expert_uses=chosen)
+
+
+def check_names(students: Iterable[str]) -> None:
+    """Raises InputError where a student has a name that stands for something else in gap.json."""
+    for name in students:
+        if name in TAKEN:
+            raise InputError(f"gap: a student is named {name!r}, which stands for {TAKEN[name]}; give it another name")
 
 
 class Seen:
@@ -351,7 +359,7 @@ def recovered(entropy: Mapping[str, Totals]) -> Estimate | None:
         return None
     lost = entropy["pruned"].minus(entropy[TEACHER])
     gained = entropy["pruned"].minus(entropy["distilled"])
-    if not lost.all > 0 or lost.estimate().holds(0):
+    if not lost.estimate().above_zero:
         return None
     shares = np.divide(gained.drawn, lost.drawn, out=np.full(len(lost.drawn), np.nan), where=lost.drawn > 0)
     return Totals(gained.all / lost.all, shares, lost.documents).estimate()

@@ -9,6 +9,7 @@ text would give; the nats of the value's tokens say how near a miss was. Shapes:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -63,9 +64,10 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
     question_of = int(draw.integers(count)) if kind == "multi-key" else count - 1
     if kind == "variables":
         values = [values[0], *names[:-1]]
-    lines = [tokenizer.encode(f"\n{key} = {value}\n") for key, value in zip(names, values, strict=True)]
-    question = tokenizer.encode(f"\n{names[question_of]} =")
-    answer = tokenizer.encode(f" {values[0] if kind == 'variables' else values[question_of]}")
+    lines = [encoded_within(f"\n{key} = {value}\n", tokenizer) for key, value in zip(names, values, strict=True)]
+    question, answer = question_and_answer(
+        names[question_of], values[0] if kind == "variables" else values[question_of], tokenizer
+    )
     size = length - len(tokenizer.begin) - sum(map(len, lines)) - len(question) - len(answer)
     if size < 0:
         raise InputError(f"probes: {kind} of {length} tokens leaves {size} for other text; give another length")
@@ -83,6 +85,28 @@ def make_probe(kind: str, length: int, corpus: Corpus, tokenizer: Tokenizer, dra
     ids += filler[before:] + question + answer
     assert len(ids) == length
     return Probe(torch.tensor(ids), len(answer))
+
+
+def question_and_answer(key: str, value: str, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens of a line `key = value` up to where those of `key =` alone end or differ, and the others: together
+    they are spelled as the fact is, also where a token begins with the equals sign's space, or has both of its spaces.
+
+    Raises InputError where the tokenizer has no tokens for the value."""
+    alone, whole = (encoded_within(text, tokenizer) for text in (f"\n{key} =", f"\n{key} = {value}"))
+    common = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False))))
+    if common == len(whole):
+        raise InputError(f"probes: the tokenizer of {tokenizer.folder} has no tokens for {value!r}; leave probes out")
+    return whole[:common], whole[common:]
+
+
+def encoded_within(text: str, tokenizer: Tokenizer) -> list[int]:
+    """A text's tokens where another text is before it: at a text's very beginning many tokenizers add a space. They are
+    those that follow a letter's, or another character's where that makes one token with what follows."""
+    for character in "a0.":
+        before, whole = tokenizer.encode(character), tokenizer.encode(character + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return tokenizer.encode(text)
 
 
 def text_from(corpus: Corpus, begin: int, size: int, tokenizer: Tokenizer) -> list[int]:

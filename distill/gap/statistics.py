@@ -32,6 +32,11 @@ class Estimate:
         """Whether a value lies within the interval; false where there is none."""
         return self.low is not None and self.high is not None and self.low <= value <= self.high
 
+    @property
+    def above_zero(self) -> bool:
+        """Whether the value is above 0 and its interval, where there is one, leaves 0 out."""
+        return self.value > 0 and not self.holds(0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Totals:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...models.tokenizer import Tokenizer
+from ...models.tokenizer import Tokenizer, texts_within
 from ..text.encoding import MODES
 from ..text.packing import Corpus
 
@@ -54,8 +54,9 @@ def class_of(text: str) -> str:
 def token_classes(tokenizer: Tokenizer, vocabulary: int) -> Tensor:
     """The number in CLASSES of every token [V]; special tokens, pieces of characters and unused rows are "other"."""
     classes = torch.full((vocabulary,), CLASSES.index("other"))
-    for token in torch.nonzero(tokenizer.token_bytes).flatten().tolist():
-        classes[token] = CLASSES.index(class_of(tokenizer.decode([token])))
+    tokens = torch.nonzero(tokenizer.token_bytes).flatten().tolist()
+    for token, text in zip(tokens, texts_within(tokenizer.backend, [[token] for token in tokens]), strict=True):
+        classes[token] = CLASSES.index(class_of(text))
     return classes
 
 

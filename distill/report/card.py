@@ -48,6 +48,9 @@ TRANSFORMERS = Opened(
 )
 
 
+VLLM = Opened("vllm", "python", 'from vllm import LLM\nmodel = LLM(".")')
+
+
 def llama_cpp(file: str) -> Opened:
     return Opened("gguf", "bash", f"llama-cli -m {file} -p 'Once upon a time'")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...models.cautions import cautions, format_cautions
+from ...models.cautions import cautions, format_cautions, opens_in_transformers
 from ...models.checkpoint import load_config
 from ...models.config import HybridConfig
 from ...models.cost.fit import LONGEST
@@ -28,7 +28,7 @@ from ...models.served_inputs import served
 from ...models.shards import SHARD_BYTES
 from ...models.streamed import open_streamed
 from ..text.packing import Batch
-from .card import TRANSFORMERS, Published, Table, llama_cpp
+from .card import TRANSFORMERS, VLLM, Opened, Published, Table, llama_cpp
 from .exported_text import text_agreement, text_rows, text_sentence
 
 FORMATS = ("hf", "gguf", *ROUNDINGS)
@@ -104,7 +104,8 @@ class ExportForm:
             content = {"format": self.format, "quantised": dataclasses.asdict(agreement)} | dict(facts or {})
             content |= ({"cautions": found} if found else {}) | {"needs": needs(config, self.format, kept=kept)}
             checked = agreement.sentence(self.format) + how_rounded(content)
-            published = Published(self.format, TRANSFORMERS, checked, tuple(found), "quantized", cards(content))
+            opened = opened_by(config, self.format, kept)
+            published = Published(self.format, opened, checked, tuple(found), "quantized", cards(content))
         elif self.format == "gguf":
             made = write_gguf_export(folder, source, self.dtype, pre_tokenizer=self.pre_tokenizer, **sizes)
             content = {"format": "gguf", "dtype": self.dtype, "gguf": dataclasses.asdict(made)}
@@ -118,7 +119,7 @@ class ExportForm:
             content |= ({"cautions": found} if found else {}) | {"needs": needs(config, self.dtype)}
             same = "Read back before it was published, the logits are those of the source rounded to"
             checked = f"{same} {self.dtype}, to the bit.\n{parity.sentence()}"
-            published = Published(self.dtype, TRANSFORMERS, checked, tuple(found))
+            published = Published(self.dtype, opened_by(config), checked, tuple(found))
         if held_out:
             text = text_agreement(
                 open_streamed(source, device=device or "cpu"), self.read(folder, config, device or "cpu"), held_out
@@ -134,6 +135,11 @@ class ExportForm:
         if self.format == "gguf":
             return open_gguf(gguf_path(folder, self.dtype), config, device)
         return served(open_streamed(folder, device=device), folder)
+
+
+def opened_by(config: HybridConfig, name: str | None = None, kept: Container[int] = ()) -> Opened:
+    """How a folder is opened, plain or in the format `name` whose layers `kept` stay."""
+    return TRANSFORMERS if opens_in_transformers(config, name, kept) else VLLM
 
 
 def how_rounded(content: Mapping[str, Any]) -> str:

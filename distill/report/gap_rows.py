@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from ..gap.statistics import Estimate
+
 TEACHER = "teacher"
 TITLES = {
     "bits_per_byte": "bits per byte",
@@ -119,10 +121,11 @@ def task_rows(tasks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterato
 
 def won_back(gap: Mapping[str, Any]) -> float | None:
     """The share of the cross-entropy lost by the selection alone ("plain") that repair and distillation win back; None
-    where there is no such student, or it lost nothing."""
-    if not {"teacher", "plain", "distilled"} <= gap["models"].keys():
+    where there is no such student, or the interval of what it lost holds 0, as `recovery` has it."""
+    names = (TEACHER, "plain", "distilled")
+    lost = next((Estimate(**pair["cross_entropy"]) for pair in gap.get("differences", ())
+                 if (pair["first"], pair["second"]) == names[:2]), None)  # fmt: skip
+    if lost is None or not lost.above_zero or names[2] not in gap["models"]:
         return None
-    teacher, plain, distilled = (
-        gap["models"][name]["cross_entropy"]["value"] for name in ("teacher", "plain", "distilled")
-    )
-    return (plain - distilled) / (plain - teacher) if plain > teacher else None
+    teacher, plain, distilled = (gap["models"][name]["cross_entropy"]["value"] for name in names)
+    return float((plain - distilled) / (plain - teacher))

@@ -42,16 +42,17 @@ def changed(value: Any, teacher: Any) -> Cell:
     return Cell(f"{value:,}", "", share)
 
 
-def stage_section(provenance: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
-    """When each stage ran, on what, for how long, over how many tokens; nothing where no folder says so."""
+def stage_section(gap: Mapping[str, Any], provenance: Mapping[str, Mapping[str, Any]]) -> Iterator[Section]:
+    """When each stage ran, on what, for how long, over how many tokens; nothing where no folder says so. The stage that
+    evaluates is the one that `gap` is of."""
     runs = {name: run for name, facts in provenance.items() if isinstance(run := facts.get("run"), Mapping)}
     rows = []
     for name, run in runs.items():
-        tokens = stage_tokens(provenance[name].get("options", {}))
+        tokens = stage_tokens(provenance[name], gap)
         resumed = " (resumed: its last part)" if run.get("resumed") else ""
         rows.append((name, [
             Cell(str(run.get("began", ""))[:19].replace("T", " ")), Cell(seconds(run.get("seconds")) + resumed),
-            Cell(f"{tokens:,}" if tokens else ""), Cell(device(run)), Cell(str(run.get("commit", ""))),
+            Cell(tokens), Cell(device(run)), Cell(str(run.get("commit", ""))),
             Cell(size(sum(held.values())) if isinstance(held := run.get("bytes"), Mapping) else ""),
         ]))  # fmt: skip
     if rows:
@@ -67,8 +68,19 @@ def stage_section(provenance: Mapping[str, Mapping[str, Any]]) -> Iterator[Secti
         )  # fmt: skip
 
 
-def stage_tokens(options: Mapping[str, Any]) -> int:
-    """The tokens that a stage's options have it read: calibration text, steps of training, held-out text."""
+def stage_tokens(facts: Mapping[str, Any], gap: Mapping[str, Any]) -> str:
+    """The tokens of text that a stage read. What one evaluates is counted in `gap`; the options of the others bound the
+    text that is sampled, of which there may be less, and say how much is trained on."""
+    if facts.get("made_by") == "limbeck evaluate":
+        return f"{gap['tokens']:,}"
+    options = facts.get("options", {})
+    most, trained = sampled_tokens(options), trained_tokens(options)
+    count = f"{most + trained:,}" if most + trained else ""
+    return f"up to {count}" if most else count
+
+
+def sampled_tokens(options: Mapping[str, Any]) -> int:
+    """The most tokens of calibration text that a stage of these options reads."""
     count = options.get("tokens", 0)
     importance = options.get("importance")
     if isinstance(importance, Mapping):
@@ -76,7 +88,12 @@ def stage_tokens(options: Mapping[str, Any]) -> int:
     repair = options.get("repair")
     if isinstance(repair, Mapping) and reads_text(repair):
         count += repair.get("tokens") or 0
-    how = options.get("distill")
+    return int(count)
+
+
+def trained_tokens(options: Mapping[str, Any]) -> int:
+    """The tokens in the rows of all steps of a distillation."""
+    how, count = options.get("distill"), 0
     if isinstance(how, Mapping):
         for stage in how.get("stages") or [{}]:
             rows = stage.get("batch", how.get("batch", 0)) * stage.get("seq_len", how.get("seq_len", 0))

@@ -58,7 +58,7 @@ def write_page(
         sections += expert_section(content.get("expert_uses", {}), selection, gap.get("expert_uses", {}))
     if memory is not None:
         sections.append(memory_section(folder, memory))
-    sections += stage_section(provenance)
+    sections += stage_section(gap, provenance)
     sections.append(Section("Provenance", "What made each folder, from what. Files are known by their BLAKE3 sums."))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,

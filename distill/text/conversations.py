@@ -132,8 +132,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, reasoning_share: float | None) -> None:
         self.tokenizer, self.share = tokenizer, reasoning_share
-        added = tokenizer.backend.get_added_tokens_decoder().values()
-        self.ends = tuple(token.content for token in added if token.special)
+        self.ends = tuple(tokenizer.backend.id_to_token(number) for number in sorted(tokenizer.special_ids))
 
     @functools.cached_property
     def template(self) -> ChatTemplate:

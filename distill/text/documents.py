@@ -14,7 +14,7 @@ from ...models.errors import InputError
 from ...models.foreign import own_path, read_object
 from .formats import READERS, is_prose, kind_of, readable, rows_of_file
 from .hub import HUB, Hub
-from .notes import Notes
+from .notes import Notes, printable
 from .records import Document, OnProgress, known_shape, row_document
 
 SPLITS = ("train", "validation", "test")
@@ -124,7 +124,7 @@ def file_documents(
     total = sum(file.stat().st_size for file in files)
     before, some = 0, False
     for file in files:
-        name = file.relative_to(base).as_posix()
+        name = printable(file.relative_to(base).as_posix())
         for number, row in enumerate(rows_of_file(file, columns)):
             if row.alone and path.is_dir() and not known_shape(row.value, columns):
                 notes.add("JSON files of one object that is no record are skipped", str(file))

@@ -48,7 +48,7 @@ def named_text(data: Data) -> str:
     return str(data) if isinstance(data, (str, Path)) else "texts"
 
 
-def fitted(model: HybridLM, text: Text, seq_len: int | None, batch: int | None, seed: int) -> tuple[int, int]:
+def fitted(model: HybridLM, text: Text, seq_len: int | None, batch: int | None, seed: int = 0) -> tuple[int, int]:
     """Tokens a row and rows a batch: as given, or the commands' 512 and 8, fewer where model or text has fewer. Raises
     InputError where these, or the seed of what is drawn, cannot be."""
     check_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 
 from ...models import processes
@@ -19,6 +20,16 @@ def say(notes: Iterable[str], what: str) -> None:
             log.warning("%s", note)
 
 
+def printable(name: str) -> str:
+    r"""A file's name for what is hashed and written in UTF-8: bytes that are none are spelled \xff. The backslashes
+    of such a name are doubled, so that no two of them become one; other names stay."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name.replace("\\", "\\\\")).decode("utf-8", "backslashreplace")
+    return name
+
+
 class Notes:
     """What was left out while text was read, counted by its kind, with where it came first."""
 
@@ -26,7 +37,7 @@ class Notes:
         self.counts: dict[str, tuple[int, str]] = {}
 
     def add(self, kind: str, where: str) -> None:
-        count, first = self.counts.get(kind, (0, where))
+        count, first = self.counts.get(kind, (0, printable(where)))
         self.counts[kind] = (count + 1, first)
 
     def __iter__(self) -> Iterator[str]:

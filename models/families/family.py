@@ -80,7 +80,8 @@ class Family:
     names in a config.json of HybridConfig's fields, which say what types those have to be of. `config` is the class
     of its configs where a kind of its layers needs fields of its own. `tied` names the widths that go with another
     hidden_size, where the family's readers derive sizes from it. `check_cut`, of a source and what is cut from it,
-    refuses as `write` does, with sizes that this source can be cut to.
+    refuses as `write` does, with sizes that this source can be cut to. Where transformers has no class of that name,
+    `transformers` is false.
     """
 
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -98,6 +99,7 @@ class Family:
     config: type[HybridConfig] | None = None
     tied: Callable[[HybridConfig, int], Mapping[str, int]] = lambda config, hidden: {}
     check_cut: Callable[[HybridConfig, HybridConfig], None] = lambda source, smaller: None
+    transformers: bool = True
 
     @property
     def block_size(self) -> int:

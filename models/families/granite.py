@@ -117,7 +117,9 @@ def read_granite(hf: Mapping[str, Any]) -> dict[str, Any]:
     fields |= read_rope(hf) if turns else {"rope_theta": None}
     numbers = {field: hf.get(name) for field, name in MULTIPLIERS.items()}
     own = {field: read_float(value, MULTIPLIERS[field]) for field, value in numbers.items() if value is not None}
-    fields["multipliers"] = dataclasses.replace(Multipliers(attention=1.0), **dict[str, Any](own))
+    # Of null transformers' attention makes its own scale, 1 / sqrt(head_dim).
+    null = ATTENTION in pattern and hf.get("attention_multiplier", 1.0) is None
+    fields["multipliers"] = dataclasses.replace(Multipliers(attention=None if null else 1.0), **dict[str, Any](own))
     read = [*(name for name, _ in SWITCHES.values()), *MULTIPLIERS.values(), *(KEYS if turns else ())]
     fields["extra"] = unread(
         hf, spellings, "num_hidden_layers", "hidden_act", "mamba_expand", "time_step_limit", "mamba_proj_bias",
@@ -178,7 +180,7 @@ def write_granite(config: HybridConfig) -> dict[str, Any]:
     hf |= {name: getattr(config, field) for field, (name, _) in SWITCHES.items()}
     hf |= {name: getattr(own, field) for field, name in MULTIPLIERS.items()}
     if own.attention is None:
-        hf["attention_multiplier"] = config.head_dim**-0.5
+        hf["attention_multiplier"] = config.head_dim**-0.5 if config.head_dim else 1.0
     return hf | {name: value for name, value in config.extra.items() if name not in hf}
 
 

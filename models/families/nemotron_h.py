@@ -11,6 +11,7 @@ from .family import PLAIN, Family, Transform, Units
 from .spelling import (
     TIME_STEP_LIMIT,
     check_router,
+    null_tokens,
     read_fields,
     read_limit,
     refuse_biases,
@@ -71,20 +72,21 @@ TIME_STEP_LIMITS = (TIME_STEP_LIMIT, "mamba_dt_limit")
 BIASES = ("use_bias", "mlp_bias", "attention_bias", "mamba_proj_bias")
 LAYER, AHEAD = "backbone.layers.{block}.", "mtp.layers.{block}."
 STEPS, STEP_PATTERN, STEP_TYPES = "num_nextn_predict_layers", "mtp_hybrid_override_pattern", "mtp_layers_block_type"
-DEFAULT_STEP = "*E"  # as transformers has it
+DEFAULT_STEP, NORM_EPS = "*E", 1e-5  # as transformers has them
 
 
 def read_nemotron_h(hf: Mapping[str, Any]) -> dict[str, Any]:
     pattern = read_pattern(hf)
     fields: dict[str, Any] = {"family": "nemotron_h", "pattern": pattern, **read_steps(hf)}
     every = pattern + fields.get("mtp_pattern", "")
-    known, defaults = dict(SPELLINGS), dict[str, Any]()
+    known, defaults = dict(SPELLINGS), dict[str, Any](null_tokens(hf))
     if MIXTURE in every:
         known |= EXPERT_SPELLINGS
-        defaults = {"n_group": 1, "topk_group": 1}
+        defaults |= {"n_group": 1, "topk_group": 1}
         check_shared(hf)
         check_router(hf, "sigmoid")
     fields |= read_fields(hf, known, every, defaults)
+    check_norms(hf, fields)
     refuse_biases(hf, BIASES)
     for name, expected in (("mlp_hidden_act", "relu2"), ("mamba_hidden_act", "silu")):
         if hf.get(name, expected) != expected:
@@ -93,6 +95,17 @@ def read_nemotron_h(hf: Mapping[str, Any]) -> dict[str, Any]:
     used = (STEPS, STEP_PATTERN, STEP_TYPES) if fields.get("mtp_steps") else ()
     fields["extra"] = unread(hf, known, "num_hidden_layers", *TIME_STEP_LIMITS, *used)
     return fields
+
+
+def check_norms(hf: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Raises InputError where the norms' epsilon is said in the second spelling alone, which transformers does not
+    read, and is not what that takes instead."""
+    name, other = SPELLINGS["norm_eps"]
+    if hf.get(name) is None and fields.get("norm_eps", NORM_EPS) != NORM_EPS:
+        raise InputError(
+            f"config: {other} is {hf[other]!r} and {name} is missing, for which transformers takes {NORM_EPS:g}; give"
+            f" {name} the right one"
+        )
 
 
 def check_shared(hf: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ and `rope_scaling`)."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from ..config import HybridConfig
 
 ROPE = ("rope_parameters", "rope_scaling")
-KEYS = ("rope_theta", *ROPE)  # all that a config.json says of them
+LENGTH = "original_max_position_embeddings"
+KEYS = ("rope_theta", *ROPE, LENGTH)  # all that a config.json says of them
 THETA = 10000.0  # what transformers takes where a config.json is silent
 
 
@@ -34,7 +36,7 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
             spelled[f"{name}.rope_theta"] = parameters["rope_theta"]
         if parameters.get("partial_rotary_factor", 1) != 1:
             raise InputError(f"config: {name} turns a part of each head, which is not supported; expected the whole")
-        scalings[name] = read_scaling(parameters, name, hf.get("max_position_embeddings"))
+        scalings[name] = read_scaling(parameters, name, hf)
     thetas = {name: read_float(value, name) for name, value in spelled.items()}
     if len(set(thetas.values())) > 1 or len(set(scalings.values())) > 1:
         said = ", ".join(f"{name}={value!r}" for name, value in spelled.items())
@@ -42,8 +44,10 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": next(iter(thetas.values()), THETA), "rope_scaling": next(iter(scalings.values()), None)}
 
 
-def read_scaling(parameters: Mapping[str, Any], name: str, longest: Any) -> RopeScaling | None:
-    """How one of `ROPE` stretches; None where it does not. Raises InputError."""
+def read_scaling(parameters: Mapping[str, Any], name: str, hf: Mapping[str, Any]) -> RopeScaling | None:
+    """How one of `ROPE` stretches; None where it does not. As in transformers an original_max_position_embeddings
+    beside it comes before the one in it, and where there is neither it is max_position_embeddings. Raises InputError.
+    """
     how = parameters.get("rope_type", parameters.get("type", "default"))
     if how == "default":
         return None
@@ -52,8 +56,10 @@ def read_scaling(parameters: Mapping[str, Any], name: str, longest: Any) -> Rope
         raise InputError(f"config: {name} has the rope type {how!r}, which is not supported; known: {known}")
     kind = ROPE_SCALINGS[how]
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name != "others"}
-    length = "original_max_position_embeddings"
-    stated = ({} if longest is None else {length: longest}) | {k: v for k, v in parameters.items() if v is not None}
+    lengths: list[dict[str, Any]] = [
+        {} if hf.get(key) is None else {LENGTH: hf[key]} for key in ("max_position_embeddings", LENGTH)
+    ]
+    stated = lengths[0] | {key: value for key, value in parameters.items() if value is not None} | lengths[1]
     missing = [field for field, row in fields.items() if row.default is dataclasses.MISSING and field not in stated]
     if missing:
         raise InputError(f"config: {name} of type {how!r} has no {' and no '.join(missing)}; expected a number")
@@ -62,7 +68,9 @@ def read_scaling(parameters: Mapping[str, Any], name: str, longest: Any) -> Rope
         if field in stated:
             value: Any = stated[field]
             values[field] = value if isinstance(value, bool) else read_float(value, f"{name}.{field}")
-    values[length] = int(values[length])
+    if not math.isfinite(values[LENGTH]):
+        raise InputError(f"config: {LENGTH} is {values[LENGTH]}; expected a whole number")
+    values[LENGTH] = int(values[LENGTH])
     read = {*fields, "rope_type", "type", "rope_theta", "partial_rotary_factor"}
     others = {key: value for key, value in parameters.items() if key not in read}
     return kind(**values, others=others)

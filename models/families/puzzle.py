@@ -25,6 +25,8 @@ def read_puzzle(hf: Mapping[str, Any]) -> dict[str, Any]:
     blocks, ahead = (blocks_of(hf, name) for name in (BLOCKS, STEP_BLOCKS))
     if not blocks:
         raise InputError(f"config: {BLOCKS} is missing; {NAME} has one of them for each layer")
+    if not hf.get(nemotron_h.STEPS):  # what is said of steps that there are none of
+        ahead = []
     experts = [block for block in (*blocks, *ahead) if block["block_type"] == TYPES[moe.KIND.letter]]
     plain = {name: value for name, value in hf.items() if name not in (BLOCKS, STEP_BLOCKS)}
     plain["layers_block_type"] = [block["block_type"] for block in blocks]
@@ -99,5 +101,6 @@ def write_puzzle(config: HybridConfig) -> dict[str, Any]:
 
 
 FAMILY = dataclasses.replace(
-    nemotron_h.FAMILY, read=read_puzzle, write=write_puzzle, architecture="NemotronHPuzzleForCausalLM"
-)
+    nemotron_h.FAMILY, read=read_puzzle, write=write_puzzle, architecture="NemotronHPuzzleForCausalLM",
+    transformers=False,
+)  # fmt: skip

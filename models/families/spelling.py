@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 TIME_STEP_LIMIT = "time_step_limit"
 REQUIRED = ("vocab_size", "hidden_size")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Code that a folder brings along is never run, so that a rewritten folder does not point at it either; and weights that
 # could be read are plain, whatever was done to those that config.json was first written for.
 DROPPED = ("auto_map", "quantization_config", "compression_config", "architectures", "model_type", "layers_block_type",
@@ -51,11 +53,11 @@ def read_fields(
 
 def write_fields(config: HybridConfig, known: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     """The fields of a config in the first of their spellings. A width that the pattern does not use is left to the
-    reader's default: 0 heads would not be valid there."""
-    hf = {}
+    reader's default: 0 heads would not be valid there. A number whose default is another one is written, 0 or not."""
+    hf, defaults = {}, {field.name: field.default for field in dataclasses.fields(config)}
     for field, spellings in known.items():
         value = getattr(config, field)
-        if value != 0 or isinstance(value, bool) or field.endswith("token_id"):
+        if value != 0 or defaults[field] != 0 or isinstance(value, bool):
             hf[spellings[0]] = list(value) if isinstance(value, tuple) else value
     return hf
 
@@ -66,7 +68,12 @@ def stated(hf: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]
     own = dict(defaults)
     if hf.get("num_attention_heads") is not None:
         own["num_key_value_heads"] = hf["num_attention_heads"]
-    return own | {field: None for field in own if field.endswith("token_id") and field in hf}
+    return own | null_tokens(hf)
+
+
+def null_tokens(hf: Mapping[str, Any]) -> dict[str, None]:
+    """The special tokens that a config.json names as none."""
+    return {field: None for field in TOKENS if field in hf and hf[field] is None}
 
 
 def read_layers(hf: Mapping[str, Any]) -> int:

@@ -46,23 +46,27 @@ class Rendering(NamedTuple):
 
 
 class TemplateProcess:
-    """The process of template_worker.py that renders one template, for as long as this object lives.
+    """The process of template_worker.py that renders one template, for as long as this object lives. Where a rendering
+    has ended it, the next one has a new process.
 
     `where` begins what errors say; a rendering may take `seconds` of the processor. Raises InputError where the
     template is no Jinja.
     """
 
     def __init__(self, source: str, where: str, seconds: float = SECONDS) -> None:
-        self.where, self.seconds = where, seconds
+        self.source, self.where, self.seconds = source, where, seconds
+        self.start()
+
+    def start(self) -> None:
         # A group of its own: Ctrl-C at the terminal is meant for us.
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py")), str(seconds)],
+            [sys.executable, "-P", str(Path(__file__).with_name("template_worker.py")), str(self.seconds)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0,
         )  # fmt: skip
-        weakref.finalize(self, end_process, self.process)
-        (answer,) = self.answers(json.dumps({"source": source}), 1)
+        self.end = weakref.finalize(self, end_process, self.process)
+        (answer,) = self.answers(json.dumps({"source": self.source}), 1)
         if "failed" in answer:
-            raise InputError(f"{where}: the chat template cannot be read: {one_line(answer['failed'])}")
+            raise InputError(f"{self.where}: the chat template cannot be read: {one_line(answer['failed'])}")
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """The template's text. Raises InputError, in one line, for whatever the template does wrong."""
@@ -87,6 +91,9 @@ class TemplateProcess:
 
     def rendered(self, variables: Sequence[str]) -> list[Rendering]:
         """Of variables in JSON, all of them at once."""
+        if self.process.poll() is not None:
+            self.end()
+            self.start()
         answers = self.answers('{"variables": [' + ", ".join(variables) + "]}", len(variables))
         return [self.rendering(answer) for answer in answers]
 

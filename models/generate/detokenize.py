@@ -31,7 +31,7 @@ class TextStream:
         if not all(stop):
             raise InputError("generate: a stop string is empty; leave it out")
         self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.decoder = DecodeStream(skip_special_tokens=False)
         self.ids: list[int] = []
         self.waiting = 0  # tokens at the end of which nothing has come yet
         self.decoded = 0  # characters that have come out of the decoder
@@ -45,6 +45,8 @@ class TextStream:
         return self.release(self.step(token))
 
     def step(self, token: int) -> str:
+        if token in self.tokenizer.special_ids:
+            return ""
         self.ids.append(token)
         try:
             piece = next_piece(self.decoder, self.tokenizer.backend, token) or ""
@@ -54,7 +56,7 @@ class TextStream:
             if self.waiting == len(self.ids) - 1:
                 raise
             again = self.ids[-self.waiting - 1 :]
-            self.decoder, self.ids, self.waiting, self.decoded = DecodeStream(skip_special_tokens=True), [], 0, 0
+            self.decoder, self.ids, self.waiting, self.decoded = DecodeStream(skip_special_tokens=False), [], 0, 0
             return "".join(map(self.step, again))
         self.waiting = 0 if piece else self.waiting + 1
         self.decoded += len(piece)
@@ -63,7 +65,7 @@ class TextStream:
     def finish(self) -> str:
         """What was held back, when no token follows."""
         # The decoder keeps bytes that are no character (yet) and has no end: only all tokens at once tell their text.
-        piece = self.release(self.tokenizer.decode(self.ids, skip_special_tokens=True)[self.decoded :])
+        piece = self.release(self.tokenizer.decode(self.ids)[self.decoded :])
         rest, self.held = self.held, ""
         return piece if self.stopped else piece + rest
 
@@ -83,10 +85,9 @@ class TextStream:
 def last_tokens(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
     """The last tokens of a prompt that the text of those after it depends on; none where it does not, where a special
     token, and so a text of its own, lies between, or where they end within a character."""
-    by_place, special = traits(tokenizer.backend)
-    if not by_place:
+    if not goes_by_place(tokenizer.backend):
         return []
-    ids = list(itertools.takewhile(lambda token: token not in special, reversed(prompt)))[::-1]
+    ids = list(itertools.takewhile(lambda token: token not in tokenizer.special_ids, reversed(prompt)))[::-1]
     for size in (BEFORE, len(ids)):  # the first of some may be in the midst of a character, that of all is not
         text = tokenizer.decode(ids[-size:])
         if "\ufffd" not in text:
@@ -95,11 +96,10 @@ def last_tokens(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def traits(backend: tokenizers.Tokenizer) -> tuple[bool, frozenset[int]]:
-    """Whether a token's text depends on what is before it, and the special tokens."""
+def goes_by_place(backend: tokenizers.Tokenizer) -> bool:
+    """Whether a token's text depends on what is before it."""
     kinds = decoder_kinds(json.loads(backend.to_str()).get("decoder"))
-    added = backend.get_added_tokens_decoder()
-    return not kinds or bool(kinds & BY_PLACE), frozenset(number for number, each in added.items() if each.special)
+    return not kinds or bool(kinds & BY_PLACE)
 
 
 def overlap(text: str, stop: str) -> int:

@@ -15,8 +15,9 @@ from ..streamed import open_streamed
 from .file import GgufWeights, open_gguf, write_gguf
 from .vocabulary import read_vocabulary
 
-# Of a block's largest number by 127, the step of Q8_0: half a step, and what rounding the step to 16 bits adds.
-STEP_ERROR = 0.5 + 127 * 2**-11
+# How far a number of Q8_0 may be, whose block has the largest number by 127 as its step: by half a step, and by what
+# rounding the step to float16 changes in up to 127 of them, a part of the step or, where that is subnormal, 2**-25.
+STEP_ERROR, SUBNORMAL_ERROR = 0.5 + 127 * 2**-11, 127 * 2**-25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,8 @@ def write_gguf_export(
     ids = torch.randint(checkpoint.config.vocab_size, (1, check_tokens), generator=torch.Generator().manual_seed(seed))
     logits = [logits_of(open_streamed(source), ids), logits_of(open_gguf(path, checkpoint.config), ids)]
     rms, kl = relative_rms(*logits), divergence(*logits)
-    notes = vocabulary.notes
-    return GgufAgreement(path.name, path.stat().st_size, vocabulary.pre, rms, kl, not notes, notes)
+    size, same_text = path.stat().st_size, vocabulary.same_text
+    return GgufAgreement(path.name, size, vocabulary.pre, rms, kl, same_text, vocabulary.notes)
 
 
 def check_tensors(path: Path, checkpoint: Checkpoint) -> None:
@@ -76,7 +77,7 @@ def check_tensors(path: Path, checkpoint: Checkpoint) -> None:
         if kind == "Q8_0":
             blocks = (ours - expected).unflatten(-1, (-1, 32)).abs().amax(-1)
             steps = expected.unflatten(-1, (-1, 32)).abs().amax(-1) / 127
-            right = bool((blocks <= STEP_ERROR * steps + 2**-24).all())
+            right = bool((blocks <= STEP_ERROR * steps + SUBNORMAL_ERROR).all())
         else:
             right = torch.equal(ours, rounded(expected, kind))
         if not right:

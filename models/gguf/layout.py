@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAMBA, ATTENTION, DENSE, EXPERTS = (kind.KIND.letter for kind in (mamba2, attention, mlp, moe))
 SIGNED, UNSIGNED, FLOAT32 = 2**31 - 1, 2**32 - 1, torch.finfo(torch.float32).max  # the largest numbers of a file
+LEAST = 2**-150  # up to it float32 has 0
 Reform = Callable[["HybridConfig", Tensor], Tensor]
 
 
@@ -142,6 +143,11 @@ def attention_numbers(config: HybridConfig) -> dict[str, Any]:
 def hybrid_numbers(config: HybridConfig) -> dict[str, Any]:
     """Layer by layer: without key-value heads and MLP it is a Mamba layer, without an MLP attention. Raises InputError
     for what llama.cpp has no word for."""
+    if not config.layers_of(mamba2.KIND):
+        raise InputError(
+            "config: no layer is Mamba-2, and llama.cpp aborts on a nemotron_h without their states; keep one Mamba-2"
+            " layer, or take format=hf"
+        )
     widths = [0] * config.num_layers
     for layer in config.layers_of(mlp.KIND):
         widths[layer] = config.intermediate_size
@@ -191,15 +197,24 @@ def expert_numbers(config: HybridConfig) -> dict[str, Any]:
         "expert_shared_count": 1,
         "expert_weights_norm": config.norm_topk_prob,
         "expert_weights_scale": float(config.routed_scaling_factor),
-        "expert_group_count": config.n_group,
-        "expert_group_used_count": config.topk_group,
     }
+    if config.topk_group < config.n_group:  # where it has to choose among groups, which llama.cpp does of several alone
+        own |= {"expert_group_count": config.n_group, "expert_group_used_count": config.topk_group}
     return numbers | own | ({"moe_latent_size": config.moe_latent_size} if config.moe_latent_size else {})
 
 
 def granite_numbers(config: HybridConfig) -> dict[str, Any]:
-    """With Mamba layers, with experts, or with neither; `rope.scaling.finetuned` says whether there are positions."""
+    """With Mamba layers, with experts, or with neither; `rope.scaling.finetuned` says whether there are positions.
+    Raises InputError for a multiplier of 0, which llama.cpp takes for one that was not said."""
     own, experts = config.multipliers, config.layers_of(moe.KIND)
+    scales = {"embedding_scale": own.embedding, "residual_scale": own.residual, "logit_scale": own.logits_scaling}
+    if own.attention is not None:
+        scales["attention.scale"] = own.attention
+    for name, value in scales.items():
+        if abs(value) <= LEAST:
+            raise InputError(
+                f"config: {name} is {value:g}, 0 in float32, which llama.cpp takes for none; take format=hf"
+            )
     numbers = common_numbers(config) | attention_numbers(config)
     if config.layers_of(mamba2.KIND):
         numbers |= mamba_numbers(config)
@@ -211,17 +226,16 @@ def granite_numbers(config: HybridConfig) -> dict[str, Any]:
             "expert_used_count": config.num_experts_per_tok,
             "expert_shared_feed_forward_length": config.moe_shared_expert_intermediate_size,
         }
-    if own.attention is not None:
-        numbers["attention.scale"] = own.attention
-    return numbers | {
-        "feed_forward_length": config.moe_intermediate_size if experts else config.intermediate_size,
-        "embedding_scale": own.embedding,
-        "residual_scale": own.residual,
-        "logit_scale": own.logits_scaling,
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(config.rope_theta or 10000),
-        "rope.scaling.finetuned": config.rope_theta is not None,
-    }
+    return (
+        numbers
+        | scales
+        | {
+            "feed_forward_length": config.moe_intermediate_size if experts else config.intermediate_size,
+            "rope.dimension_count": config.head_dim,
+            "rope.freq_base": float(config.rope_theta or 10000),
+            "rope.scaling.finetuned": config.rope_theta is not None,
+        }
+    )
 
 
 def dense_numbers(config: HybridConfig) -> dict[str, Any]:
@@ -317,6 +331,10 @@ def layout_of(config: HybridConfig) -> Layout:
         raise InputError(
             "config: the layers of multi-token prediction have no place in the file that format=gguf writes; leave them"
             " out with limbeck prune target.drop_mtp=true, or take format=hf"
+        )
+    if config.family == "qwen3" and config.attention_bias:
+        raise InputError(
+            "config: attention_bias is true, and llama.cpp's qwen3 has no bias after attention; take format=hf"
         )
     stretched = {"llama": (Llama3Rope, YarnRope), "qwen3": (YarnRope,)}.get(config.family, ())
     if config.rope_scaling is not None and not isinstance(config.rope_scaling, stretched):

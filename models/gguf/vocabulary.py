@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..config import HybridConfig
 from ..errors import InputError
 from ..generate.chat import read_template
+from ..generate.writer import stop_tokens
 from ..tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_settings, trained_with_bos
 from .pretokenizers import pre_tokenizer
 
 # Kinds of tokens (gguf.TokenType).
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # the keys of tokens that end a text, of which each has one
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """What stands under `tokenizer.` in the file: `ggml` below tokenizer.ggml., lists and numbers, and the template;
-    and why llama.cpp makes other tokens of some texts, in sentences."""
+    whether llama.cpp makes the `same_text` into the same tokens; and what it does otherwise, in sentences."""
 
     ggml: Mapping[str, Any]
     chat_template: str | None
+    same_text: bool
     notes: tuple[str, ...]
 
     @property
@@ -43,12 +46,14 @@ def read_vocabulary(folder: Path, config: HybridConfig, chosen: str | None = Non
     pre, same_cuts = pre_tokenizer(content, path, chosen)
     tokens, kinds = tokens_of(tokenizer, config.vocab_size)
     ggml = {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
-    ids = special_ids_of(tokenizer, config)
+    ends = ends_of(folder, tokenizer, config)
+    ids = special_ids_of(tokenizer, config, ends)
     try:
         template: str | None = read_template(folder)[0]
     except InputError:  # base models have none
         template = None
-    return Vocabulary(ggml | ids, template, text_notes(content, pre, same_cuts))
+    texts = text_notes(content, pre, same_cuts)
+    return Vocabulary(ggml | ids, template, not texts, (*texts, *end_notes(ends, tokens)))
 
 
 def text_notes(content: Mapping[str, Any], pre: str, same_cuts: bool) -> tuple[str, ...]:
@@ -65,6 +70,17 @@ def text_notes(content: Mapping[str, Any], pre: str, same_cuts: bool) -> tuple[s
             " become other tokens there. Give it token ids where they have to be the same."
         )
     return tuple(notes)
+
+
+def end_notes(ends: Sequence[int], tokens: Sequence[str]) -> tuple[str, ...]:
+    """What of the tokens that end a text has no key in the file."""
+    left = [f"{number} (`{tokens[number]}`)" for number in ends[len(ENDS) :]]
+    if not left:
+        return ()
+    return (
+        f"A GGUF file has places for {len(ENDS)} tokens that end a text, this model has {len(ends)}: llama.cpp does not"
+        f" end at {', '.join(left)} unless it knows the name. Stop there by its text.",
+    )
 
 
 def merges_of(content: Mapping[str, Any], path: Path) -> list[str]:
@@ -95,31 +111,36 @@ def tokens_of(tokenizer: Tokenizer, count: int) -> tuple[list[str], list[int]]:
         tokens.append(names.get(number, f"[PAD{number}]"))
         if number not in names:
             kinds.append(UNUSED)
-        elif number in added:
-            kinds.append(CONTROL if added[number].special else USER_DEFINED)
+        elif number in tokenizer.special_ids:
+            kinds.append(CONTROL)
         else:
-            kinds.append(NORMAL)
+            kinds.append(USER_DEFINED if number in added else NORMAL)
     return tokens, kinds
 
 
-def special_ids_of(tokenizer: Tokenizer, config: HybridConfig) -> dict[str, Any]:
-    """The ids that begin, end and fill text; of a config's several ends the further two are those of a turn and of a
-    message, which end text there too; ids of no row of the embeddings are left out. Raises InputError where the
-    tokenizer adds what llama.cpp cannot."""
+def ends_of(folder: Path, tokenizer: Tokenizer, config: HybridConfig) -> list[int]:
+    """The tokens that end a text: the tokenizer's eos, the config's in their order, those of generation_config.json; of
+    no row of the embeddings none."""
+    own = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    every = dict.fromkeys((tokenizer.eos_token_id, *own, *stop_tokens(folder, config)))
+    return [number for number in every if number is not None and 0 <= number < config.vocab_size]
+
+
+def special_ids_of(tokenizer: Tokenizer, config: HybridConfig, ends: Sequence[int]) -> dict[str, Any]:
+    """The ids that begin, end and fill text; of several `ends` the further two are those of a turn and of a message,
+    which end text there too; ids of no row of the embeddings are left out. (Without a bos llama.cpp takes token 11.)
+    Raises InputError where the tokenizer adds what llama.cpp cannot."""
     begin, end = tokenizer.begin, tokenizer.end
     if len(begin) > 1 or end not in ([], [tokenizer.eos_token_id]):
         raise InputError(
             f"{tokenizer.folder / 'tokenizer.json'} puts tokens {begin} before a text and {end} after it; llama.cpp"
             " adds one that begins it, and eos"
         )
+    first = begin[0] if begin else tokenizer.bos_token_id
     ids: dict[str, Any] = {
-        "bos_token_id": begin[0] if begin else tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": config.bos_token_id if first is None else first,
         "padding_token_id": tokenizer.pad_token_id,
-    }
-    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else ()
-    others = [number for number in ends if number != tokenizer.eos_token_id and 0 <= number < config.vocab_size]
-    ids |= dict(zip(("eot_token_id", "eom_token_id"), others, strict=False))
+    } | dict(zip(ENDS, ends, strict=False))
     stated = {name: number for name, number in ids.items() if number is not None and 0 <= number < config.vocab_size}
     adds_bos = bool(begin) or trained_with_bos(tokenizer.backend, tokenizer_settings(tokenizer.folder))
     return stated | {"add_bos_token": adds_bos, "add_eos_token": bool(end)}
