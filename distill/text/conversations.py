@@ -132,7 +132,8 @@ class Renderer:
 
     def __init__(self, tokenizer: Tokenizer, reasoning_share: float | None) -> None:
         self.tokenizer, self.share = tokenizer, reasoning_share
-        self.ends = tuple(tokenizer.backend.id_to_token(number) for number in sorted(tokenizer.special_ids))
+        names = map(tokenizer.backend.id_to_token, sorted(tokenizer.special_ids))
+        self.ends = tuple(name for name in names if name is not None)
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
