@@ -41,6 +41,7 @@ def test_a_prediction_keeps_the_share_of_the_roofline() -> None:
     assert (found.first_token_seconds, found.step_seconds) == pytest.approx((8.0, 1.5))
 
 
+@pytest.mark.slow
 def test_the_published_ratios_by_the_roofline() -> None:
     """arXiv 2508.14444: 3.3 times Qwen3-8B's tokens at 1k/8k and 6.3 times at 8k/16k, each at its largest batch on an
     A10G. The estimate is of the same kind, and no measurement."""

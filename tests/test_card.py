@@ -194,6 +194,7 @@ def random_scores(folder: Path, config: HybridConfig) -> None:
     save_scores(folder, Scores(RandomScores(0).scores(config), LayerScores(), {"pattern": config.pattern}))
 
 
+@pytest.mark.slow
 def test_scores_of_a_model_of_the_same_shape_make_no_map(workshop: Path, tmp_path: Path) -> None:
     model, scores = workshop / "model", tmp_path / "scores"
     random_scores(scores, load_config(model))

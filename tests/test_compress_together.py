@@ -37,6 +37,7 @@ def take_turns(folder: str) -> None:
     assert processes.gather(processes.rank()) == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_first_works_while_the_others_wait(tmp_path: Path) -> None:
     run_workers(take_turns, tmp_path)
 

@@ -21,10 +21,6 @@ SHAPES = (NINE, (16, 32, 4, 64), (128, 64, 8, 256), (32, 64, 1, 128))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def test_interpreter() -> None:
-    run_interpreted("interpreted_decode.py")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_interpreter_many() -> None:

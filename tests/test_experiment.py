@@ -57,6 +57,7 @@ def test_every_variant_composes_and_is_another() -> None:
     assert len(set(shared)) < len(shared)  # "KL" of one experiment is "at once" of another
 
 
+@pytest.mark.slow
 def test_cells_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("experiment=score-source", f"output={tmp_path / 'out'}", "seeds=[0]", "only=[x,z]", SMALL)
     code, out, err = limbeck(*words)
@@ -235,6 +236,7 @@ def test_tables_of_others_stay(place: str, tmp_path: Path) -> None:
     assert (out / place).read_text() == "mine" and not list((out / "cells").iterdir())
 
 
+@pytest.mark.slow
 def test_members_have_the_command_lines_folders_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "own"
     (own / "experiment").mkdir(parents=True)

@@ -215,6 +215,7 @@ def test_texts_where_memory_runs_out(exported: Path, asking: tuple, monkeypatch:
     assert tight.refused == 3  # of five, two and one
 
 
+@pytest.mark.slow
 def test_rows_and_slots_follow_free_memory() -> None:
     """The most that fits, between one and the device's bound; a CPU's bound is what it has always been."""
     config = model_config("nemotron-nano-9b-v2")

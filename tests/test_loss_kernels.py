@@ -23,10 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
-def test_interpreted() -> None:
-    run_interpreted("interpreted_loss.py", "interpreted_attention.py")
-
-
 @pytest.mark.slow
 def test_interpreted_many() -> None:
     run_interpreted("interpreted_loss.py", "interpreted_attention.py", "-m", "slow")

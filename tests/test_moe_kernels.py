@@ -14,7 +14,7 @@ import torch
 from limbeck.kernels.moe import expert_mlp, grouped_gradient, grouped_product, routing_of
 from limbeck.kernels.moe_torch import segment_gradient, takes_torch_grouped, torch_gradient
 from limbeck.kernels.reference import expert_mlp_reference
-from limbeck.tests.helpers import Largest, assert_close, run_interpreted
+from limbeck.tests.helpers import Largest, assert_close
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -165,10 +165,6 @@ def test_shapes_that_disagree_are_refused(wrong: dict[str, Tensor]) -> None:
 
 
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes a block may have (CUDA guide)
-
-
-def test_interpreted() -> None:
-    run_interpreted("interpreted_moe.py")
 
 
 @pytest.mark.slow

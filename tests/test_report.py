@@ -256,6 +256,7 @@ def test_a_turned_stream_has_directions_and_no_channels(everything: dict[str, An
     assert "Residual channels" in " ".join(outline(page(tmp_path / "channels", **everything)).text)
 
 
+@pytest.mark.slow
 def test_a_large_model_makes_no_large_page(everything: dict[str, Any], tmp_path: Path) -> None:
     pattern = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
     scores = scores_folder(tmp_path / "large", pattern, hidden=5120, ffn=20480, heads=40, mamba=128)

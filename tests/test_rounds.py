@@ -96,6 +96,7 @@ def interrupted(*words: str) -> None:
     assert code == 130, err
 
 
+@pytest.mark.slow
 def test_two_rounds_and_again(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers, then widths in two stages; interrupted in each round, the same command ends with the same bytes."""
     calm, rough = tmp_path / "calm", tmp_path / "rough"

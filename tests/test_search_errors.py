@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from limbeck.models.errors import InputError
 from limbeck.prune.patterns import Rules
+from limbeck.prune.ranges import Range
 from limbeck.prune.scores import LayerScores
 from limbeck.prune.search import (
     Budget,
-    Range,
     Space,
     find_candidates,
     find_depths,

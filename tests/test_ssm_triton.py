@@ -25,10 +25,6 @@ NINE = {"heads": 128, "head_dim": 80, "groups": 8, "state": 128}  # Nemotron-Nan
 ZOO = {"heads": 16, "head_dim": 32, "groups": 4, "state": 64}
 
 
-def test_interpreter() -> None:
-    run_interpreted("interpreted_ssm.py", "interpreted_sweep.py")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_interpreter_many() -> None:

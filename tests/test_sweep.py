@@ -85,6 +85,7 @@ def test_a_folder_of_something_else_is_left_alone(content: str | None, tmp_path:
     assert (tmp_path / "out" / name).read_text() == (content or "mine")
 
 
+@pytest.mark.slow
 def test_a_sweep_s_own_folder_or_an_empty_one_will_do(tmp_path: Path) -> None:
     words = ["memory-fit", "--multirun", "model=zoo", "fit.context=512,1024", f"output={tmp_path / 'out'}"]
     (tmp_path / "out").mkdir()

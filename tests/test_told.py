@@ -53,6 +53,7 @@ def test_short_text_long_rows_and_a_warm_up_without_an_end(
     assert any("rows of 32 tokens are beyond the 24" in line for line in said) and "requested" not in " ".join(said)
 
 
+@pytest.mark.slow
 def test_a_sample_is_short_only_where_there_are_no_more_rows(
     workshop: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
