@@ -231,13 +231,12 @@ class CachedTeacher:
             )
         self.paths, self.sound = shards(folder), set[int]()
         self.files = [open_shard(path) for path in self.paths]
-        self.places = {
-            key: (file, row) for file, path in enumerate(self.paths) for row, key in enumerate(read_keys(path))
-        }
-        if len(self.places) != facts.get("rows"):
+        keys = [read_keys(path) for path in self.paths]
+        self.places = {key: (file, row) for file, own in enumerate(keys) for row, key in enumerate(own)}
+        if (there := sum(map(len, keys))) != facts.get("rows"):
             raise InputError(
-                f"{folder} holds {len(self.places)} rows, and {INDEX} says {facts.get('rows')}: files are missing; copy"
-                " it again, or make it anew"
+                f"{folder} holds {there} rows, and {INDEX} says {facts.get('rows')}: files are missing; copy it again,"
+                " or make it anew"
             )
         self.sums = read_provenance(folder).get("files", {})
 
